@@ -1,0 +1,16 @@
+"""The operator: tensors in, tensors out. Definition in reference.py, implementations behind `backend=`."""
+
+from .backends import PREFERENCE, Choice, explain_backend
+from .propagate import line_scan, propagate_2d
+from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
+
+__all__ = [
+    "DIRECTIONS",
+    "PREFERENCE",
+    "Choice",
+    "explain_backend",
+    "line_scan",
+    "line_scan_reference",
+    "propagate_2d",
+    "propagate_2d_reference",
+]

@@ -1,0 +1,72 @@
+"""Which implementation runs, and why.
+
+A backend is a module with the functions `forward`, `backward`, `line_scan_forward`, `line_scan_backward` (signatures
+of torch_scan.py) and, unless it runs everywhere, `why_not(x) -> str | None`: the reason it cannot run on these
+inputs. Adding one = a module here and a line in PREFERENCE; the tests pick it up from there.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor
+
+# Fastest first. The PyTorch backend comes last and always runs.
+PREFERENCE: dict[str, str] = {"torch": "torch_scan"}
+
+
+class Choice(NamedTuple):
+    """What `explain_backend` returns: the backend that runs and why each faster one does not."""
+
+    backend: str
+    passed_over: dict[str, str]
+
+
+def backend_module(name: str) -> ModuleType:
+    """The module behind a backend name."""
+    return importlib.import_module(f".{PREFERENCE[name]}", __package__)
+
+
+def why_not(name: str, x: Tensor) -> str | None:
+    """The reason why backend `name` cannot run on `x` ([B, H, W, C]), or None if it can."""
+    try:
+        module = backend_module(name)
+    except ImportError as error:
+        return f"not importable here: {error}"
+    reason: str | None = getattr(module, "why_not", lambda _: None)(x)
+    return reason
+
+
+def explain_backend(x: Tensor) -> Choice:
+    """What `backend="auto"` runs for features `x` [B, H, W, C], and why the faster ones were passed over.
+
+    Raises nothing. Source: design, section 5 (an explicit backend that cannot run raises, "auto" explains).
+    """
+    passed_over: dict[str, str] = {}
+    for name in PREFERENCE:
+        reason = why_not(name, x)
+        if reason is None:
+            return Choice(name, passed_over)
+        passed_over[name] = reason
+    raise AssertionError("the PyTorch backend runs everywhere")
+
+
+def check_backend(backend: str) -> None:
+    """Raise ValueError unless `backend` is "auto" or a name in PREFERENCE."""
+    if backend != "auto" and backend not in PREFERENCE:
+        raise ValueError(f"backend is {backend!r}; accepted: 'auto', {', '.join(map(repr, PREFERENCE))}")
+
+
+def backend_for(backend: str, x: Tensor) -> ModuleType:
+    """The module that runs on `x`: the one named, or the first of PREFERENCE that can.
+
+    Raises RuntimeError, with the reason, if the one named cannot run.
+    """
+    if backend == "auto":
+        return backend_module(explain_backend(x).backend)
+    reason = why_not(backend, x)
+    if reason is not None:
+        raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
+    return backend_module(backend)

@@ -1,0 +1,99 @@
+"""Arguments of the public operators: every error names the argument, what came and what is accepted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .reference import DIRECTIONS
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_shape(name: str, t: Tensor, expected: tuple[int, ...], letters: str) -> None:
+    """Raise ValueError unless `t` has exactly the expected shape; `letters` says what it stands for."""
+    if tuple(t.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(t.shape)}; expected {letters} = {expected}")
+
+
+def check_features(x: Tensor) -> None:
+    """Raise TypeError or ValueError unless `x` is a non-empty [B, H, W, C] floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}; accepted: {', '.join(str(d) for d in DTYPES)}")
+    if x.ndim != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected 4 dimensions [B, H, W, C]")
+    if 0 in x.shape[1:]:
+        raise ValueError(f"x has shape {tuple(x.shape)}; H, W and C must be at least 1")
+
+
+def check_like(x: Tensor, **others: Tensor) -> None:
+    """Raise TypeError or ValueError unless every other tensor has the dtype and device of `x`."""
+    for name, t in others.items():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
+        if t.dtype != x.dtype:
+            raise TypeError(f"{name} has dtype {t.dtype}; expected the dtype of x, {x.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}; expected the device of x, {x.device}")
+
+
+def check_direction(direction: str, name: str = "direction") -> int:
+    """The index of a direction in DIRECTIONS; ValueError if there is none such."""
+    if direction not in DIRECTIONS:
+        raise ValueError(f"{name} is {direction!r}; accepted: {', '.join(map(repr, DIRECTIONS))}")
+    return DIRECTIONS.index(direction)
+
+
+def check_directions(directions: Sequence[str]) -> list[int]:
+    """Indices of a non-empty sequence of different directions; ValueError otherwise."""
+    if isinstance(directions, str) or not directions:
+        raise ValueError(f"directions is {directions!r}; expected a non-empty sequence out of {DIRECTIONS}")
+    codes = [check_direction(d, f"directions[{i}]") for i, d in enumerate(directions)]
+    if len(set(codes)) != len(codes):
+        raise ValueError(f"directions is {tuple(directions)}; each direction may stand in it once")
+    return codes
+
+
+def check_mask(x: Tensor, mask: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless `mask` is None or a bool [B, H, W] tensor beside `x`."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a torch.bool tensor (True = inside the image) or None, got {got}")
+    check_shape("mask", mask, tuple(x.shape[:3]), "[B, H, W]")
+    if mask.device != x.device:
+        raise ValueError(f"mask is on {mask.device}; expected the device of x, {x.device}")
+
+
+def check_chunk(chunk: int | None) -> None:
+    """Raise TypeError or ValueError unless `chunk` is None or a positive int."""
+    if chunk is None:
+        return
+    if isinstance(chunk, bool) or not isinstance(chunk, int):
+        raise TypeError(f"chunk must be an int or None, got {type(chunk).__name__}")
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; expected None or at least 1 line")
+
+
+def check_finite(mask: Tensor | None = None, **tensors: Tensor) -> None:
+    """Raise ValueError if a tensor holds NaN or infinity where the mask is True (or anywhere, without one).
+
+    Only for plain tensors in eager mode: a traced program has no values to look at.
+    """
+    for name, t in tensors.items():
+        if type(t) not in (Tensor, torch.nn.Parameter):
+            continue
+        if not torch.isfinite(t.detach().sum()):  # one cheap pass; look closer only if it trips
+            bad = ~torch.isfinite(t.detach())
+            if mask is not None:
+                bad &= mask.view(*mask.shape, *[1] * (t.ndim - 3))
+            if bad.any():
+                where = tuple(bad.nonzero()[0].tolist())
+                raise ValueError(
+                    f"{name} holds {int(bad.sum())} values that are not finite, the first at {where}; expected finite values"
+                )

@@ -1,0 +1,117 @@
+"""The public operators: arguments checked, a backend chosen, the custom op called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import checks
+from .backends import check_backend
+from .library import line_scan_op, propagate_2d_op
+from .reference import DIRECTIONS
+
+
+def _look_at_values(x: Tensor) -> bool:
+    # On an accelerator the look would stall the queue; in a traced program there are no values.
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def propagate_2d(
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor,
+    u: Tensor,
+    *,
+    directions: Sequence[str] = DIRECTIONS,
+    merge: str = "sum",
+    mask: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Scan a 2D grid line by line in up to four directions, each line mixing three neighbours of the one before.
+
+    For each direction, over lines i and per channel, with h[-1] = 0::
+
+        h[i] = W[i] h[i-1] + lam[i] * x[i]        y[i] = u[i] * h[i]
+
+    W[i] is tridiagonal and row-stochastic: sigmoid(logits), normalised over the neighbours that exist.
+    "down" runs from row 0 to row H-1 and "right" from column 0 to column W-1.
+
+    Args:
+        x: features [B, H, W, C], channels last; float16, bfloat16, float32 or float64. Any strides.
+        logits: [B, H, W, D, 3, C], D = len(directions); neighbours j-1, j, j+1, where j grows to the right in vertical
+            scans and downwards in horizontal ones.
+        lam: input scale [B, H, W, D, C].
+        u: output gate [B, H, W, D, C].
+        directions: any non-empty subset of ("down", "up", "right", "left"), in any order.
+        merge: "sum" adds the directions up, "none" returns them separately.
+        mask: bool [B, H, W] or None. False positions are padding: they hold h = 0, are neither read as neighbours
+            nor counted in the normalisation, their output is 0 and what they hold has no effect.
+        backend: "auto", or one of `cgspn.ops.PREFERENCE`. `cgspn.ops.explain_backend(x)` tells what "auto" picks.
+
+    Returns:
+        [B, H, W, C] for merge="sum", [B, H, W, D, C] for merge="none", in the dtype of x.
+        State, normalisation and sums are float32 inside (float64 for float64 inputs).
+
+    Raises:
+        TypeError: not a tensor, a dtype that is not accepted, or dtypes that differ.
+        ValueError: a wrong shape, device, direction, merge or backend name; on the CPU in eager mode also a value that
+            is not finite (on an accelerator that look would stall the queue).
+        RuntimeError: an explicit backend that cannot run here, with the reason.
+
+    Source: design section 2; equations (1) and (2) of the source.
+    """
+    checks.check_features(x)
+    checks.check_like(x, logits=logits, lam=lam, u=u)
+    codes = checks.check_directions(directions)
+    b, h, w, c = x.shape
+    checks.check_shape("logits", logits, (b, h, w, len(codes), 3, c), "[B, H, W, D, 3, C]")
+    checks.check_shape("lam", lam, (b, h, w, len(codes), c), "[B, H, W, D, C]")
+    checks.check_shape("u", u, (b, h, w, len(codes), c), "[B, H, W, D, C]")
+    checks.check_mask(x, mask)
+    if merge not in ("sum", "none"):
+        raise ValueError(f"merge is {merge!r}; accepted: 'sum', 'none'")
+    check_backend(backend)
+    if _look_at_values(x):
+        checks.check_finite(mask, x=x, logits=logits, lam=lam, u=u)
+    out: Tensor = propagate_2d_op(x, logits, lam, u, mask, codes, merge == "sum", backend)
+    return out
+
+
+def line_scan(
+    x: Tensor, weights: Tensor, lam: Tensor, direction: str, chunk: int | None = None, *, backend: str = "auto"
+) -> Tensor:
+    """One direction of the recurrence with weights as they are given: the operator of the original GSPN.
+
+    h[i] = W[i] h[i-1] + lam[i] * x[i], with h[-1] = 0; nothing is normalised and nothing gated. Neighbours outside
+    the line count as zero.
+
+    Args:
+        x: features [B, H, W, C], channels last; float16, bfloat16, float32 or float64. Any strides.
+        weights: [B, H, W, 3, C]: what position j takes from j-1, j, j+1 of the line before.
+        lam: input scale [B, H, W, C].
+        direction: "down", "up", "right" or "left".
+        chunk: restart from h = 0 every `chunk` lines, counted in the order of the scan; None never restarts.
+        backend: as in `propagate_2d`.
+
+    Returns:
+        h [B, H, W, C] in the dtype of x; the state is float32 inside (float64 for float64 inputs).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `propagate_2d`; ValueError also for chunk < 1.
+
+    Source: equation (1) of the source; design section 2.
+    """
+    checks.check_features(x)
+    checks.check_like(x, weights=weights, lam=lam)
+    code = checks.check_direction(direction)
+    b, h, w, c = x.shape
+    checks.check_shape("weights", weights, (b, h, w, 3, c), "[B, H, W, 3, C]")
+    checks.check_shape("lam", lam, (b, h, w, c), "[B, H, W, C]")
+    checks.check_chunk(chunk)
+    check_backend(backend)
+    if _look_at_values(x):
+        checks.check_finite(x=x, weights=weights, lam=lam)
+    out: Tensor = line_scan_op(x, weights, lam, code, chunk, backend)
+    return out

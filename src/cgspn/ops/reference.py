@@ -1,0 +1,101 @@
+"""What the operator is, in float64 and in plain sight (design, section 2; the source's "Method" equations).
+
+Shape letters used in this package: B batch, H rows, W columns, C channels, D directions,
+L lines of the scan, M positions of a line, 3 the neighbours j-1, j, j+1.
+
+Nothing here is fast. Every backend is tested against it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+DIRECTIONS = ("down", "up", "right", "left")
+EPSILON = 1e-7  # the sum of the neighbours' sigmoids is clamped below at this
+
+
+def _lines(t: Tensor, direction: str) -> list[Tensor]:
+    """The lines of a [B, H, W, ...] map in the order in which `direction` visits them, each [B, M, ...]."""
+    axis = 1 if direction in ("down", "up") else 2
+    lines = list(t.unbind(axis))
+    return lines if direction in ("down", "right") else lines[::-1]
+
+
+def _grid(lines: list[Tensor], direction: str) -> Tensor:
+    """The inverse of `_lines`."""
+    if direction in ("up", "left"):
+        lines = lines[::-1]
+    return torch.stack(lines, 1 if direction in ("down", "up") else 2)
+
+
+def _neighbours(line: Tensor) -> Tensor:
+    """[B, M, ...] -> [B, M, 3, ...]: positions j-1, j, j+1; zero (False) outside the line."""
+    edge = torch.zeros_like(line[:, :1])
+    return torch.stack([torch.cat([edge, line[:, :-1]], 1), line, torch.cat([line[:, 1:], edge], 1)], 2)
+
+
+def propagate_2d_reference(
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor,
+    u: Tensor,
+    *,
+    directions: Sequence[str] = DIRECTIONS,
+    merge: str = "sum",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The definition of `cgspn.ops.propagate_2d`: plain PyTorch, any device, differentiable any number of times.
+
+    For each direction, over lines i and channels, with h[-1] = 0::
+
+        h[i] = W[i] h[i-1] + lam[i] * x[i]        y[i] = u[i] * h[i]
+
+    where row j of W[i] holds sigmoid(logits[i, j]) of the neighbours j-1, j, j+1 that exist on line i-1,
+    divided by their sum (clamped below at 1e-7).
+
+    Shapes: x [B, H, W, C]; logits [B, H, W, D, 3, C]; lam, u [B, H, W, D, C]; mask [B, H, W] bool or None.
+    Returns float64, whatever came in: [B, H, W, C] for merge="sum", [B, H, W, D, C] for "none".
+    Raises KeyError or IndexError on wrong input; `propagate_2d` is the one that explains.
+    Source: equations (1) and (2) of the source's "Overall Architecture".
+    """
+    x, logits, lam, u = x.double(), logits.double(), lam.double(), u.double()
+    inside = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) if mask is None else mask
+    outputs = []
+    for d, direction in enumerate(directions):
+        steps = [_lines(t, direction) for t in (x, logits[:, :, :, d], lam[:, :, :, d], u[:, :, :, d], inside)]
+        h = torch.zeros_like(steps[0][0])
+        inside_before = torch.ones_like(steps[4][0])
+        lines = []
+        for x_BMC, logits_BM3C, lam_BMC, u_BMC, inside_BM in zip(*steps, strict=True):
+            exists_BM3 = _neighbours(inside_before)
+            sigma = torch.where(exists_BM3[..., None], torch.sigmoid(logits_BM3C), 0.0)
+            weights = sigma / sigma.sum(2, keepdim=True).clamp(min=EPSILON)
+            h = (weights * _neighbours(h)).sum(2) + lam_BMC * x_BMC
+            h = torch.where(inside_BM[..., None], h, 0.0)
+            lines.append(torch.where(inside_BM[..., None], u_BMC * h, 0.0))
+            inside_before = inside_BM
+        outputs.append(_grid(lines, direction))
+    y = torch.stack(outputs, 3)
+    return y.sum(3) if merge == "sum" else y
+
+
+def line_scan_reference(x: Tensor, weights: Tensor, lam: Tensor, direction: str, chunk: int | None = None) -> Tensor:
+    """The definition of `cgspn.ops.line_scan`: the recurrence with weights as given, one direction, no gate.
+
+    Shapes: x, lam [B, H, W, C]; weights [B, H, W, 3, C]; returns h [B, H, W, C] in float64.
+    The state restarts from zero every `chunk` lines, counted in the order of the scan.
+    Raises KeyError or IndexError on wrong input; `line_scan` is the one that explains.
+    Source: equation (1) of the source, and the local variant of the original GSPN.
+    """
+    steps = [_lines(t.double(), direction) for t in (x, weights, lam)]
+    h = torch.zeros_like(steps[0][0])
+    lines = []
+    for i, (x_BMC, weights_BM3C, lam_BMC) in enumerate(zip(*steps, strict=True)):
+        if chunk is not None and i % chunk == 0:
+            h = torch.zeros_like(h)
+        h = (weights_BM3C * _neighbours(h)).sum(2) + lam_BMC * x_BMC
+        lines.append(h)
+    return _grid(lines, direction)
