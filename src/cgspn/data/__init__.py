@@ -1,0 +1,26 @@
+"""Images: the embedded set, image folders, transforms and batches."""
+
+from .captions import TEMPLATES, fill
+from .embedded import load_embedded
+from .image_set import ImageSet
+from .loader import Batch, ImageSource, batch_indices, batches, one_pass
+from .transforms import EvalTransform, TrainTransform, center_crop, normalize, random_resized_crop, resize, to_float
+
+__all__ = [
+    "TEMPLATES",
+    "Batch",
+    "EvalTransform",
+    "ImageSet",
+    "ImageSource",
+    "TrainTransform",
+    "batch_indices",
+    "batches",
+    "center_crop",
+    "fill",
+    "load_embedded",
+    "normalize",
+    "one_pass",
+    "random_resized_crop",
+    "resize",
+    "to_float",
+]

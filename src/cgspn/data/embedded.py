@@ -1,0 +1,71 @@
+"""The image set that comes with the package: part of Fashion-MNIST (MIT licence, see fashion_mnist/LICENSE)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cache
+from importlib import resources
+from typing import Literal, get_args
+
+import torch
+
+from .image_set import ImageSet
+
+Split = Literal["train", "validation", "test"]
+
+CLASS_NAMES = (
+    "t-shirt",
+    "trouser",
+    "pullover",
+    "dress",
+    "coat",
+    "sandal",
+    "shirt",
+    "sneaker",
+    "bag",
+    "ankle boot",
+)
+
+
+@cache
+def load_embedded(split: Split) -> ImageSet:
+    """Load the embedded set: grey images of clothes, 28x28, ten classes of the same size.
+
+    19,200 training, 2,000 validation and 4,000 test images; test images come from the original test split. The
+    classes take turns, so the first n images of a split are balanced too. The decoded set is kept: every call
+    returns the same object, whose tensors must not be written to.
+
+    Args:
+        split: "train", "validation" or "test".
+
+    Returns:
+        images uint8 [N, 1, 28, 28], labels int64 [N], ten class names.
+
+    Raises:
+        ValueError: an unknown split.
+        RuntimeError: the files are damaged, or this Python was built without lzma.
+
+    Source: Xiao, Rasul and Vollgraf, "Fashion-MNIST", 2017; subset by scripts/build_embedded.py.
+    """
+    if split not in get_args(Split):
+        raise ValueError(f"split is {split!r}; accepted: {', '.join(map(repr, get_args(Split)))}")
+    try:
+        import lzma
+    except ImportError as error:
+        raise RuntimeError("the embedded images need the standard module lzma, which this Python lacks") from error
+
+    folder = resources.files(__package__) / "fashion_mnist"
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    try:
+        raw = bytearray(lzma.decompress((folder / f"{split}.xz").read_bytes()))
+    except lzma.LZMAError as error:
+        raise RuntimeError(f"the embedded file {split}.xz is damaged ({error}); install the package again") from error
+    if hashlib.sha256(raw).hexdigest() != manifest["splits"][split]["sha256"]:
+        raise RuntimeError(f"the embedded file {split}.xz does not hold what it should; install the package again")
+    classes, h, w = manifest["classes"], manifest["height"], manifest["width"]
+    # Stored [class, n, column, row], which packs best; handed out with the classes taking turns.
+    stored = torch.frombuffer(raw, dtype=torch.uint8).view(classes, -1, w, h)
+    images = stored.permute(1, 0, 3, 2).reshape(-1, 1, h, w).contiguous()
+    labels = torch.arange(classes).repeat(len(images) // classes)
+    return ImageSet(images, labels, CLASS_NAMES)

@@ -1,0 +1,45 @@
+"""The object in an image with a dark background: a threshold, and everything it encloses."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def foreground(images: Tensor, threshold: int = 16) -> Tensor:
+    """Tell object from background: background is the dark region connected to the border.
+
+    A pixel is dark if no channel exceeds `threshold`. Dark pixels that no 4-connected dark path joins to the border
+    are holes in the object (a black logo, the eyelet of a shoe) and count as object.
+
+    Args:
+        images: uint8 [N, C, H, W].
+        threshold: grey value, 0 to 255.
+
+    Returns:
+        bool [N, H, W], True on the object.
+    """
+    dark = images.amax(1) <= threshold
+    # Flood from a frame around the image, one step at a time and all images together; those that have come to
+    # rest leave the work. The frame makes the border one connected region.
+    n, h, w = dark.shape
+    open_ = torch.ones(n, h + 2, w + 2, dtype=torch.bool, device=images.device)
+    open_[:, 1:-1, 1:-1] = dark
+    outside = torch.zeros_like(open_)
+    outside[:, 0], outside[:, -1], outside[:, :, 0], outside[:, :, -1] = True, True, True, True
+    active = torch.arange(n, device=images.device)
+    while len(active):
+        allowed, before = open_[active], outside[active]
+        after = before.clone()
+        # Each sweep runs the length of the grid, so straight stretches fill at once.
+        for i in range(1, h + 2):
+            after[:, i] |= after[:, i - 1] & allowed[:, i]
+        for i in range(h, -1, -1):
+            after[:, i] |= after[:, i + 1] & allowed[:, i]
+        for j in range(1, w + 2):
+            after[:, :, j] |= after[:, :, j - 1] & allowed[:, :, j]
+        for j in range(w, -1, -1):
+            after[:, :, j] |= after[:, :, j + 1] & allowed[:, :, j]
+        outside[active] = after
+        active = active[(after != before).flatten(1).any(1)]
+    return ~outside[:, 1:-1, 1:-1]

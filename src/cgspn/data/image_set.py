@@ -1,0 +1,84 @@
+"""A labelled set of images of one size, held in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .captions import TEMPLATES, fill
+from .foreground import foreground
+
+
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images of one size with their labels.
+
+    Attributes:
+        images: uint8 [N, 1 or 3, H, W].
+        labels: int64 [N], each below len(class_names).
+        class_names: readable class names, by label.
+
+    Raises:
+        TypeError: a wrong dtype.
+        ValueError: a wrong shape, or a label without a class name.
+    """
+
+    images: Tensor
+    labels: Tensor
+    class_names: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8:
+            raise TypeError(f"images has dtype {self.images.dtype}; accepted: torch.uint8")
+        if self.labels.dtype != torch.int64:
+            raise TypeError(f"labels has dtype {self.labels.dtype}; accepted: torch.int64")
+        if self.images.ndim != 4 or self.images.shape[1] not in (1, 3):
+            raise ValueError(f"images has shape {tuple(self.images.shape)}; expected [N, 1 or 3, H, W]")
+        if self.labels.shape != self.images.shape[:1]:
+            raise ValueError(f"labels has shape {tuple(self.labels.shape)}; expected [N] = [{len(self.images)}]")
+        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.class_names):
+            raise ValueError(
+                f"labels run from {int(self.labels.min())} to {int(self.labels.max())}; "
+                f"accepted: 0 to {len(self.class_names) - 1}, one class name each"
+            )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images uint8 [B, 1 or 3, H, W] and labels int64 [B] at `indices`, int64 [B]."""
+        return self.images[indices], self.labels[indices]
+
+    def subset(self, indices: Tensor) -> ImageSet:
+        """The set of the images at `indices`, int64 [M] (or a bool mask [N])."""
+        return ImageSet(self.images[indices], self.labels[indices], self.class_names)
+
+    def captions(self, seed: int = 0, indices: Tensor | None = None, templates: Sequence[str] = TEMPLATES) -> list[str]:
+        """One caption for each image: its class name in a template chosen at random.
+
+        The caption of an image depends on its own index and the seed alone, so a batch has the captions it would
+        have in the whole set. Vary the seed over epochs to see every template.
+
+        Args:
+            seed: which draw of templates.
+            indices: int64 [M], the images that captions are wanted for; None for all.
+            templates: texts with one `{}` for the class name.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        choice = torch.randint(len(templates), (len(self),), generator=generator)
+        labels = self.labels
+        if indices is not None:
+            choice, labels = choice[indices], labels[indices]
+        return [fill(templates[t], self.class_names[k]) for t, k in zip(choice.tolist(), labels.tolist())]
+
+    def masks(self, threshold: int = 16) -> Tensor:
+        """Semantic masks uint8 [N, H, W]: 0 background, 1 + label foreground.
+
+        Foreground is what the dark surroundings do not reach from the border (see `foreground`), so this is for
+        images of one object on a dark background, as in the embedded set.
+        """
+        inside = foreground(self.images, threshold)
+        return inside.to(torch.uint8) * (self.labels + 1).to(torch.uint8)[:, None, None]

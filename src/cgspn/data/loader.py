@@ -1,0 +1,135 @@
+"""Batches whose content is a pure function of the seed and the step, so that a run resumes exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Transform = Callable[[Tensor, torch.Generator], Tensor]
+"""From images uint8 [B, 1 or 3, H, W] and a source of randomness to what the encoder takes, float [B, 3, h, w]."""
+
+
+class ImageSource(Protocol):
+    """What `batches` needs: a length and random access. `ImageSet` is one; anything else may be."""
+
+    def __len__(self) -> int:
+        """Number of images."""
+
+    def fetch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Images uint8 [B, 1 or 3, H, W] and labels int64 [B] at `indices`, int64 [B]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One batch.
+
+    Attributes:
+        step: its number in the stream.
+        indices: int64 [B], which images of the source.
+        images: what the transform returned, or uint8 [B, 1 or 3, H, W] without one.
+        labels: int64 [B].
+    """
+
+    step: int
+    indices: Tensor
+    images: Tensor
+    labels: Tensor
+
+
+def _generator(seed: int, purpose: int, number: int) -> torch.Generator:
+    # A hash, since seeds that differ by one must not give streams that overlap between purposes or numbers.
+    mixed = seed & 0xFFFFFFFFFFFFFFFF
+    for value in (purpose, number):
+        mixed = (mixed ^ value) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        mixed ^= mixed >> 31
+    return torch.Generator().manual_seed(mixed)
+
+
+def _order(size: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
+    return torch.randperm(size, generator=_generator(seed, 0, epoch)) if shuffle else torch.arange(size)
+
+
+def batch_indices(size: int, batch_size: int, step: int, *, seed: int = 0, shuffle: bool = True) -> Tensor:
+    """Which images batch `step` holds: a slice of an endless stream of epochs, each a permutation of all images.
+
+    Every batch is full; one that crosses the end of an epoch takes the rest from the next.
+
+    Args:
+        size: images in the source, at least 1.
+        batch_size: images in a batch, at least 1; may exceed `size`.
+        step: number of the batch from 0.
+        seed: which stream.
+        shuffle: False for the order of the source, over and over.
+
+    Returns:
+        int64 [batch_size].
+
+    Raises:
+        ValueError: a size, batch size or step out of range.
+    """
+    if size < 1:
+        raise ValueError(f"size is {size}; the source must hold at least 1 image")
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; must be at least 1")
+    if step < 0:
+        raise ValueError(f"step is {step}; must be at least 0")
+    begin, end = step * batch_size, (step + 1) * batch_size
+    parts = []
+    for epoch in range(begin // size, (end - 1) // size + 1):
+        first = epoch * size
+        parts.append(_order(size, seed, epoch, shuffle)[max(begin - first, 0) : end - first])
+    return torch.cat(parts)
+
+
+def batches(
+    source: ImageSource,
+    batch_size: int,
+    *,
+    steps: int,
+    start: int = 0,
+    seed: int = 0,
+    shuffle: bool = True,
+    transform: Transform | None = None,
+) -> Iterator[Batch]:
+    """Batches number `start` to `steps` - 1 of the stream of `batch_indices`.
+
+    To resume after step s, pass start = s + 1 and the same seed: order and augmentation go on bit for bit.
+
+    Args:
+        source: an `ImageSet` or any other `ImageSource`.
+        batch_size: images in a batch.
+        steps: number of the step to stop before; an epoch is ceil(len(source) / batch_size) steps.
+        start: first step.
+        seed: which stream of orders and of augmentations.
+        shuffle: False for the order of the source.
+        transform: called as transform(images, generator); its generator depends on seed and step alone.
+
+    Raises:
+        ValueError: from `batch_indices`, when the first batch is asked for.
+    """
+    for step in range(start, steps):
+        indices = batch_indices(len(source), batch_size, step, seed=seed, shuffle=shuffle)
+        yield _fetch(source, step, indices, transform, seed)
+
+
+def one_pass(
+    source: ImageSource, batch_size: int, *, seed: int = 0, transform: Transform | None = None
+) -> Iterator[Batch]:
+    """Every image once, in order; the last batch may be smaller. For evaluation."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; must be at least 1")
+    for step, indices in enumerate(torch.split(torch.arange(len(source)), batch_size) if len(source) else ()):
+        yield _fetch(source, step, indices, transform, seed)
+
+
+def _fetch(source: ImageSource, step: int, indices: Tensor, transform: Transform | None, seed: int) -> Batch:
+    images, labels = source.fetch(indices)
+    if transform is not None:
+        images = transform(images, _generator(seed, 1, step))
+    return Batch(step, indices, images, labels)

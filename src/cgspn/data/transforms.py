@@ -1,0 +1,217 @@
+"""Resizing, cropping and normalising of batches of images, on tensors and without torchvision.
+
+Everything geometric is one operation: `resample` reads a box of each image and writes it at a given size with an
+antialiased bilinear (triangle) filter, as two small matrix products per image. Boxes and flips may differ from image
+to image, and the result equals cropping first and then resizing with torch's antialiased interpolation.
+
+Shapes: B images, C channels, H x W size, h x w new size.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Size = int | tuple[int, int]
+
+MEAN = (0.5, 0.5, 0.5)
+STD = (0.5, 0.5, 0.5)
+
+
+def _pair(name: str, size: Size) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else tuple(size)
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"{name} is {size!r}; expected a positive int, or (height, width) of two")
+    return pair
+
+
+def to_float(images: Tensor) -> Tensor:
+    """Images uint8 or float [B, 1 or 3, H, W] to float32 [B, 3, H, W] in 0..1; grey is repeated.
+
+    Floats are taken to be in 0..1 already.
+
+    Raises:
+        ValueError: another number of channels or dimensions.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images has shape {tuple(images.shape)}; expected [B, 1 or 3, H, W]")
+    out = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    return out.expand(-1, 3, -1, -1)
+
+
+def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
+    """(images - mean) / std per channel; float [B, 3, H, W] in, the same out. Default: 0..1 becomes -1..1."""
+    m = images.new_tensor(mean)[:, None, None]
+    s = images.new_tensor(std)[:, None, None]
+    return (images - m) / s
+
+
+def _weights(begin: Tensor, length: Tensor, size: int, new: int, flip: Tensor | None) -> Tensor:
+    """Rows of filter weights [B, new, size] that read `new` samples from [begin, begin + length) of `size` pixels."""
+    scale = (length / new)[:, None, None]
+    center = begin[:, None, None] + scale * (torch.arange(new, device=begin.device)[:, None] + 0.5)
+    pixel = torch.arange(size, device=begin.device) + 0.5
+    weights = (1 - (pixel - center).abs() / scale.clamp(min=1)).clamp(min=0)
+    # Pixels outside the box do not exist for the filter, as if the box had been cut out first.
+    inside = (pixel > begin[:, None, None]) & (pixel < (begin + length)[:, None, None])
+    weights = weights * inside
+    weights = weights / weights.sum(-1, keepdim=True)
+    return weights if flip is None else torch.where(flip[:, None, None], weights.flip(1), weights)
+
+
+def resample(images: Tensor, boxes: Tensor, size: Size, flip: Tensor | None = None) -> Tensor:
+    """Cut a box out of each image and resize it, antialiased; optionally mirror it.
+
+    Args:
+        images: float [B, C, H, W].
+        boxes: [B, 4] as (top, left, height, width) in whole pixels, inside the image.
+        size: new height and width; the aspect ratio of the box need not be kept.
+        flip: bool [B], True to mirror left and right.
+
+    Returns:
+        [B, C, h, w], dtype of images.
+    """
+    h, w = _pair("size", size)
+    top, left, height, width = boxes.to(images.device, torch.float32).unbind(1)
+    rows = _weights(top, height, images.shape[2], h, None).to(images.dtype)
+    columns = _weights(left, width, images.shape[3], w, flip).to(images.dtype)
+    return rows[:, None] @ images @ columns[:, None].mT
+
+
+def resize(images: Tensor, size: Size) -> Tensor:
+    """Resize float [B, C, H, W] to [B, C, h, w], antialiased, any aspect ratio."""
+    new = _pair("size", size)
+    if images.shape[2:] == new:
+        return images
+    return torch.nn.functional.interpolate(images, new, mode="bilinear", antialias=True, align_corners=False)
+
+
+def center_crop(images: Tensor, size: Size) -> Tensor:
+    """The middle of the images at the largest scale that fills `size`: resize the shorter side, cut the longer.
+
+    Args:
+        images: float [B, C, H, W].
+        size: new height and width.
+
+    Returns:
+        [B, C, h, w].
+    """
+    h, w = _pair("size", size)
+    height, width = images.shape[2:]
+    scale = max(h / height, w / width)
+    # max() because rounding must not make the resized image smaller than the crop.
+    scaled = resize(images, (max(h, round(height * scale)), max(w, round(width * scale))))
+    top, left = (scaled.shape[2] - h) // 2, (scaled.shape[3] - w) // 2
+    return scaled[:, :, top : top + h, left : left + w]
+
+
+def random_boxes(
+    count: int,
+    height: int,
+    width: int,
+    generator: torch.Generator,
+    scale: tuple[float, float] = (0.6, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Tensor:
+    """Random boxes int64 [count, 4] (top, left, height, width): area uniform, aspect ratio log-uniform.
+
+    A draw that does not fit is shortened to fit, so no draw is ever repeated and the stream of random numbers has a
+    fixed length.
+
+    Args:
+        count: number of boxes.
+        height: of the images, pixels.
+        width: of the images, pixels.
+        generator: on the CPU.
+        scale: smallest and largest share of the image's area.
+        ratio: smallest and largest width / height.
+    """
+    area_u, ratio_u, top_u, left_u = torch.rand(4, count, generator=generator, dtype=torch.float64)
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * area_u)
+    aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * ratio_u)
+    box_h = (area / aspect).sqrt().round().clamp(1, height)
+    box_w = (area * aspect).sqrt().round().clamp(1, width)
+    top = (top_u * (height - box_h + 1)).floor()
+    left = (left_u * (width - box_w + 1)).floor()
+    return torch.stack([top, left, box_h, box_w], 1).long()
+
+
+def random_resized_crop(
+    images: Tensor,
+    size: Size,
+    generator: torch.Generator,
+    *,
+    scale: tuple[float, float] = (0.6, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    flip: float = 0.5,
+) -> Tensor:
+    """A random box of each image, resized, and mirrored with probability `flip`.
+
+    Args:
+        images: float [B, C, H, W].
+        size: new height and width.
+        generator: on the CPU; the same state gives the same result.
+        scale: smallest and largest share of the image's area.
+        ratio: smallest and largest width / height of the box.
+        flip: probability of mirroring left and right.
+
+    Returns:
+        [B, C, h, w].
+    """
+    boxes = random_boxes(len(images), images.shape[2], images.shape[3], generator, scale, ratio)
+    mirrored = torch.rand(len(images), generator=generator) < flip
+    return resample(images, boxes, size, mirrored.to(images.device))
+
+
+@dataclass(frozen=True)
+class EvalTransform:
+    """uint8 [B, 1 or 3, H, W] to normalised float32 [B, 3, h, w], nothing random.
+
+    Attributes:
+        size: new height and width.
+        crop: True keeps the aspect ratio and cuts the middle, False squeezes the whole image into `size`.
+        mean: per channel, of images in 0..1.
+        std: per channel.
+    """
+
+    size: Size
+    crop: bool = True
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+    def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Transform a batch; the generator is not used."""
+        # Grey stays one channel while it is resized, and is repeated at the end.
+        scaled = images.float() / 255 if images.dtype == torch.uint8 else images
+        scaled = center_crop(scaled, self.size) if self.crop else resize(scaled, self.size)
+        return normalize(to_float(scaled), self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class TrainTransform:
+    """uint8 [B, 1 or 3, H, W] to normalised float32 [B, 3, h, w] by a random resized crop and a random flip.
+
+    Attributes:
+        size: new height and width.
+        scale: smallest and largest share of the image's area.
+        ratio: smallest and largest width / height of the box.
+        flip: probability of mirroring left and right.
+        mean: per channel, of images in 0..1.
+        std: per channel.
+    """
+
+    size: Size
+    scale: tuple[float, float] = (0.6, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    mean: tuple[float, ...] = MEAN
+    std: tuple[float, ...] = STD
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Transform a batch; the same state of the generator gives the same result."""
+        scaled = images.float() / 255 if images.dtype == torch.uint8 else images
+        scaled = random_resized_crop(scaled, self.size, generator, scale=self.scale, ratio=self.ratio, flip=self.flip)
+        return normalize(to_float(scaled), self.mean, self.std)
