@@ -1,0 +1,30 @@
+"""Building blocks: mixers behind one interface, and what surrounds them."""
+
+from .attention import AttentionConfig, AttentionMixer
+from .block import Block, LayerScale
+from .embed import LearnedPositions, PatchEmbed
+from .mixer import Grid, Mixer
+from .mlp import Activation, Mlp
+from .pooling import ClassTokenPool, MapPool, MeanPool, Pooling
+from .propagation import GSPN, GSPN_WALK, PropagationConfig, PropagationMixer
+
+__all__ = [
+    "GSPN",
+    "GSPN_WALK",
+    "Activation",
+    "AttentionConfig",
+    "AttentionMixer",
+    "Block",
+    "ClassTokenPool",
+    "Grid",
+    "LayerScale",
+    "LearnedPositions",
+    "MapPool",
+    "MeanPool",
+    "Mixer",
+    "Mlp",
+    "PatchEmbed",
+    "Pooling",
+    "PropagationConfig",
+    "PropagationMixer",
+]

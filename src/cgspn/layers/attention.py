@@ -1,0 +1,66 @@
+"""Softmax attention over all tokens: the teacher, the ViT baseline and the kept layers of a hybrid."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from .mixer import Grid, Mixer
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """heads: number of heads, a divisor of the width. qkv_bias: whether the QKV projection has a bias."""
+
+    heads: int = 16
+    qkv_bias: bool = True
+
+
+class AttentionMixer(Mixer):
+    """Multi-head self-attention: tokens [B, prefix + h*w, C] -> the same shape. Quadratic in the number of tokens."""
+
+    def __init__(self, width: int, config: AttentionConfig | None = None) -> None:
+        """width: C. Raises ValueError if it is not a multiple of the number of heads."""
+        super().__init__()
+        self.config = config = config or AttentionConfig()
+        if config.heads < 1 or width % config.heads:
+            raise ValueError(f"heads is {config.heads}; a width of {width} accepts its divisors")
+        self.heads = config.heads
+        self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
+        self.out = nn.Linear(width, width)
+        nn.init.normal_(self.qkv.weight, std=width**-0.5)
+        nn.init.normal_(self.out.weight, std=0.5 * width**-0.5)
+        for bias in (self.qkv.bias, self.out.bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        batch, count, _ = tokens.shape
+        q, k, v = self.qkv(tokens).view(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """tokens [B, N, C] -> [B, N, C]; positions outside the grid's mask are not attended to."""
+        q, k, v = self._split(tokens)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=_keys_inside(tokens, grid))
+        result: Tensor = self.out(out.transpose(1, 2).flatten(2))
+        return result
+
+    @torch.no_grad()
+    def weights(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """The attention map itself, for pictures: [B, heads, N, N], rows sum to one."""
+        q, k, _ = self._split(tokens)
+        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+        inside = _keys_inside(tokens, grid)
+        return (logits if inside is None else logits.masked_fill(~inside, -torch.inf)).softmax(-1)
+
+
+def _keys_inside(tokens: Tensor, grid: Grid) -> Tensor | None:
+    """[B, 1, 1, N] bool: which tokens may be attended to; None for all."""
+    if grid.mask is None:
+        return None
+    prefix = grid.mask.new_ones(tokens.shape[0], grid.prefix)
+    return torch.cat([prefix, grid.mask.flatten(1)], 1)[:, None, None]

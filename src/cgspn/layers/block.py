@@ -1,0 +1,56 @@
+"""A transformer block around any mixer, cut where distillation taps it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .mixer import Grid, Mixer
+from .mlp import Activation, Mlp
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel on a residual branch: [..., C] -> [..., C]."""
+
+    def __init__(self, width: int, init: float) -> None:
+        """width: C; init: where every factor starts."""
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]."""
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """x + sublayer(x), then + MLP: tokens [B, N, C] -> [B, N, C].
+
+    `sublayer` is what stage 1 aligns and the PP tap reads (the branch, before the residual is added); the block's
+    output is what the PB tap reads. Source: "Key Designs" 3.
+    """
+
+    def __init__(
+        self, width: int, mixer: Mixer, hidden: int, act: Activation, eps: float, layer_scale: float | None
+    ) -> None:
+        """width: C; hidden: MLP width; eps: of both LayerNorms; layer_scale: initial value, None for none."""
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.mixer = mixer
+        self.scale1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, hidden, act)
+        self.scale2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+
+    def sublayer(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """The mixing branch [B, N, C], without the residual."""
+        out: Tensor = self.scale1(self.mixer(self.norm1(tokens), grid))
+        return out
+
+    def mlp_half(self, tokens: Tensor) -> Tensor:
+        """tokens + MLP branch, [B, N, C]."""
+        out: Tensor = tokens + self.scale2(self.mlp(self.norm2(tokens)))
+        return out
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """tokens [B, N, C] -> [B, N, C]."""
+        return self.mlp_half(tokens + self.sublayer(tokens, grid))

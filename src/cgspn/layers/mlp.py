@@ -1,0 +1,48 @@
+"""The MLP half of a block, the same for every mixer."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x): the activation of OpenAI's CLIP."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same shape."""
+        return x * (1.702 * x).sigmoid()
+
+
+def activation(name: Activation) -> nn.Module:
+    """The module behind an activation's name. Raises ValueError for an unknown one."""
+    if name == "gelu":
+        return nn.GELU()
+    if name == "gelu_tanh":
+        return nn.GELU(approximate="tanh")
+    if name == "quick_gelu":
+        return QuickGELU()
+    raise ValueError(f"activation is {name!r}; accepted: 'gelu', 'gelu_tanh', 'quick_gelu'")
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an activation between: [..., C] -> [..., out or C]."""
+
+    def __init__(self, width: int, hidden: int, act: Activation = "gelu", out: int | None = None) -> None:
+        """width: C; hidden: inner width; out: output width, C if None. Raises ValueError for an unknown activation."""
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = activation(act)
+        self.fc2 = nn.Linear(hidden, out or width)
+        nn.init.normal_(self.fc1.weight, std=width**-0.5)
+        nn.init.normal_(self.fc2.weight, std=0.5 * hidden**-0.5)
+        nn.init.zeros_(self.fc1.bias)
+        nn.init.zeros_(self.fc2.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C] (or `out`)."""
+        out: Tensor = self.fc2(self.act(self.fc1(x)))
+        return out

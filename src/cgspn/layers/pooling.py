@@ -1,0 +1,65 @@
+"""From tokens to one vector: attention pooling with a learned probe (the MAP head of SigLIP), mean, or class token."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from .mixer import Grid
+from .mlp import Activation, Mlp
+
+Pooling = Literal["map", "mean", "cls"]
+
+
+class MeanPool(nn.Module):
+    """The mean of the grid tokens inside the mask: tokens [B, N, C] -> [B, C]."""
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Prefix tokens take no part."""
+        tokens = tokens[:, grid.prefix :]
+        if grid.mask is None:
+            return tokens.mean(1)
+        inside = grid.mask.flatten(1)[..., None]
+        return tokens.masked_fill(~inside, 0.0).sum(1) / inside.sum(1).clamp(min=1)
+
+
+class ClassTokenPool(nn.Module):
+    """The class token: tokens [B, N, C] -> [B, C]."""
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Raises ValueError if the tokens have no class token."""
+        if not grid.prefix:
+            raise ValueError("pooling is 'cls' but the tokens have no class token; accepted: 'map', 'mean'")
+        return tokens[:, 0]
+
+
+class MapPool(nn.Module):
+    """A learned probe attends to the grid, then an MLP refines it: tokens [B, N, C] -> [B, C]. As in SigLIP."""
+
+    def __init__(self, width: int, heads: int, hidden: int, act: Activation, eps: float) -> None:
+        """width: C; heads: of the probe's attention; hidden: MLP width."""
+        super().__init__()
+        self.heads = heads
+        self.probe = nn.Parameter(torch.randn(width) * width**-0.5)
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.mlp = Mlp(width, hidden, act)
+        for linear in (self.q, self.kv, self.out):
+            nn.init.normal_(linear.weight, std=width**-0.5)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Prefix tokens and positions outside the mask take no part."""
+        tokens = tokens[:, grid.prefix :]
+        batch, count, width = tokens.shape
+        q = self.q(self.probe).view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
+        k, v = self.kv(tokens).view(batch, count, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        inside = None if grid.mask is None else grid.mask.flatten(1)[:, None, None]
+        pooled = self.out(scaled_dot_product_attention(q, k, v, attn_mask=inside).reshape(batch, width))
+        out: Tensor = pooled + self.mlp(self.norm(pooled))
+        return out

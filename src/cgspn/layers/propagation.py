@@ -1,0 +1,151 @@
+"""The C-GSPN mixer, and with other settings the original GSPN layer (source, "Key Designs" 1 and 2; design, section 3).
+
+    tokens -> [projection] -> [expansion] -> P_down -> [local convolution] -> [norm] -> latent x
+    x -> parameters: lam, u and three logits for each direction -> propagate_2d -> [norm] -> [+ x] -> P_up -> [projection]
+
+Parts in brackets are switches of `PropagationConfig`. GSPN -> C-GSPN is a walk through them (`GSPN_WALK`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import DIRECTIONS, propagate_2d
+from .mixer import Grid, Mixer
+
+
+@dataclass(frozen=True)
+class PropagationConfig:
+    """What a propagation sub-layer contains. The defaults are C-GSPN.
+
+    Args:
+        compression: s; the scan runs on Cc = floor(C / s) channels. None scans in the raw space, without P_down.
+        directions: which of the four scans run.
+        merge: "sum" adds the directions before P_up (the source); "concat" gives P_up all of them.
+        latent_norm: RMSNorm on the latent, before the parameters and the scan.
+        merge_norm: RMSNorm on the merged scan; keeps features bounded however long the lines are.
+        local_kernel: size of a depthwise convolution on the latent, added to it; 0 for none.
+        projections: GSPN's linear projections C -> C around everything.
+        expansion: GSPN's channel expansion before propagation; 1 for none.
+        inner_residual: GSPN's path around the scan.
+    """
+
+    compression: float | None = 18
+    directions: tuple[str, ...] = DIRECTIONS
+    merge: Literal["sum", "concat"] = "concat"
+    latent_norm: bool = True
+    merge_norm: bool = True
+    local_kernel: int = 3
+    projections: bool = False
+    expansion: float = 1
+    inner_residual: bool = False
+
+    def latent_width(self, width: int) -> int:
+        """Cc for tokens of `width` channels. Raises ValueError if nothing is left."""
+        expanded = int(width * self.expansion)
+        if self.compression is None:
+            return expanded
+        if not self.compression > 0 or int(width / self.compression) < 1:
+            raise ValueError(
+                f"compression is {self.compression}; a width of {width} accepts more than 0 and at most {width}"
+            )
+        return int(width / self.compression)
+
+
+# The published GSPN layer: raw space, the whole shell, directions summed. And the changes that lead from it to C-GSPN.
+GSPN = PropagationConfig(
+    compression=None, merge="sum", latent_norm=False, projections=True, expansion=2, inner_residual=True
+)
+GSPN_WALK: dict[str, PropagationConfig] = {
+    "GSPN": GSPN,
+    "- inner residual": replace(GSPN, inner_residual=False),
+    "- linear projections": replace(GSPN, inner_residual=False, projections=False),
+    "- channel expansion": replace(GSPN, inner_residual=False, projections=False, expansion=1),
+    "+ latent space (C-GSPN)": replace(PropagationConfig(), merge="sum"),
+    "+ concatenated directions": PropagationConfig(),
+}
+
+
+class PropagationMixer(Mixer):
+    """Four-direction line scan in a compressed latent space: tokens [B, h*w, C] -> [B, h*w, C], without positions.
+
+    Linear in the number of tokens, any grid. Class or register tokens have no place in it.
+    Source: design, section 3.
+    """
+
+    def __init__(self, width: int, config: PropagationConfig | None = None) -> None:
+        """width: C. Raises ValueError if the compression leaves no channel."""
+        super().__init__()
+        self.config = config = config or PropagationConfig()
+        expanded, latent = int(width * config.expansion), config.latent_width(width)
+        self.latent = latent
+        self.project_in = nn.Linear(width, width) if config.projections else nn.Identity()
+        self.expand = nn.Linear(width, expanded) if config.expansion != 1 else nn.Identity()
+        self.down = nn.Linear(expanded, latent) if config.compression is not None else nn.Identity()
+        self.local = (
+            nn.Conv2d(latent, latent, config.local_kernel, padding=config.local_kernel // 2, groups=latent)
+            if config.local_kernel
+            else None
+        )
+        self.norm = nn.RMSNorm(latent, eps=1e-6) if config.latent_norm else nn.Identity()
+        # per position: [D, 5, Cc] = lam, u and the three logits of each direction, side by side in memory
+        self.parameters_of = nn.Linear(latent, len(config.directions) * 5 * latent)
+        merged = latent * (len(config.directions) if config.merge == "concat" else 1)
+        self.merge_norm = nn.RMSNorm(merged, eps=1e-6) if config.merge_norm else nn.Identity()
+        self.up = nn.Linear(merged, width)
+        self.project_out = nn.Linear(width, width) if config.projections else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as a small, bounded, slowly varying mixer.
+
+        lam and u start near 0.5 and the neighbours near equal weight, whatever the input; P_up starts near zero, so
+        that the first steps of distillation begin at "adds nothing" instead of exploding (design, "Quality is the
+        open risk"). The scan adds up L lines, so without `merge_norm` its output grows with the grid.
+        """
+        for module in (self.project_in, self.expand, self.down, self.project_out):
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+                nn.init.zeros_(module.bias)
+        if self.local is not None:
+            nn.init.normal_(self.local.weight, std=0.02)
+            if self.local.bias is not None:
+                nn.init.zeros_(self.local.bias)
+        nn.init.normal_(self.parameters_of.weight, std=0.1 * self.latent**-0.5)
+        with torch.no_grad():
+            bias = self.parameters_of.bias.view(len(self.config.directions), 5, self.latent)
+            bias.zero_()
+            bias[:, :2] = 0.5
+        nn.init.normal_(self.up.weight, std=0.02 * self.up.in_features**-0.5)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """tokens [B, h*w, C] -> [B, h*w, C]. Raises ValueError for prefix tokens or a count that is not h*w."""
+        batch, count, width = tokens.shape
+        if grid.prefix or count != grid.tokens:
+            raise ValueError(
+                f"tokens has {count} tokens with {grid.prefix} before the grid; "
+                f"propagation accepts exactly {grid.height} x {grid.width} grid tokens"
+            )
+        config, directions = self.config, len(self.config.directions)
+        x = self.down(self.expand(self.project_in(tokens))).view(batch, grid.height, grid.width, self.latent)
+        if self.local is not None:
+            if grid.mask is not None:  # what a kernel reads beyond the image is zero, padded or not
+                x = x.masked_fill(~grid.mask[..., None], 0.0)
+            x = x + self.local(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = self.norm(x)
+        parameters = self.parameters_of(x).view(batch, grid.height, grid.width, directions, 5, self.latent)
+        lam, u, logits = parameters[..., 0, :], parameters[..., 1, :], parameters[..., 2:, :]
+        merge = "none" if config.merge == "concat" else "sum"
+        y = propagate_2d(x, logits, lam, u, directions=config.directions, merge=merge, mask=grid.mask)
+        y = y.reshape(batch, count, -1)
+        y = self.merge_norm(y)
+        if config.inner_residual:
+            inner = x.reshape(batch, count, self.latent)
+            y = y + (inner.repeat(1, 1, directions) if config.merge == "concat" else inner)
+        out: Tensor = self.project_out(self.up(y))
+        return out

@@ -1,0 +1,24 @@
+"""Encoders, text tower, the two side by side, and models by name."""
+
+from .checkpoint import CheckpointError
+from .config import EncoderConfig, TextConfig
+from .dual import DualEncoder, build_dual, load_dual
+from .encoder import Encoder, EncoderOutput
+from .registry import create_model, list_models, model_config
+from .text import TextTower, tokenize
+
+__all__ = [
+    "CheckpointError",
+    "DualEncoder",
+    "Encoder",
+    "EncoderConfig",
+    "EncoderOutput",
+    "TextConfig",
+    "TextTower",
+    "build_dual",
+    "create_model",
+    "list_models",
+    "load_dual",
+    "model_config",
+    "tokenize",
+]

@@ -1,0 +1,69 @@
+"""Checkpoint folders: config.json + model.safetensors, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message says what was expected and what was found."""
+
+
+def write_atomically(path: str | Path, data: bytes | str) -> None:
+    """Replace `path` by `data`; an interrupted call leaves what was there. Raises OSError if it cannot be written."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes files that only their owner can read
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def save_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
+    """Write the weights, then the config that makes the folder a checkpoint. Raises OSError."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{WEIGHTS}.")
+    os.close(handle)
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary, metadata={"format": "pt"})
+        os.replace(temporary, folder / WEIGHTS)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+
+
+def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and float32 weights of a checkpoint folder.
+
+    Raises CheckpointError if it is none, or if a file in it is truncated.
+    """
+    folder = Path(folder)
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} has no {' and no '.join(missing)}; expected a checkpoint folder with both")
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
+        state = load_file(folder / WEIGHTS)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} is not a readable checkpoint: {error}") from error
+    return config, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}

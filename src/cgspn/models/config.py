@@ -1,0 +1,131 @@
+"""What an encoder is made of: typed, printable, saved as config.json beside the weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from ..layers import Activation, AttentionConfig, Pooling, PropagationConfig
+
+MixerName = Literal["attention", "propagation"]
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """An image encoder: patch embedding, a list of blocks that differ only in their mixer, a pooling.
+
+    Args:
+        name: what it calls itself.
+        image_size: native size in pixels, (height, width); any multiple of the patch size may be given to forward.
+        patch_size: in pixels.
+        channels: of the images.
+        width: C.
+        mixers: one entry a block, "attention" or "propagation".
+        mlp_hidden: inner width of the MLPs.
+        activation: of the MLPs.
+        attention, propagation: what each kind of mixer is made of.
+        layer_scale: initial LayerScale of the residual branches, None for none.
+        positions: learned positions at the native grid, resized to others. C-GSPN needs none.
+        class_token: a class token before the grid.
+        registers: number of register tokens after the class token.
+        patch_bias, pre_norm, final_norm: a bias in the patch embedding, a LayerNorm before the blocks (CLIP), one after.
+        norm_eps: of every LayerNorm.
+        pooling: "map" (attention pooling), "mean" or "cls".
+        image_mean, image_std: how pixel values in [0, 1] are normalised.
+    """
+
+    name: str = "encoder"
+    image_size: tuple[int, int] = (378, 378)
+    patch_size: int = 14
+    channels: int = 3
+    width: int = 1152
+    mixers: tuple[MixerName, ...] = ("attention",) * 27
+    mlp_hidden: int = 4304
+    activation: Activation = "gelu_tanh"
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    propagation: PropagationConfig = field(default_factory=PropagationConfig)
+    layer_scale: float | None = None
+    positions: bool = True
+    class_token: bool = False
+    registers: int = 0
+    patch_bias: bool = True
+    pre_norm: bool = False
+    final_norm: bool = True
+    norm_eps: float = 1e-6
+    pooling: Pooling = "map"
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings that no encoder can have."""
+        for name in self.mixers:
+            if name not in ("attention", "propagation"):
+                raise ValueError(f"mixers holds {name!r}; accepted: 'attention', 'propagation'")
+        if (self.class_token or self.registers) and "propagation" in self.mixers:
+            raise ValueError("class_token and registers must be off beside propagation: the scan knows only the grid")
+        if self.pooling not in ("map", "mean", "cls"):
+            raise ValueError(f"pooling is {self.pooling!r}; accepted: 'map', 'mean', 'cls'")
+        if self.pooling == "cls" and not self.class_token:
+            raise ValueError("pooling is 'cls' without a class token; accepted: 'map', 'mean'")
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.mixers)
+
+    @property
+    def prefix(self) -> int:
+        """Number of tokens before the grid."""
+        return int(self.class_token) + self.registers
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A small text tower over UTF-8 bytes: no vocabulary file, any language.
+
+    Args:
+        width: C. depth: number of blocks. heads: of the attention. context: longest text in bytes, the rest is cut.
+    """
+
+    width: int = 64
+    depth: int = 2
+    heads: int = 2
+    context: int = 48
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass config as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def encoder_config_from_dict(values: Mapping[str, Any]) -> EncoderConfig:
+    """The inverse of `to_dict` for an EncoderConfig.
+
+    Raises ValueError naming keys that this version does not know.
+    """
+    return _build(
+        EncoderConfig, values, {"attention": lambda v: _build(AttentionConfig, v), "propagation": _propagation}
+    )
+
+
+def text_config_from_dict(values: Mapping[str, Any]) -> TextConfig:
+    """The inverse of `to_dict` for a TextConfig. Raises ValueError naming unknown keys."""
+    return _build(TextConfig, values)
+
+
+def _propagation(values: Mapping[str, Any]) -> PropagationConfig:
+    return _build(PropagationConfig, values)
+
+
+def _build(cls: type, values: Mapping[str, Any], nested: Mapping[str, Any] | None = None) -> Any:
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; accepted: {', '.join(sorted(known))}")
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    for key, build in (nested or {}).items():
+        if key in plain:
+            plain[key] = build(plain[key])
+    return cls(**plain)

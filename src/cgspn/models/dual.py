@@ -1,0 +1,87 @@
+"""Image and text encoder side by side in one embedding space: what zero-shot and retrieval need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from .checkpoint import CheckpointError, read_model, save_model
+from .config import EncoderConfig, TextConfig, encoder_config_from_dict, text_config_from_dict, to_dict
+from .encoder import Encoder
+from .text import TextTower, tokenize
+
+
+class DualEncoder(nn.Module):
+    """An image `Encoder`, a `TextTower`, a projection of each to `embed_dim`, and the scale and bias of the loss."""
+
+    def __init__(self, image: Encoder, text: TextTower, embed_dim: int) -> None:
+        """embed_dim: width of the shared space."""
+        super().__init__()
+        self.image, self.text = image, text
+        self.image_projection = nn.Linear(image.config.width, embed_dim, bias=False)
+        self.text_projection = nn.Linear(text.config.width, embed_dim, bias=False)
+        # where SigLIP starts its scale and bias
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0))
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Normalised images [B, channels, H, W] -> unit vectors [B, embed_dim]."""
+        return normalize(self.image_projection(self.image(images).pooled), dim=-1)
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> unit vectors [len(texts), embed_dim]. Raises ValueError for an empty text."""
+        ids = tokenize(texts, self.text.config.context).to(self.logit_scale.device)
+        return normalize(self.text_projection(self.text(ids)), dim=-1)
+
+    def with_image(self, image: Encoder) -> DualEncoder:
+        """A copy around another image encoder of the same width; text tower and projections are copied.
+
+        Raises ValueError if the widths differ.
+        """
+        if image.config.width != self.image.config.width:
+            raise ValueError(f"image has width {image.config.width}; expected {self.image.config.width}")
+        other = DualEncoder(image, TextTower(self.text.config), self.image_projection.out_features)
+        own = {k: v for k, v in self.state_dict().items() if not k.startswith("image.")}
+        other.load_state_dict(own, strict=False)
+        return other
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write config.json and model.safetensors into `folder`, each whole or not at all. Raises OSError.
+
+        dtype: of the stored weights.
+        """
+        config = {
+            "model": "dual",
+            "encoder": to_dict(self.image.config),
+            "text": to_dict(self.text.config),
+            "embed_dim": self.image_projection.out_features,
+        }
+        save_model(folder, config, {k: v.to(dtype) for k, v in self.state_dict().items()})
+
+
+def build_dual(encoder: EncoderConfig, text: TextConfig, embed_dim: int) -> DualEncoder:
+    """A freshly initialised DualEncoder. Raises ValueError for configs whose parts do not fit."""
+    return DualEncoder(Encoder(encoder), TextTower(text), embed_dim)
+
+
+def load_dual(folder: str | Path) -> DualEncoder:
+    """The DualEncoder of a checkpoint folder, in eval mode.
+
+    Raises CheckpointError if the folder holds none, or weights that do not fit its config.
+    """
+    config, state = read_model(folder)
+    if config.get("model") != "dual":
+        raise CheckpointError(f"{folder} holds a {config.get('model')!r} model; expected an image-text model, 'dual'")
+    model = build_dual(
+        encoder_config_from_dict(config["encoder"]), text_config_from_dict(config["text"]), config["embed_dim"]
+    )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {folder} do not fit its config: {error}") from error
+    return model.eval()

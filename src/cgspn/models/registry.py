@@ -1,0 +1,110 @@
+"""Models by name, named as timm names them: `vit_so400m_patch14_378`, `cgspn_so400m_patch14_378`."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import replace
+from typing import Any
+
+from ..layers import GSPN, AttentionConfig, PropagationConfig
+from .config import EncoderConfig, MixerName
+from .encoder import Encoder
+
+# width, depth, heads, MLP width. The compression keeps a latent of 64 channels where the width allows, the source's
+# Cc; small widths would be left with too little at s = 18 (design, section 5: Cc = 21 against 64).
+SIZES: dict[str, tuple[int, int, int, int]] = {
+    "tiny": (192, 12, 3, 768),
+    "small": (384, 12, 6, 1536),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+    "so400m": (1152, 27, 16, 4304),
+}
+COMPRESSION = {"tiny": 6, "small": 6, "base": 12, "large": 16, "so400m": 18}
+EMBEDDED = "patch4_28"  # the size of the embedded images; the demo's models
+
+
+def spread(keep: int, depth: int) -> tuple[int, ...]:
+    """Indices of `keep` layers spread evenly over `depth`: the last of each equal stretch (3 of 27: 8, 17, 26).
+
+    Raises ValueError unless 0 <= keep <= depth.
+    """
+    if not 0 <= keep <= depth:
+        raise ValueError(f"keep_attention is {keep}; accepted: 0 to {depth}, or a list of layer indices")
+    return tuple((i + 1) * depth // keep - 1 for i in range(keep))
+
+
+def _mixers(depth: int, attention: tuple[int, ...]) -> tuple[MixerName, ...]:
+    return tuple("attention" if i in attention else "propagation" for i in range(depth))
+
+
+def _configs() -> dict[str, EncoderConfig]:
+    configs: dict[str, EncoderConfig] = {}
+
+    def add(size: str, suffix: str, base: EncoderConfig, compression: float) -> None:
+        depth = base.depth
+        cgspn = replace(base, positions=False, propagation=PropagationConfig(compression=compression))
+        family: dict[str, EncoderConfig] = {
+            "vit": base,
+            "cgspn": replace(cgspn, mixers=_mixers(depth, ())),
+            "gspn": replace(cgspn, mixers=_mixers(depth, ()), propagation=GSPN),
+            "hybrid": replace(cgspn, mixers=_mixers(depth, spread(max(1, depth // 9), depth))),
+        }
+        for kind, config in family.items():
+            name = f"{kind}_{size}_{suffix}"
+            configs[name] = replace(config, name=name)
+
+    mini = EncoderConfig(
+        image_size=(28, 28),
+        patch_size=4,
+        width=128,
+        mixers=("attention",) * 6,
+        mlp_hidden=512,
+        attention=AttentionConfig(heads=4),
+    )
+    add("mini", EMBEDDED, mini, 4)
+    for size, (width, depth, heads, hidden) in SIZES.items():
+        attention: MixerName = "attention"
+        base = EncoderConfig(
+            width=width,
+            mixers=(attention,) * depth,
+            mlp_hidden=hidden,
+            attention=AttentionConfig(heads=heads),
+        )
+        add(size, "patch14_378", base, COMPRESSION[size])
+    return configs
+
+
+_CONFIGS = _configs()
+
+
+def list_models() -> list[str]:
+    """Names that `create_model` knows, sorted: `vit_*`, `cgspn_*`, `gspn_*` (the original), `hybrid_*` (1/9 kept)."""
+    return sorted(_CONFIGS)
+
+
+def model_config(name: str, **overrides: Any) -> EncoderConfig:
+    """The config behind a name, with fields of EncoderConfig overridden.
+
+    Raises ValueError for a name that does not exist (with the nearest that do) or an unknown field.
+    """
+    if name not in _CONFIGS:
+        near = difflib.get_close_matches(name, _CONFIGS, 3, 0.4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"model is {name!r}, which does not exist{hint} (`cgspn.list_models()` names all)")
+    unknown = [key for key in overrides if key not in EncoderConfig.__dataclass_fields__]
+    if unknown:
+        fields = ", ".join(EncoderConfig.__dataclass_fields__)
+        raise ValueError(f"create_model has no {', '.join(unknown)}; accepted: {fields}")
+    return replace(_CONFIGS[name], **overrides)
+
+
+def create_model(name: str, **overrides: Any) -> Encoder:
+    """A freshly initialised encoder by name.
+
+    Args:
+        name: one of `list_models()`.
+        overrides: fields of `EncoderConfig`, such as `image_size=(518, 518)`.
+
+    Raises ValueError as `model_config` does. Source: design, section 6.
+    """
+    return Encoder(model_config(name, **overrides))

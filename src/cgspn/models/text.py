@@ -1,0 +1,61 @@
+"""A small text tower over bytes, for the embedded teacher and for training from scratch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..layers import AttentionConfig, AttentionMixer, Block, Grid
+from .config import TextConfig
+
+
+def tokenize(texts: Sequence[str], context: int) -> Tensor:
+    """UTF-8 bytes + 1, padded with 0 to the longest: [len(texts), at most context] int64; longer texts are cut.
+
+    Raises ValueError for an empty sequence or an empty text.
+    """
+    if not texts or not all(texts):
+        raise ValueError(f"texts is {list(texts)!r}; expected at least one text, none of them empty")
+    encoded = [list(text.lower().encode()[:context]) for text in texts]
+    out = torch.zeros(len(texts), max(map(len, encoded)), dtype=torch.int64)
+    for row, values in zip(out, encoded):
+        row[: len(values)] = torch.tensor(values) + 1
+    return out
+
+
+class TextTower(nn.Module):
+    """Texts to one vector each: bidirectional attention over bytes, mean over the text. Output [B, width]."""
+
+    def __init__(self, config: TextConfig) -> None:
+        """Raises ValueError if the heads do not divide the width."""
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(257, config.width, padding_idx=0)
+        nn.init.normal_(self.embedding.weight, std=0.5)
+        self.positions = nn.Parameter(torch.randn(config.context, config.width) * 0.1)
+        self.blocks = nn.ModuleList(
+            Block(
+                config.width,
+                AttentionMixer(config.width, AttentionConfig(heads=config.heads)),
+                4 * config.width,
+                "gelu",
+                1e-6,
+                None,
+            )
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [B, T] int64 from `tokenize` -> [B, width]. Raises ValueError for T beyond the context."""
+        if ids.shape[1] > self.config.context:
+            raise ValueError(f"ids has {ids.shape[1]} bytes a text; accepted: at most {self.config.context}")
+        inside = ids != 0
+        tokens = self.embedding(ids) + self.positions[: ids.shape[1]]
+        grid = Grid(1, ids.shape[1], mask=inside[:, None])
+        for block in self.blocks:
+            tokens = block(tokens, grid)
+        weights = inside / inside.sum(1, keepdim=True)
+        return (self.norm(tokens) * weights[..., None]).sum(1)
