@@ -1,0 +1,168 @@
+"""A table of models (rows) and measures (columns), for the terminal, JSON and HTML."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+from rich.table import Table as RichTable
+from rich.text import Text
+
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column.
+
+    Attributes:
+        key: name in rows and in JSON.
+        label: heading.
+        scale: what values are multiplied by for display: 100 for shares of 1 shown as per cent.
+        unit: shown after the label, such as "%" or "ms".
+        digits: after the point.
+        higher_is_better: True, False, or None where neither is (a size, a count): no value is marked as the best.
+        averaged: whether it counts in the macro average.
+    """
+
+    key: str
+    label: str
+    scale: float = 1.0
+    unit: str = ""
+    digits: int = 1
+    higher_is_better: bool | None = True
+    averaged: bool = False
+
+    def show(self, value: float | None) -> str:
+        """The value as text; a dash for None."""
+        return NONE if value is None else f"{value * self.scale:.{self.digits}f}"
+
+    @property
+    def heading(self) -> str:
+        """Label and unit."""
+        return f"{self.label} ({self.unit})" if self.unit else self.label
+
+
+@dataclass
+class SummaryTable:
+    """Rows of values with a macro average: the plain mean over the metrics marked as averaged.
+
+    A row that lacks one of them has no average, since means over different metrics do not compare.
+
+    Attributes:
+        title: shown above.
+        metrics: the columns; those that are averaged must share scale, unit and direction.
+        rows: values by row name and metric key; filled by `add`.
+
+    Raises:
+        ValueError: keys given twice, or averaged metrics that do not compare.
+    """
+
+    title: str
+    metrics: Sequence[Metric]
+    rows: dict[str, dict[str, float | None]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.metrics = tuple(self.metrics)
+        keys = [m.key for m in self.metrics]
+        if len(set(keys)) < len(keys):
+            raise ValueError(f"metrics has the keys {keys}; expected each once")
+        if len({(m.scale, m.unit, m.higher_is_better) for m in self.metrics if m.averaged}) > 1:
+            raise ValueError("metrics that are averaged must share scale, unit and higher_is_better")
+        given, self.rows = self.rows, {}
+        for name, values in given.items():
+            self.add(name, values)
+
+    def add(self, name: str, values: Mapping[str, float | None]) -> None:
+        """Add a row, or replace the one of that name; a missing metric or None shows as a dash.
+
+        Raises:
+            ValueError: a key that is no metric, or a value that is not finite.
+        """
+        unknown = sorted(set(values) - {m.key for m in self.metrics})
+        if unknown:
+            raise ValueError(f"row {name!r} has {unknown[0]!r}; accepted: {', '.join(m.key for m in self.metrics)}")
+        for key, value in values.items():
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"row {name!r} has {key} = {value}; accepted: finite numbers or None")
+        self.rows[name] = {m.key: values.get(m.key) for m in self.metrics}
+
+    def average(self, name: str) -> float | None:
+        """The macro average of a row; None if it lacks a value or no metric is averaged."""
+        values = [self.rows[name][m.key] for m in self.metrics if m.averaged]
+        known = [v for v in values if v is not None]
+        return sum(known) / len(known) if known and len(known) == len(values) else None
+
+    def _columns(self) -> list[tuple[Metric, list[float | None]]]:
+        columns = [(m, [row[m.key] for row in self.rows.values()]) for m in self.metrics]
+        averaged = [m for m in self.metrics if m.averaged]
+        if len(averaged) > 1:
+            like = averaged[0]
+            mean = Metric("average", "macro average", like.scale, like.unit, like.digits, like.higher_is_better)
+            columns.append((mean, [self.average(name) for name in self.rows]))
+        return columns
+
+    def _cells(self) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+        """Headings, and for each row its texts, each with whether it is the best of its column."""
+        columns = self._columns()
+        rows: list[list[tuple[str, bool]]] = [[] for _ in self.rows]
+        for metric, values in columns:
+            texts = [metric.show(v) for v in values]
+            known = [v for v in values if v is not None]
+            best = None
+            if len(known) > 1 and metric.higher_is_better is not None:
+                best = metric.show(max(known) if metric.higher_is_better else min(known))
+            # By text, so that values which look the same are marked the same.
+            for row, value, text in zip(rows, values, texts):
+                row.append((text, value is not None and text == best))
+        return [metric.heading for metric, _ in columns], rows
+
+    def to_rich(self) -> RichTable:
+        """For a rich console; the best value of each column is bold."""
+        headings, rows = self._cells()
+        table = RichTable(title=Text(self.title))
+        table.add_column("")
+        for heading in headings:
+            table.add_column(Text(heading), justify="right")
+        for name, cells in zip(self.rows, rows):
+            table.add_row(Text(name), *(Text(text, style="bold" if best else "") for text, best in cells))
+        return table
+
+    def to_json(self) -> str:
+        """Title, metrics, rows as they were added (not scaled) and averages; `from_json` reads it."""
+        return json.dumps(
+            {
+                "title": self.title,
+                "metrics": [asdict(m) for m in self.metrics],
+                "rows": self.rows,
+                "averages": {name: self.average(name) for name in self.rows},
+            },
+            indent=2,
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> SummaryTable:
+        """The table that `to_json` wrote; the averages are computed again.
+
+        Raises:
+            ValueError: text that is no such table.
+        """
+        try:
+            data = json.loads(text)
+            return cls(data["title"], [Metric(**m) for m in data["metrics"]], data["rows"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"text is not the JSON of a SummaryTable: {error!r}") from error
+
+    def to_html(self) -> str:
+        """A `<table>` element without style of its own; the best value of each column is in `<strong>`."""
+        headings, rows = self._cells()
+        lines = [f"<table>\n<caption>{html.escape(self.title)}</caption>", "<thead><tr><th></th>"]
+        lines += [f'<th scope="col">{html.escape(heading)}</th>' for heading in headings]
+        lines.append("</tr></thead>\n<tbody>")
+        for name, cells in zip(self.rows, rows):
+            inner = "".join(f"<td>{f'<strong>{t}</strong>' if best else t}</td>" for t, best in cells)
+            lines.append(f'<tr><th scope="row">{html.escape(name)}</th>{inner}</tr>')
+        return "\n".join([*lines, "</tbody>\n</table>"])

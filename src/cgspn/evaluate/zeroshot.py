@@ -1,0 +1,76 @@
+"""Zero-shot classification: class names in prompt templates are the classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..data.captions import TEMPLATES, fill
+from .checks import check_ids, check_matrix
+
+
+def class_embeddings(
+    encode_text: Callable[[list[str]], Tensor],
+    class_names: Sequence[str],
+    templates: Sequence[str] = TEMPLATES,
+) -> Tensor:
+    """One embedding for each class: its name in every template, each normalised, averaged, normalised again.
+
+    Args:
+        encode_text: from T texts to embeddings [T, D], of any length; called once, without gradients.
+        class_names: K names.
+        templates: texts with one `{}` for the name.
+
+    Returns:
+        float32 [K, D], rows of length 1.
+
+    Raises:
+        ValueError: no names, no templates, a template without its `{}`, or embeddings of a wrong shape or not finite.
+
+    Source: Radford et al., "Learning Transferable Visual Models from Natural Language Supervision", 3.1.4.
+    """
+    if not class_names or not templates:
+        raise ValueError(f"got {len(class_names)} class_names and {len(templates)} templates; need 1 or more of each")
+    texts = [fill(template, name) for name in class_names for template in templates]
+    with torch.no_grad():
+        embeddings = encode_text(texts).float()
+    check_matrix("what encode_text returned", embeddings, "[T, D]")
+    if len(embeddings) != len(texts):
+        raise ValueError(f"encode_text returned {len(embeddings)} embeddings for {len(texts)} texts")
+    unit = normalize(embeddings, dim=-1).view(len(class_names), len(templates), -1)
+    return normalize(unit.mean(1), dim=-1)
+
+
+def top1(image_embeddings: Tensor, class_embeddings: Tensor, labels: Tensor) -> float:
+    """Share of images whose nearest class by cosine is their own.
+
+    Args:
+        image_embeddings: [N, D], of any length.
+        class_embeddings: [K, D], of any length.
+        labels: integers [N], 0 to K - 1.
+
+    Returns:
+        0 to 1.
+
+    Raises:
+        TypeError: labels that are no integers.
+        ValueError: shapes that do not fit, labels out of range, or embeddings that are not finite.
+    """
+    check_matrix("image_embeddings", image_embeddings, "[N, D]")
+    check_matrix("class_embeddings", class_embeddings, "[K, D]")
+    check_ids("labels", labels, len(image_embeddings), "[N]")
+    if class_embeddings.shape[1] != image_embeddings.shape[1]:
+        raise ValueError(
+            f"class_embeddings has D = {class_embeddings.shape[1]}; "
+            f"expected that of image_embeddings, {image_embeddings.shape[1]}"
+        )
+    if not 0 <= int(labels.min()) <= int(labels.max()) < len(class_embeddings):
+        raise ValueError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}; accepted: 0 to {len(class_embeddings) - 1}"
+        )
+    # The length of an image's embedding changes none of its comparisons; that of a class's does.
+    scores = image_embeddings.float() @ normalize(class_embeddings.float(), dim=-1).T
+    return float((scores.argmax(1) == labels.to(scores.device)).double().mean())
