@@ -2,6 +2,7 @@
 
 from .captions import TEMPLATES, fill
 from .embedded import load_embedded
+from .folder import Skipped, load_folder
 from .image_set import ImageSet
 from .loader import Batch, ImageSource, batch_indices, batches, one_pass
 from .transforms import EvalTransform, TrainTransform, center_crop, normalize, random_resized_crop, resize, to_float
@@ -12,12 +13,14 @@ __all__ = [
     "EvalTransform",
     "ImageSet",
     "ImageSource",
+    "Skipped",
     "TrainTransform",
     "batch_indices",
     "batches",
     "center_crop",
     "fill",
     "load_embedded",
+    "load_folder",
     "normalize",
     "one_pass",
     "random_resized_crop",
