@@ -1,7 +1,7 @@
 """The C-GSPN mixer, and with other settings the original GSPN layer (source, "Key Designs" 1 and 2; design, section 3).
 
     tokens -> [projection] -> [expansion] -> P_down -> [local convolution] -> [norm] -> latent x
-    x -> parameters: lam, u and three logits for each direction -> propagate_2d -> [norm] -> [+ x] -> P_up -> [projection]
+    x -> lam, u and three logits for each direction -> propagate_2d -> [norm] -> [+ x] -> P_up -> [projection]
 
 Parts in brackets are switches of `PropagationConfig`. GSPN -> C-GSPN is a walk through them (`GSPN_WALK`).
 """
@@ -125,7 +125,7 @@ class PropagationMixer(Mixer):
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """tokens [B, h*w, C] -> [B, h*w, C]. Raises ValueError for prefix tokens or a count that is not h*w."""
-        batch, count, width = tokens.shape
+        batch, count, _ = tokens.shape
         if grid.prefix or count != grid.tokens:
             raise ValueError(
                 f"tokens has {count} tokens with {grid.prefix} before the grid; "

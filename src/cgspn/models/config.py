@@ -30,7 +30,8 @@ class EncoderConfig:
         positions: learned positions at the native grid, resized to others. C-GSPN needs none.
         class_token: a class token before the grid.
         registers: number of register tokens after the class token.
-        patch_bias, pre_norm, final_norm: a bias in the patch embedding, a LayerNorm before the blocks (CLIP), one after.
+        patch_bias, pre_norm, final_norm: a bias in the patch embedding, a LayerNorm before the blocks (CLIP), one
+            after them.
         norm_eps: of every LayerNorm.
         pooling: "map" (attention pooling), "mean" or "cls".
         image_mean, image_std: how pixel values in [0, 1] are normalised.

@@ -77,6 +77,10 @@ class Encoder(nn.Module):
             self.pool = MeanPool() if config.pooling == "mean" else ClassTokenPool()
         self.checkpointing = False
 
+    def each_block(self) -> list[Block]:
+        """The blocks in order."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in backward instead of keeping them."""
         self.checkpointing = enable
@@ -99,11 +103,11 @@ class Encoder(nn.Module):
     def forward_features(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Grid]:
         """Images to the normalised tokens [B, prefix + h*w, C] after the last block, and their grid."""
         tokens, grid = self.embed(images, mask)
-        for block in self.blocks:
+        for block in self.each_block():
             tokens = self.run_block(block, tokens, grid)
         return self.norm(tokens), grid
 
-    def run_block(self, block: nn.Module, tokens: Tensor, grid: Grid) -> Tensor:
+    def run_block(self, block: Block, tokens: Tensor, grid: Grid) -> Tensor:
         """One block, with activation checkpointing if that is on."""
         if self.checkpointing and torch.is_grad_enabled():
             out: Tensor = checkpoint(block, tokens, grid, use_reentrant=False)
@@ -136,7 +140,7 @@ class Encoder(nn.Module):
         wanted = self.block_indices(indices)
         tokens, grid = self.embed(images)
         maps = {}
-        for i, block in enumerate(self.blocks[: max(wanted) + 1]):
+        for i, block in enumerate(self.each_block()[: max(wanted) + 1]):
             tokens = self.run_block(block, tokens, grid)
             if i in wanted:
                 maps[i] = to_map(self.norm(tokens) if norm else tokens, grid).permute(0, 3, 1, 2)

@@ -109,6 +109,6 @@ def attention_student(teacher: Encoder) -> Encoder:
     Raises nothing. Source: design, section 5 ("ViT = attention re-initialised").
     """
     student = copy.deepcopy(teacher)
-    for fresh, block in zip(Encoder(teacher.config).blocks, student.blocks, strict=True):
+    for fresh, block in zip(Encoder(teacher.config).each_block(), student.each_block(), strict=True):
         block.mixer = fresh.mixer.to(next(teacher.parameters()).device)
     return student

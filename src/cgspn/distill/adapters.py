@@ -1,0 +1,39 @@
+"""The learnable bridge before each tap, on the student's side, for training only."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..layers import Mlp
+
+
+class Adapter(nn.Module):
+    """x + MLP(norm(x)), starting as the identity: [B, N, C] -> [B, N, C]. Source: "Key Designs" 3."""
+
+    def __init__(self, width: int) -> None:
+        """width: C."""
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.mlp = Mlp(width, width)
+        nn.init.zeros_(self.mlp.fc2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, C] -> [B, N, C]."""
+        out: Tensor = x + self.mlp(self.norm(x))
+        return out
+
+
+class Adapters(nn.Module):
+    """One adapter for each tap of an encoder of `depth` blocks, or the identity where they are off.
+
+    The last block's output feeds the final norm that users see, so its tap has none (design, section 4).
+    """
+
+    def __init__(self, depth: int, width: int, enabled: bool) -> None:
+        """depth: number of blocks; width: C; enabled: False for the ablation without adapters."""
+        super().__init__()
+
+        def make(n: int) -> nn.ModuleList:
+            return nn.ModuleList(Adapter(width) if enabled and i < n else nn.Identity() for i in range(depth))
+
+        self.sublayers, self.blocks = make(depth), make(depth - 1)

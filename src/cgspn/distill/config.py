@@ -1,0 +1,99 @@
+"""Settings of training runs: typed, printable, overridable from the command line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """One optimisation.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: images a step.
+        learning_rate: peak, of fresh weights; reached by a linear warm-up, then a cosine to zero.
+        inherited_rate: factor on the learning rate of weights that come from the teacher.
+        weight_decay: of matrices; vectors and scalars have none.
+        warmup: share of the steps.
+        clip: largest norm of the gradient.
+        seed: of initialisation, order and augmentation.
+    """
+
+    steps: int = 100
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    inherited_rate: float = 1.0
+    weight_decay: float = 0.01
+    warmup: float = 0.1
+    clip: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values that no optimisation can have."""
+        for name in ("batch_size", "learning_rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: more than 0")
+        if self.steps < 0:
+            raise ValueError(f"steps is {self.steps}; accepted: 0 or more")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is {self.warmup}; accepted: 0 to 1")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """What stage 2 minimises: alpha * PP + beta * PB + output * pooled [+ contrastive].
+
+    Args:
+        alpha: weight of the taps after sub-layers (PP), mean over blocks.
+        beta: weight of the taps after blocks (PB), mean over blocks.
+        output: weight of the pooled vector's relative error.
+        kl_pp, kl_pb: weight of the KL term in each tap.
+        adapters: learnable bridges before the taps.
+        contrastive: weight of an image-text loss against the teacher's text tower; 0 for none.
+    """
+
+    alpha: float = 1.0
+    beta: float = 1.0
+    output: float = 1.0
+    kl_pp: float = 1.0
+    kl_pb: float = 1.0
+    adapters: bool = True
+    contrastive: float = 0.0
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Teacher to student in two stages.
+
+    Args:
+        compression: s of the student's propagation; its latent has floor(C / s) channels.
+        keep_attention: number of attention layers that stay, spread evenly.
+        stage1: sub-layers alone, each on the teacher's own features.
+        stage2: the whole student, end to end.
+        loss: what stage 2 minimises.
+    """
+
+    compression: float = 18
+    keep_attention: int = 0
+    stage1: OptimConfig = field(default_factory=lambda: OptimConfig(steps=60, learning_rate=3e-3))
+    stage2: OptimConfig = field(default_factory=lambda: OptimConfig(steps=120, learning_rate=1e-3))
+    loss: LossConfig = field(default_factory=LossConfig)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """An image-text pair of encoders from scratch, without a teacher.
+
+    Args:
+        model: name of the image encoder, attention or propagation alike.
+        loss: "clip" or "sigmoid".
+        embed_dim: width of the shared space.
+        optim: the optimisation.
+    """
+
+    model: str = "vit_mini_patch4_28"
+    loss: Literal["clip", "sigmoid"] = "clip"
+    embed_dim: int = 64
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(steps=1500, weight_decay=0.05))

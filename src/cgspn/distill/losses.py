@@ -1,0 +1,63 @@
+"""What training minimises. All losses return float32 scalars."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax, logsigmoid
+
+
+def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """||student - teacher||^2 / ||teacher||^2 over the whole batch: 1 for a student that returns zero.
+
+    Any shape, the same on both sides. The division makes blocks of different scale weigh the same; the gradient is
+    that of the source's ||F_s - F_t||^2 up to a factor per block. Source: "Key Designs" 3, stage 1.
+    """
+    student, teacher = student.float(), teacher.float()
+    return (student - teacher).square().sum() / teacher.square().sum().clamp(min=1e-12)
+
+
+def tap_loss(student: Tensor, teacher: Tensor, kl_weight: float) -> Tensor:
+    """MSE + kl_weight * KL(P(student) || P(teacher)), P the softmax over channels: the loss of one tap.
+
+    student, teacher [B, N, C]. Both are first divided by the teacher's root mean square, so that one learning rate
+    and one kl_weight serve blocks whose features differ in scale by orders of magnitude.
+    Source: "Key Designs" 3, stage 2.
+    """
+    student, teacher = student.float(), teacher.float()
+    scale = teacher.square().mean().sqrt().clamp(min=1e-6)
+    student, teacher = student / scale, teacher / scale
+    loss = (student - teacher).square().mean()
+    if kl_weight:
+        # kl_div(input, target) is KL(target || input)
+        p_student, p_teacher = log_softmax(student, -1), log_softmax(teacher, -1)
+        kl = kl_div(p_teacher, p_student, reduction="none", log_target=True).sum(-1).mean()
+        loss = loss + kl_weight * kl
+    return loss
+
+
+def sigmoid_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """SigLIP's pairwise loss with as many positives as there are: image [B, D] and text [B, D] unit vectors.
+
+    same: [B, B] bool, whether image i belongs to text j. Positives and negatives weigh the same in total, since with
+    few classes a batch holds many of both. scale: log of the temperature's inverse; bias: added to the logits.
+    Source: SigLIP (Zhai et al. 2023), equation 1, rebalanced.
+    """
+    logits = image @ text.T * scale.exp() + bias
+    positive = -logsigmoid(logits)[same].mean()
+    negative = -logsigmoid(-logits)[~same].mean() if not same.all() else logits.new_zeros(())
+    return positive + negative
+
+
+def clip_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor) -> Tensor:
+    """CLIP's symmetric cross-entropy with the probability spread over all positives.
+
+    Arguments as in `sigmoid_loss`. Source: CLIP (Radford et al. 2021), figure 3.
+    """
+    logits = image @ text.T * scale.exp()
+    target = same.float()
+
+    def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+        return -(log_softmax(logits, 1) * target / target.sum(1, keepdim=True)).sum(1).mean()
+
+    return torch.stack([cross_entropy(logits, target), cross_entropy(logits.T, target.T)]).mean()
