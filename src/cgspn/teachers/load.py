@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 
 from ..models.checkpoint import CheckpointError, read_model
 from ..models.config import encoder_config_from_dict
+from ..models.dual import DualEncoder, load_dual
 from ..models.encoder import Encoder
 
 
@@ -28,3 +30,13 @@ def load_encoder(source: str | Path) -> Encoder:
     except RuntimeError as error:
         raise CheckpointError(f"the weights in {source} do not fit its config: {error}") from error
     return encoder.eval()
+
+
+def load_embedded_teacher() -> DualEncoder:
+    """The small attention image-text model that comes with the package, in eval mode.
+
+    Trained from scratch on the embedded images; pretrain.json beside its weights holds the command, seed and losses.
+    Raises CheckpointError if the installation is damaged.
+    """
+    with resources.as_file(resources.files("cgspn.teachers") / "fashion_mnist_vit") as folder:
+        return load_dual(folder)

@@ -1,0 +1,49 @@
+# `make demo` and `make test` need Python 3.11 or newer and a package index; each sets up what it needs in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint types wheel-smoke demo-smoke check format clean
+
+help:  ## list what can be made
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+$(VENV)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.ready  ## the whole job on embedded images: distil, evaluate, write demo/report.html
+	$(BIN)/cgspn demo
+
+test: $(VENV)/.ready  ## every test that this machine can run
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
+
+test-fast: $(VENV)/.ready  ## the tests that take seconds
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m 'not slow'
+
+lint: $(VENV)/.ready  ## style
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/.ready  ## static types
+	$(BIN)/mypy
+
+wheel-smoke: $(VENV)/.ready  ## build the wheel, install it in a clean environment, run the operator and the program
+	$(BIN)/python scripts/wheel_smoke.py --torch '$(TORCH)'
+
+demo-smoke: $(VENV)/.ready  ## the demo with a few steps
+	$(BIN)/cgspn demo --out $(VENV)/demo-smoke --config.distill.stage1.steps 2 --config.distill.stage2.steps 2 \
+	  --config.test-images 100 --config.probe-images 100
+
+check: lint types test wheel-smoke demo-smoke  ## everything that CI runs
+
+format:  ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+clean:  ## remove the environment and what was made
+	rm -rf $(VENV) build dist demo runs

@@ -1,0 +1,31 @@
+"""The `cgspn` program."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import tyro
+
+from .commands.pretrain import Pretrain
+from .console import console
+from .distill import DivergedError
+
+Command = Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+
+
+def main() -> None:
+    """Run one command. Exit code 0, or 2 with one line for wrong input, or 130 when interrupted."""
+    command = tyro.cli(Command, prog="cgspn", description=__doc__)
+    try:
+        command.run()
+    except (ValueError, OSError, DivergedError) as error:
+        console.print(f"[bold red]cgspn: error:[/] {error}", soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("cgspn: interrupted; files that were being written are left as they were before")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The commands of the `cgspn` program: one module each, a dataclass of arguments with a `run` method."""

@@ -1,0 +1,57 @@
+"""`cgspn pretrain`: an image-text model from scratch, without a teacher."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+from ..console import console, progress_watcher, writable_folder
+from ..data import load_embedded
+from ..distill import PretrainConfig, eval_transform, pretrain
+from ..evaluate.suite import evaluate_zeroshot
+from ..models.checkpoint import write_atomically
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Train an image encoder and a text tower from scratch, contrastively. Attention and C-GSPN encoders alike.
+
+    Examples:
+        cgspn pretrain runs/vit
+        cgspn pretrain runs/cgspn --config.model cgspn_mini_patch4_28 --config.optim.steps 500
+    """
+
+    out: Path
+    """Folder for config.json, model.safetensors and pretrain.json (command, versions, losses)."""
+    config: PretrainConfig = field(default_factory=PretrainConfig)
+    """What is trained, and how."""
+    device: str = "cpu"
+    """"cpu" or "cuda"."""
+    half: bool = False
+    """Store the weights as float16."""
+
+    def run(self) -> None:
+        """Train, evaluate on the validation split, save. Raises ValueError, OSError or DivergedError."""
+        writable_folder(self.out, "out")
+        with progress_watcher() as watcher:
+            model, history = pretrain(load_embedded("train"), self.config, watcher, self.device)
+        model.cpu()
+        accuracy = evaluate_zeroshot(model, load_embedded("validation"), eval_transform(model.image.config))
+        model.save_pretrained(self.out, dtype=torch.float16 if self.half else torch.float32)
+        record = {
+            "command": shlex.join(["cgspn", *sys.argv[1:]]),
+            "versions": {"cgspn": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "machine": torch.cuda.get_device_name() if self.device != "cpu" else platform.processor(),
+            "config": asdict(self.config),
+            "validation_zeroshot_top1": accuracy,
+            "losses": history.steps,
+        }
+        write_atomically(self.out / "pretrain.json", json.dumps(record) + "\n")
+        console.print(f"zero-shot top-1 on the validation split: {100 * accuracy:.1f}%; saved in {self.out}")

@@ -1,0 +1,54 @@
+"""What people see while they wait: one console, one kind of progress bar."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from .distill.stages import Watcher
+from .distill.trainer import Watch
+
+console = Console(stderr=False, highlight=False)
+
+
+def writable_folder(path: Path, name: str) -> Path:
+    """Make the folder if it is not there and try it out, before the long work starts.
+
+    Raises ValueError, naming the argument `name`, if nothing can be written there.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(f"{name} is {path}, where nothing can be written: {error.strerror}") from error
+    return path
+
+
+@contextmanager
+def progress_watcher() -> Iterator[Watcher]:
+    """A `Watcher` that shows each training stage as a progress bar with its loss; bars stay when they are full."""
+    columns = (
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[loss]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+
+        def watcher(title: str, steps: int) -> Watch:
+            bar = progress.add_task(title, total=steps, loss="")
+
+            def watch(record: dict[str, float]) -> None:
+                progress.update(bar, advance=1, loss=f"{record['total']:.4f}" if "total" in record else "")
+
+            return watch
+
+        yield watcher

@@ -1,0 +1,96 @@
+"""The whole job on what comes with the package: convert, distil in two stages, evaluate, show."""
+
+from __future__ import annotations
+
+import copy
+import platform
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from . import __version__
+from .data import ImageSet, load_embedded
+from .distill import DistillConfig, OptimConfig, distil, eval_transform
+from .distill.stages import Watcher
+from .evaluate.suite import METRICS, evaluate_dual
+from .evaluate.table import Metric, SummaryTable
+from .models.dual import DualEncoder
+from .models.encoder import Encoder
+from .report.demo import DemoResult
+from .teachers import attention_student, convert, load_embedded_teacher
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Settings of the demo.
+
+    Args:
+        distill: both stages; the ViT student gets the same.
+        test_images: how many held-out images are evaluated; at most 4000.
+        probe_images: how many training images the segmentation probe is fitted on.
+    """
+
+    distill: DistillConfig = field(
+        default_factory=lambda: DistillConfig(
+            compression=4,
+            stage1=OptimConfig(steps=60, learning_rate=3e-3),
+            stage2=OptimConfig(steps=100, learning_rate=1e-3),
+        )
+    )
+    test_images: int = 4000
+    probe_images: int = 1000
+
+
+def parameters(encoder: Encoder) -> int:
+    """Number of parameters of an image encoder."""
+    return sum(p.numel() for p in encoder.parameters())
+
+
+def _first(images: ImageSet, count: int, name: str) -> ImageSet:
+    if not 1 <= count <= len(images):
+        raise ValueError(f"{name} is {count}; accepted: 1 to {len(images)}")
+    return images.subset(torch.arange(count))
+
+
+def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
+    """Distil a C-GSPN and a ViT student of the embedded teacher with one budget, and measure all of them.
+
+    Raises ValueError for settings out of range and DivergedError if a loss stops being finite.
+    """
+    began = time.monotonic()
+    test = _first(load_embedded("test"), config.test_images, "test_images")
+    train = load_embedded("train")
+    probe = _first(train, config.probe_images, "probe_images")
+    teacher = load_embedded_teacher()
+
+    torch.manual_seed(config.distill.stage1.seed)
+    untrained = convert(
+        teacher.image, compression=config.distill.compression, keep_attention=config.distill.keep_attention
+    )
+    students = {"C-GSPN": copy.deepcopy(untrained), "ViT": attention_student(teacher.image)}
+    models: dict[str, DualEncoder] = {"teacher": teacher}
+    histories = {}
+    for name, student in students.items():
+        models[name], histories[name] = distil(teacher, student, train, config.distill, watcher, name)
+    models["untrained"] = teacher.with_image(untrained).eval()
+
+    table = SummaryTable(
+        "Held-out images: teacher, students of equal budget, and a student before distillation",
+        [*METRICS, Metric("parameters", "image encoder", 1e-6, "M", digits=2, higher_is_better=False)],
+    )
+    transform = eval_transform(teacher.image.config)
+    watch = watcher("evaluation", len(models)) if watcher else None
+    for name, model in models.items():
+        table.add(name, {**evaluate_dual(model, test, probe, transform), "parameters": parameters(model.image)})
+        if watch:
+            watch({})
+    facts = {
+        "seconds of distillation and evaluation": f"{time.monotonic() - began:.0f}",
+        "held-out images": str(len(test)),
+        "training images": str(len(train)),
+        "seeds": f"{config.distill.stage1.seed}, {config.distill.stage2.seed}",
+        "versions": f"cgspn {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+    }
+    return DemoResult(table=table, histories=histories, models=models, images=test, facts=facts)
