@@ -1,13 +1,18 @@
-"""The PyTorch backend: the same recurrence with every line-independent part vectorised, forward and backward.
+"""The PyTorch backend: the recurrence line by line, directions with lines of one length in the same operation.
 
-Runs on any device PyTorch runs on. The loop over lines does three fused multiply-adds a line; normalisation, gates
-and their gradients are whole-map operations. The backward keeps nothing from the forward: it scans again.
+Runs on any device PyTorch runs on. All work on a line (normalisation, recurrence, gate, gradients) is done while it is
+in the cache, and on a square grid the four directions share every operation: on small grids calling an operation
+costs more than its arithmetic. The backward keeps nothing from the forward: it scans again.
 Sums, state and normalisation are float32, or float64 where the inputs are.
+
+Shapes: G directions go together; a line of all of them is [G, B, M, C] and the weights of its three neighbours
+[3, G, B, M, C]. States carry a zero at either end, [G, B, M + 2, C], so that neighbours are a view of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,88 +20,119 @@ from torch import Tensor
 from .reference import DIRECTIONS, EPSILON
 
 
-def _axis_and_order(direction: str, shape: Sequence[int]) -> tuple[int, range]:
-    axis = 1 if direction in ("down", "up") else 2
-    count = shape[axis]
-    return axis, range(count) if direction in ("down", "right") else range(count - 1, -1, -1)
-
-
 def _state_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
-def _scan(weights: Tensor, drive: Tensor, direction: str, chunk: int | None = None) -> Tensor:
-    """h[i] = W[i] h[i-1] + drive[i]. weights [B, H, W, 3, C], drive [B, H, W, C], both in the state's dtype."""
-    axis, order = _axis_and_order(direction, drive.shape)
-    h = torch.empty_like(drive)
-    before: Tensor | None = None
-    for step, i in enumerate(order):
-        now = h.select(axis, i)
-        now.copy_(drive.select(axis, i))
-        if before is not None and not (chunk and step % chunk == 0):
-            left, centre, right = weights.select(axis, i).unbind(2)
-            now.addcmul_(centre, before)
-            now[:, 1:].addcmul_(left[:, 1:], before[:, :-1])
-            now[:, :-1].addcmul_(right[:, :-1], before[:, 1:])
-        before = now
-    return h
+class _Group:
+    """Directions that are scanned together, and where each of them finds line number `step` of its scan."""
+
+    def __init__(self, codes: Sequence[int], members: Sequence[int], shape: Sequence[int]):
+        self.members = list(members)  # positions in `codes`, and so in dimension D of the parameters
+        names = [DIRECTIONS[codes[d]] for d in self.members]
+        self.axes = [1 if name in ("down", "up") else 2 for name in names]
+        self.ahead = [name in ("down", "right") for name in names]
+        self.count = shape[self.axes[0]]
+
+    def maps(self, t: Tensor) -> list[Tensor]:
+        """[B, H, W, D, ...] -> the map [B, H, W, ...] of each direction of the group."""
+        return [t.select(3, d) for d in self.members]
+
+    def shared(self, t: Tensor) -> list[Tensor]:
+        """A map [B, H, W, ...] that all directions of the group read or add to."""
+        return [t] * len(self.members)
+
+    def lines(self, maps: Iterable[Tensor], step: int) -> list[Tensor]:
+        """Views [B, M, ...] of line `step` of each map."""
+        behind = self.count - 1 - step
+        return [t.select(axis, step if up else behind) for t, axis, up in zip(maps, self.axes, self.ahead, strict=True)]
+
+    def read(self, maps: Iterable[Tensor], step: int, dtype: torch.dtype) -> Tensor:
+        """Line `step` of each map, [G, B, M, ...]."""
+        return torch.stack(self.lines(maps, step)).to(dtype)
+
+    def write(self, maps: Iterable[Tensor], step: int, line: Tensor) -> None:
+        """The inverse of `read`."""
+        for out, t in zip(self.lines(maps, step), line, strict=True):
+            out.copy_(t)
+
+    def add(self, total: Tensor, step: int, line: Tensor) -> None:
+        """Add line `step` of each direction to the one map they share."""
+        for out, t in zip(self.lines(self.shared(total), step), line, strict=True):
+            out.add_(t)
 
 
-def _scan_adjoint(weights: Tensor, dh: Tensor, direction: str, chunk: int | None = None) -> Tensor:
-    """g[i] = dh[i] + W[i+1]^T g[i+1]: what reaches each line's state from all that follow it."""
-    axis, order = _axis_and_order(direction, dh.shape)
-    g = torch.empty_like(dh)
-    after: Tensor | None = None
-    previous = -1
-    for step in range(len(order) - 1, -1, -1):
-        now = g.select(axis, order[step])
-        now.copy_(dh.select(axis, order[step]))
-        if after is not None and not (chunk and (step + 1) % chunk == 0):
-            left, centre, right = weights.select(axis, previous).unbind(2)
-            now.addcmul_(centre, after)
-            now[:, :-1].addcmul_(left[:, 1:], after[:, 1:])
-            now[:, 1:].addcmul_(right[:, :-1], after[:, :-1])
-        after, previous = now, order[step]
-    return g
+def _groups(codes: Sequence[int], shape: Sequence[int]) -> list[_Group]:
+    everything = range(len(codes))
+    if shape[1] == shape[2]:
+        return [_Group(codes, everything, shape)]
+    vertical = [d for d in everything if DIRECTIONS[codes[d]] in ("down", "up")]
+    horizontal = [d for d in everything if d not in vertical]
+    return [_Group(codes, members, shape) for members in (vertical, horizontal) if members]
 
 
-def _line_before(t: Tensor, direction: str, fill: float | bool = 0.0) -> Tensor:
-    """The map whose line i is line i-1 of `t` in the order of the scan; `fill` on the first line."""
-    axis, _ = _axis_and_order(direction, t.shape)
-    out = torch.full_like(t, fill)
-    n = t.shape[axis] - 1
-    if direction in ("down", "right"):
-        out.narrow(axis, 1, n).copy_(t.narrow(axis, 0, n))
-    else:
-        out.narrow(axis, 0, n).copy_(t.narrow(axis, 1, n))
+def _padded(line: Tensor) -> Tensor:
+    return torch.nn.functional.pad(line, (0, 0, 1, 1))
+
+
+def _neighbours(padded: Tensor) -> Tensor:
+    """[G, B, M + 2, C] -> its view [3, G, B, M, C]: positions j-1, j, j+1."""
+    return padded.unfold(2, 3, 1).movedim(-1, 0)
+
+
+def _mix(weights: Tensor, padded: Tensor) -> Tensor:
+    """W h for the state of the line before."""
+    left, centre, right = _neighbours(padded)
+    return torch.mul(weights[1], centre).addcmul_(weights[0], left).addcmul_(weights[2], right)
+
+
+def _spread(weights: Tensor, q: Tensor) -> Tensor:
+    """W^T q: what every position gets back from those on the next line that read it."""
+    out = weights[1] * q
+    out[:, :, :-1].addcmul_(weights[0, :, :, 1:], q[:, :, 1:])
+    out[:, :, 1:].addcmul_(weights[2, :, :, :-1], q[:, :, :-1])
     return out
 
 
-def _neighbours(t: Tensor, direction: str) -> Tensor:
-    """[B, H, W, ...] -> [B, H, W, 3, ...]: positions j-1, j, j+1 along the line; zero (False) outside."""
-    across = 2 if direction in ("down", "up") else 1
-    out = torch.zeros((*t.shape[:3], 3, *t.shape[3:]), dtype=t.dtype, device=t.device)
-    n = t.shape[across] - 1
-    out.select(3, 0).narrow(across, 1, n).copy_(t.narrow(across, 0, n))
-    out.select(3, 1).copy_(t)
-    out.select(3, 2).narrow(across, 0, n).copy_(t.narrow(across, 1, n))
-    return out
+class _Line(NamedTuple):
+    """One line of `propagate_2d`, as forward and backward need it."""
+
+    outside: Tensor | None  # [G, B, M, 1] bool: padding
+    sigma: Tensor  # [3, G, B, M, C], zero where there is no neighbour
+    total: Tensor  # their sum, clamped
+    mean: Tensor  # W h of the line before
+    before: Tensor  # padded state of the line before
+    state: Tensor  # padded state of this line
 
 
-def _exists(mask: Tensor | None, shape: Sequence[int], direction: str, device: torch.device) -> Tensor:
-    """[B or 1, H, W, 3, 1] bool: which neighbours on the line before take part. All False where the mask is."""
-    if mask is None:
-        line = torch.ones((1, *shape[1:3]), dtype=torch.bool, device=device)
-        return _neighbours(line, direction)[..., None]
-    exists = _neighbours(_line_before(mask, direction, fill=True), direction)
-    return (exists & mask[..., None])[..., None]
+def _scan(group: _Group, x: Tensor, logits: Tensor, lam: Tensor, mask: Tensor | None) -> Iterator[_Line]:
+    dtype = _state_dtype(x)
+    xs, scales, scores = group.shared(x), group.maps(lam), group.maps(logits)
+    state = outside = outside_before = None
+    for step in range(group.count):
+        sigma = torch.stack([t.movedim(2, 0) for t in group.lines(scores, step)], 1).to(dtype).sigmoid_()
+        sigma[0, :, :, 0] = 0.0
+        sigma[2, :, :, -1] = 0.0
+        if mask is not None:
+            outside_before = outside
+            outside = ~group.read(group.shared(mask), step, torch.bool)[..., None]
+            missing = outside if outside_before is None else outside | _neighbours(_padded(outside_before))
+            sigma.masked_fill_(missing, 0.0)
+        total = (sigma[0] + sigma[1]).add_(sigma[2]).clamp_(min=EPSILON)
+        drive = group.read(scales, step, dtype).mul_(group.read(xs, step, dtype))
+        before = _padded(torch.zeros_like(drive)) if state is None else state
+        mean = _mix(sigma, before).div_(total)
+        h = drive.add_(mean)
+        if outside is not None:
+            h.masked_fill_(outside, 0.0)
+        state = _padded(h)
+        yield _Line(outside, sigma, total, mean, before, state)
 
 
-def _normalise(logits: Tensor, exists: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Row-stochastic weights, the sigmoids they come from (zero where no neighbour exists) and their sum."""
-    sigma = torch.sigmoid(logits).masked_fill_(~exists, 0.0)
-    total = sigma.sum(3, keepdim=True)
-    return sigma / total.clamp(min=EPSILON), sigma, total
+def _gated(line: _Line, t: Tensor, gate: Tensor) -> Tensor:
+    """gate * t, and zero in the padding, which may hold anything, NaN included."""
+    out = t * gate
+    return out if line.outside is None else out.masked_fill_(line.outside, 0.0)
 
 
 def forward(
@@ -104,22 +140,15 @@ def forward(
 ) -> Tensor:
     """`propagate_2d` without checks. Shapes as there; `directions` are indices into DIRECTIONS."""
     dtype = _state_dtype(x)
-    outside = None if mask is None else ~mask[..., None]
-    xs = x.to(dtype)
     y = x.new_zeros(x.shape, dtype=dtype) if merge_sum else x.new_empty(u.shape)
-    for d, code in enumerate(directions):
-        name = DIRECTIONS[code]
-        weights, _, _ = _normalise(logits[:, :, :, d].to(dtype), _exists(mask, x.shape, name, x.device))
-        drive = lam[:, :, :, d].to(dtype) * xs
-        if outside is not None:
-            drive.masked_fill_(outside, 0.0)
-        out = u[:, :, :, d].to(dtype) * _scan(weights, drive, name)
-        if outside is not None:
-            out.masked_fill_(outside, 0.0)
-        if merge_sum:
-            y += out
-        else:
-            y[:, :, :, d] = out
+    for group in _groups(directions, x.shape):
+        gates = group.maps(u)
+        for step, line in enumerate(_scan(group, x, logits, lam, mask)):
+            out = _gated(line, line.state[:, :, 1:-1], group.read(gates, step, dtype))
+            if merge_sum:
+                group.add(y, step, out)
+            else:
+                group.write(group.maps(y), step, out)
     return y.to(x.dtype)
 
 
@@ -135,41 +164,58 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `forward` to x, logits, lam and u, each in its input's dtype and shape."""
     dtype = _state_dtype(x)
-    outside = None if mask is None else ~mask[..., None]
-    xs = x.to(dtype)
-    dx = torch.zeros_like(xs)
+    dx = x.new_zeros(x.shape, dtype=dtype)
     dlogits, dlam, du = logits.new_empty(logits.shape), lam.new_empty(lam.shape), u.new_empty(u.shape)
-    for d, code in enumerate(directions):
-        name = DIRECTIONS[code]
-        gate, scale = u[:, :, :, d].to(dtype), lam[:, :, :, d].to(dtype)
-        exists = _exists(mask, x.shape, name, x.device)
-        weights, sigma, total = _normalise(logits[:, :, :, d].to(dtype), exists)
-        drive = scale * xs
-        if outside is not None:
-            drive.masked_fill_(outside, 0.0)
-        h = _scan(weights, drive, name)
-        grad = (dy if merge_sum else dy[:, :, :, d]).to(dtype)
-        dh = gate * grad
-        if outside is not None:
-            dh.masked_fill_(outside, 0.0)
-        g = _scan_adjoint(weights, dh, name)
-        contributions = [h * grad, g * xs, g * scale]
-        if outside is not None:  # the padding may hold anything, infinities and NaN included
-            contributions = [t.masked_fill_(outside, 0.0) for t in contributions]
-        du[:, :, :, d], dlam[:, :, :, d] = contributions[:2]
-        dx += contributions[2]
-        dweights = g.unsqueeze(3) * _neighbours(_line_before(h, name), name)
-        # w = sigma / max(total, eps): the sum carries a gradient only where it is not clamped
-        shared = (dweights * weights).sum(3, keepdim=True).masked_fill_(total <= EPSILON, 0.0)
-        dlog = (dweights - shared) / total.clamp(min=EPSILON) * sigma * (1 - sigma)
-        dlogits[:, :, :, d] = dlog.masked_fill_(~exists, 0.0)
+    for group in _groups(directions, x.shape):
+        xs, scales, gates = group.shared(x), group.maps(lam), group.maps(u)
+        dys = group.shared(dy) if merge_sum else group.maps(dy)
+        lines = list(_scan(group, x, logits, lam, mask))
+        from_next: Tensor | None = None  # W^T g of the line that follows
+        for step in range(group.count - 1, -1, -1):
+            line = lines.pop()
+            grad = group.read(dys, step, dtype)
+            group.write(group.maps(du), step, _gated(line, line.state[:, :, 1:-1], grad))
+            g = _gated(line, grad, group.read(gates, step, dtype))
+            if from_next is not None:
+                g += from_next
+            group.write(group.maps(dlam), step, _gated(line, g, group.read(xs, step, dtype)))
+            group.add(dx, step, _gated(line, g, group.read(scales, step, dtype)))
+            q = g.div_(line.total)
+            from_next = _spread(line.sigma, q)
+            # d(sigma_k / total) gives neighbour k minus the mean; where the total is clamped, the neighbour alone
+            centre = line.mean.masked_fill_(line.total <= EPSILON, 0.0)
+            dsigma = torch.sub(_neighbours(line.before), centre, out=torch.empty_like(line.sigma)).mul_(q)
+            dlines = torch.ops.aten.sigmoid_backward(dsigma, line.sigma)
+            for out, t in zip(group.lines(group.maps(dlogits), step), dlines.unbind(1), strict=True):
+                out.copy_(t.movedim(0, 2))
     return dx.to(x.dtype), dlogits, dlam, du
+
+
+def _restarts(step: int, chunk: int | None) -> bool:
+    return step == 0 or (chunk is not None and step % chunk == 0)
+
+
+def _scan_given(
+    group: _Group, x: Tensor, weights: Tensor, lam: Tensor, chunk: int | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For every line of `line_scan`: its weights [3, 1, B, M, C], the padded state before it and its own."""
+    dtype = _state_dtype(x)
+    state: Tensor | None = None
+    for step in range(group.count):
+        taken = group.read([weights], step, dtype).movedim(3, 0)
+        h = group.read([lam], step, dtype).mul_(group.read([x], step, dtype))
+        before = _padded(torch.zeros_like(h)) if state is None or _restarts(step, chunk) else state
+        state = _padded(h.add_(_mix(taken, before)))
+        yield taken, before, state
 
 
 def line_scan_forward(x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None) -> Tensor:
     """`line_scan` without checks. Shapes as there."""
-    dtype = _state_dtype(x)
-    return _scan(weights.to(dtype), lam.to(dtype) * x.to(dtype), DIRECTIONS[direction], chunk).to(x.dtype)
+    group = _Group([direction], [0], x.shape)
+    out = x.new_empty(x.shape)
+    for step, (_, _, state) in enumerate(_scan_given(group, x, weights, lam, chunk)):
+        group.write([out], step, state[:, :, 1:-1])
+    return out
 
 
 def line_scan_backward(
@@ -177,13 +223,17 @@ def line_scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `line_scan_forward` to x, weights and lam."""
     dtype = _state_dtype(x)
-    name = DIRECTIONS[direction]
-    xs, ws, ls = x.to(dtype), weights.to(dtype), lam.to(dtype)
-    h = _scan(ws, ls * xs, name, chunk)
-    g = _scan_adjoint(ws, dh.to(dtype), name, chunk)
-    before = _line_before(h, name)
-    if chunk:
-        axis, order = _axis_and_order(name, x.shape)
-        before.index_fill_(axis, torch.tensor(list(order)[::chunk], device=x.device), 0.0)
-    dweights = g.unsqueeze(3) * _neighbours(before, name)
-    return (g * ls).to(x.dtype), dweights.to(weights.dtype), (g * xs).to(lam.dtype)
+    group = _Group([direction], [0], x.shape)
+    dx, dweights, dlam = x.new_empty(x.shape), weights.new_empty(weights.shape), lam.new_empty(lam.shape)
+    lines = list(_scan_given(group, x, weights, lam, chunk))
+    from_next: Tensor | None = None
+    for step in range(group.count - 1, -1, -1):
+        taken, before, _ = lines.pop()
+        g = group.read([dh], step, dtype)
+        if from_next is not None:
+            g = g + from_next
+        group.write([dx], step, g * group.read([lam], step, dtype))
+        group.write([dlam], step, g * group.read([x], step, dtype))
+        group.write([dweights], step, (_neighbours(before) * g).movedim(0, 3))
+        from_next = None if _restarts(step, chunk) else _spread(taken, g)
+    return dx, dweights, dlam
