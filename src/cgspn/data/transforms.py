@@ -75,7 +75,7 @@ def resample(images: Tensor, boxes: Tensor, size: Size, flip: Tensor | None = No
         [B, C, h, w], dtype of images.
     """
     h, w = _pair("size", size)
-    top, left, height, width = boxes.to(images.device, torch.float32).unbind(1)
+    top, left, height, width = boxes.to(images.device, torch.promote_types(images.dtype, torch.float32)).unbind(1)
     rows = _weights(top, height, images.shape[2], h, None).to(images.dtype)
     columns = _weights(left, width, images.shape[3], w, flip).to(images.dtype)
     return rows[:, None] @ images @ columns[:, None].mT

@@ -1,0 +1,144 @@
+"""Image folders: what is read, how colours come out, and what happens to files that cannot be read."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cgspn.data import load_folder
+
+
+def save(path, color=(255, 0, 0), size=(20, 16), mode="RGB", **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, size, color).save(path, **options)
+
+
+def test_sub_folders_are_classes(tmp_path):
+    save(tmp_path / "dog" / "1.png", (0, 255, 0))
+    save(tmp_path / "cat" / "b.png", (255, 0, 0))
+    save(tmp_path / "cat" / "deep" / "a.PNG", (0, 0, 255))
+    save(tmp_path / ".hidden" / "x.png")
+    (tmp_path / "cat" / "notes.txt").write_text("no image")
+    (tmp_path / "empty").mkdir()
+    images, skipped = load_folder(tmp_path, (8, 12))
+    assert len(skipped) == 0
+    assert skipped.total == 3
+    assert images.class_names == ("cat", "dog")
+    assert images.labels.tolist() == [0, 0, 1]
+    assert images.images.shape == (3, 3, 8, 12)
+    assert images.images[:, :, 4, 6].tolist() == [[255, 0, 0], [0, 0, 255], [0, 255, 0]]
+
+
+def test_a_flat_folder_is_one_class(tmp_path):
+    for i in range(3):
+        save(tmp_path / "pets" / f"{i}.png", (i, i, i))
+    images, _ = load_folder(tmp_path / "pets", 4)
+    assert images.class_names == ("pets",)
+    assert images.images[:, 0, 0, 0].tolist() == [0, 1, 2]
+
+
+def test_crop_and_squeeze(tmp_path):
+    # Red, green, blue stripes: the crop shows the middle one only, the squeeze all three.
+    stripes = np.repeat(np.eye(3, dtype=np.uint8) * 255, 10, axis=0)[None].repeat(10, 0)
+    Image.fromarray(stripes).save(tmp_path / "stripes.png")
+    cropped = load_folder(tmp_path, 10)[0].images[0]
+    assert cropped[:, 5, 1].tolist() == cropped[:, 5, 8].tolist() == [0, 255, 0]
+    squeezed = load_folder(tmp_path, 10, crop=False)[0].images[0]
+    assert squeezed[:, 5, 1].tolist() == [255, 0, 0]
+    assert squeezed[:, 5, 8].tolist() == [0, 0, 255]
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:, :4] = 255  # bright on the left
+    image = Image.fromarray(pixels)
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: bright on top
+    image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    out = load_folder(tmp_path, 8)[0].images[0].float()
+    assert out[:, :3].mean() > 230
+    assert out[:, 5:].mean() < 25
+
+
+def test_modes(tmp_path):
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 10, 200, 30])
+    palette.save(tmp_path / "a_palette.png")
+    save(tmp_path / "b_alpha.png", (200, 0, 0, 0), mode="RGBA")
+    save(tmp_path / "c_half.png", (0, 0, 0, 128), mode="RGBA")
+    save(tmp_path / "d_cmyk.jpg", (0, 255, 255, 0), mode="CMYK", quality=95)
+    Image.fromarray(np.full((4, 4), 0x8080, np.uint16)).save(tmp_path / "e_grey16.png")
+    save(tmp_path / "f_bits.png", 1, mode="1")
+    save(tmp_path / "g_clear.gif", 3, mode="P", transparency=3)
+    images, skipped = load_folder(tmp_path, 4)
+    assert not skipped.files
+    colors = images.images[:, :, 2, 2].tolist()
+    assert colors[0] == [10, 200, 30]
+    assert colors[1] == [255, 255, 255]  # nothing but transparency: white, not the colour under it
+    assert colors[2] == [127, 127, 127]
+    assert np.abs(np.array(colors[3]) - [255, 0, 0]).max() < 12
+    assert colors[4] == [128, 128, 128]
+    assert colors[5] == colors[6] == [255, 255, 255]
+
+
+def damaged_folder(root):
+    for i in range(8):
+        save(root / "k" / f"{i}.png", (i, 0, 0))
+    (root / "k" / "cut.jpg").write_bytes(b"")
+    save(root / "k" / "torn.png", size=(200, 200))
+    whole = root / "k" / "torn.png"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    noise.save(whole)
+    whole.write_bytes(whole.read_bytes()[:3000])
+    (root / "k" / "[bold]text.png").write_text("this is no image")
+
+
+def test_damaged_files_are_skipped_counted_named_and_printed_once(tmp_path, capsys):
+    damaged_folder(tmp_path)
+    images, skipped = load_folder(tmp_path, 4, max_skipped_fraction=0.3)
+    assert images.images[:, 0, 0, 0].tolist() == list(range(8))
+    assert images.labels.tolist() == [0] * 8
+    assert {path.name for path, _ in skipped.files} == {"cut.jpg", "torn.png", "[bold]text.png"}
+    assert (len(skipped), skipped.total) == (3, 11)
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.count("skipped 3 of 11 image files") == 1
+    for name in ("cut.jpg", "torn.png", "[bold]text.png"):
+        assert printed.err.count(name) >= 1
+
+
+def test_too_many_damaged_files_stop_the_run(tmp_path):
+    damaged_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"more than 10% of its 11 image files.*\.(png|jpg)"):
+        load_folder(tmp_path, 4)
+
+
+def test_nothing_but_damage(tmp_path):
+    (tmp_path / "a.png").write_text("no")
+    with pytest.raises(ValueError, match=f"{tmp_path}.*none of its 1 image files"):
+        load_folder(tmp_path, 4, max_skipped_fraction=1.0)
+
+
+def test_missing_and_empty_folders_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"no such folder: {tmp_path}/away"):
+        load_folder(tmp_path / "away", 4)
+    with pytest.raises(FileNotFoundError, match=f"no image files in {tmp_path}"):
+        load_folder(tmp_path, 4)
+    (tmp_path / "file.png").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"file\.png"):
+        load_folder(tmp_path / "file.png", 4)
+    save(tmp_path / "sub" / "a.png")
+    with pytest.raises(ValueError, match="beside sub-folders"):
+        load_folder(tmp_path, 4)
+
+
+def test_images_agree_with_the_transforms(tmp_path):
+    # The same photograph through the folder (Pillow) and through the tensor transform must match.
+    from cgspn.data import center_crop, to_float
+
+    noise = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(0))
+    pixels = (torch.nn.functional.interpolate(noise, (90, 130), mode="bicubic") * 255).clamp(0, 255).to(torch.uint8)
+    Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
+    got = load_folder(tmp_path, 32)[0].images[0].float()
+    expected = center_crop(to_float(pixels), 32)[0] * 255
+    assert (got - expected).abs().mean() < 1.5
