@@ -48,13 +48,13 @@ def influence_map(
     x = grid_input.detach().clone().requires_grad_()
     with torch.enable_grad():
         output = function(x)
-    if output.ndim != 4 or output.shape[0] != 1:
-        raise ValueError(f"function returned shape {tuple(output.shape)}; expected [1, h, w, C]")
-    h, w, channels = output.shape[1:]
-    row, column = position
-    if not (-h <= row < h and -w <= column < w):
-        raise ValueError(f"position is {position}; expected a position of the output grid {h} x {w}")
-    at_position = output[0, row, column]
+        if output.ndim != 4 or output.shape[0] != 1:
+            raise ValueError(f"function returned shape {tuple(output.shape)}; expected [1, h, w, C]")
+        h, w, channels = output.shape[1:]
+        row, column = position
+        if not (-h <= row < h and -w <= column < w):
+            raise ValueError(f"position is {position}; expected a position of the output grid {h} x {w}")
+        at_position = output[0, row, column]
     if not at_position.requires_grad:
         raise ValueError("function's output carries no gradient to its input; is it run under no_grad or detached?")
 
@@ -65,9 +65,7 @@ def influence_map(
         signs = torch.randint(0, 2, (probes, channels), generator=generator) * 2 - 1
         # E|v J|^2 = |J|^2 for independent signs v; the factor makes the sum below a mean.
         directions = signs.to(output) / probes**0.5
-    energy = torch.zeros(x.shape[1:3], dtype=torch.float32, device=x.device).to(
-        torch.promote_types(x.dtype, torch.float32)
-    )
+    energy = torch.zeros(x.shape[1:3], dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     for direction in directions:
         (gradient,) = torch.autograd.grad(at_position, x, direction, retain_graph=True, allow_unused=True)
         if gradient is not None:
