@@ -45,6 +45,13 @@ def test_resuming_goes_on_bit_for_bit():
         assert torch.equal(a.labels, b.labels)
 
 
+def test_augmentation_differs_from_step_to_step():
+    draws = [
+        float(b.images) for b in batches(image_set(1), 1, steps=8, transform=lambda x, g: torch.rand(1, generator=g))
+    ]
+    assert len(set(draws)) == 8
+
+
 def test_images_and_labels_belong_to_the_indices():
     for batch in batches(image_set(), 8, steps=9):
         assert batch.images[:, 0, 0, 0].tolist() == batch.indices.tolist()
