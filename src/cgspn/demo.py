@@ -33,7 +33,7 @@ class DemoConfig:
 
     distill: DistillConfig = field(
         default_factory=lambda: DistillConfig(
-            compression=4,
+            compression=3,
             stage1=OptimConfig(steps=60, learning_rate=3e-3),
             stage2=OptimConfig(steps=100, learning_rate=1e-3),
         )

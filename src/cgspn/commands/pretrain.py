@@ -51,7 +51,7 @@ class Pretrain:
             "machine": torch.cuda.get_device_name() if self.device != "cpu" else platform.processor(),
             "config": asdict(self.config),
             "validation_zeroshot_top1": accuracy,
-            "losses": history.steps,
+            "losses": history.steps[:: max(1, len(history.steps) // 200)],
         }
         write_atomically(self.out / "pretrain.json", json.dumps(record) + "\n")
         console.print(f"zero-shot top-1 on the validation split: {100 * accuracy:.1f}%; saved in {self.out}")

@@ -56,12 +56,12 @@ def _configs() -> dict[str, EncoderConfig]:
     mini = EncoderConfig(
         image_size=(28, 28),
         patch_size=4,
-        width=128,
-        mixers=("attention",) * 6,
-        mlp_hidden=512,
-        attention=AttentionConfig(heads=4),
+        width=96,
+        mixers=("attention",) * 4,
+        mlp_hidden=384,
+        attention=AttentionConfig(heads=3),
     )
-    add("mini", EMBEDDED, mini, 4)
+    add("mini", EMBEDDED, mini, 3)
     for size, (width, depth, heads, hidden) in SIZES.items():
         attention: MixerName = "attention"
         base = EncoderConfig(

@@ -1,0 +1,225 @@
+"""Conversion and both stages on real images, small."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import cgspn
+from cgspn.data import load_embedded
+from cgspn.distill import DistillConfig, DivergedError, LossConfig, OptimConfig, PretrainConfig, distil, pretrain
+from cgspn.distill.stages import eval_transform
+from cgspn.distill.taps import tapped_forward
+from cgspn.distill.tasks import DistillTask, SublayerTask
+from cgspn.distill.trainer import learning_rate
+from cgspn.layers import AttentionConfig
+from cgspn.models import Encoder, TextConfig, build_dual, model_config
+from cgspn.teachers import attention_student, convert
+from cgspn.teachers.convert import inherit, student_config
+
+SMALL = {"width": 48, "mixers": ("attention",) * 3, "mlp_hidden": 96, "attention": AttentionConfig(heads=2)}
+
+
+@pytest.fixture
+def images():
+    return load_embedded("train").subset(torch.arange(256))
+
+
+@pytest.fixture
+def teacher():
+    torch.manual_seed(0)
+    model = build_dual(model_config("vit_mini_patch4_28", **SMALL), TextConfig(width=16, depth=1, heads=2), 16)
+    with torch.no_grad():  # a random teacher whose attention matters
+        for block in model.image.blocks:
+            block.mixer.out.weight.mul_(4)
+            block.mixer.qkv.weight.mul_(3)
+    return model.eval()
+
+
+def batch(images, config, count=32):
+    from cgspn.data import one_pass
+
+    return next(iter(one_pass(images, count, transform=eval_transform(config))))
+
+
+def test_taps_are_the_forward_pass(teacher, images):
+    b = batch(images, teacher.image.config)
+    taps = tapped_forward(teacher.image, b.images)
+    out = teacher.image(b.images)
+    assert torch.equal(taps.pooled, out.pooled)
+    assert torch.equal(taps.tokens, out.tokens.flatten(1, 2))
+    for i, block in enumerate(teacher.image.blocks):
+        assert torch.equal(taps.sublayers[i], block.sublayer(taps.entries[i], taps.grid))
+        after = taps.entries[i] + taps.sublayers[i]
+        assert torch.equal(taps.blocks[i], block.mlp_half(after))
+
+
+def test_taps_compare_grid_tokens_only(images):
+    config = model_config("vit_mini_patch4_28", **SMALL, class_token=True, registers=2, pooling="cls")
+    teacher = Encoder(config)
+    student = convert(teacher, compression=4)
+    assert student.config.prefix == 0
+    assert student.config.pooling == "map"
+    b = batch(images, config, 4)
+    taps = tapped_forward(teacher, b.images)
+    assert taps.entries[0].shape[1] == 52
+    assert taps.blocks[0].shape[1] == 49
+    losses = SublayerTask(teacher, student).losses(b)
+    assert all(0.9 < losses[f"block {i}"] < 1.2 for i in range(3))  # a student that adds nothing has error 1
+    DistillTask(teacher, student, LossConfig()).losses(b)["total"].backward()
+
+
+def test_conversion_inherits_what_has_a_twin(teacher):
+    encoder = teacher.image
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    student = convert(encoder, compression=4, keep_attention=[1])
+    assert student.config.mixers == ("propagation", "attention", "propagation")
+    theirs, mine = encoder.state_dict(), student.state_dict()
+    for key in mine:
+        if ".mixer." in key and "blocks.1." not in key:
+            assert key not in theirs
+        elif key != "patch_embed.projection.bias":
+            assert torch.equal(mine[key], theirs[key]), key
+    mean_position = theirs["positions.table"].mean(0)
+    torch.testing.assert_close(
+        mine["patch_embed.projection.bias"], theirs["patch_embed.projection.bias"] + mean_position
+    )
+    assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())
+    for parameter in student.parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(before[k], v) for k, v in encoder.state_dict().items())  # nothing is shared
+    report = inherit(encoder, Encoder(student_config(encoder.config, compression=4)))
+    assert all(".mixer." in name for name in report.fresh)
+    assert "blocks.0.mlp.fc1.weight" in report.inherited
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"compression": 49}, "compression is 49"),
+        ({"compression": 0}, "compression is 0"),
+        ({"compression": 4, "keep_attention": 4}, "keep_attention is 4; accepted: 0 to 3"),
+        ({"compression": 4, "keep_attention": [3]}, r"keep_attention holds \[3\]; accepted: layer indices 0 to 2"),
+    ],
+)
+def test_conversion_refuses(teacher, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        convert(teacher.image, **arguments)
+
+
+def test_blocks_of_stage_one_are_independent(teacher, images):
+    """Each block's gradient is that of its own loss alone, and the teacher gets none."""
+    student = convert(teacher.image, compression=4)
+    b = batch(images, teacher.image.config)
+    task = SublayerTask(teacher.image, student)
+    task.losses(b)["block 1"].backward()
+    for i, block in enumerate(student.blocks):
+        touched = [p for p in block.mixer.parameters() if p.grad is not None and p.grad.norm() > 0]
+        assert bool(touched) == (i == 1)
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_a_kept_attention_layer_has_nothing_to_learn_in_stage_one(teacher):
+    assert SublayerTask(teacher.image, convert(teacher.image, compression=4, keep_attention=[1])).learning == [0, 2]
+    assert SublayerTask(teacher.image, attention_student(teacher.image)).learning == [0, 1, 2]
+
+
+def test_both_stages_learn(teacher, images):
+    torch.manual_seed(0)
+    optim = OptimConfig(steps=30, batch_size=32, learning_rate=3e-3)
+    config = DistillConfig(stage1=optim, stage2=replace(optim, learning_rate=1e-3))
+    before = [p.clone() for p in teacher.parameters()]
+    model, histories = distil(teacher, convert(teacher.image, compression=3), images, config)
+    for history in histories:
+        assert history.curve("total")[-1] < 0.9 * history.curve("total")[0], history.title
+    assert all(torch.equal(a, b) for a, b in zip(before, teacher.parameters(), strict=True))
+    assert all(p.requires_grad for p in teacher.parameters())
+    assert not any("adapter" in key for key in model.state_dict())
+
+
+@pytest.mark.parametrize("compression", [6, 18, 72])
+def test_the_first_steps_do_not_explode(images, compression):
+    """At the paper's compressions, on a width where each leaves a latent, without any warm-up."""
+    torch.manual_seed(0)
+    config = model_config("vit_mini_patch4_28", **(SMALL | {"width": 144}))
+    teacher = build_dual(config, TextConfig(width=16, depth=1, heads=2), 16).eval()
+    optim = OptimConfig(steps=8, batch_size=16, learning_rate=3e-3, warmup=0)
+    student = convert(teacher.image, compression=compression)
+    _, histories = distil(teacher, student, images, DistillConfig(stage1=optim, stage2=optim))
+    for history in histories:
+        assert max(history.curve("total")) < 1.3 * history.curve("total")[0], history.title
+
+
+def test_the_same_seed_gives_the_same_student(teacher, images):
+    config = DistillConfig(
+        stage1=OptimConfig(steps=2, batch_size=16), stage2=OptimConfig(steps=2, batch_size=16), compression=4
+    )
+    weights = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        model, _ = distil(teacher, convert(teacher.image, compression=4), images, config)
+        weights.append(torch.cat([p.flatten() for p in model.parameters()]))
+    assert torch.equal(*weights)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"),
+    [
+        (LossConfig(), {"PP", "PB", "pooled"}),
+        (LossConfig(alpha=0), {"PB", "pooled"}),
+        (LossConfig(beta=0, adapters=False), {"PP", "pooled"}),
+        (LossConfig(alpha=0, beta=0, output=0, contrastive=1), {"contrastive"}),
+    ],
+)
+def test_loss_switches(teacher, images, loss, expected):
+    student = convert(teacher.image, compression=4)
+    task = DistillTask(
+        teacher.image, student, loss, dual=teacher, captions=lambda b: images.captions(indices=b.indices)
+    )
+    losses = task.losses(batch(images, teacher.image.config))
+    assert set(losses) == expected | {"total"}
+    losses["total"].backward()
+    assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_contrastive_without_a_text_tower_is_refused(teacher):
+    with pytest.raises(ValueError, match="contrastive is on"):
+        DistillTask(teacher.image, convert(teacher.image, compression=4), LossConfig(contrastive=1))
+    with pytest.raises(ValueError, match="student has depth 4 and width 96"):
+        DistillTask(teacher.image, cgspn.create_model("cgspn_mini_patch4_28"), LossConfig())
+
+
+@pytest.mark.parametrize("loss", ["clip", "sigmoid"])
+@pytest.mark.parametrize("kind", ["vit", "cgspn"])
+def test_pretraining_without_a_teacher_learns(images, kind, loss, monkeypatch):
+    small = model_config(
+        f"{kind}_mini_patch4_28", **(SMALL | {"mixers": model_config(f"{kind}_mini_patch4_28").mixers[:2]})
+    )
+    monkeypatch.setattr("cgspn.distill.stages.model_config", lambda _: small)
+    model, history = pretrain(
+        images, PretrainConfig(loss=loss, optim=OptimConfig(steps=25, batch_size=64, learning_rate=3e-3))
+    )
+    curve = history.curve("total")
+    assert sum(curve[-5:]) < 0.95 * sum(curve[:5])
+    assert not model.training
+
+
+def test_divergence_stops_before_it_touches_a_weight(teacher, images):
+    student = convert(teacher.image, compression=4)
+    with torch.no_grad():
+        student.blocks[0].mixer.up.bias.fill_(float("nan"))
+    before = student.blocks[1].mixer.up.weight.clone()
+    with pytest.raises(DivergedError, match=r"block 0, total is not finite at step 0|total, block 0 is not finite"):
+        distil(teacher, student, images, DistillConfig(stage1=OptimConfig(steps=3, batch_size=8)))
+    assert torch.equal(before, student.blocks[1].mixer.up.weight)
+
+
+def test_learning_rate_warms_up_and_ends_at_zero():
+    config = OptimConfig(steps=100, warmup=0.1)
+    rates = [learning_rate(config, s) for s in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == 1
+    assert rates[-1] < 1e-3
+    for field, value in (("steps", -1), ("batch_size", 0), ("warmup", 2), ("learning_rate", float("nan"))):
+        with pytest.raises(ValueError, match=f"{field} is"):
+            OptimConfig(**{field: value})
