@@ -34,8 +34,8 @@ class DemoConfig:
     distill: DistillConfig = field(
         default_factory=lambda: DistillConfig(
             compression=3,
-            stage1=OptimConfig(steps=60, learning_rate=3e-3),
-            stage2=OptimConfig(steps=100, learning_rate=1e-3),
+            stage1=OptimConfig(steps=120, batch_size=64, learning_rate=3e-3),
+            stage2=OptimConfig(steps=360, batch_size=64, learning_rate=1e-3),
         )
     )
     test_images: int = 4000

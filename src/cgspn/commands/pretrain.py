@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import tyro
 
 from .. import __version__
 from ..console import console, progress_watcher, writable_folder
@@ -28,7 +29,7 @@ class Pretrain:
         cgspn pretrain runs/cgspn --config.model cgspn_mini_patch4_28 --config.optim.steps 500
     """
 
-    out: Path
+    out: tyro.conf.Positional[Path]
     """Folder for config.json, model.safetensors and pretrain.json (command, versions, losses)."""
     config: PretrainConfig = field(default_factory=PretrainConfig)
     """What is trained, and how."""
