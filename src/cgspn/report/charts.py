@@ -1,0 +1,187 @@
+"""Line charts as small inline SVGs whose text is text and whose colours follow the page, light or dark."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .theme import MARKERS, MUTED, RULE, series_colours, use_variables
+
+SIZE = (4.3, 2.5)  # inches; at 72 dots to the inch about as wide as a phone, so text keeps its size there
+LOG_RATIO = 6.0  # a positive range wider than this is easier to read on a logarithmic axis
+
+
+def require_matplotlib() -> None:
+    """Raise ModuleNotFoundError, naming the extra to install, if charts cannot be drawn.
+
+    Long jobs that end in a report call this first.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "charts need matplotlib, which is not installed; run: pip install 'cgspn[report]'", name="matplotlib"
+        ) from error
+
+
+def smooth(values: Sequence[float], weight: float = 0.85) -> list[float]:
+    """Exponential moving average, corrected for its start: the first value is kept as it is."""
+    out, average, total = [], 0.0, 0.0
+    for value in values:
+        average = weight * average + (1 - weight) * value
+        total = weight * total + (1 - weight)
+        out.append(average / total)
+    return out
+
+
+def thin(values: Sequence[float], most: int = 300) -> tuple[list[float], list[float]]:
+    """At most `most` points (x, y): means over equal runs of steps, so that long trainings stay small pictures."""
+    size = -(-len(values) // most) if values else 1
+    runs = [values[i : i + size] for i in range(0, len(values), size)]
+    return [i * size + (len(run) - 1) / 2 for i, run in enumerate(runs)], [sum(run) / len(run) for run in runs]
+
+
+def loss_chart(curves: Mapping[str, Sequence[float]], *, label: str) -> str:
+    """Losses over the steps of a training, one colour a name: each step faint, their moving average on top.
+
+    Args:
+        curves: losses by name; names in `theme.SERIES` have colours of their own.
+        label: what the chart shows, for those who cannot see it.
+
+    Returns:
+        An `<svg>` element.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+        ValueError: no curve, or an empty one.
+    """
+    if not curves or not all(curves.values()):
+        raise ValueError(
+            f"curves holds { ({k: len(v) for k, v in curves.items()}) } losses; expected at least one each"
+        )
+    figure, axes = _axes()
+    colours = series_colours(list(curves))
+    shown: list[float] = []
+    for name, values in curves.items():
+        colour = colours[name].stand_in
+        x, y = thin(values)
+        axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
+        x, y = thin(smooth(values))
+        axes.plot(x, y, color=colour, linewidth=1.9)
+        shown += y
+    _scale(axes, shown)
+    axes.set_xlabel("step")
+    axes.margins(x=0.01)
+    return _svg(figure, label)
+
+
+def block_chart(
+    values: Mapping[str, Sequence[float]], *, label: str, limits: tuple[float | None, float | None] = (None, None)
+) -> str:
+    """One value a block, one line with markers a name.
+
+    Args:
+        values: by name, the blocks in order.
+        label: what the chart shows, for those who cannot see it.
+        limits: ends of the vertical axis, None for where the values end.
+
+    Returns:
+        An `<svg>` element.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+        ValueError: no values.
+    """
+    if not values or not all(values.values()):
+        raise ValueError("values is empty; expected one value a block")
+    figure, axes = _axes()
+    colours = series_colours(list(values))
+    for name, line in values.items():
+        blocks = range(1, len(line) + 1)
+        colour, marker = colours[name].stand_in, MARKERS.get(name, "o")
+        axes.plot(blocks, line, color=colour, marker=marker, markersize=4.5, linewidth=1.7)
+    if limits == (None, None):
+        _scale(axes, [v for line in values.values() for v in line])
+    else:
+        axes.set_ylim(*limits)
+    count = max(map(len, values.values()))
+    axes.set_xticks(range(1, count + 1, -(-count // 12)))
+    axes.set_xlabel("block")
+    axes.margins(x=0.04)
+    return _svg(figure, label)
+
+
+def _axes() -> tuple[Any, Any]:
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED.stand_in)
+    axes.tick_params(which="both", colors=MUTED.stand_in, labelsize=8.5, length=0)
+    axes.tick_params(axis="x", which="major", length=3)
+    axes.xaxis.label.set(color=MUTED.stand_in, fontsize=8.5)
+    axes.grid(axis="y", which="major", color=RULE.stand_in, linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _scale(axes: Any, values: Sequence[float]) -> None:
+    """A logarithmic axis with plain numbers where the range is wide, else one that starts at zero."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    low, high = min(values), max(values)
+    if low > 0 and high / low > LOG_RATIO:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 200 else (1,)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.set_ylim(low / 1.15, high * 1.15)
+    elif low >= 0:
+        axes.set_ylim(0, high * 1.08 if high > 0 else 1)
+
+
+def _svg(figure: Any, label: str) -> str:
+    """The figure as an inline element: no fixed size, no metadata, ids of its own, colours of the page."""
+    import matplotlib
+
+    salt = hashlib.sha256(label.encode()).hexdigest()[:8]
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # a style in an inline SVG is one of the whole page
+    text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    text = re.sub(r'font: (\d[\d.]*px)[^;"]*', r"font-size: \1", text)
+    # Several charts share a page, so an id must say whose it is.
+    text = re.sub(r'\bid="([^"]+)"', rf'id="c{salt}-\1"', text)
+    text = re.sub(r"url\(#([^)]+)\)", rf"url(#c{salt}-\1)", text)
+    text = re.sub(r'href="#([^"]+)"', rf'href="#c{salt}-\1"', text)
+    head, rest = text.split(">", 1)
+    view = re.search(r'viewBox="[^"]+"', head)
+    assert view is not None
+    head = (
+        f'<svg class="chart" role="img" aria-label="{html.escape(label)}" {view.group()} '
+        'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    )
+    return use_variables(f"{head}>{re.sub(chr(10) + ' *', chr(10), rest)}").strip()
+
+
+def legend(names: Sequence[str]) -> str:
+    """The colours of the names as HTML, once for all charts below it."""
+    shapes = {"o": "●", "s": "■", "^": "▲", "D": "◆"}
+    colours = series_colours(list(names))
+    items = [
+        f'<li><span style="color: {colours[name].css}" aria-hidden="true">'
+        f"━{shapes[MARKERS.get(name, 'o')]}━</span> {html.escape(name)}</li>"
+        for name in names
+    ]
+    return f'<ul class="legend">{"".join(items)}</ul>'
