@@ -12,16 +12,16 @@ from .commands.pretrain import Pretrain
 from .console import console
 from .distill import DivergedError
 
-Command = (
-    Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
-)
+Command = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
 
 
 def main() -> None:
     """Run one command. Exit code 0, or 2 with one line for wrong input, or 130 when interrupted."""
-    command: Demo | Pretrain = tyro.cli(Command,  # type: ignore[arg-type]
-        prog="cgspn", description=__doc__)
+    command: Demo | Pretrain = tyro.cli(
+        Command,  # type: ignore[arg-type]
+        prog="cgspn",
+        description=__doc__,
+    )
     try:
         command.run()
     except (ValueError, OSError, DivergedError) as error:

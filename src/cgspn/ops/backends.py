@@ -2,7 +2,9 @@
 
 A backend is a module with the functions `forward`, `backward`, `line_scan_forward`, `line_scan_backward` (signatures
 of torch_scan.py) and, unless it runs everywhere, `why_not(x) -> str | None`: the reason it cannot run on these
-inputs. Adding one = a module here and a line in PREFERENCE; the tests pick it up from there.
+inputs. A backend whose backward wants more than the inputs also has `forward_saving` (returns the output and a state
+of the shape of lam), `backward_saved` (takes that state last) and `line_scan_backward_saved` (takes the output last).
+Adding one = a module here and a line in PREFERENCE; the tests pick it up from there.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# Fastest first. The PyTorch backend comes last and always runs.
-PREFERENCE: dict[str, str] = {"torch": "torch_scan"}
+# In the order in which "auto" tries them. The PyTorch backend always runs, so what stands behind it runs only when it
+# is named: the CUDA backend does not pass all of its GPU tests yet.
+PREFERENCE: dict[str, str] = {"torch": "torch_scan", "cuda": "cuda"}
 
 
 class Choice(NamedTuple):

@@ -95,5 +95,6 @@ def check_finite(mask: Tensor | None = None, **tensors: Tensor) -> None:
             if bad.any():
                 where = tuple(bad.nonzero()[0].tolist())
                 raise ValueError(
-                    f"{name} holds {int(bad.sum())} values that are not finite, the first at {where}; expected finite values"
+                    f"{name} holds {int(bad.sum())} values that are not finite, the first at {where}; "
+                    "expected finite values"
                 )

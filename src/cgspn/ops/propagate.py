@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import checks
 from .backends import check_backend
-from .library import line_scan_op, propagate_2d_op
+from .library import line_scan_op, propagate_2d_op, propagate_2d_saving_op
 from .reference import DIRECTIONS
 
 
@@ -75,7 +75,11 @@ def propagate_2d(
     check_backend(backend)
     if _look_at_values(x):
         checks.check_finite(mask, x=x, logits=logits, lam=lam, u=u)
-    out: Tensor = propagate_2d_op(x, logits, lam, u, mask, codes, merge == "sum", backend)
+    arguments = (x, logits, lam, u, mask, codes, merge == "sum", backend)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, logits, lam, u)):
+        trained: Tensor = propagate_2d_saving_op(*arguments)[0]
+        return trained
+    out: Tensor = propagate_2d_op(*arguments)
     return out
 
 

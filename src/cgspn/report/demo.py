@@ -158,9 +158,9 @@ def _training(result: DemoResult) -> Section:
         ),
         legend(list(result.histories)),
     ]
-    for stage, histories in stages.items():
+    for stage, by_student in stages.items():
         body.append(page.heading(stage[:1].upper() + stage[1:]))
-        body.append(page.group(_loss_panels(stage, histories), "wide"))
+        body.append(page.group(_loss_panels(stage, by_student), "wide"))
     if not stages:
         body.append(page.paragraph("This run trained nothing, so there are no curves."))
     return Section("training", "How the students learned", "\n".join(body), "Training")

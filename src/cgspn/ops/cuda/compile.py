@@ -1,0 +1,122 @@
+"""Kernel source to loaded kernel: NVRTC through cuda.core, and a cache of cubins on disk.
+
+No nvcc, no headers, no compiler on the machine. A cubin's file name is a hash of everything it depends on (source,
+options, architecture, compiler version), and files appear by an atomic rename, so any number of processes may start
+at once: at worst they compile the same kernel twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib.resources import files
+from pathlib import Path
+
+Macros = tuple[tuple[str, int], ...]
+
+
+def macros(values: Mapping[str, int]) -> Macros:
+    """A mapping as a hashable, ordered tuple: the form in which kernels are asked for."""
+    return tuple(sorted(values.items()))
+
+
+@functools.cache
+def source(name: str) -> str:
+    """The text of kernels/`name`.cu with what all kernels share in front."""
+    folder = files(__package__) / "kernels"
+    return (folder / "common.cuh").read_text() + (folder / f"{name}.cu").read_text()
+
+
+@functools.cache
+def compiler_version() -> str:
+    """NVRTC's version. Raises ImportError without cuda.core, RuntimeError where NVRTC does not load."""
+    from cuda.bindings import nvrtc
+
+    status, major, minor = nvrtc.nvrtcVersion()
+    if int(status) != 0:
+        raise RuntimeError(f"NVRTC does not load: {status}")
+    return f"{major}.{minor}"
+
+
+def cache_folder() -> Path:
+    """Where cubins are kept: $XDG_CACHE_HOME/cgspn/kernels, by default ~/.cache/cgspn/kernels."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cgspn" / "kernels"
+
+
+def compile_cubin(name: str, defines: Macros, arch: str) -> tuple[bytes, str]:
+    """Compile kernels/`name`.cu for `arch` ("sm_90"): the cubin and the compiler's report on registers and spills.
+
+    Needs NVRTC, no GPU and no driver. Raises cuda.core's NVRTCError with the log if the source does not compile.
+    """
+    from cuda.core import Program, ProgramOptions
+
+    options = ProgramOptions(
+        name=f"{name}.cu",
+        arch=arch,
+        std="c++17",
+        define_macro=[(key, str(value)) for key, value in defines],
+        ptxas_options=["-v"],
+    )
+    report = io.StringIO()
+    code = Program(source(name), "c++", options).compile("cubin", logs=report).code
+    assert isinstance(code, bytes)
+    return code, report.getvalue()
+
+
+def cubin(name: str, defines: Macros, arch: str) -> bytes:
+    """`compile_cubin` behind the cache on disk. A folder that cannot be written to only costs the next start time."""
+    key = "\n".join([source(name), repr(defines), arch, compiler_version()])
+    path = cache_folder() / f"{name}-{arch}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        pass
+    code, _ = compile_cubin(name, defines, arch)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        with os.fdopen(handle, "wb") as file:
+            file.write(code)
+        os.replace(temporary, path)
+    except OSError:
+        pass
+    return code
+
+
+class Kernel:
+    """A kernel loaded on every device of one architecture; `handle` is what the driver launches."""
+
+    def __init__(self, name: str, entry: str, defines: Macros, arch: str) -> None:
+        from cuda.bindings import driver
+        from cuda.core import ObjectCode
+
+        self._object = ObjectCode.from_cubin(cubin(name, defines, arch))  # keeps the library loaded
+        self._kernel = self._object.get_kernel(entry)
+        self.handle = driver.CUfunction(int(self._kernel.handle))
+        self._shared: dict[int, int] = {}
+
+    def allow_shared(self, amount: int, device: int) -> None:
+        """Let blocks of this kernel take `amount` bytes of dynamic shared memory on a device."""
+        from cuda.bindings import driver
+
+        if amount <= max(48 * 1024, self._shared.get(device, 0)):
+            return
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        check(driver.cuKernelSetAttribute(attribute, amount, driver.CUkernel(int(self._kernel.handle)), device))
+        self._shared[device] = amount
+
+
+def check(result: tuple[object, ...]) -> None:
+    """Raise RuntimeError unless a driver call succeeded."""
+    if int(result[0]) != 0:  # type: ignore[call-overload]
+        raise RuntimeError(f"CUDA driver: {result[0]!r}")
+
+
+@functools.cache
+def kernel(name: str, entry: str, defines: Macros, arch: str) -> Kernel:
+    """The loaded kernel, compiled at its first use. Safe from several threads: at worst it is loaded twice."""
+    return Kernel(name, entry, defines, arch)

@@ -1,0 +1,163 @@
+// The adjoint scan: lines in reverse, one block per direction, image and group of channels, as in forward.cu.
+// It reads the state h that the forward saved, in the input's dtype, and writes every gradient once; the gradient
+// of x is a plane per direction, merged at the end in float32. No atomics: the result does not depend on timing.
+//
+// With g[i] the gradient of the state of line i: position j of line i sends w0 g to position j-1 of line i-1,
+// w1 g to j and w2 g to j+1. The first and the last cross threads through shared memory.
+
+struct BackwardArguments {
+  View x, lam, u, logits, dy, h, mask, dx, dlam, du, dlogits, out;
+  Shape s;
+};
+
+constexpr int MAPS = NORMALISE ? 8 : 7;  // h of the line before, x, lam, three logits, dy, u
+
+extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(const __grid_constant__ BackwardArguments a) {
+  extern __shared__ __align__(16) char shared[];
+  const Shape& s = a.s;
+  const Walk walk(s);
+  const int last = walk.lines - 1;
+  const int line_slots = s.lanes * s.rows;
+  const int plane = (s.rows * POS + 2) * s.lanes;
+  float* sent = (float*)shared;  // two lines of what goes to the left and two of what goes to the right
+  char* stages = shared + 4 * plane * VEC * 4;
+  const int map_bytes = line_slots * POS * BYTES, stage_bytes = MAPS * map_bytes;
+  for (int k = threadIdx.x; k < 4 * plane * VEC; k += blockDim.x) sent[k] = 0.f;
+
+  const i64 sign = walk.backwards ? 1 : -1;  // from the last line of the scan to its first
+#define STEP(v) (sign * walk.line(a.v))
+#define JUMP(v, p) ((i64)((p) * s.rows) * walk.across(a.v))
+  const char *x = walk.start(a.x, last), *lam = walk.start(a.lam, last), *u = walk.start(a.u, last),
+             *logits = walk.start(a.logits, last), *dy = walk.start(a.dy, last), *h = walk.start(a.h, last),
+             *mask = walk.start(a.mask, last);
+  char *dx = walk.start(a.dx, last), *dlam = walk.start(a.dlam, last), *du = walk.start(a.du, last),
+       *dlogits = walk.start(a.dlogits, last);
+  const u64 once = stream_policy();
+  bool works[POS];
+  Vec state[POS];        // h of the line being worked on
+  float kept[POS][VEC];  // what this position sends to itself
+#pragma unroll
+  for (int p = 0; p < POS; p++) {
+    works[p] = walk.j + p * s.rows < walk.positions;
+    if (works[p]) state[p] = load(h + JUMP(h, p));
+#pragma unroll
+    for (int k = 0; k < VEC; k++) kept[p][k] = 0.f;
+  }
+  h += STEP(h);
+
+  auto fetch = [&](int stage, bool first) {
+#pragma unroll
+    for (int p = 0; p < POS; p++)
+      if (works[p]) {
+        char* to = stages + stage * stage_bytes + (p * line_slots + walk.slot) * BYTES;
+        if (!first) copy_in_once(to, h + JUMP(h, p), once);
+        copy_in(to + map_bytes, x + JUMP(x, p));
+        copy_in_once(to + 2 * map_bytes, lam + JUMP(lam, p), once);
+        const char* from = logits + JUMP(logits, p);
+        copy_in_once(to + 3 * map_bytes, from, once);
+        copy_in_once(to + 4 * map_bytes, from + a.logits.k, once);
+        copy_in_once(to + 5 * map_bytes, from + 2 * a.logits.k, once);
+        copy_in(to + 6 * map_bytes, dy + JUMP(dy, p));
+        if constexpr (NORMALISE) copy_in_once(to + 7 * map_bytes, u + JUMP(u, p), once);
+      }
+    h += STEP(h);
+    x += STEP(x);
+    lam += STEP(lam);
+    logits += STEP(logits);
+    dy += STEP(dy);
+    u += STEP(u);
+  };
+
+#pragma unroll
+  for (int n = 0; n < STAGES - 1; n++) {
+    if (n < walk.lines) fetch(n, n == last);
+    copies_commit();
+  }
+  int filling = STAGES - 1, stage = 0, phase = s.chunk ? last % s.chunk : -1;  // line of the chunk
+  for (int n = 0; n < walk.lines; n++) {
+    copies_wait<STAGES - 2>();
+    __syncthreads();  // the neighbours' copies and what they sent have arrived; the stage to fill is free
+    if (n + STAGES - 1 < walk.lines) fetch(filling, n + STAGES - 1 == last);
+    copies_commit();
+    filling = filling + 1 == STAGES ? 0 : filling + 1;
+    const bool restart = n == last || phase == 0;  // this line starts from zero: nothing flows further back
+    phase = phase == 0 ? s.chunk - 1 : phase - 1;
+    const float* to_left = sent + (n & 1 ? 0 : 2) * plane * VEC;
+    const float* to_right = to_left + plane * VEC;
+    float* send_left = sent + (n & 1 ? 2 : 0) * plane * VEC;
+    float* send_right = send_left + plane * VEC;
+#pragma unroll
+    for (int p = 0; p < POS; p++)
+      if (works[p]) {
+        const int j = walk.j + p * s.rows, index = p * line_slots + walk.slot;
+        const char* from = stages + stage * stage_bytes + index * BYTES;
+        const u32 bits = surroundings(walk, j, last - n, mask + JUMP(mask, p), -STEP(mask), walk.across(a.mask));
+        Vec none;
+#pragma unroll
+        for (int k = 0; k < WORDS; k++) none.w[k] = 0;
+        const Vec before = restart ? none : load(from);
+        const Vec left = restart || j == 0 ? none : load(from - s.lanes * BYTES);
+        const Vec right = restart || j + 1 == walk.positions ? none : load(from + s.lanes * BYTES);
+        const Vec vx = load(from + map_bytes), vlam = load(from + 2 * map_bytes), l0 = load(from + 3 * map_bytes),
+                  l1 = load(from + 4 * map_bytes), l2 = load(from + 5 * map_bytes), vdy = load(from + 6 * map_bytes);
+        Vec gate = none;
+        if constexpr (NORMALISE) gate = load(from + 7 * map_bytes);
+        float from_right[VEC], from_left[VEC], o_dx[VEC], o_dlam[VEC], o_du[VEC], o_d[3][VEC];
+        state_get(to_left, plane, index + 2 * s.lanes, from_right);  // position j+1 sent this to its left
+        state_get(to_right, plane, index, from_left);
+#pragma unroll
+        for (int k = 0; k < VEC; k++) {
+          float g = kept[p][k] + from_right[k] + from_left[k];
+          const float y_grad = get(vdy, k);
+          g += NORMALISE ? get(gate, k) * y_grad : y_grad;
+          if (MASKED && !(bits & 8)) g = 0.f;
+          o_dx[k] = g * get(vlam, k);
+          o_dlam[k] = g * get(vx, k);
+          const float d0 = g * get(left, k), d1 = g * get(before, k), d2 = g * get(right, k);
+          float w0, w1, w2;
+          if constexpr (NORMALISE) {
+            o_du[k] = y_grad * get(state[p], k);
+            const Weights weights(get(l0, k), get(l1, k), get(l2, k), bits);
+            w0 = weights.w[0], w1 = weights.w[1], w2 = weights.w[2];
+            const float shared_part = weights.clamped ? 0.f : w0 * d0 + w1 * d1 + w2 * d2;
+            // dlogit = (dw - shared) w (1 - sigmoid); 1 - sigmoid = e / (1 + e), the three with one reciprocal
+            const float e0 = fminf(weights.e[0], 1e12f), e1 = fminf(weights.e[1], 1e12f), e2 = fminf(weights.e[2], 1e12f);
+            const float a0 = 1.f + e0, a1 = 1.f + e1, a2 = 1.f + e2, pair = a1 * a2, r = reciprocal(a0 * pair);
+            o_d[0][k] = (d0 - shared_part) * w0 * (e0 * pair * r);
+            o_d[1][k] = (d1 - shared_part) * w1 * (e1 * (a0 * a2) * r);
+            o_d[2][k] = (d2 - shared_part) * w2 * (e2 * (a0 * a1) * r);
+            if (MASKED && !(bits & 8)) {
+              o_dx[k] = o_dlam[k] = o_du[k] = o_d[0][k] = o_d[1][k] = o_d[2][k] = 0.f;
+              w0 = w1 = w2 = 0.f;
+            }
+          } else {
+            w0 = get(l0, k), w1 = get(l1, k), w2 = get(l2, k);
+            o_d[0][k] = d0, o_d[1][k] = d1, o_d[2][k] = d2;
+          }
+          kept[p][k] = restart ? 0.f : w1 * g;
+          from_right[k] = restart ? 0.f : w0 * g;
+          from_left[k] = restart ? 0.f : w2 * g;
+        }
+        state_put(send_left, plane, index + s.lanes, from_right);
+        state_put(send_right, plane, index + s.lanes, from_left);
+        if constexpr (MERGE)
+          store_plane(dx + JUMP(dx, p), pack(o_dx));
+        else
+          store(dx + JUMP(dx, p), pack(o_dx));
+        store(dlam + JUMP(dlam, p), pack(o_dlam));
+        if constexpr (NORMALISE) store(du + JUMP(du, p), pack(o_du));
+        char* d = dlogits + JUMP(dlogits, p);
+        store(d, pack(o_d[0]));
+        store(d + a.dlogits.k, pack(o_d[1]));
+        store(d + 2 * a.dlogits.k, pack(o_d[2]));
+        state[p] = before;
+      }
+    dx += STEP(dx);
+    dlam += STEP(dlam);
+    du += STEP(du);
+    dlogits += STEP(dlogits);
+    mask += STEP(mask);
+    stage = stage + 1 == STAGES ? 0 : stage + 1;
+  }
+  merge_planes(s, walk, a.dx, a.out);
+}

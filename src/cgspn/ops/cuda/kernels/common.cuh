@@ -1,0 +1,305 @@
+// What every kernel here shares: element types, copies, the normalisation, the merge of directions.
+// Compiled by NVRTC without any header. Macros set by plan.py:
+//   DTYPE      0 float32, 1 float16, 2 bfloat16
+//   VEC        channels a thread handles (VEC * sizeof(element) is what one copy moves: 2, 4, 8 or 16 bytes)
+//   POS        positions of the line a thread handles
+//   STAGES     lines in shared memory, the one being worked on included
+//   THREADS    upper bound of the block size
+//   NORMALISE  1: propagate_2d (sigmoid, normalised, gated); 0: line_scan (weights as they are, no gate)
+//   MASKED     1: a mask is given
+//   MERGE      2..4: as many directions, the blocks of a cluster, add their planes at the end; 0: they do not
+// Shape letters as in reference.py. All strides are in bytes and 64 bits wide.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef long long i64;
+
+#if MERGE
+#define CLUSTER __cluster_dims__(MERGE, 1, 1)
+#else
+#define CLUSTER
+#endif
+#define ELEMENT (DTYPE == 0 ? 4 : 2)
+constexpr int BYTES = VEC * ELEMENT;
+constexpr int WORDS = BYTES < 4 ? 1 : BYTES / 4;
+constexpr int QUAD = VEC < 4 ? VEC : 4;  // channels of the float32 state that move in one shared-memory access
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float EPSILON = 1e-7f;
+
+struct View {
+  char* p;
+  i64 b, h, w, d, k, c;  // strides of batch, row, column, direction, neighbour, channel
+};
+
+struct Shape {
+  int B, H, W, C, D;
+  int codes[4];    // 0 down, 1 up, 2 right, 3 left
+  int vectors;     // C / VEC
+  int lanes;       // vectors a block handles
+  int groups;      // blocks along the channels
+  int rows;        // positions a block handles at once; lanes * rows threads work
+  int longest;     // the longer of H and W
+  int chunk;       // lines between restarts; 0: never
+};
+
+struct __align__(BYTES < 4 ? 4 : BYTES) Vec {
+  u32 w[WORDS];
+};
+
+// Where a block is and how its direction walks.
+struct Walk {
+  int b, d, lines, positions, lane, j, vec, slot;
+  bool vertical, backwards;
+  __device__ explicit Walk(const Shape& s) {
+    u32 block = blockIdx.x;
+    d = block % s.D;
+    block /= s.D;
+    b = block / s.groups;
+    int code = s.codes[d];
+    vertical = code < 2;
+    backwards = code & 1;
+    lines = vertical ? s.H : s.W;
+    positions = vertical ? s.W : s.H;
+    slot = threadIdx.x;
+    lane = slot % s.lanes;
+    j = slot / s.lanes;
+    vec = (block % s.groups) * s.lanes + lane;
+    if (vec >= s.vectors || j >= s.rows) j = 1 << 28;  // a thread without work
+  }
+  __device__ i64 line(const View& v) const { return vertical ? v.h : v.w; }
+  __device__ i64 across(const View& v) const { return vertical ? v.w : v.h; }
+  __device__ char* start(const View& v, int i) const {
+    i64 position = j < (1 << 28) ? j : 0;
+    return v.p + b * v.b + d * v.d + (backwards ? lines - 1 - i : i) * line(v) + position * across(v) +
+           (i64)vec * VEC * v.c;
+  }
+};
+
+#ifndef HINT
+#define HINT 1
+#endif
+__device__ __forceinline__ u64 stream_policy() {
+  u64 policy = 0;
+#if HINT == 1
+  policy = 0x12F0000000000000ull;
+#elif HINT == 2
+  asm volatile("mov.u64 %0, 0;\ncreatepolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+#endif
+  return policy;
+}
+
+// Global to shared. Asynchronous, except for single 16-bit elements, which the hardware cannot copy that way.
+__device__ __forceinline__ void copy_in(void* to, const char* from) {
+  u32 s = (u32)__cvta_generic_to_shared(to);
+  if constexpr (BYTES == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(s), "l"(from) : "memory");
+  else if constexpr (BYTES >= 4)
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(s), "l"(from), "n"(BYTES) : "memory");
+  else
+    *(unsigned short*)to = *(const unsigned short*)from;
+}
+
+// The same for what is read once: it should leave the L2 first, so that x, read by every direction, can stay.
+__device__ __forceinline__ void copy_in_once(void* to, const char* from, u64 policy) {
+  u32 s = (u32)__cvta_generic_to_shared(to);
+  if constexpr (BYTES == 16 && HINT)
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(s), "l"(from), "l"(policy)
+                 : "memory");
+  else
+    copy_in(to, from);
+}
+
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+__device__ __forceinline__ Vec load(const void* p) {
+  Vec v;
+  if constexpr (BYTES == 16)
+    *(uint4*)v.w = *(const uint4*)p;
+  else if constexpr (BYTES == 8)
+    *(uint2*)v.w = *(const uint2*)p;
+  else if constexpr (BYTES == 4)
+    v.w[0] = *(const u32*)p;
+  else
+    v.w[0] = *(const unsigned short*)p;
+  return v;
+}
+
+// A store that is not read again by this kernel.
+__device__ __forceinline__ void store(char* p, const Vec& v) {
+  if constexpr (BYTES == 16)
+    __stcs((uint4*)p, *(const uint4*)v.w);
+  else if constexpr (BYTES == 8)
+    __stcs((uint2*)p, *(const uint2*)v.w);
+  else if constexpr (BYTES == 4)
+    __stcs((u32*)p, v.w[0]);
+  else
+    *(unsigned short*)p = (unsigned short)v.w[0];
+}
+
+// One that is: a plane to be merged.
+__device__ __forceinline__ void store_plane(char* p, const Vec& v) {
+  if constexpr (BYTES == 16)
+    *(uint4*)p = *(const uint4*)v.w;
+  else if constexpr (BYTES == 8)
+    *(uint2*)p = *(const uint2*)v.w;
+  else if constexpr (BYTES == 4)
+    *(u32*)p = v.w[0];
+  else
+    *(unsigned short*)p = (unsigned short)v.w[0];
+}
+
+__device__ __forceinline__ float half_to_float(u32 bits) {
+  float f;
+  asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(bits));
+  return f;
+}
+
+// Channel k of a vector; k must be known at compile time after unrolling.
+__device__ __forceinline__ float get(const Vec& v, int k) {
+  if constexpr (DTYPE == 0) return __uint_as_float(v.w[k]);
+  u32 word = v.w[k / 2];
+  if constexpr (DTYPE == 2) return __uint_as_float(k & 1 ? word & 0xffff0000u : word << 16);
+  return half_to_float(k & 1 ? word >> 16 : word & 0xffffu);
+}
+
+__device__ __forceinline__ Vec pack(const float* f) {
+  Vec v;
+  if constexpr (DTYPE == 0) {
+#pragma unroll
+    for (int k = 0; k < VEC; k++) v.w[k] = __float_as_uint(f[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < WORDS; k++) {
+      float low = f[2 * k], high = VEC > 1 ? f[2 * k + (VEC > 1)] : 0.f;
+      if constexpr (DTYPE == 2)
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v.w[k]) : "f"(high), "f"(low));
+      else
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v.w[k]) : "f"(high), "f"(low));
+    }
+  }
+  return v;
+}
+
+// The float32 state of a line in shared memory: VEC / QUAD planes of one access each, free of bank conflicts.
+__device__ __forceinline__ void state_put(float* line, int plane, int index, const float* f) {
+#pragma unroll
+  for (int q = 0; q < VEC / QUAD; q++) {
+    float* at = line + (q * plane + index) * QUAD;
+    if constexpr (QUAD == 4)
+      *(float4*)at = *(const float4*)(f + 4 * q);
+    else if constexpr (QUAD == 2)
+      *(float2*)at = *(const float2*)f;
+    else
+      *at = *f;
+  }
+}
+
+__device__ __forceinline__ void state_get(const float* line, int plane, int index, float* f) {
+#pragma unroll
+  for (int q = 0; q < VEC / QUAD; q++) {
+    const float* at = line + (q * plane + index) * QUAD;
+    if constexpr (QUAD == 4)
+      *(float4*)(f + 4 * q) = *(const float4*)at;
+    else if constexpr (QUAD == 2)
+      *(float2*)f = *(const float2*)at;
+    else
+      *f = *at;
+  }
+}
+
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// exp(-a), at most exp(40): beyond that the products below would overflow. A NaN stays one.
+__device__ __forceinline__ float exp_minus(float a) {
+  float t = a * -LOG2E, e;
+  asm("min.NaN.f32 %0, %0, 0f42666666;" : "+f"(t));  // 57.6
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t));
+  return e;
+}
+
+// Three sigmoids over their sum, of the neighbours that exist, with one reciprocal: with a = 1 + exp(-logit) per
+// neighbour, s0 : s1 : s2 = a1 a2 : a0 a2 : a0 a1, and the sum clamped at EPSILON is a comparison with
+// EPSILON a0 a1 a2. Keeps its relative precision however negative the logits are.
+struct Weights {
+  float w[3];
+  float e[3];  // exp(-logit), 0 where there is no neighbour
+  bool clamped;
+  __device__ __forceinline__ Weights(float l0, float l1, float l2, u32 exists) {
+    e[0] = exists & 1 ? exp_minus(l0) : 0.f;
+    e[1] = exists & 2 ? exp_minus(l1) : 0.f;
+    e[2] = exists & 4 ? exp_minus(l2) : 0.f;
+    float a0 = 1.f + e[0], a1 = 1.f + e[1], a2 = 1.f + e[2];
+    float pair = a1 * a2;
+    float n0 = exists & 1 ? pair : 0.f, n1 = exists & 2 ? a0 * a2 : 0.f, n2 = exists & 4 ? a0 * a1 : 0.f;
+    float sum = n0 + n1 + n2, least = (EPSILON * a0) * pair;
+    clamped = sum <= least;
+    float r = reciprocal(clamped ? least : sum);
+    w[0] = n0 * r;
+    w[1] = n1 * r;
+    w[2] = n2 * r;
+  }
+};
+
+// Bits 0..2: the neighbours j-1, j, j+1 on the line before that exist; bit 3: the position itself is inside.
+// `here` is the mask's byte at this position of line i.
+__device__ __forceinline__ u32 surroundings(const Walk& walk, int j, int i, const char* here, i64 step, i64 across) {
+  u32 bits = (j > 0 ? 1u : 0u) | 2u | (j + 1 < walk.positions ? 4u : 0u) | 8u;
+#if MASKED
+  u32 inside = *here ? 8u : 0u;
+  if (i > 0) {
+    const char* before = here - step;
+    if (bits & 1 && !before[-across]) bits &= ~1u;
+    if (!before[0]) bits &= ~2u;
+    if (bits & 4 && !before[across]) bits &= ~4u;
+  }
+  bits = inside ? bits : 0u;
+#endif
+  return bits;
+}
+
+// The sum over directions, in float32 and always in the order of the directions: every block of the cluster has
+// written its plane; each adds up its share of the positions.
+__device__ __forceinline__ void merge_planes(const Shape& s, const Walk& walk, const View& planes, const View& out) {
+#if MERGE
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  if (walk.j >= s.rows) return;
+  i64 channel = (i64)walk.vec * VEC;
+  int total = s.H * s.W, stride = s.rows * s.D;
+  for (int n = walk.j * s.D + walk.d; n < total; n += stride) {
+    i64 row = n / s.W, column = n % s.W;
+    const char* from = planes.p + walk.b * planes.b + row * planes.h + column * planes.w + channel * planes.c;
+    float sum[VEC];
+#pragma unroll
+    for (int k = 0; k < VEC; k++) sum[k] = 0.f;
+    Vec v[4];
+#pragma unroll
+    for (int d = 0; d < 4; d++)
+      if (d < s.D) {
+        const char* p = from + d * planes.d;
+        if constexpr (BYTES == 16)
+          *(uint4*)v[d].w = __ldcg((const uint4*)p);
+        else if constexpr (BYTES == 8)
+          *(uint2*)v[d].w = __ldcg((const uint2*)p);
+        else if constexpr (BYTES == 4)
+          v[d].w[0] = __ldcg((const u32*)p);
+        else
+          v[d].w[0] = __ldcg((const unsigned short*)p);
+      }
+#pragma unroll
+    for (int d = 0; d < 4; d++)
+      if (d < s.D) {
+#pragma unroll
+        for (int k = 0; k < VEC; k++) sum[k] += get(v[d], k);
+      }
+    store(out.p + walk.b * out.b + row * out.h + column * out.w + channel * out.c, pack(sum));
+  }
+#endif
+}

@@ -1,0 +1,223 @@
+"""The CUDA backend: the functions of torch_scan.py, each one launch of a kernel in kernels/.
+
+Saved for the backward besides the inputs: the state h [B, H, W, D, C] in the inputs' dtype, which the forward writes
+on the way (`forward_saving`). Nothing normalised, gated or merged is kept; the backward recomputes it line by line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import torch_scan
+from .launch import DTYPE_CODES, Call, Layout, alignment, launch, layout, prepare
+
+MIN_CAPABILITY = (8, 0)
+
+
+def why_not(x: Tensor) -> str | None:
+    """The reason this backend cannot run on `x`, or None."""
+    if x.device.type != "cuda":
+        return f"x is on {x.device.type!r}, not on a CUDA device"
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return "PyTorch sees no CUDA GPU"
+    if x.dtype not in DTYPE_CODES:
+        return f"{x.dtype} has no kernel; accepted: float32, float16, bfloat16"
+    try:
+        import cuda.core  # noqa: F401
+    except ImportError:
+        return "cuda-core is not installed: pip install 'cgspn[cuda]'"
+    if torch.cuda.get_device_capability(x.device) < MIN_CAPABILITY:
+        return "the GPU is older than compute capability 8.0"
+    return None
+
+
+def empty(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Where every output and scratch tensor comes from; tests replace it to fill them with NaN."""
+    return like.new_empty(shape)
+
+
+def _scan(
+    name: str,
+    tensors: Sequence[Tensor | None],
+    dims: Sequence[str],
+    codes: Sequence[int],
+    normalise: bool,
+    planes: int | None = None,
+    save: bool = False,
+    chunk: int | None = None,
+) -> bool:
+    """Launch. `tensors` in the order of the kernel's views; `planes` is the index of those to merge into the last.
+
+    False, with nothing done, where the lines are too long for the kernels.
+    """
+    x = tensors[0]
+    assert x is not None
+    b, h, w, c = x.shape
+    layouts: tuple[Layout, ...] = tuple(map(layout, tensors, dims))
+    masked = any(t is not None and t.dtype == torch.uint8 for t in tensors)
+    align = alignment(tensors, layouts)
+    call = Call(
+        name,
+        x.get_device(),
+        x.dtype,
+        (b, h, w, c),
+        tuple(codes),
+        normalise,
+        masked,
+        planes is not None,
+        save,
+        chunk or 0,
+        align,
+        layouts,
+    )
+    prepared = prepare(call)
+    if prepared is None:
+        return False
+    launch(prepared, tensors, call, None if planes is None else tensors[planes])
+    return True
+
+
+def _planes(x: Tensor, directions: Sequence[int]) -> Tensor:
+    """Scratch for one plane per direction: [B, H, W, D, C] by its strides, stored direction by direction."""
+    return empty((len(directions), *x.shape), x).permute(1, 2, 3, 0, 4)
+
+
+def _mask_bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.view(torch.uint8)
+
+
+def _readable(t: Tensor) -> Tensor:
+    """A cotangent in a layout that wide loads can read: autograd may hand over expanded or transposed ones."""
+    step = 16 // t.element_size()
+    wide = t.stride(-1) == 1 and all(s % step == 0 for s in t.stride()[:-1]) and t.data_ptr() % 16 == 0
+    return t if wide else t.contiguous()
+
+
+def _forward(
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor,
+    u: Tensor,
+    mask: Tensor | None,
+    directions: Sequence[int],
+    merge_sum: bool,
+    h: Tensor | None,
+) -> Tensor:
+    merged = merge_sum and len(directions) > 1
+    y = empty(x.shape if merge_sum else u.shape, x)
+    first = _planes(x, directions) if merged else y.unsqueeze(3) if merge_sum else y
+    done = _scan(
+        "forward",
+        (x, lam, u, logits, first, h, _mask_bytes(mask), y if merged else None),
+        ("bhwc", "bhwdc", "bhwdc", "bhwdkc", "bhwdc", "bhwdc", "bhw", "bhwc"),
+        directions,
+        True,
+        planes=4 if merged else None,
+        save=h is not None,
+    )
+    return y if done else torch_scan.forward(x, logits, lam, u, mask, directions, merge_sum)
+
+
+def forward(
+    x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, mask: Tensor | None, directions: Sequence[int], merge_sum: bool
+) -> Tensor:
+    """`propagate_2d` without checks. Shapes as there; `directions` are indices into DIRECTIONS."""
+    return _forward(x, logits, lam, u, mask, directions, merge_sum, None)
+
+
+def forward_saving(
+    x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, mask: Tensor | None, directions: Sequence[int], merge_sum: bool
+) -> tuple[Tensor, Tensor]:
+    """`forward`, and the state h [B, H, W, D, C] that `backward_saved` takes, in the dtype of x."""
+    h = empty(u.shape, x)
+    return _forward(x, logits, lam, u, mask, directions, merge_sum, h), h
+
+
+def backward_saved(
+    dy: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor,
+    u: Tensor,
+    mask: Tensor | None,
+    directions: Sequence[int],
+    merge_sum: bool,
+    h: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `forward` to x, logits, lam and u, each in its input's dtype and shape."""
+    merged = len(directions) > 1
+    dx, dlogits, dlam, du = (empty(t.shape, x) for t in (x, logits, lam, u))
+    first = _planes(x, directions) if merged else dx.unsqueeze(3)
+    dy = _readable(dy)
+    y_dims = "bhwc" if merge_sum else "bhwdc"
+    done = _scan(
+        "backward",
+        (x, lam, u, logits, dy, h, _mask_bytes(mask), first, dlam, du, dlogits, dx if merged else None),
+        ("bhwc", "bhwdc", "bhwdc", "bhwdkc", y_dims, "bhwdc", "bhw", "bhwdc", "bhwdc", "bhwdc", "bhwdkc", "bhwc"),
+        directions,
+        True,
+        planes=7 if merged else None,
+    )
+    if not done:
+        return torch_scan.backward(dy, x, logits, lam, u, mask, directions, merge_sum)
+    return dx, dlogits, dlam, du
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor,
+    u: Tensor,
+    mask: Tensor | None,
+    directions: Sequence[int],
+    merge_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`backward_saved` without a saved state: the forward runs again for it."""
+    _, h = forward_saving(x, logits, lam, u, mask, directions, merge_sum)
+    return backward_saved(dy, x, logits, lam, u, mask, directions, merge_sum, h)
+
+
+def line_scan_forward(x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None) -> Tensor:
+    """`line_scan` without checks. Shapes as there."""
+    h = empty(x.shape, x)
+    done = _scan(
+        "forward",
+        (x, lam, None, weights, h, None, None, None),
+        ("bhwc", "bhwc", "", "bhwkc", "bhwc", "", "", ""),
+        [direction],
+        False,
+        chunk=chunk,
+    )
+    return h if done else torch_scan.line_scan_forward(x, weights, lam, direction, chunk)
+
+
+def line_scan_backward_saved(
+    dh: Tensor, x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None, h: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `line_scan_forward` to x, weights and lam; `h` is what it returned."""
+    dx, dweights, dlam = (empty(t.shape, x) for t in (x, weights, lam))
+    dh = _readable(dh)
+    done = _scan(
+        "backward",
+        (x, lam, None, weights, dh, h, None, dx, dlam, None, dweights, None),
+        ("bhwc", "bhwc", "", "bhwkc", "bhwc", "bhwc", "", "bhwc", "bhwc", "", "bhwkc", ""),
+        [direction],
+        False,
+        chunk=chunk,
+    )
+    if not done:
+        return torch_scan.line_scan_backward(dh, x, weights, lam, direction, chunk)
+    return dx, dweights, dlam
+
+
+def line_scan_backward(
+    dh: Tensor, x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`line_scan_backward_saved` without the saved output: the forward runs again for it."""
+    return line_scan_backward_saved(
+        dh, x, weights, lam, direction, chunk, line_scan_forward(x, weights, lam, direction, chunk)
+    )
