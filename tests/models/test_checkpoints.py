@@ -6,10 +6,17 @@ import pytest
 import torch
 
 import cgspn
+from cgspn.layers import AttentionConfig
 from cgspn.models import CheckpointError, TextConfig, build_dual, load_dual, model_config, tokenize
 from cgspn.models.checkpoint import save_model, write_atomically
 
-TINY = {"width": 32, "mixers": ("attention", "propagation"), "mlp_hidden": 64, "image_size": (8, 8)}
+TINY = {
+    "width": 32,
+    "mixers": ("attention", "propagation"),
+    "mlp_hidden": 64,
+    "image_size": (8, 8),
+    "attention": AttentionConfig(heads=2),
+}
 
 
 @pytest.fixture

@@ -151,8 +151,10 @@ class DistillTask:
         captions = self.captions(batch)
         with torch.no_grad():
             text = self.dual.encode_text(captions)
-        image = nn.functional.normalize(self.dual.image_projection(pooled), dim=-1)
-        return clip_loss(image, text, _same(captions, image.device), self.dual.logit_scale)
+        image = nn.functional.normalize(
+            nn.functional.linear(pooled, self.dual.image_projection.weight.detach()), dim=-1
+        )
+        return clip_loss(image, text, _same(captions, image.device), self.dual.logit_scale.detach())
 
 
 class ContrastiveTask:
