@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from hypothesis import assume, currently_in_test_context
 from torch import Tensor
 
 from cgspn.ops import DIRECTIONS, PREFERENCE, line_scan, line_scan_reference, propagate_2d, propagate_2d_reference
@@ -104,30 +105,52 @@ OUTPUT_TOLERANCE = {torch.float64: 1e-14, torch.float32: 2e-6, torch.float16: 5e
 GRADIENT_TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def assert_close(names: Sequence[str], got: Sequence[Tensor], want: Sequence[Tensor], dtype: torch.dtype) -> None:
+# The CUDA kernels use the hardware's approximate exponential and reciprocal, and round the planes of the directions
+# and, for the backward, the state to the dtype. Where neighbours hold nearly the same state, the gradient of the
+# logits is the difference of two such rounded states (test_cuda_gpu.py measures it on their scale).
+LOOSER = {"cuda": {"gradient of logits": 8.0}}
+
+
+def assert_close(
+    names: Sequence[str], got: Sequence[Tensor], want: Sequence[Tensor], dtype: torch.dtype, backend: str = ""
+) -> None:
     """Output (first) and gradients against the reference, all finite and in `dtype`."""
     for name, a, b in zip(("output", *(f"gradient of {n}" for n in names)), got, want, strict=True):
         assert a.dtype == dtype, name
         assert a.shape == b.shape, name
         assert torch.isfinite(a).all(), name
         tolerance = (OUTPUT_TOLERANCE if name == "output" else GRADIENT_TOLERANCE)[dtype]
+        if backend in LOOSER:
+            tolerance *= LOOSER[backend].get(name, 3.0)
         error = relative_error(a, b)
         assert error <= tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}"
 
 
+def skip_unless_supported(backend: Backend, x: Tensor) -> None:
+    """Skip the test, or the example of hypothesis, where a backend has no kernel for a dtype."""
+    reason = why_not(backend.name, x)
+    if reason is None:
+        return
+    if currently_in_test_context():
+        assume(False)
+    pytest.skip(reason)
+
+
 def check_propagate(backend: Backend, tensors: Sequence[Tensor], **options: Any) -> None:
     """`propagate_2d` on a backend against the reference: output and every gradient."""
+    skip_unless_supported(backend, tensors[0])
     options.setdefault("directions", DIRECTIONS[: tensors[2].shape[3]])
     y, grads, dy = with_gradients(lambda *t: propagate_2d(*t, backend=backend.name, **options), tensors)
     want, want_grads, _ = with_gradients(lambda *t: propagate_2d_reference(*t, **options), doubles(tensors), dy)
-    assert_close(NAMES, [y, *grads], [want, *want_grads], tensors[0].dtype)
+    assert_close(NAMES, [y, *grads], [want, *want_grads], tensors[0].dtype, backend.name)
 
 
 def check_line_scan(backend: Backend, tensors: Sequence[Tensor], direction: str, chunk: int | None = None) -> None:
     """`line_scan` on a backend against the reference: output and every gradient."""
+    skip_unless_supported(backend, tensors[0])
     y, grads, dy = with_gradients(lambda *t: line_scan(*t, direction, chunk, backend=backend.name), tensors)
     want, want_grads, _ = with_gradients(lambda *t: line_scan_reference(*t, direction, chunk), doubles(tensors), dy)
-    assert_close(LINE_NAMES, [y, *grads], [want, *want_grads], tensors[0].dtype)
+    assert_close(LINE_NAMES, [y, *grads], [want, *want_grads], tensors[0].dtype, backend.name)
 
 
 def doubles(tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -12,7 +12,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from operator_cases import draw, every_backend, line_scan_inputs, propagate_inputs
+from operator_cases import draw, every_backend, line_scan_inputs, propagate_inputs, skip_unless_supported
 from torch import Tensor
 
 from cgspn.ops import DIRECTIONS, line_scan, line_scan_reference, propagate_2d, propagate_2d_reference
@@ -172,6 +172,7 @@ def test_derivatives_of_the_reference(masked: bool) -> None:
 @every_backend
 @pytest.mark.parametrize("merge", ["sum", "none"])
 def test_derivatives_of_propagate(backend, merge: str) -> None:
+    skip_unless_supported(backend, torch.empty(0, dtype=torch.float64, device=backend.device))
     mask = torch.tensor([[[True, True, False], [True, True, True]]], device=backend.device)
     tensors = leaves(propagate_inputs((1, 2, 3, 1), 2, device=backend.device))
 
@@ -185,6 +186,7 @@ def test_derivatives_of_propagate(backend, merge: str) -> None:
 @every_backend
 @pytest.mark.parametrize("chunk", [None, 2])
 def test_derivatives_of_line_scan(backend, chunk: int | None) -> None:
+    skip_unless_supported(backend, torch.empty(0, dtype=torch.float64, device=backend.device))
     tensors = leaves(line_scan_inputs((1, 3, 3, 1), device=backend.device))
     assert torch.autograd.gradcheck(lambda *t: line_scan(*t, "right", chunk, backend=backend.name), tensors)
     assert torch.autograd.gradgradcheck(lambda *t: line_scan(*t, "right", chunk, backend=backend.name), tensors)

@@ -15,9 +15,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# In the order in which "auto" tries them. The PyTorch backend always runs, so what stands behind it runs only when it
-# is named: the CUDA backend does not pass all of its GPU tests yet.
-PREFERENCE: dict[str, str] = {"torch": "torch_scan", "cuda": "cuda"}
+# In the order in which "auto" tries them; the PyTorch backend runs everywhere, so it is the last.
+PREFERENCE: dict[str, str] = {"cuda": "cuda", "torch": "torch_scan"}
 
 
 class Choice(NamedTuple):

@@ -32,7 +32,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
              *mask = walk.start(a.mask, last);
   char *dx = walk.start(a.dx, last), *dlam = walk.start(a.dlam, last), *du = walk.start(a.du, last),
        *dlogits = walk.start(a.dlogits, last);
-  const u64 once = stream_policy();
   bool works[POS];
   Vec state[POS];        // h of the line being worked on
   float kept[POS][VEC];  // what this position sends to itself
@@ -50,15 +49,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
     for (int p = 0; p < POS; p++)
       if (works[p]) {
         char* to = stages + stage * stage_bytes + (p * line_slots + walk.slot) * BYTES;
-        if (!first) copy_in_once(to, h + JUMP(h, p), once);
+        if (!first) copy_in(to, h + JUMP(h, p));
         copy_in(to + map_bytes, x + JUMP(x, p));
-        copy_in_once(to + 2 * map_bytes, lam + JUMP(lam, p), once);
+        copy_in(to + 2 * map_bytes, lam + JUMP(lam, p));
         const char* from = logits + JUMP(logits, p);
-        copy_in_once(to + 3 * map_bytes, from, once);
-        copy_in_once(to + 4 * map_bytes, from + a.logits.k, once);
-        copy_in_once(to + 5 * map_bytes, from + 2 * a.logits.k, once);
+        copy_in(to + 3 * map_bytes, from);
+        copy_in(to + 4 * map_bytes, from + a.logits.k);
+        copy_in(to + 5 * map_bytes, from + 2 * a.logits.k);
         copy_in(to + 6 * map_bytes, dy + JUMP(dy, p));
-        if constexpr (NORMALISE) copy_in_once(to + 7 * map_bytes, u + JUMP(u, p), once);
+        if constexpr (NORMALISE) copy_in(to + 7 * map_bytes, u + JUMP(u, p));
       }
     h += STEP(h);
     x += STEP(x);

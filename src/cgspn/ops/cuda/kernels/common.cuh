@@ -75,19 +75,6 @@ struct Walk {
   }
 };
 
-#ifndef HINT
-#define HINT 1
-#endif
-__device__ __forceinline__ u64 stream_policy() {
-  u64 policy = 0;
-#if HINT == 1
-  policy = 0x12F0000000000000ull;
-#elif HINT == 2
-  asm volatile("mov.u64 %0, 0;\ncreatepolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-#endif
-  return policy;
-}
-
 // Global to shared. Asynchronous, except for single 16-bit elements, which the hardware cannot copy that way.
 __device__ __forceinline__ void copy_in(void* to, const char* from) {
   u32 s = (u32)__cvta_generic_to_shared(to);
@@ -97,16 +84,6 @@ __device__ __forceinline__ void copy_in(void* to, const char* from) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(s), "l"(from), "n"(BYTES) : "memory");
   else
     *(unsigned short*)to = *(const unsigned short*)from;
-}
-
-// The same for what is read once: it should leave the L2 first, so that x, read by every direction, can stay.
-__device__ __forceinline__ void copy_in_once(void* to, const char* from, u64 policy) {
-  u32 s = (u32)__cvta_generic_to_shared(to);
-  if constexpr (BYTES == 16 && HINT)
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(s), "l"(from), "l"(policy)
-                 : "memory");
-  else
-    copy_in(to, from);
 }
 
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

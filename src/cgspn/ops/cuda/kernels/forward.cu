@@ -28,7 +28,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
   const char *x = walk.start(a.x, 0), *lam = walk.start(a.lam, 0), *u = walk.start(a.u, 0),
              *logits = walk.start(a.logits, 0), *mask = walk.start(a.mask, 0);
   char *y = walk.start(a.y, 0), *saved = walk.start(a.h, 0);
-  const u64 once = stream_policy();
   bool works[POS];
 #pragma unroll
   for (int p = 0; p < POS; p++) works[p] = walk.j + p * s.rows < walk.positions;
@@ -40,12 +39,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
         char* to = stages + stage * stage_bytes + (p * line_slots + walk.slot) * BYTES;
         const i64 jump = p * s.rows;
         copy_in(to, x + jump * walk.across(a.x));
-        copy_in_once(to + map_bytes, lam + jump * walk.across(a.lam), once);
+        copy_in(to + map_bytes, lam + jump * walk.across(a.lam));
         const char* from = logits + jump * walk.across(a.logits);
-        copy_in_once(to + 2 * map_bytes, from, once);
-        copy_in_once(to + 3 * map_bytes, from + a.logits.k, once);
-        copy_in_once(to + 4 * map_bytes, from + 2 * a.logits.k, once);
-        if constexpr (NORMALISE) copy_in_once(to + 5 * map_bytes, u + jump * walk.across(a.u), once);
+        copy_in(to + 2 * map_bytes, from);
+        copy_in(to + 3 * map_bytes, from + a.logits.k);
+        copy_in(to + 4 * map_bytes, from + 2 * a.logits.k);
+        if constexpr (NORMALISE) copy_in(to + 5 * map_bytes, u + jump * walk.across(a.u));
       }
     x += x_step;
     lam += lam_step;
