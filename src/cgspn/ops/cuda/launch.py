@@ -57,7 +57,7 @@ class Prepared(NamedTuple):
     threads: int
     shared: int
     arguments: bytes
-    merge: Kernel | None  # adds up the planes afterwards, where the scan does not
+    merge: Kernel | None  # adds up the planes of the directions afterwards
 
 
 def layout(t: Tensor | None, dims: str) -> Layout:
@@ -95,7 +95,7 @@ def machine(device: int) -> Machine:
 
 def merge_defines(dtype: torch.dtype, vec: int) -> Macros:
     """The macros of kernels/merge.cu; those it does not use are fixed, so that they make no further variants."""
-    unused = {"POS": 1, "STAGES": 2, "THREADS": 256, "NORMALISE": 1, "MASKED": 0, "MERGE": 0}
+    unused = {"POS": 1, "STAGES": 2, "THREADS": 256, "NORMALISE": 1, "MASKED": 0, "MERGE": 0, "SPLIT": 1, "NARROW": 0}
     return macros({"DTYPE": DTYPE_CODES[dtype], "VEC": vec, **unused})
 
 
@@ -115,7 +115,6 @@ def prepare(call: Call) -> Prepared | None:
         return None
     b, h, w, c = call.shape
     directions = len(call.codes)
-    in_cluster = directions if call.merged and gpu.clusters else 0
     defines = {
         "DTYPE": DTYPE_CODES[call.dtype],
         "VEC": cut.vec,
@@ -124,7 +123,9 @@ def prepare(call: Call) -> Prepared | None:
         "THREADS": cut.thread_bound(p),
         "NORMALISE": int(call.normalise),
         "MASKED": int(call.masked),
-        "MERGE": in_cluster,
+        "SPLIT": cut.split,
+        "MERGE": int(call.merged),
+        "NARROW": int(cut.lanes * cut.vec * p.itemsize < 32 and cut.groups(p) > 1),
     }
     major, minor = torch.cuda.get_device_capability(call.device)
     arch = f"sm_{major}{minor}"
@@ -138,11 +139,11 @@ def prepare(call: Call) -> Prepared | None:
     packed = b"".join(_VIEW.pack(0, *strides) for strides in call.layouts)
     packed += struct.pack("<15i4x", b, h, w, c, directions, *codes, *cuts)
     merge = None
-    if call.merged and not in_cluster:
+    if call.merged:
         wide = 16 // call.dtype.itemsize
         vec = wide if b * h * w * c % wide == 0 else 1
         merge = kernel("merge", "merge", merge_defines(call.dtype, vec), arch)
-    return Prepared(scan, b * directions * cut.groups(p), cut.threads(p), shared, packed, merge)
+    return Prepared(scan, b * directions * cut.groups(p) * cut.split, cut.threads(p), shared, packed, merge)
 
 
 def _launch(k: Kernel, grid: int, threads: int, shared: int, stream: int, *values: ctypes.Array[ctypes.c_char]) -> None:

@@ -1,7 +1,9 @@
-"""How a scan is cut into blocks: channels a thread, vectors and positions a block, lines in flight.
+"""How a scan is cut into blocks: channels a thread, vectors and positions a block, lines in flight, blocks a line.
 
 A block walks one direction of one image for `lanes` vectors of `vec` channels. Wide vectors and many lanes read
-memory in long runs; few of them make more blocks, which a small batch needs to fill the machine.
+memory in long runs; few of them make more blocks, which a small batch needs to fill the machine. Every position and
+map costs the load/store unit one cache line however few of its bytes a block wants: that, and not the bytes, is what
+a line costs at small batches.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 MAX_THREADS = 1024
-LONGEST_LINE = 4096  # above this the PyTorch backend scans
 
 
 @dataclass(frozen=True)
@@ -43,16 +44,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Cut:
-    """One way to cut: `vec` channels and `pos` positions a thread, `lanes` vectors a block, `stages` lines."""
+    """One way to cut: `vec` channels and `pos` positions a thread, `lanes` vectors a block, `stages` lines in flight,
+    lines cut into `split` blocks."""
 
     vec: int
     lanes: int
     pos: int
     stages: int
+    split: int = 1
 
     def rows(self, p: Problem) -> int:
         """Positions a block handles at once."""
-        return -(-p.longest // self.pos)
+        return -(-p.longest // (self.pos * self.split))
 
     def threads(self, p: Problem) -> int:
         """Block size, in whole warps."""
@@ -63,21 +66,24 @@ class Cut:
         return -(-p.channels // (self.vec * self.lanes))
 
     def shared_bytes(self, p: Problem) -> int:
-        """Dynamic shared memory of a block: lines of float32 state, then the stages."""
+        """Dynamic shared memory of a block: lines of float32 state, then the stages of the backward."""
         rows = self.rows(p)
         state = (4 if p.backward else 2) * (rows * self.pos + 2) * self.lanes * self.vec * 4
-        return state + self.stages * p.maps * rows * self.pos * self.lanes * self.vec * p.itemsize
+        if not p.backward:  # its stages are in registers
+            return state
+        edges = 2 * self.lanes * self.vec * p.itemsize if self.split > 1 else 0
+        return state + self.stages * edges + self.stages * p.maps * rows * self.pos * self.lanes * self.vec * p.itemsize
 
     def thread_bound(self, p: Problem) -> int:
         """The block size the kernel is compiled for, in few steps so that image sizes share kernels."""
-        return next(bound for bound in (256, 512, MAX_THREADS) if self.threads(p) <= bound)
+        return next(bound for bound in (128, 256, 384, 512, 640, MAX_THREADS) if self.threads(p) <= bound)
 
     def fits(self, p: Problem, machine: Machine) -> bool:
         """Whether a block has the threads, registers and shared memory it needs."""
         if self.threads(p) > MAX_THREADS or self.shared_bytes(p) > machine.shared_bytes:
             return False
         work = self.vec * self.pos  # registers grow with it
-        return work <= 8 and (self.threads(p) <= 512 or work <= (2 if p.backward else 4))
+        return work <= 8 and (self.threads(p) <= 640 or work <= (2 if p.backward else 4))
 
 
 def _vectors(p: Problem) -> Iterator[int]:
@@ -90,24 +96,54 @@ def _vectors(p: Problem) -> Iterator[int]:
     yield 1
 
 
+def _lanes(p: Problem, vec: int, run: int) -> int:
+    """The power of two of vectors that make runs of about `run` bytes, no more than the channels have."""
+    lanes = 1
+    while lanes * 2 * vec * p.itemsize <= run and lanes * 2 * vec <= p.channels:
+        lanes *= 2
+    return lanes
+
+
 def choose(p: Problem, machine: Machine) -> Cut | None:
     """The cut for a problem, or None where the lines are too long for any.
 
-    Wide vectors, and as many lanes as leave a block for every processor.
+    From sweeps on an H100 (results/operator): runs of 128 bytes as long as there is a block for most processors; lines
+    are cut into a cluster only where a block would be too large or the machine stay empty, since the barrier of a
+    cluster costs about 0.5 us a line; small batches of short lines want narrow vectors, which make more blocks.
     """
-    stages = 3
-    for vec in _vectors(p):
-        pos = 1
-        while pos * vec <= 8:
-            fitting = [
-                cut
-                for lanes in (16, 8, 4, 2, 1)
-                if (cut := Cut(vec, lanes, pos, stages)).fits(p, machine)
-                and cut.threads(p) <= 640
-                and (lanes == 1 or lanes * vec <= p.channels)
-            ] or [cut for s in (3, 2) if (cut := Cut(vec, 1, pos, s)).fits(p, machine)]
-            filling = [c for c in fitting if p.batch * p.directions * c.groups(p) >= machine.processors * 3 // 4]
-            if fitting:
-                return (filling or fitting[-1:])[0]
-            pos *= 2
+    vectors = list(_vectors(p))
+    splits = (1, 2, 4, 8) if machine.clusters else (1,)
+    enough = machine.processors * 3 // 4
+
+    def blocks(cut: Cut) -> int:
+        return p.batch * p.directions * cut.groups(p) * cut.split
+
+    wide = vectors[0]
+    for run in (128, 64, 32):
+        lanes = _lanes(p, wide, run)
+        stages = (3 if wide * p.itemsize * lanes <= 32 else 2) if p.backward else 1
+        cuts = [Cut(wide, lanes, 1, stages, split) for split in splits]
+        first = next((cut for cut in cuts if cut.fits(p, machine) and cut.threads(p) <= 640), None)
+        if first is not None and blocks(first) >= enough:
+            return first
+    # Too few blocks: cut finer.
+    if p.longest > (100 if p.backward else 200) and machine.clusters:
+        most = 2 if p.backward and p.longest <= 200 else 4
+        vec = next(v for v in vectors if v <= most)
+        fine = Cut(
+            vec, _lanes(p, vec, 8 * p.itemsize if p.backward else 32), 1, 3 if p.backward else 2, 4 if most == 2 else 8
+        )
+        if fine.fits(p, machine):
+            return fine
+    vec = next(v for v in vectors if v <= 2)
+    fine = Cut(vec, _lanes(p, vec, 8), 1, 3)
+    if fine.fits(p, machine) and fine.threads(p) <= 640:
+        return fine
+    # Whatever fits.
+    for vec in vectors:
+        for pos in (1, 2, 4, 8):
+            for split in splits:
+                for stages in (3, 2):
+                    if (cut := Cut(vec, 1, pos, stages, split)).fits(p, machine):
+                        return cut
     return None

@@ -21,7 +21,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
   const int plane = (s.rows * POS + 2) * s.lanes;
   float* sent = (float*)shared;  // two lines of what goes to the left and two of what goes to the right
   char* stages = shared + 4 * plane * VEC * 4;
-  const int map_bytes = line_slots * POS * BYTES, stage_bytes = MAPS * map_bytes;
+  const int map_bytes = line_slots * POS * BYTES, stage_bytes = MAPS * map_bytes + (SPLIT > 1 ? 2 * s.lanes * BYTES : 0);
+  const bool first_row = SPLIT > 1 && walk.row == 0 && walk.part > 0;
+  const bool last_row = SPLIT > 1 && walk.row == s.rows - 1 && walk.part < SPLIT - 1;
   for (int k = threadIdx.x; k < 4 * plane * VEC; k += blockDim.x) sent[k] = 0.f;
 
   const i64 sign = walk.backwards ? 1 : -1;  // from the last line of the scan to its first
@@ -50,6 +52,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
       if (works[p]) {
         char* to = stages + stage * stage_bytes + (p * line_slots + walk.slot) * BYTES;
         if (!first) copy_in(to, h + JUMP(h, p));
+        if (!first && p == 0 && first_row)  // the states beyond the edges of this block's part of the line
+          copy_in(stages + stage * stage_bytes + MAPS * map_bytes + walk.lane * BYTES, h - walk.across(a.h));
+        if (!first && p == POS - 1 && last_row && walk.j + p * s.rows + 1 < walk.positions)
+          copy_in(stages + stage * stage_bytes + MAPS * map_bytes + (s.lanes + walk.lane) * BYTES,
+                  h + JUMP(h, p) + walk.across(a.h));
         copy_in(to + map_bytes, x + JUMP(x, p));
         copy_in(to + 2 * map_bytes, lam + JUMP(lam, p));
         const char* from = logits + JUMP(logits, p);
@@ -72,10 +79,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
     if (n < walk.lines) fetch(n, n == last);
     copies_commit();
   }
+  if constexpr (SPLIT > 1) copies_wait<STAGES - 2>();
+  line_arrive();
   int filling = STAGES - 1, stage = 0, phase = s.chunk ? last % s.chunk : -1;  // line of the chunk
   for (int n = 0; n < walk.lines; n++) {
-    copies_wait<STAGES - 2>();
-    __syncthreads();  // the neighbours' copies and what they sent have arrived; the stage to fill is free
+    if constexpr (SPLIT == 1) copies_wait<STAGES - 2>();
+    line_wait();  // the neighbours' copies and what they sent have arrived; the stage to fill is free
     if (n + STAGES - 1 < walk.lines) fetch(filling, n + STAGES - 1 == last);
     copies_commit();
     filling = filling + 1 == STAGES ? 0 : filling + 1;
@@ -90,13 +99,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
       if (works[p]) {
         const int j = walk.j + p * s.rows, index = p * line_slots + walk.slot;
         const char* from = stages + stage * stage_bytes + index * BYTES;
+        const char* beyond = stages + stage * stage_bytes + MAPS * map_bytes + walk.lane * BYTES;
         const u32 bits = surroundings(walk, j, last - n, mask + JUMP(mask, p), -STEP(mask), walk.across(a.mask));
         Vec none;
 #pragma unroll
         for (int k = 0; k < WORDS; k++) none.w[k] = 0;
         const Vec before = restart ? none : load(from);
-        const Vec left = restart || j == 0 ? none : load(from - s.lanes * BYTES);
-        const Vec right = restart || j + 1 == walk.positions ? none : load(from + s.lanes * BYTES);
+        const Vec left = restart || j == 0 ? none : load(p == 0 && first_row ? beyond : from - s.lanes * BYTES);
+        const Vec right = restart || j + 1 == walk.positions ? none : load(p == POS - 1 && last_row ? beyond + s.lanes * BYTES : from + s.lanes * BYTES);
         const Vec vx = load(from + map_bytes), vlam = load(from + 2 * map_bytes), l0 = load(from + 3 * map_bytes),
                   l1 = load(from + 4 * map_bytes), l2 = load(from + 5 * map_bytes), vdy = load(from + 6 * map_bytes);
         Vec gate = none;
@@ -139,6 +149,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
         }
         state_put(send_left, plane, index + s.lanes, from_right);
         state_put(send_right, plane, index + s.lanes, from_left);
+        if (p == 0 && first_row)
+          state_put_remote(send_left, plane, (s.rows * POS + 1) * s.lanes + walk.lane, from_right, walk.part - 1);
+        if (p == POS - 1 && last_row) state_put_remote(send_right, plane, walk.lane, from_left, walk.part + 1);
         if constexpr (MERGE)
           store_plane(dx + JUMP(dx, p), pack(o_dx));
         else
@@ -157,6 +170,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
     dlogits += STEP(dlogits);
     mask += STEP(mask);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
+    if constexpr (SPLIT > 1) copies_wait<STAGES - 2>();
+    line_arrive();
   }
-  merge_planes(s, walk, a.dx, a.out);
+  if (SPLIT > 1) line_wait();  // a neighbour may still be writing here
 }

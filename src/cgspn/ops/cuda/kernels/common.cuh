@@ -3,19 +3,21 @@
 //   DTYPE      0 float32, 1 float16, 2 bfloat16
 //   VEC        channels a thread handles (VEC * sizeof(element) is what one copy moves: 2, 4, 8 or 16 bytes)
 //   POS        positions of the line a thread handles
-//   STAGES     lines in shared memory, the one being worked on included
+//   STAGES     lines in flight: in registers (forward), or in shared memory, the current one included (backward)
 //   THREADS    upper bound of the block size
 //   NORMALISE  1: propagate_2d (sigmoid, normalised, gated); 0: line_scan (weights as they are, no gate)
 //   MASKED     1: a mask is given
-//   MERGE      2..4: as many directions, the blocks of a cluster, add their planes at the end; 0: they do not
+//   SPLIT      blocks a line is cut into, a cluster (sm_90 and later): they exchange the states at their edges
+//   MERGE      1: the planes of the directions will be read again by merge.cu; 0: outputs are final
+//   NARROW     1: a block's run of channels is shorter than a sector of 32 bytes: caches must keep what they hold
 // Shape letters as in reference.py. All strides are in bytes and 64 bits wide.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
 typedef long long i64;
 
-#if MERGE
-#define CLUSTER __cluster_dims__(MERGE, 1, 1)
+#if SPLIT > 1
+#define CLUSTER __cluster_dims__(SPLIT, 1, 1)
 #else
 #define CLUSTER
 #endif
@@ -48,10 +50,12 @@ struct __align__(BYTES < 4 ? 4 : BYTES) Vec {
 
 // Where a block is and how its direction walks.
 struct Walk {
-  int b, d, lines, positions, lane, j, vec, slot;
+  int b, d, lines, positions, lane, j, vec, slot, part, row;
   bool vertical, backwards;
   __device__ explicit Walk(const Shape& s) {
     u32 block = blockIdx.x;
+    part = block % SPLIT;
+    block /= SPLIT;
     d = block % s.D;
     block /= s.D;
     b = block / s.groups;
@@ -62,9 +66,10 @@ struct Walk {
     positions = vertical ? s.W : s.H;
     slot = threadIdx.x;
     lane = slot % s.lanes;
-    j = slot / s.lanes;
+    row = slot / s.lanes;
+    j = row + part * s.rows * POS;
     vec = (block % s.groups) * s.lanes + lane;
-    if (vec >= s.vectors || j >= s.rows) j = 1 << 28;  // a thread without work
+    if (vec >= s.vectors || row >= s.rows) j = 1 << 28;  // a thread without work
   }
   __device__ i64 line(const View& v) const { return vertical ? v.h : v.w; }
   __device__ i64 across(const View& v) const { return vertical ? v.w : v.h; }
@@ -105,19 +110,34 @@ __device__ __forceinline__ Vec load(const void* p) {
   return v;
 }
 
-// A store that is not read again by this kernel.
-__device__ __forceinline__ void store(char* p, const Vec& v) {
+// What one thread of the machine reads once: it should leave the caches first, so that x, which every direction
+// reads, can stay. Not where several blocks share a sector.
+__device__ __forceinline__ Vec load_once(const char* p) {
+  if constexpr (NARROW || BYTES < 4) return load(p);
+  Vec v;
   if constexpr (BYTES == 16)
-    __stcs((uint4*)p, *(const uint4*)v.w);
+    *(uint4*)v.w = __ldcs((const uint4*)p);
   else if constexpr (BYTES == 8)
-    __stcs((uint2*)p, *(const uint2*)v.w);
-  else if constexpr (BYTES == 4)
-    __stcs((u32*)p, v.w[0]);
+    *(uint2*)v.w = __ldcs((const uint2*)p);
   else
-    *(unsigned short*)p = (unsigned short)v.w[0];
+    v.w[0] = __ldcs((const u32*)p);
+  return v;
 }
 
-// One that is: a plane to be merged.
+__device__ __forceinline__ Vec load_shared_by_directions(const char* p) {
+  Vec v;
+  if constexpr (BYTES == 16)
+    *(uint4*)v.w = __ldg((const uint4*)p);
+  else if constexpr (BYTES == 8)
+    *(uint2*)v.w = __ldg((const uint2*)p);
+  else if constexpr (BYTES == 4)
+    v.w[0] = __ldg((const u32*)p);
+  else
+    v.w[0] = __ldg((const unsigned short*)p);
+  return v;
+}
+
+// A store of what is read again: a plane to be merged. Also of what fills only a part of a sector.
 __device__ __forceinline__ void store_plane(char* p, const Vec& v) {
   if constexpr (BYTES == 16)
     *(uint4*)p = *(const uint4*)v.w;
@@ -125,6 +145,19 @@ __device__ __forceinline__ void store_plane(char* p, const Vec& v) {
     *(uint2*)p = *(const uint2*)v.w;
   else if constexpr (BYTES == 4)
     *(u32*)p = v.w[0];
+  else
+    *(unsigned short*)p = (unsigned short)v.w[0];
+}
+
+// A store of what is not read again soon.
+__device__ __forceinline__ void store(char* p, const Vec& v) {
+  if constexpr (NARROW) return store_plane(p, v);
+  if constexpr (BYTES == 16)
+    __stcs((uint4*)p, *(const uint4*)v.w);
+  else if constexpr (BYTES == 8)
+    __stcs((uint2*)p, *(const uint2*)v.w);
+  else if constexpr (BYTES == 4)
+    __stcs((u32*)p, v.w[0]);
   else
     *(unsigned short*)p = (unsigned short)v.w[0];
 }
@@ -188,6 +221,30 @@ __device__ __forceinline__ void state_get(const float* line, int plane, int inde
   }
 }
 
+// A barrier in two halves for the blocks that share a line: what a thread wrote before it arrives, in its own shared
+// memory or a neighbour's, is there for all who have waited.
+__device__ __forceinline__ void line_arrive() {
+  if constexpr (SPLIT > 1) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+}
+__device__ __forceinline__ void line_wait() {
+  if constexpr (SPLIT > 1)
+    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+  else
+    __syncthreads();
+}
+
+// state_put into the shared memory of another block of the cluster.
+__device__ __forceinline__ void state_put_remote(float* line, int plane, int index, const float* f, int part) {
+  if constexpr (SPLIT > 1) {
+#pragma unroll
+    for (int k = 0; k < VEC; k++) {
+      u32 here = (u32)__cvta_generic_to_shared(line + ((k / QUAD) * plane + index) * QUAD + k % QUAD), there;
+      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(part));
+      asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(f[k]) : "memory");
+    }
+  }
+}
+
 __device__ __forceinline__ float reciprocal(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -240,43 +297,4 @@ __device__ __forceinline__ u32 surroundings(const Walk& walk, int j, int i, cons
   bits = inside ? bits : 0u;
 #endif
   return bits;
-}
-
-// The sum over directions, in float32 and always in the order of the directions: every block of the cluster has
-// written its plane; each adds up its share of the positions.
-__device__ __forceinline__ void merge_planes(const Shape& s, const Walk& walk, const View& planes, const View& out) {
-#if MERGE
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-  if (walk.j >= s.rows) return;
-  i64 channel = (i64)walk.vec * VEC;
-  int total = s.H * s.W, stride = s.rows * s.D;
-  for (int n = walk.j * s.D + walk.d; n < total; n += stride) {
-    i64 row = n / s.W, column = n % s.W;
-    const char* from = planes.p + walk.b * planes.b + row * planes.h + column * planes.w + channel * planes.c;
-    float sum[VEC];
-#pragma unroll
-    for (int k = 0; k < VEC; k++) sum[k] = 0.f;
-    Vec v[4];
-#pragma unroll
-    for (int d = 0; d < 4; d++)
-      if (d < s.D) {
-        const char* p = from + d * planes.d;
-        if constexpr (BYTES == 16)
-          *(uint4*)v[d].w = __ldcg((const uint4*)p);
-        else if constexpr (BYTES == 8)
-          *(uint2*)v[d].w = __ldcg((const uint2*)p);
-        else if constexpr (BYTES == 4)
-          v[d].w[0] = __ldcg((const u32*)p);
-        else
-          v[d].w[0] = __ldcg((const unsigned short*)p);
-      }
-#pragma unroll
-    for (int d = 0; d < 4; d++)
-      if (d < s.D) {
-#pragma unroll
-        for (int k = 0; k < VEC; k++) sum[k] += get(v[d], k);
-      }
-    store(out.p + walk.b * out.b + row * out.h + column * out.w + channel * out.c, pack(sum));
-  }
-#endif
 }

@@ -1,6 +1,7 @@
 // One block walks one direction of one image for a group of channels, line by line; the state of a line crosses
-// threads through shared memory, the inputs of the next lines arrive there meanwhile. A thread reads back only what
-// it copied itself, so one barrier a line, for the state, is all.
+// threads through shared memory. A thread needs only its own inputs, so those of the next STAGES lines wait in its
+// registers: through shared memory (cp.async) each would pass the load/store unit twice, which is what a line costs
+// at small batches. One barrier a line, for the state, is all.
 // SAVE: 1 writes the state too, for the backward.
 
 struct ForwardArguments {
@@ -17,8 +18,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
   const int line_slots = s.lanes * s.rows;
   const int plane = (s.rows * POS + 2) * s.lanes;       // a line of the state, one empty position at each end
   float* state = (float*)shared;                        // two lines
-  char* stages = shared + 2 * plane * VEC * 4;
-  const int map_bytes = line_slots * POS * BYTES, stage_bytes = MAPS * map_bytes;
   for (int k = threadIdx.x; k < 2 * plane * VEC; k += blockDim.x) state[k] = 0.f;
 
   const i64 sign = walk.backwards ? -1 : 1;
@@ -32,19 +31,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
 #pragma unroll
   for (int p = 0; p < POS; p++) works[p] = walk.j + p * s.rows < walk.positions;
 
-  auto fetch = [&](int stage) {
+  auto fetch = [&](Vec (&to)[POS][MAPS]) {
 #pragma unroll
     for (int p = 0; p < POS; p++)
       if (works[p]) {
-        char* to = stages + stage * stage_bytes + (p * line_slots + walk.slot) * BYTES;
         const i64 jump = p * s.rows;
-        copy_in(to, x + jump * walk.across(a.x));
-        copy_in(to + map_bytes, lam + jump * walk.across(a.lam));
         const char* from = logits + jump * walk.across(a.logits);
-        copy_in(to + 2 * map_bytes, from);
-        copy_in(to + 3 * map_bytes, from + a.logits.k);
-        copy_in(to + 4 * map_bytes, from + 2 * a.logits.k);
-        if constexpr (NORMALISE) copy_in(to + 5 * map_bytes, u + jump * walk.across(a.u));
+        to[p][0] = load_shared_by_directions(x + jump * walk.across(a.x));
+        to[p][1] = load_once(lam + jump * walk.across(a.lam));
+        to[p][2] = load_once(from);
+        to[p][3] = load_once(from + a.logits.k);
+        to[p][4] = load_once(from + 2 * a.logits.k);
+        if constexpr (NORMALISE) to[p][5] = load_once(u + jump * walk.across(a.u));
       }
     x += x_step;
     lam += lam_step;
@@ -52,52 +50,46 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
     logits += logits_step;
   };
 
+  Vec ring[STAGES][POS][MAPS];
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) {
-    if (i < walk.lines) fetch(i);
-    copies_commit();
-  }
+  for (int n = 0; n < STAGES; n++)
+    if (n < walk.lines) fetch(ring[n]);
+  line_arrive();
   float h[POS][VEC];
-  int filling = STAGES - 1, stage = 0, since = 0;
-  for (int i = 0; i < walk.lines; i++) {
-    if (i + STAGES - 1 < walk.lines) fetch(filling);
-    copies_commit();
-    filling = filling + 1 == STAGES ? 0 : filling + 1;
-    copies_wait<STAGES - 1>();
-
+  int since = 0;
+  auto line = [&](int i, Vec (&inputs)[POS][MAPS]) {
     float w[POS][3][VEC], drive[POS][VEC];
     Vec gate[POS];
     u32 bits[POS];
 #pragma unroll
     for (int p = 0; p < POS; p++)
       if (works[p]) {
-        const char* from = stages + stage * stage_bytes + (p * line_slots + walk.slot) * BYTES;
-        const Vec vx = load(from), vlam = load(from + map_bytes), l0 = load(from + 2 * map_bytes),
-                  l1 = load(from + 3 * map_bytes), l2 = load(from + 4 * map_bytes);
-        if constexpr (NORMALISE) gate[p] = load(from + 5 * map_bytes);
+        if constexpr (NORMALISE) gate[p] = inputs[p][5];
         const i64 jump = p * s.rows;
         bits[p] = surroundings(walk, walk.j + p * s.rows, i, mask + jump * walk.across(a.mask), mask_step,
                                walk.across(a.mask));
 #pragma unroll
         for (int k = 0; k < VEC; k++) {
-          drive[p][k] = get(vlam, k) * get(vx, k);
+          const float l0 = get(inputs[p][2], k), l1 = get(inputs[p][3], k), l2 = get(inputs[p][4], k);
+          drive[p][k] = get(inputs[p][1], k) * get(inputs[p][0], k);
           if constexpr (NORMALISE) {
-            const Weights weights(get(l0, k), get(l1, k), get(l2, k), bits[p]);
+            const Weights weights(l0, l1, l2, bits[p]);
             w[p][0][k] = weights.w[0];
             w[p][1][k] = weights.w[1];
             w[p][2][k] = weights.w[2];
           } else {
-            w[p][0][k] = get(l0, k);
-            w[p][1][k] = get(l1, k);
-            w[p][2][k] = get(l2, k);
+            w[p][0][k] = l0;
+            w[p][1][k] = l1;
+            w[p][2][k] = l2;
           }
         }
       }
+    if (i + STAGES < walk.lines) fetch(inputs);
     const bool restart = i == 0 || (s.chunk && since == s.chunk);
     since = restart ? 1 : since + 1;
     const float* before = state + ((i & 1) ^ 1) * plane * VEC;
     float* now = state + (i & 1) * plane * VEC;
-    __syncthreads();
+    line_wait();
 #pragma unroll
     for (int p = 0; p < POS; p++)
       if (works[p]) {
@@ -114,6 +106,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
           out[k] = NORMALISE ? (MASKED && !(bits[p] & 8) ? 0.f : get(gate[p], k) * sum) : sum;
         }
         state_put(now, plane, index + s.lanes, h[p]);
+        if (SPLIT > 1 && p == 0 && walk.row == 0 && walk.part > 0)
+          state_put_remote(now, plane, (s.rows * POS + 1) * s.lanes + walk.lane, h[p], walk.part - 1);
+        if (SPLIT > 1 && p == POS - 1 && walk.row == s.rows - 1 && walk.part < SPLIT - 1)
+          state_put_remote(now, plane, walk.lane, h[p], walk.part + 1);
         const i64 jump = p * s.rows;
         if constexpr (MERGE)
           store_plane(y + jump * walk.across(a.y), pack(out));
@@ -121,10 +117,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
           store(y + jump * walk.across(a.y), pack(out));
         if constexpr (SAVE) store(saved + jump * walk.across(a.h), pack(h[p]));
       }
+    line_arrive();
     y += y_step;
     saved += h_step;
     mask += mask_step;
-    stage = stage + 1 == STAGES ? 0 : stage + 1;
-  }
-  merge_planes(s, walk, a.y, a.out);
+  };
+  for (int first = 0; first < walk.lines; first += STAGES)
+#pragma unroll
+    for (int n = 0; n < STAGES; n++)
+      if (first + n < walk.lines) line(first + n, ring[n]);
+  if (SPLIT > 1) line_wait();  // a neighbour may still be writing here
 }
