@@ -7,17 +7,22 @@ from typing import Annotated
 
 import tyro
 
+from .commands.bench import Bench
 from .commands.demo import Demo
 from .commands.pretrain import Pretrain
 from .console import console
 from .distill import DivergedError
 
-Command = Annotated[Demo, tyro.conf.subcommand("demo")] | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
+)
 
 
 def main() -> None:
     """Run one command. Exit code 0, or 2 with one line for wrong input, or 130 when interrupted."""
-    command: Demo | Pretrain = tyro.cli(
+    command: Demo | Pretrain | Bench = tyro.cli(
         Command,  # type: ignore[arg-type]
         prog="cgspn",
         description=__doc__,

@@ -1,0 +1,231 @@
+"""The operator against the memory: times, bytes, share of the copy bandwidth; attention and PyTorch beside it.
+
+Bytes: every input read once, every output written once. The backward's inputs include the state that the forward
+saved; its outputs are the gradients to x, logits, lam and u.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..ops.backends import backend_module
+from .machine import copy_bandwidth, describe, matmul_rate
+from .results import write
+from .timing import medians
+
+FOUR = [0, 1, 2, 3]
+Row = dict[str, Any]
+# NVlabs/GSPN's kernel on an H100 in milliseconds, four directions, C = 64, B = 32, and its line scan (design, section 5)
+PUBLISHED = {("forward", 74): 10.1, ("backward", 74): 23.1, ("forward", 147): 52.0, ("backward", 147): 119.2}
+PUBLISHED_LINE = {"forward": 38.5, "backward": 95.1}
+
+
+def inputs(b: int, n: int, c: int, dtype: torch.dtype, directions: int = 4) -> list[Tensor]:
+    """Random x, logits, lam, u for a square grid."""
+    shapes = [(b, n, n, c), (b, n, n, directions, 3, c), (b, n, n, directions, c), (b, n, n, directions, c)]
+    return [torch.empty(s, device="cuda", dtype=dtype).normal_() for s in shapes]
+
+
+def size_of(*tensors: Tensor) -> int:
+    """Bytes of all tensors together."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def operator_rows(
+    b: int,
+    n: int,
+    c: int,
+    copy: float,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    codes: list[int] = FOUR,
+    with_torch: bool = False,
+    merges: tuple[str, ...] = ("sum", "none"),
+    backward: bool = True,
+) -> list[Row]:
+    """Forward (merged and not) and backward of one size on the CUDA backend, the PyTorch backend beside it."""
+    cuda, plain = backend_module("cuda"), backend_module("torch")
+    t = inputs(b, n, c, dtype, len(codes))
+    x, u = t[0], t[3]
+    calls: dict[str, tuple[Callable[[], object], Callable[[], object], int]] = {}
+    for merge in merges:
+        out = x if merge == "sum" else u
+        calls[f"forward {merge}"] = (
+            lambda m=merge: cuda.forward(*t, None, codes, m == "sum"),
+            lambda m=merge: plain.forward(*t, None, codes, m == "sum"),
+            size_of(*t, out),
+        )
+    if backward:
+        _, state = cuda.forward_saving(*t, None, codes, True)
+        calls["backward sum"] = (
+            lambda: cuda.backward_saved(x, *t, None, codes, True, state),
+            lambda: plain.backward(x, *t, None, codes, True),
+            size_of(*t, *t, x, state),
+        )
+    times = medians({name: call[0] for name, call in calls.items()})
+    rivals = medians({n_: call[1] for n_, call in calls.items()}, rounds=3, graph=False) if with_torch else {}
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.cgspn.propagate_2d(*t, None, codes, True, "cuda")
+    rows = []
+    for name, (_, _, count) in calls.items():
+        kind = name.split()[0]
+        published = PUBLISHED.get((kind, n)) if (b, c, len(codes)) == (32, 64, 4) else None
+        rows.append(
+            {
+                "B": b,
+                "grid": n,
+                "C": c,
+                "dtype": str(dtype).removeprefix("torch."),
+                "directions": len(codes),
+                "pass": name,
+                "ms": times[name],
+                "MB": count / 1e6,
+                "GFLOP": counter.get_total_flops() / 1e9 if kind == "forward" else None,
+                "share of copy": count / copy / times[name] * 1e3,
+                "PyTorch / this": rivals[name] / times[name] if name in rivals else None,
+                "NVlabs / this": published / times[name] if published else None,
+            }
+        )
+    return rows
+
+
+def line_scan_rows(copy: float) -> list[Row]:
+    """The published benchmark of GSPN-2: [16, 1024, 1024, 8] float32, one direction."""
+    cuda = backend_module("cuda")
+    x, lam, dh = (torch.randn(16, 1024, 1024, 8, device="cuda") for _ in range(3))
+    weights = torch.rand(16, 1024, 1024, 3, 8, device="cuda") / 3
+    h = cuda.line_scan_forward(x, weights, lam, 0, None)
+    forward, backward = size_of(x, weights, lam, h), size_of(x, weights, lam, dh, h, x, weights, lam)
+    calls: dict[str, Callable[[], object]] = {
+        f"forward {name}": lambda d=d: cuda.line_scan_forward(x, weights, lam, d, None)
+        for d, name in enumerate(("down", "up", "right", "left"))
+    }
+    calls["backward down"] = lambda: cuda.line_scan_backward_saved(dh, x, weights, lam, 0, None, h)
+    rows = []
+    for name, ms in medians(calls).items():
+        kind = name.split()[0]
+        count = forward if kind == "forward" else backward
+        rows.append(
+            {
+                "pass": name,
+                "ms": ms,
+                "MB": count / 1e6,
+                "share of copy": count / copy / ms * 1e3,
+                "NVlabs / this": PUBLISHED_LINE[kind] / ms,
+            }
+        )
+    return rows
+
+
+def attention_rows(b: int, n: int, matmul: float) -> list[Row]:
+    """Attention of 16 heads of 72 channels over the same grid, on both fused backends, forward."""
+    q, k, v = (torch.randn(b, 16, n * n, 72, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    flop = 4 * b * 16 * (n * n) ** 2 * 72
+    rows = []
+    for name, kind in (("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)):
+
+        def run(kind: SDPBackend = kind) -> Tensor:
+            with sdpa_kernel(kind), torch.no_grad():
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+        row: Row = {"B": b, "grid": n, "attention": name}
+        try:
+            ms = medians({name: run}, rounds=5, graph=False)[name]
+            row |= {"ms": ms, "share of matmul": flop / matmul / ms * 1e3, "note": ""}
+        except RuntimeError as error:  # this backend does not take these inputs here: said, not left out
+            row |= {"ms": None, "share of matmul": None, "note": str(error).splitlines()[0][:80]}
+        rows.append(row)
+    return rows
+
+
+def bent(rows: list[Row], over: str) -> list[Row]:
+    """For every inner size of a sweep, its time over that on the straight line through its neighbours."""
+    found = []
+    for before, here, after in zip(rows, rows[1:], rows[2:]):
+        a, b, c = (row[over] ** (2 if over == "grid" else 1) for row in (before, here, after))
+        line = before["ms"] + (after["ms"] - before["ms"]) * (b - a) / (c - a)
+        found.append({"over": over, over: here[over], "pass": here["pass"], "times the line": here["ms"] / line})
+    return found
+
+
+SWEEPS: dict[str, tuple[str, list[tuple[int, int, int]]]] = {
+    "batch (74x74, C = 64)": ("B", [(b, 74, 64) for b in (1, 2, 4, 8, 16, 32, 64)]),
+    "channels (B = 8, 74x74)": ("C", [(8, 74, c) for c in (32, 64, 128, 192, 256, 384, 576, 768, 1152)]),
+    "grid (B = 1, C = 64)": ("grid", [(1, n, 64) for n in (16, 24, 37, 54, 74, 110, 147, 200, 294)]),
+    "grid (B = 32, C = 64)": ("grid", [(32, n, 64) for n in (16, 24, 37, 54, 74, 110, 147, 200, 294)]),
+}
+
+
+def plot(sweeps: dict[str, list[Row]], path: Path) -> None:
+    """Times of every sweep against what is swept, beside the time the bytes need at the copy bandwidth."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for ax, (title, rows) in zip(axes.flat, sweeps.items()):
+        over = SWEEPS[title][0]
+        for kind in dict.fromkeys(row["pass"] for row in rows):
+            points = [row for row in rows if row["pass"] == kind]
+            (line,) = ax.plot([r[over] for r in points], [r["ms"] for r in points], "o-", label=kind)
+            floor = [r["ms"] * r["share of copy"] for r in points]
+            ax.plot([r[over] for r in points], floor, ":", color=line.get_color(), label=f"{kind}: bytes / copy")
+        ax.set(xscale="log", yscale="log", xlabel=over, ylabel="ms", title=title)
+        ax.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def run(out: Path, *, quick: bool = False, commit: str = "", say: Callable[[str], None] = print) -> None:
+    """Measure everything and write operator.json, operator.md and operator.png to `out`.
+
+    Raises RuntimeError without a CUDA GPU or where the CUDA backend cannot run.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("cgspn bench operator needs a CUDA GPU, and PyTorch sees none")
+    reason = backend_module("cuda").why_not(torch.zeros(1, 1, 1, 1, device="cuda"))
+    if reason is not None:
+        raise RuntimeError(f"the CUDA backend cannot run here: {reason}")
+    copy, matmul = copy_bandwidth(), matmul_rate()
+    machine = describe(commit) | {
+        "copy ceiling": f"{copy / 1e12:.3f} TB/s",
+        "matmul ceiling": f"{matmul / 1e12:.0f} TFLOP/s",
+    }
+    say(f"copy {copy / 1e12:.3f} TB/s, matmul {matmul / 1e12:.0f} TFLOP/s")
+    sizes = []
+    for b, n in ((32, 74), (32, 147), (1, 74), (1, 147), (1, 294)):
+        sizes += operator_rows(b, n, 64, copy, with_torch=not quick and n < 294)
+        torch.cuda.empty_cache()
+    for dtype in (torch.float16, torch.float32):
+        sizes += operator_rows(32, 74, 64, copy, dtype=dtype)
+    for codes in ([0], [2], [0, 1], [2, 3]):
+        sizes += operator_rows(32, 74, 64, copy, codes=codes)
+    torch.cuda.empty_cache()
+    tables = {"sizes": sizes, "line scan [16, 1024, 1024, 8] float32": line_scan_rows(copy)}
+    torch.cuda.empty_cache()
+    pairs = ((32, 74), (1, 74), (1, 147)) if quick else ((32, 74), (32, 147), (1, 74), (1, 147))
+    tables["attention, 16 heads of 72"] = [row for b, n in pairs for row in attention_rows(b, n, matmul)]
+    torch.cuda.empty_cache()
+    sweeps: dict[str, list[Row]] = {}
+    bends: list[Row] = []
+    for title, (over, cases) in SWEEPS.items():
+        rows = []
+        for case in cases:
+            rows += operator_rows(*case, copy, merges=("sum",))
+            torch.cuda.empty_cache()
+        sweeps[title] = rows
+        for kind in ("forward sum", "backward sum"):
+            bends += bent([row for row in rows if row["pass"] == kind], over)
+        say(f"swept {title}")
+    tables |= {f"sweep: {title}": rows for title, rows in sweeps.items()}
+    tables["sweeps: time over the straight line through the neighbours"] = bends
+    write(out, "operator", machine, tables)
+    plot(sweeps, out / "operator.png")

@@ -1,0 +1,56 @@
+"""Times of functions on a CUDA device: medians over interleaved rounds, so that drift of the clock hits all alike."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+
+
+def captured(function: Callable[[], object], repeats: int) -> Callable[[], None]:
+    """`repeats` calls of `function` as one CUDA graph: what is left is the time of the device."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        function()  # compile and allocate outside the capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            function()
+    return graph.replay
+
+
+def _once(run: Callable[[], object]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def medians(
+    functions: dict[str, Callable[[], object]], *, rounds: int = 9, target_ms: float = 2.0, graph: bool = True
+) -> dict[str, float]:
+    """Median milliseconds of one call of each function, timed in turn `rounds` times.
+
+    Each timing covers as many calls as take about `target_ms`; with `graph` they are replayed from one CUDA graph.
+    Raises whatever a function raises.
+    """
+    runs: dict[str, tuple[Callable[[], object], int]] = {}
+    for name, function in functions.items():
+        function()
+        torch.cuda.synchronize()
+        count = max(1, min(50, int(target_ms / max(_once(function), 1e-3))))
+        if graph:
+            runs[name] = (captured(function, count), count)
+        else:
+            runs[name] = (lambda f=function, n=count: [f() for _ in range(n)], count)  # type: ignore[misc]
+    for run, _ in runs.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, (run, count) in runs.items():
+            times[name].append(_once(run) / count)
+    return {name: statistics.median(values) for name, values in times.items()}
