@@ -7,6 +7,7 @@ saved; its outputs are the gradients to x, logits, lam and u.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .timing import medians
 
 FOUR = [0, 1, 2, 3]
 Row = dict[str, Any]
-# NVlabs/GSPN's kernel on an H100 in milliseconds, four directions, C = 64, B = 32, and its line scan (design, section 5)
+# NVlabs/GSPN's kernel on an H100 in milliseconds, four directions, C = 64, B = 32; then its line scan (design, 5)
 PUBLISHED = {("forward", 74): 10.1, ("backward", 74): 23.1, ("forward", 147): 52.0, ("backward", 147): 119.2}
 PUBLISHED_LINE = {"forward": 38.5, "backward": 95.1}
 
@@ -56,17 +57,17 @@ def operator_rows(
     x, u = t[0], t[3]
     calls: dict[str, tuple[Callable[[], object], Callable[[], object], int]] = {}
     for merge in merges:
-        out = x if merge == "sum" else u
+        total = merge == "sum"
         calls[f"forward {merge}"] = (
-            lambda m=merge: cuda.forward(*t, None, codes, m == "sum"),
-            lambda m=merge: plain.forward(*t, None, codes, m == "sum"),
-            size_of(*t, out),
+            partial(cuda.forward, *t, None, codes, total),
+            partial(plain.forward, *t, None, codes, total),
+            size_of(*t, x if total else u),
         )
     if backward:
         _, state = cuda.forward_saving(*t, None, codes, True)
         calls["backward sum"] = (
-            lambda: cuda.backward_saved(x, *t, None, codes, True, state),
-            lambda: plain.backward(x, *t, None, codes, True),
+            partial(cuda.backward_saved, x, *t, None, codes, True, state),
+            partial(plain.backward, x, *t, None, codes, True),
             size_of(*t, *t, x, state),
         )
     times = medians({name: call[0] for name, call in calls.items()})
@@ -104,7 +105,7 @@ def line_scan_rows(copy: float) -> list[Row]:
     h = cuda.line_scan_forward(x, weights, lam, 0, None)
     forward, backward = size_of(x, weights, lam, h), size_of(x, weights, lam, dh, h, x, weights, lam)
     calls: dict[str, Callable[[], object]] = {
-        f"forward {name}": lambda d=d: cuda.line_scan_forward(x, weights, lam, d, None)
+        f"forward {name}": partial(cuda.line_scan_forward, x, weights, lam, d, None)
         for d, name in enumerate(("down", "up", "right", "left"))
     }
     calls["backward down"] = lambda: cuda.line_scan_backward_saved(dh, x, weights, lam, 0, None, h)

@@ -1,6 +1,7 @@
 """The operator: tensors in, tensors out. Definition in reference.py, implementations behind `backend=`."""
 
 from .backends import PREFERENCE, Choice, explain_backend
+from .projected import propagate_2d_projected
 from .propagate import line_scan, propagate_2d
 from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
 
@@ -12,5 +13,6 @@ __all__ = [
     "line_scan",
     "line_scan_reference",
     "propagate_2d",
+    "propagate_2d_projected",
     "propagate_2d_reference",
 ]

@@ -124,7 +124,7 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
         stages = (3 if wide * p.itemsize * lanes <= 32 else 2) if p.backward else 1
         cuts = [Cut(wide, lanes, 1, stages, split) for split in splits]
         first = next((cut for cut in cuts if cut.fits(p, machine) and cut.threads(p) <= 640), None)
-        if first is not None and blocks(first) >= enough:
+        if first is not None and blocks(first) >= (enough if run > 32 else machine.processors // 3):
             return first
     # Too few blocks: cut finer.
     if p.longest > (100 if p.backward else 200) and machine.clusters:

@@ -1,0 +1,66 @@
+"""`propagate_2d` with its parameters made from the input inside the operator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from . import checks
+from .propagate import propagate_2d
+from .reference import DIRECTIONS
+
+
+def propagate_2d_projected(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    directions: Sequence[str] = DIRECTIONS,
+    merge: str = "sum",
+    mask: Tensor | None = None,
+    backend: str = "auto",
+    recompute: bool = True,
+) -> Tensor:
+    """`propagate_2d(x, logits, lam, u)` where lam, u and logits are a linear projection of `x`.
+
+    A composition of the projection and the scan, not one kernel: in the forward pass the parameters do go through
+    memory. In training nothing of them is kept (`recompute`): the backward makes them again from `x`, so that a layer
+    saves one map of C channels instead of 25.
+
+    Args:
+        x: features [B, H, W, C], channels last.
+        weight: [D * 5 * C, C], rows in the order [D, 5, C]; the five are lam, u and the logits of j-1, j, j+1.
+        bias: [D * 5 * C] or None.
+        directions, merge, mask, backend: as in `propagate_2d`.
+        recompute: project and scan again in the backward; False keeps the parameters and the state.
+
+    Returns:
+        As `propagate_2d`: [B, H, W, C] or [B, H, W, D, C], in the dtype of x.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `propagate_2d`, and for a weight or bias of another shape, dtype or
+            device than `x` asks for.
+
+    Source: design section 5 ("parameters are an implementation detail of memory").
+    """
+    checks.check_features(x)
+    checks.check_like(x, weight=weight)
+    count, c = len(checks.check_directions(directions)), x.shape[-1]
+    checks.check_shape("weight", weight, (count * 5 * c, c), "[D * 5 * C, C]")
+    if bias is not None:
+        checks.check_like(x, bias=bias)
+        checks.check_shape("bias", bias, (count * 5 * c,), "[D * 5 * C]")
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        packed = torch.nn.functional.linear(x, weight, bias).unflatten(-1, (count, 5, c))
+        lam, u, logits = packed[..., 0, :], packed[..., 1, :], packed[..., 2:, :]
+        return propagate_2d(x, logits, lam, u, directions=directions, merge=merge, mask=mask, backend=backend)
+
+    wanted = any(t is not None and t.requires_grad for t in (x, weight, bias))
+    if recompute and torch.is_grad_enabled() and wanted:
+        kept: Tensor = checkpoint(run, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
+        return kept
+    return run(x, weight, bias)
