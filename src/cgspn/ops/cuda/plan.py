@@ -83,7 +83,9 @@ class Cut:
         if self.threads(p) > MAX_THREADS or self.shared_bytes(p) > machine.shared_bytes:
             return False
         work = self.vec * self.pos  # registers grow with it
-        return work <= 8 and (self.threads(p) <= 640 or work <= (2 if p.backward else 4))
+        if not p.backward and work * p.itemsize * self.stages > 48:
+            return False
+        return work <= 8 and (self.threads(p) <= 640 or work <= 2)
 
 
 def _vectors(p: Problem) -> Iterator[int]:
@@ -143,7 +145,7 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
     for vec in vectors:
         for pos in (1, 2, 4, 8):
             for split in splits:
-                for stages in (3, 2):
+                for stages in (3, 2) if p.backward else (3, 2, 1):
                     if (cut := Cut(vec, 1, pos, stages, split)).fits(p, machine):
                         return cut
     return None

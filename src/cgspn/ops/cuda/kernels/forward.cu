@@ -9,6 +9,9 @@ struct ForwardArguments {
   Shape s;
 };
 
+// Narrow threads work out weights and drive before the barrier, off the chain from line to line, and load the line
+// after next early. Wide ones would hold 32 more registers for it, and memory is what they wait for.
+constexpr bool LATE = VEC * POS >= 8;
 constexpr int MAPS = NORMALISE ? 6 : 5;  // x, lam, three logits, u
 
 extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const __grid_constant__ ForwardArguments a) {
@@ -71,6 +74,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
 #pragma unroll
         for (int k = 0; k < VEC; k++) {
           const float l0 = get(inputs[p][2], k), l1 = get(inputs[p][3], k), l2 = get(inputs[p][4], k);
+          if constexpr (LATE) continue;
           drive[p][k] = get(inputs[p][1], k) * get(inputs[p][0], k);
           if constexpr (NORMALISE) {
             const Weights weights(l0, l1, l2, bits[p]);
@@ -84,7 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
           }
         }
       }
-    if (i + STAGES < walk.lines) fetch(inputs);
+    if (!LATE && i + STAGES < walk.lines) fetch(inputs);
     const bool restart = i == 0 || (s.chunk && since == s.chunk);
     since = restart ? 1 : since + 1;
     const float* before = state + ((i & 1) ^ 1) * plane * VEC;
@@ -99,6 +103,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
         state_get(before, plane, index + 2 * s.lanes, right);
 #pragma unroll
         for (int k = 0; k < VEC; k++) {
+          if constexpr (LATE) {
+            const float l0 = get(inputs[p][2], k), l1 = get(inputs[p][3], k), l2 = get(inputs[p][4], k);
+            drive[p][k] = get(inputs[p][1], k) * get(inputs[p][0], k);
+            w[p][0][k] = l0, w[p][1][k] = l1, w[p][2][k] = l2;
+            if constexpr (NORMALISE) {
+              const Weights weights(l0, l1, l2, bits[p]);
+              w[p][0][k] = weights.w[0], w[p][1][k] = weights.w[1], w[p][2][k] = weights.w[2];
+            }
+          }
           float sum = drive[p][k];
           if (!restart) sum += w[p][0][k] * left[k] + w[p][1][k] * h[p][k] + w[p][2][k] * right[k];
           if (MASKED && !(bits[p] & 8)) sum = 0.f;
@@ -118,6 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
         if constexpr (SAVE) store(saved + jump * walk.across(a.h), pack(h[p]));
       }
     line_arrive();
+    if (LATE && i + STAGES < walk.lines) fetch(inputs);
     y += y_step;
     saved += h_step;
     mask += mask_step;
