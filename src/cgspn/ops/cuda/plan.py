@@ -126,7 +126,11 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
         stages = (3 if wide * p.itemsize * lanes <= 32 else 2) if p.backward else 1
         cuts = [Cut(wide, lanes, 1, stages, split) for split in splits]
         first = next((cut for cut in cuts if cut.fits(p, machine) and cut.threads(p) <= 640), None)
-        if first is not None and blocks(first) >= (enough if run > 32 else machine.processors // 3):
+        if first is None:
+            continue
+        # Below a sector the load/store unit works for nothing: rather leave processors idle, if lines are whole.
+        least = machine.processors // 3 if run == 32 and first.split == 1 else enough
+        if blocks(first) >= least:
             return first
     # Too few blocks: cut finer.
     if p.longest > (100 if p.backward else 200) and machine.clusters:
