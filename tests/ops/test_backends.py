@@ -198,7 +198,8 @@ def test_long_scans(backend: Backend, dtype: torch.dtype) -> None:
     """300 lines of a state that hardly decays: float16 sums would have lost it long before."""
     for shape, directions in (((1, 300, 2, 2), ("down", "up")), ((1, 2, 300, 2), ("left",))):
         x, logits, lam, u = propagate_inputs(shape, len(directions), dtype, backend.device)
-        check_propagate(backend, [x.abs(), logits, lam.abs(), u], directions=directions)
+        # neighbours of such a state differ by little: `more` for a backward that reads the state rounded to the dtype
+        check_propagate(backend, [x.abs(), logits, lam.abs(), u], directions=directions, more=3.0)
 
 
 @every_backend
