@@ -139,7 +139,9 @@ class PropagationMixer(Mixer):
             x = x + self.local(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         x = self.norm(x)
         parameters = self.parameters_of(x).view(batch, grid.height, grid.width, directions, 5, self.latent)
-        lam, u, logits = parameters[..., 0, :], parameters[..., 1, :], parameters[..., 2:, :]
+        # split, not three slices: the gradient is then one concatenation instead of three sums over zero-filled tensors
+        lam, u, logits = parameters.split([1, 1, 3], dim=-2)
+        lam, u = lam.squeeze(-2), u.squeeze(-2)
         merge = "none" if config.merge == "concat" else "sum"
         y = propagate_2d(x, logits, lam, u, directions=config.directions, merge=merge, mask=grid.mask)
         y = y.reshape(batch, count, -1)
