@@ -46,8 +46,8 @@ class DualEncoder(nn.Module):
         if image.config.width != self.image.config.width:
             raise ValueError(f"image has width {image.config.width}; expected {self.image.config.width}")
         other = DualEncoder(image, TextTower(self.text.config), self.image_projection.out_features)
-        own = {k: v for k, v in self.state_dict().items() if not k.startswith("image.")}
-        other.load_state_dict(own, strict=False)
+        own = {k: v.clone() for k, v in self.state_dict().items() if not k.startswith("image.")}
+        other.load_state_dict(own, strict=False, assign=True)  # assigned, they stay on the device they are on
         return other
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
