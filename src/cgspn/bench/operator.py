@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..ops.backends import backend_module
+from ..ops.backends import backend_module, why_not
+from ..ops.projected import propagate_2d_projected
 from .machine import copy_bandwidth, describe, matmul_rate
 from .results import write
 from .timing import medians
@@ -51,8 +52,11 @@ def operator_rows(
     merges: tuple[str, ...] = ("sum", "none"),
     backward: bool = True,
 ) -> list[Row]:
-    """Forward (merged and not) and backward of one size on the CUDA backend, the PyTorch backend beside it."""
+    """Forward (merged and not) and backward of one size on the CUDA backend; with `with_torch` the other two beside it."""
     cuda, plain = backend_module("cuda"), backend_module("torch")
+    triton = (
+        backend_module("triton") if with_torch and why_not("triton", torch.empty(0, device="cuda")) is None else None
+    )
     t = inputs(b, n, c, dtype, len(codes))
     x, u = t[0], t[3]
     calls: dict[str, tuple[Callable[[], object], Callable[[], object], int]] = {}
@@ -72,6 +76,14 @@ def operator_rows(
         )
     times = medians({name: call[0] for name, call in calls.items()})
     rivals = medians({n_: call[1] for n_, call in calls.items()}, rounds=3, graph=False) if with_torch else {}
+    portable: dict[str, float] = {}
+    if triton is not None:  # its backward has no saved state: it includes a forward
+        runs: dict[str, Callable[[], object]] = {
+            f"forward {merge}": partial(triton.forward, *t, None, codes, merge == "sum") for merge in merges
+        }
+        if backward:
+            runs["backward sum"] = partial(triton.backward, x, *t, None, codes, True)
+        portable = medians(runs, rounds=3)
     with FlopCounterMode(display=False) as counter:
         torch.ops.cgspn.propagate_2d(*t, None, codes, True, "cuda")
     rows = []
@@ -91,10 +103,45 @@ def operator_rows(
                 "GFLOP": counter.get_total_flops() / 1e9 if kind == "forward" else None,
                 "share of copy": count / copy / times[name] * 1e3,
                 "PyTorch / this": rivals[name] / times[name] if name in rivals else None,
+                "Triton / this": portable[name] / times[name] if name in portable else None,
                 "NVlabs / this": published / times[name] if published else None,
             }
         )
     return rows
+
+
+def projected_rows(b: int, n: int, c: int = 64) -> list[Row]:
+    """`propagate_2d_projected` beside the projection and the scan apart, bfloat16: forward, and forward + backward."""
+    x = torch.randn(b, n, n, c, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = (torch.randn(4 * 5 * c, c, device="cuda") / c**0.5).bfloat16().requires_grad_()
+    bias = torch.zeros(4 * 5 * c, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    leaves = [x, weight, bias]
+    dy = torch.randn_like(x)
+
+    def both(recompute: bool) -> object:
+        y = propagate_2d_projected(*leaves, backend="cuda", recompute=recompute)
+        return torch.autograd.grad(y, leaves, dy)
+
+    def without_gradient(function: Callable[[], object]) -> object:
+        with torch.no_grad():
+            return function()
+
+    def projection() -> Tensor:
+        return torch.nn.functional.linear(x, weight, bias)
+
+    forward = partial(propagate_2d_projected, *leaves, backend="cuda")
+    calls: dict[str, Callable[[], object]] = {
+        "projection alone": partial(without_gradient, projection),
+        "projection + scan, forward": partial(without_gradient, forward),
+        "forward + backward, parameters made again": partial(both, True),
+        "forward + backward, parameters kept": partial(both, False),
+    }
+    # x and y once, and the weights: what a kernel that makes the parameters on chip would move
+    floor = size_of(x, x, weight)
+    return [
+        {"B": b, "grid": n, "C": c, "what": name, "ms": ms, "MB, parameters on chip": floor / 1e6 if k == 1 else None}
+        for k, (name, ms) in enumerate(medians(calls, graph=False).items())
+    ]
 
 
 def line_scan_rows(copy: float) -> list[Row]:
@@ -210,7 +257,10 @@ def run(out: Path, *, quick: bool = False, commit: str = "", say: Callable[[str]
     for codes in ([0], [2], [0, 1], [2, 3]):
         sizes += operator_rows(32, 74, 64, copy, codes=codes)
     torch.cuda.empty_cache()
-    tables = {"sizes": sizes, "line scan [16, 1024, 1024, 8] float32": line_scan_rows(copy)}
+    tables = {"sizes": sizes}
+    tables["projected operator: projection and scan"] = [row for n in (74, 147) for row in projected_rows(32, n)]
+    torch.cuda.empty_cache()
+    tables |= {"line scan [16, 1024, 1024, 8] float32": line_scan_rows(copy)}
     torch.cuda.empty_cache()
     pairs = ((32, 74), (1, 74), (1, 147)) if quick else ((32, 74), (32, 147), (1, 74), (1, 147))
     tables["attention, 16 heads of 72"] = [row for b, n in pairs for row in attention_rows(b, n, matmul)]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 # In the order in which "auto" tries them; the PyTorch backend runs everywhere, so it is the last.
-PREFERENCE: dict[str, str] = {"cuda": "cuda", "torch": "torch_scan"}
+PREFERENCE: dict[str, str] = {"cuda": "cuda", "triton": "triton_scan", "torch": "torch_scan"}
 
 
 class Choice(NamedTuple):

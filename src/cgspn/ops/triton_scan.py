@@ -1,0 +1,192 @@
+"""The Triton backend: the functions of torch_scan.py, each one launch. For GPUs that the CUDA backend does not know.
+
+Keeps nothing from the forward: the backward scans again for a state in float32 (float64 where the inputs are), so its
+gradients do not see a rounded state. Lines longer than LONGEST go to the PyTorch backend. With TRITON_INTERPRET=1 in
+the environment it runs on the CPU, slowly: for tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton  # type: ignore[import-not-found,unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
+from torch import Tensor
+
+from . import torch_scan
+from .triton_kernels import scan_backward, scan_forward
+
+LONGEST = 2048  # positions of a line: beyond that a tile no longer fits in the registers of a program
+INTERPRETED = not isinstance(scan_forward, triton.runtime.JITFunction)
+STATES = {
+    torch.float64: (tl.float64, torch.float64),
+    torch.float32: (tl.float32, torch.float32),
+    torch.float16: (tl.float32, torch.float32),
+    torch.bfloat16: (tl.float32, torch.float32),
+}
+
+
+def why_not(x: Tensor) -> str | None:
+    """The reason this backend cannot run on `x`, or None."""
+    if x.device.type not in ("cuda", "xpu") and not (INTERPRETED and x.device.type == "cpu"):
+        return f"x is on {x.device.type!r}, which Triton does not serve"
+    if x.dtype not in STATES:
+        return f"{x.dtype} has no kernel; accepted: float64, float32, float16, bfloat16"
+    return None
+
+
+def _strides(t: Tensor | None, dims: str) -> tuple[int, ...]:
+    """Strides of batch, row, column, direction, neighbour, channel; 0 for those that `t` does not have."""
+    if t is None:
+        return (0,) * 6
+    named = dict(zip(dims, t.stride(), strict=True))
+    return tuple(named.get(name, 0) for name in "bhwdkc")
+
+
+def tile(longest: int, channels: int, backward: bool) -> tuple[int, int, int]:
+    """Positions and channels of a program's tile, and its warps.
+
+    From six tilings timed on an H100 (results/operator): 8 elements a thread forward and 4 backward; with twice that
+    the addresses of all maps no longer fit in registers, and the backward takes five times as long.
+    """
+    positions = triton.next_power_of_2(max(longest, 2))
+    wide = min(triton.next_power_of_2(channels), 8)
+    most = 2048 if backward else 4096
+    while wide > 1 and positions * wide > most:
+        wide //= 2
+    return positions, wide, max(1, min(16, positions * wide // (128 if backward else 256)))
+
+
+def _launch(
+    kernel: Any, tensors: Sequence[Tensor | None], dims: Sequence[str], codes: Sequence[int], chunk: int, **flags: bool
+) -> None:
+    """Launch on the current stream of the tensors' device; `tensors` in the order of the kernel's arguments."""
+    x = tensors[0]
+    assert x is not None
+    b, h, w, c = x.shape
+    positions, wide, warps = tile(max(h, w), c, kernel is scan_backward)
+    groups = triton.cdiv(c, wide)
+    grid = b * groups * len(codes)
+    if grid == 0:
+        return
+    strides = [_strides(t, d) for t, d in zip(tensors, dims, strict=True)]
+    # An argument that a variant does not read still needs a pointer.
+    pointers = [x if t is None else t for t in tensors]
+    packed = sum(code << 2 * d for d, code in enumerate(codes))
+    sizes = (h, w, c, len(codes), groups, packed, chunk)
+    constants = {"STATE": STATES[x.dtype][0], "POSITIONS": positions, "CHANNELS": wide}
+    with torch.cuda.device(x.device if x.device.type == "cuda" else -1):
+        kernel[(grid,)](*pointers, *strides, *sizes, **flags, **constants, num_warps=warps)
+
+
+def _planes(x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """Scratch for one map per direction: [B, H, W, D, C] by its strides, stored direction by direction."""
+    return x.new_empty((count, *x.shape), dtype=dtype).permute(1, 2, 3, 0, 4)
+
+
+def _summed(planes: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum over directions, added in the planes' dtype or better, in a fixed order."""
+    return planes.sum(3).to(dtype)
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.view(torch.uint8)
+
+
+def _forward(
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor,
+    u: Tensor | None,
+    mask: Tensor | None,
+    codes: Sequence[int],
+    y: Tensor | None,
+    state: Tensor | None,
+    chunk: int = 0,
+) -> None:
+    """Scan: outputs to `y`, the state to `state`, each [B, H, W, D, C] (or without D) if wanted."""
+    d = "d" if lam.dim() == 5 else ""
+    _launch(
+        scan_forward,
+        (x, lam, u, logits, _bytes(mask), y, state),
+        ("bhwc", f"bhw{d}c", f"bhw{d}c", f"bhw{d}kc", "bhw", f"bhw{d}c", f"bhw{d}c"),
+        codes,
+        chunk,
+        NORMALISE=u is not None,
+        MASKED=mask is not None,
+        WRITE=y is not None,
+        SAVE=state is not None,
+    )
+
+
+def forward(
+    x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, mask: Tensor | None, directions: Sequence[int], merge_sum: bool
+) -> Tensor:
+    """`propagate_2d` without checks. Shapes as there; `directions` are indices into DIRECTIONS."""
+    if max(x.shape[1:3]) > LONGEST:
+        return torch_scan.forward(x, logits, lam, u, mask, directions, merge_sum)
+    y = _planes(x, len(directions), x.dtype) if merge_sum else x.new_empty(u.shape)
+    _forward(x, logits, lam, u, mask, directions, y, None)
+    return _summed(y, x.dtype) if merge_sum else y
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor,
+    u: Tensor,
+    mask: Tensor | None,
+    directions: Sequence[int],
+    merge_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `forward` to x, logits, lam and u, each in its input's dtype and shape."""
+    if max(x.shape[1:3]) > LONGEST:
+        return torch_scan.backward(dy, x, logits, lam, u, mask, directions, merge_sum)
+    state = _planes(x, len(directions), STATES[x.dtype][1])
+    _forward(x, logits, lam, u, mask, directions, None, state)
+    dx = _planes(x, len(directions), x.dtype)
+    dlogits, dlam, du = logits.new_empty(logits.shape), lam.new_empty(lam.shape), u.new_empty(u.shape)
+    maps, scores = "bhwdc", "bhwdkc"
+    _launch(
+        scan_backward,
+        (x, lam, u, logits, _bytes(mask), dy, state, dx, dlam, du, dlogits),
+        ("bhwc", maps, maps, scores, "bhw", "bhwc" if merge_sum else maps, maps, maps, maps, maps, scores),
+        directions,
+        0,
+        NORMALISE=True,
+        MASKED=mask is not None,
+    )
+    return _summed(dx, x.dtype), dlogits, dlam, du
+
+
+def line_scan_forward(x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None) -> Tensor:
+    """`line_scan` without checks. Shapes as there."""
+    if max(x.shape[1:3]) > LONGEST:
+        return torch_scan.line_scan_forward(x, weights, lam, direction, chunk)
+    y = x.new_empty(x.shape)
+    _forward(x, weights, lam, None, None, [direction], y, None, chunk or 0)
+    return y
+
+
+def line_scan_backward(
+    dh: Tensor, x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `line_scan_forward` to x, weights and lam."""
+    if max(x.shape[1:3]) > LONGEST:
+        return torch_scan.line_scan_backward(dh, x, weights, lam, direction, chunk)
+    state = x.new_empty(x.shape, dtype=STATES[x.dtype][1])
+    _forward(x, weights, lam, None, None, [direction], None, state, chunk or 0)
+    dx, dweights, dlam = x.new_empty(x.shape), weights.new_empty(weights.shape), lam.new_empty(lam.shape)
+    _launch(
+        scan_backward,
+        (x, lam, None, weights, None, dh, state, dx, dlam, None, dweights),
+        ("bhwc", "bhwc", "", "bhwkc", "", "bhwc", "bhwc", "bhwc", "bhwc", "", "bhwkc"),
+        [direction],
+        chunk or 0,
+        NORMALISE=False,
+        MASKED=False,
+    )
+    return dx, dweights, dlam
