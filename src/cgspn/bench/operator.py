@@ -52,7 +52,7 @@ def operator_rows(
     merges: tuple[str, ...] = ("sum", "none"),
     backward: bool = True,
 ) -> list[Row]:
-    """Forward (merged and not) and backward of one size on the CUDA backend; with `with_torch` the other two beside it."""
+    """Forward (merged and not) and backward of one size on the CUDA backend; `with_torch`: the others beside it."""
     cuda, plain = backend_module("cuda"), backend_module("torch")
     triton = (
         backend_module("triton") if with_torch and why_not("triton", torch.empty(0, device="cuda")) is None else None
