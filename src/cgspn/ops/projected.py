@@ -56,7 +56,9 @@ def propagate_2d_projected(
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         packed = torch.nn.functional.linear(x, weight, bias).unflatten(-1, (count, 5, c))
-        lam, u, logits = packed[..., 0, :], packed[..., 1, :], packed[..., 2:, :]
+        # One split, not three slices: its gradient is one concatenation instead of three zero-filled maps added up.
+        lam, u, logits = packed.split([1, 1, 3], -2)
+        lam, u = lam.squeeze(-2), u.squeeze(-2)
         return propagate_2d(x, logits, lam, u, directions=directions, merge=merge, mask=mask, backend=backend)
 
     wanted = any(t is not None and t.requires_grad for t in (x, weight, bias))
