@@ -53,7 +53,7 @@ def tile(longest: int, channels: int, backward: bool) -> tuple[int, int, int]:
     """
     positions = triton.next_power_of_2(max(longest, 2))
     wide = min(triton.next_power_of_2(channels), 8)
-    most = 2048 if backward else 4096
+    most = 1024 if backward else 4096  # 8 warps at most leave a thread 255 registers
     while wide > 1 and positions * wide > most:
         wide //= 2
     return positions, wide, max(1, min(16, positions * wide // (128 if backward else 256)))
