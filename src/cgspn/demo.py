@@ -34,8 +34,8 @@ class DemoConfig:
     distill: DistillConfig = field(
         default_factory=lambda: DistillConfig(
             compression=3,
-            stage1=OptimConfig(steps=120, batch_size=64, learning_rate=3e-3),
-            stage2=OptimConfig(steps=360, batch_size=64, learning_rate=1e-3),
+            stage1=OptimConfig(steps=60, batch_size=64, optimizer="muon", learning_rate=1e-2),
+            stage2=OptimConfig(steps=420, batch_size=64, optimizer="muon", learning_rate=1e-2),
         )
     )
     test_images: int = 4000
@@ -72,7 +72,8 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
     models: dict[str, DualEncoder] = {"teacher": teacher}
     histories = {}
     for name, student in students.items():
-        models[name], histories[name] = distil(teacher, student, train, config.distill, watcher, name)
+        histories[name] = distil(teacher, student, train, config.distill, watcher, name)
+        models[name] = teacher.with_image(student).eval()
     models["untrained"] = teacher.with_image(untrained).eval()
 
     table = SummaryTable(

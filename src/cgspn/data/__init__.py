@@ -5,6 +5,7 @@ from .embedded import load_embedded
 from .folder import Skipped, load_folder
 from .image_set import ImageSet
 from .loader import Batch, ImageSource, batch_indices, batches, one_pass
+from .source import load_images
 from .transforms import EvalTransform, TrainTransform, center_crop, normalize, random_resized_crop, resize, to_float
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "fill",
     "load_embedded",
     "load_folder",
+    "load_images",
     "normalize",
     "one_pass",
     "random_resized_crop",

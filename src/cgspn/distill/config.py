@@ -13,6 +13,8 @@ class OptimConfig:
     Args:
         steps: optimiser steps.
         batch_size: images a step.
+        optimizer: "adamw", or "muon": matrices by Muon, its updates as large as AdamW's so that rates carry over, and
+            the rest by AdamW. Muon gets further in the same steps; it costs a few matrix products a weight and step.
         learning_rate: peak, of fresh weights; reached by a linear warm-up, then a cosine to zero.
         inherited_rate: factor on the learning rate of weights that come from the teacher.
         weight_decay: of matrices; vectors and scalars have none.
@@ -23,6 +25,7 @@ class OptimConfig:
 
     steps: int = 100
     batch_size: int = 128
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     inherited_rate: float = 1.0
     weight_decay: float = 0.01
@@ -35,6 +38,8 @@ class OptimConfig:
         for name in ("batch_size", "learning_rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: more than 0")
+        if self.optimizer not in ("adamw", "muon"):
+            raise ValueError(f"optimizer is {self.optimizer!r}; accepted: 'adamw' or 'muon'")
         if self.steps < 0:
             raise ValueError(f"steps is {self.steps}; accepted: 0 or more")
         if not 0 <= self.warmup <= 1:

@@ -57,26 +57,28 @@ def pretrain(
 
 
 def distil(
-    teacher: DualEncoder,
+    teacher: DualEncoder | Encoder,
     student: Encoder,
     images: ImageSet,
     config: DistillConfig,
     watcher: Watcher | None = None,
     name: str = "student",
-) -> tuple[DualEncoder, list[History]]:
-    """Both stages: align each sub-layer alone, then the whole student end to end.
+) -> list[History]:
+    """Both stages: align each sub-layer alone, then the whole student end to end. `student` is trained in place.
 
     Args:
-        teacher: the image-text model whose image side is the teacher; it is not changed.
-        student: a converted encoder; trained in place.
+        teacher: an encoder, or the image-text model whose image side is the teacher; it is not changed.
+        student: a converted encoder, on the device of the teacher.
         images: what both look at.
         config: steps, rates and losses; a stage of 0 steps is left out.
         watcher: makes the progress callback of each stage.
         name: of the student, in titles.
 
-    Returns the student inside a copy of the teacher's image-text model, in eval mode, and the record of each stage.
-    Raises ValueError for a student that does not match, DivergedError if a loss stops being finite.
+    Returns the record of each stage; the student is left in eval mode. Raises ValueError for a student that does not
+    match or a contrastive loss without a text tower, DivergedError if a loss stops being finite.
     """
+    dual = teacher if isinstance(teacher, DualEncoder) else None
+    encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
     histories = []
     torch.manual_seed(config.stage1.seed)
     frozen = [p for p in teacher.parameters() if p.requires_grad]
@@ -84,14 +86,15 @@ def distil(
         parameter.requires_grad_(False)
     try:
         if config.stage1.steps:
-            stage1 = SublayerTask(teacher.image, student)
+            stage1 = SublayerTask(encoder, student)
             title = f"{name}, stage 1"
             histories.append(_run(stage1, images, student.config, config.stage1, title, watcher))
         if config.stage2.steps:
-            stage2 = DistillTask(teacher.image, student, config.loss, dual=teacher, captions=_captions_of(images))
+            stage2 = DistillTask(encoder, student, config.loss, dual=dual, captions=_captions_of(images))
             title = f"{name}, stage 2"
             histories.append(_run(stage2, images, student.config, config.stage2, title, watcher))
     finally:
         for parameter in frozen:
             parameter.requires_grad_(True)
-    return teacher.with_image(student).eval(), histories
+    student.eval()
+    return histories

@@ -1,10 +1,11 @@
-"""The loop: a task, batches, AdamW with warm-up and cosine, a guard against NaN, a record of every step."""
+"""The loop: a task, batches, AdamW or Muon with warm-up and cosine, a guard against NaN, a record of every step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,6 +31,8 @@ class History:
         return [step[name] for step in self.steps]
 
 
+BETAS = (0.9, 0.98)
+
 Watch = Callable[[dict[str, float]], None]
 
 
@@ -41,19 +44,49 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
 
 
-def build_optimizer(task: Task, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over fresh and inherited parameters, each split by whether they decay (matrices do)."""
-    groups = []
+class Optimizers:
+    """Several optimisers over disjoint parameters, stepped as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        """parts: the optimisers."""
+        self.parts = parts
+        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """Update all weights."""
+        for part in self.parts:
+            part.step()
+
+
+def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:
+    """Optimisers over fresh and inherited parameters, each split by whether they are matrices, which alone decay."""
+    matrices: list[dict[str, Any]] = []
+    rest: list[dict[str, Any]] = []
     for parameters, factor in zip(task.parameter_groups(), (1.0, config.inherited_rate), strict=True):
-        for matrices in (True, False):
-            chosen = [p for p in parameters if p.requires_grad and (p.ndim >= 2) == matrices]
+        rate = config.learning_rate * factor
+        learned = [p for p in parameters if p.requires_grad]
+        for groups, decay, chosen in (
+            (matrices, config.weight_decay, [p for p in learned if p.ndim == 2]),
+            (rest, config.weight_decay, [p for p in learned if p.ndim > 2]),
+            (rest, 0.0, [p for p in learned if p.ndim < 2]),
+        ):
             if chosen:
-                rate = config.learning_rate * factor
-                decay = config.weight_decay if matrices else 0.0
                 groups.append({"params": chosen, "lr": rate, "peak": rate, "weight_decay": decay})
-    if not groups:
+    if not matrices and not rest:
         raise ValueError("the task has no parameters to train")
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    if config.optimizer == "adamw":
+        return Optimizers(torch.optim.AdamW(matrices + rest, betas=BETAS))
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
+    if rest:
+        parts.append(torch.optim.AdamW(rest, betas=BETAS))
+    return Optimizers(*parts)
 
 
 def train(task: Task, batches: Iterable[Batch], config: OptimConfig, title: str, watch: Watch | None = None) -> History:
@@ -76,7 +109,7 @@ def train(task: Task, batches: Iterable[Batch], config: OptimConfig, title: str,
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         losses = task.losses(batch)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         losses["total"].backward()
         norm = nn.utils.clip_grad_norm_(parameters, config.clip)
         record = {name: float(loss.detach()) for name, loss in losses.items()}

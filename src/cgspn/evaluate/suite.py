@@ -12,10 +12,13 @@ from .segmentation import segment
 from .table import Metric
 from .zeroshot import class_embeddings, top1
 
-METRICS = (
+ZEROSHOT = (
     Metric("zeroshot", "zero-shot top-1", 100, "%", averaged=True),
     Metric("image_to_text", "image → text R@1", 100, "%", averaged=True),
     Metric("text_to_image", "text → image R@1", 100, "%", averaged=True),
+)
+METRICS = (
+    *ZEROSHOT,
     Metric("miou", "segmentation mIoU", 100, "%", averaged=True),
 )
 
@@ -38,6 +41,14 @@ def evaluate_zeroshot(model: DualEncoder, images: ImageSet, transform: EvalTrans
     return top1(embeddings, _classes(model, images), images.labels)
 
 
+def evaluate_classes(model: DualEncoder, images: ImageSet, transform: EvalTransform) -> dict[str, float]:
+    """The metrics of ZEROSHOT, each 0 to 1, of images whose classes have names.
+
+    Retrieval uses each image's caption; images whose captions are the same count as the same.
+    """
+    return _classify(model, embed_images(model, images, transform)[0], images)
+
+
 def evaluate_dual(model: DualEncoder, test: ImageSet, probe: ImageSet, transform: EvalTransform) -> dict[str, float]:
     """The metrics of METRICS, each 0 to 1.
 
@@ -47,26 +58,25 @@ def evaluate_dual(model: DualEncoder, test: ImageSet, probe: ImageSet, transform
         probe: images on which the linear segmentation probe is fitted.
         transform: how images become what the encoder takes; it must keep the frame of the image (no crop of a
             rectangular image), since masks are compared pixel by pixel.
-
-    Retrieval uses each image's caption; images whose captions are the same count as the same.
     """
     embeddings, tokens = embed_images(model, test, transform)
     _, probe_tokens = embed_images(model, probe, transform)
-    captions = test.captions()
+    parts = segment(probe_tokens, probe.masks(), tokens, test.masks(), classes=len(test.class_names) + 1)
+    return {**_classify(model, embeddings, test), "miou": parts.mean_iou}
+
+
+def _classify(model: DualEncoder, embeddings: Tensor, images: ImageSet) -> dict[str, float]:
+    captions = images.captions()
     distinct = list(dict.fromkeys(captions))
     with torch.inference_mode():
         texts = model.encode_text(distinct).float().cpu()
-    ids = {caption: i for i, caption in enumerate(distinct)}
     # a caption belongs to a class, and any image of that class is what it describes
-    image_class = test.labels
-    text_class = torch.stack([test.labels[captions.index(caption)] for caption in ids])
-    found = retrieve(embeddings, texts, image_class, text_class)
-    parts = segment(probe_tokens, probe.masks(), tokens, test.masks(), classes=len(test.class_names) + 1)
+    text_class = torch.stack([images.labels[captions.index(caption)] for caption in distinct])
+    found = retrieve(embeddings, texts, images.labels, text_class)
     return {
-        "zeroshot": top1(embeddings, _classes(model, test), test.labels),
+        "zeroshot": top1(embeddings, _classes(model, images), images.labels),
         "image_to_text": found.image_to_text[1],
         "text_to_image": found.text_to_image[1],
-        "miou": parts.mean_iou,
     }
 
 

@@ -10,26 +10,39 @@ from ..models.config import encoder_config_from_dict
 from ..models.dual import DualEncoder, load_dual
 from ..models.encoder import Encoder
 
+EMBEDDED = "embedded"
 
-def load_encoder(source: str | Path) -> Encoder:
-    """The image encoder of a checkpoint, in eval mode.
+
+def load_model(source: str | Path) -> Encoder | DualEncoder:
+    """The encoder of a checkpoint, or the whole image-text model if it is one, in eval mode.
 
     Args:
-        source: a folder written by `save_pretrained` (an encoder, or an image-text model, whose image side is taken).
+        source: a folder written by `save_pretrained`, or "embedded" for the teacher that comes with the package.
 
-    Raises CheckpointError, saying what was expected and what was found. Source: design, section 6.
+    Raises CheckpointError, saying what was expected and what was found.
     """
+    if str(source) == EMBEDDED:
+        return load_embedded_teacher()
     config, state = read_model(source)
-    if config.get("model") not in ("encoder", "dual"):
+    if config.get("model") == "dual":
+        return load_dual(source)
+    if config.get("model") != "encoder":
         raise CheckpointError(f"{source} holds a {config.get('model')!r} model; expected 'encoder' or 'dual'")
     encoder = Encoder(encoder_config_from_dict(config["encoder"]))
-    if config["model"] == "dual":
-        state = {k.removeprefix("image."): v for k, v in state.items() if k.startswith("image.")}
     try:
         encoder.load_state_dict(state)
     except RuntimeError as error:
         raise CheckpointError(f"the weights in {source} do not fit its config: {error}") from error
     return encoder.eval()
+
+
+def load_encoder(source: str | Path) -> Encoder:
+    """The image encoder of a checkpoint, in eval mode; of an image-text model, its image side.
+
+    Arguments and errors as in `load_model`. Source: design, section 6.
+    """
+    model = load_model(source)
+    return model.image if isinstance(model, DualEncoder) else model
 
 
 def load_embedded_teacher() -> DualEncoder:
