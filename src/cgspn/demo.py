@@ -33,9 +33,9 @@ class DemoConfig:
 
     distill: DistillConfig = field(
         default_factory=lambda: DistillConfig(
-            compression=3,
-            stage1=OptimConfig(steps=60, batch_size=64, optimizer="muon", learning_rate=1e-2),
-            stage2=OptimConfig(steps=420, batch_size=64, optimizer="muon", learning_rate=1e-2),
+            compression=4,
+            stage1=OptimConfig(steps=60, batch_size=64, optimizer="muon", learning_rate=1e-2, augment=False),
+            stage2=OptimConfig(steps=360, batch_size=64, optimizer="muon", learning_rate=1e-2, augment=False),
         )
     )
     test_images: int = 4000

@@ -20,6 +20,7 @@ class OptimConfig:
         weight_decay: of matrices; vectors and scalars have none.
         warmup: share of the steps.
         clip: largest norm of the gradient.
+        augment: crop and flip at random; off, a run of an epoch or so sees just the images that it is judged on.
         seed: of initialisation, order and augmentation.
     """
 
@@ -31,6 +32,7 @@ class OptimConfig:
     weight_decay: float = 0.01
     warmup: float = 0.1
     clip: float = 1.0
+    augment: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -32,7 +32,8 @@ def eval_transform(config: EncoderConfig, size: tuple[int, int] | None = None) -
 def _run(
     task: Task, images: ImageSet, encoder: EncoderConfig, optim: OptimConfig, title: str, watcher: Watcher | None
 ) -> History:
-    stream = batches(images, optim.batch_size, steps=optim.steps, seed=optim.seed, transform=train_transform(encoder))
+    transform = train_transform(encoder) if optim.augment else eval_transform(encoder)
+    stream = batches(images, optim.batch_size, steps=optim.steps, seed=optim.seed, transform=transform)
     device = task.parameter_groups()[0][0].device
     stream = (replace(b, images=b.images.to(device), labels=b.labels.to(device)) for b in stream)
     return train(task, stream, optim, title, watcher(title, optim.steps) if watcher else None)
