@@ -1,10 +1,15 @@
 """The program as a user meets it: exit codes, one clear line, whole files."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
+from PIL import Image
+
+from cgspn.data import load_embedded
 
 SMALL = ["--config.distill.stage1.steps", "1", "--config.distill.stage2.steps", "1"]
 SMALL += ["--config.distill.stage1.batch-size", "8", "--config.distill.stage2.batch-size", "8"]
@@ -53,3 +58,49 @@ def test_the_demo_runs_twice_over_its_own_output(tmp_path):
     names = {p.relative_to(tmp_path / "demo").as_posix() for p in (tmp_path / "demo").rglob("*") if p.is_file()}
     assert {"report.html", "table.json", "c-gspn/config.json", "c-gspn/model.safetensors"} <= names
     assert not any(".tmp" in name or name.startswith(".") for name in names)
+
+
+STEPS = ["--config.stage1.steps", "1", "--config.stage2.steps", "1"]
+STEPS += ["--config.stage1.batch-size", "4", "--config.stage2.batch-size", "4"]
+
+
+@pytest.mark.slow
+def test_convert_distill_and_eval_on_a_folder_with_a_damaged_image(tmp_path):
+    images = load_embedded("test")
+    for i in range(20):
+        name = images.class_names[int(images.labels[i])]
+        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(images.images[i, 0].numpy()).save(tmp_path / "photos" / name / f"{i}.png")
+    (tmp_path / "photos" / "bag" / "damaged.png").write_bytes(b"no image")
+
+    converted = cgspn("convert", "embedded", "student", "--compression", "4", cwd=tmp_path)
+    assert converted.returncode == 0, converted.stderr
+    assert "4 propagation and 0 attention layers" in converted.stdout
+    distilled = cgspn("distill", "embedded", "out", "--student", "student", "--data", "photos", *STEPS, cwd=tmp_path)
+    assert distilled.returncode == 0, distilled.stderr
+    assert "skipped 1 of 21 image files" in distilled.stderr
+    assert "damaged.png" in distilled.stderr
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "distill.json", "model.safetensors"]
+    evaluated = cgspn("eval", "embedded", "out", "--data", "photos", cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "embedded" in evaluated.stdout
+
+
+@pytest.mark.slow
+def test_an_interrupted_demo_leaves_no_half_written_file_and_runs_again(tmp_path):
+    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "cgspn.cli", "demo"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+    )
+    while not (tmp_path / "demo").exists():  # it is made just before the work starts
+        assert running.poll() is None
+        time.sleep(0.1)
+    time.sleep(2)
+    running.send_signal(signal.SIGINT)
+    output, _ = running.communicate(timeout=60)
+    assert running.returncode == 130
+    assert "interrupted" in output
+    assert list((tmp_path / "demo").iterdir()) == []
+    again = cgspn("demo", *SMALL, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "demo" / "report.html").exists()
