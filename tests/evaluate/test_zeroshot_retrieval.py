@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from cgspn.data import EvalTransform, ImageSet, fill
-from cgspn.evaluate import class_embeddings, collect, retrieve, top1
+from cgspn.data import fill
+from cgspn.evaluate import class_embeddings, retrieve, top1
 
 
 def randn(*shape, seed=0):
@@ -74,21 +74,6 @@ def test_a_collapsed_model_finds_nothing():
     ids = torch.arange(20)
     got = retrieve(torch.ones(20, 4), torch.ones(20, 4), ids, ids)
     assert got.image_to_text == got.text_to_image == {1: 0.0, 5: 0.0}
-
-
-def test_collect_keeps_order_and_every_output():
-    images = torch.arange(10, dtype=torch.uint8).view(10, 1, 1, 1).expand(10, 1, 4, 4).contiguous()
-    source, seen = ImageSet(images, torch.zeros(10, dtype=torch.int64), ("x",)), []
-    mean, low = collect(
-        lambda x: (x.mean((1, 2, 3)), x.amin((2, 3))),
-        source,
-        transform=EvalTransform(4, mean=(0.0,) * 3, std=(1.0,) * 3),
-        batch_size=4,
-        progress=seen.append,
-    )
-    torch.testing.assert_close(mean, torch.arange(10) / 255)
-    assert low.shape == (10, 3)
-    assert seen == [4, 4, 2]
 
 
 def test_wrong_arguments_are_named():

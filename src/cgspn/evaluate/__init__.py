@@ -1,7 +1,6 @@
 """Measures: pure functions over tensors and callables, with no knowledge of any encoder."""
 
 from .alignment import BlockAlignment, align, cosine, linear_cka, relative_error
-from .collect import collect
 from .influence import influence_map
 from .retrieval import Retrieval, retrieve
 from .segmentation import Probe, Segmentation, confusion, fit_probe, mean_iou, patch_histograms, segment
@@ -17,7 +16,6 @@ __all__ = [
     "SummaryTable",
     "align",
     "class_embeddings",
-    "collect",
     "confusion",
     "cosine",
     "fit_probe",

@@ -17,6 +17,7 @@ ZEROSHOT = (
     Metric("image_to_text", "image → text R@1", 100, "%", averaged=True),
     Metric("text_to_image", "text → image R@1", 100, "%", averaged=True),
 )
+GALLERY = 100  # images among which a caption is looked for: few captions over thousands of images say little
 METRICS = (
     *ZEROSHOT,
     Metric("miou", "segmentation mIoU", 100, "%", averaged=True),
@@ -44,7 +45,8 @@ def evaluate_zeroshot(model: DualEncoder, images: ImageSet, transform: EvalTrans
 def evaluate_classes(model: DualEncoder, images: ImageSet, transform: EvalTransform) -> dict[str, float]:
     """The metrics of ZEROSHOT, each 0 to 1, of images whose classes have names.
 
-    Retrieval uses each image's caption; images whose captions are the same count as the same.
+    Retrieval uses each image's caption; images whose captions are the same count as the same. Captions look for
+    theirs among about GALLERY images spread over the set, and their recall is the mean over all such galleries.
     """
     return _classify(model, embed_images(model, images, transform)[0], images)
 
@@ -72,11 +74,15 @@ def _classify(model: DualEncoder, embeddings: Tensor, images: ImageSet) -> dict[
         texts = model.encode_text(distinct).float().cpu()
     # a caption belongs to a class, and any image of that class is what it describes
     text_class = torch.stack([images.labels[captions.index(caption)] for caption in distinct])
-    found = retrieve(embeddings, texts, images.labels, text_class)
+    count = max(1, len(images) // GALLERY)
+    galleries = []
+    for part, labels in ((embeddings[i::count], images.labels[i::count]) for i in range(count)):
+        present = torch.isin(text_class, labels)
+        galleries.append(retrieve(part, texts[present], labels, text_class[present]).text_to_image[1])
     return {
         "zeroshot": top1(embeddings, _classes(model, images), images.labels),
-        "image_to_text": found.image_to_text[1],
-        "text_to_image": found.text_to_image[1],
+        "image_to_text": retrieve(embeddings, texts, images.labels, text_class).image_to_text[1],
+        "text_to_image": sum(galleries) / len(galleries),
     }
 
 
