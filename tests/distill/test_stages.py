@@ -11,7 +11,7 @@ from cgspn.distill import DistillConfig, DivergedError, LossConfig, OptimConfig,
 from cgspn.distill.stages import eval_transform
 from cgspn.distill.taps import tapped_forward
 from cgspn.distill.tasks import DistillTask, SublayerTask
-from cgspn.distill.trainer import learning_rate
+from cgspn.distill.trainer import build_optimizer, learning_rate
 from cgspn.layers import AttentionConfig
 from cgspn.models import Encoder, TextConfig, build_dual, model_config
 from cgspn.teachers import attention_student, convert
@@ -139,26 +139,28 @@ def test_both_stages_learn(teacher, images):
     assert not any("adapter" in key for key in model.state_dict())
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("compression", [6, 18, 72])
-def test_the_first_steps_do_not_explode(images, compression):
+def test_the_first_steps_do_not_explode(images, compression, optimizer):
     """At the paper's compressions, on a width where each leaves a latent, with the recipe's rates and warm-up."""
     torch.manual_seed(0)
     config = model_config("vit_mini_patch4_28", **(SMALL | {"width": 144}))
     teacher = build_dual(config, TextConfig(width=16, depth=1, heads=2), 16).eval()
-    stage1 = OptimConfig(steps=20, batch_size=16, learning_rate=3e-3)
+    # a warm-up of as many steps as the recipe's is most of so short a run
+    stage1 = OptimConfig(steps=20, batch_size=16, learning_rate=3e-3, optimizer=optimizer, warmup=0.5)
     stage2 = replace(stage1, learning_rate=1e-3)
     student = convert(teacher.image, compression=compression)
     histories = distil(teacher, student, images, DistillConfig(stage1=stage1, stage2=stage2))
     for history in histories:
-        # measured: stage 2 rises by up to 1.7 in its first steps, then falls; an explosion is tens to hundreds
-        assert max(history.curve("total")) < 2 * history.curve("total")[0], history.title
+        # batches of 16 differ by a factor of 1.4 among themselves; an explosion is tens to hundreds
+        assert max(history.curve("total")) < 1.5 * history.curve("total")[0], history.title
         assert history.curve("total")[-1] < history.curve("total")[0], history.title
 
 
-def test_the_same_seed_gives_the_same_student(teacher, images):
-    config = DistillConfig(
-        stage1=OptimConfig(steps=2, batch_size=16), stage2=OptimConfig(steps=2, batch_size=16), compression=4
-    )
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_the_same_seed_gives_the_same_student(teacher, images, optimizer):
+    stage = OptimConfig(steps=2, batch_size=16, optimizer=optimizer)
+    config = DistillConfig(stage1=stage, stage2=stage, compression=4)
     weights = []
     for _ in range(2):
         torch.manual_seed(1)
@@ -218,6 +220,37 @@ def test_divergence_stops_before_it_touches_a_weight(teacher, images):
     with pytest.raises(DivergedError, match=r"block 0, total is not finite at step 0|total, block 0 is not finite"):
         distil(teacher, student, images, DistillConfig(stage1=OptimConfig(steps=3, batch_size=8)))
     assert torch.equal(before, student.blocks[1].mixer.up.weight)
+
+
+def test_muon_takes_the_matrices_and_its_updates_are_as_large_as_those_of_adamw(teacher, images):
+    student = convert(teacher.image, compression=4)
+    task = DistillTask(teacher.image, student, LossConfig())
+    optimizer = build_optimizer(task, OptimConfig(optimizer="muon", learning_rate=1e-3, weight_decay=0))
+    muon, adamw = optimizer.parts
+    assert all(p.ndim == 2 for group in muon.param_groups for p in group["params"])
+    assert all(p.ndim != 2 or g["weight_decay"] == 0 for g in adamw.param_groups for p in g["params"])
+    weight = student.blocks[0].mlp.fc1.weight
+    before = weight.detach().clone()
+    task.losses(batch(images, teacher.image.config))["total"].backward()
+    optimizer.step()
+    assert 0.5e-4 < float((weight.detach() - before).square().mean().sqrt()) < 1e-3  # AdamW's first step: 1e-3, later 0.2e-3
+
+
+def test_an_unknown_optimizer_is_named():
+    with pytest.raises(ValueError, match="optimizer is 'sgd'; accepted: 'adamw' or 'muon'"):
+        OptimConfig(optimizer="sgd")
+
+
+@pytest.mark.parametrize("augment", [True, False])
+def test_without_augmentation_training_sees_the_images_it_is_judged_on(teacher, images, augment):
+    seen = []
+    step = OptimConfig(steps=1, batch_size=64, augment=augment)
+    student = convert(teacher.image, compression=4)
+    student.patch_embed.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+    distil(teacher, student, images, DistillConfig(stage1=replace(step, steps=0), stage2=step))
+    known = batch(images, teacher.image.config, 256).images.flatten(1)
+    apart = torch.cdist(seen[-1].flatten(1), known, p=torch.inf).amin(1)
+    assert (float(apart.max()) == 0) is not augment
 
 
 def test_learning_rate_warms_up_and_ends_at_zero():

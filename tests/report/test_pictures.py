@@ -1,0 +1,96 @@
+"""What the pictures of a report show, checked on values whose look is known."""
+
+import base64
+import io
+
+import pytest
+import torch
+from PIL import Image
+
+from cgspn.report.charts import loss_chart, smooth, thin
+from cgspn.report.pca import fit_colours
+from cgspn.report.pictures import heat_overlay, mosaic, png_uri, tile
+from cgspn.report.views import reach, snap
+
+
+def test_colours_of_two_models_agree_where_their_features_are_a_rotation():
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 8, 8, 16, generator=generator) * torch.linspace(3, 0.1, 16)
+    rotation = torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q
+    teacher = fit_colours([maps])
+    student = fit_colours([maps @ rotation], like=(teacher, [maps]))
+    assert min(student.agreement) > 0.999
+    torch.testing.assert_close(student.colours(maps @ rotation), teacher.colours(maps), atol=2e-3, rtol=0)
+    assert 0 <= float(teacher.colours(maps).min()) <= float(teacher.colours(maps).max()) <= 1
+
+
+def test_constant_features_are_grey_and_broken_ones_refused():
+    flat = fit_colours([torch.ones(4, 4, 5)])
+    assert torch.equal(flat.colours(torch.ones(2, 5)), torch.full((2, 3), 0.5))
+    with pytest.raises(ValueError, match="finite"):
+        fit_colours([torch.full((4, 4, 5), float("nan"))])
+
+
+def test_a_png_holds_the_picture():
+    picture = torch.rand(5, 7, 3, generator=torch.Generator().manual_seed(0))
+    data = base64.b64decode(png_uri(picture).removeprefix("data:image/png;base64,"))
+    read = Image.open(io.BytesIO(data))
+    assert read.size == (7, 5)
+    assert torch.equal(torch.tensor(list(read.tobytes())).view(5, 7, 3), (picture * 255).round().long())
+    with pytest.raises(ValueError, match="not finite"):
+        png_uri(picture * float("nan"))
+
+
+def test_tiles_and_mosaics_keep_their_order():
+    images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 2, 3)
+    assert tile(images, 2)[0, ::2, ::3].tolist() == [[0, 1], [2, 3]]
+    out = mosaic([torch.full((2, 2), v) for v in (0.0, 0.5, 1.0)], columns=2, gap=1)
+    assert out.shape == (5, 5, 4)
+    assert out[0, :, 0].tolist() == [0, 0, 0, 128, 128]
+    assert out[:, 2, 3].tolist() == [0] * 5  # gaps are transparent, and so is the cell that has no picture
+    assert out[3:, 3:, 3].tolist() == [[0, 0], [0, 0]]
+
+
+def test_an_overlay_marks_its_position_and_refuses_what_does_not_fit():
+    values = torch.zeros(4, 4)
+    values[1, 2] = 1
+    out = heat_overlay(torch.zeros(8, 8), values, (1, 2), factor=8)
+    assert out.shape == (64, 64, 3)
+    assert out[24, 40].sum() > out[60, 4].sum()
+    for wrong, match in (
+        ((torch.zeros(9, 8), values, (0, 0)), "whole multiple"),
+        ((torch.zeros(8, 8), values, (4, 0)), "position"),
+        ((torch.zeros(8, 8), -values, (0, 0)), "not negative"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            heat_overlay(*wrong)
+
+
+def test_reach_is_the_radius_that_holds_half():
+    values = torch.zeros(9, 9)
+    values[4, 4], values[4, 5], values[4, 8] = 5, 1, 3
+    assert reach(values, (4, 4)) == 4
+    values[4, 5] = 3
+    assert reach(values, (4, 4)) == 1
+    assert reach(torch.zeros(3, 3), (1, 1)) == 0
+
+
+def test_a_place_snaps_to_the_brightest_patch_near_it():
+    picture = torch.zeros(16, 16)
+    picture[4:6, 8:10] = 1
+    assert snap(picture, 2, (0.5, 0.5)) == (2, 4)
+
+
+def test_smoothing_and_thinning_keep_level_and_length():
+    assert smooth([2.0] * 10) == pytest.approx([2.0] * 10)
+    x, y = thin([float(i) for i in range(1000)], most=100)
+    assert len(x) == len(y) == 100
+    assert y[0] == pytest.approx(4.5)
+
+
+def test_a_loss_chart_is_one_svg_with_its_label():
+    svg = loss_chart({"C-GSPN": [3.0, 2.0, 1.0], "ViT": [3.0, 1.0, 0.5]}, label="total loss")
+    assert svg.startswith("<svg")
+    assert "total loss" in svg
+    with pytest.raises(ValueError, match="curve"):
+        loss_chart({}, label="nothing")
