@@ -82,5 +82,6 @@ def test_it_shows_every_section_and_escapes_what_it_is_given(html):
 
 
 def test_a_result_without_a_student_is_refused():
+    images = load_embedded("test").subset(torch.arange(16))
     with pytest.raises(ValueError, match="models lacks 'teacher'"):
-        demo_report(DemoResult(SummaryTable("Demo", METRICS), {}, {}, load_embedded("test").subset(torch.arange(16)), {}))
+        demo_report(DemoResult(SummaryTable("Demo", METRICS), {}, {}, images, {}))
