@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
-from cgspn.data import fill
+from cgspn.data import fill, load_embedded
+from cgspn.distill.stages import eval_transform
 from cgspn.evaluate import class_embeddings, retrieve, top1
+from cgspn.evaluate.suite import evaluate_classes
+from cgspn.teachers import load_embedded_teacher
 
 
 def randn(*shape, seed=0):
@@ -74,6 +77,18 @@ def test_a_collapsed_model_finds_nothing():
     ids = torch.arange(20)
     got = retrieve(torch.ones(20, 4), torch.ones(20, 4), ids, ids)
     assert got.image_to_text == got.text_to_image == {1: 0.0, 5: 0.0}
+
+
+@pytest.mark.parametrize("order", ["sorted by class", "classes in turns"])
+def test_captions_look_for_their_images_among_other_classes_whatever_the_order_of_the_set(order):
+    model, images = load_embedded_teacher(), load_embedded("test")
+    images = images.subset(images.labels.argsort(stable=True) if order == "sorted by class" else torch.arange(4000))
+    images = images.subset(torch.arange(0, 4000, 4))
+    with torch.no_grad():
+        for p in model.image.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    spoilt = evaluate_classes(model, images, eval_transform(model.image.config))
+    assert spoilt["text_to_image"] < 0.4  # an image found by chance is right one time in ten
 
 
 def test_wrong_arguments_are_named():

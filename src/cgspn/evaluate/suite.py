@@ -46,7 +46,7 @@ def evaluate_classes(model: DualEncoder, images: ImageSet, transform: EvalTransf
     """The metrics of ZEROSHOT, each 0 to 1, of images whose classes have names.
 
     Retrieval uses each image's caption; images whose captions are the same count as the same. Captions look for
-    theirs among about GALLERY images spread over the set, and their recall is the mean over all such galleries.
+    theirs among about GALLERY images drawn at random, and their recall is the mean over all such galleries.
     """
     return _classify(model, embed_images(model, images, transform)[0], images)
 
@@ -74,11 +74,13 @@ def _classify(model: DualEncoder, embeddings: Tensor, images: ImageSet) -> dict[
         texts = model.encode_text(distinct).float().cpu()
     # a caption belongs to a class, and any image of that class is what it describes
     text_class = torch.stack([images.labels[captions.index(caption)] for caption in distinct])
-    count = max(1, len(images) // GALLERY)
+    # at random, since sets come sorted by class or with their classes in turns
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     galleries = []
-    for part, labels in ((embeddings[i::count], images.labels[i::count]) for i in range(count)):
+    for chosen in order.chunk(max(1, len(images) // GALLERY)):
+        labels = images.labels[chosen]
         present = torch.isin(text_class, labels)
-        galleries.append(retrieve(part, texts[present], labels, text_class[present]).text_to_image[1])
+        galleries.append(retrieve(embeddings[chosen], texts[present], labels, text_class[present]).text_to_image[1])
     return {
         "zeroshot": top1(embeddings, _classes(model, images), images.labels),
         "image_to_text": retrieve(embeddings, texts, images.labels, text_class).image_to_text[1],
