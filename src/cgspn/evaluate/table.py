@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -123,10 +124,12 @@ class SummaryTable:
     def to_rich(self) -> RichTable:
         """For a rich console; the best value of each column is bold."""
         headings, rows = self._cells()
-        table = RichTable(title=Text(self.title))
-        table.add_column("")
+        # lean enough for a terminal of 80 columns, and what still does not fit is broken rather than cut
+        table = RichTable(title=Text(self.title), box=SIMPLE_HEAD, pad_edge=False)
+        table.add_column("", overflow="fold")
         for heading in headings:
-            table.add_column(Text(heading), justify="right")
+            longest = max(map(len, heading.split()))
+            table.add_column(Text(heading), justify="right", overflow="fold", min_width=longest)
         for name, cells in zip(self.rows, rows):
             table.add_row(Text(name), *(Text(text, style="bold" if best else "") for text, best in cells))
         return table
