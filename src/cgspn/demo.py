@@ -78,7 +78,7 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
 
     table = SummaryTable(
         "Held-out images: teacher, students of equal budget, and a student before distillation",
-        [*METRICS, Metric("parameters", "image encoder", 1e-6, "M", digits=2, higher_is_better=False)],
+        [*METRICS, Metric("parameters", "encoder", 1e-6, "M", digits=2, higher_is_better=False)],
     )
     transform = eval_transform(teacher.image.config)
     watch = watcher("evaluation", len(models)) if watcher else None

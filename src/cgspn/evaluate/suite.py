@@ -20,7 +20,7 @@ ZEROSHOT = (
 GALLERY = 100  # images among which a caption is looked for: few captions over thousands of images say little
 METRICS = (
     *ZEROSHOT,
-    Metric("miou", "segmentation mIoU", 100, "%", averaged=True),
+    Metric("miou", "segment mIoU", 100, "%", averaged=True),
 )
 
 
