@@ -127,10 +127,10 @@ def _results(result: DemoResult) -> Section:
         page.group(cards, "cards"),
         page.scroll(result.table.to_html(), result.table.title),
         page.paragraph(
-            "Retrieval (R@1) asks whether the first caption found for an image, or the first of a hundred images found "
-            "for a caption, is of its class. Segmentation (mIoU) reads the class of every pixel from the frozen features "
-            "with one linear map. The best value of each column is marked; “untrained” is the C-GSPN student before "
-            "distillation and shows what the inherited weights alone are worth.",
+            "Retrieval (R@1) asks whether the first caption found for an image, or the first of a hundred images "
+            "found for a caption, is of its class. Segmentation (mIoU) reads the class of every pixel from the frozen "
+            "features with one linear map. The best value of each column is marked; “untrained” is the C-GSPN student "
+            "before distillation and shows what the inherited weights alone are worth.",
             "read",
         ),
     ]
