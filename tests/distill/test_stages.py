@@ -8,7 +8,7 @@ import torch
 import cgspn
 from cgspn.data import load_embedded
 from cgspn.distill import DistillConfig, DivergedError, LossConfig, OptimConfig, PretrainConfig, distil, pretrain
-from cgspn.distill.stages import eval_transform
+from cgspn.distill.feeds import eval_transform
 from cgspn.distill.taps import tapped_forward
 from cgspn.distill.tasks import DistillTask, SublayerTask
 from cgspn.distill.trainer import build_optimizer, learning_rate

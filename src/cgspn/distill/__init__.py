@@ -1,20 +1,32 @@
 """Training: taps, adapters, losses, tasks, the loop, and the recipe made of them."""
 
-from .config import DistillConfig, LossConfig, OptimConfig, PretrainConfig
-from .stages import distil, eval_transform, pretrain, train_transform
+from .config import ComputeConfig, DistillConfig, HighResConfig, LossConfig, OptimConfig, PretrainConfig
+from .feeds import Feed, ImageSetFeed, eval_transform, train_transform
+from .parallel import World, join_world
+from .parity import ParityError
+from .snapshots import SnapshotError
+from .stages import distil, pretrain
 from .taps import Taps, tapped_forward
 from .trainer import DivergedError, History
 
 __all__ = [
+    "ComputeConfig",
     "DistillConfig",
     "DivergedError",
+    "Feed",
+    "HighResConfig",
     "History",
+    "ImageSetFeed",
     "LossConfig",
     "OptimConfig",
+    "ParityError",
     "PretrainConfig",
+    "SnapshotError",
     "Taps",
+    "World",
     "distil",
     "eval_transform",
+    "join_world",
     "pretrain",
     "tapped_forward",
     "train_transform",

@@ -29,11 +29,11 @@ class Adapters(nn.Module):
     The last block's output feeds the final norm that users see, so its tap has none (design, section 4).
     """
 
-    def __init__(self, depth: int, width: int, enabled: bool) -> None:
-        """depth: number of blocks; width: C; enabled: False for the ablation without adapters."""
+    def __init__(self, depth: int, width: int, *, sublayers: bool, blocks: bool) -> None:
+        """depth: number of blocks; width: C; sublayers, blocks: at which taps."""
         super().__init__()
 
         def make(n: int) -> nn.ModuleList:
-            return nn.ModuleList(Adapter(width) if enabled and i < n else nn.Identity() for i in range(depth))
+            return nn.ModuleList(Adapter(width) if i < n else nn.Identity() for i in range(depth))
 
-        self.sublayers, self.blocks = make(depth), make(depth - 1)
+        self.sublayers, self.blocks = make(depth if sublayers else 0), make(depth - 1 if blocks else 0)

@@ -21,6 +21,8 @@ class OptimConfig:
         warmup: share of the steps.
         clip: largest norm of the gradient.
         augment: crop and flip at random; off, a run of an epoch or so sees just the images that it is judged on.
+        accumulate: parts that a batch is cut into, one after the other, to fit the memory.
+        ema: decay of the moving average of the weights that the run ends with; 0 for the last weights.
         seed: of initialisation, order and augmentation.
     """
 
@@ -33,6 +35,8 @@ class OptimConfig:
     warmup: float = 0.1
     clip: float = 1.0
     augment: bool = True
+    accumulate: int = 1
+    ema: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -46,6 +50,10 @@ class OptimConfig:
             raise ValueError(f"steps is {self.steps}; accepted: 0 or more")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is {self.warmup}; accepted: 0 to 1")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; accepted: 0 to below 1")
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate is {self.accumulate}; accepted: divisors of batch_size, {self.batch_size}")
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,42 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
+class ComputeConfig:
+    """How steps are computed; the result is the same within rounding.
+
+    Args:
+        precision: of the arithmetic; weights, optimiser state and losses are float32 either way.
+        compile: compile the blocks of teacher and student.
+        checkpointing: recompute the student's activations block by block in backward.
+        parallel: on several processes (torchrun), "ddp" copies the student, "fsdp" shards it; "placed" is as "ddp",
+            but stage 1 gives each process the blocks that it alone trains. The frozen teacher is whole everywhere.
+        save_every: steps between checkpoints that a run can go on from; 0 for none.
+    """
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    compile: bool = False
+    checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp", "placed"] = "ddp"
+    save_every: int = 0
+
+
+@dataclass(frozen=True)
+class HighResConfig:
+    """After stage 2, to higher resolutions, one after the other.
+
+    Args:
+        sizes: in pixels; empty for no such stage. One large size alone is the direct jump.
+        teacher: "previous" is the frozen student of the size before, whose taps are upsampled; "original" the
+            attention teacher at that size; "none" leaves only the contrastive loss.
+        optim: of each size.
+    """
+
+    sizes: tuple[int, ...] = ()
+    teacher: Literal["previous", "original", "none"] = "previous"
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(steps=100, learning_rate=3e-4))
+
+
+@dataclass(frozen=True)
 class DistillConfig:
     """Teacher to student in two stages.
 
@@ -79,7 +123,9 @@ class DistillConfig:
         keep_attention: number of attention layers that stay, spread evenly.
         stage1: sub-layers alone, each on the teacher's own features.
         stage2: the whole student, end to end.
-        loss: what stage 2 minimises.
+        loss: what stage 2 minimises, and the stages after it.
+        highres: the curriculum after stage 2.
+        compute: precision, compilation, processes.
     """
 
     compression: float = 18
@@ -87,6 +133,8 @@ class DistillConfig:
     stage1: OptimConfig = field(default_factory=lambda: OptimConfig(steps=60, learning_rate=3e-3))
     stage2: OptimConfig = field(default_factory=lambda: OptimConfig(steps=120, learning_rate=1e-3))
     loss: LossConfig = field(default_factory=LossConfig)
+    highres: HighResConfig = field(default_factory=HighResConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
 
 @dataclass(frozen=True)

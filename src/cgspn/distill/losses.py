@@ -7,25 +7,27 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, logsigmoid
 
 
-def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """||student - teacher||^2 / ||teacher||^2 over the whole batch: 1 for a student that returns zero.
+def relative_error(student: Tensor, teacher: Tensor, energy: Tensor | None = None) -> Tensor:
+    """mean((student - teacher)^2) / energy: about 1 for a student that returns zero.
 
-    Any shape, the same on both sides. The division makes blocks of different scale weigh the same; the gradient is
-    that of the source's ||F_s - F_t||^2 up to a factor per block. Source: "Key Designs" 3, stage 1.
+    student, teacher: any shape, the same on both sides. energy: mean square of the teacher's features, a scalar; None
+    takes that of `teacher`. The division makes blocks of different scale weigh the same; the gradient is that of the
+    source's ||F_s - F_t||^2 up to a factor per block. Source: "Key Designs" 3, stage 1.
     """
     student, teacher = student.float(), teacher.float()
-    return (student - teacher).square().sum() / teacher.square().sum().clamp(min=1e-12)
+    energy = teacher.square().mean() if energy is None else energy
+    return (student - teacher).square().mean() / energy.clamp(min=1e-12)
 
 
-def tap_loss(student: Tensor, teacher: Tensor, kl_weight: float) -> Tensor:
+def tap_loss(student: Tensor, teacher: Tensor, kl_weight: float, energy: Tensor | None = None) -> Tensor:
     """MSE + kl_weight * KL(P(student) || P(teacher)), P the softmax over channels: the loss of one tap.
 
-    student, teacher [B, N, C]. Both are first divided by the teacher's root mean square, so that one learning rate
-    and one kl_weight serve blocks whose features differ in scale by orders of magnitude.
+    student, teacher [B, N, C]; energy as in `relative_error`. Both sides are first divided by its root, so that one
+    learning rate and one kl_weight serve blocks whose features differ in scale by orders of magnitude.
     Source: "Key Designs" 3, stage 2.
     """
     student, teacher = student.float(), teacher.float()
-    scale = teacher.square().mean().sqrt().clamp(min=1e-6)
+    scale = (teacher.square().mean() if energy is None else energy).sqrt().clamp(min=1e-6)
     student, teacher = student / scale, teacher / scale
     loss = (student - teacher).square().mean()
     if kl_weight:

@@ -1,46 +1,46 @@
-"""The recipe: pretrain without a teacher, or convert and distil in two stages (source, "Key Designs" 3)."""
+"""The recipe: pretrain without a teacher, or convert and distil in stages (source, "Key Designs" 3)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import copy
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from ..data import Batch, EvalTransform, ImageSet, TrainTransform, batches
-from ..models.config import EncoderConfig, TextConfig
+from ..data import ImageSet
+from ..models.checkpoint import read_model, write_atomically
+from ..models.config import TextConfig
 from ..models.dual import DualEncoder, build_dual
 from ..models.encoder import Encoder
 from ..models.registry import model_config
-from .config import DistillConfig, OptimConfig, PretrainConfig
+from .config import ComputeConfig, DistillConfig, LossConfig, OptimConfig, PretrainConfig
+from .feeds import Feed, ImageSetFeed
+from .parallel import World, barrier, shard_encoder, whole
+from .parity import check_parity
+from .placed import PlacedSublayerTask
+from .snapshots import Snapshots
 from .tasks import ContrastiveTask, DistillTask, SublayerTask, Task
 from .trainer import History, Watch, train
 
 Watcher = Callable[[str, int], Watch]  # title and number of steps -> what the trainer calls after each
 
 
-def train_transform(config: EncoderConfig) -> TrainTransform:
-    """Random crop and flip to the encoder's native size, normalised as it expects."""
-    return TrainTransform(config.image_size, mean=config.image_mean, std=config.image_std)
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run.
 
+    title: shown. optim: its optimisation. size: (height, width) of its images. task: makes what it minimises from
+    the state that the student is in when it begins.
+    """
 
-def eval_transform(config: EncoderConfig, size: tuple[int, int] | None = None) -> EvalTransform:
-    """Resize and centre crop to `size`, the native one if None, normalised as the encoder expects."""
-    return EvalTransform(size or config.image_size, mean=config.image_mean, std=config.image_std)
-
-
-def _run(
-    task: Task, images: ImageSet, encoder: EncoderConfig, optim: OptimConfig, title: str, watcher: Watcher | None
-) -> History:
-    transform = train_transform(encoder) if optim.augment else eval_transform(encoder)
-    stream = batches(images, optim.batch_size, steps=optim.steps, seed=optim.seed, transform=transform)
-    device = task.parameter_groups()[0][0].device
-    stream = (replace(b, images=b.images.to(device), labels=b.labels.to(device)) for b in stream)
-    return train(task, stream, optim, title, watcher(title, optim.steps) if watcher else None)
-
-
-def _captions_of(images: ImageSet) -> Callable[[Batch], list[str]]:
-    return lambda batch: images.captions(seed=batch.step, indices=batch.indices)
+    title: str
+    optim: OptimConfig
+    size: tuple[int, int]
+    task: Callable[[Encoder], Task]
 
 
 def pretrain(
@@ -52,20 +52,28 @@ def pretrain(
     """
     torch.manual_seed(config.optim.seed)
     model = build_dual(model_config(config.model), TextConfig(), config.embed_dim).to(device)
-    task = ContrastiveTask(model, _captions_of(images), config.loss)
-    history = _run(task, images, model.image.config, config.optim, "pretraining", watcher)
-    return model.eval(), history
+    feed, encoder = ImageSetFeed(images), model.image.config
+    stream = feed.stream(encoder, encoder.image_size, config.optim, World(device=torch.device(device)))
+    task = ContrastiveTask(model, feed.captions, config.loss)
+    title = "pretraining"
+    watch = watcher(title, config.optim.steps) if watcher else None
+    return model.eval(), train(task, stream, config.optim, title, watch)
 
 
 def distil(
     teacher: DualEncoder | Encoder,
     student: Encoder,
-    images: ImageSet,
+    images: ImageSet | Feed,
     config: DistillConfig,
     watcher: Watcher | None = None,
     name: str = "student",
+    *,
+    folder: Path | None = None,
+    world: World | None = None,
 ) -> list[History]:
-    """Both stages: align each sub-layer alone, then the whole student end to end. `student` is trained in place.
+    """Align each sub-layer alone, then the whole student end to end, then go to higher resolutions.
+
+    `student` is trained in place.
 
     Args:
         teacher: an encoder, or the image-text model whose image side is the teacher; it is not changed.
@@ -74,28 +82,124 @@ def distil(
         config: steps, rates and losses; a stage of 0 steps is left out.
         watcher: makes the progress callback of each stage.
         name: of the student, in titles.
+        folder: where each stage leaves its student, losses and snapshots; a run that stopped goes on from them.
+        world: the processes of the run (`join_world`); None for this one alone.
 
-    Returns the record of each stage; the student is left in eval mode. Raises ValueError for a student that does not
-    match or a contrastive loss without a text tower, DivergedError if a loss stops being finite.
+    Returns the record of each stage; the student is left in eval mode.
+
+    Raises:
+        ValueError: a student that does not match, a contrastive loss without a text tower, a batch that does not
+            divide.
+        ParityError: the teacher's taps are not its features.
+        DivergedError, SnapshotError: as `train`.
     """
-    dual = teacher if isinstance(teacher, DualEncoder) else None
+    feed = ImageSetFeed(images) if isinstance(images, ImageSet) else images
+    world = world or World(device=next(student.parameters()).device)
     encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
     histories = []
     torch.manual_seed(config.stage1.seed)
-    frozen = [p for p in teacher.parameters() if p.requires_grad]
-    for parameter in frozen:
-        parameter.requires_grad_(False)
-    try:
-        if config.stage1.steps:
-            stage1 = SublayerTask(encoder, student)
-            title = f"{name}, stage 1"
-            histories.append(_run(stage1, images, student.config, config.stage1, title, watcher))
-        if config.stage2.steps:
-            stage2 = DistillTask(encoder, student, config.loss, dual=dual, captions=_captions_of(images))
-            title = f"{name}, stage 2"
-            histories.append(_run(stage2, images, student.config, config.stage2, title, watcher))
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
+    with frozen(teacher):
+        for number, stage in enumerate(plan(teacher, student, feed, config, name, world)):
+            done = folder / "stages" / str(number) if folder else None
+            if done is not None and (done / "losses.json").exists():
+                student.load_state_dict(read_model(done)[1])
+                histories.append(History(stage.title, json.loads((done / "losses.json").read_text())))
+                continue
+            stream = feed.stream(student.config, stage.size, stage.optim, world)
+            if not histories:
+                first = next(iter(stream(0)))
+                check_parity(encoder.eval(), first.images[:2], config.compute.precision)
+            snapshots = None
+            if folder is not None and config.compute.save_every:
+                snapshots = Snapshots(folder / "snapshots" / str(number), config.compute.save_every)
+            watch = watcher(stage.title, stage.optim.steps) if watcher else None
+            task = stage.task(student)
+            with prepared(task, encoder, student, config.compute, world):
+                histories.append(
+                    train(task, stream, stage.optim, stage.title, watch, compute=config.compute, snapshots=snapshots)
+                )
+            if done is not None and world.rank == 0:
+                student.save_pretrained(done)
+                write_atomically(done / "losses.json", json.dumps(histories[-1].steps))
+            if snapshots is not None:
+                snapshots.clear()
+            barrier()
     student.eval()
     return histories
+
+
+def plan(
+    teacher: DualEncoder | Encoder, student: Encoder, feed: Feed, config: DistillConfig, name: str, world: World
+) -> list[Stage]:
+    """The stages of a run, in order; those of 0 steps are left out."""
+    dual = teacher if isinstance(teacher, DualEncoder) else None
+    encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
+    native, high = student.config.image_size, config.highres
+    placed = config.compute.parallel == "placed" and world.size > 1
+    sublayer = PlacedSublayerTask if placed else SublayerTask
+
+    def distillation(loss: LossConfig) -> Callable[[Encoder], Task]:
+        return lambda student: DistillTask(encoder, student, loss, dual=dual, captions=feed.captions)
+
+    def from_itself(size: tuple[int, int]) -> Callable[[Encoder], Task]:
+        def task(student: Encoder) -> Task:
+            previous = copy.deepcopy(student).eval().requires_grad_(False)
+            return DistillTask(previous, student, config.loss, dual=dual, captions=feed.captions, teacher_size=size)
+
+        return task
+
+    stages = [
+        Stage(f"{name}, stage 1", config.stage1, native, lambda student: sublayer(encoder, student)),
+        Stage(f"{name}, stage 2", config.stage2, native, distillation(config.loss)),
+    ]
+    before = native
+    for pixels in high.sizes:
+        size = (pixels, pixels)
+        if high.teacher == "previous":
+            task = from_itself(before)
+        elif high.teacher == "original":
+            task = distillation(config.loss)
+        else:
+            task = distillation(replace(config.loss, alpha=0, beta=0, output=0))
+        stages.append(Stage(f"{name}, {pixels} px", high.optim, size, task))
+        before = size
+    return [stage for stage in stages if stage.optim.steps]
+
+
+@contextmanager
+def frozen(teacher: torch.nn.Module) -> Iterator[None]:
+    """No gradients for a teacher, for the time of the context."""
+    changed = [p for p in teacher.parameters() if p.requires_grad]
+    for parameter in changed:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in changed:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
+def prepared(task: Task, teacher: Encoder, student: Encoder, compute: ComputeConfig, world: World) -> Iterator[None]:
+    """A task's encoders compiled, checkpointed and sharded as wanted; afterwards the student is whole and plain."""
+    sharded = isinstance(task, DistillTask) and compute.parallel == "fsdp" and world.size > 1
+    if sharded and isinstance(task, DistillTask):
+        task.student = copy.deepcopy(student)  # sharding cannot be undone
+    working = task.student if isinstance(task, DistillTask) else student
+    checkpointing = student.checkpointing
+    working.set_grad_checkpointing(compute.checkpointing)
+    blocks = [*teacher.each_block(), *working.each_block()] if compute.compile else []
+    for block in blocks:
+        block.tapped = torch.compile(block.tapped)  # type: ignore[method-assign]
+    if sharded:
+        shard_encoder(working)
+    try:
+        yield
+        if sharded:
+            student.load_state_dict({key: whole(value) for key, value in working.state_dict().items()})
+        if isinstance(task, PlacedSublayerTask):
+            task.share()
+    finally:
+        for block in blocks:
+            del block.tapped
+        student.set_grad_checkpointing(checkpointing)

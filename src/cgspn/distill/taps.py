@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ..layers import Grid
+from ..models.config import EncoderConfig
 from ..models.encoder import Encoder
 
 
@@ -36,9 +39,47 @@ def tapped_forward(encoder: Encoder, images: Tensor) -> Taps:
     entries, sublayers, blocks = [], [], []
     for block in encoder.each_block():
         entries.append(tokens)
-        branch = block.sublayer(tokens, grid)
-        tokens = block.mlp_half(tokens + branch)
+        tokens, branch = encoder.run_tapped(block, tokens, grid)
         sublayers.append(branch[:, grid.prefix :])
         blocks.append(tokens[:, grid.prefix :])
     tokens = encoder.norm(tokens)
     return Taps(entries, sublayers, blocks, tokens[:, grid.prefix :], encoder.forward_head(tokens, grid), grid)
+
+
+@torch.no_grad()
+def observe(teacher: Encoder, images: Tensor, student: EncoderConfig, size: tuple[int, int] | None = None) -> Taps:
+    """The frozen teacher's taps for images that are normalised as the student wants them.
+
+    Args:
+        teacher: in any mode; it is put into eval mode.
+        images: [B, channels, H, W].
+        student: whose normalisation the images have.
+        size: (height, width) in pixels that the teacher sees them at; its grid features are then upsampled
+            bilinearly to the grid that the images have at full size. None for the images as they are.
+
+    Source: "Key Designs" 3, high-resolution curriculum (self-teacher, upsampled taps).
+    """
+    teacher.eval()
+    config = teacher.config
+    if (config.image_mean, config.image_std) != (student.image_mean, student.image_std):
+        mean, std, mean_t, std_t = (
+            torch.tensor(v, dtype=images.dtype, device=images.device)[:, None, None]
+            for v in (student.image_mean, student.image_std, config.image_mean, config.image_std)
+        )
+        images = (images * std + mean - mean_t) / std_t
+    if size is None or size == tuple(images.shape[-2:]):
+        return tapped_forward(teacher, images)
+    h, w = images.shape[-2] // config.patch_size, images.shape[-1] // config.patch_size
+    taps = tapped_forward(teacher, interpolate(images, size, mode="bilinear", antialias=True))
+
+    def up(tokens: Tensor) -> Tensor:
+        grid = tokens.unflatten(1, (taps.grid.height, taps.grid.width)).permute(0, 3, 1, 2)
+        return interpolate(grid.float(), (h, w), mode="bilinear").to(tokens.dtype).flatten(2).transpose(1, 2)
+
+    return taps._replace(
+        entries=[],
+        sublayers=[up(t) for t in taps.sublayers],
+        blocks=[up(t) for t in taps.blocks],
+        tokens=up(taps.tokens),
+        grid=taps.grid._replace(height=h, width=w),
+    )

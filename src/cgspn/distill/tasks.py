@@ -2,65 +2,105 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..data import Batch
+from ..layers import Block
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
 from .adapters import Adapters
 from .config import LossConfig
 from .losses import clip_loss, relative_error, sigmoid_loss, tap_loss
-from .taps import Taps, tapped_forward
+from .parallel import gather_rows, over_ranks
+from .taps import Taps, observe, tapped_forward
 
 Losses = dict[str, Tensor]
 Captions = Callable[[Batch], list[str]]
 
 
-class Task(Protocol):
-    """What `train` needs."""
+class Task(nn.Module):
+    """What `train` needs. Its parameters are those that it trains; a teacher is held, not registered.
+
+    Attributes:
+        reduction: how the losses of several processes become those of the run.
+        leaves_some: whether some of its parameters may get no gradient.
+    """
+
+    reduction: Literal["mean", "sum"] = "mean"
+    leaves_some: bool = False
 
     def losses(self, batch: Batch) -> Losses:
         """Scalars by name; "total" is minimised, the others are shown."""
+        raise NotImplementedError
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Fresh and inherited parameters; each group has its own learning rate."""
+        return list(self.parameters()), []
+
+    def forward(self, batch: Batch) -> Losses:
+        """The losses: what wrappers for several processes call."""
+        return self.losses(batch)
+
+    def hold(self, **models: object) -> None:
+        """Set attributes without registering them: what a task looks at, but neither trains nor saves."""
+        for name, model in models.items():
+            object.__setattr__(self, name, model)
 
 
-@torch.no_grad()
-def teacher_taps(teacher: Encoder, batch: Batch) -> Taps:
-    """The frozen teacher's features, in eval mode."""
-    teacher.eval()
-    return tapped_forward(teacher, batch.images)
+class Energies(nn.Module):
+    """Mean squares of the teacher's features, measured once on the first batch of a run, over all processes.
+
+    Losses are divided by these and not by those of each batch, so that the loss of a batch is the mean of the losses
+    of its parts, however it is spread over processes and accumulated.
+    """
+
+    def __init__(self, count: int) -> None:
+        """count: how many features are measured."""
+        super().__init__()
+        self.register_buffer("values", torch.zeros(count))
+        self.known = False
+
+    @torch.no_grad()
+    def of(self, features: list[Tensor]) -> Tensor:
+        """One value a feature, float32 [count]: those of the first features that were ever given."""
+        values: Tensor = self.get_buffer("values")
+        if not self.known:
+            if not bool(values.any()):
+                values.copy_(over_ranks(torch.stack([f.float().square().mean() for f in features]).to(values.device)))
+            self.known = True
+        return values
 
 
-def split_inherited(student: Encoder, teacher: Encoder) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The student's trainable parameters: those without and those with an equal twin in the teacher."""
+def inherited_names(student: Encoder, teacher: Encoder) -> frozenset[str]:
+    """The student's parameters that have an equal twin in the teacher."""
     theirs = dict(teacher.named_parameters())
-    fresh: list[nn.Parameter] = []
-    inherited: list[nn.Parameter] = []
-    for name, parameter in student.named_parameters():
-        twin = theirs.get(name)
-        same = twin is not None and twin.shape == parameter.shape and torch.equal(twin, parameter)
-        (inherited if same else fresh).append(parameter)
-    return fresh, inherited
+    return frozenset(
+        name
+        for name, parameter in student.named_parameters()
+        if (twin := theirs.get(name)) is not None and twin.shape == parameter.shape and torch.equal(twin, parameter)
+    )
 
 
-class SublayerTask:
+class SublayerTask(Task):
     """Stage 1: block i of the student gets the teacher's own features and learns the teacher's sub-layer output.
 
     Blocks are independent: no gradient passes between them, and one teacher pass feeds all. Blocks whose mixer is
     kept from the teacher have nothing to learn. Source: "Key Designs" 3, stage 1.
     """
 
+    teacher: Encoder
+    student: Encoder
+
     def __init__(self, teacher: Encoder, student: Encoder) -> None:
         """Raises ValueError if the depths differ."""
+        super().__init__()
         if teacher.config.depth != student.config.depth:
             raise ValueError(f"student has {student.config.depth} blocks; expected {teacher.config.depth}")
-        self.teacher, self.student = teacher, student
         theirs = teacher.blocks.state_dict()
         self.learning = [
             i
@@ -70,33 +110,48 @@ class SublayerTask:
                 for name, value in block.mixer.state_dict().items()
             )
         ]
+        self.hold(teacher=teacher, student=student)
+        self.parts = nn.ModuleDict({str(i): sublayer_parts(student.each_block()[i]) for i in self.learning})
+        self.energies = Energies(len(self.learning)).to(next(student.parameters()).device)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Mixers are fresh; the norm and scale around them are inherited."""
-        blocks = [self.student.each_block()[i] for i in self.learning]
-        fresh = [p for block in blocks for p in block.mixer.parameters()]
-        inherited = [p for block in blocks for part in (block.norm1, block.scale1) for p in part.parameters()]
+        fresh = [p for name, p in self.named_parameters() if ".mixer." in name]
+        inherited = [p for name, p in self.named_parameters() if ".mixer." not in name]
         return fresh, inherited
 
     def losses(self, batch: Batch) -> Losses:
         """The relative error of each sub-layer, "block i", and their sum."""
-        taps = teacher_taps(self.teacher, batch)
-        grid = taps.grid._replace(prefix=self.student.config.prefix)
-        cut = taps.grid.prefix - grid.prefix
-        losses: Losses = {}
-        blocks = self.student.each_block()
-        for i in self.learning:
-            branch = blocks[i].sublayer(taps.entries[i][:, cut:], grid)[:, grid.prefix :]
-            losses[f"block {i}"] = relative_error(branch, taps.sublayers[i])
+        taps = observe(self.teacher, batch.images, self.student.config)
+        energies = self.energies.of([taps.sublayers[i] for i in self.learning])
+        losses: Losses = {
+            f"block {i}": self.sublayer_error(i, taps.entries[i], taps.sublayers[i], taps, energy)
+            for i, energy in zip(self.learning, energies, strict=True)
+        }
         total = torch.stack(list(losses.values())).sum() if losses else taps.pooled.new_zeros(())
         return {"total": total, **losses}
 
+    def sublayer_error(self, i: int, entries: Tensor, wanted: Tensor, taps: Taps, energy: Tensor) -> Tensor:
+        """Block i on the teacher's entries [B, N, C], against the teacher's branch [B, h*w, C]."""
+        grid = taps.grid._replace(prefix=self.student.config.prefix)
+        branch = self.student.each_block()[i].sublayer(entries[:, taps.grid.prefix - grid.prefix :], grid)
+        return relative_error(branch[:, grid.prefix :], wanted, energy)
 
-class DistillTask:
+
+def sublayer_parts(block: Block) -> nn.ModuleDict:
+    """What stage 1 trains of a block."""
+    return nn.ModuleDict({"mixer": block.mixer, "norm1": block.norm1, "scale1": block.scale1})
+
+
+class DistillTask(Task):
     """Stage 2: the whole student against the teacher at two taps a block, through adapters.
 
     Source: "Key Designs" 3, stage 2; design, section 4.
     """
+
+    teacher: Encoder
+    student: Encoder
+    dual: DualEncoder | None
 
     def __init__(
         self,
@@ -106,11 +161,15 @@ class DistillTask:
         *,
         dual: DualEncoder | None = None,
         captions: Captions | None = None,
+        teacher_size: tuple[int, int] | None = None,
     ) -> None:
         """dual and captions: the teacher's image-text model and the captions of a batch, for the contrastive loss.
 
-        Raises ValueError if that loss is on without them, or if depths or widths differ.
+        teacher_size: in pixels, what images are resized to for the teacher, whose taps are then upsampled to the
+        student's grid; None shows both the same. Raises ValueError if the contrastive loss is on without what it
+        needs, or if depths or widths differ.
         """
+        super().__init__()
         if (teacher.config.depth, teacher.config.width) != (student.config.depth, student.config.width):
             raise ValueError(
                 f"student has depth {student.config.depth} and width {student.config.width}; "
@@ -118,28 +177,42 @@ class DistillTask:
             )
         if config.contrastive and (dual is None or captions is None):
             raise ValueError("contrastive is on; expected a teacher with a text tower, and captions")
-        self.teacher, self.student, self.config = teacher, student, config
-        self.dual, self.captions = dual, captions
+        self.config, self.captions, self.teacher_size = config, captions, teacher_size
+        self.hold(teacher=teacher, dual=dual)
+        self.student = student
+        self.leaves_some = not (config.output or config.contrastive)
+        self.inherited = inherited_names(student, teacher)
         device = next(student.parameters()).device
-        self.adapters = Adapters(student.config.depth, student.config.width, config.adapters).to(device)
+        depth, width = student.config.depth, student.config.width
+        self.adapters = Adapters(
+            depth, width, sublayers=config.adapters and bool(config.alpha), blocks=config.adapters and bool(config.beta)
+        ).to(device)
+        self.energies = Energies(2 * depth + 1).to(device)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Adapters are fresh, and what stage 1 has changed counts as fresh too."""
-        fresh, inherited = split_inherited(self.student, self.teacher)
-        return fresh + list(self.adapters.parameters()), inherited
+        named = list(self.student.named_parameters())
+        fresh = [p for name, p in named if name not in self.inherited]
+        return fresh + list(self.adapters.parameters()), [p for name, p in named if name in self.inherited]
 
     def losses(self, batch: Batch) -> Losses:
         """Mean PP and PB losses over blocks, the pooled vector's, the contrastive one, and their weighted sum."""
         config = self.config
-        theirs, mine = teacher_taps(self.teacher, batch), tapped_forward(self.student, batch.images)
+        mine = tapped_forward(self.student, batch.images)
         parts: Losses = {}
         weights = {"PP": config.alpha, "PB": config.beta, "pooled": config.output, "contrastive": config.contrastive}
-        if config.alpha:
-            parts["PP"] = _mean_tap(self.adapters.sublayers, mine.sublayers, theirs.sublayers, config.kl_pp)
-        if config.beta:
-            parts["PB"] = _mean_tap(self.adapters.blocks, mine.blocks, theirs.blocks, config.kl_pb)
-        if config.output:
-            parts["pooled"] = relative_error(mine.pooled, theirs.pooled)
+        if config.alpha or config.beta or config.output:
+            theirs = observe(self.teacher, batch.images, self.student.config, self.teacher_size)
+            energies = self.energies.of([*theirs.sublayers, *theirs.blocks, theirs.pooled])
+            at_sublayers, at_blocks, at_pooled = energies.split([len(mine.blocks), len(mine.blocks), 1])
+            if config.alpha:
+                parts["PP"] = _mean_tap(
+                    self.adapters.sublayers, mine.sublayers, theirs.sublayers, at_sublayers, config.kl_pp
+                )
+            if config.beta:
+                parts["PB"] = _mean_tap(self.adapters.blocks, mine.blocks, theirs.blocks, at_blocks, config.kl_pb)
+            if config.output:
+                parts["pooled"] = relative_error(mine.pooled, theirs.pooled, at_pooled[0])
         if config.contrastive:
             parts["contrastive"] = self._contrastive(mine.pooled, batch)
         total = torch.stack([weights[name] * loss for name, loss in parts.items()]).sum()
@@ -154,25 +227,23 @@ class DistillTask:
         image = nn.functional.normalize(
             nn.functional.linear(pooled, self.dual.image_projection.weight.detach()), dim=-1
         )
-        return clip_loss(image, text, _same(captions, image.device), self.dual.logit_scale.detach())
+        same = _same(caption_ids(captions, image.device))
+        return clip_loss(gather_rows(image), gather_rows(text), same, self.dual.logit_scale.detach())
 
 
-class ContrastiveTask:
+class ContrastiveTask(Task):
     """Training without a teacher: images and captions that belong together are drawn together."""
 
     def __init__(self, model: DualEncoder, captions: Captions, loss: str) -> None:
         """captions: the captions of a batch; loss: "clip" or "sigmoid"."""
+        super().__init__()
         self.model, self.captions, self.loss = model, captions, loss
 
-    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Everything is fresh."""
-        return list(self.model.parameters()), []
-
     def losses(self, batch: Batch) -> Losses:
-        """The contrastive loss. Images whose captions name the same class belong together."""
+        """The contrastive loss over the images of all processes. Those of one class belong together."""
         captions = self.captions(batch)
-        image, text = self.model.encode_image(batch.images), self.model.encode_text(captions)
-        same = batch.labels[:, None] == batch.labels[None]
+        image, text = gather_rows(self.model.encode_image(batch.images)), gather_rows(self.model.encode_text(captions))
+        same = _same(batch.labels.to(image.device))
         if self.loss == "sigmoid":
             total = sigmoid_loss(image, text, same, self.model.logit_scale, self.model.logit_bias)
         else:
@@ -180,12 +251,19 @@ class ContrastiveTask:
         return {"total": total}
 
 
-def _same(captions: list[str], device: torch.device) -> Tensor:
-    ids = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-    index = torch.tensor([ids[caption] for caption in captions], device=device)
-    return index[:, None] == index[None]
+def caption_ids(captions: list[str], device: torch.device) -> Tensor:
+    """int64 [B], equal for equal captions on every process."""
+    digests = [hashlib.blake2b(caption.encode(), digest_size=8).digest() for caption in captions]
+    return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], device=device)
 
 
-def _mean_tap(adapters: nn.ModuleList, student: list[Tensor], teacher: list[Tensor], kl_weight: float) -> Tensor:
-    pairs = zip(adapters, student, teacher, strict=True)
-    return torch.stack([tap_loss(adapter(s), t, kl_weight) for adapter, s, t in pairs]).mean()
+def _same(ids: Tensor) -> Tensor:
+    ids = gather_rows(ids)
+    return ids[:, None] == ids[None]
+
+
+def _mean_tap(
+    adapters: nn.ModuleList, student: list[Tensor], teacher: list[Tensor], energies: Tensor, kl_weight: float
+) -> Tensor:
+    rows = zip(adapters, student, teacher, energies, strict=True)
+    return torch.stack([tap_loss(adapter(s), t, kl_weight, energy) for adapter, s, t, energy in rows]).mean()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..data import Batch
-from .config import OptimConfig
+from .config import ComputeConfig, OptimConfig
+from .parallel import over_ranks, spread_task, sync_gradients, whole
+from .snapshots import Snapshots
 from .tasks import Task
+
+Stream = Callable[[int], Iterable[Batch]]
 
 
 class DivergedError(RuntimeError):
@@ -62,6 +66,22 @@ class Optimizers:
         for part in self.parts:
             part.step()
 
+    def make_state(self) -> None:
+        """Give every parameter its state, for a snapshot to fill: a step of rate zero along no gradient."""
+        for group in self.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        self.step()
+        self.zero_grad()
+
+    def each_state(self) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
+        """(parameter, name, tensor) of all that the optimisers remember."""
+        for part in self.parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    yield from ((parameter, key, value) for key, value in part.state[parameter].items())
+
 
 def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:
     """Optimisers over fresh and inherited parameters, each split by whether they are matrices, which alone decay."""
@@ -79,45 +99,128 @@ def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:
                 groups.append({"params": chosen, "lr": rate, "peak": rate, "weight_decay": decay})
     if not matrices and not rest:
         raise ValueError("the task has no parameters to train")
+    fused = (matrices or rest)[0]["params"][0].is_cuda
     if config.optimizer == "adamw":
-        return Optimizers(torch.optim.AdamW(matrices + rest, betas=BETAS))
+        return Optimizers(torch.optim.AdamW(matrices + rest, betas=BETAS, fused=fused))
     parts: list[torch.optim.Optimizer] = []
     if matrices:
         parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
     if rest:
-        parts.append(torch.optim.AdamW(rest, betas=BETAS))
+        parts.append(torch.optim.AdamW(rest, betas=BETAS, fused=fused))
     return Optimizers(*parts)
 
 
-def train(task: Task, batches: Iterable[Batch], config: OptimConfig, title: str, watch: Watch | None = None) -> History:
-    """Run a task over batches, one step each.
+def train(
+    task: Task,
+    stream: Stream,
+    config: OptimConfig,
+    title: str,
+    watch: Watch | None = None,
+    *,
+    compute: ComputeConfig | None = None,
+    snapshots: Snapshots | None = None,
+) -> History:
+    """Run a task over batches, one step each, going on from the newest snapshot if there is one.
 
     Args:
-        task: what is learned.
-        batches: as many as config.steps; fewer end the run early.
+        task: what is learned; on several processes it is spread over them (`ComputeConfig.parallel`).
+        stream: from a step to the batches from there on, this process's share of each; if they end early, so does
+            the run.
         config: the optimisation.
         title: what the record is called.
         watch: called after every step with its losses (for a progress bar).
+        compute: precision and processes.
+        snapshots: where to go on from and what to leave behind.
 
-    Raises DivergedError at the first step whose loss or gradient is not finite, before it touches a weight.
+    Returns the record of every step, those before a resumption included.
+
+    Raises:
+        DivergedError: at the first step whose loss or gradient is not finite, before it touches a weight; the state
+            before it is then the newest snapshot.
+        SnapshotError: a snapshot could not be written.
     """
+    compute = compute or ComputeConfig()
+    module = spread_task(task, compute.parallel, find_unused=task.leaves_some) if task.reduction == "mean" else task
     optimizer = build_optimizer(task, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    history = History(title)
-    for step, batch in zip(range(config.steps), batches):
+    average = [p.detach().clone() for p in parameters] if config.ema else []
+    history, start = History(title), 0
+    if snapshots is not None and (start := snapshots.newest()):
+        optimizer.make_state()
+        history.steps = snapshots.load(start, _state(task, optimizer, average))
+    device = parameters[0].device
+    lower = torch.autocast(device.type, torch.bfloat16, enabled=compute.precision == "bfloat16")
+    for step, batch in zip(range(start, config.steps), stream(start)):
         factor = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        losses = task.losses(batch)
         optimizer.zero_grad()
-        losses["total"].backward()
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip)
-        record = {name: float(loss.detach()) for name, loss in losses.items()}
+        names: list[str] = []
+        values = torch.zeros((), device=device)
+        for part in range(config.accumulate):
+            sync_gradients(module, part == config.accumulate - 1)
+            with lower:
+                losses = module(split_batch(batch, part, config.accumulate))
+            (losses["total"] / config.accumulate).backward()
+            names = list(losses)
+            values = values + torch.stack([losses[n].detach().float() for n in names]) / config.accumulate
+        norm = gradient_norm(parameters, task)
+        nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
+        # one wait for the device a step
+        *means, length = torch.cat([over_ranks(values, task.reduction), norm.reshape(1)]).tolist()
+        record = dict(zip(names, means, strict=True))
         bad = [name for name, value in record.items() if not math.isfinite(value)]
-        if bad or not math.isfinite(float(norm)):
+        if bad or not math.isfinite(length):
+            if snapshots is not None and snapshots.every and step > start:
+                snapshots.save(step, _state(task, optimizer, average), history.steps)  # the last good state
             raise DivergedError(f"{title}: {', '.join(bad) or 'the gradient'} is not finite at step {step}")
         optimizer.step()
-        history.steps.append({"step": step, "lr": config.learning_rate * factor, "gradient": float(norm), **record})
+        if average:
+            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - config.ema)
+        history.steps.append({"step": step, "lr": config.learning_rate * factor, "gradient": length, **record})
         if watch is not None:
             watch(history.steps[-1])
+        if snapshots is not None and snapshots.due(step + 1) and step + 1 < config.steps:
+            snapshots.save(step + 1, _state(task, optimizer, average), history.steps)
+    with torch.no_grad():
+        for parameter, mean in zip(parameters, average):
+            parameter.copy_(mean)
     return history
+
+
+def split_batch(batch: Batch, part: int, parts: int) -> Batch:
+    """Part number `part` of a batch cut into `parts` equal ones. Raises ValueError if they cannot be equal."""
+    if parts == 1:
+        return batch
+    if len(batch.indices) % parts:
+        raise ValueError(f"accumulate is {parts}; expected a divisor of a process's share, {len(batch.indices)} images")
+    size = len(batch.indices) // parts
+    return rows_of(batch, slice(part * size, (part + 1) * size))
+
+
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Some images of a batch, with everything that belongs to them."""
+    changed: dict[str, Any] = {
+        field.name: value[rows]
+        for field in fields(batch)
+        if isinstance(value := getattr(batch, field.name), (Tensor, list, tuple))
+    }
+    return replace(batch, **changed)
+
+
+def gradient_norm(parameters: list[nn.Parameter], task: Task) -> Tensor:
+    """The norm of the gradient of the whole run, wherever its parts are: a scalar on the parameters' device."""
+    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    if task.reduction == "sum":  # every process has gradients of its own
+        norm = over_ranks(norm.square(), "sum").sqrt()
+    return norm
+
+
+def _state(task: Task, optimizer: Optimizers, average: list[Tensor]) -> dict[str, Tensor]:
+    """All that a run is, by name; the tensors themselves, so that loading fills them."""
+    names = {p: name for name, p in task.named_parameters()}
+    tensors: dict[str, Tensor] = {f"weight.{name}": p.detach() for p, name in names.items()}
+    tensors |= {f"buffer.{name}": b for name, b in task.named_buffers()}
+    tensors |= {f"optimizer.{names[p]}.{key}": v for p, key, v in optimizer.each_state()}
+    in_order = [p for group in optimizer.param_groups for p in group["params"]]
+    return tensors | {f"average.{names[p]}": mean for p, mean in zip(in_order, average)}

@@ -53,4 +53,9 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """tokens [B, N, C] -> [B, N, C]."""
-        return self.mlp_half(tokens + self.sublayer(tokens, grid))
+        return self.tapped(tokens, grid)[0]
+
+    def tapped(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """tokens [B, N, C] -> the block's output (PB) and its mixing branch (PP), both [B, N, C]."""
+        branch = self.sublayer(tokens, grid)
+        return self.mlp_half(tokens + branch), branch

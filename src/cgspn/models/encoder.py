@@ -115,6 +115,13 @@ class Encoder(nn.Module):
         result: Tensor = block(tokens, grid)
         return result
 
+    def run_tapped(self, block: Block, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """One block's output and its mixing branch, with activation checkpointing if that is on."""
+        if self.checkpointing and torch.is_grad_enabled():
+            out: tuple[Tensor, Tensor] = checkpoint(block.tapped, tokens, grid, use_reentrant=False)
+            return out
+        return block.tapped(tokens, grid)
+
     def forward_head(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Normalised tokens [B, N, C] -> pooled [B, C]."""
         pooled: Tensor = self.pool(tokens, grid)

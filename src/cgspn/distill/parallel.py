@@ -1,0 +1,129 @@
+"""One process or many: who is in the run, and how its models are spread over them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from ..models.encoder import Encoder
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run: this one's rank, their number, this one's device."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+
+@contextmanager
+def join_world(device: str) -> Iterator[World]:
+    """The processes that torchrun started, joined for the time of the context; alone without torchrun.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (NCCL; each process takes the GPU of its local rank).
+
+    Raises ValueError for "cuda" without a GPU.
+    """
+    kind = torch.device(device)
+    if kind.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, but torch sees no GPU; accepted here: 'cpu'")
+    if "RANK" not in os.environ:
+        yield World(device=kind)
+        return
+    if kind.type == "cuda":
+        kind = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(kind)
+    dist.init_process_group("nccl" if kind.type == "cuda" else "gloo", device_id=kind if kind.type == "cuda" else None)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), kind)
+    finally:
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Number of processes of the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def over_ranks(values: Tensor, reduction: str = "mean") -> Tensor:
+    """The mean or sum of a tensor over all processes, without a gradient."""
+    if world_size() == 1:
+        return values
+    values = values.detach().clone()
+    dist.all_reduce(values)
+    return values / world_size() if reduction == "mean" else values
+
+
+class _GatherRows(torch.autograd.Function):
+    """All ranks' rows, in order; backward hands each rank the sum of what all ranks want of its rows."""
+
+    @staticmethod
+    def forward(ctx: object, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """rows [b, ...] of this process -> [b * size, ...] of all, in order of rank, with gradients to every process."""
+    if world_size() == 1:
+        return rows
+    gathered: Tensor = _GatherRows.apply(rows)  # type: ignore[no-untyped-call]
+    return gathered
+
+
+def shard_encoder(encoder: Encoder) -> None:
+    """Shard the blocks of an encoder over all processes (FSDP2); what is around them belongs to the caller's root."""
+    for block in encoder.each_block():
+        fully_shard(block)
+        register_fsdp_forward_method(block, "tapped")
+        register_fsdp_forward_method(block, "sublayer")
+
+
+def spread_task(task: nn.Module, parallel: str, *, find_unused: bool) -> nn.Module:
+    """What to call instead of the task so that gradients are means over all processes; the task itself if alone.
+
+    Raises nothing. With "fsdp" the task's own modules are sharded in place: their encoders first (`shard_encoder`).
+    """
+    if world_size() == 1:
+        return task
+    if parallel == "fsdp":
+        fully_shard(task)
+        return task
+    return DistributedDataParallel(task, broadcast_buffers=False, find_unused_parameters=find_unused)
+
+
+def sync_gradients(module: nn.Module, wanted: bool) -> None:
+    """Whether the next backward ends in a reduction over processes; off for all but the last part of a batch."""
+    if isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = wanted
+    elif isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(wanted)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together on every process; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

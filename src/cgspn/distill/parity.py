@@ -1,0 +1,40 @@
+"""A check before the first step: what training compares with is what the teacher says."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..models.encoder import Encoder
+from .taps import tapped_forward
+
+FLOAT32, BFLOAT16 = 1e-5, 0.1  # relative errors: of another order of sums, of 8 bits through some tens of blocks
+
+
+class ParityError(RuntimeError):
+    """The teacher's taps are not its features; the message gives both errors."""
+
+
+@torch.no_grad()
+def check_parity(teacher: Encoder, images: Tensor, precision: str) -> float:
+    """Compare the taps of a teacher, in the run's precision, with its plain forward pass in float32.
+
+    Args:
+        teacher: an encoder in eval mode.
+        images: [B, channels, H, W], normalised; two are enough.
+        precision: "float32" or "bfloat16".
+
+    Returns the relative error of the final tokens.
+
+    Raises ParityError if it is more than the precision explains: damaged weights, features that overflow.
+    """
+    plain = teacher(images).tokens.flatten(1, 2)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        tapped = tapped_forward(teacher, images).tokens
+    error = float((tapped.double() - plain.double()).norm() / plain.double().norm())
+    allowed = BFLOAT16 if precision == "bfloat16" else FLOAT32
+    if not error <= allowed:
+        raise ParityError(
+            f"the teacher's tokens in {precision} differ from its forward pass by {error:.2g}; accepted: {allowed}"
+        )
+    return error
