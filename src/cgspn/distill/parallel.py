@@ -100,17 +100,17 @@ def shard_encoder(encoder: Encoder) -> None:
     for block in encoder.each_block():
         fully_shard(block)
         register_fsdp_forward_method(block, "tapped")
-        register_fsdp_forward_method(block, "sublayer")
 
 
-def spread_task(task: nn.Module, parallel: str, *, find_unused: bool) -> nn.Module:
+def spread_task(task: nn.Module, *, sharded: bool, find_unused: bool) -> nn.Module:
     """What to call instead of the task so that gradients are means over all processes; the task itself if alone.
 
-    Raises nothing. With "fsdp" the task's own modules are sharded in place: their encoders first (`shard_encoder`).
+    Raises nothing. sharded: FSDP2, in place; its encoder comes first (`shard_encoder`). find_unused: some parameters
+    may get no gradient.
     """
     if world_size() == 1:
         return task
-    if parallel == "fsdp":
+    if sharded:
         fully_shard(task)
         return task
     return DistributedDataParallel(task, broadcast_buffers=False, find_unused_parameters=find_unused)

@@ -182,8 +182,8 @@ def frozen(teacher: torch.nn.Module) -> Iterator[None]:
 @contextmanager
 def prepared(task: Task, teacher: Encoder, student: Encoder, compute: ComputeConfig, world: World) -> Iterator[None]:
     """A task's encoders compiled, checkpointed and sharded as wanted; afterwards the student is whole and plain."""
-    sharded = isinstance(task, DistillTask) and compute.parallel == "fsdp" and world.size > 1
-    if sharded and isinstance(task, DistillTask):
+    if isinstance(task, DistillTask) and compute.parallel == "fsdp" and world.size > 1:
+        task.sharded = True
         task.student = copy.deepcopy(student)  # sharding cannot be undone
     working = task.student if isinstance(task, DistillTask) else student
     checkpointing = student.checkpointing
@@ -191,11 +191,11 @@ def prepared(task: Task, teacher: Encoder, student: Encoder, compute: ComputeCon
     blocks = [*teacher.each_block(), *working.each_block()] if compute.compile else []
     for block in blocks:
         block.tapped = torch.compile(block.tapped)  # type: ignore[method-assign]
-    if sharded:
+    if task.sharded:
         shard_encoder(working)
     try:
         yield
-        if sharded:
+        if task.sharded:
             student.load_state_dict({key: whole(value) for key, value in working.state_dict().items()})
         if isinstance(task, PlacedSublayerTask):
             task.share()

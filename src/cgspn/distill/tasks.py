@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
 import torch
@@ -29,10 +29,15 @@ class Task(nn.Module):
     Attributes:
         reduction: how the losses of several processes become those of the run.
         leaves_some: whether some of its parameters may get no gradient.
+        sharded: whether its parameters are spread over the processes (FSDP2) instead of copied.
     """
 
     reduction: Literal["mean", "sum"] = "mean"
     leaves_some: bool = False
+    sharded: bool = False
+
+    def calibrate(self, parts: list[Batch]) -> None:
+        """Measure on the first batch of a run, in the parts it is accumulated from, what stays constant after."""
 
     def losses(self, batch: Batch) -> Losses:
         """Scalars by name; "total" is minimised, the others are shown."""
@@ -66,14 +71,18 @@ class Energies(nn.Module):
         self.known = False
 
     @torch.no_grad()
+    def measure(self, parts: Iterable[list[Tensor]]) -> None:
+        """Take the means over the parts of a batch, each a list of `count` features; once only."""
+        values = self.get_buffer("values")
+        if not self.known and not bool(values.any()):
+            means = [torch.stack([f.float().square().mean() for f in features]) for features in parts]
+            values.copy_(over_ranks(torch.stack(means).mean(0)))
+        self.known = True
+
     def of(self, features: list[Tensor]) -> Tensor:
-        """One value a feature, float32 [count]: those of the first features that were ever given."""
-        values: Tensor = self.get_buffer("values")
-        if not self.known:
-            if not bool(values.any()):
-                values.copy_(over_ranks(torch.stack([f.float().square().mean() for f in features]).to(values.device)))
-            self.known = True
-        return values
+        """One value a feature, float32 [count]; those of `features` if none were measured before."""
+        self.measure([features])
+        return self.get_buffer("values")
 
 
 def inherited_names(student: Encoder, teacher: Encoder) -> frozenset[str]:
@@ -119,6 +128,11 @@ class SublayerTask(Task):
         fresh = [p for name, p in self.named_parameters() if ".mixer." in name]
         inherited = [p for name, p in self.named_parameters() if ".mixer." not in name]
         return fresh, inherited
+
+    def calibrate(self, parts: list[Batch]) -> None:
+        """The energies of the teacher's sub-layers."""
+        seen = (observe(self.teacher, part.images, self.student.config) for part in parts)
+        self.energies.measure([taps.sublayers[i] for i in self.learning] for taps in seen)
 
     def losses(self, batch: Batch) -> Losses:
         """The relative error of each sub-layer, "block i", and their sum."""
@@ -180,6 +194,7 @@ class DistillTask(Task):
         self.config, self.captions, self.teacher_size = config, captions, teacher_size
         self.hold(teacher=teacher, dual=dual)
         self.student = student
+        self.compares = bool(config.alpha or config.beta or config.output)
         self.leaves_some = not (config.output or config.contrastive)
         self.inherited = inherited_names(student, teacher)
         device = next(student.parameters()).device
@@ -195,13 +210,19 @@ class DistillTask(Task):
         fresh = [p for name, p in named if name not in self.inherited]
         return fresh + list(self.adapters.parameters()), [p for name, p in named if name in self.inherited]
 
+    def calibrate(self, parts: list[Batch]) -> None:
+        """The energies of the teacher at every tap and of its pooled vector."""
+        if self.compares:
+            seen = (observe(self.teacher, p.images, self.student.config, self.teacher_size) for p in parts)
+            self.energies.measure([*taps.sublayers, *taps.blocks, taps.pooled] for taps in seen)
+
     def losses(self, batch: Batch) -> Losses:
         """Mean PP and PB losses over blocks, the pooled vector's, the contrastive one, and their weighted sum."""
         config = self.config
         mine = tapped_forward(self.student, batch.images)
         parts: Losses = {}
         weights = {"PP": config.alpha, "PB": config.beta, "pooled": config.output, "contrastive": config.contrastive}
-        if config.alpha or config.beta or config.output:
+        if self.compares:
             theirs = observe(self.teacher, batch.images, self.student.config, self.teacher_size)
             energies = self.energies.of([*theirs.sublayers, *theirs.blocks, theirs.pooled])
             at_sublayers, at_blocks, at_pooled = energies.split([len(mine.blocks), len(mine.blocks), 1])

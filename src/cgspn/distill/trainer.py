@@ -140,7 +140,7 @@ def train(
         SnapshotError: a snapshot could not be written.
     """
     compute = compute or ComputeConfig()
-    module = spread_task(task, compute.parallel, find_unused=task.leaves_some) if task.reduction == "mean" else task
+    module = spread_task(task, sharded=task.sharded, find_unused=task.leaves_some) if task.reduction == "mean" else task
     optimizer = build_optimizer(task, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     average = [p.detach().clone() for p in parameters] if config.ema else []
@@ -157,10 +157,14 @@ def train(
         optimizer.zero_grad()
         names: list[str] = []
         values = torch.zeros((), device=device)
-        for part in range(config.accumulate):
-            sync_gradients(module, part == config.accumulate - 1)
+        parts = split_batch(batch, config.accumulate)
+        if step == start:
             with lower:
-                losses = module(split_batch(batch, part, config.accumulate))
+                task.calibrate(parts)
+        for part in parts:
+            sync_gradients(module, part is parts[-1])
+            with lower:
+                losses = module(part)
             (losses["total"] / config.accumulate).backward()
             names = list(losses)
             values = values + torch.stack([losses[n].detach().float() for n in names]) / config.accumulate
@@ -188,14 +192,14 @@ def train(
     return history
 
 
-def split_batch(batch: Batch, part: int, parts: int) -> Batch:
-    """Part number `part` of a batch cut into `parts` equal ones. Raises ValueError if they cannot be equal."""
+def split_batch(batch: Batch, parts: int) -> list[Batch]:
+    """A batch cut into `parts` equal ones. Raises ValueError if they cannot be equal."""
     if parts == 1:
-        return batch
+        return [batch]
     if len(batch.indices) % parts:
         raise ValueError(f"accumulate is {parts}; expected a divisor of a process's share, {len(batch.indices)} images")
     size = len(batch.indices) // parts
-    return rows_of(batch, slice(part * size, (part + 1) * size))
+    return [rows_of(batch, slice(part * size, (part + 1) * size)) for part in range(parts)]
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:
