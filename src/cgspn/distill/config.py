@@ -121,6 +121,7 @@ class DistillConfig:
     Args:
         compression: s of the student's propagation; its latent has floor(C / s) channels.
         keep_attention: number of attention layers that stay, spread evenly.
+        image_size: in pixels, of stages 1 and 2; None for the student's native size.
         stage1: sub-layers alone, each on the teacher's own features.
         stage2: the whole student, end to end.
         loss: what stage 2 minimises, and the stages after it.
@@ -130,6 +131,7 @@ class DistillConfig:
 
     compression: float = 18
     keep_attention: int = 0
+    image_size: int | None = None
     stage1: OptimConfig = field(default_factory=lambda: OptimConfig(steps=60, learning_rate=3e-3))
     stage2: OptimConfig = field(default_factory=lambda: OptimConfig(steps=120, learning_rate=1e-3))
     loss: LossConfig = field(default_factory=LossConfig)

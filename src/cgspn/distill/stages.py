@@ -134,7 +134,8 @@ def plan(
     """The stages of a run, in order; those of 0 steps are left out."""
     dual = teacher if isinstance(teacher, DualEncoder) else None
     encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
-    native, high = student.config.image_size, config.highres
+    high = config.highres
+    native = (config.image_size, config.image_size) if config.image_size else student.config.image_size
     placed = config.compute.parallel == "placed" and world.size > 1
     sublayer = PlacedSublayerTask if placed else SublayerTask
 

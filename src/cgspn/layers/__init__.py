@@ -2,7 +2,7 @@
 
 from .attention import AttentionConfig, AttentionMixer
 from .block import Block, LayerScale
-from .embed import LearnedPositions, PatchEmbed
+from .embed import LearnedPositions, PatchEmbed, PositionResize
 from .mixer import Grid, Mixer
 from .mlp import Activation, Mlp
 from .pooling import ClassTokenPool, MapPool, MeanPool, Pooling
@@ -25,6 +25,7 @@ __all__ = [
     "Mlp",
     "PatchEmbed",
     "Pooling",
+    "PositionResize",
     "PropagationConfig",
     "PropagationMixer",
 ]

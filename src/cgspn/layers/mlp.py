@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 
 
 class QuickGELU(nn.Module):
@@ -17,6 +18,15 @@ class QuickGELU(nn.Module):
         return x * (1.702 * x).sigmoid()
 
 
+class SwiGLU(nn.Module):
+    """silu(a) * b of the two halves of the channels: [..., 2 hidden] -> [..., hidden]. In DINOv2's largest."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The gate comes first."""
+        gate, value = x.chunk(2, -1)
+        return silu(gate) * value
+
+
 def activation(name: Activation) -> nn.Module:
     """The module behind an activation's name. Raises ValueError for an unknown one."""
     if name == "gelu":
@@ -25,7 +35,9 @@ def activation(name: Activation) -> nn.Module:
         return nn.GELU(approximate="tanh")
     if name == "quick_gelu":
         return QuickGELU()
-    raise ValueError(f"activation is {name!r}; accepted: 'gelu', 'gelu_tanh', 'quick_gelu'")
+    if name == "swiglu":
+        return SwiGLU()
+    raise ValueError(f"activation is {name!r}; accepted: 'gelu', 'gelu_tanh', 'quick_gelu', 'swiglu'")
 
 
 class Mlp(nn.Module):
@@ -34,7 +46,7 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, act: Activation = "gelu", out: int | None = None) -> None:
         """width: C; hidden: inner width; out: output width, C if None. Raises ValueError for an unknown activation."""
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
+        self.fc1 = nn.Linear(width, 2 * hidden if act == "swiglu" else hidden)  # both halves of a gate in one
         self.act = activation(act)
         self.fc2 = nn.Linear(hidden, out or width)
         nn.init.normal_(self.fc1.weight, std=width**-0.5)

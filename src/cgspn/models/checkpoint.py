@@ -28,13 +28,18 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)  # mkstemp makes files that only their owner can read
-        os.replace(temporary, path)
+        _publish(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _publish(temporary: str, path: Path) -> None:
+    """Give a finished file its name, and the rights of any new file: mkstemp's are for its owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(temporary, 0o666 & ~mask)
+    os.replace(temporary, path)
 
 
 def save_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
@@ -45,7 +50,7 @@ def save_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[str
     os.close(handle)
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary, metadata={"format": "pt"})
-        os.replace(temporary, folder / WEIGHTS)
+        _publish(temporary, folder / WEIGHTS)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

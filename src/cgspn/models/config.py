@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..layers import Activation, AttentionConfig, Pooling, PropagationConfig
+from ..layers import Activation, AttentionConfig, Pooling, PositionResize, PropagationConfig
 
 MixerName = Literal["attention", "propagation"]
 
@@ -19,6 +19,7 @@ class EncoderConfig:
     Args:
         name: what it calls itself.
         image_size: native size in pixels, (height, width); any multiple of the patch size may be given to forward.
+        crop_remainder: take sizes that are no multiples too, and leave out the pixels beyond the last whole patch.
         patch_size: in pixels.
         channels: of the images.
         width: C.
@@ -28,12 +29,16 @@ class EncoderConfig:
         attention, propagation: what each kind of mixer is made of.
         layer_scale: initial LayerScale of the residual branches, None for none.
         positions: learned positions at the native grid, resized to others. C-GSPN needs none.
-        class_token: a class token before the grid.
+        position_resize: how; checkpoints follow the library they come from.
+        class_token: a class token before the grid. Its position, if it had one of its own, is part of it.
         registers: number of register tokens after the class token.
         patch_bias, pre_norm, final_norm: a bias in the patch embedding, a LayerNorm before the blocks (CLIP), one
             after them.
         norm_eps: of every LayerNorm.
         pooling: "map" (attention pooling), "mean" or "cls".
+        pool_norm: a LayerNorm on the pooled vector (timm's fc_norm).
+        embed_dim: width that the pooled vector is projected to, as in CLIP; None for no projection.
+        embed_bias: a bias in that projection.
         image_mean, image_std: how pixel values in [0, 1] are normalised.
     """
 
@@ -41,6 +46,7 @@ class EncoderConfig:
     image_size: tuple[int, int] = (378, 378)
     patch_size: int = 14
     channels: int = 3
+    crop_remainder: bool = False
     width: int = 1152
     mixers: tuple[MixerName, ...] = ("attention",) * 27
     mlp_hidden: int = 4304
@@ -49,6 +55,7 @@ class EncoderConfig:
     propagation: PropagationConfig = field(default_factory=PropagationConfig)
     layer_scale: float | None = None
     positions: bool = True
+    position_resize: PositionResize = "bicubic"
     class_token: bool = False
     registers: int = 0
     patch_bias: bool = True
@@ -56,6 +63,9 @@ class EncoderConfig:
     final_norm: bool = True
     norm_eps: float = 1e-6
     pooling: Pooling = "map"
+    pool_norm: bool = False
+    embed_dim: int | None = None
+    embed_bias: bool = False
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
 
@@ -75,6 +85,11 @@ class EncoderConfig:
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.mixers)
+
+    @property
+    def pooled_width(self) -> int:
+        """Channels of the pooled vector."""
+        return self.embed_dim or self.width
 
     @property
     def prefix(self) -> int:

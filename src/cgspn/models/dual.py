@@ -23,7 +23,7 @@ class DualEncoder(nn.Module):
         """embed_dim: width of the shared space."""
         super().__init__()
         self.image, self.text = image, text
-        self.image_projection = nn.Linear(image.config.width, embed_dim, bias=False)
+        self.image_projection = nn.Linear(image.config.pooled_width, embed_dim, bias=False)
         self.text_projection = nn.Linear(text.config.width, embed_dim, bias=False)
         # where SigLIP starts its scale and bias
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
@@ -43,8 +43,9 @@ class DualEncoder(nn.Module):
 
         Raises ValueError if the widths differ.
         """
-        if image.config.width != self.image.config.width:
-            raise ValueError(f"image has width {image.config.width}; expected {self.image.config.width}")
+        width, own_width = image.config.pooled_width, self.image.config.pooled_width
+        if width != own_width:
+            raise ValueError(f"image has width {width}; expected {own_width}")
         other = DualEncoder(image, TextTower(self.text.config), self.image_projection.out_features)
         own = {k: v.clone() for k, v in self.state_dict().items() if not k.startswith("image.")}
         other.load_state_dict(own, strict=False, assign=True)  # assigned, they stay on the device they are on

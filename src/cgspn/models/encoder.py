@@ -27,7 +27,10 @@ from .config import EncoderConfig, to_dict
 
 
 class EncoderOutput(NamedTuple):
-    """tokens [B, h, w, C]: the grid after the last norm. pooled [B, C]: one vector an image."""
+    """tokens [B, h, w, C]: the grid after the last norm. pooled [B, C or embed_dim]: one vector an image.
+
+    For the image towers of image-text models the pooled vector is their image embedding, of any length.
+    """
 
     tokens: Tensor
     pooled: Tensor
@@ -52,11 +55,9 @@ class Encoder(nn.Module):
         self.config = config
         width, patch = config.width, config.patch_size
         grid = (config.image_size[0] // patch, config.image_size[1] // patch)
-        self.patch_embed = PatchEmbed(patch, config.channels, width, config.patch_bias)
+        self.patch_embed = PatchEmbed(patch, config.channels, width, config.patch_bias, config.crop_remainder)
         self.prefix = nn.Parameter(torch.randn(config.prefix, width) * 0.02) if config.prefix else None
-        self.positions = LearnedPositions(grid, width) if config.positions else None
-        # a class token has a position of its own; registers have none (DINOv2)
-        self.class_position = nn.Parameter(torch.zeros(width)) if config.class_token and config.positions else None
+        self.positions = LearnedPositions(grid, width, config.position_resize) if config.positions else None
         self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(
@@ -75,6 +76,11 @@ class Encoder(nn.Module):
             self.pool = MapPool(width, config.attention.heads, config.mlp_hidden, config.activation, config.norm_eps)
         else:
             self.pool = MeanPool() if config.pooling == "mean" else ClassTokenPool()
+        self.pool_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.pool_norm else nn.Identity()
+        self.project: nn.Module = nn.Identity()
+        if config.embed_dim is not None:
+            self.project = nn.Linear(width, config.embed_dim, bias=config.embed_bias)
+            nn.init.normal_(self.project.weight, std=width**-0.5)
         self.checkpointing = False
 
     def each_block(self) -> list[Block]:
@@ -94,9 +100,7 @@ class Encoder(nn.Module):
         if self.positions is not None:
             tokens = tokens + self.positions(grid.height, grid.width)
         if self.prefix is not None:
-            prefix: Tensor = self.prefix
-            if self.class_position is not None:
-                prefix = torch.cat([prefix[:1] + self.class_position, prefix[1:]])
+            prefix = self.prefix
             tokens = torch.cat([prefix.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
         return self.pre_norm(tokens), grid._replace(prefix=self.config.prefix, mask=mask)
 
@@ -123,12 +127,12 @@ class Encoder(nn.Module):
         return block.tapped(tokens, grid)
 
     def forward_head(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Normalised tokens [B, N, C] -> pooled [B, C]."""
-        pooled: Tensor = self.pool(tokens, grid)
+        """Normalised tokens [B, N, C] -> pooled [B, config.pooled_width]."""
+        pooled: Tensor = self.project(self.pool_norm(self.pool(tokens, grid)))
         return pooled
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> EncoderOutput:
-        """Images [B, channels, H, W] -> tokens [B, h, w, C] and pooled [B, C]."""
+        """Images [B, channels, H, W] -> tokens [B, h, w, C] and pooled [B, config.pooled_width]."""
         tokens, grid = self.forward_features(images, mask)
         return EncoderOutput(to_map(tokens, grid), self.forward_head(tokens, grid))
 
