@@ -166,6 +166,7 @@ class DistillTask(Task):
     teacher: Encoder
     student: Encoder
     dual: DualEncoder | None
+    tap: Callable[[nn.Module, Tensor, Tensor, Tensor, float], Tensor]
 
     def __init__(
         self,
@@ -203,6 +204,7 @@ class DistillTask(Task):
             depth, width, sublayers=config.adapters and bool(config.alpha), blocks=config.adapters and bool(config.beta)
         ).to(device)
         self.energies = Energies(2 * depth + 1).to(device)
+        self.hold(tap=adapted_tap_loss)  # a compiled one may take its place
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Adapters are fresh, and what stage 1 has changed counts as fresh too."""
@@ -227,11 +229,11 @@ class DistillTask(Task):
             energies = self.energies.of([*theirs.sublayers, *theirs.blocks, theirs.pooled])
             at_sublayers, at_blocks, at_pooled = energies.split([len(mine.blocks), len(mine.blocks), 1])
             if config.alpha:
-                parts["PP"] = _mean_tap(
-                    self.adapters.sublayers, mine.sublayers, theirs.sublayers, at_sublayers, config.kl_pp
-                )
+                taps = zip(self.adapters.sublayers, mine.sublayers, theirs.sublayers, at_sublayers, strict=True)
+                parts["PP"] = torch.stack([self.tap(a, s, t, e, config.kl_pp) for a, s, t, e in taps]).mean()
             if config.beta:
-                parts["PB"] = _mean_tap(self.adapters.blocks, mine.blocks, theirs.blocks, at_blocks, config.kl_pb)
+                taps = zip(self.adapters.blocks, mine.blocks, theirs.blocks, at_blocks, strict=True)
+                parts["PB"] = torch.stack([self.tap(a, s, t, e, config.kl_pb) for a, s, t, e in taps]).mean()
             if config.output:
                 parts["pooled"] = relative_error(mine.pooled, theirs.pooled, at_pooled[0])
         if config.contrastive:
@@ -283,8 +285,6 @@ def _same(ids: Tensor) -> Tensor:
     return ids[:, None] == ids[None]
 
 
-def _mean_tap(
-    adapters: nn.ModuleList, student: list[Tensor], teacher: list[Tensor], energies: Tensor, kl_weight: float
-) -> Tensor:
-    rows = zip(adapters, student, teacher, energies, strict=True)
-    return torch.stack([tap_loss(adapter(s), t, kl_weight, energy) for adapter, s, t, energy in rows]).mean()
+def adapted_tap_loss(adapter: nn.Module, student: Tensor, teacher: Tensor, energy: Tensor, kl_weight: float) -> Tensor:
+    """`tap_loss` of what the adapter makes of the student's features."""
+    return tap_loss(adapter(student), teacher, kl_weight, energy)
