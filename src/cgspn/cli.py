@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -14,28 +14,37 @@ from .commands.distill import Distill
 from .commands.eval import Eval
 from .commands.pretrain import Pretrain
 from .console import console
-from .distill import DivergedError
+from .distill import DivergedError, ParityError, SnapshotError
+from .distill.presets import PRESETS
 
-Command = (
-    Annotated[Demo, tyro.conf.subcommand("demo")]
-    | Annotated[Convert, tyro.conf.subcommand("convert")]
-    | Annotated[Distill, tyro.conf.subcommand("distill")]
-    | Annotated[Eval, tyro.conf.subcommand("eval")]
-    | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")]
-)
+
+def command_type(arguments: list[str]) -> Any:
+    """What can be run; `--preset NAME` decides what the other settings of distill start from."""
+    preset = "embedded"
+    for option, value in zip(arguments, [*arguments[1:], ""]):
+        if option == "--preset" or option.startswith("--preset="):
+            preset = option.partition("=")[2] or value
+    distill = Distill(tyro.MISSING, tyro.MISSING, config=PRESETS.get(preset, PRESETS["embedded"]))
+    return (
+        Annotated[Demo, tyro.conf.subcommand("demo")]
+        | Annotated[Convert, tyro.conf.subcommand("convert")]
+        | Annotated[Distill, tyro.conf.subcommand("distill", default=distill)]
+        | Annotated[Eval, tyro.conf.subcommand("eval")]
+        | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
+        | Annotated[Bench, tyro.conf.subcommand("bench")]
+    )
 
 
 def main() -> None:
     """Run one command. Exit code 0, or 2 with one line for wrong input, or 130 when interrupted."""
     command: Demo | Convert | Distill | Eval | Pretrain | Bench = tyro.cli(
-        Command,  # type: ignore[arg-type]
+        command_type(sys.argv[1:]),
         prog="cgspn",
         description=__doc__,
     )
     try:
         command.run()
-    except (ValueError, OSError, DivergedError) as error:
+    except (ValueError, OSError, DivergedError, ParityError, SnapshotError) as error:
         console.print(f"[bold red]cgspn: error:[/] {error}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:

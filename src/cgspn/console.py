@@ -47,7 +47,10 @@ def progress_watcher() -> Iterator[Watcher]:
             bar = progress.add_task(title, total=steps, loss="")
 
             def watch(record: dict[str, float]) -> None:
-                progress.update(bar, advance=1, loss=f"{record['total']:.4f}" if "total" in record else "")
+                if "step" in record:  # of a training, which may have gone on from a snapshot
+                    progress.update(bar, completed=record["step"] + 1, loss=f"{record['total']:.4f}")
+                else:
+                    progress.advance(bar)
 
             return watch
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import platform
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from . import __version__
 from .data import ImageSet, load_embedded
-from .distill import DistillConfig, OptimConfig, distil, eval_transform
+from .distill import DistillConfig, distil, eval_transform
+from .distill.presets import EMBEDDED
 from .distill.stages import Watcher
 from .evaluate.suite import METRICS, evaluate_dual
 from .evaluate.table import Metric, SummaryTable
@@ -31,13 +32,7 @@ class DemoConfig:
         probe_images: how many training images the segmentation probe is fitted on.
     """
 
-    distill: DistillConfig = field(
-        default_factory=lambda: DistillConfig(
-            compression=4,
-            stage1=OptimConfig(steps=60, batch_size=64, optimizer="muon", learning_rate=1e-2, augment=False),
-            stage2=OptimConfig(steps=360, batch_size=64, optimizer="muon", learning_rate=1e-2, augment=False),
-        )
-    )
+    distill: DistillConfig = EMBEDDED
     test_images: int = 4000
     probe_images: int = 1000
 

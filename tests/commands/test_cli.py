@@ -1,5 +1,6 @@
 """The program as a user meets it: exit codes, one clear line, whole files."""
 
+import json
 import os
 import signal
 import subprocess
@@ -80,7 +81,7 @@ def test_convert_distill_and_eval_on_a_folder_with_a_damaged_image(tmp_path):
     assert distilled.returncode == 0, distilled.stderr
     assert "skipped 1 of 21 image files" in distilled.stderr
     assert "damaged.png" in distilled.stderr
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "distill.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "distill.json", "model.safetensors", "run.json", "stages"]
     evaluated = cgspn("eval", "embedded", "out", "--data", "photos", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     assert "embedded" in evaluated.stdout
@@ -104,3 +105,39 @@ def test_an_interrupted_demo_leaves_no_half_written_file_and_runs_again(tmp_path
     again = cgspn("demo", *SMALL, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "demo" / "report.html").exists()
+
+
+STEPS = ["--config.stage1.steps", "1", "--config.stage2.steps", "6", "--config.compute.save-every", "2"]
+STEPS += ["--config.stage1.batch-size", "8", "--config.stage2.batch-size", "8"]
+
+
+@pytest.mark.slow
+def test_distill_goes_on_after_an_interruption_and_refuses_other_settings(tmp_path):
+    command = [sys.executable, "-m", "cgspn.cli", "distill", "embedded", "run", *STEPS]
+    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(600):
+        if list(tmp_path.glob("run/snapshots/1/0*[24]")) or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "run/distill.json").exists()
+    other = cgspn("distill", "embedded", "run", *STEPS, "--config.compression", "6", cwd=tmp_path)
+    assert other.returncode == 2
+    assert "unfinished run with other settings (config.compression)" in other.stdout
+    result = cgspn("distill", "embedded", "run", *STEPS, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    losses = json.loads((tmp_path / "run/distill.json").read_text())["losses"]
+    assert [step["step"] for step in losses["student, stage 2"]] == list(range(6))
+
+
+def test_a_preset_is_where_the_other_settings_start_from(tmp_path):
+    shown = cgspn(
+        "distill", "a", "b", "--preset", "so400m-highres", "--config.stage1.steps", "7", "--show-config", cwd=tmp_path
+    )
+    settings = json.loads(shown.stdout)["config"]
+    assert settings["compression"] == 18
+    assert settings["highres"]["sizes"] == [518, 756, 1036]
+    assert settings["stage1"]["steps"] == 7
+    assert settings["stage2"]["steps"] == 56_000

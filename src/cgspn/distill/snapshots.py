@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ class Snapshots:
             failure = str(error)
         if not _any(failure):
             try:
-                save(dict(tensors), checkpoint_id=partial)
+                save(dict(tensors), checkpoint_id=partial, no_dist=not dist.is_initialized())
             except (OSError, RuntimeError, CheckpointException) as error:
                 failure = _cause(error)
         if _any(failure):
@@ -93,7 +94,7 @@ class Snapshots:
         Raises RuntimeError if the snapshot does not hold one of them.
         """
         folder = self.folder / f"{done:08d}"
-        load(tensors, checkpoint_id=folder)
+        load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
         return json.loads((folder / "record.json").read_text())
 
     def clear(self) -> None:
@@ -101,6 +102,8 @@ class Snapshots:
         barrier()
         if not dist.is_initialized() or dist.get_rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # other stages may still need it
+                self.folder.parent.rmdir()
 
 
 def _any(failure: str) -> bool:

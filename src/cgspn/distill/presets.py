@@ -1,0 +1,42 @@
+"""Recipes by name; every field can be overridden from the command line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from .config import ComputeConfig, DistillConfig, HighResConfig, OptimConfig
+
+# small images and models: Muon gets further in few steps, and in six passes over the images nothing is overfitted
+EMBEDDED = DistillConfig(
+    compression=4,
+    stage1=OptimConfig(steps=60, batch_size=64, optimizer="muon", learning_rate=1e-2, augment=False),
+    stage2=OptimConfig(steps=360, batch_size=64, optimizer="muon", learning_rate=1e-2, augment=False),
+)
+# a ViT-S/14 and some hundred photographs, as in the probe of design section 5
+VIT_S14_STUDY = DistillConfig(
+    compression=6,
+    image_size=224,
+    stage1=OptimConfig(steps=400, batch_size=128, learning_rate=3e-3),
+    stage2=OptimConfig(steps=500, batch_size=128, learning_rate=1e-3),
+    compute=ComputeConfig(precision="bfloat16", save_every=100),
+)
+# the paper's student: s = 18, Cc = 64. It names no steps or rates; these are for 1.3e8 images seen.
+SO400M_378 = DistillConfig(
+    compression=18,
+    image_size=378,
+    stage1=OptimConfig(steps=8_000, batch_size=2048, learning_rate=1e-3, inherited_rate=0.1),
+    stage2=OptimConfig(steps=56_000, batch_size=2048, learning_rate=5e-4, inherited_rate=0.1, ema=0.9998),
+    compute=ComputeConfig(precision="bfloat16", compile=True, checkpointing=True, parallel="fsdp", save_every=500),
+)
+PRESETS: dict[str, DistillConfig] = {
+    "embedded": EMBEDDED,
+    "vit-s14-study": VIT_S14_STUDY,
+    "so400m-378": SO400M_378,
+    "so400m-highres": replace(
+        SO400M_378,
+        highres=HighResConfig(
+            sizes=(518, 756, 1036),
+            optim=OptimConfig(steps=4_000, batch_size=1024, learning_rate=1e-4, inherited_rate=0.5),
+        ),
+    ),
+}
