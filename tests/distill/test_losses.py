@@ -52,4 +52,4 @@ def test_adapters_start_as_the_identity_and_the_output_has_none():
     adapters, x = Adapters(3, 8, sublayers=True, blocks=True), torch.randn(2, 5, 8)
     assert all(torch.equal(a(x), x) for a in [*adapters.sublayers, *adapters.blocks])
     assert [sum(p.numel() for p in a.parameters()) > 0 for a in adapters.blocks] == [True, True, False]
-    assert not list(Adapters(3, 8, False).parameters())
+    assert not list(Adapters(3, 8, sublayers=False, blocks=False).parameters())

@@ -108,7 +108,8 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
     # through JSON, which has no tuples; what does not change the result may change between two attempts
     wanted = json.loads(json.dumps(settings))
     wanted["config"].pop("compute")
-    if path.exists() and not (out / RECORD).exists():
+    begun = any((out / "stages").glob("*/losses.json")) or any((out / "snapshots").glob("*/*"))
+    if path.exists() and begun and not (out / RECORD).exists():
         found = json.loads(path.read_text())
         if found != wanted:
             changed = ", ".join(sorted(differences(found, wanted)))

@@ -121,7 +121,10 @@ def batches(
 def one_pass(
     source: ImageSource, batch_size: int, *, seed: int = 0, transform: Transform | None = None
 ) -> Iterator[Batch]:
-    """Every image once, in order; the last batch may be smaller. For evaluation."""
+    """Every image once, in order; the last batch may be smaller. For evaluation.
+
+    Raises ValueError for a batch below 1.
+    """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; must be at least 1")
     for step, indices in enumerate(torch.split(torch.arange(len(source)), batch_size) if len(source) else ()):

@@ -43,7 +43,10 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
-    """(images - mean) / std per channel; float [B, 3, H, W] in, the same out. Default: 0..1 becomes -1..1."""
+    """(images - mean) / std per channel; float [B, 3, H, W] in, the same out. Default: 0..1 becomes -1..1.
+
+    Raises RuntimeError for a number of channels that does not fit the mean.
+    """
     m = images.new_tensor(mean)[:, None, None]
     s = images.new_tensor(std)[:, None, None]
     return (images - m) / s
@@ -82,7 +85,7 @@ def resample(images: Tensor, boxes: Tensor, size: Size, flip: Tensor | None = No
 
 
 def resize(images: Tensor, size: Size) -> Tensor:
-    """Resize float [B, C, H, W] to [B, C, h, w], antialiased, any aspect ratio."""
+    """Resize float [B, C, H, W] to [B, C, h, w], antialiased, any aspect ratio. Raises ValueError for a wrong size."""
     new = _pair("size", size)
     if images.shape[2:] == new:
         return images
@@ -98,6 +101,8 @@ def center_crop(images: Tensor, size: Size) -> Tensor:
 
     Returns:
         [B, C, h, w].
+
+    Raises ValueError for a wrong size.
     """
     h, w = _pair("size", size)
     height, width = images.shape[2:]
@@ -160,6 +165,8 @@ def random_resized_crop(
 
     Returns:
         [B, C, h, w].
+
+    Raises ValueError for a wrong size. Source: the crop of Inception and timm.
     """
     boxes = random_boxes(len(images), images.shape[2], images.shape[3], generator, scale, ratio)
     mirrored = torch.rand(len(images), generator=generator) < flip

@@ -27,12 +27,18 @@ class Feed(Protocol):
 
 
 def train_transform(config: EncoderConfig, size: tuple[int, int] | None = None) -> TrainTransform:
-    """Random crop and flip to `size`, the encoder's native one if None, normalised as it expects."""
+    """Random crop and flip to `size`, the encoder's native one if None, normalised as it expects.
+
+    Raises ValueError for a wrong size.
+    """
     return TrainTransform(size or config.image_size, mean=config.image_mean, std=config.image_std)
 
 
 def eval_transform(config: EncoderConfig, size: tuple[int, int] | None = None) -> EvalTransform:
-    """Resize and centre crop to `size`, the native one if None, normalised as the encoder expects."""
+    """Resize and centre crop to `size`, the native one if None, normalised as it expects.
+
+    Raises ValueError for a wrong size.
+    """
     return EvalTransform(size or config.image_size, mean=config.image_mean, std=config.image_std)
 
 

@@ -78,7 +78,10 @@ _CONFIGS = _configs()
 
 
 def list_models() -> list[str]:
-    """Names that `create_model` knows, sorted: `vit_*`, `cgspn_*`, `gspn_*` (the original), `hybrid_*` (1/9 kept)."""
+    """Names that `create_model` knows, sorted: `vit_*`, `cgspn_*`, `gspn_*` (the original), `hybrid_*` (1/9 kept).
+
+    Raises nothing. Source: design, section 6.
+    """
     return sorted(_CONFIGS)
 
 
