@@ -81,7 +81,13 @@ def test_convert_distill_and_eval_on_a_folder_with_a_damaged_image(tmp_path):
     assert distilled.returncode == 0, distilled.stderr
     assert "skipped 1 of 21 image files" in distilled.stderr
     assert "damaged.png" in distilled.stderr
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["config.json", "distill.json", "model.safetensors", "run.json", "stages"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "distill.json",
+        "model.safetensors",
+        "run.json",
+        "stages",
+    ]
     evaluated = cgspn("eval", "embedded", "out", "--data", "photos", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     assert "embedded" in evaluated.stdout

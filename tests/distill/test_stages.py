@@ -9,9 +9,10 @@ import cgspn
 from cgspn.data import load_embedded
 from cgspn.distill import DistillConfig, DivergedError, LossConfig, OptimConfig, PretrainConfig, distil, pretrain
 from cgspn.distill.feeds import eval_transform
+from cgspn.distill.optimizers import build_optimizer
 from cgspn.distill.taps import tapped_forward
 from cgspn.distill.tasks import DistillTask, SublayerTask
-from cgspn.distill.trainer import build_optimizer, learning_rate
+from cgspn.distill.trainer import learning_rate
 from cgspn.layers import AttentionConfig
 from cgspn.models import Encoder, TextConfig, build_dual, model_config
 from cgspn.teachers import attention_student, convert

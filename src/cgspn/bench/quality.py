@@ -224,7 +224,7 @@ def run_row(row: Row, teacher: Encoder, data: StudyData, config: QualityConfig, 
         stage1=stages[0],
         stage2=stages[1],
         loss=row.loss,
-        compute=ComputeConfig(precision=precision),  # type: ignore[arg-type]
+        compute=ComputeConfig(precision=precision, capture=data.test.is_cuda),  # type: ignore[arg-type]
     )
     histories = distil(teacher, student, data.train, settings)
     blocks = [k for k in histories[0].steps[-1] if k.startswith("block")]

@@ -84,7 +84,9 @@ class ComputeConfig:
 
     Args:
         precision: of the arithmetic; weights, optimiser state and losses are float32 either way.
-        compile: compile the blocks of teacher and student.
+        compile: compile the blocks of teacher and student, and the losses at their taps.
+        capture: on one GPU, replay forward and backward as one CUDA graph; for small models, whose kernels are shorter
+            than their launches.
         checkpointing: recompute the student's activations block by block in backward.
         parallel: on several processes (torchrun), "ddp" copies the student, "fsdp" shards it; "placed" is as "ddp",
             but stage 1 gives each process the blocks that it alone trains. The frozen teacher is whole everywhere.
@@ -93,6 +95,7 @@ class ComputeConfig:
 
     precision: Literal["float32", "bfloat16"] = "float32"
     compile: bool = False
+    capture: bool = False
     checkpointing: bool = False
     parallel: Literal["ddp", "fsdp", "placed"] = "ddp"
     save_every: int = 0

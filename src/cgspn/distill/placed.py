@@ -28,6 +28,7 @@ class PlacedSublayerTask(SublayerTask):
         """Needs an initialised process group. Raises ValueError if the depths differ."""
         super().__init__(teacher, student)
         self.owned = [self.learning[rank :: dist.get_world_size()] for rank in range(dist.get_world_size())]
+        self.capturable = False
         self.own = self.owned[dist.get_rank()]
         blocks = student.each_block()
         self.parts = nn.ModuleDict({str(i): sublayer_parts(blocks[i]) for i in self.own})

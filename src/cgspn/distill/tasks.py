@@ -29,12 +29,14 @@ class Task(nn.Module):
     Attributes:
         reduction: how the losses of several processes become those of the run.
         leaves_some: whether some of its parameters may get no gradient.
+        capturable: whether its losses need nothing from the host, so that a CUDA graph can hold them.
         sharded: whether its parameters are spread over the processes (FSDP2) instead of copied.
     """
 
     reduction: Literal["mean", "sum"] = "mean"
     leaves_some: bool = False
     sharded: bool = False
+    capturable: bool = False
 
     def calibrate(self, parts: list[Batch]) -> None:
         """Measure on the first batch of a run, in the parts it is accumulated from, what stays constant after."""
@@ -120,6 +122,7 @@ class SublayerTask(Task):
             )
         ]
         self.hold(teacher=teacher, student=student)
+        self.capturable = True
         self.parts = nn.ModuleDict({str(i): sublayer_parts(student.each_block()[i]) for i in self.learning})
         self.energies = Energies(len(self.learning)).to(next(student.parameters()).device)
 
@@ -196,6 +199,7 @@ class DistillTask(Task):
         self.hold(teacher=teacher, dual=dual)
         self.student = student
         self.compares = bool(config.alpha or config.beta or config.output)
+        self.capturable = not config.contrastive
         self.leaves_some = not (config.output or config.contrastive)
         self.inherited = inherited_names(student, teacher)
         device = next(student.parameters()).device

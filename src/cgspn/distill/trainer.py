@@ -1,10 +1,11 @@
-"""The loop: a task, batches, AdamW or Muon with warm-up and cosine, a guard against NaN, a record of every step."""
+"""The loop: a task, batches, warm-up and cosine, a guard against NaN, snapshots, a record of every step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from .config import ComputeConfig, OptimConfig
-from .parallel import over_ranks, spread_task, sync_gradients, whole
+from .gradients import CapturedGradients, Gradients
+from .optimizers import Optimizers, build_optimizer
+from .parallel import over_ranks, spread_task, whole, world_size
 from .snapshots import Snapshots
 from .tasks import Task
 
@@ -35,8 +38,6 @@ class History:
         return [step[name] for step in self.steps]
 
 
-BETAS = (0.9, 0.98)
-
 Watch = Callable[[dict[str, float]], None]
 
 
@@ -46,68 +47,6 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
-
-
-class Optimizers:
-    """Several optimisers over disjoint parameters, stepped as one."""
-
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        """parts: the optimisers."""
-        self.parts = parts
-        self.param_groups = [group for part in parts for group in part.param_groups]
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
-
-    def step(self) -> None:
-        """Update all weights."""
-        for part in self.parts:
-            part.step()
-
-    def make_state(self) -> None:
-        """Give every parameter its state, for a snapshot to fill: a step of rate zero along no gradient."""
-        for group in self.param_groups:
-            group["lr"] = 0.0
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
-        self.step()
-        self.zero_grad()
-
-    def each_state(self) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
-        """(parameter, name, tensor) of all that the optimisers remember."""
-        for part in self.parts:
-            for group in part.param_groups:
-                for parameter in group["params"]:
-                    yield from ((parameter, key, value) for key, value in part.state[parameter].items())
-
-
-def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:
-    """Optimisers over fresh and inherited parameters, each split by whether they are matrices, which alone decay."""
-    matrices: list[dict[str, Any]] = []
-    rest: list[dict[str, Any]] = []
-    for parameters, factor in zip(task.parameter_groups(), (1.0, config.inherited_rate), strict=True):
-        rate = config.learning_rate * factor
-        learned = [p for p in parameters if p.requires_grad]
-        for groups, decay, chosen in (
-            (matrices, config.weight_decay, [p for p in learned if p.ndim == 2]),
-            (rest, config.weight_decay, [p for p in learned if p.ndim > 2]),
-            (rest, 0.0, [p for p in learned if p.ndim < 2]),
-        ):
-            if chosen:
-                groups.append({"params": chosen, "lr": rate, "peak": rate, "weight_decay": decay})
-    if not matrices and not rest:
-        raise ValueError("the task has no parameters to train")
-    fused = (matrices or rest)[0]["params"][0].is_cuda
-    if config.optimizer == "adamw":
-        return Optimizers(torch.optim.AdamW(matrices + rest, betas=BETAS, fused=fused))
-    parts: list[torch.optim.Optimizer] = []
-    if matrices:
-        parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
-    if rest:
-        parts.append(torch.optim.AdamW(rest, betas=BETAS, fused=fused))
-    return Optimizers(*parts)
 
 
 def train(
@@ -149,30 +88,23 @@ def train(
         optimizer.make_state()
         history.steps = snapshots.load(start, _state(task, optimizer, average))
     device = parameters[0].device
-    lower = torch.autocast(device.type, torch.bfloat16, enabled=compute.precision == "bfloat16")
+    lower = partial(torch.autocast, device.type, torch.bfloat16, enabled=compute.precision == "bfloat16")
+    captured = compute.capture and device.type == "cuda" and world_size() == 1 and task.capturable
+    gradients = (CapturedGradients if captured else Gradients)(module, optimizer, lower)
     for step, batch in zip(range(start, config.steps), stream(start)):
         factor = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
-        optimizer.zero_grad()
-        names: list[str] = []
-        values = torch.zeros((), device=device)
         parts = split_batch(batch, config.accumulate)
         if step == start:
-            with lower:
+            with lower():
                 task.calibrate(parts)
-        for part in parts:
-            sync_gradients(module, part is parts[-1])
-            with lower:
-                losses = module(part)
-            (losses["total"] / config.accumulate).backward()
-            names = list(losses)
-            values = values + torch.stack([losses[n].detach().float() for n in names]) / config.accumulate
+        values = gradients(parts)
         norm = gradient_norm(parameters, task)
         nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
         # one wait for the device a step
         *means, length = torch.cat([over_ranks(values, task.reduction), norm.reshape(1)]).tolist()
-        record = dict(zip(names, means, strict=True))
+        record = dict(zip(gradients.names, means, strict=True))
         bad = [name for name, value in record.items() if not math.isfinite(value)]
         if bad or not math.isfinite(length):
             if snapshots is not None and snapshots.every and step > start:

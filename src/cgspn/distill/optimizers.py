@@ -1,0 +1,76 @@
+"""AdamW, or Muon for matrices with AdamW for the rest, stepped as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import OptimConfig
+from .tasks import Task
+
+BETAS = (0.9, 0.98)
+
+
+class Optimizers:
+    """Several optimisers over disjoint parameters, stepped as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        """parts: the optimisers."""
+        self.parts = parts
+        self.param_groups = [group for part in parts for group in part.param_groups]
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        """Update all weights."""
+        for part in self.parts:
+            part.step()
+
+    def make_state(self) -> None:
+        """Give every parameter its state, for a snapshot to fill: a step of rate zero along no gradient."""
+        for group in self.param_groups:
+            group["lr"] = 0.0
+            for parameter in group["params"]:
+                parameter.grad = torch.zeros_like(parameter)
+        self.step()
+        self.zero_grad()
+
+    def each_state(self) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
+        """(parameter, name, tensor) of all that the optimisers remember."""
+        for part in self.parts:
+            for group in part.param_groups:
+                for parameter in group["params"]:
+                    yield from ((parameter, key, value) for key, value in part.state[parameter].items())
+
+
+def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:
+    """Optimisers over fresh and inherited parameters, each split by whether they are matrices, which alone decay."""
+    matrices: list[dict[str, Any]] = []
+    rest: list[dict[str, Any]] = []
+    for parameters, factor in zip(task.parameter_groups(), (1.0, config.inherited_rate), strict=True):
+        rate = config.learning_rate * factor
+        learned = [p for p in parameters if p.requires_grad]
+        for groups, decay, chosen in (
+            (matrices, config.weight_decay, [p for p in learned if p.ndim == 2]),
+            (rest, config.weight_decay, [p for p in learned if p.ndim > 2]),
+            (rest, 0.0, [p for p in learned if p.ndim < 2]),
+        ):
+            if chosen:
+                groups.append({"params": chosen, "lr": rate, "peak": rate, "weight_decay": decay})
+    if not matrices and not rest:
+        raise ValueError("the task has no parameters to train")
+    fused = (matrices or rest)[0]["params"][0].is_cuda
+    if config.optimizer == "adamw":
+        return Optimizers(torch.optim.AdamW(matrices + rest, betas=BETAS, fused=fused))
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
+    if rest:
+        parts.append(torch.optim.AdamW(rest, betas=BETAS, fused=fused))
+    return Optimizers(*parts)
