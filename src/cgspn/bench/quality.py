@@ -68,7 +68,7 @@ class Row:
     Args:
         compression, keep_attention, propagation: as in `convert`; attention: the ViT-to-ViT baseline instead.
         stage1: False gives its steps to stage 2.
-        loss, optim: changes to the losses and to both optimisations.
+        loss, optim: changes to the losses and to both optimisations; first: to that of stage 1 alone.
         rates: both peak learning rates, None for those of the study.
     """
 
@@ -79,6 +79,7 @@ class Row:
     stage1: bool = True
     loss: LossConfig = field(default_factory=LossConfig)
     optim: tuple[tuple[str, Any], ...] = ()
+    first: tuple[tuple[str, Any], ...] = ()
     rates: tuple[float, float] | None = None
 
 
@@ -210,12 +211,13 @@ def run_row(row: Row, teacher: Encoder, data: StudyData, config: QualityConfig, 
     steps = (config.stage1_steps, config.stage2_steps)
     if not row.stage1:
         steps = (0, sum(steps))
+    changes = ({**dict(row.optim), **dict(row.first)}, dict(row.optim))
     stages = [
         replace(
             OptimConfig(steps=n, batch_size=config.batch_size, learning_rate=rate, seed=seed),
-            **{"optimizer": config.optimizer, **dict(row.optim)},
+            **{"optimizer": config.optimizer, **change},
         )
-        for n, rate in zip(steps, rates)
+        for n, rate, change in zip(steps, rates, changes)
     ]
     precision = "bfloat16" if data.test.is_cuda else "float32"
     began = time.monotonic()
