@@ -2,5 +2,15 @@
 
 from .convert import attention_student, convert
 from .load import load_embedded_teacher, load_encoder, load_model
+from .text import PretrainedDual, PretrainedText, load_text
 
-__all__ = ["attention_student", "convert", "load_embedded_teacher", "load_encoder", "load_model"]
+__all__ = [
+    "PretrainedDual",
+    "PretrainedText",
+    "attention_student",
+    "convert",
+    "load_embedded_teacher",
+    "load_encoder",
+    "load_model",
+    "load_text",
+]

@@ -2,47 +2,86 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import resources
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from ..models.checkpoint import CheckpointError, read_model
 from ..models.config import encoder_config_from_dict
 from ..models.dual import DualEncoder, load_dual
 from ..models.encoder import Encoder
+from .files import read_json
+from .formats import read_encoder
+from .source import locate, open_source
+from .text import load_own_pretrained, missing_for_text, with_text
 
 EMBEDDED = "embedded"
+OWN = ("encoder", "dual", "pretrained_dual")
 
 
-def load_model(source: str | Path) -> Encoder | DualEncoder:
+def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Encoder | DualEncoder:
     """The encoder of a checkpoint, or the whole image-text model if it is one, in eval mode.
 
     Args:
-        source: a folder written by `save_pretrained`, or "embedded" for the teacher that comes with the package.
+        source: a weight file (.safetensors; .pt, .pth, .bin with tensors alone), a folder (this library's,
+            transformers', OpenCLIP's, timm's), a hub id (`org/name`, `hf-hub:org/name`, `org/name@revision`), or
+            "embedded" for the teacher that comes with the package.
+        dtype: of the weights of a foreign checkpoint; this library's own come as float32.
+        overrides: fields of `EncoderConfig` that a foreign file does not show, such as
+            `attention=AttentionConfig(heads=2)` or `activation="quick_gelu"`.
 
-    Raises CheckpointError, saying what was expected and what was found.
+    Of transformers' CLIP and SigLIP the text tower comes along if transformers and the tokenizer's files are there;
+    a warning says so if not. Raises CheckpointError, saying what was expected and what was found.
     """
-    if str(source) == EMBEDDED:
-        return load_embedded_teacher()
-    config, state = read_model(source)
-    if config.get("model") == "dual":
-        return load_dual(source)
-    if config.get("model") != "encoder":
-        raise CheckpointError(f"{source} holds a {config.get('model')!r} model; expected 'encoder' or 'dual'")
-    encoder = Encoder(encoder_config_from_dict(config["encoder"]))
-    try:
-        encoder.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {source} do not fit its config: {error}") from error
-    return encoder.eval()
+    return _load(source, dtype, overrides, text=True)
 
 
-def load_encoder(source: str | Path) -> Encoder:
+def load_encoder(source: str | Path, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Encoder:
     """The image encoder of a checkpoint, in eval mode; of an image-text model, its image side.
 
-    Arguments and errors as in `load_model`. Source: design, section 6.
+    Its pooled output is the family's own: the image embedding of CLIP and SigLIP, the class token of DINOv2.
+    Arguments and errors as in `load_model`; no text tower is read. Source: design, section 6.
     """
-    model = load_model(source)
+    model = _load(source, dtype, overrides, text=False)
     return model.image if isinstance(model, DualEncoder) else model
+
+
+def _load(source: str | Path, dtype: torch.dtype, overrides: dict[str, Any], text: bool) -> Encoder | DualEncoder:
+    if str(source) == EMBEDDED:
+        return load_embedded_teacher()
+    path = locate(source)
+    own = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if "model" in own and "model_type" not in own:
+        return _load_own(path)
+    found = open_source(path, str(source))
+    encoder = read_encoder(found, dtype, overrides)
+    if not text or not any("text_model." in key for key in found.weights):
+        return encoder
+    reason = missing_for_text(found)
+    if reason:
+        warnings.warn(f"{source} comes without its text tower: {reason}", stacklevel=3)
+        return encoder
+    return with_text(encoder, found)
+
+
+def _load_own(folder: Path) -> Encoder | DualEncoder:
+    config, state = read_model(folder)
+    if config.get("model") == "dual":
+        return load_dual(folder)
+    if config.get("model") not in OWN:
+        raise CheckpointError(f"{folder} holds a {config.get('model')!r} model; expected {' or '.join(map(repr, OWN))}")
+    if config["model"] == "pretrained_dual":
+        return load_own_pretrained(folder, config, state)
+    with torch.device("meta"):
+        encoder = Encoder(encoder_config_from_dict(config["encoder"]))
+    try:
+        encoder.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {folder} do not fit its config: {error}") from error
+    return encoder.eval()
 
 
 def load_embedded_teacher() -> DualEncoder:

@@ -1,0 +1,81 @@
+"""OpenCLIP's own vision transformer, and OpenAI's, whose keys it keeps."""
+
+from __future__ import annotations
+
+from ...layers import AttentionConfig
+from ...models.config import EncoderConfig
+from .family import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Family,
+    Rule,
+    Tower,
+    both,
+    grid_positions,
+    head_count,
+    normalisation,
+    prefix_tokens,
+    sizes,
+    title,
+    transposed,
+)
+
+
+def config(tower: Tower) -> EncoderConfig:
+    """From shapes and open_clip_config.json. Which GELU was used no tensor shows: a file name may (openai, quickgelu)."""
+    model = tower.source.configs.get("open_clip_config.json", {}).get("model_cfg", {})
+    vision = model.get("vision_cfg", {})
+    width, channels, patch, _ = tower.shape("conv1.weight")
+    side = tower.side(tower.shape("positional_embedding")[0] - 1)
+    named = any(word in tower.source.name.lower().replace("-", "") for word in ("openai", "quickgelu"))
+    heads = width // vision["head_width"] if "head_width" in vision else None
+    if model and heads is None:
+        heads = width // 64  # OpenCLIP's default
+    average = vision.get("pool_type") == "avg"
+    after = bool(vision.get("final_ln_after_pool"))
+    return EncoderConfig(
+        name=title("clip", width, patch, side * patch),
+        **sizes(tower, patch, side, vision.get("image_size")),
+        channels=channels,
+        width=width,
+        mixers=("attention",) * (vision.get("layers") or tower.depth(r"transformer\.resblocks\.(\d+)\.")),
+        mlp_hidden=tower.shape("transformer.resblocks.0.mlp.c_fc.weight")[0],
+        activation="quick_gelu" if model.get("quick_gelu", named) else "gelu",
+        attention=AttentionConfig(head_count(width, heads)),
+        layer_scale=1e-5 if tower.has("transformer.resblocks.0.ls_1.gamma") else None,
+        position_resize="bicubic_antialias",
+        class_token=True,
+        patch_bias=tower.has("conv1.bias"),
+        pre_norm=tower.has("ln_pre.weight"),
+        final_norm=not after,
+        norm_eps=(vision.get("norm_kwargs") or {}).get("eps", 1e-5),
+        pooling="mean" if average else "cls",
+        pool_norm=after,
+        embed_dim=tower.shape("proj")[1] if tower.has("proj") else None,
+        **normalisation(tower.source, CLIP_MEAN, CLIP_STD),
+    )
+
+
+_BLOCK = "transformer.resblocks.{i}"
+OPENCLIP = Family(
+    "OpenCLIP's vision transformer",
+    ("conv1.weight", "transformer.resblocks.0.attn.in_proj_weight"),
+    (
+        *both("patch_embed.projection", "conv1"),
+        Rule("prefix", ("class_embedding", "positional_embedding"), prefix_tokens),
+        Rule("positions.table", ("positional_embedding",), grid_positions),
+        *both("pre_norm", "ln_pre"),
+        *both("blocks.{i}.norm1", _BLOCK + ".ln_1"),
+        *both("blocks.{i}.mixer.qkv", _BLOCK + ".attn.in_proj_{p}"),
+        *both("blocks.{i}.mixer.out", _BLOCK + ".attn.out_proj"),
+        Rule("blocks.{i}.scale1.gamma", (_BLOCK + ".ls_1.gamma",)),
+        *both("blocks.{i}.norm2", _BLOCK + ".ln_2"),
+        *both("blocks.{i}.mlp.fc1", _BLOCK + ".mlp.c_fc"),
+        *both("blocks.{i}.mlp.fc2", _BLOCK + ".mlp.c_proj"),
+        Rule("blocks.{i}.scale2.gamma", (_BLOCK + ".ls_2.gamma",)),
+        *both("norm", "ln_post"),
+        *both("pool_norm", "ln_post"),
+        Rule("project.weight", ("proj",), transposed),
+    ),
+    config,
+)

@@ -1,0 +1,223 @@
+"""Models of transformers: CLIP, SigLIP and SigLIP 2 (the fixed-size and the NaFlex one), DINOv2 with and without
+registers. Folders that `save_pretrained` wrote, of the image tower alone or of the whole model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...layers import Activation, AttentionConfig
+from ...models.config import EncoderConfig
+from .family import (
+    CLIP_MEAN,
+    CLIP_STD,
+    HALF,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Family,
+    Rule,
+    Tower,
+    both,
+    grid_positions,
+    head_count,
+    linear_patches,
+    normalisation,
+    prefix_tokens,
+    sizes,
+    title,
+)
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "quick_gelu": "quick_gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+def _stated(tower: Tower) -> dict[str, Any]:
+    config = tower.source.configs.get("config.json", {})
+    return dict(config.get("vision_config") or config)
+
+
+def _activation(stated: dict[str, Any], default: str) -> Activation:
+    name = str(stated.get("hidden_act", default))
+    if name not in _ACTIVATIONS:
+        raise ValueError(f"its config has hidden_act {name!r}; accepted: {', '.join(_ACTIVATIONS)}")
+    return _ACTIVATIONS[name]
+
+
+def clip_config(tower: Tower) -> EncoderConfig:
+    """From shapes and config.json."""
+    stated = _stated(tower)
+    width, channels, patch, _ = tower.shape("embeddings.patch_embedding.weight")
+    side = tower.side(tower.shape("embeddings.position_embedding.weight")[0] - 1)
+    projection = tower.source.weights.get("visual_projection.weight")
+    return EncoderConfig(
+        name=title("clip", width, patch, side * patch),
+        **sizes(tower, patch, side, stated.get("image_size")),
+        channels=channels,
+        width=width,
+        mixers=("attention",) * (stated.get("num_hidden_layers") or tower.depth(r"encoder\.layers\.(\d+)\.")),
+        mlp_hidden=tower.shape("encoder.layers.0.mlp.fc1.weight")[0],
+        activation=_activation(stated, "quick_gelu"),
+        attention=AttentionConfig(head_count(width, stated.get("num_attention_heads"))),
+        class_token=True,
+        patch_bias=False,
+        pre_norm=True,
+        norm_eps=stated.get("layer_norm_eps", 1e-5),
+        pooling="cls",
+        embed_dim=projection.shape[0] if projection else None,
+        **normalisation(tower.source, CLIP_MEAN, CLIP_STD),
+    )
+
+
+def siglip_config(tower: Tower) -> EncoderConfig:
+    """From shapes and config.json; a linear patch embedding is SigLIP 2's NaFlex, which resizes in its own way."""
+    stated = _stated(tower)
+    shape = tower.shape("embeddings.patch_embedding.weight")
+    naflex = len(shape) == 2
+    width = shape[0]
+    channels = stated.get("num_channels", 3) if naflex else shape[1]
+    patch = round((shape[1] / channels) ** 0.5) if naflex else shape[2]
+    side = tower.side(tower.shape("embeddings.position_embedding.weight")[0])
+    return EncoderConfig(
+        name=title("siglip2_naflex" if naflex else "siglip", width, patch, side * patch),
+        **sizes(tower, patch, side, stated.get("image_size")),
+        channels=channels,
+        width=width,
+        mixers=("attention",) * (stated.get("num_hidden_layers") or tower.depth(r"encoder\.layers\.(\d+)\.")),
+        mlp_hidden=tower.shape("encoder.layers.0.mlp.fc1.weight")[0],
+        activation=_activation(stated, "gelu_pytorch_tanh"),
+        attention=AttentionConfig(head_count(width, stated.get("num_attention_heads"), sixteen=True)),
+        position_resize="bilinear_antialias" if naflex else "bicubic",
+        norm_eps=stated.get("layer_norm_eps", 1e-6),
+        pooling="map" if tower.has("head.probe") else "mean",
+        **normalisation(tower.source, HALF, HALF),
+    )
+
+
+def dinov2_config(tower: Tower) -> EncoderConfig:
+    """From shapes and config.json."""
+    stated = _stated(tower)
+    width, channels, patch, _ = tower.shape("embeddings.patch_embeddings.projection.weight")
+    side = tower.side(tower.shape("embeddings.position_embeddings")[-2] - 1)
+    gated = tower.has("encoder.layer.0.mlp.weights_in.weight")
+    registers = tower.has("embeddings.register_tokens")
+    second = "weights_out" if gated else "fc2"
+    return EncoderConfig(
+        name=title("reg_dinov2" if registers else "dinov2", width, patch, side * patch),
+        **sizes(tower, patch, side, stated.get("image_size")),
+        channels=channels,
+        width=width,
+        mixers=("attention",) * (stated.get("num_hidden_layers") or tower.depth(r"encoder\.layer\.(\d+)\.")),
+        mlp_hidden=tower.shape(f"encoder.layer.0.mlp.{second}.weight")[1],
+        activation="swiglu" if gated else _activation(stated, "gelu"),
+        attention=AttentionConfig(
+            head_count(width, stated.get("num_attention_heads")),
+            tower.has("encoder.layer.0.attention.attention.query.bias"),
+        ),
+        layer_scale=1.0,
+        position_resize="bicubic_antialias" if registers else "bicubic",
+        class_token=True,
+        registers=tower.shape("embeddings.register_tokens")[-2] if registers else 0,
+        norm_eps=stated.get("layer_norm_eps", 1e-6),
+        pooling="cls",
+        **normalisation(tower.source, IMAGENET_MEAN, IMAGENET_STD),
+    )
+
+
+def _first_third(config: EncoderConfig, packed: Tensor) -> Tensor:
+    return packed[: config.width].clone()
+
+
+def _last_thirds(config: EncoderConfig, packed: Tensor) -> Tensor:
+    return packed[config.width :].clone()
+
+
+def _joined(ours: str, theirs: str, parts: tuple[str, ...]) -> tuple[Rule, Rule]:
+    """One linear layer of several."""
+    return (
+        Rule(f"{ours}.weight", tuple(f"{theirs}.{part}.weight" for part in parts)),
+        Rule(f"{ours}.bias", tuple(f"{theirs}.{part}.bias" for part in parts)),
+    )
+
+
+_LAYER = "encoder.layers.{i}"
+_BLOCKS = (
+    *both("blocks.{i}.norm1", _LAYER + ".layer_norm1"),
+    *_joined("blocks.{i}.mixer.qkv", _LAYER + ".self_attn", ("q_proj", "k_proj", "v_proj")),
+    *both("blocks.{i}.mixer.out", _LAYER + ".self_attn.out_proj"),
+    *both("blocks.{i}.norm2", _LAYER + ".layer_norm2"),
+    *both("blocks.{i}.mlp.fc1", _LAYER + ".mlp.fc1"),
+    *both("blocks.{i}.mlp.fc2", _LAYER + ".mlp.fc2"),
+)
+_POSITIONS = "embeddings.position_embedding.weight"
+
+CLIP = Family(
+    "transformers' CLIP",
+    ("embeddings.class_embedding", "embeddings.patch_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight"),
+    (
+        *both("patch_embed.projection", "embeddings.patch_embedding"),
+        Rule("prefix", ("embeddings.class_embedding", _POSITIONS), prefix_tokens),
+        Rule("positions.table", (_POSITIONS,), grid_positions),
+        *both("pre_norm", "pre_layrnorm"),  # the original's spelling
+        *_BLOCKS,
+        *both("norm", "post_layernorm"),
+        Rule("project.weight", ("/visual_projection.weight",)),
+    ),
+    clip_config,
+    (r"embeddings\.position_ids$", r"visual_projection", r"text_", r"logit_", r"classifier"),
+)
+SIGLIP = Family(
+    "transformers' SigLIP",
+    ("embeddings.patch_embedding.weight", "post_layernorm.weight", "encoder.layers.0.self_attn.q_proj.weight"),
+    (
+        Rule("patch_embed.projection.weight", ("embeddings.patch_embedding.weight",), linear_patches),
+        Rule("patch_embed.projection.bias", ("embeddings.patch_embedding.bias",)),
+        Rule("positions.table", (_POSITIONS,), grid_positions),
+        *_BLOCKS,
+        *both("norm", "post_layernorm"),
+        Rule("pool.probe", ("head.probe",)),
+        Rule("pool.q.weight", ("head.attention.in_proj_weight",), _first_third),
+        Rule("pool.q.bias", ("head.attention.in_proj_bias",), _first_third),
+        Rule("pool.kv.weight", ("head.attention.in_proj_weight",), _last_thirds),
+        Rule("pool.kv.bias", ("head.attention.in_proj_bias",), _last_thirds),
+        *both("pool.out", "head.attention.out_proj"),
+        *both("pool.norm", "head.layernorm"),
+        *both("pool.mlp.fc1", "head.mlp.fc1"),
+        *both("pool.mlp.fc2", "head.mlp.fc2"),
+    ),
+    siglip_config,
+    (r"embeddings\.position_ids$", r"text_", r"logit_", r"classifier"),
+)
+_LAYER2 = "encoder.layer.{i}"
+DINOV2 = Family(
+    "transformers' DINOv2",
+    (
+        "embeddings.patch_embeddings.projection.weight",
+        "encoder.layer.0.layer_scale1.lambda1",
+        "encoder.layer.0.attention.attention.query.weight",
+    ),
+    (
+        *both("patch_embed.projection", "embeddings.patch_embeddings.projection"),
+        Rule(
+            "prefix",
+            ("embeddings.cls_token", "?embeddings.register_tokens", "embeddings.position_embeddings"),
+            prefix_tokens,
+        ),
+        Rule("positions.table", ("embeddings.position_embeddings",), grid_positions),
+        *both("blocks.{i}.norm1", _LAYER2 + ".norm1"),
+        *_joined("blocks.{i}.mixer.qkv", _LAYER2 + ".attention.attention", ("query", "key", "value")),
+        *both("blocks.{i}.mixer.out", _LAYER2 + ".attention.output.dense"),
+        Rule("blocks.{i}.scale1.gamma", (_LAYER2 + ".layer_scale1.lambda1",)),
+        *both("blocks.{i}.norm2", _LAYER2 + ".norm2"),
+        *both("blocks.{i}.mlp.fc1", _LAYER2 + ".mlp.fc1.{p}|" + _LAYER2 + ".mlp.weights_in.{p}"),
+        *both("blocks.{i}.mlp.fc2", _LAYER2 + ".mlp.fc2.{p}|" + _LAYER2 + ".mlp.weights_out.{p}"),
+        Rule("blocks.{i}.scale2.gamma", (_LAYER2 + ".layer_scale2.lambda1",)),
+        *both("norm", "layernorm"),
+    ),
+    dinov2_config,
+    (r"embeddings\.mask_token$", r"classifier"),
+)

@@ -1,0 +1,104 @@
+"""What a user names, a file, a folder or a hub id, as weights and the configs beside them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..models.checkpoint import CheckpointError
+from .files import Weights, open_weights, read_json
+
+CONFIGS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
+# first found, first taken; safetensors before pickles, what the folder's config describes before copies of it
+WEIGHTS = (
+    "open_clip_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_pytorch_model.bin",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_HUB_ID = re.compile(r"(hf-hub:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model")
+
+
+@dataclass(frozen=True)
+class Source:
+    """name: what the user gave. weights: every tensor of it. configs: JSON files beside them, by file name.
+
+    metadata: of a safetensors file. folder: where its other files are.
+    """
+
+    name: str
+    weights: Weights
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+
+
+def locate(source: str | Path) -> Path:
+    """The local file or folder of a source; a hub id is fetched first. Raises CheckpointError if there is none."""
+    path = Path(source)
+    hub = isinstance(source, str) and _HUB_ID.fullmatch(source)
+    if hub and (hub[1] or not path.exists()):
+        return _fetch(hub[2], hub[3])
+    if not path.exists():
+        raise CheckpointError(f"{source} does not exist; expected a weight file, a checkpoint folder or a hub id")
+    return path
+
+
+def open_source(path: Path, name: str) -> Source:
+    """The weights and configs of a local file or folder.
+
+    Raises CheckpointError if there are none, or if a file is truncated.
+    """
+    if path.is_file():
+        weights, metadata = open_weights(path)
+        folder = path.parent
+        # a config belongs to a file only if the file has the name that goes with it
+        configs = _configs(folder) if path.name in WEIGHTS else {}
+        return Source(name, weights, configs, metadata, folder)
+    found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    if found is None:
+        missing = [name for name in ("config.json",) if not (path / name).is_file()]
+        no = "".join(f"{name} and no " for name in missing)
+        raise CheckpointError(f"{path} has no {no}model.safetensors; expected a checkpoint folder with both")
+    weights, metadata = open_weights(found)
+    return Source(name, weights, _configs(path), metadata, path)
+
+
+def _configs(folder: Path) -> dict[str, dict[str, Any]]:
+    return {name: read_json(folder / name) for name in CONFIGS if (folder / name).is_file()}
+
+
+def _fetch(repository: str, revision: str | None) -> Path:
+    """A folder with the smallest set of files that says everything: configs, tokenizer, one copy of the weights."""
+    try:
+        from huggingface_hub import HfApi, snapshot_download
+    except ImportError as error:
+        raise CheckpointError(
+            f"{repository} is no file or folder here; to fetch it as a hub id, install cgspn[hub]"
+        ) from error
+    try:
+        try:
+            info = HfApi().model_info(repository, revision=revision, timeout=10)
+            names = {file.rfilename for file in info.siblings or []}
+            weights = next((name for name in WEIGHTS if name in names), None)
+            if weights is None:
+                raise CheckpointError(f"hub id {repository} has none of {', '.join(WEIGHTS)}")
+            shards = [weights.split(".")[0] + "-*"] if weights.endswith(".index.json") else []
+            wanted = [*CONFIGS, *_TOKENIZER, weights, *shards]
+            return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
+        except CheckpointError:
+            raise
+        except Exception:  # whatever the connection's fault, what is in the cache will do
+            return Path(snapshot_download(repository, revision=revision, local_files_only=True))
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{repository} is no file or folder here, and cannot be had as a hub id "
+            f"(no such id, or no connection and nothing cached): {str(error).strip().splitlines()[0]}"
+        ) from error

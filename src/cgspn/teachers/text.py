@@ -1,0 +1,159 @@
+"""Text towers of CLIP, SigLIP and SigLIP 2 through transformers, with their tokenizers, beside our image encoders."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+
+from ..models.checkpoint import CheckpointError, save_model
+from ..models.config import encoder_config_from_dict, to_dict
+from ..models.dual import DualEncoder
+from ..models.encoder import Encoder
+from .source import Source
+
+_CLASSES = {
+    "clip": "CLIPTextModelWithProjection",
+    "clip_text_model": "CLIPTextModelWithProjection",
+    "siglip": "SiglipTextModel",
+    "siglip_text_model": "SiglipTextModel",
+    "siglip2": "Siglip2TextModel",
+    "siglip2_text_model": "Siglip2TextModel",
+}
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.model", "tokenizer.model")
+
+
+class PretrainedText(nn.Module):
+    """A text model of transformers and its tokenizer: texts -> [len(texts), embed_dim], as the original embeds them."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any) -> None:
+        """model: a text model of transformers whose output has text_embeds or pooler_output; tokenizer: its own."""
+        super().__init__()
+        self.model, self.tokenizer = model, tokenizer
+
+    def forward(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> embeddings of any length. Longer texts are cut. Raises ValueError for an empty text or none."""
+        if not texts or not all(texts):
+            raise ValueError(f"texts is {list(texts)!r}; expected at least one text, none of them empty")
+        config: Any = self.model.config
+        config = getattr(config, "text_config", config)
+        # SigLIP takes the last position's state and was trained on padded texts: always pad to the full length
+        batch = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=config.max_position_embeddings,
+            return_tensors="pt",
+        )
+        inputs = {"input_ids": batch["input_ids"]}
+        if str(config.model_type).startswith("clip"):
+            inputs["attention_mask"] = batch["attention_mask"]  # SigLIP attends to its padding
+        device = next(self.model.parameters()).device
+        out = self.model(**{name: value.to(device) for name, value in inputs.items()})
+        embeds = getattr(out, "text_embeds", None)
+        result: Tensor = out.pooler_output if embeds is None else embeds
+        return result
+
+
+class PretrainedDual(DualEncoder):
+    """An image encoder whose pooled output is the image embedding, beside the text tower of the same model."""
+
+    def __init__(self, image: Encoder, text: PretrainedText, logit_scale: float, logit_bias: float) -> None:
+        """logit_scale, the logarithm of the loss's scale, and logit_bias, as the checkpoint has them."""
+        nn.Module.__init__(self)
+        width = image.config.pooled_width
+        self.image = image
+        self.text = text  # type: ignore[assignment]
+        # the encoder projects; those who train through a projection find one that changes nothing
+        self.image_projection = nn.Linear(width, width, bias=False)
+        nn.init.eye_(self.image_projection.weight)
+        self.text_projection = nn.Identity()  # type: ignore[assignment]
+        self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
+        self.logit_bias = nn.Parameter(torch.tensor(logit_bias))
+
+    def encode_text(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> unit vectors [len(texts), embed_dim]. Raises ValueError for an empty text."""
+        return normalize(self.text(texts), dim=-1)  # type: ignore[arg-type]
+
+    def with_image(self, image: Encoder) -> PretrainedDual:
+        """A copy around another image encoder; the text tower is copied. Raises ValueError if the widths differ."""
+        width, own = image.config.pooled_width, self.image.config.pooled_width
+        if width != own:
+            raise ValueError(f"image has width {width}; expected {own}")
+        text: Any = copy.deepcopy(self.text)
+        other = PretrainedDual(image, text, self.logit_scale.item(), self.logit_bias.item())
+        other.image_projection.load_state_dict(self.image_projection.state_dict())
+        return other.to(self.logit_scale.device).train(self.training)
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write the text tower and tokenizer into `folder`/text, then config.json and model.safetensors.
+
+        dtype: of the stored weights of everything but the text tower. Raises OSError.
+        """
+        text: Any = self.text
+        text.model.save_pretrained(Path(folder) / "text")
+        text.tokenizer.save_pretrained(Path(folder) / "text")
+        state = {k: v.to(dtype) for k, v in self.state_dict().items() if not k.startswith("text.")}
+        save_model(folder, {"model": "pretrained_dual", "encoder": to_dict(self.image.config)}, state)
+
+
+def missing_for_text(source: Source) -> str | None:
+    """Why a source's text tower cannot be had; None if it can."""
+    folder = source.folder
+    if folder is None or not any((folder / name).is_file() for name in _TOKENIZERS):
+        return "no tokenizer's files are beside the weights"
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return "transformers is not installed; install cgspn[text]"
+    return None
+
+
+def load_text(folder: str | Path) -> PretrainedText:
+    """The text tower and tokenizer of a transformers folder of CLIP, SigLIP or SigLIP 2, in eval mode, float32.
+
+    Raises CheckpointError if transformers is not installed, or the folder holds another model.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise CheckpointError("text towers need transformers; install cgspn[text]") from error
+    try:
+        kind = transformers.AutoConfig.from_pretrained(folder).model_type
+        if kind not in _CLASSES:
+            raise CheckpointError(f"{folder} holds a {kind!r} model; text towers are of clip, siglip or siglip2")
+        model = getattr(transformers, _CLASSES[kind]).from_pretrained(folder, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ImportError) as error:
+        raise CheckpointError(f"the text tower in {folder} cannot be read: {error}") from error
+    return PretrainedText(model, tokenizer).eval()
+
+
+def with_text(image: Encoder, source: Source) -> PretrainedDual:
+    """The image-text model of a transformers source around its image encoder. Raises CheckpointError."""
+    assert source.folder is not None
+    scale, bias = source.weights.get("logit_scale"), source.weights.get("logit_bias")
+    text = load_text(source.folder)
+    dtype = image.patch_embed.projection.weight.dtype
+    dual = PretrainedDual(image, text, scale.read().item() if scale else 0.0, bias.read().item() if bias else 0.0)
+    return dual.to(dtype).eval()
+
+
+def load_own_pretrained(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PretrainedDual:
+    """What `PretrainedDual.save_pretrained` wrote. Raises CheckpointError."""
+    with torch.device("meta"):
+        image = Encoder(encoder_config_from_dict(config["encoder"]))
+    try:
+        weights = {k.removeprefix("image."): v for k, v in state.items() if k.startswith("image.")}
+        image.load_state_dict(weights, assign=True)
+        dual = PretrainedDual(image, load_text(folder / "text"), 0.0, 0.0)
+        rest = {k: v for k, v in state.items() if not k.startswith("image.")}
+        dual.load_state_dict(rest, strict=False)
+    except RuntimeError as error:
+        raise CheckpointError(f"the weights in {folder} do not fit its config: {error}") from error
+    return dual.eval()
