@@ -110,7 +110,8 @@ def _read(path: Path, start: int, entry: dict[str, Any]) -> Tensor:
     if dtype is None:
         raise CheckpointError(f"{path} holds tensors of type {entry['dtype']}; accepted: {', '.join(_DTYPES)}")
     tensor = torch.empty(entry["shape"], dtype=dtype)
-    room = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    values: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    room = memoryview(values)
     with path.open("rb") as file:
         file.seek(start)
         if file.readinto(room) != len(room):

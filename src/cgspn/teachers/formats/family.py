@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...models.checkpoint import CheckpointError
-from ...models.config import EncoderConfig
+from ...models.config import EncoderConfig, MixerName
 from ...models.encoder import Encoder
 from ..files import Stored, Weights
 from ..source import Source
@@ -233,6 +233,11 @@ def head_count(width: int, stated: Any = None, sixteen: bool = False) -> int:
             "give it: load_encoder(source, attention=AttentionConfig(heads=...))"
         )
     return width // 64
+
+
+def attention_blocks(depth: int) -> tuple[MixerName, ...]:
+    """The mixers of a teacher."""
+    return ("attention",) * depth
 
 
 def title(kind: str, width: int, patch: int, image: int) -> str:

@@ -10,6 +10,7 @@ from .family import (
     Family,
     Rule,
     Tower,
+    attention_blocks,
     both,
     grid_positions,
     head_count,
@@ -22,7 +23,7 @@ from .family import (
 
 
 def config(tower: Tower) -> EncoderConfig:
-    """From shapes and open_clip_config.json. Which GELU was used no tensor shows: a file name may (openai, quickgelu)."""
+    """From shapes and open_clip_config.json. No tensor shows which GELU was used; a file's name may (openai)."""
     model = tower.source.configs.get("open_clip_config.json", {}).get("model_cfg", {})
     vision = model.get("vision_cfg", {})
     width, channels, patch, _ = tower.shape("conv1.weight")
@@ -38,7 +39,7 @@ def config(tower: Tower) -> EncoderConfig:
         **sizes(tower, patch, side, vision.get("image_size")),
         channels=channels,
         width=width,
-        mixers=("attention",) * (vision.get("layers") or tower.depth(r"transformer\.resblocks\.(\d+)\.")),
+        mixers=attention_blocks(vision.get("layers") or tower.depth(r"transformer\.resblocks\.(\d+)\.")),
         mlp_hidden=tower.shape("transformer.resblocks.0.mlp.c_fc.weight")[0],
         activation="quick_gelu" if model.get("quick_gelu", named) else "gelu",
         attention=AttentionConfig(head_count(width, heads)),

@@ -15,6 +15,7 @@ from .family import (
     Family,
     Rule,
     Tower,
+    attention_blocks,
     both,
     grid_positions,
     head_count,
@@ -70,7 +71,7 @@ def config(tower: Tower) -> EncoderConfig:
         **sizes(tower, patch, side, native),
         channels=channels,
         width=width,
-        mixers=("attention",) * tower.depth(r"blocks\.(\d+)\."),
+        mixers=attention_blocks(tower.depth(r"blocks\.(\d+)\.")),
         mlp_hidden=hidden,
         activation=act,
         attention=AttentionConfig(
