@@ -5,11 +5,9 @@ import torch
 from safetensors.torch import save_file
 
 import cgspn
-from cgspn.layers import AttentionConfig
 from cgspn.models import CheckpointError
 
 C = 32
-HEADS = AttentionConfig(heads=2)
 
 
 def linear(name, rows, columns):
@@ -89,7 +87,7 @@ def test_families_are_recognised_and_convert(name, tmp_path):
     make, expected = CASES[name]
     state = make()
     save_file(state, tmp_path / "w.safetensors")
-    encoder = cgspn.load_encoder(tmp_path / "w.safetensors", attention=HEADS)
+    encoder = cgspn.load_encoder(tmp_path / "w.safetensors", heads=2)
     for field, value in expected.items():
         assert getattr(encoder.config, field) == value, field
     assert encoder.config.image_size == (56, 56)
@@ -106,9 +104,7 @@ def test_families_are_recognised_and_convert(name, tmp_path):
 
 def test_file_names_and_configs_tell_the_activation(tmp_path):
     save_file(openclip_state(), tmp_path / "vit_b_32-openai.safetensors")
-    assert cgspn.load_encoder(tmp_path / "vit_b_32-openai.safetensors", attention=HEADS).config.activation == (
-        "quick_gelu"
-    )
+    assert cgspn.load_encoder(tmp_path / "vit_b_32-openai.safetensors", heads=2).config.activation == ("quick_gelu")
     save_file(openclip_state(), tmp_path / "open_clip_model.safetensors")
     (tmp_path / "open_clip_config.json").write_text(
         '{"model_cfg": {"embed_dim": 24, "quick_gelu": true, "vision_cfg": {"layers": 2, "head_width": 16, '
@@ -127,7 +123,7 @@ def test_metadata_and_own_keys_tell_the_resize(tmp_path):
         ({}, {"mask_token": torch.zeros(1, C)}, "bicubic"),
     ):
         save_file(timm_state(scale=True) | extra, path, metadata=metadata)
-        assert cgspn.load_encoder(path, attention=HEADS).config.position_resize == expected
+        assert cgspn.load_encoder(path, heads=2).config.position_resize == expected
 
 
 def test_wrong_files_say_what_was_expected_and_found(tmp_path):
@@ -155,10 +151,10 @@ def test_wrong_files_say_what_was_expected_and_found(tmp_path):
     part = {k: v for k, v in state.items() if k != "blocks.1.mlp.fc2.bias"} | {"blocks.1.extra.weight": torch.zeros(2)}
     save_file(part, path)
     with pytest.raises(CheckpointError, match=r"missing blocks.1.mlp.fc2.bias; unexpected blocks.1.extra.weight"):
-        cgspn.load_encoder(path, attention=HEADS)
+        cgspn.load_encoder(path, heads=2)
     save_file(state | {"norm.weight": torch.zeros(C + 1)}, path)
     with pytest.raises(CheckpointError, match=r"norm.weight: \(33,\) where \(32,\) is expected"):
-        cgspn.load_encoder(path, attention=HEADS)
+        cgspn.load_encoder(path, heads=2)
     with pytest.raises(CheckpointError, match="does not exist"):
         cgspn.load_encoder(tmp_path / "nothing")
     (tmp_path / "notes.txt").write_text("")

@@ -127,6 +127,8 @@ class DistillConfig:
         image_size: in pixels, of stages 1 and 2; None for the student's native size.
         stage1: sub-layers alone, each on the teacher's own features.
         stage2: the whole student, end to end.
+        learn_positions: the first sub-layer of a student without positions also learns what the teacher's positions
+            add to its tokens (`taps.from_entry`).
         loss: what stage 2 minimises, and the stages after it.
         highres: the curriculum after stage 2.
         compute: precision, compilation, processes.
@@ -137,6 +139,7 @@ class DistillConfig:
     image_size: int | None = None
     stage1: OptimConfig = field(default_factory=lambda: OptimConfig(steps=60, learning_rate=3e-3))
     stage2: OptimConfig = field(default_factory=lambda: OptimConfig(steps=120, learning_rate=1e-3))
+    learn_positions: bool = True
     loss: LossConfig = field(default_factory=LossConfig)
     highres: HighResConfig = field(default_factory=HighResConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)

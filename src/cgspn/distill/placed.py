@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from ..models.encoder import Encoder
-from .taps import observe
 from .tasks import Losses, SublayerTask, sublayer_parts
 
 
@@ -24,9 +23,9 @@ class PlacedSublayerTask(SublayerTask):
 
     reduction: Literal["mean", "sum"] = "sum"
 
-    def __init__(self, teacher: Encoder, student: Encoder) -> None:
-        """Needs an initialised process group. Raises ValueError if the depths differ."""
-        super().__init__(teacher, student)
+    def __init__(self, teacher: Encoder, student: Encoder, learn_positions: bool = True) -> None:
+        """Needs an initialised process group. Arguments and errors as in `SublayerTask`."""
+        super().__init__(teacher, student, learn_positions)
         self.owned = [self.learning[rank :: dist.get_world_size()] for rank in range(dist.get_world_size())]
         self.capturable = False
         self.own = self.owned[dist.get_rank()]
@@ -35,7 +34,7 @@ class PlacedSublayerTask(SublayerTask):
 
     def losses(self, batch: Batch) -> Losses:
         """As in `SublayerTask`; losses of blocks that are elsewhere are zero, and so are left out of "total"."""
-        taps = observe(self.teacher, batch.images, self.student.config)
+        taps = self.observed(batch)
         energies = self.energies.of([taps.sublayers[i] for i in self.learning])
         entries, wanted = self._to_owners(taps.entries), self._to_owners(taps.sublayers)
         zero = energies.new_zeros(())

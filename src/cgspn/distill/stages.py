@@ -140,7 +140,9 @@ def plan(
     sublayer = PlacedSublayerTask if placed else SublayerTask
 
     def distillation(loss: LossConfig) -> Callable[[Encoder], Task]:
-        return lambda student: DistillTask(encoder, student, loss, dual=dual, captions=feed.captions)
+        return lambda student: DistillTask(
+            encoder, student, loss, dual=dual, captions=feed.captions, learn_positions=config.learn_positions
+        )
 
     def from_itself(size: tuple[int, int]) -> Callable[[Encoder], Task]:
         def task(student: Encoder) -> Task:
@@ -150,7 +152,12 @@ def plan(
         return task
 
     stages = [
-        Stage(f"{name}, stage 1", config.stage1, native, lambda student: sublayer(encoder, student)),
+        Stage(
+            f"{name}, stage 1",
+            config.stage1,
+            native,
+            lambda student: sublayer(encoder, student, config.learn_positions),
+        ),
         Stage(f"{name}, stage 2", config.stage2, native, distillation(config.loss)),
     ]
     before = native

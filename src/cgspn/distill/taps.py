@@ -46,6 +46,22 @@ def tapped_forward(encoder: Encoder, images: Tensor) -> Taps:
     return Taps(entries, sublayers, blocks, tokens[:, grid.prefix :], encoder.forward_head(tokens, grid), grid)
 
 
+def from_entry(taps: Taps, entry: Tensor) -> Taps:
+    """A teacher's taps as a student can reach them whose grid tokens enter the first block as `entry` [B, h*w, C].
+
+    A student without positions starts elsewhere than its teacher, and what is missing would be missing in the stream
+    of every block. So its first sub-layer gets its own tokens, and is asked for the gap as well: from where the
+    student starts to where the teacher is after its own first sub-layer. The scan can find positions: it starts at
+    the borders. Not in the source.
+    """
+    gap = taps.entries[0][:, taps.grid.prefix :] - entry
+    prefix = taps.entries[0][:, : taps.grid.prefix]
+    return taps._replace(
+        entries=[torch.cat([prefix, entry], 1), *taps.entries[1:]],
+        sublayers=[taps.sublayers[0] + gap, *taps.sublayers[1:]],
+    )
+
+
 @torch.no_grad()
 def observe(teacher: Encoder, images: Tensor, student: EncoderConfig, size: tuple[int, int] | None = None) -> Taps:
     """The frozen teacher's taps for images that are normalised as the student wants them.

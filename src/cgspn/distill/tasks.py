@@ -17,7 +17,7 @@ from .adapters import Adapters
 from .config import LossConfig
 from .losses import clip_loss, relative_error, sigmoid_loss, tap_loss
 from .parallel import gather_rows, over_ranks
-from .taps import Taps, observe, tapped_forward
+from .taps import Taps, from_entry, observe, tapped_forward
 
 Losses = dict[str, Tensor]
 Captions = Callable[[Batch], list[str]]
@@ -107,8 +107,8 @@ class SublayerTask(Task):
     teacher: Encoder
     student: Encoder
 
-    def __init__(self, teacher: Encoder, student: Encoder) -> None:
-        """Raises ValueError if the depths differ."""
+    def __init__(self, teacher: Encoder, student: Encoder, learn_positions: bool = True) -> None:
+        """learn_positions: see `DistillConfig`. Raises ValueError if the depths differ."""
         super().__init__()
         if teacher.config.depth != student.config.depth:
             raise ValueError(f"student has {student.config.depth} blocks; expected {teacher.config.depth}")
@@ -123,6 +123,7 @@ class SublayerTask(Task):
         ]
         self.hold(teacher=teacher, student=student)
         self.capturable = True
+        self.learn_positions = learn_positions and lacks_positions(student, teacher)
         self.parts = nn.ModuleDict({str(i): sublayer_parts(student.each_block()[i]) for i in self.learning})
         self.energies = Energies(len(self.learning)).to(next(student.parameters()).device)
 
@@ -134,12 +135,18 @@ class SublayerTask(Task):
 
     def calibrate(self, parts: list[Batch]) -> None:
         """The energies of the teacher's sub-layers."""
-        seen = (observe(self.teacher, part.images, self.student.config) for part in parts)
+        seen = (self.observed(part) for part in parts)
         self.energies.measure([taps.sublayers[i] for i in self.learning] for taps in seen)
+
+    @torch.no_grad()
+    def observed(self, batch: Batch) -> Taps:
+        """The teacher's taps, the first of them from where the student starts."""
+        taps = observe(self.teacher, batch.images, self.student.config)
+        return from_entry(taps, self.student.embed(batch.images)[0]) if self.learn_positions else taps
 
     def losses(self, batch: Batch) -> Losses:
         """The relative error of each sub-layer, "block i", and their sum."""
-        taps = observe(self.teacher, batch.images, self.student.config)
+        taps = self.observed(batch)
         energies = self.energies.of([taps.sublayers[i] for i in self.learning])
         losses: Losses = {
             f"block {i}": self.sublayer_error(i, taps.entries[i], taps.sublayers[i], taps, energy)
@@ -153,6 +160,11 @@ class SublayerTask(Task):
         grid = taps.grid._replace(prefix=self.student.config.prefix)
         branch = self.student.each_block()[i].sublayer(entries[:, taps.grid.prefix - grid.prefix :], grid)
         return relative_error(branch[:, grid.prefix :], wanted, energy)
+
+
+def lacks_positions(student: Encoder, teacher: Encoder) -> bool:
+    """Whether the teacher's tokens carry positions and the student's do not."""
+    return teacher.positions is not None and student.positions is None
 
 
 def sublayer_parts(block: Block) -> nn.ModuleDict:
@@ -180,12 +192,14 @@ class DistillTask(Task):
         dual: DualEncoder | None = None,
         captions: Captions | None = None,
         teacher_size: tuple[int, int] | None = None,
+        learn_positions: bool = True,
     ) -> None:
         """dual and captions: the teacher's image-text model and the captions of a batch, for the contrastive loss.
 
         teacher_size: in pixels, what images are resized to for the teacher, whose taps are then upsampled to the
-        student's grid; None shows both the same. Raises ValueError if the contrastive loss is on without what it
-        needs, or if depths or widths differ.
+        student's grid; None shows both the same. learn_positions: see `DistillConfig`.
+
+        Raises ValueError if the contrastive loss is on without what it needs, or if depths or widths differ.
         """
         super().__init__()
         if (teacher.config.depth, teacher.config.width) != (student.config.depth, student.config.width):
@@ -200,6 +214,7 @@ class DistillTask(Task):
         self.student = student
         self.compares = bool(config.alpha or config.beta or config.output)
         self.capturable = not config.contrastive
+        self.learn_positions = learn_positions and lacks_positions(student, teacher)
         self.leaves_some = not (config.output or config.contrastive)
         self.inherited = inherited_names(student, teacher)
         device = next(student.parameters()).device
@@ -219,8 +234,14 @@ class DistillTask(Task):
     def calibrate(self, parts: list[Batch]) -> None:
         """The energies of the teacher at every tap and of its pooled vector."""
         if self.compares:
-            seen = (observe(self.teacher, p.images, self.student.config, self.teacher_size) for p in parts)
+            seen = (self.observed(part, self.student.embed(part.images)[0]) for part in parts)
             self.energies.measure([*taps.sublayers, *taps.blocks, taps.pooled] for taps in seen)
+
+    @torch.no_grad()
+    def observed(self, batch: Batch, entry: Tensor) -> Taps:
+        """The teacher's taps, the first of them from where the student starts: `entry` [B, h*w, C]."""
+        taps = observe(self.teacher, batch.images, self.student.config, self.teacher_size)
+        return from_entry(taps, entry) if self.learn_positions else taps
 
     def losses(self, batch: Batch) -> Losses:
         """Mean PP and PB losses over blocks, the pooled vector's, the contrastive one, and their weighted sum."""
@@ -229,7 +250,7 @@ class DistillTask(Task):
         parts: Losses = {}
         weights = {"PP": config.alpha, "PB": config.beta, "pooled": config.output, "contrastive": config.contrastive}
         if self.compares:
-            theirs = observe(self.teacher, batch.images, self.student.config, self.teacher_size)
+            theirs = self.observed(batch, mine.entries[0])
             energies = self.energies.of([*theirs.sublayers, *theirs.blocks, theirs.pooled])
             at_sublayers, at_blocks, at_pooled = energies.split([len(mine.blocks), len(mine.blocks), 1])
             if config.alpha:

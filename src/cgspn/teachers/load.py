@@ -22,7 +22,9 @@ EMBEDDED = "embedded"
 OWN = ("encoder", "dual", "pretrained_dual")
 
 
-def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Encoder | DualEncoder:
+def load_model(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, heads: int | None = None, **overrides: Any
+) -> Encoder | DualEncoder:
     """The encoder of a checkpoint, or the whole image-text model if it is one, in eval mode.
 
     Args:
@@ -30,26 +32,30 @@ def load_model(source: str | Path, *, dtype: torch.dtype = torch.float32, **over
             transformers', OpenCLIP's, timm's), a hub id (`org/name`, `hf-hub:org/name`, `org/name@revision`), or
             "embedded" for the teacher that comes with the package.
         dtype: of the weights of a foreign checkpoint; this library's own come as float32.
-        overrides: fields of `EncoderConfig` that a foreign file does not show, such as
-            `attention=AttentionConfig(heads=2)` or `activation="quick_gelu"`.
+        heads: of attention, where no config lies beside a foreign file and its width is not of a known model.
+        overrides: fields of `EncoderConfig` that a foreign file does not show, such as `activation="quick_gelu"`.
 
     Of transformers' CLIP and SigLIP the text tower comes along if transformers and the tokenizer's files are there;
     a warning says so if not. Raises CheckpointError, saying what was expected and what was found.
     """
-    return _load(source, dtype, overrides, text=True)
+    return _load(source, dtype, heads, overrides, text=True)
 
 
-def load_encoder(source: str | Path, *, dtype: torch.dtype = torch.float32, **overrides: Any) -> Encoder:
+def load_encoder(
+    source: str | Path, *, dtype: torch.dtype = torch.float32, heads: int | None = None, **overrides: Any
+) -> Encoder:
     """The image encoder of a checkpoint, in eval mode; of an image-text model, its image side.
 
     Its pooled output is the family's own: the image embedding of CLIP and SigLIP, the class token of DINOv2.
     Arguments and errors as in `load_model`; no text tower is read. Source: design, section 6.
     """
-    model = _load(source, dtype, overrides, text=False)
+    model = _load(source, dtype, heads, overrides, text=False)
     return model.image if isinstance(model, DualEncoder) else model
 
 
-def _load(source: str | Path, dtype: torch.dtype, overrides: dict[str, Any], text: bool) -> Encoder | DualEncoder:
+def _load(
+    source: str | Path, dtype: torch.dtype, heads: int | None, overrides: dict[str, Any], text: bool
+) -> Encoder | DualEncoder:
     if str(source) == EMBEDDED:
         return load_embedded_teacher()
     path = locate(source)
@@ -57,7 +63,7 @@ def _load(source: str | Path, dtype: torch.dtype, overrides: dict[str, Any], tex
     if "model" in own and "model_type" not in own:
         return _load_own(path)
     found = open_source(path, str(source))
-    encoder = read_encoder(found, dtype, overrides)
+    encoder = read_encoder(found, dtype, heads, overrides)
     if not text or not any("text_model." in key for key in found.weights):
         return encoder
     reason = missing_for_text(found)

@@ -18,13 +18,13 @@ from .transformers import CLIP, DINOV2, SIGLIP
 FAMILIES: tuple[Family, ...] = (TIMM, OPENCLIP, CLIP, SIGLIP, DINOV2)  # SigLIP's anchors are CLIP's too: CLIP first
 
 
-def read_encoder(source: Source, dtype: torch.dtype, overrides: dict[str, Any]) -> Encoder:
+def read_encoder(source: Source, dtype: torch.dtype, heads: int | None, overrides: dict[str, Any]) -> Encoder:
     """The image encoder of a foreign checkpoint, in eval mode.
 
     Raises CheckpointError for an unknown or incomplete one, naming the nearest family and the keys that differ.
     """
     for family in FAMILIES:
-        tower = family.find(source)
+        tower = family.find(source, heads)
         if tower is not None:
             return build(family, tower, dtype, overrides)
     keys = [re.sub(r"\.\d+\.", ".{i}.", key) for key in source.weights]

@@ -40,11 +40,12 @@ class Rule:
 
 @dataclass(frozen=True)
 class Tower:
-    """The image tower of a source: its tensors by their keys below `prefix`."""
+    """The image tower of a source: its tensors by their keys below `prefix`, and its heads if the user gave them."""
 
     source: Source
     prefix: str
     weights: Weights
+    heads: int | None = None
 
     def has(self, key: str) -> bool:
         """Whether the tower has this key."""
@@ -90,14 +91,14 @@ class Family:
     config: Callable[[Tower], EncoderConfig]
     ignored: tuple[str, ...] = ()
 
-    def find(self, source: Source) -> Tower | None:
+    def find(self, source: Source, heads: int | None = None) -> Tower | None:
         """The tower of this family in a source, if it has one."""
         first = self.anchors[0]
         for key in source.weights:
             prefix = key.removesuffix(first)
             if prefix != key and all(prefix + anchor in source.weights for anchor in self.anchors):
                 tower = {k.removeprefix(prefix): v for k, v in source.weights.items() if k.startswith(prefix)}
-                return Tower(source, prefix, tower)
+                return Tower(source, prefix, tower, heads)
         return None
 
 
@@ -218,19 +219,20 @@ def sizes(tower: Tower, patch: int, side: int, native: Any) -> dict[str, Any]:
     return {"image_size": pair, "patch_size": patch, "crop_remainder": any(n % patch for n in pair)}
 
 
-def head_count(width: int, stated: Any = None, sixteen: bool = False) -> int:
-    """The number of heads, which no tensor shows: what a config states, else what models of this width have.
+def head_count(tower: Tower, width: int, stated: Any = None, sixteen: bool = False) -> int:
+    """The number of heads, which no tensor shows: the user's, a config's, else what models of this width have.
 
     Raises ValueError for a width of which no model is known.
     """
+    if tower.heads is not None:
+        return tower.heads
     if isinstance(stated, int):
         return stated
     if width in _SIXTEEN or (sixteen and width == 1536):
         return 16
     if width % 64:
         raise ValueError(
-            f"width is {width}, and no config states the number of heads; "
-            "give it: load_encoder(source, attention=AttentionConfig(heads=...))"
+            f"width is {width}, and no config states the number of heads; give it: load_encoder(source, heads=...)"
         )
     return width // 64
 

@@ -42,7 +42,7 @@ def config(tower: Tower) -> EncoderConfig:
         mixers=attention_blocks(vision.get("layers") or tower.depth(r"transformer\.resblocks\.(\d+)\.")),
         mlp_hidden=tower.shape("transformer.resblocks.0.mlp.c_fc.weight")[0],
         activation="quick_gelu" if model.get("quick_gelu", named) else "gelu",
-        attention=AttentionConfig(head_count(width, heads)),
+        attention=AttentionConfig(head_count(tower, width, heads)),
         layer_scale=1e-5 if tower.has("transformer.resblocks.0.ls_1.gamma") else None,
         position_resize="bicubic_antialias",
         class_token=True,

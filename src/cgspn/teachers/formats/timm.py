@@ -75,7 +75,7 @@ def config(tower: Tower) -> EncoderConfig:
         mlp_hidden=hidden,
         activation=act,
         attention=AttentionConfig(
-            head_count(width, args.get("num_heads"), sixteen=sigmoid), tower.has("blocks.0.attn.qkv.bias")
+            head_count(tower, width, args.get("num_heads"), sixteen=sigmoid), tower.has("blocks.0.attn.qkv.bias")
         ),
         layer_scale=1e-5 if scale else None,
         positions=rows > 0,
