@@ -7,6 +7,8 @@ from safetensors.torch import save_file
 import cgspn
 from cgspn.models import CheckpointError
 
+from .parity import relative
+
 C = 32
 
 
@@ -95,7 +97,7 @@ def test_families_are_recognised_and_convert(name, tmp_path):
     encoder.save_pretrained(tmp_path / "own")
     images = torch.randn(1, 3, 42, 70)
     own = cgspn.load_encoder(tmp_path / "own")
-    assert torch.equal(own(images).pooled, encoder(images).pooled)
+    assert relative(own(images).pooled, encoder(images).pooled) < 1e-6  # alignment in memory changes sums
     out = cgspn.convert(encoder, compression=4)(images)
     assert out.tokens.isfinite().all()
     assert out.pooled.isfinite().all()
