@@ -133,7 +133,6 @@ def test_raw_features_of_clip_are_the_last_hidden_state(tmp_path):
 def test_a_bare_file_needs_only_the_heads(suffix, tmp_path):
     from safetensors.torch import save_file
 
-
     model = shaken(build("dinov2"))
     path = tmp_path / f"weights{suffix}"
     state = {key: value.half() for key, value in model.state_dict().items()}
@@ -144,9 +143,7 @@ def test_a_bare_file_needs_only_the_heads(suffix, tmp_path):
     with torch.no_grad():
         theirs = model.half().float()(images).last_hidden_state[:, 1:]
         assert relative(encoder(images).tokens.flatten(1, 2), theirs) < 1e-5
-    assert cgspn.load_encoder(path, dtype=torch.bfloat16, heads=3).norm.weight.dtype == (
-        torch.bfloat16
-    )
+    assert cgspn.load_encoder(path, dtype=torch.bfloat16, heads=3).norm.weight.dtype == (torch.bfloat16)
     with pytest.raises(cgspn.models.CheckpointError, match="width is 48, and no config states the number of heads"):
         cgspn.load_encoder(path)
 

@@ -10,6 +10,7 @@ import os
 import tarfile
 import tempfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,10 +111,8 @@ def load_index(path: Path, cache: Path) -> TarIndex:
     if cached is not None and cached[0] == stamp:
         return cached[1]
     index = index_tar(path)
-    try:
+    with suppress(OSError):  # a read-only or full disk costs time at the next start, nothing else
         _write(kept, stamp, index)
-    except OSError:
-        pass  # a read-only or full disk costs time at the next start, nothing else
     return index
 
 
