@@ -1,5 +1,7 @@
 """Image folders: what is read, how colours come out, and what happens to files that cannot be read."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -98,7 +100,7 @@ def test_damaged_files_are_skipped_counted_named_and_printed_once(tmp_path, caps
     images, skipped = load_folder(tmp_path, 4, max_skipped_fraction=0.3)
     assert images.images[:, 0, 0, 0].tolist() == list(range(8))
     assert images.labels.tolist() == [0] * 8
-    assert {path.name for path, _ in skipped.files} == {"cut.jpg", "torn.png", "[bold]text.png"}
+    assert {Path(name).name for name, _ in skipped.files} == {"cut.jpg", "torn.png", "[bold]text.png"}
     assert (len(skipped), skipped.total) == (3, 11)
     printed = capsys.readouterr()
     assert printed.out == ""

@@ -2,9 +2,10 @@
 
 from .captions import TEMPLATES, fill
 from .embedded import load_embedded
-from .folder import Skipped, load_folder
+from .folder import load_folder
 from .image_set import ImageSet
 from .loader import Batch, ImageSource, batch_indices, batches, one_pass
+from .skipped import Skipped
 from .source import load_images
 from .transforms import EvalTransform, TrainTransform, center_crop, normalize, random_resized_crop, resize, to_float
 

@@ -3,46 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor
 
+from .decode import middle, read_box, whole
 from .image_set import ImageSet
+from .skipped import Skipped
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 """Endings, in any case, of the files that are read; others are no images and are passed over in silence."""
-
-SHOWN = 10  # names in a message; the report object has them all
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """What `load_folder` could not read.
-
-    Attributes:
-        files: path and reason of each, in the order of reading.
-        total: image files that were tried.
-    """
-
-    files: tuple[tuple[Path, str], ...]
-    total: int
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def summary(self) -> str:
-        """A line for the count and one for each file, the first ten by name."""
-        lines = [f"skipped {len(self)} of {self.total} image files that could not be read:"]
-        lines += [f"  {path}: {reason}" for path, reason in self.files[:SHOWN]]
-        if len(self) > SHOWN:
-            lines.append(f"  and {len(self) - SHOWN} more")
-        return "\n".join(lines)
 
 
 def load_folder(
@@ -55,9 +27,8 @@ def load_folder(
     """Read a folder of images: one sub-folder for each class, or flat (one class, named after the folder).
 
     Files are taken in the order of their names, from sub-folders at any depth; hidden files and folders are passed
-    over. Photographs are turned as their Exif orientation says; transparent pixels become white; palettes, CMYK and
-    16-bit grey are converted; of an animation the first frame is taken. If files were skipped, the report is printed
-    once, on standard error.
+    over. How pictures are read is said at `read_box`. If files were skipped, the report is printed once, on standard
+    error.
 
     Args:
         path: the folder.
@@ -80,25 +51,26 @@ def load_folder(
         raise ValueError(f"size is {size!r}; expected a positive int, or (height, width) of two")
     if not 0 <= max_skipped_fraction <= 1:
         raise ValueError(f"max_skipped_fraction is {max_skipped_fraction}; accepted: 0 to 1")
-    names, files = _list(root)
+    names, files = list_folder(root)
 
     # Straight into place: a list of images and a stack would need the memory twice.
     images = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
     labels: list[int] = []
-    bad: list[tuple[Path, str]] = []
+    bad: list[tuple[str, str]] = []
+    choose = middle((height, width)) if crop else whole
     for file, label in files:
         try:
-            images[len(labels)] = _read(file, height, width, crop)
+            images[len(labels)] = torch.tensor(read_box(file, (height, width), choose)).permute(2, 0, 1)
             labels.append(label)
         # Decoders raise all kinds of errors on damaged files: OSError, SyntaxError, ValueError, struct.error, ...
         except Exception as error:
-            bad.append((file, f"{type(error).__name__}: {error}"))
+            bad.append((str(file), f"{type(error).__name__}: {error}"))
             if len(bad) > max_skipped_fraction * len(files):
                 raise ValueError(
                     f"{root}: more than {max_skipped_fraction:.0%} of its {len(files)} image files cannot be read "
-                    f"(max_skipped_fraction), among them {', '.join(str(b) for b, _ in bad[:3])}"
+                    f"(max_skipped_fraction), among them {', '.join(b for b, _ in bad[:3])}"
                 ) from error
-    skipped = Skipped(tuple(bad), len(files))
+    skipped = Skipped(tuple(bad), len(files), "image files")
     if skipped:
         Console(stderr=True).print(f"{escape(str(root))}: {escape(skipped.summary())}", highlight=False, soft_wrap=True)
     if not labels:
@@ -108,8 +80,11 @@ def load_folder(
     return ImageSet(kept, torch.tensor(labels, dtype=torch.int64), names), skipped
 
 
-def _list(root: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
-    """Class names, and files with their labels."""
+def list_folder(root: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
+    """Class names, and image files with their labels, in the order of names.
+
+    Raises FileNotFoundError, NotADirectoryError or ValueError as `load_folder` does.
+    """
     if not root.exists():
         raise FileNotFoundError(f"no such folder: {root}")
     if not root.is_dir():
@@ -142,32 +117,3 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and path.is_file()
-
-
-def _read(file: Path, height: int, width: int, crop: bool) -> Tensor:
-    """uint8 [3, height, width]."""
-    with Image.open(file) as opened:
-        # JPEG decoders can shrink by 2, 4 or 8 for free; twice the size wanted leaves the quality to the resize.
-        opened.draft("RGB", (2 * max(height, width),) * 2)
-        image = _to_rgb(ImageOps.exif_transpose(opened))
-    if crop:
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
-    else:
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):
-        # 16-bit grey, which Pillow opens as "I;16" or "I" and would clip at 255 instead of scaling.
-        grey = np.asarray(image)
-        if grey.min() < 0 or grey.max() > 65535:
-            raise ValueError("grey values outside 0..65535")
-        return Image.fromarray((grey.astype(np.float32) / 257).round().astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("floating-point grey values, whose range is not known")
-    if image.has_transparency_data:
-        # Over white, as pages show it; dropping alpha would uncover whatever colour was saved under it.
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")

@@ -134,7 +134,14 @@ def random_boxes(
         scale: smallest and largest share of the image's area.
         ratio: smallest and largest width / height.
     """
-    area_u, ratio_u, top_u, left_u = torch.rand(4, count, generator=generator, dtype=torch.float64)
+    return boxes_from(torch.rand(4, count, generator=generator, dtype=torch.float64), height, width, scale, ratio)
+
+
+def boxes_from(
+    uniform: Tensor, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
+) -> Tensor:
+    """The boxes of `random_boxes` that these draws stand for: float64 [4, count] in 0..1."""
+    area_u, ratio_u, top_u, left_u = uniform
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area_u)
     aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * ratio_u)
     box_h = (area / aspect).sqrt().round().clamp(1, height)

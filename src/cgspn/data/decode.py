@@ -1,0 +1,88 @@
+"""From an image file to RGB pixels of a given size: one box of the picture, upright, whatever its format and mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+ORIENTATION = 0x0112  # the Exif tag; values from 5 to 8 turn a picture on its side
+ON_ITS_SIDE = range(5, 9)
+
+Box = tuple[float, float, float, float]
+"""(top, left, height, width) in pixels, inside the picture."""
+
+
+def read_box(file: Path | IO[bytes], size: tuple[int, int], choose: Callable[[int, int], Box]) -> NDArray[np.uint8]:
+    """Read a box of a picture, resized with an antialiased bilinear filter.
+
+    Pictures are turned as their Exif orientation says; transparent pixels become white; palettes, CMYK and 16-bit
+    grey are converted; of an animation the first frame is taken.
+
+    Args:
+        file: a path, or a file opened for reading.
+        size: (height, width) of the result.
+        choose: from height and width of the upright picture to the box.
+
+    Returns:
+        uint8 [height, width, 3].
+
+    Raises all kinds of errors for a damaged file: OSError, SyntaxError, ValueError, struct.error and others.
+    """
+    with Image.open(file) as opened:
+        if opened.format in ("JPEG", "MPO"):
+            sideways = opened.getexif().get(ORIENTATION) in ON_ITS_SIDE
+            height, width = (opened.width, opened.height) if sideways else (opened.height, opened.width)
+            box = choose(height, width)
+            # the decoder can shrink by 2, 4 or 8 for free; twice the size wanted leaves the quality to the resize
+            shrink = max(1.0, min(box[2] / size[0], box[3] / size[1]) / 2)
+            opened.draft(None, (int(opened.width / shrink), int(opened.height / shrink)))
+            image = ImageOps.exif_transpose(opened)
+        else:
+            image = ImageOps.exif_transpose(opened)
+            height, width = image.height, image.width
+            box = choose(height, width)
+        image = to_rgb(image)
+    # a shrunk side is rounded up, so that a box at the edge could reach a rounding error beyond it
+    x, y = image.width / width, image.height / height
+    top, left = box[0] * y, box[1] * x
+    bottom, right = min((box[0] + box[2]) * y, image.height), min((box[1] + box[3]) * x, image.width)
+    resized = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, (left, top, right, bottom))
+    return np.asarray(resized)
+
+
+def whole(height: int, width: int) -> Box:
+    """All of the picture, for `read_box`."""
+    return 0, 0, height, width
+
+
+def middle(size: tuple[int, int]) -> Callable[[int, int], Box]:
+    """For `read_box`: the largest box in the middle that has the aspect ratio of `size`, (height, width)."""
+
+    def choose(height: int, width: int) -> Box:
+        scale = min(height / size[0], width / size[1])
+        box_height, box_width = size[0] * scale, size[1] * scale
+        return (height - box_height) / 2, (width - box_width) / 2, box_height, box_width
+
+    return choose
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB. Raises ValueError for grey values whose range is not known."""
+    if image.mode.startswith("I"):
+        # 16-bit grey, which Pillow opens as "I;16" or "I" and would clip at 255 instead of scaling.
+        grey = np.asarray(image)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("grey values outside 0..65535")
+        return Image.fromarray((grey.astype(np.float32) / 257).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point grey values, whose range is not known")
+    if image.has_transparency_data:
+        # Over white, as pages show it; dropping alpha would uncover whatever colour was saved under it.
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")

@@ -1,0 +1,70 @@
+"""What could not be read: named, counted, and put up with up to a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+SHOWN = 10  # names in a message; the report object has them all
+FIRST = 1000  # images that a stream is given before its share of unreadable ones is judged
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What could not be read.
+
+    Attributes:
+        files: name and reason of each, in the order of reading.
+        total: how many were tried.
+        what: what they are, in the plural.
+    """
+
+    files: tuple[tuple[str, str], ...] = ()
+    total: int = 0
+    what: str = "images"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def summary(self) -> str:
+        """A line for the count and one for each file, the first ten by name."""
+        lines = [f"skipped {len(self)} of {self.total} {self.what} that could not be read:"]
+        lines += [f"  {name}: {reason}" for name, reason in self.files[:SHOWN]]
+        if len(self) > SHOWN:
+            lines.append(f"  and {len(self) - SHOWN} more")
+        return "\n".join(lines)
+
+
+@dataclass
+class Tally:
+    """Counts what a run skips. An image that is met again in a later epoch counts once.
+
+    Attributes:
+        source: what is read, for messages.
+        size: number of its images.
+        limit: largest share of unreadable ones that is put up with, 0 to 1.
+    """
+
+    source: str
+    size: int
+    limit: float
+    read: int = 0
+    bad: dict[int, tuple[str, str]] = field(default_factory=dict)
+
+    def add(self, read: int, bad: Sequence[tuple[int, str, str]]) -> None:
+        """Count images that were read, and number, name and reason of those that could not be.
+
+        Raises ValueError if these are more than the limit.
+        """
+        self.read += read + len(bad)
+        self.bad |= {number: (name, reason) for number, name, reason in bad}
+        if len(self.bad) > self.limit * min(self.size, max(self.read, FIRST)):
+            shown = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.values())[:3])
+            raise ValueError(
+                f"{self.source}: {len(self.bad)} of the {min(self.read, self.size)} images read so far cannot be "
+                f"used, more than {self.limit:.0%} (max_skipped); among them {shown}"
+            )
+
+    def report(self) -> Skipped:
+        """What was skipped so far."""
+        return Skipped(tuple(self.bad.values()), min(self.read, self.size))
