@@ -11,20 +11,21 @@ import tarfile
 import tempfile
 import zipfile
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = 1  # of the cached file; another number is read as no cache
+FORMAT = 2  # of the cached file; another number is read as no cache
 
-PARTS = ("image", "txt", "json", "mask")
+PARTS = ("image", "txt", "json", "mask", "cls")
 ENDINGS = {
     **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image"),
     "txt": "txt",
     "json": "json",
     "mask.png": "mask",
+    "cls": "cls",
 }
 
 
@@ -34,7 +35,7 @@ class TarIndex:
 
     Attributes:
         keys: bytes [N], UTF-8: the path of each sample's members up to the first dot.
-        spans: int64 [N, 4, 2], offset and size in bytes of the members `PARTS`; -1 where there is none.
+        spans: int64 [N, 5, 2], offset and size in bytes of the members `PARTS`; -1 where there is none.
         damage: what is wrong with the file, or ""; the samples before the damage are all there.
     """
 
@@ -93,8 +94,8 @@ def _place(spans: dict[str, list[tuple[int, int]]], member: tarfile.TarInfo) -> 
 def load_index(path: Path, cache: Path) -> TarIndex:
     """The index of a tar, from `cache` if the file has the size and time that it had when it was indexed.
 
-    Of a file that is gone the cached index is returned, so that the order of all other samples stays what it was. A
-    cache that cannot be written is done without.
+    Of a file that is gone, or has lost samples to damage, the cached index is returned, so that the order of all
+    other samples stays what it was. A cache that cannot be written is done without.
 
     Raises OSError if the file cannot be read and was never indexed.
     """
@@ -111,6 +112,8 @@ def load_index(path: Path, cache: Path) -> TarIndex:
     if cached is not None and cached[0] == stamp:
         return cached[1]
     index = index_tar(path)
+    if index.damage and cached is not None and len(index) < len(cached[1]):
+        return replace(cached[1], damage=index.damage)
     with suppress(OSError):  # a read-only or full disk costs time at the next start, nothing else
         _write(kept, stamp, index)
     return index
