@@ -43,7 +43,8 @@ def tapped_forward(encoder: Encoder, images: Tensor) -> Taps:
         sublayers.append(branch[:, grid.prefix :])
         blocks.append(tokens[:, grid.prefix :])
     tokens = encoder.norm(tokens)
-    return Taps(entries, sublayers, blocks, tokens[:, grid.prefix :], encoder.forward_head(tokens, grid), grid)
+    pooled = encoder.forward_head(tokens, pre_logits=True)
+    return Taps(entries, sublayers, blocks, tokens[:, grid.prefix :], pooled, grid)
 
 
 def from_entry(taps: Taps, entry: Tensor) -> Taps:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from .mixer import Grid
-
-PositionResize = Literal["bicubic", "bicubic_antialias", "bilinear_antialias"]
+from .resize import PositionResize, resize_matrix, resize_table
 
 
 class PatchEmbed(nn.Module):
@@ -19,15 +15,37 @@ class PatchEmbed(nn.Module):
     With `crop`, any H and W from one patch up: pixels beyond the last whole patch are left out (SigLIP at 384 px).
     """
 
-    def __init__(self, patch_size: int, channels: int, width: int, bias: bool = True, crop: bool = False) -> None:
-        """patch_size in pixels; channels: of the image; width: C."""
+    def __init__(
+        self,
+        patch_size: int,
+        channels: int,
+        width: int,
+        bias: bool = True,
+        crop: bool = False,
+        img_size: tuple[int, int] | None = None,
+    ) -> None:
+        """patch_size in pixels; channels: of the image; width: C; img_size: native (height, width), one patch if None.
+
+        The sizes are kept in pairs under timm's names, which code around encoders reads; forward takes any size.
+        """
         super().__init__()
-        self.patch_size, self.crop = patch_size, crop
+        self.patch_size, self.crop = (patch_size, patch_size), crop
+        self.img_size = img_size or self.patch_size
         self.projection = nn.Conv2d(channels, width, patch_size, patch_size, bias=bias)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Grid]:
-        """Raises ValueError for a wrong number of dimensions or channels, or a size that patches do not tile."""
-        p, channels = self.patch_size, self.projection.in_channels
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the grid at the native image size."""
+        return self.img_size[0] // self.patch_size[0], self.img_size[1] // self.patch_size[1]
+
+    @property
+    def num_patches(self) -> int:
+        """Grid tokens at the native image size."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    def grid_of(self, images: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches. Raises ValueError for what `forward` does not take."""
+        p, channels = self.patch_size[0], self.projection.in_channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images has shape {tuple(images.shape)}; expected [B, {channels}, H, W]")
         height, width = images.shape[2:]
@@ -37,7 +55,22 @@ class PatchEmbed(nn.Module):
                 f"images are {height} x {width} pixels; accepted: multiples of the patch size {p}, "
                 f"the nearest being {nearest[0]} x {nearest[1]}"
             )
-        return self.projection(images).flatten(2).transpose(1, 2), Grid(height // p, width // p)
+        return height // p, width // p
+
+    def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Grid]:
+        """mask: [B, h, w] bool; pixels of patches where it is False count as zero, whatever they hold.
+
+        Raises ValueError for a wrong number of dimensions or channels, a size that patches do not tile, or a mask of
+        another grid.
+        """
+        height, width = self.grid_of(images)
+        if mask is not None:
+            p = self.patch_size[0]
+            if mask.shape != (len(images), height, width):
+                raise ValueError(f"mask has shape {tuple(mask.shape)}; expected {(len(images), height, width)}")
+            outside = ~mask.repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]
+            images = images[:, :, : height * p, : width * p].masked_fill(outside, 0.0)
+        return self.projection(images).flatten(2).transpose(1, 2), Grid(height, width, mask=mask)
 
 
 class LearnedPositions(nn.Module):
@@ -58,7 +91,26 @@ class LearnedPositions(nn.Module):
         """The table for a height x width grid: [h*w, C]."""
         if (height, width) == self.grid:
             return self.table
-        table = self.table.T.reshape(1, -1, *self.grid).float()
-        mode, _, antialias = self.resize.partition("_")
-        resized = interpolate(table, (height, width), mode=mode, align_corners=False, antialias=bool(antialias))
-        return resized[0].flatten(1).T.to(self.table.dtype)
+        return self.resized(height, width)
+
+    def resized(self, height: int, width: int) -> Tensor:
+        """`forward` by the same arithmetic for every size, the native one too: what an exported program holds."""
+        rows, columns = (
+            resize_matrix(torch.arange(1, wanted + 1, device=self.table.device), size, self.resize)
+            for wanted, size in zip((height, width), self.grid, strict=True)
+        )
+        return self._resized(rows, columns).flatten(0, 1)
+
+    def of_images(self, mask: Tensor) -> Tensor:
+        """Positions of padded images, each resized to its own size: mask [B, h, w] bool -> [B, h*w, C].
+
+        An image is the rows and columns in which its mask has a True; what stands in the padding means nothing.
+        """
+        rows, columns = (
+            resize_matrix(mask.any(across).cumsum(1), size, self.resize)
+            for across, size in zip((2, 1), self.grid, strict=True)
+        )
+        return self._resized(rows, columns).flatten(1, 2)
+
+    def _resized(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return resize_table(self.table.unflatten(0, self.grid), rows, columns).to(self.table.dtype)

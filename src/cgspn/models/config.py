@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ..layers import Activation, AttentionConfig, Pooling, PositionResize, PropagationConfig
 
 MixerName = Literal["attention", "propagation"]
+Resample = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,10 @@ class EncoderConfig:
         pool_norm: a LayerNorm on the pooled vector (timm's fc_norm).
         embed_dim: width that the pooled vector is projected to, as in CLIP; None for no projection.
         embed_bias: a bias in that projection.
+        num_classes: outputs of a classifier after that; 0 for none.
         image_mean, image_std: how pixel values in [0, 1] are normalised.
+        image_crop: how a picture of another shape gets the native size: its middle cut out, or all of it squeezed.
+        image_resample: how it is resized for that.
     """
 
     name: str = "encoder"
@@ -66,8 +70,11 @@ class EncoderConfig:
     pool_norm: bool = False
     embed_dim: int | None = None
     embed_bias: bool = False
+    num_classes: int = 0
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_crop: bool = True
+    image_resample: Resample = "bilinear"
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that no encoder can have."""
@@ -78,6 +85,8 @@ class EncoderConfig:
             raise ValueError("class_token and registers must be off beside propagation: the scan knows only the grid")
         if self.pooling not in ("map", "mean", "cls"):
             raise ValueError(f"pooling is {self.pooling!r}; accepted: 'map', 'mean', 'cls'")
+        if self.num_classes < 0:
+            raise ValueError(f"num_classes is {self.num_classes}; accepted: 0 for no classifier, or more")
         if self.pooling == "cls" and not self.class_token:
             raise ValueError("pooling is 'cls' without a class token; accepted: 'map', 'mean'")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from ..layers import (
 )
 from .checkpoint import save_model
 from .config import EncoderConfig, to_dict
+from .contract import TimmContract, build_head
+from .mixed import encode_mixed
 
 
 class EncoderOutput(NamedTuple):
@@ -43,10 +45,12 @@ def build_mixer(config: EncoderConfig, layer: int) -> Mixer:
     return PropagationMixer(config.width, config.propagation)
 
 
-class Encoder(nn.Module):
+class Encoder(TimmContract):
     """Images [B, channels, H, W] (normalised with config.image_mean and image_std) to tokens and a pooled vector.
 
-    Any H and W that are multiples of the patch size. Source: design, sections 3 and 6.
+    Any H and W that are multiples of the patch size. With config.num_classes a classifier follows the pooling: its
+    logits are `forward_head(forward_features(images))`, and `forward` stays as it is. Code written for a ViT of timm
+    finds what it looks for under the same names. Source: design, sections 3 and 6.
     """
 
     def __init__(self, config: EncoderConfig) -> None:
@@ -54,8 +58,10 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         width, patch = config.width, config.patch_size
-        grid = (config.image_size[0] // patch, config.image_size[1] // patch)
-        self.patch_embed = PatchEmbed(patch, config.channels, width, config.patch_bias, config.crop_remainder)
+        self.patch_embed = PatchEmbed(
+            patch, config.channels, width, config.patch_bias, config.crop_remainder, config.image_size
+        )
+        grid = self.patch_embed.grid_size
         self.prefix = nn.Parameter(torch.randn(config.prefix, width) * 0.02) if config.prefix else None
         self.positions = LearnedPositions(grid, width, config.position_resize) if config.positions else None
         self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
@@ -81,6 +87,7 @@ class Encoder(nn.Module):
         if config.embed_dim is not None:
             self.project = nn.Linear(width, config.embed_dim, bias=config.embed_bias)
             nn.init.normal_(self.project.weight, std=width**-0.5)
+        self.head = build_head(config)
         self.checkpointing = False
 
     def each_block(self) -> list[Block]:
@@ -96,16 +103,23 @@ class Encoder(nn.Module):
 
         mask: [B, h, w] bool, False where a position is padding. Raises ValueError for sizes that patches do not tile.
         """
-        tokens, grid = self.patch_embed(images)
+        tokens, grid = self.patch_embed(images, mask)
         if self.positions is not None:
-            tokens = tokens + self.positions(grid.height, grid.width)
+            own = self.positions(grid.height, grid.width) if mask is None else self.positions.of_images(mask)
+            tokens = tokens + own
         if self.prefix is not None:
             prefix = self.prefix
             tokens = torch.cat([prefix.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
-        return self.pre_norm(tokens), grid._replace(prefix=self.config.prefix, mask=mask)
+        return self.pre_norm(tokens), grid._replace(prefix=self.config.prefix)
 
-    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Grid]:
-        """Images to the normalised tokens [B, prefix + h*w, C] after the last block, and their grid."""
+    def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Images [B, channels, H, W] -> normalised tokens [B, prefix + h*w, C] after the last block, as timm's.
+
+        mask: [B, h, w] bool, False where a position is padding. Raises ValueError for sizes that patches do not tile.
+        """
+        return self._features(images, mask)[0]
+
+    def _features(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Grid]:
         tokens, grid = self.embed(images, mask)
         for block in self.each_block():
             tokens = self.run_block(block, tokens, grid)
@@ -126,49 +140,72 @@ class Encoder(nn.Module):
             return out
         return block.tapped(tokens, grid)
 
-    def forward_head(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Normalised tokens [B, N, C] -> pooled [B, config.pooled_width]."""
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False, mask: Tensor | None = None) -> Tensor:
+        """Normalised tokens [B, prefix + h*w, C] -> logits [B, num_classes], or pooled [B, config.pooled_width].
+
+        pre_logits: the pooled vector even of an encoder with a classifier; without one they are the same.
+        mask: [B, h, w] bool, as for the tokens.
+        """
+        prefix = self.config.prefix
+        grid = Grid(1, tokens.shape[1] - prefix, prefix, mask)  # pooling does not ask where a token lies
         pooled: Tensor = self.project(self.pool_norm(self.pool(tokens, grid)))
-        return pooled
+        return pooled if pre_logits else self.head(pooled)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> EncoderOutput:
         """Images [B, channels, H, W] -> tokens [B, h, w, C] and pooled [B, config.pooled_width]."""
-        tokens, grid = self.forward_features(images, mask)
-        return EncoderOutput(to_map(tokens, grid), self.forward_head(tokens, grid))
+        tokens, grid = self._features(images, mask)
+        return EncoderOutput(to_map(tokens, grid), self.forward_head(tokens, pre_logits=True, mask=mask))
+
+    def forward_mixed(self, images: Sequence[Tensor], **options: Any) -> list[EncoderOutput]:
+        """Images [channels, H, W] of different sizes -> what each gives alone: tokens [h, w, C] and pooled, in order.
+
+        options: `method`, `max_tokens`, `max_shapes`, `shapes` of `cgspn.models.encode_mixed`; errors as there.
+        """
+        return encode_mixed(self, images, **options)
 
     def forward_intermediates(
-        self, images: Tensor, indices: int | Sequence[int] | None = None, norm: bool = False
-    ) -> list[Tensor]:
-        """Feature maps after chosen blocks, as timm gives them: list of [B, C, h, w].
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        *,
+        return_prefix_tokens: bool = False,
+        stop_early: bool = False,
+        output_fmt: Literal["NCHW", "NLC"] = "NCHW",
+        intermediates_only: bool = True,
+        mask: Tensor | None = None,
+    ) -> Any:
+        """Feature maps after chosen blocks, as timm gives them: list of [B, C, h, w], in the order of `indices`.
 
         Args:
             images: [B, channels, H, W].
             indices: the last n blocks (int), or block indices, negative ones from the end; None for all.
             norm: apply the final LayerNorm to each.
+            return_prefix_tokens: pairs (map, prefix tokens [B, prefix, C]) in place of maps, if there are such tokens.
+            stop_early: run no block after the last one asked for, even if the final tokens are wanted.
+            output_fmt: "NCHW", or "NLC" for [B, h*w, C].
+            intermediates_only: False for the tuple (final tokens as of `forward_features`, list). timm's default is
+                False and this one's True: with the list alone, no block runs that it does not need.
+            mask: [B, h, w] bool, False where a position is padding.
 
-        Raises ValueError for an index outside the encoder.
+        Raises ValueError for an index outside the encoder or another output_fmt.
         """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt is {output_fmt!r}; accepted: 'NCHW', 'NLC'")
         wanted = self.block_indices(indices)
-        tokens, grid = self.embed(images)
-        maps = {}
-        for i, block in enumerate(self.each_block()[: max(wanted) + 1]):
+        tokens, grid = self.embed(images, mask)
+        taken: dict[int, Any] = {}
+        last = max(wanted) + 1 if intermediates_only or stop_early else self.config.depth
+        for i, block in enumerate(self.each_block()[:last]):
             tokens = self.run_block(block, tokens, grid)
-            if i in wanted:
-                maps[i] = to_map(self.norm(tokens) if norm else tokens, grid).permute(0, 3, 1, 2)
-        return [maps[i] for i in wanted]
-
-    def block_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Indices from 0 for what `forward_intermediates` accepts. Raises ValueError outside the encoder."""
-        depth = self.config.depth
-        if indices is None:
-            return list(range(depth))
-        if isinstance(indices, int):
-            if not 1 <= indices <= depth:
-                raise ValueError(f"indices is {indices}; accepted: 1 to {depth} last blocks, or a list of indices")
-            return list(range(depth - indices, depth))
-        if not indices or any(not -depth <= i < depth for i in indices):
-            raise ValueError(f"indices is {list(indices)}; accepted: at least one of {-depth} to {depth - 1}")
-        return [i % depth for i in indices]
+            if i not in wanted:
+                continue
+            seen = self.norm(tokens) if norm else tokens
+            taken[i] = to_map(seen, grid).permute(0, 3, 1, 2) if output_fmt == "NCHW" else seen[:, grid.prefix :]
+            if return_prefix_tokens and grid.prefix:
+                taken[i] = (taken[i], seen[:, : grid.prefix])
+        maps = [taken[i] for i in wanted]
+        return maps if intermediates_only else (self.norm(tokens), maps)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into `folder`, each whole or not at all.

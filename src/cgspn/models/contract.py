@@ -1,0 +1,255 @@
+"""What code written for a ViT of timm asks of an encoder, besides its forward passes: names, groups, surgery."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import interpolate
+
+from ..layers import ClassTokenPool, LearnedPositions, MeanPool, PatchEmbed
+from .config import EncoderConfig
+
+POOLS = {"map": "map", "mean": "avg", "cls": "token"}  # ours: timm's
+LAST = 99999  # timm's number of the group after the last block
+
+
+class TimmContract(nn.Module):
+    """The part of timm's encoder contract that reads or changes an encoder. `config` follows every change.
+
+    timm's `num_features` and `embed_dim` are the width of the tokens; the length of the pooled vector, which CLIP
+    projects to another one, is `head_hidden_size` here as there.
+    """
+
+    config: EncoderConfig
+    patch_embed: PatchEmbed
+    positions: LearnedPositions | None
+    blocks: nn.ModuleList
+    norm: nn.Module
+    pool: nn.Module
+    pool_norm: nn.Module
+    project: nn.Module
+    head: nn.Module
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the tokens, C."""
+        return self.config.width
+
+    @property
+    def embed_dim(self) -> int:
+        """Channels of the tokens, C; not `config.embed_dim`, which is the width of CLIP's projection."""
+        return self.config.width
+
+    @property
+    def head_hidden_size(self) -> int:
+        """Length of the pooled vector that the classifier reads."""
+        return self.config.pooled_width
+
+    @property
+    def num_classes(self) -> int:
+        """Outputs of the classifier; 0 without one."""
+        return self.config.num_classes
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Class and register tokens before the grid."""
+        return self.config.prefix
+
+    @property
+    def num_reg_tokens(self) -> int:
+        """Register tokens before the grid."""
+        return self.config.registers
+
+    @property
+    def has_class_token(self) -> bool:
+        """Whether the first token is a class token."""
+        return self.config.class_token
+
+    @property
+    def global_pool(self) -> str:
+        """How tokens are pooled, in timm's words: "map", "avg" or "token"."""
+        return POOLS[self.config.pooling]
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """One entry a block: its module, channels and stride in pixels."""
+        config = self.config
+        return [
+            {"module": f"blocks.{i}", "num_chs": config.width, "reduction": config.patch_size}
+            for i in range(config.depth)
+        ]
+
+    @property
+    def pretrained_cfg(self) -> dict[str, Any]:
+        """How to prepare images, as `timm.data.resolve_model_data_config` reads it."""
+        config = self.config
+        return {
+            "architecture": config.name,
+            "input_size": (config.channels, *config.image_size),
+            "fixed_input_size": False,
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "center",
+            "mean": config.image_mean,
+            "std": config.image_std,
+            "num_classes": config.num_classes,
+            "pool_size": None,
+            "first_conv": "patch_embed.projection",
+            "classifier": "head",
+        }
+
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """The older name of `pretrained_cfg`."""
+        return self.pretrained_cfg
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that are embeddings, not weights of a product."""
+        names = ("prefix", "positions.table", "pool.probe")
+        return {name for name, _ in self.named_parameters() if name in names}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Regular expressions that sort parameter names into layers: stem, blocks, and what follows them.
+
+        coarse: of no effect, a block being the coarsest group there is; timm passes it.
+        """
+        return {
+            "stem": r"^(prefix|positions|patch_embed|pre_norm)",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^(norm|pool|pool_norm|project|head)\b", (LAST,))],
+        }
+
+    def get_classifier(self) -> nn.Module:
+        """The classifier: a Linear, or an Identity without classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A fresh classifier after the pooling.
+
+        Args:
+            num_classes: 0 for none.
+            global_pool: another pooling, "avg" or "token" in timm's words; None or the present one keeps it.
+
+        Raises ValueError for a pooling that is unknown, needs a class token that is not there, or would start fresh
+        beside trained weights ("map").
+        """
+        if global_pool not in (None, self.global_pool):
+            pooling = {"avg": "mean", "token": "cls"}.get(str(global_pool))
+            if pooling is None:
+                raise ValueError(f"global_pool is {global_pool!r}; accepted: 'avg', 'token', {self.global_pool!r}")
+            self.config = replace(self.config, pooling=pooling)  # type: ignore[arg-type]
+            self.pool = MeanPool() if pooling == "mean" else ClassTokenPool()
+        self.config = replace(self.config, num_classes=num_classes)
+        weight = self.patch_embed.projection.weight
+        self.head = build_head(self.config).to(weight.device, weight.dtype).train(self.training)
+
+    def set_input_size(
+        self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
+    ) -> None:
+        """Another native image size, and another patch size with it if wanted; positions and patches are resized.
+
+        Forward takes any size without this. It is for a checkpoint that starts at that size, learned positions that
+        are trained there, and a finer or coarser grid.
+
+        Args:
+            img_size: (height, width) in pixels; None keeps it.
+            patch_size: in pixels, square; None keeps it.
+
+        Raises ValueError for an image size that the patches do not tile or a patch that is not square.
+        Source: timm; for the patches, FlexiViT (Beyer et al., 2023).
+        """
+        config = self.config
+        height, width = _pair(config.image_size if img_size is None else img_size)
+        patch, across = _pair(config.patch_size if patch_size is None else patch_size)
+        if patch != across or patch < 1:
+            raise ValueError(f"patch_size is {(patch, across)}; accepted: one positive number, or twice the same")
+        if min(height, width) < patch or (not config.crop_remainder and (height % patch or width % patch)):
+            raise ValueError(f"img_size is {(height, width)}; accepted: multiples of the patch size {patch}")
+        if patch != config.patch_size:
+            self.patch_embed.projection = resize_patches(self.patch_embed.projection, patch)
+        self.patch_embed.patch_size, self.patch_embed.img_size = (patch, patch), (height, width)
+        self.config = replace(config, image_size=(height, width), patch_size=patch)
+        grid = self.patch_embed.grid_size
+        if self.positions is not None and self.positions.grid != grid:
+            table = self.positions.table
+            resized = LearnedPositions(grid, config.width, config.position_resize)
+            resized.table = nn.Parameter(self.positions(*grid).detach(), requires_grad=table.requires_grad)
+            self.positions = resized
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the feature maps of `indices` do not need; returns the indices counted from 0.
+
+        Args:
+            indices: as `forward_intermediates` takes them.
+            prune_norm: drop the last LayerNorm too.
+            prune_head: drop pooling weights, projection and classifier too.
+
+        Raises ValueError for an index outside the encoder.
+        """
+        kept = self.block_indices(indices)
+        self.blocks = self.blocks[: max(kept) + 1]
+        self.config = replace(self.config, mixers=self.config.mixers[: max(kept) + 1])
+        if prune_norm:
+            self.norm = nn.Identity()
+            self.config = replace(self.config, final_norm=False)
+        if prune_head:
+            self.reset_classifier(0, "token" if self.config.pooling == "cls" else "avg")
+            self.pool_norm, self.project = nn.Identity(), nn.Identity()
+            self.config = replace(self.config, pool_norm=False, embed_dim=None)
+        return kept
+
+    def block_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Indices from 0 for what `forward_intermediates` accepts. Raises ValueError outside the encoder."""
+        depth = self.config.depth
+        if indices is None:
+            return list(range(depth))
+        if isinstance(indices, int):
+            if not 1 <= indices <= depth:
+                raise ValueError(f"indices is {indices}; accepted: 1 to {depth} last blocks, or a list of indices")
+            return list(range(depth - indices, depth))
+        if not indices or any(not -depth <= i < depth for i in indices):
+            raise ValueError(f"indices is {list(indices)}; accepted: at least one of {-depth} to {depth - 1}")
+        return [i % depth for i in indices]
+
+
+def build_head(config: EncoderConfig) -> nn.Module:
+    """The classifier of a config: a Linear from the pooled vector, small at first; an Identity without classes."""
+    if not config.num_classes:
+        return nn.Identity()
+    head = nn.Linear(config.pooled_width, config.num_classes)
+    nn.init.normal_(head.weight, std=0.02)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+@torch.no_grad()
+def resize_patches(projection: nn.Conv2d, patch: int) -> nn.Conv2d:
+    """A patch projection for another patch size that answers a resized patch as the old one answered the patch.
+
+    The weights go through the pseudo-inverse of the resize, not through the resize: shrunk weights would answer
+    with a different magnitude. Source: FlexiViT (Beyer et al., 2023), section 3.4.
+    """
+    weight = projection.weight
+    out, channels, old, _ = weight.shape
+    basis = torch.eye(old * old, device=weight.device).view(-1, 1, old, old)
+    resize = interpolate(basis, (patch, patch), mode="bicubic", antialias=True).flatten(1)  # [old^2, patch^2]
+    resized = weight.float().view(out, channels, -1) @ torch.linalg.pinv(resize).T
+    new = nn.Conv2d(channels, out, patch, patch, bias=projection.bias is not None)
+    new.weight = nn.Parameter(resized.view(out, channels, patch, patch).to(weight.dtype), weight.requires_grad)
+    new.bias = projection.bias
+    return new
+
+
+def _pair(size: int | Sequence[int]) -> tuple[int, int]:
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
+
+
+__all__ = ["TimmContract", "build_head", "resize_patches"]
