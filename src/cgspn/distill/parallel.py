@@ -19,11 +19,12 @@ from ..models.encoder import Encoder
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: this one's rank, their number, this one's device."""
+    """The processes of a run: this one's rank, their number, this one's device, the number on this machine."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    local_size: int = 1
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def join_world(device: str) -> Iterator[World]:
         torch.cuda.set_device(kind)
     dist.init_process_group("nccl" if kind.type == "cuda" else "gloo", device_id=kind if kind.type == "cuda" else None)
     try:
-        yield World(dist.get_rank(), dist.get_world_size(), kind)
+        yield World(dist.get_rank(), dist.get_world_size(), kind, int(os.environ["LOCAL_WORLD_SIZE"]))
     finally:
         dist.destroy_process_group()
 
@@ -112,6 +113,7 @@ def spread_task(task: nn.Module, *, sharded: bool, find_unused: bool) -> nn.Modu
         return task
     if sharded:
         fully_shard(task)
+        register_fsdp_forward_method(task, "calibrate")  # embeds images, with weights that are gathered for forward only
         return task
     return DistributedDataParallel(task, broadcast_buffers=False, find_unused_parameters=find_unused)
 

@@ -231,6 +231,7 @@ class DistillTask(Task):
         fresh = [p for name, p in named if name not in self.inherited]
         return fresh + list(self.adapters.parameters()), [p for name, p in named if name in self.inherited]
 
+    @torch.no_grad()
     def calibrate(self, parts: list[Batch]) -> None:
         """The energies of the teacher at every tap and of its pooled vector."""
         if self.compares:
