@@ -129,11 +129,12 @@ def test_raw_features_of_clip_are_the_last_hidden_state(tmp_path):
     assert relative(raw.flatten(2).mT, theirs) < 1e-5
 
 
+@pytest.mark.parametrize("name", ["dinov2", "dinov2 swiglu"])
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".safetensors"])
-def test_a_bare_file_needs_only_the_heads(suffix, tmp_path):
+def test_a_bare_file_needs_only_the_heads(suffix, name, tmp_path):
     from safetensors.torch import save_file
 
-    model = shaken(build("dinov2"))
+    model = shaken(build(name))
     path = tmp_path / f"weights{suffix}"
     state = {key: value.half() for key, value in model.state_dict().items()}
     save_file(state, path) if suffix == ".safetensors" else torch.save({"state_dict": state}, path)
@@ -148,10 +149,13 @@ def test_a_bare_file_needs_only_the_heads(suffix, tmp_path):
         cgspn.load_encoder(path)
 
 
-def tokenizer():
-    """A tokenizer of words, made here: no vocabulary can be fetched."""
+def tokenizer(name):
+    """Made here, as no vocabulary can be fetched: of words, or of letters for SigLIP 2, whose class is fixed."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
+    if name == "siglip2":
+        pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "\u2581", *"abcdefghijklmnopqrstuvwxyz"]
+        return transformers.Siglip2Tokenizer(vocab={piece: i for i, piece in enumerate(pieces)})
     words = ["<unk>", "<pad>", "<s>", "</s>", "a", "photo", "of", "bag", "boot", "the", "red"]
     core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -174,7 +178,7 @@ def test_text_towers_come_along(name, tmp_path):
         else t.Siglip2Model(t.Siglip2Config(text_config=TEXT48, vision_config=NAFLEX))
     )
     model.save_pretrained(tmp_path / "hf")
-    words = tokenizer()
+    words = tokenizer(name)
     words.save_pretrained(tmp_path / "hf")
     dual = load_model(tmp_path / "hf")
     assert isinstance(dual, DualEncoder)

@@ -124,10 +124,14 @@ def load_text(folder: str | Path) -> PretrainedText:
     except ImportError as error:
         raise CheckpointError("text towers need transformers; install cgspn[text]") from error
     try:
-        kind = transformers.AutoConfig.from_pretrained(folder).model_type
+        config: Any = transformers.AutoConfig.from_pretrained(folder)
+        kind = config.model_type
         if kind not in _CLASSES:
             raise CheckpointError(f"{folder} holds a {kind!r} model; text towers are of clip, siglip or siglip2")
-        model = getattr(transformers, _CLASSES[kind]).from_pretrained(folder, dtype=torch.float32)
+        inner = getattr(config, "text_config", config)
+        if kind == "clip":  # the whole model's projection counts; the text tower's own field may differ
+            inner.projection_dim = config.projection_dim
+        model = getattr(transformers, _CLASSES[kind]).from_pretrained(folder, config=inner, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ImportError) as error:
         raise CheckpointError(f"the text tower in {folder} cannot be read: {error}") from error

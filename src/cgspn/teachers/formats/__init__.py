@@ -35,8 +35,7 @@ def read_encoder(source: Source, dtype: torch.dtype, heads: int | None, override
             f"{source.name} is none of the known kinds of checkpoint ({known}, this library's own): "
             f"its {len(keys)} keys begin with {listed(sorted(source.weights))}"
         )
-    suffixes = tuple(source.weights)
-    missing = [anchor for anchor in nearest.anchors if not any(key.endswith(anchor) for key in suffixes)]
+    missing = [a for a in nearest.anchors if not any(key.endswith(tuple(a.split("|"))) for key in source.weights)]
     unknown = [key for key, shape in zip(source.weights, keys) if not _known(nearest, shape)]
     raise CheckpointError(
         f"{source.name} is nearest to {nearest.name}, but has no {listed(missing or list(nearest.anchors))}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -80,7 +80,7 @@ class Tower:
 
 @dataclass(frozen=True)
 class Family:
-    """name: as users know it. anchors: keys that a tower of this family has, and no other does.
+    """name: as users know it. anchors: keys that a tower of this family has, and no other does; "a|b" is either.
 
     rules: the table. config: from a tower to its EncoderConfig. ignored: keys of the tower that are no part of it.
     """
@@ -96,10 +96,14 @@ class Family:
         first = self.anchors[0]
         for key in source.weights:
             prefix = key.removesuffix(first)
-            if prefix != key and all(prefix + anchor in source.weights for anchor in self.anchors):
+            if prefix != key and not self.absent(source.weights, prefix):
                 tower = {k.removeprefix(prefix): v for k, v in source.weights.items() if k.startswith(prefix)}
                 return Tower(source, prefix, tower, heads)
         return None
+
+    def absent(self, keys: Collection[str], prefix: str = "") -> list[str]:
+        """The anchors below `prefix` that are not among the keys."""
+        return [a for a in self.anchors if not any(prefix + name in keys for name in a.split("|"))]
 
 
 def build(family: Family, tower: Tower, dtype: torch.dtype, overrides: dict[str, Any]) -> Encoder:
@@ -167,7 +171,7 @@ def _trim(shape: torch.Size) -> list[int]:
 def listed(keys: list[str], most: int = 6) -> str:
     """Keys for a message, the first few and a count of the others."""
     more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(keys[:most]) + more
+    return ", ".join(key.replace("|", " or ") for key in keys[:most]) + more
 
 
 def grid_positions(config: EncoderConfig, table: Tensor) -> Tensor:
@@ -239,7 +243,8 @@ def head_count(tower: Tower, width: int, stated: Any = None, sixteen: bool = Fal
 
 def attention_blocks(depth: int) -> tuple[MixerName, ...]:
     """The mixers of a teacher."""
-    return ("attention",) * depth
+    mixer: MixerName = "attention"
+    return (mixer,) * depth
 
 
 def title(kind: str, width: int, patch: int, image: int) -> str:

@@ -99,25 +99,28 @@ def siglip_config(tower: Tower) -> EncoderConfig:
     )
 
 
+_MLP = "encoder.layer.0.mlp.{}.weight"
+
+
 def dinov2_config(tower: Tower) -> EncoderConfig:
     """From shapes and config.json."""
     stated = _stated(tower)
     width, channels, patch, _ = tower.shape("embeddings.patch_embeddings.projection.weight")
     side = tower.side(tower.shape("embeddings.position_embeddings")[-2] - 1)
-    gated = tower.has("encoder.layer.0.mlp.weights_in.weight")
+    gated = tower.has("encoder.layer.0.mlp.weights_in.weight") or tower.has("encoder.layer.0.mlp.gate_proj.weight")
     registers = tower.has("embeddings.register_tokens")
-    second = "weights_out" if gated else "fc2"
+    second = next(n for n in ("weights_out", "down_proj", "fc2") if n == "fc2" or tower.has(_MLP.format(n)))
     return EncoderConfig(
         name=title("reg_dinov2" if registers else "dinov2", width, patch, side * patch),
         **sizes(tower, patch, side, stated.get("image_size")),
         channels=channels,
         width=width,
         mixers=attention_blocks(stated.get("num_hidden_layers") or tower.depth(r"encoder\.layer\.(\d+)\.")),
-        mlp_hidden=tower.shape(f"encoder.layer.0.mlp.{second}.weight")[1],
+        mlp_hidden=tower.shape(_MLP.format(second))[1],
         activation="swiglu" if gated else _activation(stated, "gelu"),
         attention=AttentionConfig(
             head_count(tower, width, stated.get("num_attention_heads")),
-            tower.has("encoder.layer.0.attention.attention.query.bias"),
+            any(tower.has(f"encoder.layer.0.attention.{name}.bias") for name in ("attention.query", "q_proj")),
         ),
         layer_scale=1.0,
         position_resize="bicubic_antialias" if registers else "bicubic",
@@ -138,10 +141,15 @@ def _last_thirds(config: EncoderConfig, packed: Tensor) -> Tensor:
 
 
 def _joined(ours: str, theirs: str, parts: tuple[str, ...]) -> tuple[Rule, Rule]:
-    """One linear layer of several."""
+    """One linear layer of several; a part may be "a|b", and "?" marks one that may be missing."""
+
+    def keys(part: str, kind: str) -> str:
+        names = "|".join(f"{theirs}.{name}.{kind}" for name in part.removeprefix("?").split("|"))
+        return ("?" if part.startswith("?") else "") + names
+
     return (
-        Rule(f"{ours}.weight", tuple(f"{theirs}.{part}.weight" for part in parts)),
-        Rule(f"{ours}.bias", tuple(f"{theirs}.{part}.bias" for part in parts)),
+        Rule(f"{ours}.weight", tuple(keys(part, "weight") for part in parts)),
+        Rule(f"{ours}.bias", tuple(keys(part, "bias") for part in parts)),
     )
 
 
@@ -194,12 +202,13 @@ SIGLIP = Family(
     (r"embeddings\.position_ids$", r"text_", r"logit_", r"classifier"),
 )
 _LAYER2 = "encoder.layer.{i}"
+# transformers 5 renames in memory what it writes under the old names; a state dict may come with either
 DINOV2 = Family(
     "transformers' DINOv2",
     (
         "embeddings.patch_embeddings.projection.weight",
         "encoder.layer.0.layer_scale1.lambda1",
-        "encoder.layer.0.attention.attention.query.weight",
+        "encoder.layer.0.attention.attention.query.weight|encoder.layer.0.attention.q_proj.weight",
     ),
     (
         *both("patch_embed.projection", "embeddings.patch_embeddings.projection"),
@@ -210,12 +219,16 @@ DINOV2 = Family(
         ),
         Rule("positions.table", ("embeddings.position_embeddings",), grid_positions),
         *both("blocks.{i}.norm1", _LAYER2 + ".norm1"),
-        *_joined("blocks.{i}.mixer.qkv", _LAYER2 + ".attention.attention", ("query", "key", "value")),
-        *both("blocks.{i}.mixer.out", _LAYER2 + ".attention.output.dense"),
+        *_joined(
+            "blocks.{i}.mixer.qkv",
+            _LAYER2 + ".attention",
+            ("attention.query|q_proj", "attention.key|k_proj", "attention.value|v_proj"),
+        ),
+        *_joined("blocks.{i}.mixer.out", _LAYER2 + ".attention", ("output.dense|o_proj",)),
         Rule("blocks.{i}.scale1.gamma", (_LAYER2 + ".layer_scale1.lambda1",)),
         *both("blocks.{i}.norm2", _LAYER2 + ".norm2"),
-        *both("blocks.{i}.mlp.fc1", _LAYER2 + ".mlp.fc1.{p}|" + _LAYER2 + ".mlp.weights_in.{p}"),
-        *both("blocks.{i}.mlp.fc2", _LAYER2 + ".mlp.fc2.{p}|" + _LAYER2 + ".mlp.weights_out.{p}"),
+        *_joined("blocks.{i}.mlp.fc1", _LAYER2 + ".mlp", ("fc1|weights_in|gate_proj", "?up_proj")),
+        *_joined("blocks.{i}.mlp.fc2", _LAYER2 + ".mlp", ("fc2|weights_out|down_proj",)),
         Rule("blocks.{i}.scale2.gamma", (_LAYER2 + ".layer_scale2.lambda1",)),
         *both("norm", "layernorm"),
     ),
