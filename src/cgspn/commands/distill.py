@@ -14,11 +14,13 @@ from typing import Any, Literal
 
 import torch
 import tyro
+from rich.console import Console
 
 from .. import __version__
 from ..console import console, progress_watcher, writable_folder
-from ..data import load_images
-from ..distill import DistillConfig, World, distil, join_world
+from ..data import LoaderConfig, Skipped, load_embedded, open_samples
+from ..data.source import EMBEDDED
+from ..distill import DistillConfig, ImageSetFeed, SampleFeed, World, distil, gather_objects, join_world
 from ..distill.presets import PRESETS
 from ..distill.stages import Watcher
 from ..models.checkpoint import write_atomically
@@ -40,6 +42,8 @@ class Distill:
         cgspn distill embedded runs/student --config.compression 3
         cgspn distill runs/vit runs/student --data photos/ --config.stage1.steps 200 --config.stage2.steps 1000
         cgspn distill embedded runs/student --config.highres.sizes 56 84
+        cgspn distill runs/vit runs/student --data 'shards/photos-{000000..000099}.tar' --loader.workers 8
+        cgspn distill runs/vit runs/student --data 'https://example.org/photos-{000000..000009}.tar'
         torchrun --nproc-per-node 8 -m cgspn.cli distill runs/vit runs/student --data photos/ --preset so400m-378
           --device cuda
     """
@@ -51,11 +55,15 @@ class Distill:
     preset: Preset = "embedded"
     """Where the settings below start from."""
     data: str = "embedded"
-    """A folder of images, or "embedded". Unreadable images are skipped, counted and named."""
+    """Image-text shards (webdataset tar: a path, a URL or a pattern with {000..009} or *), a folder of images or of
+    shards, or "embedded". A caption is in the .txt or .json beside its image, or is made of the sub-folder's name.
+    Unreadable images and shards are skipped, counted and named."""
     student: Path | None = None
     """Start from this converted checkpoint instead of converting."""
     config: DistillConfig = field(default_factory=lambda: PRESETS["embedded"])
     """Stages, rates, losses, precision, processes."""
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    """How files are read; the embedded images are in memory."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
     show_config: bool = False
@@ -65,22 +73,28 @@ class Distill:
         """Raises ValueError, OSError, or what `distil` raises."""
         student_from = str(self.student) if self.student else None
         settings: dict[str, Any] = {"teacher": self.teacher, "student": student_from, "data": self.data}
-        settings["config"] = asdict(self.config)
+        settings["config"], settings["loader"] = asdict(self.config), asdict(self.loader)
         if self.show_config:
-            console.print_json(json.dumps(settings))
+            console.print_json(json.dumps(settings, default=str))
             return
         with join_world(self.device) as world:
             out = writable_folder(self.out, "out")
+            feed = self.feed()
+            if isinstance(feed, SampleFeed):
+                say_skipped(feed.source.problems, world)
+                settings["source"] = {"images": len(feed.source), "digest": feed.source.digest()}
             check_same_run(out, settings, world)
             teacher = load_model(self.teacher).to(world.device)
             encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
             torch.manual_seed(self.config.stage1.seed)
             student = self.start(encoder).to(world.device)
-            size = self.config.image_size
-            shape = (size, size) if size else encoder.config.image_size
-            images = load_images(self.data, shape, encoder.config.channels, "train")
             with shown(world) as watcher:
-                histories = distil(teacher, student, images, self.config, watcher, folder=out, world=world)
+                histories = distil(teacher, student, feed, self.config, watcher, folder=out, world=world)
+            skipped = Skipped()
+            if isinstance(feed, SampleFeed):
+                skipped = merged(gather_objects(feed.tally.report()), len(feed.source))
+                say_skipped(skipped, world)
+            throughput = gather_objects([history.throughput for history in histories])
             if world.rank:
                 return
             (teacher.with_image(student) if isinstance(teacher, DualEncoder) else student).save_pretrained(out)
@@ -89,11 +103,20 @@ class Distill:
                 "versions": {"cgspn": __version__, "torch": torch.__version__, "python": platform.python_version()},
                 **settings,
                 "processes": world.size,
-                "images": len(images),
+                "images": len(feed.images if isinstance(feed, ImageSetFeed) else feed.source),
+                "skipped": dict(skipped.files),
+                "throughput": {history.title: of_run(list(each)) for history, *each in zip(histories, *throughput)},
                 "losses": {history.title: history.steps for history in histories},
             }
-            write_atomically(out / RECORD, json.dumps(record) + "\n")
+            write_atomically(out / RECORD, json.dumps(record, default=str) + "\n")
             console.print(f"student saved in {out}; losses in {out / RECORD}", soft_wrap=True)
+
+    def feed(self) -> ImageSetFeed | SampleFeed:
+        """What `data` names. Raises OSError or ValueError."""
+        if self.data == EMBEDDED:
+            return ImageSetFeed(load_embedded("train"))
+        source = open_samples(self.data, cache=self.loader.cache, max_skipped=self.loader.max_skipped)
+        return SampleFeed(source, self.loader, captioned=self.config.loss.contrastive > 0)
 
     def start(self, teacher: Encoder) -> Encoder:
         """The student before training."""
@@ -106,8 +129,9 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
     """Note the settings of the run in `out`. Raises ValueError if it holds an unfinished run of other settings."""
     path = out / RUN
     # through JSON, which has no tuples; what does not change the result may change between two attempts
-    wanted = json.loads(json.dumps(settings))
+    wanted = json.loads(json.dumps(settings, default=str))
     wanted["config"].pop("compute")
+    wanted.pop("loader")
     begun = any((out / "stages").glob("*/losses.json")) or any((out / "snapshots").glob("*/*"))
     if path.exists() and begun and not (out / RECORD).exists():
         found = json.loads(path.read_text())
@@ -131,6 +155,26 @@ def differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
             yield from differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
     elif one != other:
         yield name
+
+
+def merged(reports: list[Skipped], size: int) -> Skipped:
+    """What the processes of a run skipped, of a source of `size` images."""
+    files = {name: reason for report in reports for name, reason in report.files}
+    return Skipped(tuple(files.items()), min(size, sum(report.total for report in reports)))
+
+
+def of_run(each: list[dict[str, float]]) -> dict[str, float]:
+    """The throughput of a stage from that of its processes: images add up, and the one that waited longest counts."""
+    if not all(each):
+        return {}
+    worst = {key: max(one[key] for one in each) for key in each[0]}
+    return worst | {"images_per_second": sum(one["images_per_second"] for one in each)}
+
+
+def say_skipped(skipped: Skipped, world: World) -> None:
+    """Print a report on standard error, on the first process, if there is anything in it."""
+    if skipped and world.rank == 0:
+        Console(stderr=True).print(skipped.summary(), highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -1,22 +1,34 @@
-"""Images: the embedded set, image folders, transforms and batches."""
+"""Images: the embedded set, image folders, shards, transforms and batches."""
 
 from .captions import TEMPLATES, fill
 from .embedded import load_embedded
 from .folder import load_folder
 from .image_set import ImageSet
-from .loader import Batch, ImageSource, batch_indices, batches, one_pass
-from .skipped import Skipped
-from .source import load_images
+from .loader import Batch, ImageSource, Transform, batch_indices, batches, one_pass
+from .samples import Sample, SampleFolder, SampleSource, open_folder
+from .shards import ShardSet, open_shards
+from .skipped import Skipped, Tally
+from .source import load_images, open_samples
 from .transforms import EvalTransform, TrainTransform, center_crop, normalize, random_resized_crop, resize, to_float
+from .workers import BatchPlan, LoaderConfig, WorkerError, read_rows
 
 __all__ = [
     "TEMPLATES",
     "Batch",
+    "BatchPlan",
     "EvalTransform",
     "ImageSet",
     "ImageSource",
+    "LoaderConfig",
+    "Sample",
+    "SampleFolder",
+    "SampleSource",
+    "ShardSet",
     "Skipped",
+    "Tally",
     "TrainTransform",
+    "Transform",
+    "WorkerError",
     "batch_indices",
     "batches",
     "center_crop",
@@ -26,7 +38,11 @@ __all__ = [
     "load_images",
     "normalize",
     "one_pass",
+    "open_folder",
+    "open_samples",
+    "open_shards",
     "random_resized_crop",
+    "read_rows",
     "resize",
     "to_float",
 ]

@@ -52,7 +52,7 @@ def read_box(file: Path | IO[bytes], size: tuple[int, int], choose: Callable[[in
     top, left = box[0] * y, box[1] * x
     bottom, right = min((box[0] + box[2]) * y, image.height), min((box[1] + box[3]) * x, image.width)
     resized = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, (left, top, right, bottom))
-    return np.asarray(resized)
+    return np.array(resized)
 
 
 def whole(height: int, width: int) -> Box:
@@ -85,4 +85,4 @@ def to_rgb(image: Image.Image) -> Image.Image:
         # Over white, as pages show it; dropping alpha would uncover whatever colour was saved under it.
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

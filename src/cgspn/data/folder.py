@@ -60,7 +60,7 @@ def load_folder(
     choose = middle((height, width)) if crop else whole
     for file, label in files:
         try:
-            images[len(labels)] = torch.tensor(read_box(file, (height, width), choose)).permute(2, 0, 1)
+            images[len(labels)] = torch.from_numpy(read_box(file, (height, width), choose)).permute(2, 0, 1)
             labels.append(label)
         # Decoders raise all kinds of errors on damaged files: OSError, SyntaxError, ValueError, struct.error, ...
         except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -31,28 +32,36 @@ class Batch:
         step: its number in the stream.
         indices: int64 [B], which images of the source.
         images: what the transform returned, or uint8 [B, 1 or 3, H, W] without one.
-        labels: int64 [B].
+        labels: int64 [B]; -1 for an image without a class.
+        captions: one for each image, or empty.
     """
 
     step: int
     indices: Tensor
     images: Tensor
     labels: Tensor
+    captions: tuple[str, ...] = ()
 
 
-def _generator(seed: int, purpose: int, number: int) -> torch.Generator:
-    # A hash, since seeds that differ by one must not give streams that overlap between purposes or numbers.
+def mixed_number(seed: int, purpose: int, number: int) -> int:
+    """A hash of 64 bits: seeds that differ by one must not give streams that overlap between purposes or numbers."""
     mixed = seed & 0xFFFFFFFFFFFFFFFF
     for value in (purpose, number):
         mixed = (mixed ^ value) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
         mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
         mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
         mixed ^= mixed >> 31
-    return torch.Generator().manual_seed(mixed)
+    return mixed
 
 
+def generator_of(seed: int, purpose: int, number: int) -> torch.Generator:
+    """Randomness for one purpose (0 order, 1 augmentation, 2 colours) at one step or epoch, on the CPU."""
+    return torch.Generator().manual_seed(mixed_number(seed, purpose, number))
+
+
+@lru_cache(maxsize=2)  # a batch of a large source is a small part of its epoch
 def _order(size: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
-    return torch.randperm(size, generator=_generator(seed, 0, epoch)) if shuffle else torch.arange(size)
+    return torch.randperm(size, generator=generator_of(seed, 0, epoch)) if shuffle else torch.arange(size)
 
 
 def batch_indices(size: int, batch_size: int, step: int, *, seed: int = 0, shuffle: bool = True) -> Tensor:
@@ -134,5 +143,5 @@ def one_pass(
 def _fetch(source: ImageSource, step: int, indices: Tensor, transform: Transform | None, seed: int) -> Batch:
     images, labels = source.fetch(indices)
     if transform is not None:
-        images = transform(images, _generator(seed, 1, step))
+        images = transform(images, generator_of(seed, 1, step))
     return Batch(step, indices, images, labels)

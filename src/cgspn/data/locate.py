@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import http.client
 import itertools
 import os
 import re
@@ -13,11 +14,17 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock
+from rich.console import Console
+from rich.progress import track
+
+Item = TypeVar("Item")
 
 TRIES = 3
 WAIT = 1.0  # seconds before the second try, doubled for the third
@@ -86,7 +93,8 @@ def locate(source: str, cache: Path) -> list[Shard]:
     names = expand_braces(source)
     if is_url(source):
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(lambda url: _fetched(url, cache), names))
+            fetched = pool.map(lambda url: _fetched(url, cache), names)
+            return list(shown(fetched, "fetching shards", len(names)))
     shards = []
     for name in names:
         path = Path(name).expanduser()
@@ -100,12 +108,17 @@ def locate(source: str, cache: Path) -> list[Shard]:
     return shards
 
 
+def shown(work: Iterable[Item], title: str, total: int) -> Iterator[Item]:
+    """Pass items on under a progress bar, on standard error and gone at the end."""
+    yield from track(work, title, total, console=Console(stderr=True), transient=True)
+
+
 def _fetched(url: str, cache: Path) -> Shard:
     base = Path(urllib.parse.urlsplit(url).path).name or "shard.tar"
     path = cache / "shards" / f"{hashlib.blake2b(url.encode(), digest_size=8).hexdigest()}-{base}"
     try:
         fetch(url, path)
-    except (OSError, ValueError, ImportError) as error:  # URLError is an OSError
+    except (OSError, ValueError, ImportError) as error:
         return Shard(url, path, f"cannot be fetched: {error}")
     return Shard(url, path)
 
@@ -128,10 +141,10 @@ def fetch(url: str, path: Path) -> None:
                 return
             try:
                 _download(url, path)
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
                 gone = isinstance(error, urllib.error.HTTPError) and 400 <= error.code < 500
                 if gone or number == TRIES - 1:
-                    raise
+                    raise OSError(str(error) or type(error).__name__) from error
                 time.sleep(WAIT * 2**number)
 
 

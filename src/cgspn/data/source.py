@@ -1,4 +1,4 @@
-"""One entry for the commands: the embedded images by name, or a folder of one's own."""
+"""One entry for the commands: the embedded images by name, a folder of one's own, or shards."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import torch
 from .embedded import Split, load_embedded
 from .folder import load_folder
 from .image_set import ImageSet
+from .locate import cache_folder, is_url
+from .samples import SampleSource, open_folder
+from .shards import open_shards
+from .transforms import LUMA
 
 EMBEDDED = "embedded"
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what Pillow's "L" mode uses
 
 
 def load_images(source: str | Path, size: tuple[int, int], channels: int, split: Split) -> ImageSet:
@@ -36,6 +39,24 @@ def load_images(source: str | Path, size: tuple[int, int], channels: int, split:
         return ImageSet(images.images.expand(-1, 3, -1, -1), images.labels, images.class_names)
     grey = torch.stack([_grey(image) for image in images.images])  # one by one: a float copy of all would be large
     return ImageSet(grey, images.labels, images.class_names)
+
+
+def open_samples(source: str, *, cache: Path | None = None, max_skipped: float = 0.1) -> SampleSource:
+    """Images that are read while they are trained on.
+
+    Args:
+        source: a folder of images or of shards, or shards: a path, a pattern or a URL (`open_shards`).
+        cache: folder for fetched shards and indices; None for the user's cache folder.
+        max_skipped: largest share of lost or damaged shards that is put up with, 0 to 1.
+
+    Raises FileNotFoundError, NotADirectoryError or ValueError, as `open_shards` and `load_folder` do.
+    """
+    path = Path(source).expanduser()
+    if is_url(source) or not path.is_dir():
+        return open_shards(source, cache_folder(cache), max_skipped)
+    if any(path.glob("*.tar")):
+        return open_shards(str(path / "*.tar"), cache_folder(cache), max_skipped)
+    return open_folder(path)
 
 
 def _grey(image: torch.Tensor) -> torch.Tensor:

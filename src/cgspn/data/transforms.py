@@ -19,6 +19,8 @@ Size = int | tuple[int, int]
 
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.5, 0.5, 0.5)
+SCALE, RATIO = (0.6, 1.0), (3 / 4, 4 / 3)  # of random boxes: share of the area, width / height
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what Pillow's "L" mode uses
 
 
 def _pair(name: str, size: Size) -> tuple[int, int]:
@@ -118,8 +120,8 @@ def random_boxes(
     height: int,
     width: int,
     generator: torch.Generator,
-    scale: tuple[float, float] = (0.6, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
 ) -> Tensor:
     """Random boxes int64 [count, 4] (top, left, height, width): area uniform, aspect ratio log-uniform.
 
@@ -156,8 +158,8 @@ def random_resized_crop(
     size: Size,
     generator: torch.Generator,
     *,
-    scale: tuple[float, float] = (0.6, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    scale: tuple[float, float] = SCALE,
+    ratio: tuple[float, float] = RATIO,
     flip: float = 0.5,
 ) -> Tensor:
     """A random box of each image, resized, and mirrored with probability `flip`.
@@ -178,6 +180,28 @@ def random_resized_crop(
     boxes = random_boxes(len(images), images.shape[2], images.shape[3], generator, scale, ratio)
     mirrored = torch.rand(len(images), generator=generator) < flip
     return resample(images, boxes, size, mirrored.to(images.device))
+
+
+def jitter_factors(count: int, strength: float, generator: torch.Generator) -> Tensor:
+    """Factors for `jitter_colors`, float32 [count, 3], uniform in 1 - strength to 1 + strength."""
+    return 1 + strength * (2 * torch.rand(count, 3, generator=generator) - 1)
+
+
+def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
+    """Change brightness, then contrast, then saturation of each image.
+
+    Args:
+        images: float [B, 3, H, W] in 0..1.
+        factors: float [B, 3], on any device; 1 changes nothing, 0 gives black, the mean grey, a grey image.
+
+    Returns float [B, 3, H, W], clipped to 0..1. Source: the colour jitter of SimCLR, without hue.
+    """
+    bright, contrast, saturation = factors.to(images.device, images.dtype)[:, :, None, None, None].unbind(1)
+    images = (images * bright).clamp(0, 1)
+    luma = images.new_tensor(LUMA)[:, None, None]
+    mean = (images * luma).sum(1, keepdim=True).mean((2, 3), keepdim=True)
+    images = torch.lerp(mean, images, contrast).clamp(0, 1)
+    return torch.lerp((images * luma).sum(1, keepdim=True), images, saturation).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -213,14 +237,16 @@ class TrainTransform:
         scale: smallest and largest share of the image's area.
         ratio: smallest and largest width / height of the box.
         flip: probability of mirroring left and right.
+        jitter: strength of random changes of brightness, contrast and saturation, 0 to 1.
         mean: per channel, of images in 0..1.
         std: per channel.
     """
 
     size: Size
-    scale: tuple[float, float] = (0.6, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    scale: tuple[float, float] = SCALE
+    ratio: tuple[float, float] = RATIO
     flip: float = 0.5
+    jitter: float = 0.0
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
 
@@ -228,4 +254,7 @@ class TrainTransform:
         """Transform a batch; the same state of the generator gives the same result."""
         scaled = images.float() / 255 if images.dtype == torch.uint8 else images
         scaled = random_resized_crop(scaled, self.size, generator, scale=self.scale, ratio=self.ratio, flip=self.flip)
-        return normalize(to_float(scaled), self.mean, self.std)
+        scaled = to_float(scaled)
+        if self.jitter:
+            scaled = jitter_colors(scaled, jitter_factors(len(scaled), self.jitter, generator))
+        return normalize(scaled, self.mean, self.std)

@@ -1,8 +1,8 @@
 """Training: taps, adapters, losses, tasks, the loop, and the recipe made of them."""
 
 from .config import ComputeConfig, DistillConfig, HighResConfig, LossConfig, OptimConfig, PretrainConfig
-from .feeds import Feed, ImageSetFeed, eval_transform, train_transform
-from .parallel import World, join_world
+from .feeds import Feed, ImageSetFeed, SampleFeed, eval_transform, train_transform
+from .parallel import World, gather_objects, join_world
 from .parity import ParityError
 from .snapshots import SnapshotError
 from .stages import distil, pretrain
@@ -21,11 +21,13 @@ __all__ = [
     "OptimConfig",
     "ParityError",
     "PretrainConfig",
+    "SampleFeed",
     "SnapshotError",
     "Taps",
     "World",
     "distil",
     "eval_transform",
+    "gather_objects",
     "join_world",
     "pretrain",
     "tapped_forward",

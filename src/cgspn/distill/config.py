@@ -21,6 +21,8 @@ class OptimConfig:
         warmup: share of the steps.
         clip: largest norm of the gradient.
         augment: crop and flip at random; off, a run of an epoch or so sees just the images that it is judged on.
+        crop_scale: smallest and largest share of an image's area that a random crop has.
+        jitter: strength of random changes of brightness, contrast and saturation, 0 to 1; 0 for none.
         accumulate: parts that a batch is cut into, one after the other, to fit the memory.
         ema: decay of the moving average of the weights that the run ends with; 0 for the last weights.
         seed: of initialisation, order and augmentation.
@@ -35,6 +37,8 @@ class OptimConfig:
     warmup: float = 0.1
     clip: float = 1.0
     augment: bool = True
+    crop_scale: tuple[float, float] = (0.6, 1.0)
+    jitter: float = 0.0
     accumulate: int = 1
     ema: float = 0.0
     seed: int = 0
@@ -50,6 +54,12 @@ class OptimConfig:
             raise ValueError(f"steps is {self.steps}; accepted: 0 or more")
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is {self.warmup}; accepted: 0 to 1")
+        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+            raise ValueError(
+                f"crop_scale is {self.crop_scale}; accepted: two shares of the area, 0 < first <= second <= 1"
+            )
+        if not 0 <= self.jitter <= 1:
+            raise ValueError(f"jitter is {self.jitter}; accepted: 0 to 1")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; accepted: 0 to below 1")
         if self.accumulate < 1 or self.batch_size % self.accumulate:

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from ..data import Batch, EvalTransform, ImageSet, TrainTransform, batches
+from ..data import (
+    Batch,
+    BatchPlan,
+    EvalTransform,
+    ImageSet,
+    LoaderConfig,
+    SampleSource,
+    Tally,
+    TrainTransform,
+    Transform,
+    batches,
+    read_rows,
+)
+from ..data.loader import generator_of
+from ..data.transforms import jitter_colors, jitter_factors, normalize, to_float
 from ..models.config import EncoderConfig
 from .config import OptimConfig
 from .parallel import World
 from .trainer import Stream, rows_of
+
+COLORS = 2  # the purpose of randomness, see `generator_of`
 
 
 class Feed(Protocol):
@@ -51,7 +67,9 @@ class ImageSetFeed:
     def stream(self, encoder: EncoderConfig, size: tuple[int, int], optim: OptimConfig, world: World) -> Stream:
         """As in `Feed`. Raises ValueError if the batch does not divide by the number of processes."""
         share = share_of(optim.batch_size, world)
-        transform = train_transform(encoder, size) if optim.augment else eval_transform(encoder, size)
+        transform: Transform = eval_transform(encoder, size)
+        if optim.augment:
+            transform = replace(train_transform(encoder, size), scale=optim.crop_scale, jitter=optim.jitter)
 
         def start_at(start: int) -> Iterator[Batch]:
             whole: Iterable[Batch] = batches(
@@ -66,6 +84,72 @@ class ImageSetFeed:
     def captions(self, batch: Batch) -> list[str]:
         """As in `Feed`; which template changes from step to step."""
         return self.images.captions(seed=batch.step, indices=batch.indices)
+
+
+@dataclass(frozen=True)
+class SampleFeed:
+    """Images that are read, decoded and cropped by worker processes while the model trains.
+
+    Attributes:
+        source: shards or a folder.
+        loader: how they are read.
+        captioned: skip images without a caption or class, for a contrastive loss.
+        tally: counts what this process reads and skips, over all its streams.
+    """
+
+    source: SampleSource
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    captioned: bool = False
+    tally: Tally = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Begin to count."""
+        object.__setattr__(self, "tally", Tally(self.source.source, len(self.source), self.loader.max_skipped))
+
+    def stream(self, encoder: EncoderConfig, size: tuple[int, int], optim: OptimConfig, world: World) -> Stream:
+        """As in `Feed`. The stream raises ValueError when too much is skipped, WorkerError when workers keep dying.
+
+        Raises ValueError for a batch that does not divide by the number of processes, or an encoder of grey images.
+        """
+        if encoder.channels != 3:
+            raise ValueError(f"the encoder takes {encoder.channels} channels; accepted for files of images: 3")
+        share = share_of(optim.batch_size, world)
+        plan = BatchPlan(
+            optim.batch_size,
+            (share.start, share.stop),
+            size,
+            optim.seed,
+            augment=optim.augment,
+            scale=optim.crop_scale,
+            captioned=self.captioned,
+        )
+        workers, cuda = self.loader.workers_for(world.local_size), world.device.type == "cuda"
+
+        def start_at(start: int) -> Iterator[Batch]:
+            read = read_rows(
+                self.source, plan, start, optim.steps, workers=workers, prefetch=self.loader.prefetch, pin=cuda
+            )
+            for step, rows in read:
+                self.tally.add(len(rows.labels), rows.failures)
+                if rows.images is None:
+                    raise ValueError(
+                        f"{self.source.source}: {len(rows.failures)} images in a row cannot be used, the last "
+                        f"{rows.failures[-1][1]}: {rows.failures[-1][2]}"
+                    )
+                # bytes travel, and become floats on the device
+                pixels = rows.images.to(world.device, non_blocking=cuda).permute(0, 3, 1, 2).contiguous()
+                images = to_float(pixels)
+                if optim.augment and optim.jitter:
+                    factors = jitter_factors(optim.batch_size, optim.jitter, generator_of(optim.seed, COLORS, step))
+                    images = jitter_colors(images, factors[share])
+                images = normalize(images, encoder.image_mean, encoder.image_std)
+                yield Batch(step, rows.indices, images, rows.labels.to(world.device), tuple(rows.captions))
+
+        return start_at
+
+    def captions(self, batch: Batch) -> list[str]:
+        """As in `Feed`: those beside the images, or templates filled with their class names."""
+        return list(batch.captions)
 
 
 def share_of(batch_size: int, world: World) -> slice:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..models.encoder import Encoder
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,15 @@ def over_ranks(values: Tensor, reduction: str = "mean") -> Tensor:
     values = values.detach().clone()
     dist.all_reduce(values)
     return values / world_size() if reduction == "mean" else values
+
+
+def gather_objects(value: Item) -> list[Item]:
+    """What each process has, by rank, on every process. Values travel by pickle."""
+    if world_size() == 1:
+        return [value]
+    gathered: list[Any] = [None] * world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
 
 
 class _GatherRows(torch.autograd.Function):

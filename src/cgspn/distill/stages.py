@@ -26,6 +26,8 @@ from .snapshots import Snapshots
 from .tasks import ContrastiveTask, DistillTask, SublayerTask, Task
 from .trainer import History, Watch, train
 
+THROUGHPUT = "throughput.json"
+
 Watcher = Callable[[str, int], Watch]  # title and number of steps -> what the trainer calls after each
 
 
@@ -103,11 +105,13 @@ def distil(
             done = folder / "stages" / str(number) if folder else None
             if done is not None and (done / "losses.json").exists():
                 student.load_state_dict(read_model(done)[1])
-                histories.append(History(stage.title, json.loads((done / "losses.json").read_text())))
+                losses, throughput = (json.loads((done / name).read_text()) for name in ("losses.json", THROUGHPUT))
+                histories.append(History(stage.title, losses, throughput))
                 continue
             stream = feed.stream(student.config, stage.size, stage.optim, world)
             if not histories:
-                first = next(iter(stream(0)))
+                # of a stream of one step, which starts no more workers than that needs
+                first = next(iter(feed.stream(student.config, stage.size, replace(stage.optim, steps=1), world)(0)))
                 check_parity(encoder.eval(), first.images[:2], config.compute.precision)
             snapshots = None
             if folder is not None and config.compute.save_every:
@@ -120,6 +124,7 @@ def distil(
                 )
             if done is not None and world.rank == 0:
                 student.save_pretrained(done)
+                write_atomically(done / THROUGHPUT, json.dumps(histories[-1].throughput))
                 write_atomically(done / "losses.json", json.dumps(histories[-1].steps))
             if snapshots is not None:
                 snapshots.clear()

@@ -18,6 +18,7 @@ from .optimizers import Optimizers, build_optimizer
 from .parallel import over_ranks, spread_task, whole, world_size
 from .snapshots import Snapshots
 from .tasks import Task
+from .throughput import Throughput
 
 Stream = Callable[[int], Iterable[Batch]]
 
@@ -28,10 +29,11 @@ class DivergedError(RuntimeError):
 
 @dataclass
 class History:
-    """Losses of every step: steps[i] is {"step": .., "lr": .., "total": .., ...}."""
+    """Losses of every step: steps[i] is {"step": .., "lr": .., "total": .., ...}; and `Throughput.summary`."""
 
     title: str
     steps: list[dict[str, float]] = field(default_factory=list)
+    throughput: dict[str, float] = field(default_factory=dict)
 
     def curve(self, name: str) -> list[float]:
         """One loss over the steps."""
@@ -91,7 +93,8 @@ def train(
     lower = partial(torch.autocast, device.type, torch.bfloat16, enabled=compute.precision == "bfloat16")
     captured = compute.capture and device.type == "cuda" and world_size() == 1 and task.capturable
     gradients = (CapturedGradients if captured else Gradients)(module, optimizer, lower)
-    for step, batch in zip(range(start, config.steps), stream(start)):
+    clock = Throughput()
+    for step, batch in zip(range(start, config.steps), clock.timed(stream(start))):
         factor = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
@@ -118,6 +121,7 @@ def train(
             watch(history.steps[-1])
         if snapshots is not None and snapshots.due(step + 1) and step + 1 < config.steps:
             snapshots.save(step + 1, _state(task, optimizer, average), history.steps)
+    history.throughput = clock.summary()
     with torch.no_grad():
         for parameter, mean in zip(parameters, average):
             parameter.copy_(mean)

@@ -1,0 +1,130 @@
+"""Pictures with captions that stay on disk until training asks for them: what a source of them is, and a folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from .folder import list_folder
+from .skipped import Skipped
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture as it is stored.
+
+    Attributes:
+        encoded: the bytes of the image file.
+        caption: "" if there is none.
+        class_name: "" if it has no class.
+        label: number of the class, or -1.
+    """
+
+    encoded: bytes
+    caption: str = ""
+    class_name: str = ""
+    label: int = -1
+
+
+class SampleSource(Protocol):
+    """Random access to samples, in an order that does not change. Worker processes get a copy of it."""
+
+    @property
+    def source(self) -> str:
+        """As the user wrote it."""
+
+    @property
+    def problems(self) -> Skipped:
+        """What is lost or damaged as a whole."""
+
+    def __len__(self) -> int:
+        """Number of samples."""
+
+    def name(self, number: int) -> str:
+        """What to call a sample in a message."""
+
+    def read(self, number: int) -> Sample:
+        """Read a sample. Raises OSError or ValueError if it cannot be had."""
+
+    def digest(self) -> str:
+        """Equal for equal names in equal order: whether a run can go on with this source."""
+
+
+@dataclass(frozen=True, eq=False)
+class SampleFolder:
+    """Images in a folder, flat or in a sub-folder for each class; the caption of `1.jpg` is in `1.txt` or `1.json`.
+
+    Attributes:
+        source: as the user wrote it.
+        files: paths, in order.
+        labels: a class number each, or -1.
+        class_names: names of the sub-folders; empty for a flat folder.
+        problems: none.
+    """
+
+    source: str
+    files: tuple[str, ...] = field(repr=False)
+    labels: tuple[int, ...] = field(repr=False)
+    class_names: tuple[str, ...]
+    problems: Skipped = field(default_factory=Skipped)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, number: int) -> str:
+        """As in `SampleSource`."""
+        return self.files[number]
+
+    def read(self, number: int) -> Sample:
+        """As in `SampleSource`."""
+        path, label = Path(self.files[number]), self.labels[number]
+        text, data = (_optional(path.with_suffix(ending)) for ending in (".txt", ".json"))
+        class_name = self.class_names[label] if label >= 0 else ""
+        return Sample(path.read_bytes(), caption_of(text, data), class_name, label)
+
+    def digest(self) -> str:
+        """As in `SampleSource`; where the folder is does not count."""
+        return digest_of(os.path.relpath(file, self.source).encode() for file in self.files)
+
+
+def open_folder(path: Path) -> SampleFolder:
+    """List a folder. Raises FileNotFoundError, NotADirectoryError or ValueError as `load_folder` does."""
+    names, files = list_folder(path)
+    flat = files[0][0].parent == path
+    paths, labels = tuple(str(file) for file, _ in files), tuple(-1 if flat else label for _, label in files)
+    return SampleFolder(str(path), paths, labels, () if flat else names)
+
+
+def caption_of(text: bytes | None, data: bytes | None) -> str:
+    """The caption that a sample's .txt holds, or its .json under "caption" or "text"; "" for none or damage."""
+    if text is not None and (caption := text.decode(errors="replace").strip()):
+        return caption
+    try:
+        found = json.loads(data or b"{}")
+    except ValueError:
+        return ""
+    if isinstance(found, dict):
+        for key in ("caption", "text"):
+            if isinstance(value := found.get(key), str) and value.strip():
+                return value.strip()
+    return ""
+
+
+def digest_of(names: Iterable[bytes]) -> str:
+    """A short hash of names in their order."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for name in names:
+        hashed.update(name + b"\0")
+    return hashed.hexdigest()
+
+
+def _optional(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None

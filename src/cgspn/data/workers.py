@@ -1,0 +1,251 @@
+"""Training batches read by worker processes. A batch is a function of the source, the settings and its step alone, so
+neither the number of workers or processes nor a restart changes what a run sees."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .captions import TEMPLATES, fill
+from .decode import Box, middle, read_box
+from .loader import batch_indices, generator_of, mixed_number
+from .samples import Sample, SampleSource
+from .transforms import RATIO, SCALE, boxes_from
+
+FLIP = 0.5
+SUBSTITUTES = 20  # unreadable ones in a row that end a run, whatever the limit
+MOST_WORKERS = 16
+AUGMENT, SUBSTITUTE = 1, 3  # purposes of randomness
+
+Failure = tuple[int, str, str]
+"""Number, name and reason of a sample that could not be used."""
+
+
+class WorkerError(OSError):
+    """Worker processes die as fast as they are started; the message says what may help."""
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How image files are read; nothing here changes what a run sees.
+
+    Args:
+        workers: processes that read and decode, for each training process; None for one a core, at most 16; 0 reads
+            between the steps.
+        prefetch: batches that each worker reads ahead.
+        max_skipped: largest share of unreadable images, or of lost or damaged shards, that is put up with, 0 to 1.
+        cache: folder for fetched shards and for indices; None for $XDG_CACHE_HOME/cgspn/data or ~/.cache/cgspn/data.
+    """
+
+    workers: int | None = None
+    prefetch: int = 2
+    max_skipped: float = 0.1
+    cache: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for values out of range."""
+        if self.workers is not None and self.workers < 0:
+            raise ValueError(f"workers is {self.workers}; accepted: 0 or more, or None")
+        if self.prefetch < 1:
+            raise ValueError(f"prefetch is {self.prefetch}; accepted: 1 or more")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"max_skipped is {self.max_skipped}; accepted: 0 to 1")
+
+    def workers_for(self, processes: int) -> int:
+        """The number of workers where `processes` training processes share the machine."""
+        if self.workers is not None:
+            return self.workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return max(1, min(MOST_WORKERS, cores // processes))
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """What a stream of batches is a function of, beside the source.
+
+    Attributes:
+        batch_size: images in a batch.
+        rows: first and end row of the batch that this process reads.
+        size: (height, width) in pixels.
+        seed: of order and augmentation.
+        augment: a random box of each image, mirrored or not; else the middle.
+        scale: smallest and largest share of the image's area that a random box has.
+        captioned: an image without a caption or class cannot be used.
+    """
+
+    batch_size: int
+    rows: tuple[int, int]
+    size: tuple[int, int]
+    seed: int
+    augment: bool = True
+    scale: tuple[float, float] = SCALE
+    captioned: bool = False
+
+
+class Rows(NamedTuple):
+    """This process's rows of a batch: uint8 [b, h, w, 3], int64 [b], int64 [b], captions, what could not be used.
+
+    `images` is None if nothing that could be used was found.
+    """
+
+    images: Tensor | None
+    indices: Tensor
+    labels: Tensor
+    captions: list[str]
+    failures: list[Failure]
+
+
+class RowsReader(Dataset[Rows]):
+    """From a step and sample numbers to decoded rows; what each worker process runs."""
+
+    def __init__(self, source: SampleSource, plan: BatchPlan) -> None:
+        """The two things that rows are a function of."""
+        self.source, self.plan = source, plan
+
+    def __getitem__(self, key: tuple[int, list[int]]) -> Rows:
+        """The rows of one step. Never raises for damaged data: what a worker raises loses its place in the stream."""
+        step, numbers = key
+        plan = self.plan
+        generator = generator_of(plan.seed, AUGMENT, step)
+        # of the whole batch, so that a row has its own whoever reads it
+        draws = torch.rand(plan.batch_size, 6, generator=generator, dtype=torch.float64)[slice(*plan.rows)]
+        images = torch.empty(len(numbers), *plan.size, 3, dtype=torch.uint8)
+        found, labels = list(numbers), list[int]()
+        captions: list[str] = []
+        failures: list[Failure] = []
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Pillow, about oddities in files
+            for row, number in enumerate(numbers):
+                for attempt in range(SUBSTITUTES):
+                    try:
+                        sample, caption = self.place(images[row], found[row], draws[row])
+                        break
+                    # Decoders raise all kinds of errors on damaged files: OSError, SyntaxError, struct.error, ...
+                    except Exception as error:
+                        reason = f"{type(error).__name__}: {error}"
+                        failures.append((found[row], self.source.name(found[row]), reason))
+                        # scattered: the neighbours of a damaged sample may be damaged too
+                        found[row] = mixed_number(attempt, SUBSTITUTE, number) % len(self.source)
+                else:
+                    return Rows(None, torch.tensor(found), torch.tensor(labels), captions, failures)
+                labels.append(sample.label)
+                captions.append(caption)
+        return Rows(images, torch.tensor(found), torch.tensor(labels), captions, failures)
+
+    def place(self, row: Tensor, number: int, draw: Tensor) -> tuple[Sample, str]:
+        """Decode a sample into `row`, uint8 [h, w, 3]; returns it and its caption. Raises what decoders raise."""
+        plan, sample = self.plan, self.source.read(number)
+        caption = sample.caption
+        if not caption and sample.class_name:
+            caption = fill(TEMPLATES[int(draw[5] * len(TEMPLATES))], sample.class_name)
+        if plan.captioned and not caption:
+            raise ValueError('no caption (looked for .txt, and .json with "caption" or "text")')
+        pixels = read_box(io.BytesIO(sample.encoded), plan.size, self.box(draw) if plan.augment else middle(plan.size))
+        row.copy_(torch.from_numpy(pixels))
+        if plan.augment and draw[4] < FLIP:
+            row.copy_(row.flip(1))
+        return sample, caption
+
+    def box(self, draw: Tensor) -> Callable[[int, int], Box]:
+        """The random box of a picture of any size."""
+
+        def choose(height: int, width: int) -> Box:
+            top, left, box_height, box_width = boxes_from(draw[:4, None], height, width, self.plan.scale, RATIO)[0]
+            return int(top), int(left), int(box_height), int(box_width)
+
+        return choose
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The keys of `RowsReader`, in order; made in the training process, which alone holds the order of an epoch."""
+
+    size: int
+    plan: BatchPlan
+    start: int
+    end: int
+
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
+        """Step and sample numbers of this process's rows."""
+        for step in range(self.start, self.end):
+            whole = batch_indices(self.size, self.plan.batch_size, step, seed=self.plan.seed)
+            yield step, whole[slice(*self.plan.rows)].tolist()
+
+
+def read_rows(
+    source: SampleSource, plan: BatchPlan, start: int, end: int, *, workers: int, prefetch: int, pin: bool
+) -> Iterator[tuple[int, Rows]]:
+    """The rows of steps `start` to `end` - 1, read ahead.
+
+    Args:
+        source: what is read.
+        plan: how.
+        start: first step.
+        end: step to stop before.
+        workers: processes; 0 for none.
+        prefetch: batches that each reads ahead.
+        pin: put images into page-locked memory, for fast copies to a GPU.
+
+    Raises:
+        WorkerError: a worker dies again before one batch has come after its restart.
+        ValueError: nothing readable was found for a row.
+    """
+    step, restarted_at = start, -1
+    while step < end:
+        used = min(workers, end - step)
+        loader = DataLoader(
+            RowsReader(source, plan),
+            batch_size=None,
+            sampler=Steps(len(source), plan, step, end),
+            num_workers=used,
+            prefetch_factor=prefetch if used else None,
+            pin_memory=pin,
+            generator=torch.Generator(),  # or starting it would draw from the global one
+        )
+        batches = _iterate(loader)
+        while step < end:
+            try:
+                rows = next(batches)
+            # dead workers show as RuntimeError, or as a broken connection while a batch is handed over
+            except (RuntimeError, OSError, EOFError) as error:
+                if not used:
+                    raise
+                del batches
+                if restarted_at == step:
+                    raise WorkerError(
+                        f"a process that reads images died twice at step {step} ({error}); if memory ran out, fewer "
+                        "workers or a smaller prefetch need less"
+                    ) from error
+                message = f"a process that reads images died ({error}); started again at step {step}, nothing is lost"
+                Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
+                restarted_at = step
+                break
+            yield step, rows
+            step += 1
+
+
+def _iterate(loader: DataLoader[Rows]) -> Iterator[Rows]:
+    """Start the workers of a loader, and leave the process's signal handler what it was.
+
+    The loader's own one raises wherever the process happens to be when a worker dies, in an optimiser step too. Without
+    it the loader notices while it waits for a batch.
+    """
+    ours = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGCHLD) if ours else None
+    try:
+        return iter(loader)
+    finally:
+        if ours:
+            signal.signal(signal.SIGCHLD, before)
