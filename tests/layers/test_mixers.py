@@ -149,3 +149,22 @@ def test_propagation_refuses_prefix_tokens_and_wrong_counts():
         mixer(torch.randn(1, 16, 24), Grid(3, 5))
     with pytest.raises(ValueError, match="heads is 5"):
         AttentionMixer(24, AttentionConfig(heads=5))
+
+
+def test_fused_pieces_give_what_the_plain_sublayer_gives(monkeypatch):
+    """The same weights through `residual`, the pieces in their definitions: the plumbing, not the kernels."""
+    from cgspn.layers import Block, PropagationConfig
+    from cgspn.ops.fused import library
+
+    monkeypatch.setattr(library, "_fused", lambda *_: False)
+    torch.manual_seed(0)
+    for config in (PropagationConfig(compression=3), PropagationConfig(3, merge="sum", merge_norm=False)):
+        block = Block(48, PropagationMixer(48, config), 96, "gelu", 1e-6, 0.5)
+        for parameter in block.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        tokens, mask = torch.randn(2, 30, 48), torch.rand(2, 5, 6) > 0.2
+        grid = Grid(5, 6, mask=mask)
+        plain = block(tokens, grid)
+        block.mixer.pieces = "triton"
+        assert torch.allclose(block(tokens, grid), plain, atol=1e-5)
+        assert torch.allclose(block.tapped(tokens, grid)[0], plain, atol=1e-5)

@@ -50,9 +50,13 @@ class AttentionMixer(Mixer):
         return result
 
     @torch.no_grad()
-    def weights(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """The attention map itself, for pictures: [B, heads, N, N], rows sum to one."""
+    def weights(self, tokens: Tensor, grid: Grid, rows: Tensor | None = None) -> Tensor:
+        """The attention map itself, for pictures: [B, heads, N, N], rows sum to one.
+
+        rows: int64 [R], the tokens whose rows are wanted, which gives [B, heads, R, N]; None for all.
+        """
         q, k, _ = self._split(tokens)
+        q = q if rows is None else q[:, :, rows]
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         inside = _keys_inside(tokens, grid)
         return (logits if inside is None else logits.masked_fill(~inside, -torch.inf)).softmax(-1)

@@ -53,7 +53,7 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """tokens [B, N, C] -> [B, N, C]."""
-        return self.tapped(tokens, grid)[0]
+        return self.mlp_half(self.mixer.residual(tokens, self.norm1, self.scale1, grid))
 
     def tapped(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """tokens [B, N, C] -> the block's output (PB) and its mixing branch (PP), both [B, N, C]."""

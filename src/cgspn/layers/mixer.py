@@ -30,3 +30,11 @@ class Mixer(nn.Module):
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """tokens [B, N, C] -> [B, N, C]. Raises ValueError if N does not fit the grid."""
         raise NotImplementedError
+
+    def residual(self, tokens: Tensor, norm: nn.Module, scale: nn.Module, grid: Grid) -> Tensor:
+        """The whole mixing half of a block, tokens + scale(mixer(norm(tokens))): [B, N, C] -> [B, N, C].
+
+        Mixers that can read and write the tokens once override this.
+        """
+        out: Tensor = tokens + scale(self(norm(tokens), grid))
+        return out

@@ -14,8 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..ops import DIRECTIONS, propagate_2d
+from ..ops import DIRECTIONS, fused, propagate_2d
 from .mixer import Grid, Mixer
+
+EPS = 1e-6  # of the RMSNorms
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,12 @@ class PropagationMixer(Mixer):
 
     Linear in the number of tokens, any grid. Class or register tokens have no place in it.
     Source: design, section 3.
+
+    Attributes:
+        pieces: what runs around the scan, a backend of `cgspn.ops.fused`.
     """
+
+    pieces: Literal["auto", "triton", "torch"] = "auto"
 
     def __init__(self, width: int, config: PropagationConfig | None = None) -> None:
         """width: C. Raises ValueError if the compression leaves no channel."""
@@ -91,11 +98,11 @@ class PropagationMixer(Mixer):
             if config.local_kernel
             else None
         )
-        self.norm = nn.RMSNorm(latent, eps=1e-6) if config.latent_norm else nn.Identity()
+        self.norm = nn.RMSNorm(latent, eps=EPS) if config.latent_norm else nn.Identity()
         # per position: [D, 5, Cc] = lam, u and the three logits of each direction, side by side in memory
         self.parameters_of = nn.Linear(latent, len(config.directions) * 5 * latent)
         merged = latent * (len(config.directions) if config.merge == "concat" else 1)
-        self.merge_norm = nn.RMSNorm(merged, eps=1e-6) if config.merge_norm else nn.Identity()
+        self.merge_norm = nn.RMSNorm(merged, eps=EPS) if config.merge_norm else nn.Identity()
         self.up = nn.Linear(merged, width)
         self.project_out = nn.Linear(width, width) if config.projections else nn.Identity()
         self.reset_parameters()
@@ -125,29 +132,58 @@ class PropagationMixer(Mixer):
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """tokens [B, h*w, C] -> [B, h*w, C]. Raises ValueError for prefix tokens or a count that is not h*w."""
-        batch, count, _ = tokens.shape
-        if grid.prefix or count != grid.tokens:
-            raise ValueError(
-                f"tokens has {count} tokens with {grid.prefix} before the grid; "
-                f"propagation accepts exactly {grid.height} x {grid.width} grid tokens"
-            )
+        _check_grid(tokens, grid)
+        x, y = self.scan(self.down(self.expand(self.project_in(tokens))), grid)
+        y = self.merge_norm(y)
+        if self.config.inner_residual:
+            y = y + (x.repeat(1, 1, len(self.config.directions)) if self.config.merge == "concat" else x)
+        out: Tensor = self.project_out(self.up(y))
+        return out
+
+    def residual(self, tokens: Tensor, norm: nn.Module, scale: nn.Module, grid: Grid) -> Tensor:
+        """As in `Mixer`; where the fused pieces run, norm + P_down and P_up + residual read the tokens once each."""
+        if self.pieces != "triton" or not self.fuses or not isinstance(norm, nn.LayerNorm):
+            return super().residual(tokens, norm, scale, grid)
+        _check_grid(tokens, grid)
+        down, up, gamma = self.down, self.up, getattr(scale, "gamma", None)
+        latent = fused.norm_linear(
+            tokens, norm.weight, norm.bias, down.weight, down.bias, norm.eps, backend=self.pieces
+        )
+        _, y = self.scan(latent, grid)
+        gain = gain_of(self.merge_norm)
+        return fused.linear_residual(tokens, y, gain, up.weight, up.bias, gamma, EPS, backend=self.pieces)
+
+    @property
+    def fuses(self) -> bool:
+        """Whether the sub-layer holds nothing but what the fused pieces know."""
+        config = self.config
+        shell = config.projections or config.inner_residual or config.expansion != 1
+        return config.compression is not None and not shell
+
+    def scan(self, latent: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """latent [B, h*w, Cc] -> what is scanned [B, h*w, Cc], and the merged directions before their norm."""
+        batch, count, _ = latent.shape
         config, directions = self.config, len(self.config.directions)
-        x = self.down(self.expand(self.project_in(tokens))).view(batch, grid.height, grid.width, self.latent)
-        if self.local is not None:
-            if grid.mask is not None:  # what a kernel reads beyond the image is zero, padded or not
-                x = x.masked_fill(~grid.mask[..., None], 0.0)
-            x = x + self.local(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = self.norm(x)
+        x = latent.view(batch, grid.height, grid.width, self.latent)
+        kernel, bias = (None, None) if self.local is None else (self.local.weight, self.local.bias)
+        x = fused.local_norm(x, kernel, bias, gain_of(self.norm), EPS, grid.mask, backend=self.pieces)
         parameters = self.parameters_of(x).view(batch, grid.height, grid.width, directions, 5, self.latent)
         # split, not three slices: the gradient is then one concatenation instead of three sums over zero-filled tensors
         lam, u, logits = parameters.split([1, 1, 3], dim=-2)
         lam, u = lam.squeeze(-2), u.squeeze(-2)
         merge = "none" if config.merge == "concat" else "sum"
         y = propagate_2d(x, logits, lam, u, directions=config.directions, merge=merge, mask=grid.mask)
-        y = y.reshape(batch, count, -1)
-        y = self.merge_norm(y)
-        if config.inner_residual:
-            inner = x.reshape(batch, count, self.latent)
-            y = y + (inner.repeat(1, 1, directions) if config.merge == "concat" else inner)
-        out: Tensor = self.project_out(self.up(y))
-        return out
+        return x.reshape(batch, count, self.latent), y.reshape(batch, count, -1)
+
+
+def gain_of(norm: nn.Module) -> Tensor | None:
+    """The gain of an RMSNorm; None of a norm that is switched off."""
+    return norm.weight if isinstance(norm, nn.RMSNorm) else None
+
+
+def _check_grid(tokens: Tensor, grid: Grid) -> None:
+    if grid.prefix or tokens.shape[1] != grid.tokens:
+        raise ValueError(
+            f"tokens has {tokens.shape[1]} tokens with {grid.prefix} before the grid; "
+            f"propagation accepts exactly {grid.height} x {grid.width} grid tokens"
+        )
