@@ -142,10 +142,11 @@ class PropagationMixer(Mixer):
 
     def residual(self, tokens: Tensor, norm: nn.Module, scale: nn.Module, grid: Grid) -> Tensor:
         """As in `Mixer`; where the fused pieces run, norm + P_down and P_up + residual read the tokens once each."""
-        if self.pieces != "triton" or not self.fuses or not isinstance(norm, nn.LayerNorm):
+        down, up, gamma = self.down, self.up, getattr(scale, "gamma", None)
+        plain = self.pieces != "triton" or not self.fuses
+        if plain or not isinstance(norm, nn.LayerNorm) or not isinstance(down, nn.Linear):
             return super().residual(tokens, norm, scale, grid)
         _check_grid(tokens, grid)
-        down, up, gamma = self.down, self.up, getattr(scale, "gamma", None)
         latent = fused.norm_linear(
             tokens, norm.weight, norm.bias, down.weight, down.bias, norm.eps, backend=self.pieces
         )
