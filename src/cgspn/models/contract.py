@@ -14,7 +14,7 @@ from ..layers import ClassTokenPool, LearnedPositions, MeanPool, PatchEmbed
 from .config import EncoderConfig
 
 POOLS = {"map": "map", "mean": "avg", "cls": "token"}  # ours: timm's
-LAST = 99999  # timm's number of the group after the last block
+WITH_PREVIOUS = (99999,)  # timm's sign for "in the group of the layer before"
 
 
 class TimmContract(nn.Module):
@@ -86,21 +86,7 @@ class TimmContract(nn.Module):
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """How to prepare images, as `timm.data.resolve_model_data_config` reads it."""
-        config = self.config
-        return {
-            "architecture": config.name,
-            "input_size": (config.channels, *config.image_size),
-            "fixed_input_size": False,
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": "center",
-            "mean": config.image_mean,
-            "std": config.image_std,
-            "num_classes": config.num_classes,
-            "pool_size": None,
-            "first_conv": "patch_embed.projection",
-            "classifier": "head",
-        }
+        return data_config(self.config)
 
     @property
     def default_cfg(self) -> dict[str, Any]:
@@ -113,13 +99,13 @@ class TimmContract(nn.Module):
         return {name for name, _ in self.named_parameters() if name in names}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that sort parameter names into layers: stem, blocks, and what follows them.
+        """Regular expressions that sort parameter names into layers: stem, blocks; what none matches comes last.
 
         coarse: of no effect, a block being the coarsest group there is; timm passes it.
         """
         return {
-            "stem": r"^(prefix|positions|patch_embed|pre_norm)",
-            "blocks": [(r"^blocks\.(\d+)", None), (r"^(norm|pool|pool_norm|project|head)\b", (LAST,))],
+            "stem": r"^(?:prefix|positions|patch_embed|pre_norm)\b",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm\b", WITH_PREVIOUS)],
         }
 
     def get_classifier(self) -> nn.Module:
@@ -217,6 +203,24 @@ class TimmContract(nn.Module):
         return [i % depth for i in indices]
 
 
+def data_config(config: EncoderConfig) -> dict[str, Any]:
+    """How images are prepared for a config, in the words of timm's `pretrained_cfg`."""
+    return {
+        "architecture": config.name,
+        "input_size": (config.channels, *config.image_size),
+        "fixed_input_size": False,
+        "interpolation": "bilinear",
+        "crop_pct": 1.0,
+        "crop_mode": "center",
+        "mean": config.image_mean,
+        "std": config.image_std,
+        "num_classes": config.num_classes,
+        "pool_size": None,
+        "first_conv": "patch_embed.projection",
+        "classifier": "head",
+    }
+
+
 def build_head(config: EncoderConfig) -> nn.Module:
     """The classifier of a config: a Linear from the pooled vector, small at first; an Identity without classes."""
     if not config.num_classes:
@@ -250,6 +254,3 @@ def _pair(size: int | Sequence[int]) -> tuple[int, int]:
         return size, size
     height, width = size
     return height, width
-
-
-__all__ = ["TimmContract", "build_head", "resize_patches"]
