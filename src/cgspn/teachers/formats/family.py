@@ -252,11 +252,27 @@ def title(kind: str, width: int, patch: int, image: int) -> str:
     return f"vit_{_SIZES.get(width, f'w{width}')}_patch{patch}_{kind}_{image}"
 
 
-def normalisation(source: Source, mean: tuple[float, ...], std: tuple[float, ...]) -> dict[str, Any]:
-    """image_mean and image_std: from the config beside the weights, else the family's."""
+def normalisation(
+    source: Source, mean: tuple[float, ...], std: tuple[float, ...], *, squeeze: bool = False
+) -> dict[str, Any]:
+    """image_mean, image_std, image_crop and image_resample: from the config beside the weights, else the family's.
+
+    squeeze: whether the family squeezes pictures into its native size instead of cutting out their middle.
+    """
     found = source.configs.get("preprocessor_config.json", {})
     clip = source.configs.get("open_clip_config.json", {}).get("preprocess_cfg", {})
     timm = source.configs.get("config.json", {}).get("pretrained_cfg", {})
     chosen_mean = found.get("image_mean") or clip.get("mean") or timm.get("mean") or mean
     chosen_std = found.get("image_std") or clip.get("std") or timm.get("std") or std
-    return {"image_mean": tuple(chosen_mean), "image_std": tuple(chosen_std)}
+    mode = clip.get("resize_mode") or timm.get("crop_mode")
+    if mode is not None:
+        squeeze = mode == "squash"
+    elif "do_center_crop" in found:
+        squeeze = not found["do_center_crop"]
+    resample = clip.get("interpolation") or timm.get("interpolation") or found.get("resample")
+    return {
+        "image_mean": tuple(chosen_mean),
+        "image_std": tuple(chosen_std),
+        "image_crop": not squeeze,
+        "image_resample": "bilinear" if resample in ("bilinear", 2) else "bicubic",  # 2: as Pillow numbers them
+    }

@@ -90,7 +90,7 @@ def config(tower: Tower) -> EncoderConfig:
         pool_norm=tower.has("fc_norm.weight"),
         embed_dim=embed,
         embed_bias=embed is not None and _head(tower)[1],
-        **normalisation(source, mean, std),
+        **normalisation(source, mean, std, squeeze=sigmoid),
     )
 
 

@@ -95,7 +95,7 @@ def siglip_config(tower: Tower) -> EncoderConfig:
         position_resize="bilinear_antialias" if naflex else "bicubic",
         norm_eps=stated.get("layer_norm_eps", 1e-6),
         pooling="map" if tower.has("head.probe") else "mean",
-        **normalisation(tower.source, HALF, HALF),
+        **normalisation(tower.source, HALF, HALF, squeeze=True),
     )
 
 
