@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from cgspn.evaluate import confusion, fit_probe, mean_iou, patch_histograms, segment
+from cgspn.evaluate import PixelScore, fit_probe, patch_histograms, segment
 
 
 def generator(seed=0):
@@ -24,7 +24,11 @@ def test_mean_iou_against_sets_of_pixels(ignore):
         is_target, is_prediction = {i for i in pixels if t[i] == k}, {i for i in pixels if p[i] == k}
         union = is_target | is_prediction
         expected.append(len(is_target & is_prediction) / len(union) if union else None)
-    mean, each = mean_iou(confusion(prediction, target, 5, ignore))
+    score = PixelScore(5, ignore)
+    for part in range(3):
+        score.update(prediction[part], target[part])
+    mean, each, accuracy = score.compute()
+    assert accuracy == pytest.approx(sum(t[i] == p[i] for i in pixels) / len(pixels))
     assert each == pytest.approx(tuple(expected))
     assert each[4] is None
     assert mean == pytest.approx(sum(expected[:4]) / 4)
@@ -112,7 +116,9 @@ def test_the_penalty_is_chosen_by_held_out_images():
     test = test + torch.randn(60, 3, 3, 150, generator=generator(5))
 
     def quality(probe):
-        return mean_iou(confusion(probe.predict(test, (12, 12)), test_masks, 2))[0]
+        score = PixelScore(2)
+        score.update(probe.predict(test, (12, 12)), test_masks)
+        return score.compute()[0]
 
     chosen = fit_probe(tokens, masks, 2, penalties=(1e-9, 1e-3, 1.0))
     assert chosen.penalty == 1.0
@@ -146,4 +152,4 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="tokens holds values that are not finite"):
         fit_probe(tokens / 0, masks, 3)
     with pytest.raises(ValueError, match="prediction has shape"):
-        confusion(masks, masks[:1], 3)
+        PixelScore(3).update(masks, masks[:1])

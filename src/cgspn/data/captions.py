@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 TEMPLATES = (
     "a photo of a {}",
     "a picture of a {}",
@@ -17,16 +22,36 @@ def fill(template: str, name: str) -> str:
     """Put a class name into a template, with the article that fits: "a photo of an ankle boot".
 
     Args:
-        template: text with exactly one `{}`.
+        template: text with exactly one `{}`; or with `{c}`, as CLIP-benchmark writes it, which keeps its article.
         name: the class name.
 
     Raises:
-        ValueError: the template does not hold exactly one `{}`.
+        ValueError: the template does not hold exactly one of them.
     """
-    if template.count("{}") != 1:
-        raise ValueError(f"template is {template!r}; expected exactly one '{{}}'")
+    if template.count("{}") + template.count("{c}") != 1:
+        raise ValueError(f"template is {template!r}; expected exactly one '{{}}' or '{{c}}'")
+    if "{c}" in template:
+        return template.replace("{c}", name)
     if name[:1].lower() in tuple("aeiou"):
         template = template.replace(" a {}", " an {}")
         if template.startswith("a {}"):
             template = "an {}" + template[len("a {}") :]
     return template.replace("{}", name)
+
+
+def class_captions(
+    labels: Tensor,
+    class_names: Sequence[str],
+    seed: int = 0,
+    indices: Tensor | None = None,
+    templates: Sequence[str] = TEMPLATES,
+) -> list[str]:
+    """One caption for each of `labels`, int64 [N], or those at `indices`: its class in a template drawn at random.
+
+    The caption of an image depends on its own index and the seed alone, so a batch has the captions it would have in
+    the whole set.
+    """
+    choice = torch.randint(len(templates), (len(labels),), generator=torch.Generator().manual_seed(seed))
+    if indices is not None:
+        choice, labels = choice[indices], labels[indices]
+    return [fill(templates[t], class_names[k]) for t, k in zip(choice.tolist(), labels.tolist())]

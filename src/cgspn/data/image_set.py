@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .captions import TEMPLATES, fill
+from .captions import TEMPLATES, class_captions
 from .foreground import foreground
 
 
@@ -67,12 +67,7 @@ class ImageSet:
             indices: int64 [M], the images that captions are wanted for; None for all.
             templates: texts with one `{}` for the class name.
         """
-        generator = torch.Generator().manual_seed(seed)
-        choice = torch.randint(len(templates), (len(self),), generator=generator)
-        labels = self.labels
-        if indices is not None:
-            choice, labels = choice[indices], labels[indices]
-        return [fill(templates[t], self.class_names[k]) for t, k in zip(choice.tolist(), labels.tolist())]
+        return class_captions(self.labels, self.class_names, seed, indices, templates)
 
     def masks(self, threshold: int = 16) -> Tensor:
         """Semantic masks uint8 [N, H, W]: 0 background, 1 + label foreground.

@@ -1,53 +1,24 @@
-"""Semantic segmentation by a linear probe: one linear map from frozen patch tokens to classes, solved in closed form.
+"""Semantic segmentation by a linear probe on frozen tokens (see probe.py), measured at the size of the masks.
 
-The probe is a ridge regression from each token to the shares of the classes in its patch. Its logits are upsampled
-bilinearly to the size of the masks, and the largest wins. No step size, no epochs, no seeds: two encoders compared by
-it differ by their tokens alone.
+Data come as a `Reader`, which may read from disk again and again, so that no data set has to fit into memory.
 
 Shapes: N images, h x w token grid, C channels, H x W masks, K classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, interpolate, one_hot
 
 from .checks import check_finite
+from .probe import CHUNK, PENALTIES, Moments, Probe
 
-PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Strengths of regularisation tried, relative to the mean variance of the tokens (which is 1 after scaling)."""
-
-CHUNK = 128  # images at a time: bounds the memory of one-hot masks and upsampled logits
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """A linear map from tokens to class logits.
-
-    Attributes:
-        weight: float64 [C, K].
-        bias: float64 [K].
-        penalty: the regularisation it was fitted with.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    penalty: float
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Tokens [N, h, w, C] to logits [N, h, w, K], in the dtype and on the device of the tokens."""
-        return tokens @ self.weight.to(tokens) + self.bias.to(tokens)
-
-    def predict(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Tokens [N, h, w, C] to classes int64 [N, H, W], (H, W) = size: logits upsampled bilinearly, largest wins."""
-        out = []
-        for part in _chunks(tokens):
-            logits = self.logits(part.float()).permute(0, 3, 1, 2)
-            out.append(interpolate(logits, size, mode="bilinear", align_corners=False).argmax(1))
-        return torch.cat(out)
+Reader = Callable[[Sequence[int]], Iterator[tuple[Tensor, Tensor]]]
+"""From numbers of images to batches of tokens float [N, h, w, C] and masks, integers [N, H, W], on one device; sizes
+may differ from batch to batch, and images that cannot be read may be missing."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +38,44 @@ class Segmentation:
     penalty: float
 
 
-def _chunks(t: Tensor) -> tuple[Tensor, ...]:
-    return torch.split(t, CHUNK)
+class PixelScore:
+    """Intersection over union and accuracy of pixels, summed over batches by torchmetrics' JaccardIndex."""
+
+    def __init__(self, classes: int, ignore_index: int | None = None, device: torch.device | str = "cpu") -> None:
+        """classes: K. ignore_index: target label of pixels that do not count."""
+        from torchmetrics.classification import MulticlassJaccardIndex
+
+        self.metric = MulticlassJaccardIndex(classes, average="none", ignore_index=ignore_index, validate_args=False)
+        self.metric.to(device)
+        self.classes, self.ignore_index = classes, ignore_index
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Count pixels: prediction integers of any shape, 0 to K - 1; target of the same, or ignore_index.
+
+        Raises ValueError for shapes that differ, or a target out of range.
+        """
+        if prediction.shape != target.shape:
+            raise ValueError(
+                f"prediction has shape {tuple(prediction.shape)}; expected that of target, {tuple(target.shape)}"
+            )
+        check_classes("target", target, self.classes, self.ignore_index)
+        if self.ignore_index is None or bool((target != self.ignore_index).any()):
+            self.metric.update(prediction.to(self.metric.device), target.to(self.metric.device).long())
+
+    def compute(self) -> tuple[float, tuple[float | None, ...], float]:
+        """Mean IoU, the IoU of each class, and the share of pixels that are right.
+
+        A class that occurs neither in the target nor in the prediction has no IoU (None) and is left out of the mean.
+
+        Raises ValueError if no pixel was counted.
+        """
+        counts = self.metric.confmat
+        if int(counts.sum()) == 0:
+            raise ValueError("no pixel to measure: nothing but pixels that do not count")
+        occurs = (counts.sum(0) + counts.sum(1)) > 0
+        each = tuple(float(v) if o else None for v, o in zip(self.metric.compute(), occurs))
+        present = [value for value in each if value is not None]
+        return sum(present) / len(present), each, float(counts.diagonal().sum() / counts.sum())
 
 
 def _check(tokens: Tensor, masks: Tensor, classes: int, ignore_index: int | None, names: tuple[str, str]) -> None:
@@ -97,71 +104,90 @@ def check_classes(name: str, masks: Tensor, classes: int, ignore_index: int | No
         )
 
 
-def patch_histograms(
-    masks: Tensor, grid: tuple[int, int], classes: int, ignore_index: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """The share of each class in each patch, and how much of the patch counts.
+def fit_streamed(
+    read: Reader,
+    count: int,
+    classes: int,
+    *,
+    ignore_index: int | None = None,
+    penalties: tuple[float, ...] = PENALTIES,
+    held_out: float = 0.2,
+) -> Probe:
+    """Fit the probe by ridge regression in float64 on the device of the tokens.
 
-    Patch (i, j) covers rows floor(i H / h) to ceil((i + 1) H / h), columns likewise, so sizes need not divide.
+    The penalty is the one with the best mIoU on a held-out part of the images (a fixed random choice; the larger
+    penalty wins a tie), and the probe is then fitted on all images with it. Held-out images are read twice, others
+    once. A single penalty holds nothing out.
 
     Args:
-        masks: integers [N, H, W], 0 to classes - 1, or ignore_index.
-        grid: (h, w).
-        classes: K.
-        ignore_index: label of pixels that do not count.
+        read: the images.
+        count: N.
+        classes: K, at least 2.
+        ignore_index: label of pixels that do not count, such as 255.
+        penalties: strengths to choose from, each above 0.
+        held_out: share of images for the choice, 0 to 1; at least one image is held out and one is not.
 
-    Returns:
-        shares float32 [N, h, w, K] that sum to 1 (to 0 where nothing counts), and the counted fraction [N, h, w].
+    Raises:
+        ValueError: arguments out of range, tokens that are not finite, nothing but ignored pixels, or one image only
+            while there is a choice to make.
     """
-    shares, counted = [], []
-    for part in _chunks(masks.long()):
-        keep = torch.ones_like(part, dtype=torch.bool) if ignore_index is None else part != ignore_index
-        hot = one_hot(part.where(keep, 0), classes).permute(0, 3, 1, 2).float() * keep[:, None]
-        pooled = adaptive_avg_pool2d(hot, grid).permute(0, 2, 3, 1)
-        fraction = pooled.sum(-1)
-        shares.append(pooled / fraction.clamp(min=1e-12)[..., None])
-        counted.append(fraction)
-    return torch.cat(shares), torch.cat(counted)
+    if not penalties or min(penalties) <= 0:
+        raise ValueError(f"penalties is {penalties}; expected one or more numbers above 0")
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out is {held_out}; accepted: between 0 and 1")
+    if len(penalties) == 1:
+        return _moments(read, range(count), classes, ignore_index).solve(penalties)[0]
+    if count < 2:
+        raise ValueError(f"the probe has {count} image to be fitted on; expected at least 2, or a single penalty")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    cut = min(max(round(count * held_out), 1), count - 1)
+    out, kept = order[:cut], order[cut:]
+    fitted = _moments(read, kept, classes, ignore_index)
+    probes = fitted.solve(penalties)
+    device = fitted.total.device
+    scores = [PixelScore(classes, ignore_index, device) for _ in probes]
+    rest = Moments(len(fitted.x), classes, device)
+    for tokens, masks in read(out):
+        rest.add(tokens, masks, ignore_index)
+        for probe, score in zip(probes, scores):
+            score.update(probe.predict(tokens, (masks.shape[1], masks.shape[2])), masks)
+    # held-out images that have no pixels that count leave the choice to the largest penalty
+    counted = float(rest.total) > 0
+    best = max(zip(probes, scores), key=lambda pair: (pair[1].compute()[0] if counted else 0.0, pair[0].penalty))
+    return (fitted + rest).solve((best[0].penalty,))[0]
 
 
-class _Moments:
-    """Sums over patches, weighted by what counts, from which a ridge of any strength is solved."""
+def _moments(read: Reader, numbers: Sequence[int], classes: int, ignore_index: int | None) -> Moments:
+    moments = None
+    for tokens, masks in read(numbers):
+        check_finite("tokens", tokens)
+        if moments is None:
+            moments = Moments(tokens.shape[-1], classes, tokens.device)
+        moments.add(tokens, masks, ignore_index)
+    if moments is None or float(moments.total) == 0:
+        raise ValueError(f"masks hold nothing but ignore_index = {ignore_index}; nothing to fit")
+    return moments
 
-    def __init__(self, tokens: Tensor, shares: Tensor, counted: Tensor) -> None:
-        channels, classes = tokens.shape[-1], shares.shape[-1]
-        self.total = counted.double().sum()
-        self.x = tokens.new_zeros(channels, dtype=torch.float64)
-        self.y = tokens.new_zeros(classes, dtype=torch.float64)
-        self.xx = tokens.new_zeros(channels, channels, dtype=torch.float64)
-        self.xy = tokens.new_zeros(channels, classes, dtype=torch.float64)
-        for t, s, c in zip(_chunks(tokens), _chunks(shares), _chunks(counted)):
-            x, y, n = t.flatten(0, 2).double(), s.flatten(0, 2).double(), c.flatten().double()[:, None]
-            self.x += (n * x).sum(0)
-            self.y += (n * y).sum(0)
-            self.xx += (n * x).T @ x
-            self.xy += (n * x).T @ y
 
-    def __add__(self, other: _Moments) -> _Moments:
-        out = object.__new__(_Moments)
-        for name in ("total", "x", "y", "xx", "xy"):
-            setattr(out, name, getattr(self, name) + getattr(other, name))
-        return out
+def score_streamed(
+    probe: Probe, read: Reader, count: int, classes: int, *, ignore_index: int | None = None
+) -> Segmentation:
+    """Measure a probe on the N = count images of a reader. Raises ValueError if none of their pixels counts."""
+    score = PixelScore(classes, ignore_index, probe.weight.device)
+    for tokens, masks in read(range(count)):
+        score.update(probe.predict(tokens, (masks.shape[1], masks.shape[2])), masks)
+    mean, each, accuracy = score.compute()
+    return Segmentation(mean, each, accuracy, probe.penalty)
 
-    def solve(self, penalties: tuple[float, ...]) -> list[Probe]:
-        """One probe for each penalty, from one eigendecomposition."""
-        mean_x, mean_y = self.x / self.total, self.y / self.total
-        covariance = self.xx / self.total - mean_x.outer(mean_x)
-        cross = self.xy / self.total - mean_x.outer(mean_y)
-        # Channels scaled to variance 1, so that the penalty means the same for every encoder and channel.
-        std = covariance.diagonal().clamp(min=0).sqrt()
-        scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
-        values, vectors = torch.linalg.eigh(scale[:, None] * covariance * scale)
-        projected = vectors.T @ (scale[:, None] * cross)
-        probes = []
-        for penalty in penalties:
-            weight = scale[:, None] * (vectors @ (projected / (values.clamp(min=0) + penalty)[:, None]))
-            probes.append(Probe(weight, mean_y - mean_x @ weight, penalty))
-        return probes
+
+def in_memory(tokens: Tensor, masks: Tensor) -> Reader:
+    """A reader of tokens [N, h, w, C] and masks [N, H, W]; the masks go to the device of the tokens."""
+
+    def read(numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        for part in torch.tensor(numbers).split(CHUNK):
+            yield tokens[part].detach(), masks[part].to(tokens.device)
+
+    return read
 
 
 def fit_probe(
@@ -173,96 +199,22 @@ def fit_probe(
     penalties: tuple[float, ...] = PENALTIES,
     held_out: float = 0.2,
 ) -> Probe:
-    """Fit the probe by ridge regression in float64 on the device of the tokens.
-
-    The penalty is the one with the best mIoU on a held-out part of the images (a fixed random choice; the larger
-    penalty wins a tie), and the probe is then fitted on all images with it. A single penalty holds nothing out.
+    """`fit_streamed` on what is in memory.
 
     Args:
         tokens: float [N, h, w, C].
         masks: integers [N, H, W], 0 to classes - 1, or ignore_index.
-        classes: K, at least 2.
-        ignore_index: label of pixels that do not count, such as 255.
-        penalties: strengths to choose from, each above 0.
-        held_out: share of images for the choice, 0 to 1; at least one image is held out and one is not.
+        classes, ignore_index, penalties, held_out: as there.
 
     Raises:
         TypeError: masks that are no integers.
-        ValueError: shapes that do not fit, tokens that are not finite, a class out of range, nothing but ignored
-            pixels, no penalty above 0, or one image only while there is a choice to make.
-
-    Source: regularised least squares; Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", 3.4.1.
+        ValueError: shapes that do not fit, a class out of range, or from `fit_streamed`.
     """
     _check(tokens, masks, classes, ignore_index, ("tokens", "masks"))
-    if not penalties or min(penalties) <= 0:
-        raise ValueError(f"penalties is {penalties}; expected one or more numbers above 0")
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out is {held_out}; accepted: between 0 and 1")
-    tokens, masks = tokens.detach(), masks.to(tokens.device)
-    shares, counted = patch_histograms(masks, (tokens.shape[1], tokens.shape[2]), classes, ignore_index)
-    if float(counted.sum()) == 0:
-        raise ValueError(f"masks hold nothing but ignore_index = {ignore_index}; nothing to fit")
-    if len(penalties) == 1:
-        return _Moments(tokens, shares, counted).solve(penalties)[0]
-
-    n = len(tokens)
-    if n < 2:
-        raise ValueError("tokens holds 1 image; expected at least 2, or a single penalty")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(tokens.device)
-    cut = min(max(round(n * held_out), 1), n - 1)
-    out, kept = order[:cut], order[cut:]
-    fitted = _Moments(tokens[kept], shares[kept], counted[kept])
-    if float(fitted.total) == 0:
-        raise ValueError(f"masks hold nothing but ignore_index = {ignore_index} outside the held-out images")
-    size = (masks.shape[1], masks.shape[2])
-    scores = {}
-    for probe in fitted.solve(penalties):
-        counts = confusion(probe.predict(tokens[out], size), masks[out], classes, ignore_index)
-        scores[probe.penalty] = mean_iou(counts)[0] if int(counts.sum()) else 0.0
-    best = max(penalties, key=lambda p: (scores[p], p))
-    return (fitted + _Moments(tokens[out], shares[out], counted[out])).solve((best,))[0]
-
-
-def confusion(prediction: Tensor, target: Tensor, classes: int, ignore_index: int | None = None) -> Tensor:
-    """Counts int64 [K, K]: entry (t, p) is how many pixels of class t were taken for p.
-
-    Args:
-        prediction: integers of any shape, 0 to classes - 1.
-        target: integers of the same shape, 0 to classes - 1, or ignore_index.
-        classes: K.
-        ignore_index: target label of pixels that do not count.
-
-    Raises:
-        ValueError: shapes that differ, or classes out of range.
-    """
-    if prediction.shape != target.shape:
-        raise ValueError(
-            f"prediction has shape {tuple(prediction.shape)}; expected that of target, {tuple(target.shape)}"
-        )
-    check_classes("target", target, classes, ignore_index)
-    check_classes("prediction", prediction, classes, None)
-    prediction, target = prediction.flatten().long(), target.flatten().long()
-    if ignore_index is not None:
-        keep = target != ignore_index
-        prediction, target = prediction[keep], target[keep]
-    return torch.bincount(target * classes + prediction, minlength=classes**2).view(classes, classes)
-
-
-def mean_iou(counts: Tensor) -> tuple[float, tuple[float | None, ...]]:
-    """Intersection over union from the counts of `confusion`: the mean, and each class.
-
-    A class that occurs neither in the target nor in the prediction has no IoU (None) and is left out of the mean.
-
-    Raises:
-        ValueError: counts that are all zero.
-    """
-    hits = counts.diagonal().double()
-    union = counts.sum(0) + counts.sum(1) - hits
-    if float(union.sum()) == 0:
-        raise ValueError("counts are all zero; no pixel to measure")
-    each = tuple(float(h / u) if u > 0 else None for h, u in zip(hits, union))
-    present = [value for value in each if value is not None]
-    return sum(present) / len(present), each
+    reader = in_memory(tokens, masks)
+    return fit_streamed(
+        reader, len(tokens), classes, ignore_index=ignore_index, penalties=penalties, held_out=held_out
+    )
 
 
 def segment(
@@ -274,7 +226,7 @@ def segment(
     *,
     ignore_index: int | None = None,
 ) -> Segmentation:
-    """Fit a probe on one set (see `fit_probe`) and measure it on another.
+    """Fit a probe on one set (see `fit_streamed`) and measure it on another.
 
     Args:
         train_tokens: float [N, h, w, C].
@@ -291,9 +243,6 @@ def segment(
     if test_tokens.shape[-1] != train_tokens.shape[-1]:
         raise ValueError(f"test_tokens has C = {test_tokens.shape[-1]}; expected {train_tokens.shape[-1]}")
     probe = fit_probe(train_tokens, train_masks, classes, ignore_index=ignore_index)
-    counts = torch.zeros(classes, classes, dtype=torch.int64)
-    size = (test_masks.shape[1], test_masks.shape[2])
-    for tokens, masks in zip(_chunks(test_tokens), _chunks(test_masks)):
-        counts += confusion(probe.predict(tokens, size).cpu(), masks.cpu(), classes, ignore_index)
-    mean, each = mean_iou(counts)
-    return Segmentation(mean, each, float(counts.diagonal().sum() / counts.sum()), probe.penalty)
+    return score_streamed(
+        probe, in_memory(test_tokens, test_masks), len(test_tokens), classes, ignore_index=ignore_index
+    )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -44,21 +46,35 @@ def class_embeddings(
     return normalize(unit.mean(1), dim=-1)
 
 
-def top1(image_embeddings: Tensor, class_embeddings: Tensor, labels: Tensor) -> float:
-    """Share of images whose nearest class by cosine is their own.
+@dataclass(frozen=True)
+class Accuracy:
+    """Shares of images, 0 to 1.
+
+    Attributes:
+        top1: whose nearest class by cosine is their own.
+        top5: whose own class is among the five nearest; 1 for five classes or fewer.
+        per_class: top1 of each class, averaged over the classes that have images.
+    """
+
+    top1: float
+    top5: float
+    per_class: float
+
+
+def accuracy(image_embeddings: Tensor, class_embeddings: Tensor, labels: Tensor) -> Accuracy:
+    """How often the class of an image is the nearest to it by cosine, counted by torchmetrics.
 
     Args:
         image_embeddings: [N, D], of any length.
         class_embeddings: [K, D], of any length.
         labels: integers [N], 0 to K - 1.
 
-    Returns:
-        0 to 1.
-
     Raises:
         TypeError: labels that are no integers.
         ValueError: shapes that do not fit, labels out of range, or embeddings that are not finite.
     """
+    from torchmetrics.functional.classification import multiclass_accuracy
+
     check_matrix("image_embeddings", image_embeddings, "[N, D]")
     check_matrix("class_embeddings", class_embeddings, "[K, D]")
     check_ids("labels", labels, len(image_embeddings), "[N]")
@@ -71,6 +87,19 @@ def top1(image_embeddings: Tensor, class_embeddings: Tensor, labels: Tensor) -> 
         raise ValueError(
             f"labels run from {int(labels.min())} to {int(labels.max())}; accepted: 0 to {len(class_embeddings) - 1}"
         )
+    classes = len(class_embeddings)
     # The length of an image's embedding changes none of its comparisons; that of a class's does.
     scores = image_embeddings.float() @ normalize(class_embeddings.float(), dim=-1).T
-    return float((scores.argmax(1) == labels.to(scores.device)).double().mean())
+    labels = labels.to(scores.device)
+
+    def share(average: Literal["micro", "none"], top_k: int = 1) -> Tensor:
+        return multiclass_accuracy(scores, labels, classes, average, top_k, validate_args=False)
+
+    # not "macro", which counts classes without images that were predicted
+    each = share("none")[torch.bincount(labels, minlength=classes) > 0]
+    return Accuracy(float(share("micro")), float(share("micro", min(5, classes))), float(each.mean()))
+
+
+def top1(image_embeddings: Tensor, class_embeddings: Tensor, labels: Tensor) -> float:
+    """Share of images whose nearest class by cosine is their own, 0 to 1. Arguments and errors as `accuracy`."""
+    return accuracy(image_embeddings, class_embeddings, labels).top1

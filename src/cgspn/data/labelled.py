@@ -1,0 +1,168 @@
+"""Pictures with classes or captions, as they lie on disk, for measuring: nothing is decoded before its turn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from .captions import TEMPLATES
+from .clip_benchmark import is_clip_benchmark, open_benchmark_shards, read_lines
+from .embedded import load_embedded
+from .folder import SUFFIXES, list_folder
+from .locate import cache_folder
+from .prepare import Member, Picture
+from .shards import ShardSet, open_shards
+from .source import EMBEDDED
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledPictures:
+    """Pictures of classes that have names.
+
+    Attributes:
+        name: of the set, for tables.
+        pictures: N of them.
+        labels: N numbers below len(class_names).
+        class_names: as they are put into the templates.
+        templates: of the set's own, or `TEMPLATES`.
+    """
+
+    name: str
+    pictures: Sequence[Picture]
+    labels: Sequence[int]
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...] = TEMPLATES
+
+
+@dataclass(frozen=True, eq=False)
+class CaptionedPictures:
+    """Pictures with one or more captions each.
+
+    Attributes:
+        name: of the set, for tables.
+        pictures: N of them.
+        captions: N tuples of captions, none of them empty.
+    """
+
+    name: str
+    pictures: Sequence[Picture]
+    captions: Sequence[tuple[str, ...]]
+
+
+def set_name(source: str | Path) -> str:
+    """How a source is called in tables: the last part of its path, without ending."""
+    return Path(source).name.removesuffix(".tar") or str(source)
+
+
+def open_labelled(source: str | Path) -> LabelledPictures:
+    """Find the labelled pictures of a source.
+
+    Args:
+        source: "embedded" (its test split); a folder with a sub-folder for each class; a folder in the layout of
+            CLIP-benchmark: test/0.tar ... with .cls files, classnames.txt, zeroshot_classification_templates.txt.
+
+    Raises:
+        OSError: nothing there, or it cannot be read.
+        ValueError: another layout, or a label without a name; says what was expected and what was found.
+    """
+    root = Path(source)
+    if str(source) == EMBEDDED:
+        images = load_embedded("test")
+        pictures = [Image.fromarray(image[0].numpy()) for image in images.images]
+        return LabelledPictures(EMBEDDED, pictures, images.labels.tolist(), images.class_names)
+    if is_clip_benchmark(root):
+        return _labelled_shards(root)
+    if is_tars(source):
+        raise ValueError(
+            f"{source} names tars alone; zero-shot needs names of classes: expected the folder that holds "
+            "classnames.txt and test/0.tar ... (CLIP-benchmark), or one with a sub-folder for each class"
+        )
+    names, files = list_folder(root)
+    if len(names) < 2:
+        raise ValueError(
+            f"{root} holds {len(files)} images of one class, {names[0]!r}; expected a sub-folder for each of two "
+            "classes or more, or classnames.txt and test/0.tar ... (CLIP-benchmark)"
+        )
+    return LabelledPictures(set_name(root), [f for f, _ in files], [k for _, k in files], names)
+
+
+def _labelled_shards(root: Path) -> LabelledPictures:
+    shards = open_benchmark_shards(root)
+    names = tuple(read_lines(root / "classnames.txt", "the names of the classes, one a line"))
+    templates = root / "zeroshot_classification_templates.txt"
+    labels = []
+    for number in range(len(shards)):
+        content = shards.read_parts(number, ("cls",))["cls"]
+        if content is None:
+            raise ValueError(f"{shards.name(number)} has no .cls file; expected a class number for each image")
+        try:
+            labels.append(int(content))
+        except ValueError as error:
+            raise ValueError(
+                f"{shards.name(number)}: its .cls file holds {content[:20]!r}; expected a number"
+            ) from error
+        if not 0 <= labels[-1] < len(names):
+            raise ValueError(
+                f"{shards.name(number)} has class {labels[-1]}; accepted: 0 to {len(names) - 1}, "
+                f"the lines of {root / 'classnames.txt'}"
+            )
+    return LabelledPictures(
+        set_name(root),
+        images_of(shards),
+        labels,
+        names,
+        tuple(read_lines(templates, "")) if templates.exists() else TEMPLATES,
+    )
+
+
+def open_captioned(source: str | Path) -> CaptionedPictures:
+    """Find the captioned pictures of a source; several lines are several captions.
+
+    Args:
+        source: a folder of images at any depth, each with a .txt file beside it; a folder in the layout of
+            CLIP-benchmark, test/0.tar ... with .txt files; or tars with them, as a path, pattern or URL.
+
+    Raises:
+        FileNotFoundError: nothing there, or no image that has captions; the message says what was looked for.
+        OSError, ValueError: files or shards that cannot be read.
+    """
+    root = Path(source)
+    if is_clip_benchmark(root) or is_tars(source):
+        shards = open_benchmark_shards(root) if root.is_dir() else open_shards(str(source), cache_folder())
+        texts = [shards.read_parts(number, ("txt",))["txt"] or b"" for number in range(len(shards))]
+        pictures: list[Picture] = images_of(shards)
+    else:
+        files = [file for file, _ in list_folder(root)[1]]
+        beside = [file.with_suffix(".txt") for file in files]
+        texts = [text.read_bytes() if text.is_file() else b"" for text in beside]
+        pictures = list(files)
+    captions = [
+        tuple(line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()) for text in texts
+    ]
+    kept = [number for number, lines in enumerate(captions) if lines]
+    if not kept:
+        kinds = ", ".join(sorted(SUFFIXES))
+        raise FileNotFoundError(
+            f"{source} holds {len(pictures)} images without captions; expected a .txt file beside each "
+            f"(image files are {kinds})"
+        )
+    return CaptionedPictures(set_name(source), [pictures[n] for n in kept], [captions[n] for n in kept])
+
+
+def is_tars(source: str | Path) -> bool:
+    """Whether a source names tars: by its ending."""
+    return str(source).endswith(".tar")
+
+
+def images_of(shards: ShardSet) -> list[Picture]:
+    """The image of each sample."""
+    return [Member(shards, number, "image") for number in range(len(shards))]
+
+
+def labels_of(pictures: LabelledPictures, kept: Sequence[int]) -> torch.Tensor:
+    """The labels of some of the pictures, int64 [len(kept)]."""
+    return torch.tensor([pictures.labels[number] for number in kept], dtype=torch.int64)

@@ -1,0 +1,186 @@
+"""Pictures with class masks: ADE20K, COCO-Stuff, CamVid, and pairs of files or webdataset tars of one's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .clip_benchmark import read_lines
+from .folder import SUFFIXES
+from .labelled import images_of, is_tars, set_name
+from .locate import cache_folder
+from .prepare import Member, Picture, open_picture, open_raw, picture_name
+from .shards import open_shards
+
+IGNORE = -1  # of masks as they are handed out, whatever number says so on disk
+CAMVID = (
+    *("sky", "building", "pole", "road", "pavement", "tree"),
+    *("sign or symbol", "fence", "car", "pedestrian", "bicyclist"),
+)
+COCO_IDS, COCO_TRAIN_IDS = 182, 171
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentationSet:
+    """Pictures and their masks, which are PNG files of one channel of class ids.
+
+    Attributes:
+        name: of the set, for tables.
+        pictures, masks: N of each.
+        class_names: K of them.
+        first: what stands for class 0 in the files; class k is first + k.
+        ignored: what stands for pixels that do not count.
+    """
+
+    name: str
+    pictures: Sequence[Picture]
+    masks: Sequence[Picture]
+    class_names: tuple[str, ...]
+    first: int = 0
+    ignored: int = 255
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def picture_name(self, number: int) -> str:
+        """For messages."""
+        return picture_name(self.pictures[number])
+
+    def read(self, number: int) -> tuple[Image.Image, NDArray[np.int64]]:
+        """A picture in RGB and its mask [H, W], 0 to K - 1 or IGNORE.
+
+        Raises OSError or ValueError for files that are damaged or do not belong together, and what Pillow does.
+        """
+        image, stored = open_picture(self.pictures[number]), read_ids(self.masks[number])
+        if stored.shape != (image.height, image.width):
+            raise ValueError(
+                f"its mask has {stored.shape[1]} x {stored.shape[0]} pixels; "
+                f"expected those of the image, {image.width} x {image.height}"
+            )
+        mask = np.where(stored == self.ignored, IGNORE, stored - self.first)
+        wrong = (mask < IGNORE) | (mask >= len(self.class_names)) | ((mask == IGNORE) & (stored != self.ignored))
+        if wrong.any():
+            last = self.first + len(self.class_names) - 1
+            raise ValueError(
+                f"its mask holds {stored[wrong][0]}; accepted: {self.first} to {last}, and {self.ignored} for "
+                "pixels that do not count"
+            )
+        return image, mask
+
+    def limited(self, count: int | None) -> SegmentationSet:
+        """The first `count` pictures; None for all of them. Raises ValueError if there are fewer."""
+        if count is None:
+            return self
+        if not 1 <= count <= len(self):
+            raise ValueError(f"{self.name} holds {len(self)} images, but {count} are asked for; accepted: 1 or more")
+        return replace(self, pictures=self.pictures[:count], masks=self.masks[:count])
+
+
+def read_ids(mask: Picture) -> NDArray[np.int64]:
+    """The class ids of a mask, [H, W]; of a palette image the indices. Raises ValueError for a picture in colour."""
+    image = open_raw(mask)
+    if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+        raise ValueError(f"its mask is an image of mode {image.mode}; expected one channel of class ids")
+    return np.asarray(image).astype(np.int64)
+
+
+def open_segmentation(source: str | Path) -> tuple[SegmentationSet, SegmentationSet]:
+    """The training and the test part of a data set, whose layout is recognised.
+
+    - ADE20K (SceneParsing): images/{training,validation} and annotations/{training,validation}, 0 does not count.
+    - COCO-Stuff: train2017 and val2017, or both in images/, and the same in stuffthingmaps/ or annotations/; 182 ids,
+      or 171 where all masks end in _labelTrainIds.png; 255 does not count.
+    - CamVid: camvid-train.tar and camvid-test.tar with .jpg and .mask.png, 11 does not count.
+
+    Raises:
+        FileNotFoundError: none of them; the message says what was expected and what was found.
+        OSError, ValueError: shards or folders that cannot be read, or no pairs in them.
+    """
+    root = Path(source)
+    for candidate in (root, root / "ADEChallengeData2016"):
+        if (candidate / "annotations" / "training").is_dir():
+            return _ade20k(candidate, "training"), _ade20k(candidate, "validation")
+    masks = next(
+        (root / name for name in ("stuffthingmaps", "annotations") if (root / name / "train2017").is_dir()), None
+    )
+    if masks is not None:
+        return _coco_stuff(root, masks, "train2017"), _coco_stuff(root, masks, "val2017")
+    if (root / "camvid-train.tar").is_file():
+        train, test = (open_pairs(root / f"camvid-{part}.tar", len(CAMVID), 11) for part in ("train", "test"))
+        return replace(train, name="camvid", class_names=CAMVID), replace(test, name="camvid", class_names=CAMVID)
+    if not root.exists():
+        raise FileNotFoundError(f"no such folder: {root}")
+    found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) if root.is_dir() else "a file"
+    raise FileNotFoundError(
+        f"{root} is no data set that is known here; expected annotations/training (ADE20K), stuffthingmaps/train2017 "
+        f"(COCO-Stuff) or camvid-train.tar (CamVid); found: {found or 'nothing'}. Other sets: --train and --test"
+    )
+
+
+def open_pairs(source: str | Path, classes: int, ignored: int = 255) -> SegmentationSet:
+    """Pairs NAME.jpg, NAME.mask.png: in a folder at any depth, or in tars (a path, pattern or URL that ends in .tar).
+
+    Args:
+        source: the folder or tars.
+        classes: K; ids are 0 to K - 1.
+        ignored: the id of pixels that do not count.
+
+    Raises FileNotFoundError if there are none, and what `open_shards` raises.
+    """
+    if classes < 2:
+        raise ValueError(f"classes is {classes}; expected at least 2")
+    if is_tars(source):
+        shards = open_shards(str(source), cache_folder())
+        numbers = [n for n in range(len(shards)) if shards.read_parts(n, ("mask",))["mask"] is not None]
+        pictures = images_of(shards)
+        pairs: list[tuple[Picture, Picture]] = [(pictures[n], Member(shards, n, "mask")) for n in numbers]
+    else:
+        root = Path(source)
+        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.endswith(".mask.png"))
+        pairs = [(p, p.with_suffix(".mask.png")) for p in files if p.with_suffix(".mask.png").is_file()]
+    if not pairs:
+        raise FileNotFoundError(f"{source} holds no pairs; expected images, each with a NAME.mask.png beside it")
+    return SegmentationSet(set_name(source), *_unzip(pairs), _numbered(classes), ignored=ignored)
+
+
+def _ade20k(root: Path, split: str) -> SegmentationSet:
+    table = root / "objectInfo150.txt"  # columns of which the last is the name, below a line of headings
+    names = _numbered(150)
+    if table.is_file():
+        rows = [line.split("\t")[-1].strip() for line in read_lines(table, "")][1:]
+        names = tuple(row.split(",")[0] for row in rows) if len(rows) == 150 else names
+    pairs = _twins(root / "images" / split, root / "annotations" / split, ".png")
+    return SegmentationSet("ade20k", *_unzip(pairs), names, first=1, ignored=0)
+
+
+def _coco_stuff(root: Path, masks: Path, split: str) -> SegmentationSet:
+    images = root / "images" / split if (root / "images" / split).is_dir() else root / split
+    endings = {path.name.removeprefix(path.name.split("_")[0]) for path in (masks / split).glob("*.png")}
+    train_ids = endings == {"_labelTrainIds.png"}
+    pairs = _twins(images, masks / split, "_labelTrainIds.png" if train_ids else ".png")
+    return SegmentationSet("coco-stuff", *_unzip(pairs), _numbered(COCO_TRAIN_IDS if train_ids else COCO_IDS))
+
+
+def _twins(images: Path, masks: Path, ending: str) -> list[tuple[Picture, Picture]]:
+    """Images with the masks of the same name. Raises FileNotFoundError if there are none."""
+    if not images.is_dir():
+        raise FileNotFoundError(f"no such folder: {images}; expected the images of the masks in {masks}")
+    files = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES)
+    pairs: list[tuple[Picture, Picture]] = [(file, masks / f"{file.stem}{ending}") for file in files]
+    # some that lack theirs are skipped and named when their turn comes
+    if not any(isinstance(mask, Path) and mask.is_file() for _, mask in pairs):
+        raise FileNotFoundError(f"{images} holds {len(files)} images, none of them with a mask NAME{ending} in {masks}")
+    return pairs
+
+
+def _unzip(pairs: Sequence[tuple[Picture, Picture]]) -> tuple[list[Picture], list[Picture]]:
+    return [image for image, _ in pairs], [mask for _, mask in pairs]
+
+
+def _numbered(count: int) -> tuple[str, ...]:
+    return tuple(f"class {number}" for number in range(count))

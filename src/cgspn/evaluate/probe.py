@@ -1,0 +1,162 @@
+"""A linear probe on frozen tokens: one linear map from patch tokens to classes, solved in closed form.
+
+The probe is a ridge regression from each token to the shares of the classes in its patch. It is fitted from sums over
+patches, so that a data set of any size streams through, batch by batch. No step size, no epochs, no seeds: two
+encoders compared by it differ by their tokens alone.
+
+Shapes: N images, h x w token grid, C channels, H x W masks, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+"""Strengths of regularisation tried, relative to the mean variance of the tokens (which is 1 after scaling)."""
+
+CHUNK = 128  # images at a time
+PIXELS = 1 << 25  # logits at a time: with many classes those of one image at full size would take gigabytes
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A linear map from tokens to class logits.
+
+    Attributes:
+        weight: float64 [C, K].
+        bias: float64 [K].
+        penalty: the regularisation it was fitted with.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    penalty: float
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Tokens [N, h, w, C] to logits [N, h, w, K], in the dtype and on the device of the tokens."""
+        return tokens @ self.weight.to(tokens) + self.bias.to(tokens)
+
+    def predict(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
+        """Tokens [N, h, w, C] to classes int64 [N, H, W], (H, W) = size: logits upsampled bilinearly, largest wins."""
+        return torch.cat(
+            [_upsampled_argmax(self.logits(part.float()).permute(0, 3, 1, 2), size) for part in tokens.split(CHUNK)]
+        )
+
+
+def _upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """The largest of logits [N, K, h, w] at each pixel, int64 [N, H, W], a few classes at full size at a time."""
+    best, found = None, None
+    step = max(1, PIXELS // (len(logits) * size[0] * size[1]))
+    for first in range(0, logits.shape[1], step):
+        part = logits[:, first : first + step]
+        value, index = interpolate(part, size, mode="bilinear", align_corners=False).max(1)
+        index += first
+        if best is None or found is None:
+            best, found = value, index
+        else:
+            better = value > best
+            best, found = torch.where(better, value, best), torch.where(better, index, found)
+    assert found is not None
+    return found
+
+
+def patch_histograms(
+    masks: Tensor, grid: tuple[int, int], classes: int, ignore_index: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The share of each class in each patch, and how much of the patch counts.
+
+    Patch (i, j) covers rows floor(i H / h) to ceil((i + 1) H / h), columns likewise, so sizes need not divide.
+
+    Args:
+        masks: integers [N, H, W], 0 to classes - 1, or ignore_index.
+        grid: (h, w).
+        classes: K.
+        ignore_index: label of pixels that do not count.
+
+    Returns:
+        shares float32 [N, h, w, K] that sum to 1 (to 0 where nothing counts), and the counted fraction [N, h, w].
+    """
+    h, w = grid
+    rows, row_patch = _covered(masks.shape[1], h, masks.device)
+    columns, column_patch = _covered(masks.shape[2], w, masks.device)
+    patch = row_patch[:, None] * w + column_patch
+    shares, counted = [], []
+    for part in masks.split(CHUNK):
+        n = len(part)
+        pixels = part[:, rows[:, None], columns].long()
+        keep = torch.ones_like(pixels, dtype=torch.bool) if ignore_index is None else pixels != ignore_index
+        # what does not count gets a class of its own
+        where = (torch.arange(n, device=masks.device)[:, None, None] * h * w + patch) * (classes + 1)
+        counts = torch.bincount((where + pixels.where(keep, classes)).flatten(), minlength=n * h * w * (classes + 1))
+        counts = counts.view(n, h, w, classes + 1)
+        valid = counts[..., :classes].float()
+        total = valid.sum(-1)
+        shares.append(valid / total.clamp(min=1)[..., None])
+        counted.append(total / counts.sum(-1))
+    return torch.cat(shares), torch.cat(counted)
+
+
+def _covered(size: int, patches: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The lines that each patch covers, those of all patches one after the other, and whose each is."""
+    number = torch.arange(patches, device=device)
+    begin, end = number * size // patches, -(-(number + 1) * size // patches)
+    owner = number.repeat_interleave(end - begin)
+    first = (end - begin).cumsum(0) - (end - begin)
+    return torch.arange(len(owner), device=device) - first[owner] + begin[owner], owner
+
+
+class Moments:
+    """Sums over patches, weighted by what counts, from which a ridge of any strength is solved."""
+
+    def __init__(self, channels: int, classes: int, device: torch.device | str = "cpu") -> None:
+        """Nothing summed yet; float64 on `device`."""
+        self.total = torch.zeros((), dtype=torch.float64, device=device)
+        self.x = torch.zeros(channels, dtype=torch.float64, device=device)
+        self.y = torch.zeros(classes, dtype=torch.float64, device=device)
+        self.xx = torch.zeros(channels, channels, dtype=torch.float64, device=device)
+        self.xy = torch.zeros(channels, classes, dtype=torch.float64, device=device)
+
+    def add(self, tokens: Tensor, masks: Tensor, ignore_index: int | None = None) -> None:
+        """Count tokens float [N, h, w, C] and their masks, integers [N, H, W]."""
+        grid = (tokens.shape[1], tokens.shape[2])
+        for t, m in zip(tokens.split(CHUNK), masks.split(CHUNK)):
+            shares, counted = patch_histograms(m, grid, len(self.y), ignore_index)
+            x, y = t.flatten(0, 2).to(self.x), shares.flatten(0, 2).to(self.x)
+            n = counted.flatten().to(self.x)[:, None]
+            self.total += n.sum()
+            self.x += (n * x).sum(0)
+            self.y += (n * y).sum(0)
+            self.xx += (n * x).T @ x
+            self.xy += (n * x).T @ y
+
+    def __add__(self, other: Moments) -> Moments:
+        """Of both together."""
+        out = Moments(len(self.x), len(self.y), self.x.device)
+        for name in ("total", "x", "y", "xx", "xy"):
+            setattr(out, name, getattr(self, name) + getattr(other, name))
+        return out
+
+    def solve(self, penalties: Sequence[float]) -> list[Probe]:
+        """One probe for each penalty, from one eigendecomposition.
+
+        Source: regularised least squares; Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning",
+        3.4.1.
+        """
+        mean_x, mean_y = self.x / self.total, self.y / self.total
+        covariance = self.xx / self.total - mean_x.outer(mean_x)
+        cross = self.xy / self.total - mean_x.outer(mean_y)
+        # Channels scaled to variance 1, so that the penalty means the same for every encoder and channel.
+        std = covariance.diagonal().clamp(min=0).sqrt()
+        scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
+        values, vectors = torch.linalg.eigh(scale[:, None] * covariance * scale)
+        projected = vectors.T @ (scale[:, None] * cross)
+        probes = []
+        for penalty in penalties:
+            weight = scale[:, None] * (vectors @ (projected / (values.clamp(min=0) + penalty)[:, None]))
+            probes.append(Probe(weight, mean_y - mean_x @ weight, penalty))
+        return probes
