@@ -53,7 +53,7 @@ def pretrain(
     Raises ValueError for an unknown model and DivergedError if the loss stops being finite.
     """
     torch.manual_seed(config.optim.seed)
-    model = build_dual(model_config(config.model), TextConfig(), config.embed_dim).to(device)
+    model = build_dual(model_config(config.model), TextConfig(), config.embed_dim, config.loss).to(device)
     feed, encoder = ImageSetFeed(images), model.image.config
     stream = feed.stream(encoder, encoder.image_size, config.optim, World(device=torch.device(device)))
     task = ContrastiveTask(model, feed.captions, config.loss)

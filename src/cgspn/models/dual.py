@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,20 @@ from .config import EncoderConfig, TextConfig, encoder_config_from_dict, text_co
 from .encoder import Encoder
 from .text import TextTower, tokenize
 
+Loss = Literal["clip", "sigmoid"]
+"""CLIP judges an image's texts against each other (softmax), SigLIP each pair of image and text alone (sigmoid)."""
+
 
 class DualEncoder(nn.Module):
-    """An image `Encoder`, a `TextTower`, a projection of each to `embed_dim`, and the scale and bias of the loss."""
+    """An image `Encoder`, a `TextTower`, a projection of each to `embed_dim`, and the scale and bias of the loss.
 
-    def __init__(self, image: Encoder, text: TextTower, embed_dim: int) -> None:
-        """embed_dim: width of the shared space."""
+    logit_scale is the logarithm of the scale; a "clip" loss has no use for logit_bias.
+    """
+
+    def __init__(self, image: Encoder, text: TextTower, embed_dim: int, loss: Loss = "clip") -> None:
+        """embed_dim: width of the shared space. loss: that it is trained with, which says how to read its logits."""
         super().__init__()
+        self.loss: Loss = loss
         self.image, self.text = image, text
         self.image_projection = nn.Linear(image.config.pooled_width, embed_dim, bias=False)
         self.text_projection = nn.Linear(text.config.width, embed_dim, bias=False)
@@ -46,7 +54,7 @@ class DualEncoder(nn.Module):
         width, own_width = image.config.pooled_width, self.image.config.pooled_width
         if width != own_width:
             raise ValueError(f"image has width {width}; expected {own_width}")
-        other = DualEncoder(image, TextTower(self.text.config), self.image_projection.out_features)
+        other = DualEncoder(image, TextTower(self.text.config), self.image_projection.out_features, self.loss)
         own = {k: v.clone() for k, v in self.state_dict().items() if not k.startswith("image.")}
         other.load_state_dict(own, strict=False, assign=True)  # assigned, they stay on the device they are on
         return other
@@ -61,13 +69,14 @@ class DualEncoder(nn.Module):
             "encoder": to_dict(self.image.config),
             "text": to_dict(self.text.config),
             "embed_dim": self.image_projection.out_features,
+            "loss": self.loss,
         }
         save_model(folder, config, {k: v.to(dtype) for k, v in self.state_dict().items()})
 
 
-def build_dual(encoder: EncoderConfig, text: TextConfig, embed_dim: int) -> DualEncoder:
+def build_dual(encoder: EncoderConfig, text: TextConfig, embed_dim: int, loss: Loss = "clip") -> DualEncoder:
     """A freshly initialised DualEncoder. Raises ValueError for configs whose parts do not fit."""
-    return DualEncoder(Encoder(encoder), TextTower(text), embed_dim)
+    return DualEncoder(Encoder(encoder), TextTower(text), embed_dim, loss)
 
 
 def load_dual(folder: str | Path) -> DualEncoder:
@@ -79,7 +88,10 @@ def load_dual(folder: str | Path) -> DualEncoder:
     if config.get("model") != "dual":
         raise CheckpointError(f"{folder} holds a {config.get('model')!r} model; expected an image-text model, 'dual'")
     model = build_dual(
-        encoder_config_from_dict(config["encoder"]), text_config_from_dict(config["text"]), config["embed_dim"]
+        encoder_config_from_dict(config["encoder"]),
+        text_config_from_dict(config["text"]),
+        config["embed_dim"],
+        config.get("loss", "clip"),
     )
     try:
         model.load_state_dict(state)

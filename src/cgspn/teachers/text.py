@@ -69,6 +69,8 @@ class PretrainedDual(DualEncoder):
         width = image.config.pooled_width
         self.image = image
         self.text = text  # type: ignore[assignment]
+        kind: Any = text.model.config
+        self.loss = "sigmoid" if str(kind.model_type).startswith("siglip") else "clip"
         # the encoder projects; those who train through a projection find one that changes nothing
         self.image_projection = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.image_projection.weight)
