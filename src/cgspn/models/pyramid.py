@@ -36,7 +36,8 @@ class FeaturePyramid(nn.Module):
         maps = pyramid(images)  # {"p2": [B, 256, H/4, W/4], ..., "p5": [B, 256, H/32, W/32]}
 
     Blocks after `index`, the pooling and a classifier take no part; `encoder.prune_intermediate_layers([index])` drops
-    them beforehand, which DistributedDataParallel wants. Source: the simple feature pyramid of ViTDet (Li et al., 2022), section 3.
+    them beforehand, which DistributedDataParallel wants.
+    Source: the simple feature pyramid of ViTDet (Li et al., 2022), section 3.
     """
 
     def __init__(
