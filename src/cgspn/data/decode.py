@@ -8,7 +8,7 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 ORIENTATION = 0x0112  # the Exif tag; values from 5 to 8 turn a picture on its side
 ON_ITS_SIDE = range(5, 9)
@@ -33,7 +33,7 @@ def read_box(file: Path | IO[bytes], size: tuple[int, int], choose: Callable[[in
 
     Raises all kinds of errors for a damaged file: OSError, SyntaxError, ValueError, struct.error and others.
     """
-    with Image.open(file) as opened:
+    with open_image(file) as opened:
         if opened.format in ("JPEG", "MPO"):
             sideways = opened.getexif().get(ORIENTATION) in ON_ITS_SIDE
             height, width = (opened.width, opened.height) if sideways else (opened.height, opened.width)
@@ -53,6 +53,14 @@ def read_box(file: Path | IO[bytes], size: tuple[int, int], choose: Callable[[in
     bottom, right = min((box[0] + box[2]) * y, image.height), min((box[1] + box[3]) * x, image.width)
     resized = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, (left, top, right, bottom))
     return np.array(resized)
+
+
+def open_image(file: Path | IO[bytes]) -> Image.Image:
+    """`Image.open`, whose message would name an object in memory. Raises OSError."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError as error:
+        raise OSError("no image, or of no kind that Pillow can read") from error
 
 
 def whole(height: int, width: int) -> Box:

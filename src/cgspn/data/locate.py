@@ -110,7 +110,8 @@ def locate(source: str, cache: Path) -> list[Shard]:
 
 def shown(work: Iterable[Item], title: str, total: int) -> Iterator[Item]:
     """Pass items on under a progress bar, on standard error and gone at the end."""
-    yield from track(work, title, total, console=Console(stderr=True), transient=True)
+    console = Console(stderr=True)
+    yield from track(work, title, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def _fetched(url: str, cache: Path) -> Shard:

@@ -66,7 +66,7 @@ class ShardSet:
                 file.seek(offset)
                 found[part] = content = file.read(size)
                 if len(content) < size:
-                    raise OSError(f"the shard ends after {offset + len(content)} bytes; expected {offset + size}")
+                    raise OSError(f"{part}: the shard ends before byte {offset + size}")
         return found
 
     def digest(self) -> str:

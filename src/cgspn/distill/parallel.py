@@ -125,7 +125,8 @@ def spread_task(task: nn.Module, *, sharded: bool, find_unused: bool) -> nn.Modu
         return task
     if sharded:
         fully_shard(task)
-        register_fsdp_forward_method(task, "calibrate")  # embeds images, with weights that are gathered for forward only
+        # it embeds images, with weights that are gathered for forward only
+        register_fsdp_forward_method(task, "calibrate")
         return task
     return DistributedDataParallel(task, broadcast_buffers=False, find_unused_parameters=find_unused)
 

@@ -80,10 +80,11 @@ def observe(teacher: Encoder, images: Tensor, student: EncoderConfig, size: tupl
     config = teacher.config
     if (config.image_mean, config.image_std) != (student.image_mean, student.image_std):
         mean, std, mean_t, std_t = (
-            torch.tensor(v, dtype=images.dtype, device=images.device)[:, None, None]
+            torch.tensor(v, device=images.device)[:, None, None]
             for v in (student.image_mean, student.image_std, config.image_mean, config.image_std)
         )
-        images = (images * std + mean - mean_t) / std_t
+        # in float32: in bf16 each of the steps would round
+        images = ((images.float() * std + mean - mean_t) / std_t).to(images.dtype)
     if size is None or size == tuple(images.shape[-2:]):
         return tapped_forward(teacher, images)
     h, w = images.shape[-2] // config.patch_size, images.shape[-1] // config.patch_size
