@@ -2,11 +2,12 @@
 
 from .attention import AttentionConfig, AttentionMixer
 from .block import Block, LayerScale
-from .embed import LearnedPositions, PatchEmbed, PositionResize
+from .embed import LearnedPositions, PatchEmbed
 from .mixer import Grid, Mixer
 from .mlp import Activation, Mlp
 from .pooling import ClassTokenPool, MapPool, MeanPool, Pooling
 from .propagation import GSPN, GSPN_WALK, PropagationConfig, PropagationMixer
+from .resize import PositionResize
 
 __all__ = [
     "GSPN",

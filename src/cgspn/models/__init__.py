@@ -4,6 +4,7 @@ from .checkpoint import CheckpointError
 from .config import EncoderConfig, TextConfig
 from .dual import DualEncoder, build_dual, load_dual
 from .encoder import Encoder, EncoderOutput
+from .mixed import Packing, choose_shapes, encode_mixed, pack
 from .registry import create_model, list_models, model_config
 from .text import TextTower, tokenize
 
@@ -13,12 +14,16 @@ __all__ = [
     "Encoder",
     "EncoderConfig",
     "EncoderOutput",
+    "Packing",
     "TextConfig",
     "TextTower",
     "build_dual",
+    "choose_shapes",
     "create_model",
+    "encode_mixed",
     "list_models",
     "load_dual",
     "model_config",
+    "pack",
     "tokenize",
 ]

@@ -1,0 +1,56 @@
+"""Resizing a table of learned positions, written as two small matrices: one over its rows, one over its columns.
+
+Resampling is linear and separable, so this equals `torch.nn.functional.interpolate`, but the target size is a value in
+a tensor: it may differ from image to image of a batch, and stay open in an exported program. Its gradient is the same
+in every run, on every device; and it is right for one-column grids, where PyTorch 2.13's antialiased resize on the CPU
+repeats the first row.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+PositionResize = Literal["bicubic", "bicubic_antialias", "bilinear_antialias"]
+
+
+def resize_matrix(ranks: Tensor, size: int, resize: PositionResize) -> Tensor:
+    """What each of n target lines takes from `size` source lines: [..., n, size] float32, rows sum to one.
+
+    Args:
+        ranks: [..., n], 1, 2, ... for the target lines in order; the last one is how many there are. Lines of padding
+            repeat the rank before them.
+        size: of the source.
+        resize: as in `LearnedPositions`; pixel centres as with align_corners=False.
+
+    Source: the cubic of Keys (1981), with a = -0.75 as PyTorch's plain one and -0.5 as its antialiased one (Pillow's).
+    """
+    ranks = ranks.float()
+    ratio = size / ranks[..., -1:].clamp(min=1.0)
+    centre = (ranks - 0.5) * ratio - 0.5
+    mode, _, antialias = resize.partition("_")
+    if not antialias:
+        # four neighbours, those beyond the border counted as the border
+        source = torch.arange(-2, size + 2, device=ranks.device)
+        near = _cubic(source - centre[..., None], -0.75)
+        own = source.clamp(0, size - 1)[:, None] == torch.arange(size, device=ranks.device)
+        return near @ own.float()
+    stretch = ratio.clamp(min=1.0)[..., None]
+    distance = (torch.arange(size, device=ranks.device) - centre[..., None]) / stretch
+    weights = _cubic(distance, -0.5) if mode == "bicubic" else (1.0 - distance.abs()).clamp(min=0.0)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def resize_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """table [h0, w0, C], rows [..., h, h0] and columns [..., w, w0] of `resize_matrix` -> [..., h, w, C] float32."""
+    wide = torch.einsum("...hi,ijc->...hjc", rows, table.float())
+    return torch.einsum("...wj,...hjc->...hwc", columns, wide)
+
+
+def _cubic(distance: Tensor, a: float) -> Tensor:
+    d = distance.abs()
+    inner = ((a + 2) * d - (a + 3)) * d * d + 1
+    outer = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+    return torch.where(d < 1, inner, torch.where(d < 2, outer, 0.0))
