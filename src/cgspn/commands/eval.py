@@ -1,48 +1,213 @@
-"""`cgspn eval`: zero-shot accuracy and retrieval of image-text models on labelled images."""
+"""`cgspn eval`: models against data sets, in one table."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
 
-import torch
 import tyro
 
 from ..console import console
-from ..data import load_images
-from ..distill import eval_transform
-from ..evaluate.suite import ZEROSHOT, evaluate_classes
+from ..data.segmentation_sets import SegmentationSet, open_pairs, open_segmentation
+from ..evaluate.jobs import MIOU, PIXELS, Job, all_jobs, retrieval_job, zeroshot_job
+from ..evaluate.measure import check_size, embed_pictures, segmentation, steps_of
+from ..evaluate.predict import require_text
 from ..evaluate.table import SummaryTable
-from ..models.dual import DualEncoder
-from ..teachers import load_model
+from ..teachers import load_encoder, load_model
+from .eval_report import Report, distinct, percent
+
+MOST_CLASSES = 40  # whose IoU is printed; JSON has them all
+
+
+@dataclass(frozen=True)
+class _ImageText:
+    models: tyro.conf.Positional[tuple[str, ...]]
+    """Image-text models, a row each: checkpoint folders, hub ids, or "embedded"."""
+    data: tuple[str, ...] = ("embedded",)
+    """Data sets, one or more: "embedded" (its test split), folders or tars as described above."""
+    batch_size: int = 64
+    """Images at a time."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute."""
+    out: Path | None = None
+    """Write the table, everything measured, command, versions and commit as JSON to this file."""
+
+    def measure(self, title: str, jobs: list[Job]) -> None:
+        if not self.models:
+            raise ValueError("models is empty; expected one or more image-text models")
+        report = Report(title, self.device, self.batch_size, self.out, {"captions": 0, "galleries": 0})
+        names = distinct([job.name for job in jobs])
+        for source in self.models:
+            model = require_text(load_model(source), f"models names {source}, which").to(self.device)
+            for name, job in zip(names, jobs):
+                with report.progress(f"{source}: {name}", len(job.pictures)) as watch:
+                    embeddings, kept, skipped = embed_pictures(model, job.pictures, name, self.batch_size, watch)
+                report.skip(source, name, skipped)
+                with console.status(f"{source}: {name}, texts"):
+                    for judge in job.judges:
+                        report.add(source, name, judge(model, embeddings, kept))
+        report.finish()
+
+
+@dataclass(frozen=True)
+class Zeroshot(_ImageText):
+    """Zero-shot classification: top-1, top-5 and the mean over classes.
+
+    Data: "embedded"; a folder with a sub-folder for each class, whose names are the classes; or the layout of
+    CLIP-benchmark: test/0.tar ... (test/nshards.txt) with .cls files, classnames.txt and
+    zeroshot_classification_templates.txt.
+
+    Examples:
+        cgspn eval zeroshot embedded runs/student --data photos/
+        cgspn eval zeroshot google/siglip2-base-patch16-224 runs/student --data wds_imagenet1k/ wds_cars/ --device cuda
+    """
+
+    templates: Path | None = None
+    """A text file of prompts with {} for the class, one a line, instead of the data set's own or the built-in ones."""
+
+    def run(self) -> None:
+        """Raises ValueError or OSError."""
+        self.measure("Zero-shot classification", [zeroshot_job(source, self.templates) for source in self.data])
+
+
+@dataclass(frozen=True)
+class Retrieval(_ImageText):
+    """Image-text retrieval: R@1, R@5 and R@10, images looking for captions and captions for images.
+
+    Data: "embedded"; a folder of images with NAME.txt beside each, a caption a line; tars with .txt files (a path,
+    pattern or URL); or the layout of CLIP-benchmark, test/0.tar ... Of a folder without captions, sub-folders' names
+    make captions, which look for any image of their class among about a hundred.
+
+    Examples:
+        cgspn eval retrieval embedded runs/student --data flickr30k/
+        cgspn eval retrieval runs/student --data 'shards/{000..009}.tar' --out results/retrieval.json
+    """
+
+    def run(self) -> None:
+        """Raises ValueError or OSError."""
+        self.measure("Image-text retrieval", [retrieval_job(source) for source in self.data])
+
+
+@dataclass(frozen=True)
+class All(_ImageText):
+    """Everything that the data sets allow an image-text model: see zeroshot and retrieval.
+
+    Examples:
+        cgspn eval all embedded demo/c-gspn
+        cgspn eval all runs/student --data photos/ wds_flickr8k/
+    """
+
+    def run(self) -> None:
+        """Raises ValueError or OSError."""
+        self.measure("Evaluation", [job for source in self.data for job in all_jobs(source)])
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Semantic segmentation by a linear probe on frozen final tokens: mIoU, pixel accuracy, IoU of each class.
+
+    The probe is a ridge regression in closed form, its strength chosen on held-out training images, so it has no
+    rates or epochs to tune. Logits are upsampled and masks compared at their full size. Data are streamed.
+
+    Data: ADE20K (images/{training,validation}, annotations/...), COCO-Stuff (train2017, val2017 and stuffthingmaps/ or
+    annotations/), CamVid (camvid-train.tar, camvid-test.tar); or --train and --test, each a folder or tars of pairs
+    NAME.jpg, NAME.mask.png, with --classes.
+
+    Examples:
+        cgspn eval segment vit_s14.safetensors runs/student --data camvid/
+        cgspn eval segment runs/student --data ADEChallengeData2016/ coco-stuff/ --size 512 --device cuda
+        cgspn eval segment runs/student --train 'road-{000..004}.tar' --test road-005.tar --classes 12 --ignore-index 12
+    """
+
+    encoders: tyro.conf.Positional[tuple[str, ...]]
+    """Image encoders or image-text models, a row each: weight files, checkpoint folders, hub ids, or "embedded"."""
+    data: tuple[str, ...] = ()
+    """Data sets that are known by their layout, one or more."""
+    train: str | None = None
+    """Pairs that the probe is fitted on."""
+    test: str | None = None
+    """Pairs that it is measured on."""
+    classes: int | None = None
+    """Number of classes of --train and --test; their ids are 0, 1, ..."""
+    ignore_index: int = 255
+    """Id of the pixels of --train and --test that do not count."""
+    size: tuple[int, ...] = ()
+    """Pixels: the shorter side, or height and width; by default the encoder's native shorter side."""
+    train_images: int | None = None
+    """Take the first images alone."""
+    test_images: int | None = None
+    """Take the first images alone."""
+    batch_size: int = 8
+    """Images at a time; those of one size share a batch."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute."""
+    out: Path | None = None
+    """Write the table, the IoU of each class, command, versions and commit as JSON to this file."""
+
+    def run(self) -> None:
+        """Raises ValueError or OSError."""
+        if not self.encoders:
+            raise ValueError("encoders is empty; expected one or more")
+        pairs = [(train.limited(self.train_images), test.limited(self.test_images)) for train, test in self.sets()]
+        report = Report("Segmentation by a linear probe", self.device, self.batch_size, self.out, {"held_out": 0})
+        names = distinct([train.name for train, _ in pairs])
+        tables = [SummaryTable(f"IoU of each class of {name}", [percent(e) for e in self.encoders]) for name in names]
+        for source in self.encoders:
+            encoder = load_encoder(source).to(self.device)
+            check_size(encoder.config, self.size)
+            for name, table, (train, test) in zip(names, tables, pairs):
+                with report.progress(f"{source}: {name}", steps_of(train, test)) as watch:
+                    found, skipped = segmentation(
+                        encoder, train, test, size=self.size, batch_size=self.batch_size, watch=watch
+                    )
+                for part, what in zip(skipped, ("training", "test")):
+                    report.skip(source, f"{name}, {what} part", part)
+                each = dict(zip(test.class_names, found.class_iou))
+                report.add(source, name, {MIOU: found.mean_iou, PIXELS: found.pixel_accuracy})
+                report.detail(source, name, {"penalty": found.penalty, "class_iou": each})
+                for label, value in each.items():
+                    table.add(label, {**table.rows.get(label, {}), source: value})
+        for table, (_, test) in zip(tables, pairs):
+            if len(test.class_names) <= MOST_CLASSES:
+                console.print(table.to_rich())
+        report.finish()
+
+    def sets(self) -> list[tuple[SegmentationSet, SegmentationSet]]:
+        """The training and test part of each data set. Raises ValueError if none is given, or OSError."""
+        sets = [open_segmentation(source) for source in self.data]
+        if self.train is not None and self.test is not None:
+            if self.classes is None:
+                raise ValueError("classes is not given; --train and --test need --classes, the number of their classes")
+            parts = [open_pairs(source, self.classes, self.ignore_index) for source in (self.train, self.test)]
+            sets.append((parts[0], replace(parts[1], name=parts[0].name)))
+        elif (self.train, self.test) != (None, None):
+            raise ValueError("train and test go together; one of them is given")
+        if not sets:
+            raise ValueError("data is empty; expected --data with one or more data sets, or --train and --test")
+        return sets
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Zero-shot top-1 and image-text retrieval; class names are the names of the sub-folders.
+    """Measure models on data sets: a row each, with the macro average over the data sets.
 
     Examples:
-        cgspn eval embedded demo/c-gspn
-        cgspn eval runs/student --data photos/
+        cgspn eval all embedded demo/c-gspn
+        cgspn eval zeroshot embedded runs/student --data photos/
+        cgspn eval retrieval runs/student --data flickr30k/ --out retrieval.json
+        cgspn eval segment vit_s14.safetensors runs/student --data camvid/
     """
 
-    models: tyro.conf.Positional[tuple[str, ...]]
-    """Checkpoint folders of image-text models, or "embedded", a row each."""
-    data: str = "embedded"
-    """A folder with a sub-folder of images for each class, or "embedded" (its test split)."""
-    device: str = "cpu"
-    """"cpu" or "cuda"."""
+    what: Annotated[
+        Annotated[Zeroshot, tyro.conf.subcommand("zeroshot", prefix_name=False)]
+        | Annotated[Retrieval, tyro.conf.subcommand("retrieval", prefix_name=False)]
+        | Annotated[Segment, tyro.conf.subcommand("segment", prefix_name=False)]
+        | Annotated[All, tyro.conf.subcommand("all", prefix_name=False)],
+        tyro.conf.arg(name=""),
+    ]
+    """What is measured."""
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
-        if not self.models:
-            raise ValueError("models is empty; expected one or more checkpoint folders")
-        table = SummaryTable(f"Evaluation on {self.data}", list(ZEROSHOT))
-        for source in self.models:
-            model = load_model(source)
-            if not isinstance(model, DualEncoder):
-                raise ValueError(f"models names {source}, an encoder without a text tower; expected image-text models")
-            config = model.image.config
-            images = load_images(self.data, config.image_size, config.channels, "test")
-            with console.status(f"evaluating {source}"), torch.inference_mode():
-                table.add(source, evaluate_classes(model.to(self.device), images, eval_transform(config)))
-        console.print(table.to_rich())
+        self.what.run()

@@ -1,23 +1,30 @@
-"""Measures: pure functions over tensors and callables, with no knowledge of any encoder."""
+"""Measures: pure functions over tensors (zeroshot, retrieval, probe, segmentation, alignment, influence), and models at
+work on pictures (predict), on data sets (measure) and on image sets in memory (suite)."""
 
 from .alignment import BlockAlignment, align, cosine, linear_cka, relative_error
 from .influence import influence_map
-from .retrieval import Retrieval, retrieve
+from .predict import Classification, Similarity, classify, similarity
 from .probe import Probe, patch_histograms
+from .retrieval import Retrieval, retrieve, retrieve_captions
 from .segmentation import PixelScore, Segmentation, fit_probe, segment
 from .table import Metric, SummaryTable
-from .zeroshot import class_embeddings, top1
+from .zeroshot import Accuracy, accuracy, class_embeddings, top1
 
 __all__ = [
+    "Accuracy",
     "BlockAlignment",
+    "Classification",
     "Metric",
     "PixelScore",
     "Probe",
     "Retrieval",
     "Segmentation",
+    "Similarity",
     "SummaryTable",
+    "accuracy",
     "align",
     "class_embeddings",
+    "classify",
     "cosine",
     "fit_probe",
     "influence_map",
@@ -25,6 +32,8 @@ __all__ = [
     "patch_histograms",
     "relative_error",
     "retrieve",
+    "retrieve_captions",
     "segment",
+    "similarity",
     "top1",
 ]

@@ -212,9 +212,7 @@ def fit_probe(
     """
     _check(tokens, masks, classes, ignore_index, ("tokens", "masks"))
     reader = in_memory(tokens, masks)
-    return fit_streamed(
-        reader, len(tokens), classes, ignore_index=ignore_index, penalties=penalties, held_out=held_out
-    )
+    return fit_streamed(reader, len(tokens), classes, ignore_index=ignore_index, penalties=penalties, held_out=held_out)
 
 
 def segment(

@@ -1,4 +1,4 @@
-"""Everything measured about an image-text model on a labelled image set: the rows of the summary tables."""
+"""Everything measured about an image-text model on an image set in memory: the rows of the demo's table."""
 
 from __future__ import annotations
 
@@ -7,19 +7,16 @@ from torch import Tensor
 
 from ..data import EvalTransform, ImageSet, one_pass
 from ..models.dual import DualEncoder
-from .retrieval import retrieve
+from .measure import class_retrieval
+from .predict import embed_texts
 from .segmentation import segment
 from .table import Metric
 from .zeroshot import class_embeddings, top1
 
-ZEROSHOT = (
+METRICS = (
     Metric("zeroshot", "zero-shot top-1", 100, "%", averaged=True),
     Metric("image_to_text", "image → text R@1", 100, "%", averaged=True),
     Metric("text_to_image", "text → image R@1", 100, "%", averaged=True),
-)
-GALLERY = 100  # images among which a caption is looked for: few captions over thousands of images say little
-METRICS = (
-    *ZEROSHOT,
     Metric("miou", "segment mIoU", 100, "%", averaged=True),
 )
 
@@ -42,15 +39,6 @@ def evaluate_zeroshot(model: DualEncoder, images: ImageSet, transform: EvalTrans
     return top1(embeddings, _classes(model, images), images.labels)
 
 
-def evaluate_classes(model: DualEncoder, images: ImageSet, transform: EvalTransform) -> dict[str, float]:
-    """The metrics of ZEROSHOT, each 0 to 1, of images whose classes have names.
-
-    Retrieval uses each image's caption; images whose captions are the same count as the same. Captions look for
-    theirs among about GALLERY images drawn at random, and their recall is the mean over all such galleries.
-    """
-    return _classify(model, embed_images(model, images, transform)[0], images)
-
-
 def evaluate_dual(model: DualEncoder, test: ImageSet, probe: ImageSet, transform: EvalTransform) -> dict[str, float]:
     """The metrics of METRICS, each 0 to 1.
 
@@ -64,29 +52,12 @@ def evaluate_dual(model: DualEncoder, test: ImageSet, probe: ImageSet, transform
     embeddings, tokens = embed_images(model, test, transform)
     _, probe_tokens = embed_images(model, probe, transform)
     parts = segment(probe_tokens, probe.masks(), tokens, test.masks(), classes=len(test.class_names) + 1)
-    return {**_classify(model, embeddings, test), "miou": parts.mean_iou}
-
-
-def _classify(model: DualEncoder, embeddings: Tensor, images: ImageSet) -> dict[str, float]:
-    captions = images.captions()
-    distinct = list(dict.fromkeys(captions))
-    with torch.inference_mode():
-        texts = model.encode_text(distinct).float().cpu()
-    # a caption belongs to a class, and any image of that class is what it describes
-    text_class = torch.stack([images.labels[captions.index(caption)] for caption in distinct])
-    # at random, since sets come sorted by class or with their classes in turns
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    galleries = []
-    for chosen in order.chunk(max(1, len(images) // GALLERY)):
-        labels = images.labels[chosen]
-        present = torch.isin(text_class, labels)
-        galleries.append(retrieve(embeddings[chosen], texts[present], labels, text_class[present]).text_to_image[1])
     return {
-        "zeroshot": top1(embeddings, _classes(model, images), images.labels),
-        "image_to_text": retrieve(embeddings, texts, images.labels, text_class).image_to_text[1],
-        "text_to_image": sum(galleries) / len(galleries),
+        "zeroshot": top1(embeddings, _classes(model, test), test.labels),
+        **class_retrieval(model, embeddings, test.labels, test.class_names),
+        "miou": parts.mean_iou,
     }
 
 
 def _classes(model: DualEncoder, images: ImageSet) -> Tensor:
-    return class_embeddings(lambda texts: model.encode_text(texts).float().cpu(), images.class_names)
+    return class_embeddings(lambda texts: embed_texts(model, texts), images.class_names)

@@ -1,0 +1,125 @@
+"""What `cgspn eval` shows and writes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+
+from ..bench.machine import describe
+from ..console import console, progress_watcher, writable_folder
+from ..data.skipped import Skipped
+from ..evaluate.measure import Watch
+from ..evaluate.table import Metric, SummaryTable
+from ..models.checkpoint import write_atomically
+
+NOT_PRINTED = ("@10", "top5")  # in JSON alone, for the width of terminals
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """The names, numbered where two are the same."""
+    return [f"{name} {names[:i].count(name) + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
+
+
+def percent(name: str) -> Metric:
+    """A column of shares, by the name of its model."""
+    return Metric(name, name, 100, "%")
+
+
+@dataclass
+class Report:
+    """What an evaluation shows and writes: progress, what was skipped, the table, JSON.
+
+    Raises ValueError for a device that is not there or a place where `out` cannot be written.
+    """
+
+    title: str
+    device: str
+    batch_size: int
+    out: Path | None
+    seeds: dict[str, int]
+    measured: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    metrics: dict[str, list[Metric]] = field(default_factory=dict)
+    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is cuda, but PyTorch sees no GPU here; accepted: cpu")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; must be at least 1")
+        if self.out is not None:
+            if self.out.is_dir():
+                raise ValueError(f"out is {self.out}, a folder; expected the name of a JSON file")
+            writable_folder(self.out.parent, "out")
+
+    @contextmanager
+    def progress(self, title: str, steps: int) -> Iterator[Watch]:
+        """A progress bar over `steps` pictures."""
+        with progress_watcher() as watcher:
+            step = watcher(title, steps)
+
+            def watch(count: int) -> None:
+                for _ in range(count):
+                    step({})
+
+            yield watch
+
+    def skip(self, model: str, data: str, skipped: Skipped) -> None:
+        """Say what was skipped, once for all models."""
+        if skipped and data not in self.left_out:
+            self.left_out[data] = {"total": skipped.total, "files": dict(skipped.files)}
+            line = escape(f"{data}: {skipped.summary()}")
+            Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+
+    def add(self, model: str, data: str, values: dict[Metric, float]) -> None:
+        """Measures of a model on a data set."""
+        known = self.metrics.setdefault(data, [])
+        known += [metric for metric in values if metric not in known]
+        self.detail(model, data, {metric.key: value for metric, value in values.items()})
+
+    def detail(self, model: str, data: str, values: dict[str, Any]) -> None:
+        """What goes into JSON alone."""
+        self.measured.setdefault(model, {}).setdefault(data, {}).update(values)
+
+    def table(self) -> SummaryTable:
+        """Models as rows; as columns the measures of each data set."""
+        one = len(self.metrics) == 1
+        columns = {
+            (data, metric.key): replace(
+                metric, key=f"{data}/{metric.key}", label=metric.label if one else f"{data} {metric.label}"
+            )
+            for data, metrics in self.metrics.items()
+            for metric in metrics
+            if not metric.key.endswith(NOT_PRINTED)
+        }
+        title = f"{self.title} on {', '.join(self.metrics)}"
+        table = SummaryTable(title, list(columns.values()))
+        for model, found in self.measured.items():
+            table.add(model, {metric.key: found[data][key] for (data, key), metric in columns.items()})
+        return table
+
+    def finish(self) -> None:
+        """Print the table, and write JSON if wanted. Raises OSError."""
+        table = self.table()
+        console.print(table.to_rich())
+        if self.out is None:
+            return
+        record = {
+            **describe(),
+            "torchmetrics": metadata.version("torchmetrics"),
+            "device": self.device,
+            "seeds": self.seeds,
+            "results": self.measured,
+            "skipped": self.left_out,
+            "table": json.loads(table.to_json()),
+        }
+        write_atomically(self.out, json.dumps(record, indent=1) + "\n")
+        console.print(f"wrote {self.out}", soft_wrap=True)

@@ -1,0 +1,221 @@
+"""Zero-shot, retrieval and segmentation of models on data sets that are read picture by picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ..data.captions import class_captions
+from ..data.labelled import CaptionedPictures, LabelledPictures, labels_of
+from ..data.prepare import Picture, Prepare, open_picture, picture_name, read_each
+from ..data.segmentation_sets import IGNORE, SegmentationSet
+from ..data.skipped import Skipped, Tally
+from ..models.config import EncoderConfig
+from ..models.dual import DualEncoder
+from ..models.encoder import Encoder
+from .predict import embed_batch, embed_texts, prepare_for
+from .retrieval import Retrieval, retrieve, retrieve_captions
+from .segmentation import Reader, Segmentation, fit_streamed, score_streamed
+from .zeroshot import Accuracy, accuracy, class_embeddings
+
+Watch = Callable[[int], None]
+"""Called with the number of pictures that were dealt with since the last call."""
+
+MAX_SKIPPED = 0.1  # share of unreadable pictures that is put up with
+HELD_OUT, MOST_HELD_OUT = 0.2, 500  # share of training images that choose the penalty, and how many at most
+GALLERY = 100  # images among which a class caption is looked for: few captions over thousands of images say little
+
+
+def embed_pictures(
+    model: DualEncoder, pictures: Sequence[Picture], name: str, batch_size: int = 64, watch: Watch | None = None
+) -> tuple[Tensor, list[int], Skipped]:
+    """Embeddings of the pictures that can be read.
+
+    Returns:
+        unit vectors float32 [n, D] on the CPU, the numbers of the n pictures, and what was skipped.
+
+    Raises ValueError if more than MAX_SKIPPED cannot be read.
+    """
+    prepare = prepare_for(model.image.config)
+    tally = Tally(name, len(pictures), MAX_SKIPPED)
+    found = read_each(
+        range(len(pictures)), lambda n: prepare(open_picture(pictures[n])), lambda n: picture_name(pictures[n]), tally
+    )
+    embeddings, kept = [], []
+    for part in _batched(found, batch_size):
+        kept += [number for number, _ in part]
+        embeddings.append(embed_batch(model, torch.stack([pixels for _, pixels in part])))
+        if watch:
+            watch(len(part))
+    if not kept:
+        raise ValueError(f"{name}: none of its {len(pictures)} images can be read")
+    return torch.cat(embeddings), kept, tally.report()
+
+
+def zeroshot(model: DualEncoder, pictures: LabelledPictures, embeddings: Tensor, kept: Sequence[int]) -> Accuracy:
+    """Zero-shot accuracy, from what `embed_pictures` returned."""
+    classes = class_embeddings(lambda texts: embed_texts(model, texts), pictures.class_names, pictures.templates)
+    return accuracy(embeddings, classes, labels_of(pictures, kept))
+
+
+def caption_retrieval(
+    model: DualEncoder, pictures: CaptionedPictures, embeddings: Tensor, kept: Sequence[int]
+) -> Retrieval:
+    """R@1, R@5 and R@10 both ways, from what `embed_pictures` returned. A caption of two images finds either."""
+    numbers: dict[str, int] = {}
+    pairs = [
+        (image, numbers.setdefault(text, len(numbers)))
+        for image, number in enumerate(kept)
+        for text in pictures.captions[number]
+    ]
+    return retrieve_captions(embeddings, embed_texts(model, list(numbers)), torch.tensor(pairs))
+
+
+def class_retrieval(
+    model: DualEncoder, embeddings: Tensor, labels: Tensor, class_names: Sequence[str]
+) -> dict[str, float]:
+    """R@1 both ways where captions are made of class names; any image of a class goes with any caption of it.
+
+    Captions look for theirs among about GALLERY images drawn at random, and their recall is the mean over all such
+    galleries.
+    """
+    captions = class_captions(labels, class_names)
+    distinct = list(dict.fromkeys(captions))
+    texts = embed_texts(model, distinct)
+    # a caption belongs to a class, and any image of that class is what it describes
+    text_class = torch.stack([labels[captions.index(caption)] for caption in distinct])
+    # at random, since sets come sorted by class or with their classes in turns
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    galleries = []
+    for chosen in order.chunk(max(1, len(labels) // GALLERY)):
+        present = torch.isin(text_class, labels[chosen])
+        found = retrieve(embeddings[chosen], texts[present], labels[chosen], text_class[present])
+        galleries.append(found.text_to_image[1])
+    return {
+        "image_to_text": retrieve(embeddings, texts, labels, text_class).image_to_text[1],
+        "text_to_image": sum(galleries) / len(galleries),
+    }
+
+
+def segmentation(
+    encoder: Encoder,
+    train: SegmentationSet,
+    test: SegmentationSet,
+    *,
+    size: tuple[int, ...] = (),
+    batch_size: int = 8,
+    watch: Watch | None = None,
+) -> tuple[Segmentation, list[Skipped]]:
+    """Fit a linear probe on the final tokens of training pictures and measure it on test pictures.
+
+    Only sums over tokens are kept, and masks are compared at their own size. Pictures of one size share batches.
+
+    Args:
+        encoder: in eval mode, on any device.
+        train, test: data sets of the same classes.
+        size: what pictures are resized to, in pixels: (height, width), (shorter side,), or () for the encoder's
+            native shorter side. Where the aspect ratio is kept, both sides are rounded to multiples of the patch.
+        batch_size: pictures at a time.
+        watch: progress; `steps_of` says how many pictures there will be.
+
+    Returns the result, and what could not be read of each set.
+
+    Raises ValueError for a size that patches do not tile, or if too many pictures cannot be read.
+    """
+    check_size(encoder.config, size)
+    classes = len(train.class_names)
+    tallies = [
+        Tally(f"{part.name} ({what})", len(part), MAX_SKIPPED) for what, part in (("train", train), ("test", test))
+    ]
+    read_train, read_test = (
+        _reader(encoder, part, size, batch_size, tally, watch) for part, tally in zip((train, test), tallies)
+    )
+    probe = fit_streamed(read_train, len(train), classes, ignore_index=IGNORE, held_out=_held_out(len(train)))
+    result = score_streamed(probe, read_test, len(test), classes, ignore_index=IGNORE)
+    return result, [tally.report() for tally in tallies]
+
+
+def steps_of(train: SegmentationSet, test: SegmentationSet) -> int:
+    """How many pictures `segmentation` reads."""
+    held_out = min(max(round(len(train) * _held_out(len(train))), 1), len(train) - 1)
+    return len(train) + held_out + len(test)
+
+
+def _held_out(count: int) -> float:
+    return min(HELD_OUT, MOST_HELD_OUT / count)
+
+
+def check_size(config: EncoderConfig, size: tuple[int, ...]) -> None:
+    """Raise ValueError for a size that `segmentation` cannot take."""
+    if len(size) > 2 or any(side < config.patch_size for side in size):
+        raise ValueError(
+            f"size is {size}; expected a shorter side, or height and width, of {config.patch_size} or more"
+        )
+    if len(size) == 2 and any(side % config.patch_size for side in size):
+        raise ValueError(f"size is {size}; expected multiples of the patch size, {config.patch_size}")
+
+
+def size_for(config: EncoderConfig, height: int, width: int, size: tuple[int, ...]) -> tuple[int, int]:
+    """The height and width, multiples of the patch, that a picture of height x width is resized to."""
+    if len(size) == 2:
+        return size[0], size[1]
+    scale = (size[0] if size else min(config.image_size)) / min(height, width)
+    patch = config.patch_size
+    return max(1, round(height * scale / patch)) * patch, max(1, round(width * scale / patch)) * patch
+
+
+def _reader(
+    encoder: Encoder,
+    pictures: SegmentationSet,
+    size: tuple[int, ...],
+    batch_size: int,
+    tally: Tally,
+    watch: Watch | None,
+) -> Reader:
+    config, weight = encoder.config, encoder.patch_embed.projection.weight
+    prepare = Prepare(None, False, config.image_resample, config.image_mean, config.image_std, config.channels)
+
+    def read_one(number: int) -> tuple[Tensor, Tensor]:
+        image, mask = pictures.read(number)
+        resized = prepare.resized(image, *size_for(config, image.height, image.width, size))
+        return prepare(resized), torch.from_numpy(mask)
+
+    def read(numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        found = read_each(numbers, read_one, pictures.picture_name, tally)
+        for images, masks in _by_shape((pair for _, pair in found), batch_size):
+            with torch.inference_mode():
+                tokens = encoder(images.to(weight.device, weight.dtype)).tokens.float()
+            yield tokens, masks.to(weight.device)
+            if watch:
+                watch(len(masks))
+
+    return read
+
+
+def _by_shape(pairs: Iterable[tuple[Tensor, Tensor]], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of images and masks of the same sizes, out of order; what waits for company is bounded."""
+    waiting: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor]]] = {}
+    count = 0
+    for image, mask in pairs:
+        waiting.setdefault((image.shape, mask.shape), []).append((image, mask))
+        count += 1
+        fullest = max(waiting, key=lambda shape: len(waiting[shape]))
+        if len(waiting[fullest]) >= batch_size or count >= 4 * batch_size:
+            group = waiting.pop(fullest)
+            count -= len(group)
+            yield torch.stack([image for image, _ in group]), torch.stack([mask for _, mask in group])
+    for group in waiting.values():
+        yield torch.stack([image for image, _ in group]), torch.stack([mask for _, mask in group])
+
+
+def _batched(items: Iterable[tuple[int, Tensor]], size: int) -> Iterator[list[tuple[int, Tensor]]]:
+    part: list[tuple[int, Tensor]] = []
+    for item in items:
+        part.append(item)
+        if len(part) == size:
+            yield part
+            part = []
+    if part:
+        yield part

@@ -1,0 +1,152 @@
+"""Image-text models at work on pictures and texts of one's own: zero-shot classes and similarities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from ..data.captions import TEMPLATES
+from ..data.prepare import Member, Picture, Prepare, open_picture
+from ..models.config import EncoderConfig
+from ..models.dual import DualEncoder
+from ..models.encoder import Encoder
+from .zeroshot import class_embeddings
+
+BATCH = 64
+TEXTS = 256  # at a time
+
+
+@dataclass(frozen=True, eq=False)
+class Classification:
+    """Classes of N pictures among K.
+
+    Attributes:
+        labels: the most probable class of each picture, by name.
+        probabilities: float32 [N, K]; of a model trained with a softmax (CLIP) they sum to 1 over the classes, of one
+            trained with a sigmoid (SigLIP) each class is judged alone.
+    """
+
+    labels: list[str]
+    probabilities: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Similarity:
+    """N pictures against M texts.
+
+    Attributes:
+        cosine: float32 [N, M], -1 to 1.
+        logits: float32 [N, M], the cosine with the scale (and for a sigmoid the bias) that the model has learned.
+        probabilities: float32 [N, M]: softmax of the logits over the texts for CLIP, sigmoid for SigLIP.
+    """
+
+    cosine: Tensor
+    logits: Tensor
+    probabilities: Tensor
+
+
+def classify(
+    model: DualEncoder | Encoder,
+    images: Picture | Sequence[Picture],
+    class_names: Sequence[str],
+    templates: Sequence[str] = TEMPLATES,
+) -> Classification:
+    """Zero-shot classification: the names in the templates are the classifier.
+
+    Args:
+        model: of `load_model`, an image-text model, on any device.
+        images: paths or PIL images, of any size and mode, or one of them.
+        class_names: K names.
+        templates: texts with one `{}` for the name (the article before it is made to fit), or `{c}` (it is not).
+
+    Raises:
+        OSError: an image that is missing or damaged.
+        ValueError: an encoder without a text tower, no images, no names or a template without its place.
+    """
+    model = require_text(model, "model")
+    texts = class_embeddings(lambda prompts: embed_texts(model, prompts), class_names, templates)
+    result = _compare(model, _embed(model, images), texts)
+    return Classification([class_names[k] for k in result.logits.argmax(1).tolist()], result.probabilities)
+
+
+def similarity(
+    model: DualEncoder | Encoder, images: Picture | Sequence[Picture], texts: str | Sequence[str]
+) -> Similarity:
+    """How well each picture goes with each text, for search in both directions.
+
+    Args:
+        model: of `load_model`, an image-text model, on any device.
+        images: paths or PIL images, of any size and mode, or one of them.
+        texts: M texts, or one.
+
+    Raises:
+        OSError: an image that is missing or damaged.
+        ValueError: an encoder without a text tower, no images, or an empty text.
+    """
+    model = require_text(model, "model")
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    return _compare(model, _embed(model, images), embed_texts(model, texts))
+
+
+def require_text(model: DualEncoder | Encoder, name: str) -> DualEncoder:
+    """The model, if it has a text tower. Raises ValueError otherwise, calling it `name`."""
+    if not isinstance(model, DualEncoder):
+        raise ValueError(
+            f"{name} is an image encoder without a text tower; expected an image-text model: a CLIP or SigLIP folder "
+            "of transformers with its tokenizer, a model distilled from one, or 'embedded'"
+        )
+    return model
+
+
+def prepare_for(config: EncoderConfig) -> Prepare:
+    """How pictures become what an encoder was trained on, at its native size."""
+    return Prepare(
+        config.image_size,
+        config.image_crop,
+        config.image_resample,
+        config.image_mean,
+        config.image_std,
+        config.channels,
+    )
+
+
+@torch.inference_mode()
+def embed_batch(model: DualEncoder, pixels: Tensor) -> Tensor:
+    """Prepared images [B, channels, H, W] to unit vectors float32 [B, D] on the CPU."""
+    weight = model.image.patch_embed.projection.weight
+    return normalize(model.encode_image(pixels.to(weight.device, weight.dtype)).float(), dim=-1).cpu()
+
+
+@torch.inference_mode()
+def embed_texts(model: DualEncoder, texts: Sequence[str]) -> Tensor:
+    """Texts to unit vectors float32 [M, D] on the CPU. Raises ValueError for an empty text or none."""
+    parts = [texts[i : i + TEXTS] for i in range(0, max(len(texts), 1), TEXTS)]
+    return torch.cat([normalize(model.encode_text(part).float(), dim=-1).cpu() for part in parts])
+
+
+def _embed(model: DualEncoder, images: Picture | Sequence[Picture]) -> Tensor:
+    pictures: list[Picture] = [images] if isinstance(images, str | Path | Image.Image | Member) else list(images)
+    if not pictures:
+        raise ValueError("images is empty; expected at least one path or PIL image")
+    prepare = prepare_for(model.image.config)
+
+    def batches() -> Iterator[Tensor]:
+        for i in range(0, len(pictures), BATCH):
+            yield torch.stack([prepare(open_picture(picture)) for picture in pictures[i : i + BATCH]])
+
+    return torch.cat([embed_batch(model, batch) for batch in batches()])
+
+
+def _compare(model: DualEncoder, images: Tensor, texts: Tensor) -> Similarity:
+    cosine = images @ texts.T
+    logits = cosine * model.logit_scale.detach().float().exp().cpu()
+    if model.loss == "clip":
+        return Similarity(cosine, logits, logits.softmax(-1))
+    logits = logits + model.logit_bias.detach().float().cpu()
+    return Similarity(cosine, logits, logits.sigmoid())
