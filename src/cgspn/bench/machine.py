@@ -6,7 +6,9 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 
@@ -15,20 +17,25 @@ from .timing import medians
 
 
 def commit() -> str:
-    """The commit of the working tree, "+" if it has changes, or "unknown" outside a checkout."""
+    """The commit of the checkout this package runs from, "+" if it has changes, or "unknown" outside one."""
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True)
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # a repository around an installed package is no source
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
 def describe(commit_name: str = "") -> dict[str, str]:
     """Command, machine, versions, commit and time of a measurement."""
     return {
         "command": shlex.join(["cgspn", *sys.argv[1:]]),
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "cpu": cpu_name(),
         "torch": torch.__version__,
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
@@ -39,14 +46,35 @@ def describe(commit_name: str = "") -> dict[str, str]:
     }
 
 
-def copy_bandwidth(size: int = 1 << 30) -> float:
-    """Bytes a second of a device-to-device copy of `size` bytes, read and written counted."""
-    source = torch.empty(size, dtype=torch.uint8, device="cuda").random_()
+def cpu_name() -> str:
+    """The processor's name and how many threads PyTorch uses."""
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def copy_bandwidth(size: int = 1 << 30, device: str = "cuda") -> float:
+    """Bytes a second of a copy of `size` bytes within the memory of a device, read and written counted."""
+    source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2e3 * size / medians({"copy": lambda: target.copy_(source)}, graph=False)["copy"]
 
 
-def matmul_rate(n: int = 8192) -> float:
-    """Floating-point operations a second of a bfloat16 product of two n x n matrices."""
-    a, b = (torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+def matmul_rate(n: int = 8192, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> float:
+    """Floating-point operations a second of a product of two n x n matrices."""
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2e3 * n**3 / medians({"matmul": lambda: a @ b}, graph=False)["matmul"]
+
+
+def ceilings(device: torch.device) -> dict[str, str]:
+    """What the device can do at best, for the head of a table: copy bandwidth and matmul rate."""
+    if device.type == "cuda":
+        copy, matmul, kind = copy_bandwidth(), matmul_rate(), "bfloat16"
+    else:
+        copy, matmul, kind = copy_bandwidth(1 << 26, "cpu"), matmul_rate(1024, "cpu", torch.float32), "float32"
+    return {
+        "copy ceiling": f"{copy / 1e12:.3f} TB/s",
+        "matmul ceiling": f"{matmul / 1e12:.3g} TFLOP/s, {kind}",
+    }

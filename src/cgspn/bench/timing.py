@@ -1,8 +1,9 @@
-"""Times of functions on a CUDA device: medians over interleaved rounds, so that drift of the clock hits all alike."""
+"""Times of functions: medians over interleaved rounds, so that drift of the clock hits all alike."""
 
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 
 import torch
@@ -22,6 +23,10 @@ def captured(function: Callable[[], object], repeats: int) -> Callable[[], None]
 
 
 def _once(run: Callable[[], object]) -> float:
+    if not torch.cuda.is_available():
+        began = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - began)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     run()
@@ -36,14 +41,15 @@ def medians(
     """Median milliseconds of one call of each function, timed in turn `rounds` times.
 
     Each timing covers as many calls as take about `target_ms`; with `graph` they are replayed from one CUDA graph.
-    Raises whatever a function raises.
+    On a machine without a GPU the clock is the host's, and there are no graphs. Raises whatever a function raises.
     """
     runs: dict[str, tuple[Callable[[], object], int]] = {}
     for name, function in functions.items():
         function()
-        torch.cuda.synchronize()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         count = max(1, min(50, int(target_ms / max(_once(function), 1e-3))))
-        if graph:
+        if graph and torch.cuda.is_available():
             runs[name] = (captured(function, count), count)
         else:
             runs[name] = (lambda f=function, n=count: [f() for _ in range(n)], count)  # type: ignore[misc]

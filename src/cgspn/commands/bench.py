@@ -1,40 +1,137 @@
-"""`cgspn bench`: measurements of speed on this machine."""
+"""`cgspn bench`: measurements of speed on this machine, one sub-command for each table."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
+import torch
 import tyro
 
+from ..bench.ablation import AblationConfig
+from ..bench.encoder import EncoderBenchConfig
+from ..bench.table import TableConfig
 from ..console import console, writable_folder
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Measure, and write JSON, a table and a plot.
+class _Measurement:
+    out: Path = Path("runs/bench")
+    """Folder for the results: JSON, a table and a plot."""
+    commit: str = ""
+    """The commit to note in the results; by default that of the working tree."""
+
+    def _measure(self, run: Callable[[], object]) -> None:
+        """Raises ValueError for what this machine lacks."""
+        writable_folder(self.out, "--out")
+        try:
+            run()
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
+        console.print(f"wrote the results to {self.out}")
+
+
+def device() -> torch.device:
+    """The GPU, or the processor where there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
+class Operator(_Measurement):
+    """propagate_2d and line_scan against the memory bandwidth, PyTorch and attention. Needs a CUDA GPU.
 
     Examples:
         cgspn bench operator --out results/operator
     """
 
-    what: tyro.conf.Positional[Literal["operator"]]
-    """"operator": propagate_2d and line_scan against the memory bandwidth, PyTorch and attention."""
-    out: Path = Path("runs/bench")
-    """Folder for the results."""
     quick: bool = False
     """Leave out the slowest rivals."""
-    commit: str = ""
-    """The commit to note in the results; by default that of the working tree."""
 
     def run(self) -> None:
-        """Measure and write. Raises ValueError without a CUDA GPU."""
+        """Raises ValueError without a CUDA GPU."""
         from ..bench.operator import run
 
-        writable_folder(self.out, "--out")
-        try:
-            run(self.out, quick=self.quick, commit=self.commit, say=console.print)
-        except RuntimeError as error:
-            raise ValueError(str(error)) from error
-        console.print(f"wrote {self.out}/operator.json, .md and .png")
+        self._measure(lambda: run(self.out, quick=self.quick, commit=self.commit, say=console.print))
+
+
+@dataclass(frozen=True)
+class Table(_Measurement):
+    """The source's efficiency table: attention by every kernel, GSPN, C-GSPN and hybrid, from 378 to 4116 px.
+
+    Examples:
+        cgspn bench table --out results/efficiency
+        cgspn bench table --sizes 1036 2058 --batches 32 --modes inference
+    """
+
+    config: TableConfig = field(default_factory=TableConfig)
+    """Sizes, batches, contenders."""
+
+    def run(self) -> None:
+        """Raises ValueError for a contender that does not exist."""
+        from ..bench.table import run
+
+        self._measure(lambda: run(self.config, self.out, device(), commit=self.commit, say=console.print))
+
+
+@dataclass(frozen=True)
+class Ablation(_Measurement):
+    """From the original GSPN layer to C-GSPN, one change at a time; sweeps over batch and width.
+
+    Examples:
+        cgspn bench ablation --out results/efficiency
+    """
+
+    config: AblationConfig = field(default_factory=AblationConfig)
+    """Size, batch, what the sweeps run over."""
+
+    def run(self) -> None:
+        """Raises ValueError where memory ends at one image."""
+        from ..bench.ablation import run
+
+        self._measure(lambda: run(self.config, self.out, device(), commit=self.commit, say=console.print))
+
+
+@dataclass(frozen=True)
+class Encoders(_Measurement):
+    """Whole encoders: images a second, memory, one image at a time, very high resolution, linear peers.
+
+    Examples:
+        cgspn bench encoder --out results/efficiency
+        cgspn bench encoder --compile
+    """
+
+    config: EncoderBenchConfig = field(default_factory=EncoderBenchConfig)
+    """Models, sizes, batches."""
+
+    def run(self) -> None:
+        """Raises ValueError for an unknown model."""
+        from ..bench.encoder import run
+
+        self._measure(lambda: run(self.config, self.out, device(), commit=self.commit, say=console.print))
+
+
+Measurement = (
+    Annotated[Operator, tyro.conf.subcommand("operator", prefix_name=False)]
+    | Annotated[Table, tyro.conf.subcommand("table", prefix_name=False)]
+    | Annotated[Ablation, tyro.conf.subcommand("ablation", prefix_name=False)]
+    | Annotated[Encoders, tyro.conf.subcommand("encoder", prefix_name=False)]
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure speed and memory on this machine.
+
+    Examples:
+        cgspn bench operator --out results/operator
+        cgspn bench table --out results/efficiency
+    """
+
+    what: tyro.conf.OmitArgPrefixes[Measurement]
+    """Which table."""
+
+    def run(self) -> None:
+        """Measure and write. Raises ValueError for what this machine lacks."""
+        self.what.run()

@@ -172,9 +172,14 @@ class PropagationMixer(Mixer):
         # split, not three slices: the gradient is then one concatenation instead of three sums over zero-filled tensors
         lam, u, logits = parameters.split([1, 1, 3], dim=-2)
         lam, u = lam.squeeze(-2), u.squeeze(-2)
-        merge = "none" if config.merge == "concat" else "sum"
-        y = propagate_2d(x, logits, lam, u, directions=config.directions, merge=merge, mask=grid.mask)
+        y = self.propagate(x, logits, lam, u, grid.mask)
         return x.reshape(batch, count, self.latent), y.reshape(batch, count, -1)
+
+    def propagate(self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, mask: Tensor | None) -> Tensor:
+        """`propagate_2d` in the config's directions, merged by its rule: [B, H, W, Cc] or [B, H, W, D, Cc]."""
+        config = self.config
+        merge = "none" if config.merge == "concat" else "sum"
+        return propagate_2d(x, logits, lam, u, directions=config.directions, merge=merge, mask=mask)
 
 
 def gain_of(norm: nn.Module) -> Tensor | None:

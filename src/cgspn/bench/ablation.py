@@ -1,0 +1,190 @@
+"""From the original GSPN layer to C-GSPN, one change at a time, and how the sub-layer grows with batch and width."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..layers import GSPN_WALK, Grid, PropagationConfig, PropagationMixer
+from ..layers.block import Block
+from .contenders import FUSED, OURS, CompiledNormalisation, SeparateNormalisation, Shape, build, names, paper_config
+from .machine import ceilings, describe
+from .results import write
+from .timing import medians
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """Settings.
+
+    Args:
+        pixels: of the square images.
+        batch: B of the walk; halved until its first step fits.
+        batches, widths: what the sweeps run over.
+        shape: of the layers.
+        rounds: interleaved timings of each.
+    """
+
+    pixels: int = 1036
+    batch: int = 32
+    batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    widths: tuple[int, ...] = (288, 576, 1152, 2304)
+    shape: Shape = field(default_factory=Shape)
+    rounds: int = 7
+
+
+def layers_of_the_walk(shape: Shape) -> dict[str, PropagationMixer]:
+    """Each step is the one before it with one change; the first three are how the scan's weights are normalised."""
+    width, first = shape.width, GSPN_WALK["GSPN"]
+    steps: dict[str, PropagationMixer] = {
+        "GSPN, normalisation in separate steps": SeparateNormalisation(width, first),
+        "+ normalisation in one kernel": CompiledNormalisation(width, first),
+        "+ normalisation inside the scan": PropagationMixer(width, first),
+    }
+    for name, config in GSPN_WALK.items():
+        if config.compression is None and name != "GSPN":
+            steps[name] = PropagationMixer(width, config)
+    steps["+ latent space"] = PropagationMixer(width, replace(first_latent(shape)))
+    steps["- local convolution and norms (the paper's C-GSPN)"] = PropagationMixer(width, paper_config(shape))
+    steps["our default"] = PropagationMixer(width, PropagationConfig(compression=shape.compression))
+    return steps
+
+
+def first_latent(shape: Shape) -> PropagationConfig:
+    """The last raw-space step of the walk, moved into the latent space."""
+    last = [config for config in GSPN_WALK.values() if config.compression is None][-1]
+    return replace(last, compression=shape.compression)
+
+
+def walk_rows(config: AblationConfig, device: torch.device) -> list[Row]:
+    """Sub-layer latency of every step, one after the other: the first ones fill the memory."""
+    side = config.pixels // config.shape.patch
+    grid = Grid(side, side)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    batch = config.batch
+    while True:
+        rows: list[Row] = []
+        try:
+            tokens = torch.randn(batch, grid.tokens, config.shape.width, device=device, dtype=dtype)
+            for name, mixer in layers_of_the_walk(config.shape).items():
+                ms = sublayer_ms(mixer, tokens, grid, config.rounds)
+                before, first = (rows[-1]["ms"], rows[0]["ms"]) if rows else (ms, ms)
+                rows.append({"layer": name, "B": batch, "ms": ms, "step": before / ms, "from the first": first / ms})
+            return rows
+        except torch.OutOfMemoryError:
+            if batch == 1:
+                raise
+            batch //= 2
+            _free(device)
+
+
+def sublayer_ms(mixer: PropagationMixer, tokens: Tensor, grid: Grid, rounds: int) -> float:
+    """Milliseconds of norm, mixer and residual."""
+    block = Block(tokens.shape[-1], mixer, 8, "gelu", 1e-6, None).to(tokens.device, tokens.dtype).eval()
+
+    def run() -> Tensor:
+        with torch.no_grad():
+            return block.mixer.residual(tokens, block.norm1, block.scale1, grid)
+
+    ms = medians({"layer": run}, rounds=rounds, graph=False)["layer"]
+    _free(tokens.device)
+    return ms
+
+
+def sweep_rows(config: AblationConfig, device: torch.device) -> dict[str, list[Row]]:
+    """The sub-layer of GSPN, C-GSPN and the fused C-GSPN over batch sizes, and over widths at the same latent."""
+    side = config.pixels // config.shape.patch
+    grid = Grid(side, side)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    wanted = ["GSPN", OURS, *([FUSED] if FUSED in names(device) else [])]
+    cases = {
+        "batch": [(b, config.shape) for b in config.batches],
+        "width": [(min(8, config.batch), _of_width(config.shape, width)) for width in config.widths],
+    }
+    found: dict[str, list[Row]] = {}
+    for over, points in cases.items():
+        rows: list[Row] = []
+        for batch, shape in points:
+            calls: dict[str, Callable[[], object]] = {}
+            row: Row = {"over": over, "B": batch, "C": shape.width}
+            for name in wanted:
+                try:
+                    tokens = torch.randn(batch, grid.tokens, shape.width, device=device, dtype=dtype)
+                    contender = build(name, shape, device, dtype)
+
+                    def run(contender: Any = contender, tokens: Tensor = tokens) -> Tensor:
+                        with torch.no_grad():
+                            out: Tensor = contender.sublayer(tokens, grid)
+                            return out
+
+                    run()
+                    calls[name] = run
+                except torch.OutOfMemoryError:
+                    row[f"{name}: ms"] = "OOM"
+                _free(device)
+            row |= {f"{name}: ms": ms for name, ms in medians(calls, rounds=config.rounds, graph=False).items()}
+            calls.clear()
+            rows.append(row)
+        found[f"sweep over {over}"] = rows
+    return found
+
+
+def _of_width(shape: Shape, width: int) -> Shape:
+    """Another width with the same latent."""
+    return replace(shape, width=width, compression=shape.compression * width / shape.width)
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def run(
+    config: AblationConfig,
+    out: Path,
+    device: torch.device,
+    *,
+    commit: str = "",
+    say: Callable[[str], object] = print,
+) -> dict[str, list[Row]]:
+    """Measure and write ablation.json, .md and .png to `out`. Raises OSError if it cannot be written."""
+    machine = describe(commit) | ceilings(device)
+    tables = {"GSPN to C-GSPN": walk_rows(config, device)}
+    for row in tables["GSPN to C-GSPN"]:
+        say(f"{row['layer']}: {row['ms']:.3g} ms, {row['from the first']:.3g} x")
+    tables |= sweep_rows(config, device)
+    write(out, "ablation", machine, tables)
+    plot(tables, out / "ablation.png")
+    return tables
+
+
+def plot(tables: dict[str, list[Row]], path: Path) -> None:
+    """The walk as bars, the sweeps as curves. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
+    steps = tables["GSPN to C-GSPN"]
+    axes[0].barh([row["layer"] for row in steps][::-1], [row["ms"] for row in steps][::-1])
+    axes[0].set(xscale="log", xlabel="ms, sub-layer")
+    for ax, (over, key) in zip(axes[1:], (("batch", "B"), ("width", "C"))):
+        rows = tables[f"sweep over {over}"]
+        for name in (k for k in dict.fromkeys(k for row in rows for k in row) if k.endswith(": ms")):
+            points = [(row[key], row[name]) for row in rows if isinstance(row.get(name), float)]
+            if points:
+                ax.plot(*zip(*points), "o-", label=name.removesuffix(": ms"))
+        ax.set(xscale="log", yscale="log", xlabel=key, ylabel="ms, sub-layer")
+        ax.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

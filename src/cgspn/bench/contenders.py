@@ -1,0 +1,150 @@
+"""What the efficiency tables compare: blocks of one width that differ in their mixer, and how attention is computed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..layers import GSPN, AttentionConfig, AttentionMixer, Block, Grid, Mixer, PropagationConfig, PropagationMixer
+from ..ops import line_scan
+
+ATTENTION = {
+    "attention, math": SDPBackend.MATH,
+    "attention, flash": SDPBackend.FLASH_ATTENTION,
+    "attention, cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "attention, efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+FLASH_PACKAGE = "attention, flash-attn package"
+OURS = "C-GSPN"
+PAPER = "C-GSPN, the paper's sub-layer"
+FUSED = "C-GSPN, fused pieces"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """width C, heads, hidden width of the MLP and patch size of the blocks; SO400M/14 by default."""
+
+    width: int = 1152
+    heads: int = 16
+    hidden: int = 4304
+    patch: int = 14
+    compression: float = 18
+
+
+class FlashPackageMixer(AttentionMixer):
+    """Attention through the flash-attn package, where that is installed."""
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """tokens [B, N, C] -> [B, N, C]."""
+        from flash_attn import flash_attn_qkvpacked_func  # type: ignore[import-not-found,import-untyped]
+
+        batch, count, _ = tokens.shape
+        qkv = self.qkv(tokens).view(batch, count, 3, self.heads, -1)
+        out: Tensor = self.out(flash_attn_qkvpacked_func(qkv).flatten(2))
+        return out
+
+
+@dataclass(frozen=True, eq=False)
+class Contender:
+    """A block, and the context in which it runs (which kernels attention may use)."""
+
+    name: str
+    block: Block
+    context: Callable[[], AbstractContextManager[object]]
+
+    def sublayer(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """Norm, mixer, residual: [B, N, C] -> [B, N, C]."""
+        with self.context():
+            return self.block.mixer.residual(tokens, self.block.norm1, self.block.scale1, grid)
+
+    def whole(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """The block: [B, N, C] -> [B, N, C]."""
+        with self.context():
+            out: Tensor = self.block(tokens, grid)
+            return out
+
+
+def propagation(shape: Shape, config: PropagationConfig | None = None, *, fused: bool = False) -> PropagationMixer:
+    """A C-GSPN mixer of the shape's compression, or of any other settings."""
+    mixer = PropagationMixer(shape.width, config or PropagationConfig(compression=shape.compression))
+    mixer.pieces = "triton" if fused else "torch"
+    return mixer
+
+
+def paper_config(shape: Shape) -> PropagationConfig:
+    """The sub-layer as published: no norms, no convolution, directions summed."""
+    return PropagationConfig(
+        compression=shape.compression, merge="sum", latent_norm=False, merge_norm=False, local_kernel=0
+    )
+
+
+def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Contender:
+    """A contender with random weights. Raises ValueError for a name that does not exist."""
+    mixers: dict[str, Callable[[], Mixer]] = {
+        **{n: lambda: AttentionMixer(shape.width, AttentionConfig(shape.heads)) for n in ATTENTION},
+        FLASH_PACKAGE: lambda: FlashPackageMixer(shape.width, AttentionConfig(shape.heads)),
+        "GSPN": lambda: propagation(shape, GSPN),
+        OURS: lambda: propagation(shape),
+        PAPER: lambda: propagation(shape, paper_config(shape)),
+        FUSED: lambda: propagation(shape, fused=True),
+    }
+    if name not in mixers:
+        raise ValueError(f"{name!r} is no contender; accepted: {', '.join(mixers)}")
+    block = Block(shape.width, mixers[name](), shape.hidden, "gelu_tanh", 1e-6, None).to(device, dtype)
+    kernels = ATTENTION.get(name)
+    return Contender(name, block.eval(), (lambda: sdpa_kernel(kernels)) if kernels else nullcontext)
+
+
+def names(device: torch.device) -> list[str]:
+    """The contenders that can run on a device, attention first."""
+    found = list(ATTENTION) if device.type == "cuda" else ["attention, math", "attention, flash"]
+    if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
+        found.append(FLASH_PACKAGE)
+    fused = [FUSED] if device.type == "cuda" and importlib.util.find_spec("triton") is not None else []
+    return [*found, "GSPN", PAPER, OURS, *fused]
+
+
+class SeparateNormalisation(PropagationMixer):
+    """The scan as it was before fusion: normalised weights in memory, then a scan and a gate for each direction."""
+
+    def propagate(self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, mask: Tensor | None) -> Tensor:
+        """As in `PropagationMixer`, without a mask."""
+        outs = []
+        for d, direction in enumerate(self.config.directions):
+            weights = self.weights(logits[..., d, :, :], direction in ("down", "up"))
+            outs.append(u[..., d, :] * line_scan(x, weights, lam[..., d, :], direction))
+        return torch.stack(outs, -2) if self.config.merge == "concat" else torch.stack(outs).sum(0)
+
+    def weights(self, logits: Tensor, vertical: bool) -> Tensor:
+        """Weights [B, H, W, 3, C] from logits of the same shape, a pass over memory for each step."""
+        return neighbour_weights(logits, vertical)
+
+
+class CompiledNormalisation(SeparateNormalisation):
+    """The same with the steps of the normalisation fused into one kernel, as the source does."""
+
+    def weights(self, logits: Tensor, vertical: bool) -> Tensor:
+        """As in `SeparateNormalisation`, in one pass."""
+        return compiled_weights()(logits, vertical)
+
+
+def neighbour_weights(logits: Tensor, vertical: bool) -> Tensor:
+    """Sigmoid, sum over the neighbours that exist, clamp, division: [B, H, W, 3, C] -> the same."""
+    length = logits.shape[2 if vertical else 1]
+    there = torch.ones(length, 3, device=logits.device, dtype=logits.dtype)
+    there[0, 0] = there[-1, 2] = 0
+    weights = logits.sigmoid() * there.view([1, 1, length, 3, 1] if vertical else [1, length, 1, 3, 1])
+    return weights / weights.sum(-2, keepdim=True).clamp(min=1e-7)
+
+
+@functools.cache
+def compiled_weights() -> Callable[[Tensor, bool], Tensor]:
+    """`neighbour_weights`, compiled."""
+    return torch.compile(neighbour_weights, dynamic=False)

@@ -1,0 +1,273 @@
+"""The source's efficiency table on this machine: latency of the sub-layer and of the block, throughput and memory.
+
+Every contender has the same width, MLP and images; times of one size are taken interleaved. What runs out of memory is
+a row that says so. Published figures (one A100) stand beside ours.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..layers import Grid
+from .contenders import ATTENTION, FLASH_PACKAGE, FUSED, OURS, Contender, Shape, build, names
+from .machine import ceilings, describe
+from .results import write
+from .timing import medians
+
+Row = dict[str, Any]
+Mode = Literal["inference", "training"]
+SIZES = (378, 518, 756, 1036, 1512, 2058, 4116)
+HYBRID = "hybrid 3/27 (3 attention, 24 C-GSPN)"
+# milliseconds on one A100, B = 32, C = 1152 (source, "System Efficiency"): sub-layer and block
+PUBLISHED = {
+    ("attention, math", 1036): (205.90, 238.18),
+    ("attention, flash", 1036): (32.81, 68.93),
+    ("GSPN", 1036): (9.95, 133.12),
+    (OURS, 1036): (0.18, 36.60),
+    ("attention, flash", 2058): (504.73, 631.63),
+    (OURS, 2058): (0.46, 147.52),
+}
+
+
+@dataclass(frozen=True)
+class TableConfig:
+    """Settings of the efficiency table.
+
+    Args:
+        sizes: of the square images, in pixels.
+        batches: B; where C-GSPN does not fit, it is halved, for all contenders, until it does.
+        modes: "inference", "training" (forward and backward of the block).
+        contenders: names; empty for all that run on the device.
+        shape: of the blocks.
+        rounds: interleaved timings of each.
+    """
+
+    sizes: tuple[int, ...] = SIZES
+    batches: tuple[int, ...] = (32, 1)
+    modes: tuple[Mode, ...] = ("inference", "training")
+    contenders: tuple[str, ...] = ()
+    shape: Shape = field(default_factory=Shape)
+    rounds: int = 7
+
+
+def steps(contender: Contender, tokens: Tensor, grid: Grid, mode: Mode) -> dict[str, Callable[[], object]]:
+    """What is timed of one contender: "sub-layer" and "block"."""
+    if mode == "inference":
+
+        def inference(run: Callable[[Tensor, Grid], Tensor]) -> Tensor:
+            with torch.no_grad():
+                return run(tokens, grid)
+
+        return {
+            "sub-layer": lambda: inference(contender.sublayer),
+            "block": lambda: inference(contender.whole),
+        }
+    leaf = tokens.detach().requires_grad_()
+    direction = torch.randn_like(tokens)
+
+    def training(run: Callable[[Tensor, Grid], Tensor], module: torch.nn.Module) -> object:
+        wanted = [leaf, *module.parameters()]
+        return torch.autograd.grad(run(leaf, grid), wanted, direction, allow_unused=True)
+
+    return {
+        "sub-layer": lambda: training(contender.sublayer, contender.block.mixer),
+        "block": lambda: training(contender.whole, contender.block),
+    }
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> float | None:
+    """Gigabytes that one call adds to what is allocated, at its peak; None on a CPU.
+
+    Raises torch.OutOfMemoryError if it does not fit.
+    """
+    if device.type != "cuda":
+        run()
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def size_rows(config: TableConfig, pixels: int, batch: int, mode: Mode, device: torch.device) -> list[Row]:
+    """All contenders at one size, batch and mode, interleaved."""
+    side = pixels // config.shape.patch
+    grid = Grid(side, side)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    tokens = torch.randn(batch, grid.tokens, config.shape.width, device=device, dtype=dtype)
+    calls: dict[tuple[str, str], Callable[[], object]] = {}
+    rows: dict[str, Row] = {}
+    for name in config.contenders or names(device):
+        row: Row = {"px": pixels, "B": batch, "mode": mode, "mixer": name}
+        rows[name] = row
+        try:
+            contender = build(name, config.shape, device, dtype)
+            mine = steps(contender, tokens, grid, mode)
+            row["peak GB"] = peak_memory(mine["block"], device)
+            mine["sub-layer"]()
+        except torch.OutOfMemoryError:
+            row["note"] = "OOM"
+        except RuntimeError as error:  # kernels of attention that do not take this shape: said, not left out
+            row["note"] = str(error).strip().splitlines()[0][:80]
+        else:
+            calls |= {(name, part): call for part, call in mine.items()}
+        _free(device)
+    for part in ("sub-layer", "block"):
+        wanted = {name: call for (name, of), call in calls.items() if of == part}
+        # small inference steps are shorter than their launches: replayed from a graph, all alike
+        graph = mode == "inference" and batch == 1
+        for name, ms in measured(wanted, config.rounds, graph).items():
+            rows[name][f"{part} ms"] = ms
+    found = list(rows.values())
+    return compared(found + hybrid_rows(found))
+
+
+def measured(calls: dict[str, Callable[[], object]], rounds: int, graph: bool) -> dict[str, float]:
+    """Medians; from CUDA graphs if these fit beside one another, else launched one by one."""
+    if graph:
+        try:
+            return medians(calls, rounds=rounds)
+        except (torch.OutOfMemoryError, RuntimeError):
+            pass
+    return medians(calls, rounds=rounds, graph=False)
+
+
+def hybrid_rows(rows: Sequence[Row]) -> list[Row]:
+    """An average block of a hybrid encoder, worked out from the rows of its two kinds."""
+    attention, ours = fastest(rows), next((r for r in rows if r["mixer"] == OURS), {})
+    if attention is None or "block ms" not in ours:
+        return []
+    mixed = {key: (3 * attention[key] + 24 * ours[key]) / 27 for key in ("sub-layer ms", "block ms")}
+    return [{key: ours[key] for key in ("px", "B", "mode")} | {"mixer": HYBRID} | mixed | {"note": "worked out"}]
+
+
+def fastest(rows: Sequence[Row]) -> Row | None:
+    """The attention row with the fastest block."""
+    attention = [r for r in rows if r["mixer"] in (*ATTENTION, FLASH_PACKAGE) and "block ms" in r]
+    return min(attention, key=lambda row: row["block ms"], default=None)
+
+
+def compared(rows: list[Row]) -> list[Row]:
+    """Ratios to the fastest attention of the same size, throughput, and the published figures, in a fixed order."""
+    best = fastest(rows)
+    out = []
+    for row in rows:
+        published = PUBLISHED.get((row["mixer"], row["px"])) if (row["B"], row["mode"]) == (32, "inference") else None
+        full: Row = {key: row.get(key) for key in ("px", "B", "mode", "mixer", "sub-layer ms", "block ms")}
+        for part in ("sub-layer", "block"):
+            timed = best is not None and row.get(f"{part} ms")
+            full[f"{part}: attention / this"] = best[f"{part} ms"] / row[f"{part} ms"] if timed and best else None
+        if row.get("block ms") and row.get("sub-layer ms"):
+            full["sub-layer share"] = row["sub-layer ms"] / row["block ms"]
+            full["blocks x images / s"] = 1e3 * row["B"] / row["block ms"]
+        full["peak GB"] = row.get("peak GB")
+        full["published sub-layer, block ms"] = f"{published[0]}, {published[1]}" if published else None
+        full["note"] = row.get("note")
+        out.append(full)
+    return out
+
+
+def crossovers(rows: Sequence[Row]) -> list[Row]:
+    """For each batch and mode, the smallest size from which C-GSPN is faster than the fastest attention on."""
+    found = []
+    for batch, mode in dict.fromkeys((row["B"], row["mode"]) for row in rows):
+        for part in ("sub-layer", "block"):
+            key = f"{part}: attention / this"
+            ratios = sorted(
+                (r["px"], r[key]) for r in rows if (r["B"], r["mode"], r["mixer"]) == (batch, mode, OURS) and r[key]
+            )
+            loses = [px for px, ratio in ratios if ratio <= 1]
+            wins = [px for px, _ in ratios if px > max(loses, default=0)]
+            found.append(
+                {"B": batch, "mode": mode, "part": part, "slower at px": ", ".join(map(str, loses)) or "none measured"}
+                | {"faster from px": wins[0] if wins else "nowhere measured"}
+            )
+    return found
+
+
+def _free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def fitting_batch(config: TableConfig, pixels: int, batch: int, mode: Mode, device: torch.device) -> int:
+    """The largest batch, `batch` halved as often as needed, at which the block of C-GSPN fits."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    side = pixels // config.shape.patch
+    while batch > 1:
+        try:
+            tokens = torch.randn(batch, side * side, config.shape.width, device=device, dtype=dtype)
+            contender = build(OURS, config.shape, device, dtype)
+            steps(contender, tokens, Grid(side, side), mode)["block"]()
+            return batch
+        except torch.OutOfMemoryError:
+            batch //= 2
+        finally:
+            tokens = contender = None  # type: ignore[assignment]
+            _free(device)
+    return batch
+
+
+def run(
+    config: TableConfig, out: Path, device: torch.device, *, commit: str = "", say: Callable[[str], object] = print
+) -> list[Row]:
+    """Measure and write table.json, table.md and table.png to `out`; finished sizes are written as they come.
+
+    Raises ValueError for a contender that does not exist, OSError if `out` cannot be written.
+    """
+    machine = describe(commit) | ceilings(device)
+    rows: list[Row] = []
+    for pixels in config.sizes:
+        for mode in config.modes:
+            taken = set()
+            for wanted in config.batches:
+                batch = fitting_batch(config, pixels, wanted, mode, device)
+                if batch in taken:
+                    continue
+                taken.add(batch)
+                rows += size_rows(config, pixels, batch, mode, device)
+                _free(device)
+                best = next((r for r in rows[::-1] if r["mixer"] == OURS), None)
+                if best:
+                    ratio = best["block: attention / this"] or float("nan")
+                    say(f"{pixels} px, B = {batch}, {mode}: block {best['block ms']:.3g} ms, {ratio:.3g} x")
+        write(out, "table", machine, {"blocks": rows, "crossover": crossovers(rows)})
+    plot(rows, out / "table.png")
+    return rows
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Block and sub-layer latency against the image size, one panel for each batch and mode. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    panels = [(mode, batch) for mode, batch in dict.fromkeys((r["mode"], r["B"]) for r in rows)]
+    figure, axes = plt.subplots(2, len(panels), figsize=(4.6 * len(panels), 8), layout="constrained", squeeze=False)
+    for column, (mode, batch) in enumerate(panels):
+        for ax, part in zip(axes[:, column], ("sub-layer", "block")):
+            for name in dict.fromkeys(r["mixer"] for r in rows):
+                points = [
+                    (r["px"], r[f"{part} ms"])
+                    for r in rows
+                    if (r["mode"], r["B"], r["mixer"]) == (mode, batch, name) and r[f"{part} ms"]
+                ]
+                if points:
+                    ours = name in (OURS, FUSED)
+                    ax.plot(*zip(*points), "o-", label=name, linewidth=2.4 if ours else 1.2)
+            ax.set(xscale="log", yscale="log", xlabel="image size (px)", ylabel="ms")
+            ax.set_title(f"{part}, {mode}, B = {batch}")
+            ax.legend(fontsize=6)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
