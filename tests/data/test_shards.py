@@ -99,7 +99,7 @@ def test_a_shard_cut_off_in_the_middle_gives_what_is_before_the_damage(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("content", "reason"), [(b"", "empty file"), (b"\x1f\x8b" + b"x" * 2000, ""), (b"<html>404</html>" * 100, "")]
+    ("content", "reason"), [(b"", "empty file"), (b"\x1f\x8b" + b"x" * 2000, "no plain tar"), (b"<p>404</p>" * 100, "")]
 )
 def test_files_that_are_no_tar(tmp_path, content, reason):
     pattern = write_shards(tmp_path)

@@ -66,7 +66,7 @@ def index_tar(path: Path) -> TarIndex:
                 end = tar.offset
                 tar.members.clear()  # type: ignore[attr-defined]  # or it keeps an object for each member
     except tarfile.TarError as error:
-        damage = str(error)
+        damage = str(error) if spans else f"no plain tar ({error})"
     if not damage:
         # tarfile takes both a missing end and a damaged header for the end.
         with path.open("rb") as file:

@@ -1,0 +1,111 @@
+"""`cgspn distill --data`: shards as a user meets them, interrupted, damaged and lost."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cgspn.commands.distill import Distill
+from cgspn.data import LoaderConfig, load_embedded
+from cgspn.distill import ComputeConfig, LossConfig, OptimConfig
+from cgspn.distill.presets import EMBEDDED
+
+OPTIM = OptimConfig(batch_size=8)
+CONFIG = replace(
+    EMBEDDED,
+    stage1=replace(OPTIM, steps=2),
+    stage2=replace(OPTIM, steps=8),
+    loss=LossConfig(contrastive=0.5),
+    compute=ComputeConfig(save_every=2),
+)
+AS_OPTIONS = "--config.stage1.steps 2 --config.stage2.steps 8 --config.loss.contrastive 0.5 --loader.cache cache"
+AS_OPTIONS += " --config.compute.save-every 2"
+for stage in ("stage1", "stage2"):
+    AS_OPTIONS += f" --config.{stage}.batch-size 8 --config.{stage}.augment --config.{stage}.optimizer adamw"
+    AS_OPTIONS += f" --config.{stage}.learning-rate 1e-3"
+
+
+def distill(out, data, *, workers=0, max_skipped=0.1):
+    loader = LoaderConfig(workers=workers, max_skipped=max_skipped, cache=Path("cache"))
+    Distill("embedded", Path(out), data=data, config=CONFIG, loader=loader).run()
+    return json.loads((Path(out) / "distill.json").read_text())
+
+
+@pytest.fixture
+def shards(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    images = load_embedded("test")
+    for k in range(3):
+        with tarfile.open(tmp_path / f"photos-{k}.tar", "w") as tar:
+            for i in range(10 * k, 10 * (k + 1)):
+                content = io.BytesIO()
+                Image.fromarray(images.images[i, 0].numpy()).save(content, "PNG")
+                caption = f"a photo of a {images.class_names[int(images.labels[i])]}".encode()
+                for name, data in ((f"{i}.png", content.getvalue() if i != 7 else b""), (f"{i}.txt", caption)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    return "photos-{0..2}.tar"
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_on_shards_ends_as_an_uninterrupted_one(tmp_path, shards, capsys):
+    whole = distill("whole", shards)
+    said = capsys.readouterr().err
+    assert "skipped 1 of 30 images" in said
+    assert "photos-0.tar: 7: " in said
+    assert whole["images"] == 30
+    assert list(whole["skipped"]) == ["photos-0.tar: 7"]
+    for stage in whole["throughput"].values():
+        assert 0 <= stage["data_wait_share"] <= 1
+        assert stage["images_per_second"] > 0
+
+    command = [sys.executable, "-m", "cgspn.cli", "distill", "embedded", "cut", "--data", shards]
+    process = subprocess.Popen(
+        [*command, "--loader.workers", "2", *AS_OPTIONS.split()],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    for _ in range(1200):
+        if list(tmp_path.glob("cut/snapshots/1/0*[246]")) or process.poll() is not None:
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    said, _ = process.communicate(timeout=30)
+    assert not (tmp_path / "cut/distill.json").exists(), said
+    assert list(tmp_path.glob("cut/stages/0/losses.json")), said
+    assert distill("cut", shards, workers=1)["losses"] == whole["losses"]
+
+
+@pytest.mark.slow
+def test_a_run_refuses_to_go_on_with_other_images(tmp_path, shards, capsys):
+    distill("run", shards)
+    (tmp_path / "run" / "distill.json").unlink()  # as if it had stopped
+    (tmp_path / "photos-1.tar").unlink()
+    with pytest.raises(ValueError, match=r"^1 of 3 shards are lost or damaged, more than 10%.*photos-1\.tar: no such"):
+        distill("run", shards)
+    # known from before, the shard keeps its place, and the stages that are done are
+    distill("run", shards, max_skipped=0.5)
+    assert "skipped 1 of 3 shards" in capsys.readouterr().err
+    (tmp_path / "run" / "distill.json").unlink()
+    with pytest.raises(ValueError, match=r"unfinished run with other settings \(data, source.digest, source.images\)"):
+        distill("run", "photos-{0,2}.tar")
+
+
+@pytest.mark.slow
+def test_a_run_without_captions_cannot_be_contrastive(tmp_path, shards):
+    (tmp_path / "flat").mkdir()
+    for i in range(20):
+        Image.new("RGB", (30, 30)).save(tmp_path / "flat" / f"{i}.png")
+    with pytest.raises(ValueError, match=r"flat.*cannot be used.*no caption \(looked for \.txt"):
+        distill("run", "flat")
