@@ -1,5 +1,6 @@
 """Image folders: what is read, how colours come out, and what happens to files that cannot be read."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from cgspn.data import load_folder
+from cgspn.data.decode import middle, read_box
 
 
 def save(path, color=(255, 0, 0), size=(20, 16), mode="RGB", **options):
@@ -144,3 +146,20 @@ def test_images_agree_with_the_transforms(tmp_path):
     got = load_folder(tmp_path, 32)[0].images[0].float()
     expected = center_crop(to_float(pixels), 32)[0] * 255
     assert (got - expected).abs().mean() < 1.5
+
+
+def test_boxes_stay_inside_pictures_of_any_size():
+    # rounding once put the middle of a 190x116 picture at -1e-14, which Pillow refuses
+    wanted = [(28, 28), (10, 14), (224, 224), (37, 29)]
+    for height in range(1, 60, 7):
+        for width in range(1, 700, 23):
+            encoded = io.BytesIO()
+            Image.new("L", (width, height), 200).save(encoded, "JPEG" if height % 2 else "PNG")
+            size = wanted[width % 4]
+            pixels = read_box(encoded, size, middle(size))
+            assert pixels.shape == (*size, 3)
+            assert abs(int(pixels.mean()) - 200) < 3
+    for height, width in ((116, 190), (506, 727)):
+        encoded = io.BytesIO()
+        Image.new("RGB", (width, height)).save(encoded, "PNG")
+        assert read_box(encoded, (28, 28), middle((28, 28))).shape == (28, 28, 3)

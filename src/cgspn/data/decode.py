@@ -47,9 +47,9 @@ def read_box(file: Path | IO[bytes], size: tuple[int, int], choose: Callable[[in
             height, width = image.height, image.width
             box = choose(height, width)
         image = to_rgb(image)
-    # a shrunk side is rounded up, so that a box at the edge could reach a rounding error beyond it
+    # rounding must not move a box at the edge beyond it
     x, y = image.width / width, image.height / height
-    top, left = box[0] * y, box[1] * x
+    top, left = max(0.0, box[0] * y), max(0.0, box[1] * x)
     bottom, right = min((box[0] + box[2]) * y, image.height), min((box[1] + box[3]) * x, image.width)
     resized = image.resize((size[1], size[0]), Image.Resampling.BILINEAR, (left, top, right, bottom))
     return np.array(resized)
