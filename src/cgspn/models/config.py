@@ -10,6 +10,7 @@ from typing import Any, Literal
 from ..layers import Activation, AttentionConfig, Pooling, PositionResize, PropagationConfig
 
 MixerName = Literal["attention", "propagation"]
+MODEL_TYPE = "cgspn"  # by which transformers recognises a folder
 Resample = Literal["bilinear", "bicubic"]
 
 
@@ -123,6 +124,19 @@ class TextConfig:
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass config as plain JSON values."""
     return dataclasses.asdict(config)
+
+
+def preprocessing(config: EncoderConfig) -> dict[str, Any]:
+    """How pictures become images for an encoder, as transformers' image processors keep it."""
+    return {
+        "image_processor_type": "CgspnImageProcessor",
+        "size": {"height": config.image_size[0], "width": config.image_size[1]},
+        "image_mean": list(config.image_mean),
+        "image_std": list(config.image_std),
+        "patch_size": config.patch_size,
+        "resample": config.image_resample,
+        "aspect": "crop" if config.image_crop else "squash",
+    }
 
 
 def encoder_config_from_dict(values: Mapping[str, Any]) -> EncoderConfig:

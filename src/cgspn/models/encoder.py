@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,8 +23,8 @@ from ..layers import (
     PatchEmbed,
     PropagationMixer,
 )
-from .checkpoint import save_model
-from .config import EncoderConfig, to_dict
+from .checkpoint import PREPROCESSING, save_model, write_atomically
+from .config import MODEL_TYPE, EncoderConfig, preprocessing, to_dict
 from .contract import TimmContract, build_head
 from .mixed import encode_mixed
 
@@ -109,7 +110,7 @@ class Encoder(TimmContract):
             tokens = tokens + own
         if self.prefix is not None:
             prefix = self.prefix
-            tokens = torch.cat([prefix.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
+            tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
         return self.pre_norm(tokens), grid._replace(prefix=self.config.prefix)
 
     def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -210,11 +211,14 @@ class Encoder(TimmContract):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into `folder`, each whole or not at all.
 
+        preprocessor_config.json beside them is for transformers, which opens the folder too (`cgspn.models.hf`).
         Raises OSError if the folder cannot be written.
         """
-        save_model(folder, {"model": "encoder", "encoder": to_dict(self.config)}, self.state_dict())
+        write_atomically(Path(folder) / PREPROCESSING, json.dumps(preprocessing(self.config), indent=2) + "\n")
+        config = {"model": "encoder", "model_type": MODEL_TYPE, "architectures": ["CgspnModel"]}
+        save_model(folder, {**config, "encoder": to_dict(self.config)}, self.state_dict())
 
 
 def to_map(tokens: Tensor, grid: Grid) -> Tensor:
     """tokens [B, prefix + h*w, C] -> the grid alone, [B, h, w, C]."""
-    return tokens[:, grid.prefix :].reshape(len(tokens), grid.height, grid.width, -1)
+    return tokens[:, grid.prefix :].reshape(tokens.shape[0], grid.height, grid.width, -1)

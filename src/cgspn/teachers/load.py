@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..models.checkpoint import CheckpointError, read_model
-from ..models.config import encoder_config_from_dict
+from ..models.config import MODEL_TYPE, encoder_config_from_dict
 from ..models.dual import DualEncoder, load_dual
 from ..models.encoder import Encoder
 from .files import read_json
@@ -60,7 +60,7 @@ def _load(
         return load_embedded_teacher()
     path = locate(source)
     own = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    if "model" in own and "model_type" not in own:
+    if "model" in own and own.get("model_type", MODEL_TYPE) == MODEL_TYPE:
         return _load_own(path)
     found = open_source(path, str(source))
     encoder = read_encoder(found, dtype, heads, overrides)

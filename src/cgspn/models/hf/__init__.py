@@ -1,0 +1,35 @@
+"""The encoders under transformers' Auto classes. Importing this module registers them; it needs transformers.
+
+    import cgspn.models.hf  # teaches the Auto classes the model type "cgspn"
+    from transformers import AutoImageProcessor, AutoModel
+
+    model = AutoModel.from_pretrained("runs/student")  # a folder of Encoder.save_pretrained, or of this model's own
+    processor = AutoImageProcessor.from_pretrained("runs/student")
+    out = model(**processor(pictures, return_tensors="pt"))  # last_hidden_state, pooler_output
+
+AutoConfig, AutoModelForImageClassification and AutoBackbone work alike. A folder is one format for both libraries:
+what transformers saves, `cgspn.load_encoder` reads.
+"""
+
+try:
+    from transformers import (
+        AutoBackbone,
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModel,
+        AutoModelForImageClassification,
+    )
+except ImportError as error:
+    raise ImportError(f"cgspn.models.hf needs transformers; run: pip install 'cgspn[hf]' ({error})") from error
+
+from .config import CgspnConfig
+from .model import CgspnBackbone, CgspnForImageClassification, CgspnModel
+from .processor import CgspnImageProcessor
+
+__all__ = ["CgspnBackbone", "CgspnConfig", "CgspnForImageClassification", "CgspnImageProcessor", "CgspnModel"]
+
+AutoConfig.register(CgspnConfig.model_type, CgspnConfig, exist_ok=True)
+AutoModel.register(CgspnConfig, CgspnModel, exist_ok=True)
+AutoModelForImageClassification.register(CgspnConfig, CgspnForImageClassification, exist_ok=True)
+AutoBackbone.register(CgspnConfig, CgspnBackbone, exist_ok=True)
+AutoImageProcessor.register(CgspnConfig, slow_image_processor_class=CgspnImageProcessor, exist_ok=True)

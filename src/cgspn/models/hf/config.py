@@ -1,0 +1,102 @@
+"""An encoder's config as transformers keeps configs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+
+from ..config import MODEL_TYPE, EncoderConfig, encoder_config_from_dict, to_dict
+from ..registry import model_config
+
+DEFAULT = "cgspn_small_patch14_378"
+
+
+class CgspnConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
+    """The `EncoderConfig` of a model, under `encoder`, and what transformers adds to it.
+
+    Sizes can be read under the names that transformers uses for ViTs: hidden_size, num_hidden_layers, patch_size, ...
+    """
+
+    model_type = MODEL_TYPE
+
+    def __init__(
+        self,
+        encoder: str | EncoderConfig | Mapping[str, Any] = DEFAULT,
+        apply_layernorm: bool = True,
+        out_features: Sequence[str] | None = None,
+        out_indices: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """A config around an encoder's.
+
+        Args:
+            encoder: a name of `cgspn.list_models()`, an EncoderConfig, or one as a dict.
+            apply_layernorm: of a backbone: normalise its feature maps with the encoder's last LayerNorm.
+            out_features, out_indices: of a backbone: its stages, "stem" (0, before the blocks) and "stage1" and up.
+            kwargs: of transformers, such as num_labels or id2label.
+
+        Raises ValueError for a name, a setting or a stage that does not exist.
+        """
+        kwargs.pop("model", None)
+        if isinstance(encoder, str):
+            encoder = model_config(encoder)
+        elif not isinstance(encoder, EncoderConfig):
+            encoder = encoder_config_from_dict(encoder)
+        if encoder.num_classes and not kwargs.keys() & {"num_labels", "id2label"}:
+            kwargs["num_labels"] = encoder.num_classes
+        self.model = "encoder"  # by which this library recognises its folders
+        self.encoder = to_dict(encoder)
+        self.apply_layernorm = apply_layernorm
+        super().__init__(**kwargs)
+        self.set_output_features_output_indices(
+            out_features=None if out_features is None else list(out_features),
+            out_indices=None if out_indices is None else list(out_indices),
+        )
+
+    @property
+    def encoder_config(self) -> EncoderConfig:
+        """`encoder` as an EncoderConfig. Raises ValueError if it was changed to something else."""
+        return encoder_config_from_dict(self.encoder)
+
+    @property
+    def stage_names(self) -> list[str]:
+        """The stages of a backbone: before the blocks, and after each."""
+        return ["stem", *(f"stage{i + 1}" for i in range(self.num_hidden_layers))]
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the tokens."""
+        return int(self.encoder["width"])
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of blocks."""
+        return len(self.encoder["mixers"])
+
+    @property
+    def num_attention_heads(self) -> int:
+        """Heads of the attention blocks, if there are any."""
+        return int(self.encoder["attention"]["heads"])
+
+    @property
+    def intermediate_size(self) -> int:
+        """Inner width of the MLPs."""
+        return int(self.encoder["mlp_hidden"])
+
+    @property
+    def image_size(self) -> list[int]:
+        """Native height and width in pixels; models take any multiples of the patch size."""
+        return list(self.encoder["image_size"])
+
+    @property
+    def patch_size(self) -> int:
+        """In pixels."""
+        return int(self.encoder["patch_size"])
+
+    @property
+    def num_channels(self) -> int:
+        """Of the images."""
+        return int(self.encoder["channels"])
