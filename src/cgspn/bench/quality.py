@@ -6,7 +6,6 @@ import copy
 import io
 import json
 import statistics
-import tarfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data import ImageSet, resize
+from ..data import ImageSet, open_shards, resize
+from ..data.locate import cache_folder
 from ..data.transforms import normalize, to_float
 from ..distill import ComputeConfig, DistillConfig, LossConfig, OptimConfig, distil
 from ..evaluate import cosine, relative_error, segment
@@ -106,11 +106,11 @@ ROWS: dict[str, Row] = {
 }
 
 
-def read_tar(path: Path, suffix: str, convert: Callable[[Image.Image], Tensor]) -> list[Tensor]:
-    """The images of a tar whose names end in `suffix`, in order of name."""
-    with tarfile.open(path) as tar:
-        members = sorted((m for m in tar.getmembers() if m.name.endswith(suffix)), key=lambda m: m.name)
-        return [convert(Image.open(io.BytesIO(tar.extractfile(m).read()))) for m in members]  # type: ignore[union-attr]
+def read_tar(path: Path, part: str, convert: Callable[[Image.Image], Tensor]) -> list[Tensor]:
+    """The pictures of a shard, in its order; part: "image" or "mask"."""
+    shards = open_shards(str(path), cache_folder())
+    encoded = (shards.read_parts(i, (part,))[part] for i in range(len(shards)))
+    return [convert(Image.open(io.BytesIO(content))) for content in encoded if content is not None]
 
 
 def _pixels(image: Image.Image) -> Tensor:
@@ -142,7 +142,7 @@ class StudyData:
 def load_study(config: QualityConfig, teacher: Encoder, device: torch.device) -> StudyData:
     """Read photographs and scenes. Raises OSError for files that are not there."""
     settings = teacher.config
-    photos = torch.stack(read_tar(config.photos, ".jpg", _square)).to(device)
+    photos = torch.stack(read_tar(config.photos, "image", _square)).to(device)
     order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))
     kept, held = order[: -config.held_out], order[-config.held_out :]
     train = ImageSet(photos[kept.to(device)], torch.zeros(len(kept), dtype=torch.int64), ("photograph",))
@@ -155,8 +155,8 @@ def load_study(config: QualityConfig, teacher: Encoder, device: torch.device) ->
     if config.camvid is not None:
         train_scenes, test_scenes = (
             (
-                prepared(torch.stack(read_tar(tar, ".jpg", _pixels)).to(device), config.probe_size),
-                torch.stack(read_tar(tar, ".mask.png", _mask)).to(device),
+                prepared(torch.stack(read_tar(tar, "image", _pixels)).to(device), config.probe_size),
+                torch.stack(read_tar(tar, "mask", _mask)).to(device),
             )
             for tar in (config.camvid / "camvid-train.tar", config.camvid / "camvid-test.tar")
         )
