@@ -2,48 +2,106 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import tyro
+from rich.table import Table
 
+from .. import __version__
 from ..console import console, writable_folder
+from ..models.checkpoint import write_atomically
+from ..models.config import to_dict
 from ..models.dual import DualEncoder
-from ..teachers import convert, load_model
+from ..teachers import load_encoder, load_model
+from ..teachers.convert import student_config, student_of
+from ..teachers.parameters import Part, parameter_table
+
+RECORD = "conversion.json"
 
 
 @dataclass(frozen=True)
 class Convert:
     """Replace attention by propagation; everything with a twin in the teacher is inherited.
 
+    Prints the parameters of both, part by part, and writes them with what was inherited into conversion.json beside
+    the student. A class token and registers are dropped: a fresh MAP head is there to learn the class feature.
+
     Examples:
         cgspn convert embedded runs/student --compression 3
-        cgspn convert runs/vit runs/hybrid --keep-attention 1
+        cgspn convert ViT-SO400M-14-SigLIP2-378/open_clip_model.safetensors runs/hybrid --keep-attention 3
+        cgspn convert vit_small_dinov2.safetensors runs/last --keep-layers 10 11 --heads 6
     """
 
     teacher: tyro.conf.Positional[str]
-    """A checkpoint folder (encoder or image-text model), or "embedded"."""
+    """A checkpoint (this library's folder; a file, folder or hub id of OpenCLIP, timm or transformers), or
+    "embedded"."""
     out: tyro.conf.Positional[Path]
     """Folder for the student. Of an image-text model, the text tower is copied along."""
     compression: float = 18
     """s: the scan runs on floor(C / s) channels."""
     keep_attention: int = 0
-    """Number of attention layers that stay, spread evenly."""
+    """Number of attention layers that stay, spread evenly: of 27, 3 are layers 8, 17 and 26."""
+    keep_layers: tuple[int, ...] = ()
+    """Indices from 0 of the attention layers that stay, in place of a number."""
+    heads: int | None = None
+    """Of attention, where a foreign file is of no known width and no config lies beside it."""
+    image_only: bool = False
+    """Leave the text tower of an image-text model out."""
     seed: int = 0
     """Of the fresh weights."""
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
-        teacher = load_model(self.teacher)
+        if self.keep_attention and self.keep_layers:
+            raise ValueError("keep_attention and keep_layers are both given; accepted: a number or indices, not both")
+        keep: int | Sequence[int] = self.keep_layers or self.keep_attention
+        out = writable_folder(self.out, "out")
+        load = load_encoder if self.image_only else load_model
+        teacher = load(self.teacher, heads=self.heads)
         encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
         torch.manual_seed(self.seed)
-        student = convert(encoder, compression=self.compression, keep_attention=self.keep_attention)
-        out = writable_folder(self.out, "out")
-        (teacher.with_image(student) if isinstance(teacher, DualEncoder) else student).save_pretrained(out)
-        before, after = (sum(p.numel() for p in model.parameters()) for model in (encoder, student))
-        kept = student.config.mixers.count("attention")
+        config = student_config(encoder.config, compression=self.compression, keep_attention=keep)
+        student, origin = student_of(encoder, config, share=True)
+        table = parameter_table(encoder, student, origin.inherited)
+        if isinstance(teacher, DualEncoder):
+            teacher.image = student
+            teacher.save_pretrained(out)
+        else:
+            student.save_pretrained(out)
+        layers = [i for i, mixer in enumerate(config.mixers) if mixer == "attention"]
+        record = {
+            "source": self.teacher,
+            "teacher": to_dict(encoder.config),
+            "student": config.name,
+            "compression": self.compression,
+            "latent channels": config.propagation.latent_width(config.width),
+            "attention layers": layers,
+            "seed": self.seed,
+            "parameters": [asdict(row) for row in table],
+            "inherited": origin.inherited,
+            "fresh": origin.fresh,
+            "versions": {"cgspn": __version__, "torch": torch.__version__},
+        }
+        write_atomically(out / RECORD, json.dumps(record, indent=1) + "\n")
+        console.print(f"{encoder.config.name} -> {config.name}")
+        console.print(_shown(table))
+        kept = f"attention stays in layers {', '.join(map(str, layers))}" if layers else "no attention stays"
         console.print(
-            f"{encoder.config.name}, {before / 1e6:.2f} M parameters -> {student.config.name}, {after / 1e6:.2f} M, "
-            f"{len(student.config.mixers) - kept} propagation and {kept} attention layers; saved in {out}"
+            f"{config.depth - len(layers)} layers propagate, {kept}; wrote the student and {RECORD} to {out}",
+            soft_wrap=True,
         )
+
+
+def _shown(rows: Sequence[Part]) -> Table:
+    table = Table("parameters", "teacher", "student", "inherited", "fresh")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        if row.part == "all":
+            table.add_section()
+        table.add_row(row.part, *(f"{n:,}" if n else "-" for n in (row.teacher, row.student, row.inherited, row.fresh)))
+    return table

@@ -10,13 +10,13 @@ import torch
 
 from ..layers import PropagationConfig
 from ..models.config import EncoderConfig
-from ..models.encoder import Encoder
+from ..models.encoder import Encoder, build_mixer
 from ..models.registry import spread
 
 
 @dataclass(frozen=True)
 class Inherited:
-    """Which of a student's parameters start from its teacher: names, and the count of values on either side."""
+    """The names of a student's tensors that start from its teacher's, and of those that start afresh."""
 
     inherited: tuple[str, ...]
     fresh: tuple[str, ...]
@@ -58,15 +58,17 @@ def convert(
 ) -> Encoder:
     """A C-GSPN student of `encoder`: attention sub-layers become propagation, the rest starts from the teacher's.
 
-    Inherited: patch embedding, norms, LayerScale, MLPs, pooling head, and attention where it is kept. Fresh: the
-    propagation mixers, and a pooling head if the teacher pools by a class token, which a pure grid does not have.
-    The teacher's learned positions are dropped; their mean goes into the bias of the patch embedding, so that the
-    first block sees tokens centred as before.
+    Inherited: patch embedding, norms, LayerScale, MLPs, pooling head, projection, and attention where it is kept.
+    Fresh: the propagation mixers, and a pooling head if the teacher pools by a class token. Class and register tokens
+    have no place in a pure grid and are dropped; the fresh MAP head is there to learn the class feature, and the taps
+    of distillation compare grid tokens only. Learned positions are dropped too; their mean goes into the bias of the
+    patch embedding, so that the first block sees tokens centred as before.
 
     Args:
         encoder: the attention teacher; it is not changed.
         compression: s; the scan runs on floor(C / s) channels.
-        keep_attention: how many attention layers stay, spread evenly, or their indices.
+        keep_attention: how many attention layers stay, spread evenly (the last of each equal stretch: of 27 layers,
+            3 are 8, 17 and 26; the source says how many, not which), or their indices from 0.
         propagation: other settings of the propagation sub-layer; its `compression` is overridden.
 
     Raises ValueError for a compression that leaves no channel or a layer that does not exist.
@@ -75,29 +77,44 @@ def convert(
     config = student_config(
         encoder.config, compression=compression, keep_attention=keep_attention, propagation=propagation
     )
-    if encoder.positions is not None:
+    return student_of(encoder, config)[0]
+
+
+def student_of(teacher: Encoder, config: EncoderConfig, *, share: bool = False) -> tuple[Encoder, Inherited]:
+    """The student with a config of `student_config`, and what it inherited.
+
+    share: the student takes the teacher's tensors themselves, no memory for a second copy. For those who only write
+    the student down: training it would change the teacher. Raises ValueError for a config whose parts do not fit.
+    """
+    if teacher.positions is not None:
         config = replace(config, patch_bias=True)
-    student = Encoder(config).to(next(encoder.parameters()).device)
-    inherit(encoder, student)
-    return student
+    device = next(teacher.parameters()).device
+    with torch.device("meta"):  # what is inherited needs no random start
+        student = Encoder(config)
+    for layer, block in enumerate(student.each_block()):
+        if config.mixers[layer] == "propagation":
+            block.mixer = build_mixer(config, layer).to(device)
+    if config.pooling != teacher.config.pooling:
+        student.pool = Encoder(replace(config, mixers=())).pool.to(device)
+    return student, inherit(teacher, student, share=share)
 
 
 @torch.no_grad()
-def inherit(teacher: Encoder, student: Encoder) -> Inherited:
-    """Copy every weight of the student that has a twin of the same name and shape in the teacher; returns which.
+def inherit(teacher: Encoder, student: Encoder, *, share: bool = False) -> Inherited:
+    """Give the student every weight that has a twin of the same name and shape in the teacher; returns which.
 
-    Kept mixers count as twins only where both are attention. Raises nothing.
+    Kept mixers count as twins only where both are attention. share: as in `student_of`. Raises nothing.
     """
     theirs, mine = teacher.state_dict(), student.state_dict()
     twins = [name for name, value in mine.items() if name in theirs and theirs[name].shape == value.shape]
-    for name in twins:  # in place: a copy of the teacher in between would double what a large one takes
-        mine[name].copy_(theirs[name])
-    if teacher.positions is not None and student.positions is None:
-        bias = student.patch_embed.projection.bias
-        if bias is not None:
-            own = teacher.patch_embed.projection.bias
-            bias.copy_(teacher.positions.table.mean(0) + (0 if own is None else own))
-    return Inherited(tuple(twins), tuple(name for name in mine if name not in twins))
+    bias = "patch_embed.projection.bias"
+    if teacher.positions is not None and student.positions is None and bias in mine:
+        mean = teacher.positions.table.mean(0)
+        theirs = {**theirs, bias: mean + theirs[bias] if bias in theirs else mean}
+        twins = list(dict.fromkeys([*twins, bias]))
+    taken = {name: theirs[name].to(mine[name].dtype, copy=not share) for name in twins}
+    student.load_state_dict(taken, strict=False, assign=True)
+    return Inherited(tuple(twins), tuple(name for name in mine if name not in taken))
 
 
 def attention_student(teacher: Encoder) -> Encoder:
@@ -106,6 +123,6 @@ def attention_student(teacher: Encoder) -> Encoder:
     Raises nothing. Source: design, section 5 ("ViT = attention re-initialised").
     """
     student = copy.deepcopy(teacher)
-    for fresh, block in zip(Encoder(teacher.config).each_block(), student.each_block(), strict=True):
-        block.mixer = fresh.mixer.to(next(teacher.parameters()).device)
+    for layer, block in enumerate(student.each_block()):
+        block.mixer = build_mixer(teacher.config, layer).to(next(teacher.parameters()).device)
     return student
