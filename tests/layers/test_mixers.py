@@ -168,3 +168,28 @@ def test_fused_pieces_give_what_the_plain_sublayer_gives(monkeypatch):
         block.mixer.pieces = "triton"
         assert torch.allclose(block(tokens, grid), plain, atol=1e-5)
         assert torch.allclose(block.tapped(tokens, grid)[0], plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["attention", "propagation"])
+def test_the_mlp_in_place_gives_what_the_plain_one_gives(kind, monkeypatch):
+    from cgspn.layers import Block, PropagationConfig
+    from cgspn.ops.fused import library
+
+    monkeypatch.setattr(library, "_fused", lambda *_: False)
+    torch.manual_seed(0)
+    mixer = (
+        AttentionMixer(48, AttentionConfig(4)) if kind == "attention" else PropagationMixer(48, PropagationConfig(3))
+    )
+    block = Block(48, mixer, 96, "gelu_tanh", 1e-6, None)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    tokens, grid = torch.randn(2, 30, 48), Grid(5, 6)
+    before = tokens.clone()
+    with torch.no_grad():
+        plain = block(tokens, grid)
+        block.epilogues = True
+        assert torch.allclose(block(tokens, grid), plain, atol=1e-4)
+        if kind == "propagation":
+            block.mixer.pieces = "triton"
+            assert torch.allclose(block(tokens, grid), plain, atol=1e-4)
+    assert torch.equal(tokens, before)  # what goes in is not what is written to

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from cgspn.ops.fused import definition, linear_residual, local_norm, norm_linear
+from cgspn.ops.fused import definition, linear_residual, linear_residual_norm, local_norm, norm_linear
 
 triton = pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
@@ -69,6 +69,22 @@ def test_linear_residual(norm, scaled, dtype):
         return linear_residual(residual, y, gain, weight, bias, scale, 1e-6, backend="triton")
 
     check(fused, lambda *t: definition.linear_residual(*t, 1e-6), tensors, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_residual_norm(dtype):
+    torch.manual_seed(0)
+    channels, latent = 130, 84
+    shapes = [(3, 19, channels), (3, 19, latent), (latent,), (channels, latent), *[(channels,)] * 5]
+    t = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
+    t[0] += 5  # far from zero: the mean must not eat the digits
+    ours = linear_residual_norm(*t[:6], 1e-6, (t[6], t[7], 1e-5), t[8], backend="triton")
+    exact = linear_residual_norm(
+        *[x.double() for x in t[:6]], 1e-6, (t[6].double(), t[7].double(), 1e-5), t[8].double()
+    )
+    for a, b in zip(ours, exact):
+        assert a.dtype == dtype
+        assert relative(a, b) < DTYPES[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -25,6 +25,7 @@ FLASH_PACKAGE = "attention, flash-attn package"
 OURS = "C-GSPN"
 PAPER = "C-GSPN, the paper's sub-layer"
 FUSED = "C-GSPN, fused pieces"
+EPILOGUES = ", fused MLP"
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def paper_config(shape: Shape) -> PropagationConfig:
 
 def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Contender:
     """A contender with random weights. Raises ValueError for a name that does not exist."""
+    kind = name.removesuffix(EPILOGUES)
     mixers: dict[str, Callable[[], Mixer]] = {
         **{n: lambda: AttentionMixer(shape.width, AttentionConfig(shape.heads)) for n in ATTENTION},
         FLASH_PACKAGE: lambda: FlashPackageMixer(shape.width, AttentionConfig(shape.heads)),
@@ -95,10 +97,11 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
         PAPER: lambda: propagation(shape, paper_config(shape)),
         FUSED: lambda: propagation(shape, fused=True),
     }
-    if name not in mixers:
+    if kind not in mixers:
         raise ValueError(f"{name!r} is no contender; accepted: {', '.join(mixers)}")
-    block = Block(shape.width, mixers[name](), shape.hidden, "gelu_tanh", 1e-6, None).to(device, dtype)
-    kernels = ATTENTION.get(name)
+    block = Block(shape.width, mixers[kind](), shape.hidden, "gelu_tanh", 1e-6, None).to(device, dtype)
+    block.epilogues = name.endswith(EPILOGUES) or name == FUSED
+    kernels = ATTENTION.get(kind)
     return Contender(name, block.eval(), (lambda: sdpa_kernel(kernels)) if kernels else nullcontext)
 
 
@@ -108,7 +111,9 @@ def names(device: torch.device) -> list[str]:
     if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
         found.append(FLASH_PACKAGE)
     fused = [FUSED] if device.type == "cuda" and importlib.util.find_spec("triton") is not None else []
-    return [*found, "GSPN", PAPER, OURS, *fused]
+    # the same MLP serves attention: what makes ours faster must not be what attention was denied
+    same = ["attention, flash" + EPILOGUES] + (["attention, cuDNN" + EPILOGUES] if device.type == "cuda" else [])
+    return [*found, *same, "GSPN", PAPER, OURS, *fused]
 
 
 class SeparateNormalisation(PropagationMixer):

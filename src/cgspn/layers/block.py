@@ -27,7 +27,12 @@ class Block(nn.Module):
 
     `sublayer` is what stage 1 aligns and the PP tap reads (the branch, before the residual is added); the block's
     output is what the PB tap reads. Source: "Key Designs" 3.
+
+    Attributes:
+        epilogues: in inference, let the MLP's products add bias and residual and take the GELU (`Mlp.onto`).
     """
+
+    epilogues: bool = False
 
     def __init__(
         self, width: int, mixer: Mixer, hidden: int, act: Activation, eps: float, layer_scale: float | None
@@ -53,6 +58,11 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """tokens [B, N, C] -> [B, N, C]."""
+        fits = self.mlp.act_name == "gelu_tanh" and isinstance(self.scale2, nn.Identity)
+        if self.epilogues and fits and not torch.is_grad_enabled():
+            after = self.mlp.fc2.bias
+            mixed, normal = self.mixer.residual_norm(tokens, self.norm1, self.scale1, grid, self.norm2, after)
+            return self.mlp.onto(normal, mixed)
         return self.mlp_half(self.mixer.residual(tokens, self.norm1, self.scale1, grid))
 
     def tapped(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -38,3 +38,13 @@ class Mixer(nn.Module):
         """
         out: Tensor = tokens + scale(self(norm(tokens), grid))
         return out
+
+    def residual_norm(
+        self, tokens: Tensor, norm: nn.Module, scale: nn.Module, grid: Grid, following: nn.Module, after: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """`residual`, and what the MLP half wants of it: (t + after, following(t)), [B, N, C] each.
+
+        following: the LayerNorm of the next half; after: [C]. The first may be written to.
+        """
+        mixed = self.residual(tokens, norm, scale, grid)
+        return mixed + after, following(mixed)

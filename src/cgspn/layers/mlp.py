@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
+from torch.nn.functional import gelu, silu
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 
@@ -46,6 +47,7 @@ class Mlp(nn.Module):
     def __init__(self, width: int, hidden: int, act: Activation = "gelu", out: int | None = None) -> None:
         """width: C; hidden: inner width; out: output width, C if None. Raises ValueError for an unknown activation."""
         super().__init__()
+        self.act_name = act
         self.fc1 = nn.Linear(width, 2 * hidden if act == "swiglu" else hidden)  # both halves of a gate in one
         self.act = activation(act)
         self.fc2 = nn.Linear(hidden, out or width)
@@ -58,3 +60,20 @@ class Mlp(nn.Module):
         """[..., C] -> [..., C] (or `out`)."""
         out: Tensor = self.fc2(self.act(self.fc1(x)))
         return out
+
+    def onto(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """`tokens` [..., C] + the MLP of x without its last bias, in place: the products do bias, GELU and sum.
+
+        Without gradients, for a GELU by tanh, the one that the product's epilogue knows.
+        """
+        hidden = gelu_linear(x.flatten(0, -2), self.fc1)
+        tokens.flatten(0, -2).addmm_(hidden, self.fc2.weight.T)
+        return tokens
+
+
+def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    """GELU (tanh) of a linear layer, x [M, C] -> [M, K]: in one launch where cuBLAS has the epilogue for it."""
+    if x.is_cuda:
+        fused: Tensor = torch._addmm_activation(layer.bias, x, layer.weight.T, use_gelu=True)
+        return fused
+    return gelu(layer(x), approximate="tanh")

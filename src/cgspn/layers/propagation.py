@@ -9,7 +9,7 @@ Parts in brackets are switches of `PropagationConfig`. GSPN -> C-GSPN is a walk 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -142,38 +142,56 @@ class PropagationMixer(Mixer):
 
     def residual(self, tokens: Tensor, norm: nn.Module, scale: nn.Module, grid: Grid) -> Tensor:
         """As in `Mixer`; where the fused pieces run, norm + P_down and P_up + residual read the tokens once each."""
-        down, up, gamma = self.down, self.up, getattr(scale, "gamma", None)
-        plain = self.pieces != "triton" or not self.fuses
-        if plain or not isinstance(norm, nn.LayerNorm) or not isinstance(down, nn.Linear):
+        if not self.fuses(norm):
             return super().residual(tokens, norm, scale, grid)
+        return fused.linear_residual(tokens, *self.before_up(tokens, norm, scale, grid), backend=self.pieces)
+
+    def residual_norm(
+        self, tokens: Tensor, norm: nn.Module, scale: nn.Module, grid: Grid, following: nn.Module, after: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """As in `Mixer`, in the same launch as `residual`'s last where the fused pieces run."""
+        if not self.fuses(norm) or not isinstance(following, nn.LayerNorm):
+            return super().residual_norm(tokens, norm, scale, grid, following, after)
+        affine = (following.weight, following.bias, following.eps)
+        parts = self.before_up(tokens, norm, scale, grid)
+        return fused.linear_residual_norm(tokens, *parts, affine, after, backend=self.pieces)
+
+    def before_up(
+        self, tokens: Tensor, norm: nn.LayerNorm, scale: nn.Module, grid: Grid
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, float]:
+        """Everything up to P_up: the merged directions and what `fused.linear_residual` makes of them."""
         _check_grid(tokens, grid)
+        down, up = self.down, self.up
+        assert isinstance(down, nn.Linear)
         latent = fused.norm_linear(
             tokens, norm.weight, norm.bias, down.weight, down.bias, norm.eps, backend=self.pieces
         )
         _, y = self.scan(latent, grid)
-        gain = gain_of(self.merge_norm)
-        return fused.linear_residual(tokens, y, gain, up.weight, up.bias, gamma, EPS, backend=self.pieces)
+        return y, gain_of(self.merge_norm), up.weight, up.bias, getattr(scale, "gamma", None), EPS
 
-    @property
-    def fuses(self) -> bool:
-        """Whether the sub-layer holds nothing but what the fused pieces know."""
+    def fuses(self, norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
+        """Whether the fused pieces are wanted, and the sub-layer holds nothing but what they know."""
         config = self.config
-        shell = config.projections or config.inner_residual or config.expansion != 1
-        return config.compression is not None and not shell
+        shell = config.projections or config.inner_residual or config.expansion != 1 or config.compression is None
+        return self.pieces == "triton" and not shell and isinstance(norm, nn.LayerNorm)
 
     def scan(self, latent: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """latent [B, h*w, Cc] -> what is scanned [B, h*w, Cc], and the merged directions before their norm."""
         batch, count, _ = latent.shape
-        config, directions = self.config, len(self.config.directions)
+        directions = len(self.config.directions)
         x = latent.view(batch, grid.height, grid.width, self.latent)
-        kernel, bias = (None, None) if self.local is None else (self.local.weight, self.local.bias)
-        x = fused.local_norm(x, kernel, bias, gain_of(self.norm), EPS, grid.mask, backend=self.pieces)
+        x = self.localise(x, grid.mask)
         parameters = self.parameters_of(x).view(batch, grid.height, grid.width, directions, 5, self.latent)
         # split, not three slices: the gradient is then one concatenation instead of three sums over zero-filled tensors
         lam, u, logits = parameters.split([1, 1, 3], dim=-2)
         lam, u = lam.squeeze(-2), u.squeeze(-2)
         y = self.propagate(x, logits, lam, u, grid.mask)
         return x.reshape(batch, count, self.latent), y.reshape(batch, count, -1)
+
+    def localise(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """The local convolution, added to its input, then the norm: [B, H, W, Cc] -> the same."""
+        kernel, bias = (None, None) if self.local is None else (self.local.weight, self.local.bias)
+        return fused.local_norm(x, kernel, bias, gain_of(self.norm), EPS, mask, backend=self.pieces)
 
     def propagate(self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, mask: Tensor | None) -> Tensor:
         """`propagate_2d` in the config's directions, merged by its rule: [B, H, W, Cc] or [B, H, W, D, Cc]."""

@@ -3,6 +3,6 @@
 Definitions in plain PyTorch (definition.py), Triton kernels (kernels.py) and their registration (library.py).
 """
 
-from .library import linear_residual, local_norm, norm_linear, why_not
+from .library import linear_residual, linear_residual_norm, local_norm, norm_linear, why_not
 
-__all__ = ["linear_residual", "local_norm", "norm_linear", "why_not"]
+__all__ = ["linear_residual", "linear_residual_norm", "local_norm", "norm_linear", "why_not"]

@@ -86,12 +86,16 @@ def norm_linear_backward(
         tl.store(dx + m[:, None] * C + c[None, :], value.to(dx.dtype.element_ty), mask=here)
 
 
-@triton.jit(do_not_specialize=["rows", "eps"])
+@triton.jit(do_not_specialize=["rows", "eps", "normal_eps"])
 def linear_residual_forward(
-    residual, y, gain, weight, bias, scale, out, rows, C, K, eps,
-    ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr,
+    residual, y, gain, weight, bias, scale, out, normal, normal_gain, normal_shift, after, rows, C, K, eps, normal_eps,
+    ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr,
+    NORM: tl.constexpr, SCALE: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
-    """out [M, C] = residual + scale * linear(RMSNorm(y)); y [M, K] stays on the chip for all channels of its rows."""
+    """t [M, C] = residual + scale * linear(RMSNorm(y)); y [M, K] stays on the chip for all channels of its rows.
+
+    out = t; with NEXT, out = t + after, and normal = LayerNorm(t) of the same rows, while they are in the cache.
+    """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, LATENT)
     inside = m < rows
@@ -101,6 +105,8 @@ def linear_residual_forward(
         inverse = tl.rsqrt(tl.sum(wide * wide, 1) / K + eps)
         g = tl.load(gain + k, mask=k < K, other=0).to(tl.float32)
         latent = (wide * inverse[:, None] * g[None, :]).to(latent.dtype)
+    pilot = tl.load(residual + m * C, mask=inside, other=0).to(tl.float32)  # as in norm_linear_forward
+    total, squares = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     for first in range(0, C, CHANNELS):
         c = first + tl.arange(0, CHANNELS)
         w = tl.load(weight + c[:, None] * K + k[None, :], mask=(c < C)[:, None] & (k < K)[None, :], other=0)
@@ -110,7 +116,27 @@ def linear_residual_forward(
             branch *= tl.load(scale + c, mask=c < C, other=0).to(tl.float32)[None, :]
         at, here = m[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :]
         branch += tl.load(residual + at, mask=here, other=0).to(tl.float32)
-        tl.store(out + at, branch.to(out.dtype.element_ty), mask=here)
+        value = branch.to(out.dtype.element_ty)
+        tl.store(out + at, value, mask=here)
+        if NEXT:
+            apart = tl.where((c < C)[None, :], value.to(tl.float32) - pilot[:, None], 0.0)
+            total += tl.sum(apart, 1)
+            squares += tl.sum(apart * apart, 1)
+    if NEXT:
+        tl.debug_barrier()  # what one thread wrote above, another may read below
+        mean = total / C
+        inverse = tl.rsqrt(squares / C - mean * mean + normal_eps)
+        mean += pilot
+        for first in range(0, C, CHANNELS):
+            c = first + tl.arange(0, CHANNELS)
+            at, here = m[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :]
+            value = tl.load(out + at, mask=here, other=0).to(tl.float32)
+            g = tl.load(normal_gain + c, mask=c < C, other=0).to(tl.float32)
+            s = tl.load(normal_shift + c, mask=c < C, other=0).to(tl.float32)
+            ready = (value - mean[:, None]) * inverse[:, None] * g[None, :] + s[None, :]
+            tl.store(normal + at, ready.to(normal.dtype.element_ty), mask=here)
+            value += tl.load(after + c, mask=c < C, other=0).to(tl.float32)[None, :]
+            tl.store(out + at, value.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit

@@ -114,6 +114,41 @@ def linear_residual(
     return out
 
 
+def linear_residual_norm(
+    residual: Tensor,
+    y: Tensor,
+    gain: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    norm: tuple[Tensor, Tensor, float],
+    after: Tensor,
+    *,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """t = `linear_residual(...)` and what the next half of a block wants of it: t + after and LayerNorm(t), [..., C].
+
+    Without gradients: for inference, where the last product of the MLP is then added onto the first output in place.
+
+    Args:
+        residual, y, gain, weight, bias, scale, eps, backend: as in `linear_residual`.
+        norm: gain and shift [C] of the LayerNorm, and its eps.
+        after: [C], the bias of the MLP's second layer.
+
+    Raises as `norm_linear`.
+    """
+    if not _fused(backend, residual, y.shape[-1]):
+        t = definition.linear_residual(residual, y, gain, weight, bias, scale, eps)
+        dtype = t.dtype
+        normal = torch.nn.functional.layer_norm(t, t.shape[-1:], norm[0].to(dtype), norm[1].to(dtype), norm[2])
+        return t + after.to(dtype), normal
+    out: tuple[Tensor, Tensor] = linear_residual_norm_op(
+        residual, y, gain, weight, bias, scale, eps, norm[0], norm[1], after, norm[2]
+    )
+    return out
+
+
 def _tile(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
@@ -205,25 +240,66 @@ def _norm_linear_backward(ctx: Any, dout: Tensor, *unused: Any) -> tuple[Tensor 
 norm_linear_op.register_autograd(_norm_linear_backward, setup_context=_norm_linear_setup)
 
 
-@torch.library.custom_op("cgspn::linear_residual", mutates_args=())
-def linear_residual_op(
-    residual: Tensor, y: Tensor, gain: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float
+def _onto(
+    residual: Tensor,
+    y: Tensor,
+    gain: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    following: tuple[Tensor, Tensor, Tensor, Tensor, float] | None,
 ) -> Tensor:
-    """See `linear_residual`."""
+    """Launch `linear_residual_forward`. following: where LayerNorm goes, its gain, shift, what is added after, eps."""
     from . import kernels
 
     residual, y = residual.contiguous(), y.contiguous()
     channels, latent = weight.shape
     out = torch.empty_like(residual)
+    normal, normal_gain, normal_shift, after, normal_eps = following or (None, None, None, None, 0.0)
     rows = residual.numel() // channels
     tile = _rows(rows)
     kernels.linear_residual_forward[((rows + tile - 1) // tile,)](
-        # in the dtype of the product: a float32 tile of weights would fill the shared memory
-        residual, y, gain, weight.to(y.dtype).contiguous(), bias, scale, out, rows, channels, latent, eps,
-        ROWS=tile, LATENT=_tile(latent), CHANNELS=64 if latent <= 256 else 32,
-        NORM=gain is not None, SCALE=scale is not None, num_warps=8 if tile == 64 else 4, num_stages=2,
+        # weights in the dtype of the product: a float32 tile of them would fill the shared memory
+        residual, y, gain, weight.to(y.dtype).contiguous(), bias, scale, out, normal, normal_gain, normal_shift, after,
+        rows, channels, latent, eps, normal_eps, ROWS=tile, LATENT=_tile(latent),
+        CHANNELS=64 if latent <= 256 else 32, NORM=gain is not None, SCALE=scale is not None,
+        NEXT=following is not None, num_warps=8 if tile == 64 else 4, num_stages=2,
     )  # fmt: skip
     return out
+
+
+@torch.library.custom_op("cgspn::linear_residual", mutates_args=())
+def linear_residual_op(
+    residual: Tensor, y: Tensor, gain: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float
+) -> Tensor:
+    """See `linear_residual`."""
+    return _onto(residual, y, gain, weight, bias, scale, eps, None)
+
+
+@torch.library.custom_op("cgspn::linear_residual_norm", mutates_args=())
+def linear_residual_norm_op(
+    residual: Tensor,
+    y: Tensor,
+    gain: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    normal_gain: Tensor,
+    normal_shift: Tensor,
+    after: Tensor,
+    normal_eps: float,
+) -> tuple[Tensor, Tensor]:
+    """See `linear_residual_norm`."""
+    normal = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    following = (normal, normal_gain, normal_shift, after, normal_eps)
+    return _onto(residual, y, gain, weight, bias, scale, eps, following), normal
+
+
+@linear_residual_norm_op.register_fake
+def _(residual, y, gain, weight, bias, scale, eps, normal_gain, normal_shift, after, normal_eps):  # type: ignore[no-untyped-def]
+    return torch.empty_like(residual), torch.empty_like(residual)
 
 
 @linear_residual_op.register_fake
