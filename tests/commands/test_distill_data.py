@@ -64,7 +64,8 @@ def test_an_interrupted_run_on_shards_ends_as_an_uninterrupted_one(tmp_path, sha
     assert "skipped 1 of 30 images" in said
     assert "photos-0.tar: 7: " in said
     assert whole["images"] == 30
-    assert list(whole["skipped"]) == ["photos-0.tar: 7"]
+    assert list(whole["skipped"]["images"]["files"]) == ["photos-0.tar: 7"]
+    assert whole["skipped"]["shards"] == {"count": 0, "of": 3, "files": {}}
     for stage in whole["throughput"].values():
         assert 0 <= stage["data_wait_share"] <= 1
         assert stage["images_per_second"] > 0

@@ -90,8 +90,9 @@ class Distill:
             student = self.start(encoder).to(world.device)
             with shown(world) as watcher:
                 histories = distil(teacher, student, feed, self.config, watcher, folder=out, world=world)
-            skipped = Skipped()
+            skipped, problems = Skipped(), Skipped()
             if isinstance(feed, SampleFeed):
+                problems = feed.source.problems
                 skipped = merged(gather_objects(feed.tally.report()), len(feed.source))
                 say_skipped(skipped, world)
             throughput = gather_objects([history.throughput for history in histories])
@@ -104,7 +105,7 @@ class Distill:
                 **settings,
                 "processes": world.size,
                 "images": len(feed.images if isinstance(feed, ImageSetFeed) else feed.source),
-                "skipped": dict(skipped.files),
+                "skipped": {"images": noted(skipped), "shards": noted(problems)},
                 "throughput": {history.title: of_run(list(each)) for history, *each in zip(histories, *throughput)},
                 "losses": {history.title: history.steps for history in histories},
             }
@@ -169,6 +170,11 @@ def of_run(each: list[dict[str, float]]) -> dict[str, float]:
         return {}
     worst = {key: max(one[key] for one in each) for key in each[0]}
     return worst | {"images_per_second": sum(one["images_per_second"] for one in each)}
+
+
+def noted(skipped: Skipped) -> dict[str, Any]:
+    """A report for a record, the first thousand by name."""
+    return {"count": len(skipped), "of": skipped.total, "files": dict(skipped.files[:1000])}
 
 
 def say_skipped(skipped: Skipped, world: World) -> None:
