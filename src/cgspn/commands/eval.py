@@ -11,7 +11,7 @@ import tyro
 from ..console import console
 from ..data.segmentation_sets import SegmentationSet, open_pairs, open_segmentation
 from ..evaluate.jobs import MIOU, PIXELS, Job, all_jobs, retrieval_job, zeroshot_job
-from ..evaluate.measure import check_size, embed_pictures, segmentation, steps_of
+from ..evaluate.measure import check_size, embed_pictures, segmentation
 from ..evaluate.predict import require_text
 from ..evaluate.table import SummaryTable
 from ..teachers import load_encoder, load_model
@@ -135,9 +135,9 @@ class Segment:
     size: tuple[int, ...] = ()
     """Pixels: the shorter side, or height and width; by default the encoder's native shorter side."""
     train_images: int | None = None
-    """Take the first images alone."""
+    """Take this many alone, evenly spaced."""
     test_images: int | None = None
-    """Take the first images alone."""
+    """Take this many alone, evenly spaced."""
     batch_size: int = 8
     """Images at a time; those of one size share a batch."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -157,7 +157,7 @@ class Segment:
             encoder = load_encoder(source).to(self.device)
             check_size(encoder.config, self.size)
             for name, table, (train, test) in zip(names, tables, pairs):
-                with report.progress(f"{source}: {name}", steps_of(train, test)) as watch:
+                with report.progress(f"{source}: {name}", len(train) + len(test)) as watch:
                     found, skipped = segmentation(
                         encoder, train, test, size=self.size, batch_size=self.batch_size, watch=watch
                     )

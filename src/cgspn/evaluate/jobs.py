@@ -70,13 +70,10 @@ def retrieval_job(source: str) -> Job:
     try:
         captioned = open_captioned(source)
     except FileNotFoundError:
-        try:
-            pictures = open_labelled(source)
-        except (OSError, ValueError):
-            pictures = None
-        if pictures is None:
+        labelled = _labelled_or_none(source)
+        if labelled is None:
             raise
-        return Job(pictures.name, pictures.pictures, (_class_retrieval(pictures),))
+        return Job(labelled.name, labelled.pictures, (_class_retrieval(labelled),))
     return Job(captioned.name, captioned.pictures, (_caption_retrieval(captioned),))
 
 
@@ -86,13 +83,20 @@ def all_jobs(source: str) -> list[Job]:
     Raises OSError or ValueError if the source has neither.
     """
     retrieval = retrieval_job(source)
-    try:
-        labelled = zeroshot_job(source)
-    except (OSError, ValueError):
+    found = _labelled_or_none(source)
+    if found is None:
         return [retrieval]
+    labelled = Job(found.name, found.pictures, (_zeroshot(found),))
     if len(labelled.pictures) == len(retrieval.pictures):
         return [replace(labelled, judges=labelled.judges + retrieval.judges)]
     return [labelled, retrieval]
+
+
+def _labelled_or_none(source: str) -> LabelledPictures | None:
+    try:
+        return open_labelled(source)
+    except (OSError, ValueError):
+        return None
 
 
 def _zeroshot(pictures: LabelledPictures) -> Judge:

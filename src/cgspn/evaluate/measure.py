@@ -118,7 +118,7 @@ def segmentation(
         size: what pictures are resized to, in pixels: (height, width), (shorter side,), or () for the encoder's
             native shorter side. Where the aspect ratio is kept, both sides are rounded to multiples of the patch.
         batch_size: pictures at a time.
-        watch: progress; `steps_of` says how many pictures there will be.
+        watch: progress; each picture of both sets comes once.
 
     Returns the result, and what could not be read of each set.
 
@@ -135,12 +135,6 @@ def segmentation(
     probe = fit_streamed(read_train, len(train), classes, ignore_index=IGNORE, held_out=_held_out(len(train)))
     result = score_streamed(probe, read_test, len(test), classes, ignore_index=IGNORE)
     return result, [tally.report() for tally in tallies]
-
-
-def steps_of(train: SegmentationSet, test: SegmentationSet) -> int:
-    """How many pictures `segmentation` reads."""
-    held_out = min(max(round(len(train) * _held_out(len(train))), 1), len(train) - 1)
-    return len(train) + held_out + len(test)
 
 
 def _held_out(count: int) -> float:

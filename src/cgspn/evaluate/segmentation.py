@@ -1,6 +1,6 @@
 """Semantic segmentation by a linear probe on frozen tokens (see probe.py), measured at the size of the masks.
 
-Data come as a `Reader`, which may read from disk again and again, so that no data set has to fit into memory.
+Data come as a `Reader`, which may read from disk, so that no data set has to fit into memory.
 
 Shapes: N images, h x w token grid, C channels, H x W masks, K classes.
 """
@@ -116,8 +116,8 @@ def fit_streamed(
     """Fit the probe by ridge regression in float64 on the device of the tokens.
 
     The penalty is the one with the best mIoU on a held-out part of the images (a fixed random choice; the larger
-    penalty wins a tie), and the probe is then fitted on all images with it. Held-out images are read twice, others
-    once. A single penalty holds nothing out.
+    penalty wins a tie), and the probe is then fitted on all images with it. Each image is read once. A single penalty
+    holds nothing out.
 
     Args:
         read: the images.
