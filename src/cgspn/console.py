@@ -30,9 +30,17 @@ def writable_folder(path: Path, name: str) -> Path:
     return path
 
 
+def speed_of(record: dict[str, float]) -> str:
+    """Images a second, and model FLOPs utilisation where the device's peak is known; "" where nothing is measured."""
+    if "images_per_second" not in record:
+        return ""
+    mfu = f", MFU {record['mfu']:.0%}" if "mfu" in record else ""
+    return f"{record['images_per_second']:,.0f} images/s{mfu}"
+
+
 @contextmanager
 def progress_watcher() -> Iterator[Watcher]:
-    """A `Watcher` that shows each training stage as a progress bar with its loss; bars stay when they are full."""
+    """A `Watcher` that shows each training stage as a progress bar with its loss and speed; bars stay when full."""
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -40,15 +48,17 @@ def progress_watcher() -> Iterator[Watcher]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[loss]}"),
+        TextColumn("{task.fields[speed]}", style="dim"),
     )
     with Progress(*columns, console=console) as progress:
 
         def watcher(title: str, steps: int) -> Watch:
-            bar = progress.add_task(title, total=steps, loss="")
+            bar = progress.add_task(title, total=steps, loss="", speed="")
 
             def watch(record: dict[str, float]) -> None:
                 if "step" in record:  # of a training, which may have gone on from a snapshot
-                    progress.update(bar, completed=record["step"] + 1, loss=f"{record['total']:.4f}")
+                    loss = f"{record['total']:.4f}"
+                    progress.update(bar, completed=record["step"] + 1, loss=loss, speed=speed_of(record))
                 else:
                     progress.advance(bar)
 

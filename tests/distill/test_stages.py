@@ -186,7 +186,10 @@ def test_loss_switches(teacher, images, loss, expected):
         teacher.image, student, loss, dual=teacher, captions=lambda b: images.captions(indices=b.indices)
     )
     losses = task.losses(batch(images, teacher.image.config))
-    assert set(losses) == expected | {"total"}
+    taps = {f"{tap} block {i}" for tap in expected & {"PP", "PB"} for i in range(3)}
+    assert set(losses) == expected | taps | {"total"}
+    for tap in expected & {"PP", "PB"}:
+        assert losses[tap] == torch.stack([losses[f"{tap} block {i}"] for i in range(3)]).mean()
     losses["total"].backward()
     assert all(p.grad is None for p in teacher.parameters())
 

@@ -164,12 +164,17 @@ def merged(reports: list[Skipped], size: int) -> Skipped:
     return Skipped(tuple(files.items()), min(size, sum(report.total for report in reports)))
 
 
-def of_run(each: list[dict[str, float]]) -> dict[str, float]:
+def of_run(each: list[dict[str, Any]]) -> dict[str, Any]:
     """The throughput of a stage from that of its processes: images add up, and the one that waited longest counts."""
     if not all(each):
         return {}
     worst = {key: max(one[key] for one in each) for key in each[0]}
-    return worst | {"images_per_second": sum(one["images_per_second"] for one in each)}
+    total = {
+        "images_per_second": sum(one["images_per_second"] for one in each),
+        "curve": [sum(rates) for rates in zip(*(one["curve"] for one in each))],
+    }
+    shares = {"mfu": sum(one["mfu"] for one in each) / len(each)} if "mfu" in worst else {}
+    return worst | total | shares
 
 
 def noted(skipped: Skipped) -> dict[str, Any]:

@@ -100,6 +100,8 @@ class ComputeConfig:
         checkpointing: recompute the student's activations block by block in backward.
         parallel: on several processes (torchrun), "ddp" copies the student, "fsdp" shards it; "placed" is as "ddp",
             but stage 1 gives each process the blocks that it alone trains. The frozen teacher is whole everywhere.
+        teacher_cache: GiB of host memory, a process, for the teacher's features from one epoch to the next, rounded to
+            bfloat16; 0 for none. For images that look the same each time (`OptimConfig.augment` off); see `cache.py`.
         save_every: steps between checkpoints that a run can go on from; 0 for none.
     """
 
@@ -108,6 +110,7 @@ class ComputeConfig:
     capture: bool = False
     checkpointing: bool = False
     parallel: Literal["ddp", "fsdp", "placed"] = "ddp"
+    teacher_cache: float = 0
     save_every: int = 0
 
 

@@ -17,6 +17,7 @@ from ..models.config import TextConfig
 from ..models.dual import DualEncoder, build_dual
 from ..models.encoder import Encoder
 from ..models.registry import model_config
+from .cache import TeacherCache
 from .config import ComputeConfig, DistillConfig, LossConfig, OptimConfig, PretrainConfig
 from .feeds import Feed, ImageSetFeed
 from .parallel import World, barrier, shard_encoder, whole
@@ -99,6 +100,7 @@ def distil(
     world = world or World(device=next(student.parameters()).device)
     encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
     histories = []
+    cache = TeacherCache(config.compute.teacher_cache * 2**30) if config.compute.teacher_cache else None
     torch.manual_seed(config.stage1.seed)
     with frozen(teacher):
         for number, stage in enumerate(plan(teacher, student, feed, config, name, world)):
@@ -118,6 +120,8 @@ def distil(
                 snapshots = Snapshots(folder / "snapshots" / str(number), config.compute.save_every)
             watch = watcher(stage.title, stage.optim.steps) if watcher else None
             task = stage.task(student)
+            if cache is not None:
+                attach(cache, task, stage)
             with prepared(task, encoder, student, config.compute, world):
                 histories.append(
                     train(task, stream, stage.optim, stage.title, watch, compute=config.compute, snapshots=snapshots)
@@ -131,6 +135,15 @@ def distil(
             barrier()
     student.eval()
     return histories
+
+
+def attach(cache: TeacherCache, task: Task, stage: Stage) -> None:
+    """Let a stage keep its teacher's features. Raises ValueError if its images change from epoch to epoch."""
+    if stage.optim.augment:
+        raise ValueError(f"teacher_cache is on, but {stage.title} crops at random; expected augment to be off")
+    cache.belongs_to((getattr(task, "teacher", None), stage.size))
+    task.hold(cache=cache)
+    task.capturable = False
 
 
 def plan(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,7 +15,9 @@ from ..layers import Block
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
 from .adapters import Adapters
+from .cache import TeacherCache
 from .config import LossConfig
+from .flops import forward_flops, sublayer_flops, training_flops
 from .losses import clip_loss, relative_error, sigmoid_loss, tap_loss
 from .parallel import gather_rows, over_ranks
 from .taps import Taps, from_entry, observe, tapped_forward
@@ -29,6 +32,7 @@ class Task(nn.Module):
     Attributes:
         reduction: how the losses of several processes become those of the run.
         leaves_some: whether some of its parameters may get no gradient.
+        cache: keeps the teacher's features, if there is one.
         capturable: whether its losses need nothing from the host, so that a CUDA graph can hold them.
         sharded: whether its parameters are spread over the processes (FSDP2) instead of copied.
     """
@@ -37,6 +41,7 @@ class Task(nn.Module):
     leaves_some: bool = False
     sharded: bool = False
     capturable: bool = False
+    cache: TeacherCache | None = None
 
     def calibrate(self, parts: list[Batch]) -> None:
         """Measure on the first batch of a run, in the parts it is accumulated from, what stays constant after."""
@@ -44,6 +49,14 @@ class Task(nn.Module):
     def losses(self, batch: Batch) -> Losses:
         """Scalars by name; "total" is minimised, the others are shown."""
         raise NotImplementedError
+
+    def seen(self, batch: Batch, observe: Callable[[], Taps]) -> Taps:
+        """What the teacher makes of a batch: from the cache, or observed."""
+        return observe() if self.cache is None else self.cache.taps(batch.indices, observe)
+
+    def flops(self, size: tuple[int, int]) -> int | None:
+        """FLOP an image of `size` (height, width) pixels, teacher and student together; None if nobody counts them."""
+        return None
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Fresh and inherited parameters; each group has its own learning rate."""
@@ -133,6 +146,10 @@ class SublayerTask(Task):
         inherited = [p for name, p in self.named_parameters() if ".mixer." not in name]
         return fresh, inherited
 
+    def flops(self, size: tuple[int, int]) -> int:
+        """As in `Task`."""
+        return forward_flops(self.teacher.config, size) + sublayer_flops(self.student.config, size, self.learning)
+
     def calibrate(self, parts: list[Batch]) -> None:
         """The energies of the teacher's sub-layers."""
         seen = (self.observed(part) for part in parts)
@@ -141,7 +158,7 @@ class SublayerTask(Task):
     @torch.no_grad()
     def observed(self, batch: Batch) -> Taps:
         """The teacher's taps, the first of them from where the student starts."""
-        taps = observe(self.teacher, batch.images, self.student.config)
+        taps = self.seen(batch, partial(observe, self.teacher, batch.images, self.student.config))
         return from_entry(taps, self.student.embed(batch.images)[0]) if self.learn_positions else taps
 
     def losses(self, batch: Batch) -> Losses:
@@ -231,6 +248,17 @@ class DistillTask(Task):
         fresh = [p for name, p in named if name not in self.inherited]
         return fresh + list(self.adapters.parameters()), [p for name, p in named if name in self.inherited]
 
+    def flops(self, size: tuple[int, int]) -> int:
+        """As in `Task`; without the text tower of a contrastive loss."""
+        config = self.config
+        theirs = forward_flops(self.teacher.config, self.teacher_size or size) if self.compares else 0
+        return theirs + training_flops(
+            self.student.config,
+            size,
+            sublayer_adapters=config.adapters and bool(config.alpha),
+            block_adapters=config.adapters and bool(config.beta),
+        )
+
     @torch.no_grad()
     def calibrate(self, parts: list[Batch]) -> None:
         """The energies of the teacher at every tap and of its pooled vector."""
@@ -241,14 +269,19 @@ class DistillTask(Task):
     @torch.no_grad()
     def observed(self, batch: Batch, entry: Tensor) -> Taps:
         """The teacher's taps, the first of them from where the student starts: `entry` [B, h*w, C]."""
-        taps = observe(self.teacher, batch.images, self.student.config, self.teacher_size)
+        look = partial(observe, self.teacher, batch.images, self.student.config, self.teacher_size)
+        taps = self.seen(batch, look)
         return from_entry(taps, entry) if self.learn_positions else taps
 
     def losses(self, batch: Batch) -> Losses:
-        """Mean PP and PB losses over blocks, the pooled vector's, the contrastive one, and their weighted sum."""
+        """Mean PP and PB losses over blocks, the pooled vector's, the contrastive one, and their weighted sum "total".
+
+        Beside them the loss of each tap, "PP block i" and "PB block i".
+        """
         config = self.config
         mine = tapped_forward(self.student, batch.images)
         parts: Losses = {}
+        each: Losses = {}
         weights = {"PP": config.alpha, "PB": config.beta, "pooled": config.output, "contrastive": config.contrastive}
         if self.compares:
             theirs = self.observed(batch, mine.entries[0])
@@ -256,16 +289,20 @@ class DistillTask(Task):
             at_sublayers, at_blocks, at_pooled = energies.split([len(mine.blocks), len(mine.blocks), 1])
             if config.alpha:
                 taps = zip(self.adapters.sublayers, mine.sublayers, theirs.sublayers, at_sublayers, strict=True)
-                parts["PP"] = torch.stack([self.tap(a, s, t, e, config.kl_pp) for a, s, t, e in taps]).mean()
+                values = [self.tap(a, s, t, e, config.kl_pp) for a, s, t, e in taps]
+                parts["PP"] = torch.stack(values).mean()
+                each |= {f"PP block {i}": value for i, value in enumerate(values)}
             if config.beta:
                 taps = zip(self.adapters.blocks, mine.blocks, theirs.blocks, at_blocks, strict=True)
-                parts["PB"] = torch.stack([self.tap(a, s, t, e, config.kl_pb) for a, s, t, e in taps]).mean()
+                values = [self.tap(a, s, t, e, config.kl_pb) for a, s, t, e in taps]
+                parts["PB"] = torch.stack(values).mean()
+                each |= {f"PB block {i}": value for i, value in enumerate(values)}
             if config.output:
                 parts["pooled"] = relative_error(mine.pooled, theirs.pooled, at_pooled[0])
         if config.contrastive:
             parts["contrastive"] = self._contrastive(mine.pooled, batch)
         total = torch.stack([weights[name] * loss for name, loss in parts.items()]).sum()
-        return {"total": total, **parts}
+        return {"total": total, **parts, **each}
 
     def _contrastive(self, pooled: Tensor, batch: Batch) -> Tensor:
         assert self.dual is not None
@@ -277,7 +314,10 @@ class DistillTask(Task):
             nn.functional.linear(pooled, self.dual.image_projection.weight.detach()), dim=-1
         )
         same = _same(caption_ids(captions, image.device))
-        return clip_loss(gather_rows(image), gather_rows(text), same, self.dual.logit_scale.detach())
+        image, text, scale = gather_rows(image), gather_rows(text), self.dual.logit_scale.detach()
+        if self.dual.loss == "sigmoid":
+            return sigmoid_loss(image, text, same, scale, self.dual.logit_bias.detach())
+        return clip_loss(image, text, same, scale)
 
 
 class ContrastiveTask(Task):

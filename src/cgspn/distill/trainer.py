@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from .config import ComputeConfig, OptimConfig
+from .flops import peak_of
 from .gradients import CapturedGradients, Gradients
 from .optimizers import Optimizers, build_optimizer
 from .parallel import over_ranks, spread_task, whole, world_size
 from .snapshots import Snapshots
 from .tasks import Task
 from .throughput import Throughput
+
+DETAILS = 200  # steps of a stage, about, that leave the losses of every block in the record; others only their means
 
 Stream = Callable[[int], Iterable[Batch]]
 
@@ -29,15 +32,19 @@ class DivergedError(RuntimeError):
 
 @dataclass
 class History:
-    """Losses of every step: steps[i] is {"step": .., "lr": .., "total": .., ...}; and `Throughput.summary`."""
+    """Losses of every step: steps[i] is {"step": .., "lr": .., "total": .., ...}; and `Throughput.summary`.
+
+    Losses of single blocks, "block i", "PP block i" and "PB block i", are in every step of a short stage, in about two
+    hundred steps of a long one, and always in its last.
+    """
 
     title: str
     steps: list[dict[str, float]] = field(default_factory=list)
-    throughput: dict[str, float] = field(default_factory=dict)
+    throughput: dict[str, Any] = field(default_factory=dict)
 
     def curve(self, name: str) -> list[float]:
-        """One loss over the steps."""
-        return [step[name] for step in self.steps]
+        """One loss over the steps that have it."""
+        return [step[name] for step in self.steps if name in step]
 
 
 Watch = Callable[[dict[str, float]], None]
@@ -69,7 +76,8 @@ def train(
             the run.
         config: the optimisation.
         title: what the record is called.
-        watch: called after every step with its losses (for a progress bar).
+        watch: called after every step with its losses and the rates of the last steps (`Throughput`), images a second
+            those of all processes.
         compute: precision and processes.
         snapshots: where to go on from and what to leave behind.
 
@@ -93,13 +101,15 @@ def train(
     lower = partial(torch.autocast, device.type, torch.bfloat16, enabled=compute.precision == "bfloat16")
     captured = compute.capture and device.type == "cuda" and world_size() == 1 and task.capturable
     gradients = (CapturedGradients if captured else Gradients)(module, optimizer, lower)
-    clock = Throughput()
+    clock = Throughput(peak=peak_of(device, compute.precision))
     for step, batch in zip(range(start, config.steps), clock.timed(stream(start))):
         factor = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         parts = split_batch(batch, config.accumulate)
         if step == start:
+            if clock.peak:
+                clock.flops = task.flops((batch.images.shape[-2], batch.images.shape[-1]))
             with lower():
                 task.calibrate(parts)
         values = gradients(parts)
@@ -116,9 +126,13 @@ def train(
         optimizer.step()
         if average:
             torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - config.ema)
-        history.steps.append({"step": step, "lr": config.learning_rate * factor, "gradient": length, **record})
+        record = {"step": step, "lr": config.learning_rate * factor, "gradient": length, **record}
+        history.steps.append(record if detailed(step, config.steps) else without_blocks(record))
         if watch is not None:
-            watch(history.steps[-1])
+            rates = clock.recent()
+            if rates:
+                rates["images_per_second"] *= world_size()
+            watch(record | rates)
         if snapshots is not None and snapshots.due(step + 1) and step + 1 < config.steps:
             snapshots.save(step + 1, _state(task, optimizer, average), history.steps)
     history.throughput = clock.summary()
@@ -126,6 +140,16 @@ def train(
         for parameter, mean in zip(parameters, average):
             parameter.copy_(mean)
     return history
+
+
+def detailed(step: int, steps: int) -> bool:
+    """Whether the record of a step of a stage of `steps` keeps the losses of single blocks."""
+    return step % max(1, steps // DETAILS) == 0 or step == steps - 1
+
+
+def without_blocks(record: dict[str, float]) -> dict[str, float]:
+    """A step's record without the losses of single blocks."""
+    return {name: value for name, value in record.items() if "block" not in name}
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:

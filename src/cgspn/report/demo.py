@@ -169,11 +169,16 @@ def _training(result: DemoResult) -> Section:
 def _loss_panels(stage: str, histories: dict[str, History]) -> list[str]:
     """Total and parts, a chart each; the sub-layer losses of stage 1 as their mean, and the last ones a block."""
     names = [k for k in next(iter(histories.values())).steps[0] if k not in ("step", "lr", "gradient")]
+    names = [name for name in names if " block " not in name]  # single taps of stage 2: their means are shown
     blocks = [name for name in names if name.startswith("block ")]
     panels = []
     if blocks:
         means = {
-            who: [sum(step[b] for b in blocks if b in step) / len([b for b in blocks if b in step]) for step in h.steps]
+            who: [
+                sum(step[b] for b in blocks if b in step) / len([b for b in blocks if b in step])
+                for step in h.steps
+                if any(b in step for b in blocks)
+            ]
             for who, h in histories.items()
         }
         chart = loss_chart(means, label=f"{stage}: mean relative error of the sub-layers over the steps")
