@@ -83,6 +83,16 @@ def test_a_folder_of_classes(tmp_path):
     before = folder.digest()
     (tmp_path / "dog" / "3.png").write_bytes(picture(3, kind="PNG"))
     assert open_samples(str(tmp_path)).digest() != before
+    (tmp_path / "loose.png").write_bytes(picture(4, kind="PNG"))
+    mixed = open_samples(str(tmp_path))
+    assert [mixed.name(i)[len(str(tmp_path)) + 1 :] for i in range(5)] == [
+        "cat/0.png",
+        "dog/1.png",
+        "dog/2.png",
+        "dog/3.png",
+        "loose.png",
+    ]
+    assert {mixed.read(i).class_name for i in range(5)} == {""}
 
 
 def test_a_shard_cut_off_in_the_middle_gives_what_is_before_the_damage(tmp_path):

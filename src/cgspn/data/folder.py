@@ -80,8 +80,10 @@ def load_folder(
     return ImageSet(kept, torch.tensor(labels, dtype=torch.int64), names), skipped
 
 
-def list_folder(root: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
+def list_folder(root: Path, *, mixed: bool = False) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     """Class names, and image files with their labels, in the order of names.
+
+    mixed: images may be in sub-folders and beside them; all are then of one class, as in a flat folder.
 
     Raises FileNotFoundError, NotADirectoryError or ValueError as `load_folder` does.
     """
@@ -93,6 +95,8 @@ def list_folder(root: Path) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
     loose = [p for p in children if _is_image(p)]
     folders = [(p.name, sorted(_walk(p))) for p in children if p.is_dir()]
     folders = [(name, files) for name, files in folders if files]
+    if loose and folders and mixed:
+        loose, folders = sorted(_walk(root)), []
     if loose and folders:
         raise ValueError(
             f"{root} holds images ({loose[0].name}, ...) beside sub-folders with images ({folders[0][0]}, ...); "

@@ -93,9 +93,12 @@ class SampleFolder:
 
 
 def open_folder(path: Path) -> SampleFolder:
-    """List a folder. Raises FileNotFoundError, NotADirectoryError or ValueError as `load_folder` does."""
-    names, files = list_folder(path)
-    flat = files[0][0].parent == path
+    """List a folder; images beside its sub-folders make it one without classes.
+
+    Raises FileNotFoundError or NotADirectoryError, as `load_folder` does.
+    """
+    names, files = list_folder(path, mixed=True)
+    flat = any(file.parent == path for file, _ in files)
     paths, labels = tuple(str(file) for file, _ in files), tuple(-1 if flat else label for _, label in files)
     return SampleFolder(str(path), paths, labels, () if flat else names)
 
