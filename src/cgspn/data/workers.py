@@ -205,16 +205,7 @@ def read_rows(
     step, restarted_at = start, -1
     while step < end:
         used = min(workers, end - step)
-        loader = DataLoader(
-            RowsReader(source, plan),
-            batch_size=None,
-            sampler=Steps(len(source), plan, step, end),
-            num_workers=used,
-            prefetch_factor=prefetch if used else None,
-            pin_memory=pin,
-            generator=torch.Generator(),  # or starting it would draw from the global one
-        )
-        batches = _iterate(loader)
+        batches = _started(RowsReader(source, plan), Steps(len(source), plan, step, end), used, prefetch, pin)
         while step < end:
             try:
                 rows = next(batches)
@@ -236,8 +227,8 @@ def read_rows(
             step += 1
 
 
-def _iterate(loader: DataLoader[Rows]) -> Iterator[Rows]:
-    """Start the workers of a loader, and leave the process's signal handler what it was.
+def _started(reader: RowsReader, steps: Steps, workers: int, prefetch: int, pin: bool) -> Iterator[Rows]:
+    """A loader whose workers run, and the process's signal handler what it was.
 
     The loader's own one raises wherever the process happens to be when a worker dies, in an optimiser step too. Without
     it the loader notices while it waits for a batch.
@@ -245,7 +236,18 @@ def _iterate(loader: DataLoader[Rows]) -> Iterator[Rows]:
     ours = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if ours else None
     try:
-        return iter(loader)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more than cores: someone asked for them
+            loader = DataLoader(
+                reader,
+                batch_size=None,
+                sampler=steps,
+                num_workers=workers,
+                prefetch_factor=prefetch if workers else None,
+                pin_memory=pin,
+                generator=torch.Generator(),  # or starting it would draw from the global one
+            )
+            return iter(loader)
     finally:
         if ours:
             signal.signal(signal.SIGCHLD, before)
