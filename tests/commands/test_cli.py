@@ -89,7 +89,7 @@ def test_convert_distill_and_eval_on_a_folder_with_a_damaged_image(tmp_path):
         "run.json",
         "stages",
     ]
-    evaluated = cgspn("eval", "embedded", "out", "--data", "photos", cwd=tmp_path)
+    evaluated = cgspn("eval", "all", "embedded", "out", "--data", "photos", cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     assert "embedded" in evaluated.stdout
 

@@ -180,7 +180,7 @@ class Segment:
             if self.classes is None:
                 raise ValueError("classes is not given; --train and --test need --classes, the number of their classes")
             parts = [open_pairs(source, self.classes, self.ignore_index) for source in (self.train, self.test)]
-            sets.append((parts[0], replace(parts[1], name=parts[0].name)))
+            sets.append((replace(parts[0], name=parts[1].name), parts[1]))
         elif (self.train, self.test) != (None, None):
             raise ValueError("train and test go together; one of them is given")
         if not sets:

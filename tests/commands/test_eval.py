@@ -1,0 +1,152 @@
+"""`cgspn eval` as a user meets it: tables, JSON, and one line for what is wrong."""
+
+import json
+
+import pytest
+import tyro
+from PIL import Image
+
+from cgspn.commands.eval import Eval
+from cgspn.data import load_embedded
+from cgspn.models import create_model
+from cgspn.teachers import load_embedded_teacher
+from layouts import ade20k, clip_benchmark, coco_stuff
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments):
+    tyro.cli(Eval, args=[str(a) for a in arguments]).run()
+
+
+@pytest.fixture
+def student():
+    create_model("cgspn_mini_patch4_28").save_pretrained("student")
+    teacher = load_embedded_teacher()
+    teacher.with_image(create_model("cgspn_mini_patch4_28")).save_pretrained("dual")
+
+
+def clothes(count):
+    images = load_embedded("test")
+    pictures = [Image.fromarray(image[0].numpy()) for image in images.images[:count]]
+    return pictures, images.labels[:count].tolist(), images.class_names
+
+
+def test_several_models_and_data_sets_in_one_table(tmp_path, student, capsys):
+    pictures, labels, names = clothes(40)
+    clip_benchmark(tmp_path / "wds", pictures, labels, names, per_shard=20)
+    for i, (image, label) in enumerate(zip(pictures, labels)):
+        folder = tmp_path / "photos" / names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i}.png")
+    (tmp_path / "photos" / "bag" / "damaged.png").write_bytes(b"no image")
+    run("zeroshot", "embedded", "dual", "--data", "wds", "photos", "--out", "results/zeroshot.json")
+    shown = capsys.readouterr()
+    assert "wds top-1 (%)" in shown.out
+    assert "macro average (%)" in shown.out
+    assert shown.err.count("skipped 1 of 41") == 1  # once, not for each model
+    record = json.loads((tmp_path / "results" / "zeroshot.json").read_text())
+    assert {"command", "torch", "torchmetrics", "python", "cgspn", "commit", "seeds"} <= record.keys()
+    values = record["results"]["embedded"]
+    assert values["photos"]["top1"] > 0.7
+    assert values["wds"].keys() == {"top1", "top5", "per_class"}
+    mean = (values["photos"]["top1"] + values["wds"]["top1"]) / 2
+    assert record["table"]["averages"]["embedded"] == pytest.approx(mean)
+    assert record["results"]["dual"]["wds"]["top1"] < 0.5  # untrained
+    assert record["skipped"]["photos"]["total"] == 41
+    # prompts of one's own: one that misleads
+    (tmp_path / "prompts.txt").write_text("a bag\n")
+    with pytest.raises(ValueError, match="template is 'a bag'"):
+        run("zeroshot", "embedded", "--data", "photos", "--templates", "prompts.txt")
+
+
+def test_retrieval_and_everything_that_a_folder_allows(tmp_path, student, capsys):
+    pictures, labels, names = clothes(30)
+    for i, (image, label) in enumerate(zip(pictures, labels)):
+        folder = tmp_path / "photos" / names[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        image.save(folder / f"{i}.png")
+    run("retrieval", "embedded", "--data", "photos", "--out", "classes.json")
+    found = json.loads((tmp_path / "classes.json").read_text())["results"]["embedded"]["photos"]
+    assert found.keys() == {"image_to_text@1", "text_to_image@1"}
+    run("all", "embedded", "dual", "--data", "photos")
+    shown = capsys.readouterr().out
+    assert "top-1 (%)" in shown
+    assert "image → text R@1 (%)" in shown
+    for i, label in enumerate(labels):
+        (tmp_path / "photos" / names[label] / f"{i}.txt").write_text(f"a {names[label]}\nnumber {i}\n")
+    run("all", "embedded", "--data", "photos", "--out", "all.json")
+    found = json.loads((tmp_path / "all.json").read_text())["results"]["embedded"]["photos"]
+    assert {"top1", "image_to_text@1", "image_to_text@5", "text_to_image@10"} <= found.keys()
+
+
+def test_segment(tmp_path, student, capsys):
+    ade20k(tmp_path / "ade", (6, 3), classes=8)
+    coco_stuff(tmp_path / "coco", (4, 2))
+    run("segment", "student", "embedded", "--data", "ade", "coco", "--size", "24", "32", "--out", "segment.json")
+    shown = capsys.readouterr().out
+    assert "ade20k mIoU (%)" in shown
+    assert "coco-stuff pixel accuracy (%)" in shown
+    record = json.loads((tmp_path / "segment.json").read_text())
+    for model in ("student", "embedded"):
+        ade = record["results"][model]["ade20k"]
+        assert len(ade["class_iou"]) == 150
+        known = [v for v in ade["class_iou"].values() if v is not None]
+        assert ade["miou"] == pytest.approx(sum(known) / len(known))
+        assert 0 < ade["pixel_accuracy"] <= 1
+
+
+def test_segment_on_pairs_of_ones_own(tmp_path, student, capsys):
+    for part in ("train", "test"):
+        (tmp_path / part).mkdir()
+        for i in range(4):
+            colour = (255, 0, 0) if i % 2 else (0, 0, 255)
+            Image.new("RGB", (32, 28), colour).save(tmp_path / part / f"{i}.jpg")
+            Image.new("L", (32, 28), i % 2).save(tmp_path / part / f"{i}.mask.png")
+    run("segment", "student", "--train", "train", "--test", "test", "--classes", "2")
+    shown = capsys.readouterr().out
+    assert "class 1" in shown
+    assert "100.0" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["zeroshot", "embedded", "--data", "missing"], "no such folder: missing"),
+        (["zeroshot"], "models is empty"),
+        (["retrieval", "student"], "models names student, which is an image encoder without a text tower"),
+        (["zeroshot", "embedded", "--batch-size", "0"], "batch_size is 0"),
+        (["zeroshot", "embedded", "--out", "."], "out is ., a folder"),
+        (["zeroshot", "embedded", "--device", "cuda"], "PyTorch sees no GPU"),
+        (["segment", "student"], "data is empty"),
+        (["segment", "student", "--train", "x"], "train and test go together"),
+        (["segment", "student", "--train", "x", "--test", "y"], "classes is not given"),
+        (["segment", "student", "--data", "ade", "--size", "25", "24"], "expected multiples of the patch size, 4"),
+        (["segment", "student", "--data", "ade", "--test-images", "9"], "ade20k holds 1 images, but 9"),
+    ],
+)
+def test_wrong_input_is_one_clear_error(arguments, message, tmp_path, student):
+    import torch
+
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is one")
+    ade20k(tmp_path / "ade", (2, 1), classes=3)
+    with pytest.raises((ValueError, OSError), match=message):
+        run(*arguments)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def test_help_shows_what_can_be_measured(capsys):
+    for arguments, expected in (
+        (["--help"], "zeroshot,retrieval,segment,all"),
+        (["segment", "--help"], "--ignore-index"),
+        (["zeroshot", "--help"], "CLIP-benchmark"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*arguments)
+        assert expected in capsys.readouterr().out
