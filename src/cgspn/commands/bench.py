@@ -13,6 +13,7 @@ import tyro
 from ..bench.ablation import AblationConfig
 from ..bench.encoder import EncoderBenchConfig
 from ..bench.table import TableConfig
+from ..bench.train import TrainBenchConfig
 from ..console import console, writable_folder
 
 
@@ -112,11 +113,31 @@ class Encoders(_Measurement):
         self._measure(lambda: run(self.config, self.out, device(), commit=self.commit, say=console.print))
 
 
+@dataclass(frozen=True)
+class Train(_Measurement):
+    """Steps of distillation end to end: images a second, MFU, memory, and the largest batch, found by trying.
+
+    Examples:
+        cgspn bench train --out results/training
+        cgspn bench train --config.sizes 378 1036 --config.compute.checkpointing --config.compute.compile
+    """
+
+    config: TrainBenchConfig = field(default_factory=TrainBenchConfig)
+    """Models, sizes, losses, precision."""
+
+    def run(self) -> None:
+        """Raises ValueError for an unknown model."""
+        from ..bench.train import run
+
+        self._measure(lambda: run(self.config, self.out, device(), commit=self.commit, say=console.print))
+
+
 Measurement = (
     Annotated[Operator, tyro.conf.subcommand("operator", prefix_name=False)]
     | Annotated[Table, tyro.conf.subcommand("table", prefix_name=False)]
     | Annotated[Ablation, tyro.conf.subcommand("ablation", prefix_name=False)]
     | Annotated[Encoders, tyro.conf.subcommand("encoder", prefix_name=False)]
+    | Annotated[Train, tyro.conf.subcommand("train", prefix_name=False)]
 )
 
 

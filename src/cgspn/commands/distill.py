@@ -6,7 +6,7 @@ import json
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,15 +21,19 @@ from ..console import console, progress_watcher, writable_folder
 from ..data import LoaderConfig, Skipped, load_embedded, open_samples
 from ..data.source import EMBEDDED
 from ..distill import DistillConfig, ImageSetFeed, SampleFeed, World, distil, gather_objects, join_world
+from ..distill.events import event_watch, require_tensorboard
 from ..distill.presets import PRESETS
 from ..distill.stages import Watcher
+from ..distill.trainer import Watch
 from ..models.checkpoint import write_atomically
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
+from ..report.charts import require_matplotlib
+from ..report.run import run_report
 from ..teachers import convert, load_encoder, load_model
 
 Preset = Literal["embedded", "vit-s14-study", "so400m-378", "so400m-highres"]
-RUN, RECORD = "run.json", "distill.json"
+RUN, RECORD, REPORT, EVENTS = "run.json", "distill.json", "report.html", "events"
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Distill:
     teacher: tyro.conf.Positional[str]
     """A checkpoint (file, folder or hub id; encoder or image-text model), or "embedded"."""
     out: tyro.conf.Positional[Path]
-    """Folder for the student, its stages and snapshots, and distill.json (command, versions, losses)."""
+    """Folder for the student, its stages and snapshots, distill.json (command, versions, losses) and report.html."""
     preset: Preset = "embedded"
     """Where the settings below start from."""
     data: str = "embedded"
@@ -66,6 +70,10 @@ class Distill:
     """How files are read; the embedded images are in memory."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
+    tensorboard: bool = False
+    """Write event files into the folder (pip install 'cgspn[watch]'); watch with: tensorboard --logdir OUT."""
+    report: bool = True
+    """Write report.html at the end: curves, blocks, speed, settings (pip install 'cgspn[report]')."""
     show_config: bool = False
     """Print the settings and stop."""
 
@@ -77,6 +85,8 @@ class Distill:
         if self.show_config:
             console.print_json(json.dumps(settings, default=str))
             return
+        if self.tensorboard and (lack := needed(require_tensorboard)):
+            raise ValueError(lack)
         with join_world(self.device) as world:
             out = writable_folder(self.out, "out")
             feed = self.feed()
@@ -88,7 +98,7 @@ class Distill:
             encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
             torch.manual_seed(self.config.stage1.seed)
             student = self.start(encoder).to(world.device)
-            with shown(world) as watcher:
+            with shown(world, out / EVENTS if self.tensorboard else None) as watcher:
                 histories = distil(teacher, student, feed, self.config, watcher, folder=out, world=world)
             skipped, problems = Skipped(), Skipped()
             if isinstance(feed, SampleFeed):
@@ -104,6 +114,7 @@ class Distill:
                 "versions": {"cgspn": __version__, "torch": torch.__version__, "python": platform.python_version()},
                 **settings,
                 "processes": world.size,
+                "device": device_name(world.device),
                 "images": len(feed.images if isinstance(feed, ImageSetFeed) else feed.source),
                 "skipped": {"images": noted(skipped), "shards": noted(problems)},
                 "throughput": {history.title: of_run(list(each)) for history, *each in zip(histories, *throughput)},
@@ -111,6 +122,11 @@ class Distill:
             }
             write_atomically(out / RECORD, json.dumps(record, default=str) + "\n")
             console.print(f"student saved in {out}; losses in {out / RECORD}", soft_wrap=True)
+            if self.report and (lack := needed(require_matplotlib)):
+                console.print(f"no report: {lack}", soft_wrap=True, markup=False)
+            elif self.report:
+                write_atomically(out / REPORT, run_report(json.loads(json.dumps(record, default=str))))
+                console.print(f"report in {out / REPORT}", soft_wrap=True)
 
     def feed(self) -> ImageSetFeed | SampleFeed:
         """What `data` names. Raises OSError or ValueError."""
@@ -189,10 +205,38 @@ def say_skipped(skipped: Skipped, world: World) -> None:
 
 
 @contextmanager
-def shown(world: World) -> Iterator[Watcher | None]:
-    """Progress bars, on the first process alone."""
+def shown(world: World, events: Path | None) -> Iterator[Watcher | None]:
+    """Progress bars, and event files in the folder `events`, on the first process alone."""
     if world.rank:
         yield None
-    else:
-        with progress_watcher() as watcher:
-            yield watcher
+        return
+    with progress_watcher() as watcher:
+
+        def both(title: str, steps: int) -> Watch:
+            watches = [watcher(title, steps)]
+            if events is not None:
+                watches.append(event_watch(events, title))
+
+            def watch(record: dict[str, float]) -> None:
+                for each in watches:
+                    each(record)
+
+            return watch
+
+        yield both
+
+
+def needed(library: Callable[[], None]) -> str:
+    """Why a library that is wished for cannot be had, "" if it can."""
+    try:
+        library()
+    except ModuleNotFoundError as error:
+        return str(error)
+    return ""
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's kind and the threads that PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} processor, {torch.get_num_threads()} threads"

@@ -1,0 +1,162 @@
+"""Steps of stage 2 on one device: images a second, MFU, memory, and the largest batch that fits, found by trying.
+
+Teacher and student have random weights: a step costs the same. The loop is the trainer's own.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..data import Batch
+from ..distill import ComputeConfig, LossConfig, OptimConfig, World
+from ..distill.flops import peak_of
+from ..distill.stages import prepared
+from ..distill.tasks import DistillTask
+from ..distill.trainer import train
+from ..models.encoder import Encoder
+from ..models.registry import create_model
+from .machine import describe
+from .results import write
+
+WARM = 2  # steps before the clock starts: allocation, autotuning, compilation
+TRIES = 2  # steps that a batch must last to fit: the second has the optimiser's state
+
+
+@dataclass(frozen=True)
+class TrainBenchConfig:
+    """What is measured.
+
+    Args:
+        teacher, student: names of models of one depth and width.
+        sizes: of the images, in pixels.
+        teacher_is: "original" is the teacher at the student's size; "previous" the student itself, frozen, at the size
+            before, as in the curriculum, for all sizes but the first.
+        largest: batch beyond which no larger one is tried.
+        steps: that are timed, after two that are not.
+        loss: what is minimised.
+        compute: precision, compilation, checkpointing.
+    """
+
+    teacher: str = "vit_so400m_patch14_378"
+    student: str = "cgspn_so400m_patch14_378"
+    sizes: tuple[int, ...] = (378, 518, 756, 1036)
+    teacher_is: Literal["original", "previous"] = "original"
+    largest: int = 512
+    steps: int = 5
+    loss: LossConfig = field(default_factory=LossConfig)
+    compute: ComputeConfig = field(default_factory=lambda: ComputeConfig(precision="bfloat16"))
+
+
+def largest_fitting(fits: Callable[[int], bool], largest: int) -> int:
+    """The largest batch that fits, to an eighth: doubled until one does not, then bisected. 0 if not even one fits."""
+    low, high = 0, 1
+    while high <= largest and fits(high):
+        low, high = high, 2 * high
+    high = min(high, largest + 1)
+    while high - low > max(1, low // 8):
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def run_steps(task: DistillTask, config: TrainBenchConfig, size: int, batch: int, steps: int) -> list[float]:
+    """Train on random images; returns the time of day after each step. Raises torch.OutOfMemoryError."""
+    device = next(task.parameters()).device
+    images = torch.randn(batch, task.student.config.channels, size, size, device=device)
+    one = Batch(0, torch.arange(batch), images, torch.zeros(batch, dtype=torch.long))
+
+    def stream(start: int) -> Iterator[Batch]:
+        while True:
+            yield one
+
+    times: list[float] = []
+    optim = OptimConfig(steps=steps, batch_size=batch, learning_rate=1e-6)
+    train(task, stream, optim, f"{size} px", lambda _: times.append(time.perf_counter()), compute=config.compute)
+    return times
+
+
+def attempt(task: DistillTask, config: TrainBenchConfig, size: int, batch: int, steps: int) -> list[float] | None:
+    """`run_steps`, or None if the memory does not suffice; nothing is left of it either way."""
+    times = None
+    try:
+        times = run_steps(task, config, size, batch, steps)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
+            raise
+    # outside of the except clause, which holds the frames and so the tensors of what failed
+    task.zero_grad(set_to_none=True)
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return times
+
+
+def measure(task: DistillTask, config: TrainBenchConfig, size: int) -> dict[str, Any]:
+    """A row of the table: the largest batch that fits, and its speed and memory."""
+    device = next(task.parameters()).device
+    patch = task.student.config.patch_size
+    row: dict[str, Any] = {"image": size, "tokens": (size // patch) ** 2}
+    batch = largest_fitting(lambda n: attempt(task, config, size, n, TRIES) is not None, config.largest)
+    row["largest batch"] = f"{batch} or more" if batch == config.largest else batch
+    times = None
+    while batch and times is None:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        times = attempt(task, config, size, batch, WARM + config.steps)
+        if times is None:  # what fitted by a hair
+            batch = batch * 7 // 8
+    if times is None:
+        return row
+    flops, peak = task.flops((size, size)), peak_of(device, config.compute.precision)
+    rate = batch * config.steps / (times[-1] - times[WARM - 1])
+    row |= {"batch": batch, "images/s": rate, "ms a step": 1e3 * batch / rate}
+    row |= {
+        "TFLOP an image": flops / 1e12,
+        "TFLOP/s": rate * flops / 1e12,
+        "MFU": rate * flops / peak if peak else None,
+    }
+    if device.type == "cuda":
+        row["peak memory (GiB)"] = torch.cuda.max_memory_allocated(device) / 2**30
+    return row
+
+
+def run(
+    config: TrainBenchConfig,
+    out: Path,
+    device: torch.device,
+    *,
+    commit: str = "",
+    say: Callable[[str], object] = print,
+) -> list[dict[str, Any]]:
+    """Measure every size and write train.json and train.md after each. Raises ValueError for an unknown model."""
+    rows: list[dict[str, Any]] = []
+    before: int | None = None
+    teacher, student = (create_model(name).to(device) for name in (config.teacher, config.student))
+    machine = describe(commit) | {"settings": str(config)}
+    for size in config.sizes:
+        task = task_of(teacher, student, config, before)
+        with prepared(task, task.teacher, student, config.compute, World(device=device)):
+            rows.append(measure(task, config, size))
+        del task
+        before = size
+        say(
+            f"{size} px: "
+            + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items())
+        )
+        write(out, "train", machine, {"stage 2, one step": rows})
+    return rows
+
+
+def task_of(teacher: Encoder, student: Encoder, config: TrainBenchConfig, before: int | None) -> DistillTask:
+    """Stage 2, or the stage of the curriculum that comes after images of `before` pixels."""
+    if config.teacher_is == "original" or before is None:
+        return DistillTask(teacher.eval().requires_grad_(False), student, config.loss)
+    previous = Encoder(student.config).to(next(student.parameters()).device).eval().requires_grad_(False)
+    return DistillTask(previous, student, config.loss, teacher_size=(before, before))

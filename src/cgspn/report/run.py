@@ -1,0 +1,139 @@
+"""The report of a distillation: how each stage went, block by block, how fast, from which data, with which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import page
+from .charts import block_chart, legend, loss_chart
+from .page import Section
+
+Record = Mapping[str, Any]
+TITLES = {
+    "total": ("Total", "what is minimised"),
+    "PP": ("After sub-layers (PP)", "mean over blocks, through adapters where they are on"),
+    "PB": ("After blocks (PB)", "mean over blocks, through adapters where they are on"),
+    "pooled": ("Pooled vector", "relative error, no adapter"),
+    "contrastive": ("Contrastive", "images against captions"),
+    "gradient": ("Gradient", "its norm before clipping"),
+}
+
+
+def run_report(record: Record) -> str:
+    """One self-contained HTML document of a run.
+
+    Args:
+        record: what `cgspn distill` leaves in distill.json: "command", "versions", "config", "losses" (by stage, a list
+            of steps), "throughput" (by stage), "images", "skipped" (file and reason), "processes", "device".
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing; the message names the extra.
+    """
+    losses: Mapping[str, list[dict[str, float]]] = record["losses"]
+    stages = {title: steps for title, steps in losses.items() if steps}
+    sections = [_summary(record, stages)]
+    for number, (title, steps) in enumerate(stages.items(), 1):
+        sections.append(_stage(f"stage-{number}", title, steps, record["throughput"].get(title, {})))
+    sections += [_data(record), _settings(record)]
+    return page.page(
+        "How the student was distilled",
+        f"From {record['teacher']} with {record['images']:,} images, in {len(stages)} "
+        f"{'stage' if len(stages) == 1 else 'stages'}: losses, blocks, speed, data and settings.",
+        sections,
+        footer="Made by cgspn distill. This file holds everything it shows and asks nothing of the network.",
+    )
+
+
+def _summary(record: Record, stages: Mapping[str, Sequence[Mapping[str, float]]]) -> Section:
+    cards = []
+    for title, steps in stages.items():
+        first, last = _ends([step["total"] for step in steps])
+        speed = record["throughput"].get(title, {})
+        rate = f"{speed['images_per_second']:,.0f} images/s" if "images_per_second" in speed else ""
+        note = f"loss {first:.3g} at first; {len(steps):,} steps{', ' if rate else ''}{rate}"
+        cards.append(page.card(title, f"{last:.3g}", note, "var(--link)"))
+    body = [
+        page.paragraph("The loss of each stage at its end, mean of the last twentieth of its steps. Lower is better."),
+        page.group(cards, "cards") if cards else page.paragraph("This run trained nothing."),
+    ]
+    return Section("summary", "In short", "\n".join(body), "In short")
+
+
+def _stage(key: str, title: str, steps: Sequence[Mapping[str, float]], speed: Mapping[str, Any]) -> Section:
+    names = [name for name in steps[0] if name not in ("step", "lr") and "block" not in name]
+    names.sort(key=lambda name: name == "gradient")  # last
+    panels = []
+    for name in names:
+        chart = loss_chart(
+            {name: [step[name] for step in steps if name in step]}, label=f"{title}: {name} over the steps"
+        )
+        caption, note = TITLES.get(name, (name, ""))
+        panels.append(page.panel(chart, caption, note))
+    body = [page.group(panels, "wide"), *_blocks(title, steps), *_speed(title, speed)]
+    return Section(key, title[:1].upper() + title[1:], "\n".join(body), title.rpartition(", ")[2])
+
+
+def _blocks(title: str, steps: Sequence[Mapping[str, float]]) -> list[str]:
+    """Each block's losses at the beginning and at the end, a chart for each kind of tap."""
+    detailed = [step for step in steps if any("block" in name for name in step)]
+    panels = []
+    for tap, caption in (("", "Each sub-layer"), ("PP ", "Each sub-layer (PP)"), ("PB ", "Each block (PB)")):
+        names = [name for name in (detailed[0] if detailed else ()) if name.startswith(f"{tap}block ")]
+        if not names:
+            continue
+        curves = {when: [] for when in ("first steps", "last steps")}  # type: dict[str, list[float]]
+        for name in names:
+            for when, value in zip(curves, _ends([step[name] for step in detailed if name in step])):
+                curves[when].append(value)
+        chart = block_chart(curves, label=f"{title}: {caption.lower()}, first and last steps")
+        numbers = ", ".join(name.rpartition(" ")[2] for name in names)
+        consecutive = [int(name.rpartition(" ")[2]) for name in names] == list(range(len(names)))
+        panels.append(page.panel(chart, caption, "loss" if consecutive else f"loss; the blocks with indices {numbers}"))
+    if not panels:
+        return []
+    return [page.heading("Block by block"), legend(["first steps", "last steps"]), page.group(panels, "wide")]
+
+
+def _speed(title: str, speed: Mapping[str, Any]) -> list[str]:
+    if not speed:
+        return []
+    cards = [page.card("Images a second", f"{speed['images_per_second']:,.1f}", "all processes, after the first steps")]
+    mfu = f"{speed['mfu']:.0%}" if "mfu" in speed else "n/a"
+    note = "FLOP of teacher and student over the peak of the device"
+    cards.append(page.card("MFU", mfu, note if "mfu" in speed else "the peak of this device is not known"))
+    note = f"first batch after {speed['first_batch_seconds']:.1f} s"
+    cards.append(page.card("Waiting for data", f"{speed['data_wait_share']:.1%}", note))
+    chart = loss_chart({"images/s": speed["curve"]}, label=f"{title}: images a second in the course of the stage")
+    panel = page.panel(chart, "Images a second", "in the course of the stage, since it was last started")
+    return [page.heading("Speed"), page.group(cards, "cards"), page.group([panel], "wide")]
+
+
+def _data(record: Record) -> Section:
+    skipped: Mapping[str, str] = record.get("skipped", {})
+    facts = {"data": str(record["data"]), "images": f"{record['images']:,}", "skipped": f"{len(skipped):,}"}
+    body = [page.fact_list(facts)]
+    if skipped:
+        body += [page.heading("Skipped"), page.fact_list({name: str(reason) for name, reason in skipped.items()})]
+    return Section("data", "What was seen", "\n".join(body), "Data")
+
+
+def _settings(record: Record) -> Section:
+    facts = {"command": record["command"], "device": record["device"], "processes": str(record["processes"])}
+    facts |= {name: str(version) for name, version in record["versions"].items()}
+    body = [page.fact_list(facts), page.heading("Settings"), page.fact_list(dict(_flat(record["config"])))]
+    return Section("settings", "What was run", "\n".join(body), "Settings")
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
+    """Nested settings as they are given on the command line."""
+    rows: list[tuple[str, str]] = []
+    for name, value in settings.items():
+        rows += _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else [(before + name, str(value))]
+    return rows
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    """Means over the first and the last twentieth."""
+    size = max(1, len(values) // 20)
+    return sum(values[:size]) / size, sum(values[-size:]) / size
