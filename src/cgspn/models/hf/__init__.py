@@ -7,11 +7,16 @@
     processor = AutoImageProcessor.from_pretrained("runs/student")
     out = model(**processor(pictures, return_tensors="pt"))  # last_hidden_state, pooler_output
 
-AutoConfig, AutoModelForImageClassification and AutoBackbone work alike. A folder is one format for both libraries:
-what transformers saves, `cgspn.load_encoder` reads.
+AutoConfig and AutoModelForImageClassification work alike. A folder is one format for both libraries: what transformers
+saves, `cgspn.load_encoder` reads. As a backbone of transformers' detection and segmentation models, from a folder and
+from a config (AutoBackbone.from_pretrained knows hub ids alone):
+
+    backbone = cgspn.models.hf.CgspnBackbone.from_pretrained("runs/student", out_indices=[4, 8, 12])
+    backbone = AutoBackbone.from_config(cgspn.models.hf.CgspnConfig("cgspn_small_patch14_378", out_indices=[4, 8, 12]))
 """
 
 try:
+    import transformers.backbone_utils
     from transformers import (
         AutoBackbone,
         AutoConfig,
@@ -20,7 +25,7 @@ try:
         AutoModelForImageClassification,
     )
 except ImportError as error:
-    raise ImportError(f"cgspn.models.hf needs transformers; run: pip install 'cgspn[hf]' ({error})") from error
+    raise ImportError(f"cgspn.models.hf needs transformers 5.2; run: pip install 'cgspn[hf]' ({error})") from error
 
 from .config import CgspnConfig
 from .model import CgspnBackbone, CgspnForImageClassification, CgspnModel
