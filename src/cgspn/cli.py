@@ -12,7 +12,9 @@ from .commands.convert import Convert
 from .commands.demo import Demo
 from .commands.distill import Distill
 from .commands.eval import Eval
+from .commands.export import Export
 from .commands.pretrain import Pretrain
+from .commands.show import Show
 from .console import console
 from .distill import DivergedError, ParityError, SnapshotError
 from .distill.presets import PRESETS
@@ -30,14 +32,16 @@ def command_type(arguments: list[str]) -> Any:
         | Annotated[Convert, tyro.conf.subcommand("convert")]
         | Annotated[Distill, tyro.conf.subcommand("distill", default=distill)]
         | Annotated[Eval, tyro.conf.subcommand("eval")]
+        | Annotated[Show, tyro.conf.subcommand("show")]
         | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
         | Annotated[Bench, tyro.conf.subcommand("bench")]
+        | Annotated[Export, tyro.conf.subcommand("export")]
     )
 
 
 def main() -> None:
     """Run one command. Exit code 0, or 2 with one line for wrong input, or 130 when interrupted."""
-    command: Demo | Convert | Distill | Eval | Pretrain | Bench = tyro.cli(
+    command: Demo | Convert | Distill | Eval | Show | Pretrain | Bench | Export = tyro.cli(
         command_type(sys.argv[1:]),
         prog="cgspn",
         description=__doc__,

@@ -273,7 +273,7 @@ def _features(result: DemoResult) -> Section:
             "The three strongest directions of a model's features become red, green and blue, one choice for all its "
             "pictures. The student's colours are turned as a whole to fit the teacher's, because a direction has no "
             "sign of its own; "
-            f"after that they correlate at {_list([f'{r:.2f}' for r in basis[STUDENT].agreement or ()])}. These "
+            f"after that they correlate at {page.words([f'{r:.2f}' for r in basis[STUDENT].agreement or ()])}. These "
             f"directions hold {basis[TEACHER].explained:.0%} of the teacher's variance and "
             f"{basis[STUDENT].explained:.0%} of the student's. Look for clothes that keep their colour from one row "
             "to the next: neither model was trained on anything but single images.",
@@ -376,7 +376,3 @@ def _facts(result: DemoResult) -> Section:
 
 def _millions(count: int) -> str:
     return f"{count / 1e6:.2f} M"
-
-
-def _list(words: Sequence[str]) -> str:
-    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else "".join(words)

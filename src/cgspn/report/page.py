@@ -1,7 +1,8 @@
 """The shell of every report: one HTML file that needs nothing else, reads on a phone, in light and in dark.
 
-No scripts, no requests to anywhere: pictures are data URIs, charts are inline SVG. Functions here take and return
-HTML; arguments called `text`, `title` and the like are plain text and are escaped, those called `body` are HTML.
+No requests to anywhere, and no scripts but those that a report brings along: pictures are data URIs, charts are
+inline SVG. Functions here take and return HTML; arguments called `text`, `title` and the like are plain text and are
+escaped, those called `body` are HTML.
 """
 
 from __future__ import annotations
@@ -102,7 +103,9 @@ class Section:
     short: str = ""
 
 
-def page(title: str, lead: str, sections: Sequence[Section], *, footer: str = "") -> str:
+def page(
+    title: str, lead: str, sections: Sequence[Section], *, footer: str = "", style: str = "", script: str = ""
+) -> str:
     """A whole HTML document.
 
     Args:
@@ -110,6 +113,8 @@ def page(title: str, lead: str, sections: Sequence[Section], *, footer: str = ""
         lead: one or two sentences below it, plain text.
         sections: in order.
         footer: plain text.
+        style: CSS of this page alone.
+        script: JavaScript of this page, run once all of it is there.
 
     Raises:
         ValueError: two sections of the same key.
@@ -135,6 +140,7 @@ def page(title: str, lead: str, sections: Sequence[Section], *, footer: str = ""
 :root {{ color-scheme: light dark; {variables(dark=False)} }}
 @media (prefers-color-scheme: dark) {{ :root {{ {variables(dark=True)} }} }}
 {STYLE.strip()}
+{style.strip()}
 </style>
 </head>
 <body>
@@ -147,6 +153,7 @@ def page(title: str, lead: str, sections: Sequence[Section], *, footer: str = ""
 {bodies}
 </main>
 <footer>{_(footer)}</footer>
+{f"<script>{script}</script>" if script else ""}
 </body>
 </html>
 """
@@ -202,6 +209,11 @@ def colour_scale(colours: Sequence[tuple[float, float, float]], low: str, high: 
         f'<div class="scale"><span>{_(low)}</span><i style="background: linear-gradient(90deg, {stops})"></i>'
         f"<span>{_(high)}</span></div>"
     )
+
+
+def words(items: Sequence[str]) -> str:
+    """Items as a phrase: "a, b and c"."""
+    return f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else "".join(items)
 
 
 def _caption(caption: str, note: str) -> str:

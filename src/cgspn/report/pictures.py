@@ -41,9 +41,14 @@ def png_uri(picture: Tensor) -> str:
 
     Raises as `to_uint8`.
     """
+    return "data:image/png;base64," + base64.b64encode(png_bytes(picture)).decode("ascii")
+
+
+def png_bytes(picture: Tensor) -> bytes:
+    """A picture as a PNG file. Raises as `to_uint8`."""
     buffer = io.BytesIO()
     Image.fromarray(to_uint8(picture).cpu().numpy()).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return buffer.getvalue()
 
 
 def enlarge(picture: Tensor, factor: int) -> Tensor:

@@ -1,0 +1,112 @@
+"""`cgspn show`: a page of pictures of what an encoder sees in photographs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+from .. import __version__
+from ..console import console, progress_watcher, writable_folder
+from ..models.checkpoint import write_atomically
+from ..models.encoder import Encoder
+from ..report.photographs import COLUMNS, load_photographs
+from ..report.pictures import png_bytes
+from ..report.show import PLACES, STUDENT, TEACHER, check_show, even_layers, look_at, show_picture
+from ..report.show_page import show_page
+from ..teachers import load_encoder
+
+
+@dataclass(frozen=True)
+class Show:
+    """Write a page that shows photographs as an encoder sees them, and its teacher beside it if one is named.
+
+    Features as colours, similarity to a patch that is clicked, and where each layer takes what it brings to a patch.
+    One pass over each photograph, at any size that fits: a student is linear in its area, a teacher quadratic.
+
+    Examples:
+        cgspn show demo/c-gspn --teacher embedded
+        cgspn show runs/student --teacher runs/vit --images photos/ --size 1024 --out page.html
+        cgspn show runs/student --images photos/ --size 4096 --device cuda --layers 1 12 --at 0.5 0.5 0.2 0.8
+    """
+
+    student: tyro.conf.Positional[str]
+    """A checkpoint (file, folder or hub id; encoder or image-text model), or "embedded"."""
+    teacher: str | None = None
+    """Another one, of the same patch size, to lay beside it."""
+    images: str = "embedded"
+    """A folder of photographs, or "embedded" (test images, sixteen to a canvas). Unreadable ones are skipped, counted
+    and named."""
+    size: int | None = None
+    """Pixels of the longer side, rounded to whole patches; by default the student's native size (of each embedded
+    image)."""
+    limit: int = 10
+    """How many photographs at most, in the order of their names. Each makes the page about 1 MB larger."""
+    layers: tuple[int, ...] | None = None
+    """Numbers of the layers, from 1, whose influence is shown; by default four spread evenly."""
+    at: tuple[tuple[float, float], ...] = PLACES
+    """Patches whose influence is shown: pairs of shares of height and width."""
+    out: Path = Path("page.html")
+    """The page, one file that needs nothing else."""
+    picture: Path | None = None
+    """Also write a PNG of the first photographs and the features of both models, for a README or a slide."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute."""
+
+    def run(self) -> None:
+        """Raises ValueError or OSError."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device is cuda, but PyTorch finds no CUDA GPU here; accepted: cpu")
+        for name, path in (("out", self.out), ("picture", self.picture)):
+            if path is not None and path.is_dir():
+                raise ValueError(f"{name} is {path}, a folder; expected a file name")
+            if path is not None:
+                writable_folder(path.parent, name)
+        models = {STUDENT: self.student} if self.teacher is None else {TEACHER: self.teacher, STUDENT: self.student}
+        with console.status("loading"):
+            loaded = {name: self.load(source) for name, source in models.items()}
+        student, teacher = loaded[STUDENT], loaded.get(TEACHER)
+        layers = self.layers or even_layers(student)
+        check_show(student, teacher, layers, self.at)
+        config = student.config
+        native = max(config.image_size) * (COLUMNS if self.images == "embedded" else 1)
+        photographs, skipped = load_photographs(self.images, self.size or native, config.patch_size, self.limit)
+        if skipped:
+            console.print(skipped.summary(), soft_wrap=True, markup=False)
+        began = time.monotonic()
+        with progress_watcher() as watcher:
+            watch = watcher("photographs", len(photographs))
+            shown = look_at(
+                photographs, student, teacher, layers=layers, places=self.at, watch=lambda: watch({"shown": 1})
+            )
+        seconds = time.monotonic() - began
+        names = {name: f"{models[name]}: {_described(model)}" for name, model in loaded.items()}
+        facts = {
+            "photographs": f"{len(photographs)} from {self.images}, {seconds:.1f} s on {self.device}",
+            "skipped": ", ".join(name for name, _ in skipped.files) or "none",
+            "command": shlex.join(["cgspn", *sys.argv[1:]]),
+            "versions": f"cgspn {__version__}, torch {torch.__version__}",
+        }
+        html = show_page(shown, names, facts)
+        write_atomically(self.out, html)
+        if self.picture is not None:
+            write_atomically(self.picture, png_bytes(show_picture(shown)))
+        console.print(f"{seconds:.1f} s; {self.out}, {len(html.encode()) / 1e6:.1f} MB", soft_wrap=True)
+
+    def load(self, source: str) -> Encoder:
+        """An encoder on the device, its weights frozen."""
+        return load_encoder(source).to(self.device).requires_grad_(False)
+
+
+def _described(model: Encoder) -> str:
+    kinds = model.config.mixers
+    counts = [(kinds.count(kind), kind) for kind in dict.fromkeys(kinds)]
+    layers = " and ".join(f"{count} {kind}" for count, kind in counts)
+    parameters = sum(p.numel() for p in model.parameters())
+    return f"{model.config.name}, {parameters / 1e6:.2f} M parameters, {layers} layers"

@@ -1,0 +1,136 @@
+"""Photographs as they are shown: each at its own aspect ratio, its longer side at the resolution that is asked for."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from ..data import load_embedded, normalize, resize, to_float
+from ..data.decode import to_rgb
+from ..data.folder import SUFFIXES
+from ..data.skipped import Skipped
+from ..data.source import EMBEDDED
+from ..data.transforms import LUMA
+from ..models.config import EncoderConfig
+from .pictures import png_uri, tile
+
+COLUMNS = 4  # embedded images to a side of a canvas: alone they are a few patches
+SHOWN_SIDE = 1024  # pixels of the longer side inside a page; encoders see all of them
+SMALL_SIDE = 256  # up to here pixels are few enough to be kept exactly
+
+
+@dataclass(frozen=True)
+class Photograph:
+    """A picture to be shown.
+
+    Attributes:
+        name: the file's, below the folder that was given.
+        pixels: uint8 [3, H, W], H and W multiples of the patch size.
+    """
+
+    name: str
+    pixels: Tensor
+
+
+def fitted(height: int, width: int, side: int, patch: int) -> tuple[int, int]:
+    """Height and width in whole patches, the longer of them about `side` pixels, the aspect ratio about kept."""
+    scale = side / max(height, width)
+    rows, columns = (max(1, round(length * scale / patch)) for length in (height, width))
+    return rows * patch, columns * patch
+
+
+def load_photographs(source: str, side: int, patch: int, limit: int) -> tuple[list[Photograph], Skipped]:
+    """The first photographs of a folder, or the embedded test images, sixteen to a canvas.
+
+    Args:
+        source: a folder, read with its sub-folders in the order of the names; or "embedded".
+        side: pixels of the longer side, rounded to whole patches.
+        patch: size of a patch in pixels.
+        limit: how many are wanted.
+
+    Returns:
+        The photographs, and what was tried before they were `limit` and could not be read.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: no folder, or no image files in it.
+        ValueError: `side` below a patch, `limit` below 1, or no file that can be read.
+    """
+    if side < patch:
+        raise ValueError(f"size is {side}; accepted: at least one patch, {patch} pixels")
+    if limit < 1:
+        raise ValueError(f"limit is {limit}; accepted: 1 or more")
+    if source == EMBEDDED:
+        return list(_canvases(side, patch, limit)), Skipped()
+    root = Path(source)
+    if not root.exists():
+        raise FileNotFoundError(f"images is {source}: no such folder")
+    if not root.is_dir():
+        raise NotADirectoryError(f"images is {source}: not a folder")
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and _shown(p, root))
+    if not files:
+        raise FileNotFoundError(f"images is {source}: no image files in it (looked for {', '.join(sorted(SUFFIXES))})")
+    found: list[Photograph] = []
+    bad: list[tuple[str, str]] = []
+    for file in files:
+        try:
+            found.append(Photograph(str(file.relative_to(root)), _read(file, side, patch)))
+        # Decoders raise all kinds of errors on damaged files: OSError, SyntaxError, ValueError, struct.error, ...
+        except Exception as error:
+            bad.append((str(file), f"{type(error).__name__}: {error}"))
+        if len(found) == limit:
+            break
+    skipped = Skipped(tuple(bad), len(found) + len(bad), "image files")
+    if not found:
+        raise ValueError(f"images is {source}: {skipped.summary()}")
+    return found, skipped
+
+
+def encoder_input(photograph: Photograph, config: EncoderConfig) -> Tensor:
+    """What an encoder of this config takes: [1, channels, H, W], float32, normalised. One channel is the luminance."""
+    images = to_float(photograph.pixels[None])
+    if config.channels == 1:
+        images = (images * images.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
+    return normalize(images, config.image_mean[: config.channels], config.image_std[: config.channels])
+
+
+def photograph_uri(photograph: Photograph) -> str:
+    """The photograph as a data URI: a JPEG of at most 1024 pixels a side, a PNG where it is small anyway."""
+    pixels = photograph.pixels
+    side = max(pixels.shape[1:])
+    if side <= SMALL_SIDE:
+        return png_uri(pixels.permute(1, 2, 0))
+    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=85, optimize=True, progressive=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _shown(path: Path, root: Path) -> bool:
+    return not any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _read(file: Path, side: int, patch: int) -> Tensor:
+    with Image.open(file) as opened:
+        opened.draft("RGB", (2 * side, 2 * side))  # JPEG decoders shrink for free; the rest is left to the resize
+        image = to_rgb(ImageOps.exif_transpose(opened))
+    height, width = fitted(image.height, image.width, side, patch)
+    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _canvases(side: int, patch: int, limit: int) -> Iterator[Photograph]:
+    images = load_embedded("test").images
+    for start in range(0, min(limit * COLUMNS**2, len(images) - COLUMNS**2 + 1), COLUMNS**2):
+        canvas = tile(images[start : start + COLUMNS**2], COLUMNS).expand(3, -1, -1)
+        size = fitted(canvas.shape[1], canvas.shape[2], side, patch)
+        pixels = resize(canvas[None].float(), size)[0].round().clamp(0, 255).to(torch.uint8)
+        yield Photograph(f"test images {start + 1} to {start + COLUMNS**2}", pixels)

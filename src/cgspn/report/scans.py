@@ -1,0 +1,132 @@
+"""What single layers bring to chosen patches: each scan of a propagation layer by itself, or the rows of attention.
+
+Nothing here is as large as tokens x tokens, so that it works at any resolution at which the encoder itself does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..layers import AttentionMixer, Grid, PropagationMixer
+from ..models.encoder import Encoder, to_map
+from ..ops import propagate_2d
+
+ATTENTION, TOGETHER = "attention", "together"
+Positions = Sequence[tuple[int, int]]
+
+
+class Look(NamedTuple):
+    """What one pass of an image leaves to be shown.
+
+    tokens: after the last norm, float32 [h, w, C], on the CPU.
+    entries: by index of the block, the normalised tokens [1, N, C] that enter its mixer.
+    grid: of the tokens.
+    """
+
+    tokens: Tensor
+    entries: dict[int, Tensor]
+    grid: Grid
+
+
+@torch.no_grad()
+def look(encoder: Encoder, image: Tensor, layers: Collection[int]) -> Look:
+    """One pass over one normalised image [1, channels, H, W], keeping no more than the entries of `layers`.
+
+    Raises ValueError for a size that the patches do not tile.
+    """
+    tokens, grid = encoder.embed(image)
+    entries = {}
+    for index, block in enumerate(encoder.each_block()):
+        if index in layers:
+            entries[index] = block.norm1(tokens)
+        tokens = encoder.run_block(block, tokens, grid)
+    return Look(to_map(encoder.norm(tokens), grid)[0].float().cpu(), entries, grid)
+
+
+def layer_maps(encoder: Encoder, seen: Look, layer: int, positions: Positions) -> dict[str, Tensor]:
+    """What a layer brings to each position, from everywhere.
+
+    Args:
+        encoder: that `seen` is of.
+        seen: by `look`, with the entry of `layer`.
+        layer: index of the block.
+        positions: (row, column) of the patches, P of them.
+
+    Returns:
+        Maps [P, h, w] on the CPU, not negative: of an attention layer "attention", of a propagation layer one for
+        each of its directions and "together".
+    """
+    mixer, entry = encoder.each_block()[layer].mixer, seen.entries[layer]
+    if isinstance(mixer, AttentionMixer):
+        return {ATTENTION: attention_rows(mixer, entry, seen.grid, positions)}
+    if isinstance(mixer, PropagationMixer):
+        return scan_maps(mixer, entry, seen.grid, positions)
+    raise TypeError(f"layer {layer} mixes by {type(mixer).__name__}; accepted: attention, propagation")
+
+
+def attention_rows(mixer: AttentionMixer, entry: Tensor, grid: Grid, positions: Positions) -> Tensor:
+    """Rows of the attention map, mean over the heads, grid tokens alone: [P, h, w] on the CPU."""
+    rows = torch.tensor([grid.prefix + row * grid.width + column for row, column in positions], device=entry.device)
+    weights = mixer.weights(entry, grid, rows).mean(1)[0, :, grid.prefix :]
+    return weights.unflatten(1, (grid.height, grid.width)).float().cpu()
+
+
+def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Positions) -> dict[str, Tensor]:
+    """How much the gated output of each scan at each position changes with its input at every other position.
+
+    The value is the exact Frobenius norm of the derivative with respect to what is scanned, the latent of Cc
+    channels, through the weights of the scan as well, which are made from it. "together" is that of all scans side by
+    side. Since a scan never mixes channels, one backward pass per direction gives all Cc rows of the derivative: a
+    row is the gradient in its own channel plus that in the five parameters of its channel times their weights.
+
+    Args:
+        mixer: of the layer.
+        entry: the normalised tokens that enter it, [1, h*w, C].
+        grid: of these.
+        positions: (row, column), P of them.
+
+    Returns:
+        By direction, and "together": [P, h, w] on the CPU, exactly 0 where a scan cannot have come from.
+    """
+    x = scanned(mixer, entry, grid)
+    directions, width = mixer.config.directions, x.shape[-1]
+    weight = mixer.parameters_of.weight.detach().view(len(directions), 5, width, width)
+    bias = mixer.parameters_of.bias.detach().view(len(directions), 5, width)
+    count = range(len(positions))
+    rows, columns = [list(index) for index in zip(*positions)]
+    maps = {}
+    for name, direction_weight, direction_bias in zip(directions, weight, bias):
+        packed = linear(x, direction_weight.flatten(0, 1), direction_bias.flatten()).unflatten(-1, (1, 5, width))
+        lam, u, logits = (part.squeeze(-2) if part.shape[-2] == 1 else part for part in packed.split([1, 1, 3], -2))
+        # the positions are a batch of equal images, each asked about one of them
+        inputs = [t.expand(len(positions), *t.shape[1:]).contiguous().requires_grad_() for t in (x, lam, u, logits)]
+        with torch.enable_grad():
+            y = propagate_2d(inputs[0], inputs[3], inputs[1], inputs[2], directions=(name,))
+            asked = y[list(count), rows, columns].sum()
+        in_x, in_lam, in_u, in_logits = torch.autograd.grad(asked, inputs)
+        gradient = torch.cat([in_x[..., None, :], in_lam, in_u, in_logits.squeeze(3)], -2)
+        gradient = gradient.to(torch.promote_types(x.dtype, torch.float32))  # [P, h, w, 6, Cc]
+        own = torch.eye(width, device=x.device, dtype=gradient.dtype)[None]
+        vectors = torch.cat([own, direction_weight.to(gradient.dtype)]).transpose(0, 1)  # [Cc, 6, Cc]
+        gram = vectors @ vectors.mT
+        energy = (torch.einsum("phwkc,ckl->phwlc", gradient, gram) * gradient).sum((-2, -1))
+        maps[name] = energy.clamp(min=0).sqrt().cpu()
+    maps[TOGETHER] = torch.stack([values.square() for values in maps.values()]).sum(0).sqrt()
+    return maps
+
+
+@torch.no_grad()
+def scanned(mixer: PropagationMixer, entry: Tensor, grid: Grid) -> Tensor:
+    """The latent that a propagation mixer scans: [1, h, w, Cc]."""
+    seen: list[Tensor] = []
+    handle = mixer.parameters_of.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        mixer(entry, grid)
+    finally:
+        handle.remove()
+    return seen[0].detach().view(1, grid.height, grid.width, -1)

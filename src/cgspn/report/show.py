@@ -1,0 +1,131 @@
+"""What student and teacher make of photographs: all views, in colours that can be compared, and a picture of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models.encoder import Encoder
+from .pca import ColourBasis, fit_colours
+from .photographs import Photograph
+from .pictures import mosaic
+from .show_data import Place, View, view
+
+TEACHER, STUDENT = "teacher", "student"
+PLACES: tuple[Place, ...] = ((0.5, 0.5), (0.3, 0.25), (0.75, 0.7))
+LAYERS = 4  # layers that are shown where none are named
+FITTED = 20_000  # patches of a photograph that the colours are fitted on
+
+
+@dataclass(frozen=True)
+class Show:
+    """Photographs through a student, and through its teacher if there is one.
+
+    Attributes:
+        views: one a photograph.
+        colours: by model, fitted on all photographs, the student's turned to the teacher's.
+    """
+
+    views: list[View]
+    colours: dict[str, ColourBasis]
+
+
+def look_at(
+    photographs: Sequence[Photograph],
+    student: Encoder,
+    teacher: Encoder | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    places: Sequence[Place] = PLACES,
+    watch: Callable[[], object] | None = None,
+) -> Show:
+    """Run the photographs through the models, one at a time, on the device where the models are.
+
+    Args:
+        photographs: at least one, sizes that the patches tile.
+        student: any encoder.
+        teacher: any encoder of the same patch size.
+        layers: of the student, from 1, whose flows are shown; None for four spread evenly.
+        places: of the patches whose flows are shown, as shares of height and width.
+        watch: called after each photograph.
+
+    Raises:
+        ValueError: different patch sizes, a layer that the student does not have, or a place outside 0 to 1.
+    """
+    layers = layers or even_layers(student)
+    check_show(student, teacher, layers, places)
+    models = {STUDENT: student} if teacher is None else {TEACHER: teacher, STUDENT: student}
+    views = []
+    for photograph in photographs:
+        views.append(view(photograph, models, layers, places))
+        if watch is not None:
+            watch()
+    colours: dict[str, ColourBasis] = {}
+    some = {name: [_some(v.features[name]) for v in views] for name in models}
+    for name in models:  # the teacher comes first
+        like = (colours[TEACHER], some[TEACHER]) if TEACHER in colours else None
+        colours[name] = fit_colours(some[name], like=like)
+    return Show(views, colours)
+
+
+def even_layers(student: Encoder) -> list[int]:
+    """Numbers, from 1, of at most four layers spread evenly, the first and the last among them."""
+    depth = student.config.depth
+    count = min(LAYERS, depth)
+    return [1 + round(i * (depth - 1) / max(1, count - 1)) for i in range(count)]
+
+
+def check_show(student: Encoder, teacher: Encoder | None, layers: Sequence[int], places: Sequence[Place]) -> None:
+    """Raise ValueError for what `look_at` does not take."""
+    if teacher is not None and teacher.config.patch_size != student.config.patch_size:
+        raise ValueError(
+            f"teacher has patches of {teacher.config.patch_size} pixels; expected the student's, "
+            f"{student.config.patch_size}, so that patch can be laid beside patch"
+        )
+    wrong = [layer for layer in layers if not 1 <= layer <= student.config.depth]
+    if wrong or not layers or len(set(layers)) < len(layers):
+        raise ValueError(f"layers is {list(layers)}; accepted: 1 to {student.config.depth}, each once")
+    if not places or not all(0 <= share <= 1 for place in places for share in place):
+        raise ValueError(f"at is {list(places)}; accepted: pairs of shares of height and width, each 0 to 1")
+
+
+def show_picture(shown: Show, width: int = 300, rows: int = 4, gap: int = 6) -> Tensor:
+    """Photographs in rows, beside each its features as colours, teacher first: uint8 [.., .., 4].
+
+    Rows have the aspect ratio of the first photograph; others are cut at their edges.
+
+    Args:
+        shown: by `look_at`.
+        width: of each picture, in pixels.
+        rows: most photographs.
+        gap: pixels between pictures, transparent.
+    """
+    first = shown.views[0].photograph.pixels
+    size = (round(width * first.shape[1] / first.shape[2]), width)
+    cells = []
+    for seen in shown.views[:rows]:
+        cells.append(_cut(seen.photograph.pixels.permute(1, 2, 0).float() / 255, size, smooth=True))
+        cells += [_cut(shown.colours[name].colours(f), size, smooth=False) for name, f in seen.features.items()]
+    return mosaic(cells, 1 + len(shown.colours), gap)
+
+
+def _cut(picture: Tensor, size: tuple[int, int], smooth: bool) -> Tensor:
+    """[h, w, 3] to [size, 3], the middle of it at the largest scale that fills `size`."""
+    h, w = picture.shape[:2]
+    scale = max(size[0] / h, size[1] / w)
+    wide = (max(size[0], round(h * scale)), max(size[1], round(w * scale)))
+    channels = picture.permute(2, 0, 1)[None]
+    if smooth:
+        big = torch.nn.functional.interpolate(channels, wide, mode="bilinear", antialias=True)[0]
+    else:
+        big = torch.nn.functional.interpolate(channels, wide, mode="nearest-exact")[0]
+    top, left = (wide[0] - size[0]) // 2, (wide[1] - size[1]) // 2
+    return big[:, top : top + size[0], left : left + size[1]].permute(1, 2, 0)
+
+
+def _some(features: Tensor) -> Tensor:
+    rows = features.flatten(0, 1)
+    return rows[:: -(-len(rows) // FITTED)]

@@ -1,0 +1,166 @@
+"""What `cgspn show` finds out about a photograph, and the form in which a page carries it."""
+
+from __future__ import annotations
+
+import base64
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d, cosine_similarity
+
+from ..models.encoder import Encoder
+from .descriptors import Descriptors, describe
+from .photographs import Photograph, encoder_input
+from .scans import TOGETHER, layer_maps, look
+from .views import reach
+
+CELLS = 5476  # most cells of what can be clicked: 74 x 74 patches are carried one by one, more are averaged
+Place = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Where one layer of one model takes what it brings to chosen patches.
+
+    Attributes:
+        model: "teacher" or "student".
+        kind: "down", "up", "right", "left", "together" or "attention".
+        shares: uint8 [P, rows, columns]: 255 times the root of the value's share of the largest, on the cells.
+        halves: for each patch the radius, in patches, that holds half of what it takes from the others.
+    """
+
+    model: str
+    kind: str
+    shares: Tensor
+    halves: list[float]
+
+
+@dataclass(frozen=True)
+class View:
+    """One photograph through the models.
+
+    Attributes:
+        photograph: as the models saw it.
+        features: by model, the tokens after the last norm, float32 [h, w, C].
+        cells: rows and columns of what can be clicked, h and w unless these are too many.
+        descriptors: by model, on the cells.
+        points: (row, column) of the chosen patches, in cells.
+        flows: by number of the layer, from 1.
+        agreement: mean cosine of the two models' tokens, None for one model or two widths.
+    """
+
+    photograph: Photograph
+    features: dict[str, Tensor]
+    cells: tuple[int, int]
+    descriptors: dict[str, Descriptors]
+    points: list[tuple[int, int]]
+    flows: dict[int, list[Flow]]
+    agreement: float | None
+
+
+def view(photograph: Photograph, models: Mapping[str, Encoder], layers: Sequence[int], places: Sequence[Place]) -> View:
+    """Look at a photograph once with every model.
+
+    Args:
+        photograph: a size that the patches tile.
+        models: "teacher" and "student", or one of them; equal patch sizes.
+        layers: of the student, from 1. A teacher of another depth shows the layer at the same share of its depth.
+        places: whose flows are wanted, as shares of height and width.
+    """
+    device = next(iter(models.values())).patch_embed.projection.weight.device
+    features: dict[str, Tensor] = {}
+    found: dict[str, dict[int, dict[str, Tensor]]] = {}
+    grid, positions = (0, 0), [(0, 0)]
+    for name, model in models.items():
+        twins = {layer: twin(layer, models["student"].config.depth, model.config.depth) for layer in layers}
+        seen = look(model, encoder_input(photograph, model.config).to(device), set(twins.values()))
+        grid = (seen.grid.height, seen.grid.width)
+        positions = [at(place, grid) for place in places]
+        features[name] = seen.tokens
+        found[name] = {layer: layer_maps(model, seen, index, positions) for layer, index in twins.items()}
+    cells = fewer(grid)
+    flows = {
+        layer: [flow for name in models for flow in _flows(name, found[name][layer], positions, cells)]
+        for layer in layers
+    }
+    agreement = None
+    if len(models) == 2 and len({f.shape for f in features.values()}) == 1:
+        teacher, student = features.values()
+        agreement = float(cosine_similarity(teacher, student, dim=-1).mean())
+    descriptors = {name: describe(_pooled(f.permute(2, 0, 1), cells).permute(1, 2, 0)) for name, f in features.items()}
+    points = [(r * cells[0] // grid[0], c * cells[1] // grid[1]) for r, c in positions]
+    return View(photograph, features, cells, descriptors, points, flows, agreement)
+
+
+def twin(layer: int, depth: int, other: int) -> int:
+    """Index of the block of a model of `other` blocks that stands where `layer`, from 1, stands among `depth`."""
+    return layer - 1 if depth == other else round((layer - 1) * (other - 1) / max(1, depth - 1))
+
+
+def at(place: Place, grid: tuple[int, int]) -> tuple[int, int]:
+    """The patch at a place given as shares of height and width."""
+    return min(int(place[0] * grid[0]), grid[0] - 1), min(int(place[1] * grid[1]), grid[1] - 1)
+
+
+def fewer(grid: tuple[int, int]) -> tuple[int, int]:
+    """The grid itself, or one of the same aspect ratio with no more than CELLS cells."""
+    shrink = max(1.0, (grid[0] * grid[1] / CELLS) ** 0.5)
+    rows = max(1, int(grid[0] / shrink))
+    return rows, max(1, min(int(grid[1] / shrink), CELLS // rows))
+
+
+def packed(seen: View) -> dict[str, Any]:
+    """A view as JSON for the page's script: numbers, and all arrays after one another, deflated, as base64.
+
+    Their order: codes of the descriptors by model, then the flows by layer, in the order of `layers`.
+    """
+    arrays = [d.codes for d in seen.descriptors.values()] + [f.shares for flows in seen.flows.values() for f in flows]
+    data = zlib.compress(b"".join(a.contiguous().numpy().tobytes() for a in arrays), 9)
+    return {
+        "cells": seen.cells,
+        "points": seen.points,
+        "models": [
+            {"name": name, "steps": [float(f"{step:.7g}") for step in d.steps.tolist()]}
+            for name, d in seen.descriptors.items()
+        ],
+        "layers": [
+            {
+                "number": number,
+                "flows": [
+                    {"key": f"{f.model}-{f.kind}", "halves": [round(half, 1) for half in f.halves]} for f in flows
+                ],
+            }
+            for number, flows in seen.flows.items()
+        ],
+        "data": base64.b64encode(data).decode("ascii"),
+    }
+
+
+def _flows(
+    model: str, maps: dict[str, Tensor], positions: Sequence[tuple[int, int]], cells: tuple[int, int]
+) -> list[Flow]:
+    """Flows of one layer and model, all on one scale for each position, so that the directions can be compared."""
+    small = {kind: _pooled(values, cells) for kind, values in maps.items()}
+    whole = small.get(TOGETHER, next(iter(small.values()))).clone()
+    h, w = next(iter(maps.values())).shape[1:]
+    for i, (row, column) in enumerate(positions):
+        whole[i, row * cells[0] // h, column * cells[1] // w] = 0  # a patch sees itself most, and would leave no scale
+    top = whole.flatten(1).amax(1).clamp(min=1e-30)[:, None, None]
+    return [
+        Flow(
+            model,
+            kind,
+            ((small[kind] / top).clamp(0, 1).sqrt() * 255).round().to(torch.uint8),
+            [reach(one, position) for one, position in zip(values, positions)],
+        )
+        for kind, values in maps.items()
+    ]
+
+
+def _pooled(maps: Tensor, cells: tuple[int, int]) -> Tensor:
+    """[K, h, w] averaged to [K, rows, columns]."""
+    return maps if maps.shape[1:] == cells else adaptive_avg_pool2d(maps[None], cells)[0]

@@ -1,0 +1,167 @@
+"""The page of `cgspn show`: photographs, features as colours, and heat maps that show.js fills in."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+
+from . import page
+from .page import Section
+from .pca import ColourBasis
+from .photographs import photograph_uri
+from .pictures import HEAT, png_uri
+from .show import STUDENT, TEACHER, Show
+from .show_data import View, packed
+
+FLOWS = {
+    "student-down": ("Student, downwards", "the scan from the top"),
+    "student-up": ("Student, upwards", "the scan from the bottom"),
+    "student-right": ("Student, rightwards", "the scan from the left"),
+    "student-left": ("Student, leftwards", "the scan from the right"),
+    "student-together": ("Student, all scans", "side by side"),
+    "student-attention": ("Student, attention", "mean over the heads"),
+    "teacher-together": ("Teacher, all scans", "side by side"),
+    "teacher-attention": ("Teacher, attention", "mean over the heads"),
+}
+
+
+def show_page(shown: Show, models: Mapping[str, str], facts: Mapping[str, str]) -> str:
+    """The page, one self-contained HTML document.
+
+    Args:
+        shown: by `look_at`.
+        models: by "teacher" and "student", how each is called.
+        facts: what else there is to know, shown as it is.
+    """
+    sections = [_reading(shown), *(_section(i, v, shown.colours) for i, v in enumerate(shown.views, 1))]
+    sections.append(Section("facts", "What was run", page.fact_list({**models, **facts}), "Run"))
+    here = resources.files(__package__)
+    both = TEACHER in shown.colours
+    return page.page(
+        "What the encoder sees",
+        f"{_count(len(shown.views), 'photograph')} through "
+        f"{'an encoder and the teacher that it learns from' if both else 'an encoder'}: "
+        "which patches look alike to it, and where each layer takes what it brings to a patch.",
+        sections,
+        footer="Made by cgspn show. This file holds everything it shows and asks nothing of the network.",
+        style=(here / "show.css").read_text(encoding="utf-8"),
+        script=f"const HEAT = {json.dumps(HEAT)};\n" + (here / "show.js").read_text(encoding="utf-8"),
+    )
+
+
+def _reading(shown: Show) -> Section:
+    colours = shown.colours
+    both = TEACHER in colours
+    held = " and ".join(f"{basis.explained:.0%} of the {name}'s" for name, basis in colours.items())
+    text = (
+        "The three strongest directions of a model's last features become red, green and blue, one choice for all "
+        f"photographs: patches of one colour mean the same to the model. They hold {held} variance."
+    )
+    if both:
+        agreed = page.words([f"{r:.2f}" for r in colours[STUDENT].agreement or ()])
+        text += f" The student's are turned as a whole to fit the teacher's, and then correlate at {agreed}."
+    kept = min(d.kept for v in shown.views for d in v.descriptors.values())
+    error = max(d.error for v in shown.views for d in v.descriptors.values())
+    dimensions = max(len(d.steps) for v in shown.views for d in v.descriptors.values())
+    panels = (
+        ("Features as colours", text),
+        (
+            "Which patches look alike",
+            "Click or tap a patch, or choose one with the arrow keys: the heat is the cosine of its features with "
+            f"those of every other patch. The page carries at most {dimensions} bytes a patch, which hold at least "
+            f"{kept:.1%} of the features' squared length; cosines are within {error:.3f} of the exact ones.",
+        ),
+        (
+            "What one patch takes in",
+            "A scan hands information from line to line, so a direction reaches a patch from a triangle behind it. "
+            "The heat is the root of how much the scan's output at the ringed patch changes with its input elsewhere, "
+            "on one scale for all directions; of attention it is the root of the weight, on its own scale.",
+        ),
+    )
+    body = [
+        page.group([page.panel(page.paragraph(words), title) for title, words in panels], "wide"),
+        page.colour_scale(HEAT, "least", "most"),
+        "<noscript><p>The heat maps need JavaScript; photographs and colours do not.</p></noscript>",
+    ]
+    return Section("reading", "How to read this page", "\n".join(body), "How to read")
+
+
+def _section(number: int, seen: View, colours: Mapping[str, ColourBasis]) -> Section:
+    photograph, name = seen.photograph, _printable(seen.photograph.name)
+    height, width = photograph.pixels.shape[1:]
+    grid = seen.features[STUDENT].shape[:2]
+    note = f"{width} × {height} pixels, {grid[1]} × {grid[0]} patches"
+    if seen.cells != tuple(grid):
+        note += f", averaged to {seen.cells[1]} × {seen.cells[0]} for what can be clicked"
+    if seen.agreement is not None:
+        note += f". Student's and teacher's features have a mean cosine of {seen.agreement:.2f}"
+    uri, shape = photograph_uri(photograph), f'width="{width}" height="{height}"'
+    smooth = "" if uri.startswith("data:image/png") else ' class="smooth"'
+    figures = [
+        f'<figure><img src="{uri}" alt="{html.escape(name)}" {shape}{smooth}>'
+        "<figcaption><strong>Photograph</strong></figcaption></figure>"
+    ]
+    figures += [
+        f'<figure><img src="{png_uri(colours[who].colours(f))}" alt="Features of the {who} as colours" {shape}>'
+        f"<figcaption><strong>{who.capitalize()}</strong>, features as colours</figcaption></figure>"
+        for who, f in seen.features.items()
+    ]
+    heat = [
+        f'<figure data-model="{who}">{_stage(f"Similarity to the chosen patch, {who}", active=True)}'
+        f'<figcaption><strong>{who.capitalize()}</strong> <span class="range"></span></figcaption></figure>'
+        for who in seen.features
+    ]
+    keys = dict.fromkeys(f"{flow.model}-{flow.kind}" for flows in seen.flows.values() for flow in flows)
+    flows = [
+        f'<figure data-flow="{key}">{_stage(f"{FLOWS[key][0]}, {FLOWS[key][1]}")}'
+        f'<figcaption><strong>{FLOWS[key][0]}</strong><br><span class="half"></span></figcaption></figure>'
+        for key in sorted(keys, key=list(FLOWS).index)
+    ]
+    points = [(chr(ord("A") + i), str(i)) for i in range(len(seen.points))]
+    layers = [(str(layer), str(layer)) for layer in seen.flows]
+    scales = [("same for both", "shared"), ("each its own", "own")] if len(seen.features) > 1 else []
+    data = json.dumps(packed(seen)).replace("<", "\\u003c")
+    body = f"""<p class="note">{html.escape(note)}.</p>
+<div class="maps">{"".join(figures)}</div>
+<div class="live" hidden>
+<h3>Which patches look alike</h3>
+<div class="choices">{_choice("Scale", "scale", scales)}<p class="readout" aria-live="polite"></p></div>
+<div class="heat">{"".join(heat)}</div>
+<h3>What one patch takes in, layer by layer</h3>
+<div class="choices">{_choice("Patch", "point", points)}{_choice("Layer", "layer", layers)}</div>
+<div class="flows">{"".join(flows)}</div>
+</div>
+<script type="application/json">{data}</script>"""
+    ratio = f'<div class="photograph" style="--ratio: {width / height:.4f}">\n{body}\n</div>'
+    return Section(f"photo-{number}", name, ratio, Path(name).stem)
+
+
+def _stage(label: str, active: bool = False) -> str:
+    """A photograph under a heat map, filled in by the script; `active` ones are clicked and take the arrow keys."""
+    role = 'role="application" tabindex="0"' if active else 'role="img"'
+    return (
+        f'<div class="stage{" active" if active else ""}" {role} aria-label="{html.escape(label)}">'
+        '<img alt=""><canvas></canvas><i class="ring"></i></div>'
+    )
+
+
+def _choice(label: str, name: str, options: Sequence[tuple[str, str]]) -> str:
+    if not options:
+        return ""
+    buttons = "".join(
+        f'<button type="button" data-choice="{name}" data-value="{value}" aria-pressed="false">{text}</button>'
+        for text, value in options
+    )
+    return f'<div class="choice" role="group" aria-label="{label}"><span>{label}</span>{buttons}</div>'
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _printable(name: str) -> str:
+    """A file name that was not UTF-8 has no place in a page that is."""
+    return name.encode("utf-8", "replace").decode("utf-8")
