@@ -145,7 +145,7 @@ def test_help_shows_what_can_be_measured(capsys):
     for arguments, expected in (
         (["--help"], "zeroshot,retrieval,segment,all"),
         (["segment", "--help"], "--ignore-index"),
-        (["zeroshot", "--help"], "CLIP-benchmark"),
+        (["zeroshot", "--help"], "cgspn eval zeroshot embedded runs/student --data photos/"),
     ):
         with pytest.raises(SystemExit):
             run(*arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from inspect import getdoc
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -200,10 +201,10 @@ class Eval:
     """
 
     what: Annotated[
-        Annotated[Zeroshot, tyro.conf.subcommand("zeroshot", prefix_name=False)]
-        | Annotated[Retrieval, tyro.conf.subcommand("retrieval", prefix_name=False)]
-        | Annotated[Segment, tyro.conf.subcommand("segment", prefix_name=False)]
-        | Annotated[All, tyro.conf.subcommand("all", prefix_name=False)],
+        Annotated[Zeroshot, tyro.conf.subcommand("zeroshot", description=getdoc(Zeroshot), prefix_name=False)]
+        | Annotated[Retrieval, tyro.conf.subcommand("retrieval", description=getdoc(Retrieval), prefix_name=False)]
+        | Annotated[Segment, tyro.conf.subcommand("segment", description=getdoc(Segment), prefix_name=False)]
+        | Annotated[All, tyro.conf.subcommand("all", description=getdoc(All), prefix_name=False)],
         tyro.conf.arg(name=""),
     ]
     """What is measured."""
