@@ -66,8 +66,8 @@ class PatchEmbed(nn.Module):
         height, width = self.grid_of(images)
         if mask is not None:
             p = self.patch_size[0]
-            if mask.shape != (len(images), height, width):
-                raise ValueError(f"mask has shape {tuple(mask.shape)}; expected {(len(images), height, width)}")
+            if mask.shape != (images.shape[0], height, width):
+                raise ValueError(f"mask has shape {tuple(mask.shape)}; expected {(images.shape[0], height, width)}")
             outside = ~mask.repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]
             images = images[:, :, : height * p, : width * p].masked_fill(outside, 0.0)
         return self.projection(images).flatten(2).transpose(1, 2), Grid(height, width, mask=mask)

@@ -45,8 +45,14 @@ def resize_matrix(ranks: Tensor, size: int, resize: PositionResize) -> Tensor:
 
 def resize_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """table [h0, w0, C], rows [..., h, h0] and columns [..., w, w0] of `resize_matrix` -> [..., h, w, C] float32."""
-    wide = torch.einsum("...hi,ijc->...hjc", rows, table.float())
-    return torch.einsum("...wj,...hjc->...hwc", columns, wide)
+    width, channels = table.shape[1:]
+    wide = (rows @ table.float().flatten(1)).unflatten(-1, (width, channels))
+    return _turned((columns @ _turned(wide).flatten(-2)).unflatten(-1, (-1, channels)))
+
+
+def _turned(t: Tensor) -> Tensor:
+    """[..., a, b, C] -> [..., b, a, C], in its own memory: views of views fix sizes of 1 in an exported program."""
+    return t.transpose(-3, -2).clone(memory_format=torch.contiguous_format)
 
 
 def _cubic(distance: Tensor, a: float) -> Tensor:

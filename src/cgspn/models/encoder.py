@@ -221,4 +221,4 @@ class Encoder(TimmContract):
 
 def to_map(tokens: Tensor, grid: Grid) -> Tensor:
     """tokens [B, prefix + h*w, C] -> the grid alone, [B, h, w, C]."""
-    return tokens[:, grid.prefix :].reshape(tokens.shape[0], grid.height, grid.width, -1)
+    return tokens[:, grid.prefix :].unflatten(1, (grid.height, grid.width))

@@ -1,0 +1,67 @@
+"""`cgspn export`: an encoder as a file that other programs run, checked against the encoder before it is kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.table import Table
+
+from ..console import console
+from ..teachers import load_model
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write an encoder as ONNX, a torch.export program or an AOTInductor package, and compare it with the encoder.
+
+    Inputs are normalised images [B, channels, H, W]; outputs the tokens and the pooled vector (and logits or the
+    image-text embedding, where the model has such). A description, OUT.json, is written beside the file.
+
+    Examples:
+        cgspn export embedded teacher.onnx --max-size 56
+        cgspn export runs/student student.pt2 --format torch --min-size 224 --max-size 1036
+        cgspn export runs/student student.pt2 --format aot --max-batch 8 --device cuda
+    """
+
+    source: tyro.conf.Positional[str]
+    """A checkpoint folder or file of any format that is read here, a hub id, or "embedded"."""
+    out: tyro.conf.Positional[Path]
+    """The file: .onnx for onnx, .pt2 for torch and aot."""
+    format: Literal["onnx", "torch", "aot"] = "onnx"
+    """"onnx": plain operators of opset 18, for ONNX Runtime and others. "torch": torch.export, custom operators of
+    this library. "aot": the same, compiled for this kind of machine; needs a C++ compiler."""
+    min_size: int | None = None
+    """Smallest height and width in pixels, a multiple of the patch size; one patch by default."""
+    max_size: int | None = None
+    """Largest height and width; twice the native size by default."""
+    max_batch: int = 32
+    """Largest batch."""
+    device: str = "cpu"
+    """"cpu" or "cuda": where a torch or aot program runs. ONNX is the same for both."""
+
+    def run(self) -> None:
+        """Raises ValueError (ExportError if the file does not give what the encoder gives) or OSError."""
+        from ..export import export_model
+
+        model = load_model(self.source).to(self.device)
+        with console.status(f"exporting {self.source}") as status:
+            found = export_model(
+                model,
+                self.out,
+                format=self.format,
+                min_size=self.min_size,
+                max_size=self.max_size,
+                max_batch=self.max_batch,
+                source=self.source,
+                say=status.update,
+            )
+        table = Table("batch", "height", "width", *(f"{name}, relative error" for name in found[0].errors))
+        for parity in found:
+            table.add_row(
+                *map(str, (parity.batch, parity.height, parity.width)), *map("{:.1e}".format, parity.errors.values())
+            )
+        console.print(table)
+        console.print(f"wrote {self.out} and {self.out}.json")

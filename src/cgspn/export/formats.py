@@ -1,0 +1,121 @@
+"""The three files an encoder can become: a torch.export program, an AOTInductor package, an ONNX graph in plain ops."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .bounds import Bounds
+from .trace import ImageSide, trace
+
+Format = Literal["onnx", "torch", "aot"]
+Runner = Callable[[Tensor], Sequence[Tensor]]
+SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "aot": ".pt2"}
+LOADER: dict[Format, str] = {
+    "onnx": "onnxruntime, or any runtime of opset 18; operators of the standard domain alone",
+    "torch": "import cgspn.ops, then torch.export.load(path).module(): propagate_2d is a custom operator",
+    "aot": "import cgspn.ops, then torch._inductor.aoti_load_package(path): propagate_2d is a custom operator that "
+    "runs in Python, so a loader without Python cannot run the package; its code is for the kind of machine it was "
+    "compiled on",
+}
+
+
+def write_torch(side: ImageSide, bounds: Bounds, path: Path) -> None:
+    """Save a torch.export program (.pt2). Raises OSError, and torch's errors for what cannot be traced."""
+    torch.export.save(trace(side, bounds), path)
+
+
+def write_aot(side: ImageSide, bounds: Bounds, path: Path) -> None:
+    """Compile and save an AOTInductor package (.pt2). Raises ValueError without a C++ compiler."""
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        found = shutil.which(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        found = None
+    if found is None:
+        raise ValueError("format is 'aot', which needs a C++ compiler: install g++ or clang; 'onnx' and 'torch' do not")
+    aoti_compile_and_package(trace(side, bounds), package_path=str(path))
+
+
+def write_onnx(side: ImageSide, bounds: Bounds, path: Path) -> None:
+    """Save an ONNX graph, opset 18, no custom domain; above 2 GB its weights lie in `path`.data beside it.
+
+    side: float32, on the CPU. Raises ValueError without the packages of the extra `export`.
+    """
+    check_onnx()
+    from .onnx_scan import propagate_2d_onnx
+
+    with _quiet():
+        program = torch.onnx.export(
+            trace(side, bounds, onnx=True),
+            (),
+            dynamo=True,
+            opset_version=18,
+            input_names=["images"],
+            output_names=side.names,
+            custom_translation_table={torch.ops.cgspn.propagate_2d.default: propagate_2d_onnx},
+            verbose=False,
+        )
+    assert program is not None
+    size = sum(p.numel() * p.element_size() for p in side.parameters())
+    program.save(str(path), external_data=size > 1.9e9)  # protobuf ends at 2 GB
+
+
+def check_onnx() -> None:
+    """Raise ValueError, naming the extra, if a package that ONNX export or its check needs is missing."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # type: ignore[import-untyped]  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"format is 'onnx', which needs {error.name}; install cgspn[export]") from error
+
+
+WRITERS: dict[Format, Callable[[ImageSide, Bounds, Path], None]] = {
+    "onnx": write_onnx,
+    "torch": write_torch,
+    "aot": write_aot,
+}
+
+
+def open_file(path: Path, format: Format) -> Runner:
+    """A function from images [B, channels, H, W] to the exported outputs, in order: the format's own loader.
+
+    Raises what that raises for a damaged file.
+    """
+    if format == "torch":
+        program: Runner = torch.export.load(path).module()
+        return program
+    if format == "aot":
+        package: Runner = torch._inductor.aoti_load_package(str(path))
+        return package
+    check_onnx()
+    import onnxruntime
+
+    session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(out) for out in session.run(None, {"images": images.cpu().numpy()})]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's notes on torchvision, which is not used, and on its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
