@@ -1,12 +1,14 @@
-"""The PyTorch backend: the recurrence line by line, directions with lines of one length in the same operation.
+"""The PyTorch backend: the recurrence line by line, everything else a slab of lines at a time.
 
-Runs on any device PyTorch runs on. All work on a line (normalisation, recurrence, gate, gradients) is done while it is
-in the cache, and on a square grid the four directions share every operation: on small grids calling an operation
-costs more than its arithmetic. The backward keeps nothing from the forward: it scans again.
-Sums, state and normalisation are float32, or float64 where the inputs are.
+Runs on any device PyTorch runs on. On small grids calling an operation costs more than its arithmetic, so a line takes
+as few as there are: the weighted sum of its neighbours and one addition. What does not wait for the line before
+(sigmoid, normalisation, products with lam and u, most of the gradients) is done for as many lines at once as stay in
+the cache, and on a square grid the four directions share every operation. The backward keeps nothing from the forward:
+it scans again. Sums, state and normalisation are float32, or float64 where the inputs are.
 
-Shapes: G directions go together; a line of all of them is [G, B, M, C] and the weights of its three neighbours
-[3, G, B, M, C]. States carry a zero at either end, [G, B, M + 2, C], so that neighbours are a view of them.
+Shapes: G directions go together; a slab of n lines of all of them is [n, G, B, M, C] and the weights of the three
+neighbours [3, n, G, B, M, C]. States carry a zero at either end, [n + 1, G, B, M + 2, C] with the state before the
+first line in front, so that neighbours are a view of them.
 """
 
 from __future__ import annotations
@@ -24,8 +26,12 @@ def _state_dtype(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
+# weights in a slab, at most: the 4 MiB of them stay in the cache of a core or its share of the last level
+SLAB = 1 << 20
+
+
 class _Group:
-    """Directions that are scanned together, and where each of them finds line number `step` of its scan."""
+    """Directions that are scanned together, and where each of them finds the lines of its scan."""
 
     def __init__(self, codes: Sequence[int], members: Sequence[int], shape: Sequence[int]):
         self.members = list(members)  # positions in `codes`, and so in dimension D of the parameters
@@ -33,6 +39,8 @@ class _Group:
         self.axes = [1 if name in ("down", "up") else 2 for name in names]
         self.ahead = [name in ("down", "right") for name in names]
         self.count = shape[self.axes[0]]
+        line = 3 * len(self.members) * shape[0] * shape[3 - self.axes[0]] * shape[3]
+        self.most = max(1, SLAB // max(1, line))  # lines of a slab
 
     def maps(self, t: Tensor) -> list[Tensor]:
         """[B, H, W, D, ...] -> the map [B, H, W, ...] of each direction of the group."""
@@ -42,23 +50,43 @@ class _Group:
         """A map [B, H, W, ...] that all directions of the group read or add to."""
         return [t] * len(self.members)
 
-    def lines(self, maps: Iterable[Tensor], step: int) -> list[Tensor]:
-        """Views [B, M, ...] of line `step` of each map."""
-        behind = self.count - 1 - step
-        return [t.select(axis, step if up else behind) for t, axis, up in zip(maps, self.axes, self.ahead, strict=True)]
+    def slabs(self) -> list[range]:
+        """The steps of the scan, as many together as fit."""
+        return [range(k, min(k + self.most, self.count)) for k in range(0, self.count, self.most)]
 
-    def read(self, maps: Iterable[Tensor], step: int, dtype: torch.dtype) -> Tensor:
-        """Line `step` of each map, [G, B, M, ...]."""
-        return torch.stack(self.lines(maps, step)).to(dtype)
+    def _lines(self, maps: Iterable[Tensor], steps: range) -> list[Tensor]:
+        """Views [n, B, M, ...] of some steps' lines of each map, in the order of the map and not of the scan."""
+        found = []
+        for t, axis, ahead in zip(maps, self.axes, self.ahead, strict=True):
+            start = steps.start if ahead else self.count - steps.stop
+            found.append(t.narrow(axis, start, len(steps)).movedim(axis, 0))
+        return found
 
-    def write(self, maps: Iterable[Tensor], step: int, line: Tensor) -> None:
+    def _turned(self, lines: Iterable[Tensor]) -> list[Tensor]:
+        """From the order of the map to that of the scan, and back."""
+        return [t if ahead or len(t) == 1 else t.flip(0) for t, ahead in zip(lines, self.ahead, strict=True)]
+
+    def read(self, maps: Iterable[Tensor], steps: range, dtype: torch.dtype) -> Tensor:
+        """The lines of some steps, [n, G, B, M, ...]."""
+        return torch.stack(self._turned(self._lines(maps, steps)), 1).to(dtype)
+
+    def read_weights(self, maps: Iterable[Tensor], steps: range, dtype: torch.dtype) -> Tensor:
+        """The lines of some steps of maps [B, H, W, 3, C], a slab of weights [3, n, G, B, M, C]."""
+        lines = self._turned(self._lines(maps, steps))
+        return torch.stack([t.movedim(3, 0) for t in lines], 2).to(dtype)
+
+    def write(self, maps: Iterable[Tensor], steps: range, slab: Tensor) -> None:
         """The inverse of `read`."""
-        for out, t in zip(self.lines(maps, step), line, strict=True):
+        for out, t in zip(self._lines(maps, steps), self._turned(slab.unbind(1)), strict=True):
             out.copy_(t)
 
-    def add(self, total: Tensor, step: int, line: Tensor) -> None:
-        """Add line `step` of each direction to the one map they share."""
-        for out, t in zip(self.lines(self.shared(total), step), line, strict=True):
+    def write_weights(self, maps: Iterable[Tensor], steps: range, slab: Tensor) -> None:
+        """The inverse of `read_weights`."""
+        self.write(maps, steps, slab.movedim(0, -2))
+
+    def add(self, total: Tensor, steps: range, slab: Tensor) -> None:
+        """Add the lines of each direction to the one map they share."""
+        for out, t in zip(self._lines(self.shared(total), steps), self._turned(slab.unbind(1)), strict=True):
             out.add_(t)
 
 
@@ -71,68 +99,78 @@ def _groups(codes: Sequence[int], shape: Sequence[int]) -> list[_Group]:
     return [_Group(codes, members, shape) for members in (vertical, horizontal) if members]
 
 
-def _padded(line: Tensor) -> Tensor:
-    return torch.nn.functional.pad(line, (0, 0, 1, 1))
+def _padded(t: Tensor) -> Tensor:
+    return torch.nn.functional.pad(t, (0, 0, 1, 1))
+
+
+def _inner(padded: Tensor) -> Tensor:
+    return padded[..., 1:-1, :]
 
 
 def _neighbours(padded: Tensor) -> Tensor:
-    """[G, B, M + 2, C] -> its view [3, G, B, M, C]: positions j-1, j, j+1."""
-    return padded.unfold(2, 3, 1).movedim(-1, 0)
+    """[..., M + 2, C] -> its view [3, ..., M, C]: positions j-1, j, j+1."""
+    return padded.unfold(-2, 3, 1).movedim(-1, 0)
 
 
-def _mix(weights: Tensor, padded: Tensor) -> Tensor:
-    """W h for the state of the line before."""
-    left, centre, right = _neighbours(padded)
-    return torch.mul(weights[1], centre).addcmul_(weights[0], left).addcmul_(weights[2], right)
+def _mix(weights: Sequence[Tensor], neighbours: Sequence[Tensor]) -> Tensor:
+    """W h for the state of the line before: the sum over three neighbours."""
+    out = torch.mul(weights[1], neighbours[1])
+    return out.addcmul_(weights[0], neighbours[0]).addcmul_(weights[2], neighbours[2])
 
 
-def _spread(weights: Tensor, q: Tensor) -> Tensor:
+def _spread(weights: Sequence[Tensor] | Tensor, q: Tensor) -> Tensor:
     """W^T q: what every position gets back from those on the next line that read it."""
     out = weights[1] * q
-    out[:, :, :-1].addcmul_(weights[0, :, :, 1:], q[:, :, 1:])
-    out[:, :, 1:].addcmul_(weights[2, :, :, :-1], q[:, :, :-1])
+    out[:, :, :-1].addcmul_(weights[0][:, :, 1:], q[:, :, 1:])
+    out[:, :, 1:].addcmul_(weights[2][:, :, :-1], q[:, :, :-1])
     return out
 
 
-class _Line(NamedTuple):
-    """One line of `propagate_2d`, as forward and backward need it."""
+class _Slab(NamedTuple):
+    """Some lines of `propagate_2d`, as forward and backward need them."""
 
-    outside: Tensor | None  # [G, B, M, 1] bool: padding
-    sigma: Tensor  # [3, G, B, M, C], zero where there is no neighbour
+    steps: range
+    outside: Tensor | None  # [n, G, B, M, 1] bool: padding
+    sigma: Tensor  # [3, n, G, B, M, C], zero where there is no neighbour
     total: Tensor  # their sum, clamped
     mean: Tensor  # W h of the line before
-    before: Tensor  # padded state of the line before
-    state: Tensor  # padded state of this line
+    states: Tensor  # padded state before the first line, and of every line
 
 
-def _scan(group: _Group, x: Tensor, logits: Tensor, lam: Tensor, mask: Tensor | None) -> Iterator[_Line]:
+def _scan(group: _Group, x: Tensor, logits: Tensor, lam: Tensor, mask: Tensor | None) -> Iterator[_Slab]:
     dtype = _state_dtype(x)
     xs, scales, scores = group.shared(x), group.maps(lam), group.maps(logits)
-    state = outside = outside_before = None
-    for step in range(group.count):
-        sigma = torch.stack([t.movedim(2, 0) for t in group.lines(scores, step)], 1).to(dtype).sigmoid_()
-        sigma[0, :, :, 0] = 0.0
-        sigma[2, :, :, -1] = 0.0
+    last: Tensor | None = None
+    outside: Tensor | None = None
+    for steps in group.slabs():
+        sigma = group.read_weights(scores, steps, dtype).sigmoid_()
+        sigma[0, ..., 0, :] = 0.0
+        sigma[2, ..., -1, :] = 0.0
+        drive = group.read(scales, steps, dtype).mul_(group.read(xs, steps, dtype))
         if mask is not None:
-            outside_before = outside
-            outside = ~group.read(group.shared(mask), step, torch.bool)[..., None]
-            missing = outside if outside_before is None else outside | _neighbours(_padded(outside_before))
-            sigma.masked_fill_(missing, 0.0)
+            inside = group.read(group.shared(mask), steps, torch.bool)[..., None]
+            first = torch.zeros_like(inside[:1]) if outside is None else outside[-1:]
+            outside = ~inside
+            sigma.masked_fill_(outside | _neighbours(_padded(torch.cat([first, outside[:-1]]))), 0.0)
+            drive.masked_fill_(outside, 0.0)  # no neighbour and no drive: the state is zero there
         total = (sigma[0] + sigma[1]).add_(sigma[2]).clamp_(min=EPSILON)
-        drive = group.read(scales, step, dtype).mul_(group.read(xs, step, dtype))
-        before = _padded(torch.zeros_like(drive)) if state is None else state
-        mean = _mix(sigma, before).div_(total)
-        h = drive.add_(mean)
-        if outside is not None:
-            h.masked_fill_(outside, 0.0)
-        state = _padded(h)
-        yield _Line(outside, sigma, total, mean, before, state)
+        states = drive.new_zeros((len(drive) + 1, *drive.shape[1:3], drive.shape[3] + 2, drive.shape[4]))
+        if last is not None:
+            states[0] = last
+        mean = torch.empty_like(drive)
+        weights, before = zip(*(t.unbind(0) for t in sigma)), zip(*(t.unbind(0) for t in _neighbours(states)))
+        each = zip(weights, before, drive, total, mean, _inner(states)[1:])
+        for w, neighbours, d, sums, m, h in each:
+            torch.div(_mix(w, neighbours), sums, out=m)
+            torch.add(d, m, out=h)
+        last = states[-1]
+        yield _Slab(steps, outside, sigma, total, mean, states)
 
 
-def _gated(line: _Line, t: Tensor, gate: Tensor) -> Tensor:
+def _gated(slab: _Slab, t: Tensor, gate: Tensor) -> Tensor:
     """gate * t, and zero in the padding, which may hold anything, NaN included."""
     out = t * gate
-    return out if line.outside is None else out.masked_fill_(line.outside, 0.0)
+    return out if slab.outside is None else out.masked_fill_(slab.outside, 0.0)
 
 
 def forward(
@@ -143,12 +181,12 @@ def forward(
     y = x.new_zeros(x.shape, dtype=dtype) if merge_sum else x.new_empty(u.shape)
     for group in _groups(directions, x.shape):
         gates = group.maps(u)
-        for step, line in enumerate(_scan(group, x, logits, lam, mask)):
-            out = _gated(line, line.state[:, :, 1:-1], group.read(gates, step, dtype))
+        for slab in _scan(group, x, logits, lam, mask):
+            out = _gated(slab, _inner(slab.states)[1:], group.read(gates, slab.steps, dtype))
             if merge_sum:
-                group.add(y, step, out)
+                group.add(y, slab.steps, out)
             else:
-                group.write(group.maps(y), step, out)
+                group.write(group.maps(y), slab.steps, out)
     return y.to(x.dtype)
 
 
@@ -169,25 +207,27 @@ def backward(
     for group in _groups(directions, x.shape):
         xs, scales, gates = group.shared(x), group.maps(lam), group.maps(u)
         dys = group.shared(dy) if merge_sum else group.maps(dy)
-        lines = list(_scan(group, x, logits, lam, mask))
+        slabs = list(_scan(group, x, logits, lam, mask))
         from_next: Tensor | None = None  # W^T g of the line that follows
-        for step in range(group.count - 1, -1, -1):
-            line = lines.pop()
-            grad = group.read(dys, step, dtype)
-            group.write(group.maps(du), step, _gated(line, line.state[:, :, 1:-1], grad))
-            g = _gated(line, grad, group.read(gates, step, dtype))
-            if from_next is not None:
-                g += from_next
-            group.write(group.maps(dlam), step, _gated(line, g, group.read(xs, step, dtype)))
-            group.add(dx, step, _gated(line, g, group.read(scales, step, dtype)))
-            q = g.div_(line.total)
-            from_next = _spread(line.sigma, q)
+        while slabs:
+            slab = slabs.pop()
+            steps = slab.steps
+            grad = group.read(dys, steps, dtype)
+            group.write(group.maps(du), steps, _gated(slab, _inner(slab.states)[1:], grad))
+            g = _gated(slab, grad, group.read(gates, steps, dtype))
+            q = torch.empty_like(g)
+            for k in range(len(steps) - 1, -1, -1):
+                if from_next is not None:
+                    g[k] += from_next
+                torch.div(g[k], slab.total[k], out=q[k])
+                from_next = _spread(slab.sigma[:, k], q[k])
+            group.write(group.maps(dlam), steps, _gated(slab, g, group.read(xs, steps, dtype)))
+            group.add(dx, steps, _gated(slab, g, group.read(scales, steps, dtype)))
             # d(sigma_k / total) gives neighbour k minus the mean; where the total is clamped, the neighbour alone
-            centre = line.mean.masked_fill_(line.total <= EPSILON, 0.0)
-            dsigma = torch.sub(_neighbours(line.before), centre, out=torch.empty_like(line.sigma)).mul_(q)
-            dlines = torch.ops.aten.sigmoid_backward(dsigma, line.sigma)
-            for out, t in zip(group.lines(group.maps(dlogits), step), dlines.unbind(1), strict=True):
-                out.copy_(t.movedim(0, 2))
+            centre = slab.mean.masked_fill_(slab.total <= EPSILON, 0.0)
+            before = _neighbours(slab.states[:-1])
+            dsigma = torch.sub(before, centre, out=torch.empty_like(slab.sigma)).mul_(q)
+            group.write_weights(group.maps(dlogits), steps, torch.ops.aten.sigmoid_backward(dsigma, slab.sigma))
     return dx.to(x.dtype), dlogits, dlam, du
 
 
@@ -202,10 +242,11 @@ def _scan_given(
     dtype = _state_dtype(x)
     state: Tensor | None = None
     for step in range(group.count):
-        taken = group.read([weights], step, dtype).movedim(3, 0)
-        h = group.read([lam], step, dtype).mul_(group.read([x], step, dtype))
+        line = range(step, step + 1)
+        taken = group.read_weights([weights], line, dtype)[:, 0]
+        h = group.read([lam], line, dtype)[0].mul_(group.read([x], line, dtype)[0])
         before = _padded(torch.zeros_like(h)) if state is None or _restarts(step, chunk) else state
-        state = _padded(h.add_(_mix(taken, before)))
+        state = _padded(h.add_(_mix(taken.unbind(0), _neighbours(before).unbind(0))))
         yield taken, before, state
 
 
@@ -214,7 +255,7 @@ def line_scan_forward(x: Tensor, weights: Tensor, lam: Tensor, direction: int, c
     group = _Group([direction], [0], x.shape)
     out = x.new_empty(x.shape)
     for step, (_, _, state) in enumerate(_scan_given(group, x, weights, lam, chunk)):
-        group.write([out], step, state[:, :, 1:-1])
+        group.write([out], range(step, step + 1), _inner(state)[None])
     return out
 
 
@@ -229,11 +270,12 @@ def line_scan_backward(
     from_next: Tensor | None = None
     for step in range(group.count - 1, -1, -1):
         taken, before, _ = lines.pop()
-        g = group.read([dh], step, dtype)
+        line = range(step, step + 1)
+        g = group.read([dh], line, dtype)[0]
         if from_next is not None:
             g = g + from_next
-        group.write([dx], step, g * group.read([lam], step, dtype))
-        group.write([dlam], step, g * group.read([x], step, dtype))
-        group.write([dweights], step, (_neighbours(before) * g).movedim(0, 3))
+        group.write([dx], line, g * group.read([lam], line, dtype))
+        group.write([dlam], line, g * group.read([x], line, dtype))
+        group.write_weights([dweights], line, (_neighbours(before) * g)[:, None])
         from_next = None if _restarts(step, chunk) else _spread(taken, g)
     return dx, dweights, dlam
