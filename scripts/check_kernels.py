@@ -1,6 +1,8 @@
 """Compile every kernel for every supported architecture, without a GPU, and fail on spills or too many registers.
 
-Needs cuda-core with NVRTC: pip install '.[cuda]'. Prints one line per kernel and architecture.
+    pip install '.[cuda]' && python scripts/check_kernels.py [--rivals]
+
+Prints one line per kernel and architecture. With `--rivals` also the cuts that `cgspn bench variants` compares.
 """
 
 from __future__ import annotations
@@ -8,50 +10,78 @@ from __future__ import annotations
 import itertools
 import re
 import sys
+from collections.abc import Iterator
 
 from cgspn.ops.cuda.compile import compile_cubin, macros
-from cgspn.ops.cuda.launch import merge_defines
-from cgspn.ops.cuda.plan import Machine, Problem, choose
+from cgspn.ops.cuda.launch import merge_defines, scan_defines
+from cgspn.ops.cuda.plan import Cut, Machine, Problem, choose
+from cgspn.ops.cuda.projected import projected_defines
+from cgspn.ops.cuda.projected_plan import choose as choose_projected
+from cgspn.ops.cuda.projected_plan import choose_backward, cuts
 
 ARCHITECTURES = {"sm_80": Machine(108, 163 * 1024, False), "sm_90": Machine(132, 227 * 1024, True)}
 ARCHITECTURES["sm_100"] = Machine(148, 227 * 1024, True)
 REGISTERS = 65536  # of a processor
 # Bytes that a kernel may spill: the wide backward holds more than the 96 registers of a 640-thread block, and spilling
 # some was measured faster than narrower vectors (results/operator).
-SPILLS = {"forward": 160, "backward": 400, "merge": 0}
+SPILLS = {"forward": 160, "backward": 400}
 SHAPES = [(1, 74, 64), (1, 147, 64), (1, 294, 64), (8, 74, 64), (32, 74, 64), (32, 147, 64), (2, 40, 21), (1, 1024, 64)]
+PROJECTED = [(1, 74, 64), (32, 74, 64), (32, 147, 64), (8, 37, 24), (4, 74, 256)]
+Variant = tuple[str, dict[str, int]]
 
 
-def variants(machine: Machine) -> list[tuple[str, dict[str, int]]]:
-    """The kernels that the plan asks for at sizes people use, and line_scan's published one."""
-    import torch
-
-    found = [("merge", dict(merge_defines(dtype, vec))) for dtype, vec in ((torch.bfloat16, 8), (torch.float32, 4))]
+def scans(machine: Machine, rivals: bool) -> Iterator[Variant]:
+    """The scans that the plan asks for at sizes people use, and line_scan's published one."""
     cases = [(*shape, 1, code, bw) for shape, code, bw in itertools.product(SHAPES, (0, 2), (False, True))]
     cases += [(16, 1024, 8, 0, 0, bw) for bw in (False, True)]
     for b, n, c, normalise, code, backward in cases:
         size = 4 if code == 0 else 2
         p = Problem(backward, bool(normalise), size, b, c, 4 if normalise else 1, n, 16 if c % 8 == 0 else size)
-        cut = choose(p, machine)
-        if cut is None:
-            continue
-        narrow = int(cut.lanes * cut.vec * size < 32 and cut.groups(p) > 1)
-        defines = {"DTYPE": code, "VEC": cut.vec, "POS": cut.pos, "STAGES": cut.stages, "SPLIT": cut.split}
-        defines |= {"THREADS": cut.thread_bound(p), "NORMALISE": normalise, "MASKED": 1, "MERGE": normalise}
-        defines |= {"NARROW": narrow} | ({} if backward else {"SAVE": 1})
-        found.append(("backward" if backward else "forward", defines))
+        found = [choose(p, machine)]
+        if rivals and code == 2 and c == 64:
+            from cgspn.bench.variants import rival_cuts
+
+            found += rival_cuts(p, machine)
+        for cut in found:
+            if isinstance(cut, Cut):
+                save = None if backward else True
+                yield p.name, scan_defines(cut, p, code, masked=True, merged=bool(normalise), save=save)
+
+
+def projected(machine: Machine, rivals: bool) -> Iterator[Variant]:
+    """The projected scans that the plan asks for."""
+    for b, n, c in PROJECTED:
+        chosen = [(cut, False) for merged in (True, False) if (cut := choose_projected(b, n, c, 4, merged, machine))]
+        if last := choose_backward(b, n, c, 4, machine):
+            chosen.append((last, True))
+        if rivals and (b, n) == (32, 74):
+            chosen += [(cut, backward) for backward in (False, True) for cut in cuts(n, c, machine, backward)]
+        for (cut, backward), masked in itertools.product(chosen, (False, True)):
+            yield (
+                "projected_backward" if backward else "projected_forward",
+                projected_defines(cut, c, 2, masked=masked, gated=None if backward else True),
+            )
+
+
+def variants(machine: Machine, rivals: bool) -> list[Variant]:
+    """Every kernel with its macros, each once."""
+    import torch
+
+    found = [("merge", dict(merge_defines(dtype, vec))) for dtype, vec in ((torch.bfloat16, 8), (torch.float32, 4))]
+    found += [*scans(machine, rivals), *projected(machine, rivals)]
     return list({(name, macros(defines)): (name, defines) for name, defines in found}.values())
 
 
 def main() -> int:
     """Compile, print, and return the number of kernels over a limit."""
     failures = 0
+    rivals = "--rivals" in sys.argv[1:]
     for arch, machine in ARCHITECTURES.items():
-        for name, defines in variants(machine):
+        for name, defines in variants(machine, rivals and arch == "sm_90"):
             _, report = compile_cubin(name, macros(defines), arch)
             spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", report)))
             registers = max(map(int, re.findall(r"Used (\d+) registers", report)))
-            bad = spilled > SPILLS[name] or registers * defines["THREADS"] > REGISTERS
+            bad = (spilled > SPILLS.get(name, 0) and not rivals) or registers * defines["THREADS"] > REGISTERS
             failures += bad
             short = " ".join(f"{key}={value}" for key, value in defines.items())
             print(f"{arch} {name}: {registers} registers, {spilled} bytes spilled, {short}{' TOO MANY' if bad else ''}")

@@ -80,8 +80,12 @@ def check_chunk(chunk: int | None) -> None:
         raise ValueError(f"chunk is {chunk}; expected None or at least 1 line")
 
 
+class NonFiniteError(ValueError):
+    """NaN or infinity among the values of an argument; the message says where."""
+
+
 def check_finite(mask: Tensor | None = None, **tensors: Tensor) -> None:
-    """Raise ValueError if a tensor holds NaN or infinity where the mask is True (or anywhere, without one).
+    """Raise NonFiniteError if a tensor holds NaN or infinity where the mask is True (or anywhere, without one).
 
     Only for plain tensors in eager mode: a traced program has no values to look at.
     """
@@ -94,7 +98,7 @@ def check_finite(mask: Tensor | None = None, **tensors: Tensor) -> None:
                 bad &= mask.view(*mask.shape, *[1] * (t.ndim - 3))
             if bad.any():
                 where = tuple(bad.nonzero()[0].tolist())
-                raise ValueError(
+                raise NonFiniteError(
                     f"{name} holds {int(bad.sum())} values that are not finite, the first at {where}; "
                     "expected finite values"
                 )

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import io
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from importlib.resources import files
@@ -26,9 +27,14 @@ def macros(values: Mapping[str, int]) -> Macros:
 
 @functools.cache
 def source(name: str) -> str:
-    """The text of kernels/`name`.cu with what all kernels share in front."""
+    """The text of kernels/`name`.cu with what it includes in the place of the includes."""
     folder = files(__package__) / "kernels"
-    return (folder / "common.cuh").read_text() + (folder / f"{name}.cu").read_text()
+
+    def expand(file: str) -> str:
+        text = (folder / file).read_text()
+        return re.sub(r'^#include "(.+)"$', lambda match: expand(match[1]), text, flags=re.MULTILINE)
+
+    return expand(f"{name}.cu")
 
 
 @functools.cache

@@ -8,14 +8,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .compile import Kernel, Macros, check, kernel, macros
-from .plan import Machine, Problem, choose
+from .plan import Cut, Machine, Problem, choose
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _VIEW = struct.Struct("<7q")  # address, then byte strides of batch, row, column, direction, neighbour, channel
@@ -47,6 +48,7 @@ class Call(NamedTuple):
     chunk: int
     alignment: int
     layouts: tuple[Layout, ...]
+    cut: Cut | None = None  # for measurements; by default the plan's own
 
 
 class Prepared(NamedTuple):
@@ -57,7 +59,6 @@ class Prepared(NamedTuple):
     threads: int
     shared: int
     arguments: bytes
-    merge: Kernel | None  # adds up the planes of the directions afterwards
 
 
 def layout(t: Tensor | None, dims: str) -> Layout:
@@ -69,6 +70,11 @@ def layout(t: Tensor | None, dims: str) -> Layout:
     if "c" in dims:  # one channel: its stride means nothing
         strides.setdefault("c", size)
     return Layout(**strides)
+
+
+def view(strides: Layout) -> bytes:
+    """A kernel's View of common.cuh, its address left out."""
+    return _VIEW.pack(0, *strides)
 
 
 def alignment(tensors: Sequence[Tensor | None], layouts: Sequence[Layout]) -> int:
@@ -93,10 +99,46 @@ def machine(device: int) -> Machine:
     return Machine(properties.multi_processor_count, shared, properties.major >= 9)
 
 
+@functools.cache
+def architecture(device: int) -> str:
+    """What kernels are compiled for: "sm_90"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+@contextmanager
+def current_stream(device: int) -> Iterator[int]:
+    """PyTorch's current stream of a device, which is the current one meanwhile."""
+    with torch.cuda.device(device):
+        yield torch.cuda.current_stream(device).cuda_stream
+
+
+# The macros of common.cuh for a kernel that uses only its types and arithmetic, so that they make no variants of it.
+PLAIN = {"POS": 1, "NORMALISE": 1, "MERGE": 0, "SPLIT": 1, "HALO": 0, "TURNS": 0, "NARROW": 0, "MASKED": 0}
+
+
 def merge_defines(dtype: torch.dtype, vec: int) -> Macros:
-    """The macros of kernels/merge.cu; those it does not use are fixed, so that they make no further variants."""
-    unused = {"POS": 1, "STAGES": 2, "THREADS": 256, "NORMALISE": 1, "MASKED": 0, "MERGE": 0, "SPLIT": 1, "NARROW": 0}
-    return macros({"DTYPE": DTYPE_CODES[dtype], "VEC": vec, **unused})
+    """The macros of kernels/merge.cu."""
+    return macros({"DTYPE": DTYPE_CODES[dtype], "VEC": vec, "STAGES": 2, "THREADS": 256, **PLAIN})
+
+
+def scan_defines(cut: Cut, p: Problem, dtype: int, *, masked: bool, merged: bool, save: bool | None) -> dict[str, int]:
+    """The macros of kernels/forward.cu, or of backward.cu, which has no `save`."""
+    defines = {
+        "DTYPE": dtype,
+        "VEC": cut.vec,
+        "POS": cut.pos,
+        "STAGES": cut.stages,
+        "THREADS": cut.thread_bound(p),
+        "NORMALISE": int(p.normalise),
+        "MASKED": int(masked),
+        "SPLIT": cut.split,
+        "HALO": cut.beyond(),
+        "TURNS": int(cut.turns),
+        "MERGE": int(merged and not cut.turns),
+        "NARROW": int(cut.lanes * cut.vec * p.itemsize < 32 and cut.groups(p) > 1),
+    }
+    return defines if save is None else defines | {"SAVE": int(save)}
 
 
 def problem(call: Call) -> Problem:
@@ -110,43 +152,29 @@ def problem(call: Call) -> Problem:
 def prepare(call: Call) -> Prepared | None:
     """Choose the cut, compile and load the kernel, pack the arguments. None where lines are too long."""
     p, gpu = problem(call), machine(call.device)
-    cut = choose(p, gpu)
+    cut = call.cut or choose(p, gpu)
     if cut is None:
         return None
+    if call.cut is not None and not cut.fits(p, gpu):
+        raise ValueError(f"{cut} does not fit {p}")
     b, h, w, c = call.shape
     directions = len(call.codes)
-    defines = {
-        "DTYPE": DTYPE_CODES[call.dtype],
-        "VEC": cut.vec,
-        "POS": cut.pos,
-        "STAGES": cut.stages,
-        "THREADS": cut.thread_bound(p),
-        "NORMALISE": int(call.normalise),
-        "MASKED": int(call.masked),
-        "SPLIT": cut.split,
-        "MERGE": int(call.merged),
-        "NARROW": int(cut.lanes * cut.vec * p.itemsize < 32 and cut.groups(p) > 1),
-    }
-    major, minor = torch.cuda.get_device_capability(call.device)
-    arch = f"sm_{major}{minor}"
-    if call.name == "forward":
-        defines["SAVE"] = int(call.save)
-    scan = kernel(call.name, f"scan_{call.name}", macros(defines), arch)
+    save = call.save if call.name == "forward" else None
+    defines = scan_defines(cut, p, DTYPE_CODES[call.dtype], masked=call.masked, merged=call.merged, save=save)
+    scan = kernel(call.name, f"scan_{call.name}", macros(defines), architecture(call.device))
     shared = cut.shared_bytes(p)
     scan.allow_shared(shared, call.device)
     codes = (*call.codes, 0, 0, 0)[:4]
-    cuts = (c // cut.vec, cut.lanes, cut.groups(p), cut.rows(p), p.longest, call.chunk)
-    packed = b"".join(_VIEW.pack(0, *strides) for strides in call.layouts)
-    packed += struct.pack("<15i4x", b, h, w, c, directions, *codes, *cuts)
-    merge = None
-    if call.merged:
-        wide = 16 // call.dtype.itemsize
-        vec = wide if b * h * w * c % wide == 0 else 1
-        merge = kernel("merge", "merge", merge_defines(call.dtype, vec), arch)
-    return Prepared(scan, b * directions * cut.groups(p) * cut.split, cut.threads(p), shared, packed, merge)
+    cuts = (c // cut.vec, cut.lanes, cut.groups(p), cut.rows(p), cut.own(p), p.longest, call.chunk)
+    packed = b"".join(view(strides) for strides in call.layouts)
+    packed += struct.pack("<16i", b, h, w, c, directions, *codes, *cuts)
+    return Prepared(scan, cut.blocks(p), cut.threads(p), shared, packed)
 
 
-def _launch(k: Kernel, grid: int, threads: int, shared: int, stream: int, *values: ctypes.Array[ctypes.c_char]) -> None:
+def launch_kernel(
+    k: Kernel, grid: int, threads: int, shared: int, stream: int, *values: ctypes.Array[ctypes.c_char]
+) -> None:
+    """Launch on a stream of the current device; `values` are the kernel's arguments by value."""
     from cuda.bindings import driver
 
     pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
@@ -154,28 +182,35 @@ def _launch(k: Kernel, grid: int, threads: int, shared: int, stream: int, *value
     check(driver.cuLaunchKernel(k.handle, grid, 1, 1, threads, 1, 1, shared, stream, address, 0))
 
 
-def _value(data: bytes) -> ctypes.Array[ctypes.c_char]:
+def value(data: bytes) -> ctypes.Array[ctypes.c_char]:
+    """Bytes as an argument of `launch_kernel`."""
     return (ctypes.c_char * len(data)).from_buffer_copy(data)
 
 
 def launch(prepared: Prepared, tensors: Sequence[Tensor | None], call: Call, planes: Tensor | None) -> None:
     """Fill in the addresses and launch on the current stream of the call's device."""
-    arguments = _value(prepared.arguments)
+    arguments = value(prepared.arguments)
     for n, t in enumerate(tensors):
         if t is not None:
             struct.pack_into("<q", arguments, n * _VIEW.size, t.data_ptr())
     if prepared.grid == 0:
         return
-    with torch.cuda.device(call.device):
-        stream = torch.cuda.current_stream(call.device).cuda_stream
-        _launch(prepared.kernel, prepared.grid, prepared.threads, prepared.shared, stream, arguments)
-        if prepared.merge is not None:
-            out = tensors[-1]
-            assert planes is not None
-            assert out is not None
-            wide = 16 // out.element_size()
-            count = out.numel() // wide if out.numel() % wide == 0 else out.numel()
-            stride = out.numel() * out.element_size()
-            values = [_value(struct.pack("<q", v)) for v in (planes.data_ptr(), out.data_ptr(), count, stride)]
-            blocks = -(-count // 256)
-            _launch(prepared.merge, blocks, 256, 0, stream, *values, _value(struct.pack("<i", len(call.codes))))
+    with current_stream(call.device) as stream:
+        launch_kernel(prepared.kernel, prepared.grid, prepared.threads, prepared.shared, stream, arguments)
+    if planes is not None:
+        out = tensors[-1]
+        assert out is not None
+        merge_planes(planes, out, len(call.codes))
+
+
+def merge_planes(planes: Tensor, out: Tensor, directions: int) -> None:
+    """Add up planes [D, ...] of outputs, D outermost in memory, into contiguous `out`, in float32 and in order."""
+    size = out.element_size()
+    wide = 16 // size if out.numel() % (16 // size) == 0 else 1
+    device = out.get_device()
+    merge = kernel("merge", "merge", merge_defines(out.dtype, wide), architecture(device))
+    count = out.numel() // wide
+    values = [value(struct.pack("<q", v)) for v in (planes.data_ptr(), out.data_ptr(), count, out.numel() * size)]
+    if blocks := -(-count // 256):
+        with current_stream(device) as stream:
+            launch_kernel(merge, blocks, 256, 0, stream, *values, value(struct.pack("<i", directions)))

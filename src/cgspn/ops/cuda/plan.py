@@ -37,6 +37,11 @@ class Problem:
     alignment: int
 
     @property
+    def name(self) -> str:
+        """Of the kernel's source."""
+        return "backward" if self.backward else "forward"
+
+    @property
     def maps(self) -> int:
         """Input maps that pass through shared memory."""
         return 5 + self.normalise + 2 * self.backward
@@ -45,17 +50,37 @@ class Problem:
 @dataclass(frozen=True)
 class Cut:
     """One way to cut: `vec` channels and `pos` positions a thread, `lanes` vectors a block, `stages` lines in flight,
-    lines cut into `split` blocks."""
+    lines cut into `split` blocks.
+
+    halo: positions beyond its own, on either side, that a block of a cut line scans too; the blocks exchange states
+        once in as many lines.
+    turns: forward of a sum: a block takes the directions in turn and keeps their sum in shared memory, instead of a
+        block a direction and planes that are merged afterwards.
+    """
 
     vec: int
     lanes: int
     pos: int
     stages: int
     split: int = 1
+    halo: int = 1
+    turns: bool = False
+
+    def own(self, p: Problem) -> int:
+        """Positions of a line that a block writes."""
+        return -(-p.longest // self.split)
+
+    def beyond(self) -> int:
+        """The halo's width on either side; none where lines are whole."""
+        return self.halo if self.split > 1 else 0
 
     def rows(self, p: Problem) -> int:
         """Positions a block handles at once."""
-        return -(-p.longest // (self.pos * self.split))
+        return -(-(self.own(p) + 2 * self.beyond()) // self.pos)
+
+    def blocks(self, p: Problem) -> int:
+        """Blocks of a launch."""
+        return p.batch * self.groups(p) * self.split * (1 if self.turns else p.directions)
 
     def threads(self, p: Problem) -> int:
         """Block size, in whole warps."""
@@ -66,13 +91,13 @@ class Cut:
         return -(-p.channels // (self.vec * self.lanes))
 
     def shared_bytes(self, p: Problem) -> int:
-        """Dynamic shared memory of a block: lines of float32 state, then the stages of the backward."""
-        rows = self.rows(p)
-        state = (4 if p.backward else 2) * (rows * self.pos + 2) * self.lanes * self.vec * 4
-        if not p.backward:  # its stages are in registers
-            return state
-        edges = 2 * self.lanes * self.vec * p.itemsize if self.split > 1 else 0
-        return state + self.stages * edges + self.stages * p.maps * rows * self.pos * self.lanes * self.vec * p.itemsize
+        """Dynamic shared memory of a block: lines of float32 state, then stages of the backward or the sum so far."""
+        rows, vectors = self.rows(p), self.lanes * self.vec
+        state = (4 if p.backward else 2) * (rows * self.pos + 2) * vectors * 4
+        state += 4 * self.beyond() * (3 if p.backward else 1) * vectors * 4  # mailboxes
+        if p.backward:
+            return state + self.stages * p.maps * rows * self.pos * vectors * p.itemsize
+        return state + self.turns * p.longest * (p.longest * vectors * p.itemsize + 96)  # stages are in registers
 
     def thread_bound(self, p: Problem) -> int:
         """The block size the kernel is compiled for, in few steps so that image sizes share kernels."""
@@ -81,6 +106,8 @@ class Cut:
     def fits(self, p: Problem, machine: Machine) -> bool:
         """Whether a block has the threads, registers and shared memory it needs."""
         if self.threads(p) > MAX_THREADS or self.shared_bytes(p) > machine.shared_bytes:
+            return False
+        if (self.split > 1 and self.own(p) < self.halo) or (self.turns and (p.backward or self.split > 1)):
             return False
         work = self.vec * self.pos  # registers grow with it
         if not p.backward and work * p.itemsize * self.stages > 48:
@@ -117,9 +144,6 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
     splits = (1, 2, 4, 8) if machine.clusters else (1,)
     enough = machine.processors * 3 // 4
 
-    def blocks(cut: Cut) -> int:
-        return p.batch * p.directions * cut.groups(p) * cut.split
-
     wide = vectors[0]
     for run in (128, 64, 32):
         lanes = _lanes(p, wide, run)
@@ -130,7 +154,7 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
             continue
         # Below a sector the load/store unit works for nothing: rather leave processors idle, if lines are whole.
         least = machine.processors // 3 if run == 32 and first.split == 1 else enough
-        if blocks(first) >= least:
+        if first.blocks(p) >= least:
             return first
     # Too few blocks: cut finer.
     if p.longest > (100 if p.backward else 200) and machine.clusters:

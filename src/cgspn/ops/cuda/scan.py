@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import torch_scan
 from .launch import DTYPE_CODES, Call, Layout, alignment, launch, layout, prepare
+from .plan import Cut
 
 MIN_CAPABILITY = (8, 0)
 
@@ -48,6 +49,7 @@ def _scan(
     planes: int | None = None,
     save: bool = False,
     chunk: int | None = None,
+    cut: Cut | None = None,
 ) -> bool:
     """Launch. `tensors` in the order of the kernel's views; `planes` is the index of those to merge into the last.
 
@@ -72,6 +74,7 @@ def _scan(
         chunk or 0,
         align,
         layouts,
+        cut,
     )
     prepared = prepare(call)
     if prepared is None:
@@ -80,17 +83,18 @@ def _scan(
     return True
 
 
-def _planes(x: Tensor, directions: Sequence[int]) -> Tensor:
+def planes(x: Tensor, directions: Sequence[int]) -> Tensor:
     """Scratch for one plane per direction: [B, H, W, D, C] by its strides, stored direction by direction."""
     return empty((len(directions), *x.shape), x).permute(1, 2, 3, 0, 4)
 
 
-def _mask_bytes(mask: Tensor | None) -> Tensor | None:
+def mask_bytes(mask: Tensor | None) -> Tensor | None:
+    """A mask as the kernels read it."""
     return None if mask is None else mask.view(torch.uint8)
 
 
-def _readable(t: Tensor) -> Tensor:
-    """A cotangent in a layout that wide loads can read: autograd may hand over expanded or transposed ones."""
+def readable(t: Tensor) -> Tensor:
+    """`t` in a layout that wide loads can read: autograd may hand over expanded or transposed cotangents."""
     step = 16 // t.element_size()
     wide = t.stride(-1) == 1 and all(s % step == 0 for s in t.stride()[:-1]) and t.data_ptr() % 16 == 0
     return t if wide else t.contiguous()
@@ -105,35 +109,54 @@ def _forward(
     directions: Sequence[int],
     merge_sum: bool,
     h: Tensor | None,
+    cut: Cut | None,
 ) -> Tensor:
-    merged = merge_sum and len(directions) > 1
+    merged = merge_sum and len(directions) > 1 and not (cut is not None and cut.turns)
     y = empty(x.shape if merge_sum else u.shape, x)
-    first = _planes(x, directions) if merged else y.unsqueeze(3) if merge_sum else y
+    first = planes(x, directions) if merged else y.unsqueeze(3) if merge_sum else y
     done = _scan(
         "forward",
-        (x, lam, u, logits, first, h, _mask_bytes(mask), y if merged else None),
+        (x, lam, u, logits, first, h, mask_bytes(mask), y if merged else None),
         ("bhwc", "bhwdc", "bhwdc", "bhwdkc", "bhwdc", "bhwdc", "bhw", "bhwc"),
         directions,
         True,
         planes=4 if merged else None,
         save=h is not None,
+        cut=cut,
     )
     return y if done else torch_scan.forward(x, logits, lam, u, mask, directions, merge_sum)
 
 
 def forward(
-    x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, mask: Tensor | None, directions: Sequence[int], merge_sum: bool
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor,
+    u: Tensor,
+    mask: Tensor | None,
+    directions: Sequence[int],
+    merge_sum: bool,
+    cut: Cut | None = None,
 ) -> Tensor:
-    """`propagate_2d` without checks. Shapes as there; `directions` are indices into DIRECTIONS."""
-    return _forward(x, logits, lam, u, mask, directions, merge_sum, None)
+    """`propagate_2d` without checks. Shapes as there; `directions` are indices into DIRECTIONS.
+
+    `cut` is for measurements; the plan's own otherwise. Raises ValueError for one that does not fit.
+    """
+    return _forward(x, logits, lam, u, mask, directions, merge_sum, None, cut)
 
 
 def forward_saving(
-    x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, mask: Tensor | None, directions: Sequence[int], merge_sum: bool
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor,
+    u: Tensor,
+    mask: Tensor | None,
+    directions: Sequence[int],
+    merge_sum: bool,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`forward`, and the state h [B, H, W, D, C] that `backward_saved` takes, in the dtype of x."""
     h = empty(u.shape, x)
-    return _forward(x, logits, lam, u, mask, directions, merge_sum, h), h
+    return _forward(x, logits, lam, u, mask, directions, merge_sum, h, cut), h
 
 
 def backward_saved(
@@ -146,20 +169,22 @@ def backward_saved(
     directions: Sequence[int],
     merge_sum: bool,
     h: Tensor,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of `forward` to x, logits, lam and u, each in its input's dtype and shape."""
     merged = len(directions) > 1
     dx, dlogits, dlam, du = (empty(t.shape, x) for t in (x, logits, lam, u))
-    first = _planes(x, directions) if merged else dx.unsqueeze(3)
-    dy = _readable(dy)
+    first = planes(x, directions) if merged else dx.unsqueeze(3)
+    dy = readable(dy)
     y_dims = "bhwc" if merge_sum else "bhwdc"
     done = _scan(
         "backward",
-        (x, lam, u, logits, dy, h, _mask_bytes(mask), first, dlam, du, dlogits, dx if merged else None),
+        (x, lam, u, logits, dy, h, mask_bytes(mask), first, dlam, du, dlogits, dx if merged else None),
         ("bhwc", "bhwdc", "bhwdc", "bhwdkc", y_dims, "bhwdc", "bhw", "bhwdc", "bhwdc", "bhwdc", "bhwdkc", "bhwc"),
         directions,
         True,
         planes=7 if merged else None,
+        cut=cut,
     )
     if not done:
         return torch_scan.backward(dy, x, logits, lam, u, mask, directions, merge_sum)
@@ -200,7 +225,7 @@ def line_scan_backward_saved(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `line_scan_forward` to x, weights and lam; `h` is what it returned."""
     dx, dweights, dlam = (empty(t.shape, x) for t in (x, weights, lam))
-    dh = _readable(dh)
+    dh = readable(dh)
     done = _scan(
         "backward",
         (x, lam, None, weights, dh, h, None, dx, dlam, None, dweights, None),

@@ -1,6 +1,10 @@
+#include "common.cuh"
+
 // The adjoint scan: lines in reverse, one block per direction, image and group of channels, as in forward.cu.
 // It reads the state h that the forward saved, in the input's dtype, and writes every gradient once; the gradient
 // of x is a plane per direction, merged at the end in float32. No atomics: the result does not depend on timing.
+//
+// Lines cut over a cluster: as in forward.cu, and what a halo position sends is put there by its owner.
 //
 // With g[i] the gradient of the state of line i: position j of line i sends w0 g to position j-1 of line i-1,
 // w1 g to j and w2 g to j+1. The first and the last cross threads through shared memory.
@@ -13,7 +17,7 @@ struct BackwardArguments {
 constexpr int MAPS = NORMALISE ? 8 : 7;  // h of the line before, x, lam, three logits, dy, u
 
 extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(const __grid_constant__ BackwardArguments a) {
-  extern __shared__ __align__(16) char shared[];
+  char* const shared = shared_memory();
   const Shape& s = a.s;
   const Walk walk(s);
   const int last = walk.lines - 1;
@@ -21,9 +25,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
   const int plane = (s.rows * POS + 2) * s.lanes;
   float* sent = (float*)shared;  // two lines of what goes to the left and two of what goes to the right
   char* stages = shared + 4 * plane * VEC * 4;
-  const int map_bytes = line_slots * POS * BYTES, stage_bytes = MAPS * map_bytes + (SPLIT > 1 ? 2 * s.lanes * BYTES : 0);
-  const bool first_row = SPLIT > 1 && walk.row == 0 && walk.part > 0;
-  const bool last_row = SPLIT > 1 && walk.row == s.rows - 1 && walk.part < SPLIT - 1;
+  const int map_bytes = line_slots * POS * BYTES, stage_bytes = MAPS * map_bytes;
+  Mailbox<3> mailbox((float*)(stages + STAGES * stage_bytes), s);
   for (int k = threadIdx.x; k < 4 * plane * VEC; k += blockDim.x) sent[k] = 0.f;
 
   const i64 sign = walk.backwards ? 1 : -1;  // from the last line of the scan to its first
@@ -39,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
   float kept[POS][VEC];  // what this position sends to itself
 #pragma unroll
   for (int p = 0; p < POS; p++) {
-    works[p] = walk.j + p * s.rows < walk.positions;
+    works[p] = walk.works(s, p);
     if (works[p]) state[p] = load(h + JUMP(h, p));
 #pragma unroll
     for (int k = 0; k < VEC; k++) kept[p][k] = 0.f;
@@ -52,11 +55,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
       if (works[p]) {
         char* to = stages + stage * stage_bytes + (p * line_slots + walk.slot) * BYTES;
         if (!first) copy_in(to, h + JUMP(h, p));
-        if (!first && p == 0 && first_row)  // the states beyond the edges of this block's part of the line
-          copy_in(stages + stage * stage_bytes + MAPS * map_bytes + walk.lane * BYTES, h - walk.across(a.h));
-        if (!first && p == POS - 1 && last_row && walk.j + p * s.rows + 1 < walk.positions)
-          copy_in(stages + stage * stage_bytes + MAPS * map_bytes + (s.lanes + walk.lane) * BYTES,
-                  h + JUMP(h, p) + walk.across(a.h));
         copy_in(to + map_bytes, x + JUMP(x, p));
         copy_in(to + 2 * map_bytes, lam + JUMP(lam, p));
         const char* from = logits + JUMP(logits, p);
@@ -79,17 +77,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
     if (n < walk.lines) fetch(n, n == last);
     copies_commit();
   }
-  if constexpr (SPLIT > 1) copies_wait<STAGES - 2>();
-  line_arrive();
+  if constexpr (SPLIT > 1) cluster_arrive(), cluster_wait();  // neighbours are there
   int filling = STAGES - 1, stage = 0, phase = s.chunk ? last % s.chunk : -1;  // line of the chunk
   for (int n = 0; n < walk.lines; n++) {
-    if constexpr (SPLIT == 1) copies_wait<STAGES - 2>();
-    line_wait();  // the neighbours' copies and what they sent have arrived; the stage to fill is free
+    copies_wait<STAGES - 2>();
+    __syncthreads();  // the neighbours' copies and what they sent have arrived; the stage to fill is free
     if (n + STAGES - 1 < walk.lines) fetch(filling, n + STAGES - 1 == last);
     copies_commit();
     filling = filling + 1 == STAGES ? 0 : filling + 1;
     const bool restart = n == last || phase == 0;  // this line starts from zero: nothing flows further back
     phase = phase == 0 ? s.chunk - 1 : phase - 1;
+    const bool exchange = SPLIT > 1 && (n + 1) % (HALO + (SPLIT == 1)) == 0 && n + 1 < walk.lines;
     const float* to_left = sent + (n & 1 ? 0 : 2) * plane * VEC;
     const float* to_right = to_left + plane * VEC;
     float* send_left = sent + (n & 1 ? 2 : 0) * plane * VEC;
@@ -99,14 +97,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
       if (works[p]) {
         const int j = walk.j + p * s.rows, index = p * line_slots + walk.slot;
         const char* from = stages + stage * stage_bytes + index * BYTES;
-        const char* beyond = stages + stage * stage_bytes + MAPS * map_bytes + walk.lane * BYTES;
         const u32 bits = surroundings(walk, j, last - n, mask + JUMP(mask, p), -STEP(mask), walk.across(a.mask));
         Vec none;
 #pragma unroll
         for (int k = 0; k < WORDS; k++) none.w[k] = 0;
         const Vec before = restart ? none : load(from);
-        const Vec left = restart || j == 0 ? none : load(p == 0 && first_row ? beyond : from - s.lanes * BYTES);
-        const Vec right = restart || j + 1 == walk.positions ? none : load(p == POS - 1 && last_row ? beyond + s.lanes * BYTES : from + s.lanes * BYTES);
+        const bool own = walk.owns(s, p);  // a halo's neighbours may lie outside the stage, and it writes no gradients
+        const Vec left = restart || j == 0 || !own ? none : load(from - s.lanes * BYTES);
+        const Vec right = restart || j + 1 == walk.positions || !own ? none : load(from + s.lanes * BYTES);
         const Vec vx = load(from + map_bytes), vlam = load(from + 2 * map_bytes), l0 = load(from + 3 * map_bytes),
                   l1 = load(from + 4 * map_bytes), l2 = load(from + 5 * map_bytes), vdy = load(from + 6 * map_bytes);
         Vec gate = none;
@@ -149,9 +147,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
         }
         state_put(send_left, plane, index + s.lanes, from_right);
         state_put(send_right, plane, index + s.lanes, from_left);
-        if (p == 0 && first_row)
-          state_put_remote(send_left, plane, (s.rows * POS + 1) * s.lanes + walk.lane, from_right, walk.part - 1);
-        if (p == POS - 1 && last_row) state_put_remote(send_right, plane, walk.lane, from_left, walk.part + 1);
+        state[p] = before;
+        if (!own) continue;
+        if (exchange) {
+          mailbox.put(s, walk, p, 0, from_right);
+          mailbox.put(s, walk, p, 1, kept[p]);
+          mailbox.put(s, walk, p, 2, from_left);
+        }
         if constexpr (MERGE)
           store_plane(dx + JUMP(dx, p), pack(o_dx));
         else
@@ -162,16 +164,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
         store(d, pack(o_d[0]));
         store(d + a.dlogits.k, pack(o_d[1]));
         store(d + 2 * a.dlogits.k, pack(o_d[2]));
-        state[p] = before;
       }
+    if (exchange) {
+      cluster_arrive();
+      cluster_wait();
+#pragma unroll
+      for (int p = 0; p < POS; p++)
+        if (works[p] && !walk.owns(s, p)) {
+          const int index = p * line_slots + walk.slot + s.lanes;
+          float to[VEC];
+          mailbox.take(s, walk, p, 0, to);
+          state_put(send_left, plane, index, to);
+          mailbox.take(s, walk, p, 1, kept[p]);
+          mailbox.take(s, walk, p, 2, to);
+          state_put(send_right, plane, index, to);
+        }
+      mailbox.odd ^= 1;
+    }
     dx += STEP(dx);
     dlam += STEP(dlam);
     du += STEP(du);
     dlogits += STEP(dlogits);
     mask += STEP(mask);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
-    if constexpr (SPLIT > 1) copies_wait<STAGES - 2>();
-    line_arrive();
   }
-  if (SPLIT > 1) line_wait();  // a neighbour may still be writing here
 }

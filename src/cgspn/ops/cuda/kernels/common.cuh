@@ -7,14 +7,14 @@
 //   THREADS    upper bound of the block size
 //   NORMALISE  1: propagate_2d (sigmoid, normalised, gated); 0: line_scan (weights as they are, no gate)
 //   MASKED     1: a mask is given
-//   SPLIT      blocks a line is cut into, a cluster (sm_90 and later): they exchange the states at their edges
+//   SPLIT      blocks a line is cut into, a cluster (sm_90 and later)
+//   HALO       positions beyond its own part, on either side, that such a block scans too: one fewer of them is right
+//              after every line, so that blocks exchange states only every HALO lines; 0 without SPLIT
 //   MERGE      1: the planes of the directions will be read again by merge.cu; 0: outputs are final
 //   NARROW     1: a block's run of channels is shorter than a sector of 32 bytes: caches must keep what they hold
 // Shape letters as in reference.py. All strides are in bytes and 64 bits wide.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef long long i64;
+#include "hardware.cuh"
 
 #if SPLIT > 1
 #define CLUSTER __cluster_dims__(SPLIT, 1, 1)
@@ -40,6 +40,7 @@ struct Shape {
   int lanes;       // vectors a block handles
   int groups;      // blocks along the channels
   int rows;        // positions a block handles at once; lanes * rows threads work
+  int own;         // positions of a line that a block writes; rows * POS cover them and the halo
   int longest;     // the longer of H and W
   int chunk;       // lines between restarts; 0: never
 };
@@ -48,16 +49,19 @@ struct __align__(BYTES < 4 ? 4 : BYTES) Vec {
   u32 w[WORDS];
 };
 
-// Where a block is and how its direction walks.
+// Where a block is and how its direction walks. With TURNS a block takes every direction in turn.
 struct Walk {
   int b, d, lines, positions, lane, j, vec, slot, part, row;
-  bool vertical, backwards;
-  __device__ explicit Walk(const Shape& s) {
+  bool vertical, backwards, busy;
+  __device__ explicit Walk(const Shape& s, int turn = 0) {
     u32 block = blockIdx.x;
     part = block % SPLIT;
     block /= SPLIT;
+    d = turn;
+#if !TURNS
     d = block % s.D;
     block /= s.D;
+#endif
     b = block / s.groups;
     int code = s.codes[d];
     vertical = code < 2;
@@ -67,34 +71,32 @@ struct Walk {
     slot = threadIdx.x;
     lane = slot % s.lanes;
     row = slot / s.lanes;
-    j = row + part * s.rows * POS;
+    j = part * s.own - HALO + row;
     vec = (block % s.groups) * s.lanes + lane;
-    if (vec >= s.vectors || row >= s.rows) j = 1 << 28;  // a thread without work
+    busy = vec < s.vectors && row < s.rows;
+  }
+  // Whether this thread works on its p-th position; whether that is the block's own, to be written.
+  __device__ bool works(const Shape& s, int p) const {
+    const int at = j + p * s.rows;
+    return busy && at >= 0 && at < positions && row + p * s.rows < s.own + 2 * HALO;
+  }
+  __device__ bool owns(const Shape& s, int p) const {
+    const int k = row + p * s.rows - HALO;
+    return SPLIT == 1 || (k >= 0 && k < s.own);
   }
   __device__ i64 line(const View& v) const { return vertical ? v.h : v.w; }
   __device__ i64 across(const View& v) const { return vertical ? v.w : v.h; }
   __device__ char* start(const View& v, int i) const {
-    i64 position = j < (1 << 28) ? j : 0;
-    return v.p + b * v.b + d * v.d + (backwards ? lines - 1 - i : i) * line(v) + position * across(v) +
-           (i64)vec * VEC * v.c;
+    return v.p + b * v.b + d * v.d + (backwards ? lines - 1 - i : i) * line(v) + j * across(v) + (i64)vec * VEC * v.c;
   }
 };
 
 // Global to shared. Asynchronous, except for single 16-bit elements, which the hardware cannot copy that way.
 __device__ __forceinline__ void copy_in(void* to, const char* from) {
-  u32 s = (u32)__cvta_generic_to_shared(to);
-  if constexpr (BYTES == 16)
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(s), "l"(from) : "memory");
-  else if constexpr (BYTES >= 4)
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(s), "l"(from), "n"(BYTES) : "memory");
+  if constexpr (BYTES >= 4)
+    copy_async<BYTES>(to, from);
   else
     *(unsigned short*)to = *(const unsigned short*)from;
-}
-
-__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N>
-__device__ __forceinline__ void copies_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 __device__ __forceinline__ Vec load(const void* p) {
@@ -162,12 +164,6 @@ __device__ __forceinline__ void store(char* p, const Vec& v) {
     *(unsigned short*)p = (unsigned short)v.w[0];
 }
 
-__device__ __forceinline__ float half_to_float(u32 bits) {
-  float f;
-  asm("{.reg .b16 h; cvt.u16.u32 h, %1; cvt.f32.f16 %0, h;}" : "=f"(f) : "r"(bits));
-  return f;
-}
-
 // Channel k of a vector; k must be known at compile time after unrolling.
 __device__ __forceinline__ float get(const Vec& v, int k) {
   if constexpr (DTYPE == 0) return __uint_as_float(v.w[k]);
@@ -185,10 +181,7 @@ __device__ __forceinline__ Vec pack(const float* f) {
 #pragma unroll
     for (int k = 0; k < WORDS; k++) {
       float low = f[2 * k], high = VEC > 1 ? f[2 * k + (VEC > 1)] : 0.f;
-      if constexpr (DTYPE == 2)
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v.w[k]) : "f"(high), "f"(low));
-      else
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v.w[k]) : "f"(high), "f"(low));
+      v.w[k] = pack_pair<DTYPE == 2>(low, high);
     }
   }
   return v;
@@ -221,42 +214,38 @@ __device__ __forceinline__ void state_get(const float* line, int plane, int inde
   }
 }
 
-// A barrier in two halves for the blocks that share a line: what a thread wrote before it arrives, in its own shared
-// memory or a neighbour's, is there for all who have waited.
-__device__ __forceinline__ void line_arrive() {
-  if constexpr (SPLIT > 1) asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-}
-__device__ __forceinline__ void line_wait() {
-  if constexpr (SPLIT > 1)
-    asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-  else
-    __syncthreads();
-}
-
-// state_put into the shared memory of another block of the cluster.
-__device__ __forceinline__ void state_put_remote(float* line, int plane, int index, const float* f, int part) {
-  if constexpr (SPLIT > 1) {
-#pragma unroll
-    for (int k = 0; k < VEC; k++) {
-      u32 here = (u32)__cvta_generic_to_shared(line + ((k / QUAD) * plane + index) * QUAD + k % QUAD), there;
-      asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(part));
-      asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(there), "f"(f[k]) : "memory");
-    }
+// Exchange of a cluster, once in HALO lines: a block's edge positions put their values where the neighbour's halo finds
+// them. COUNT values a channel; two boxes in turn, so that a block may put while its neighbour still reads.
+template <int COUNT>
+struct Mailbox {
+  float* boxes;  // [2][2 sides][HALO][COUNT][lanes][VEC]
+  int side, odd = 0;
+  __device__ Mailbox(float* at, const Shape& s) : boxes(at), side(HALO * COUNT * s.lanes * VEC) {}
+  __device__ float* at(const Shape& s, const Walk& walk, bool right, int k, int n) const {
+    return boxes + (odd * 2 + right) * side + ((k * COUNT + n) * s.lanes + walk.lane) * VEC;
   }
-}
-
-__device__ __forceinline__ float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
+  // Value n of the p-th position, to the neighbours that have it in their halo.
+  __device__ void put(const Shape& s, const Walk& walk, int p, int n, const float* f) const {
+    const int k = walk.row + p * s.rows - HALO;
+    if (walk.part > 0 && k < HALO) send(at(s, walk, true, k, n), walk.part - 1, f);
+    if (walk.part < SPLIT - 1 && k >= s.own - HALO) send(at(s, walk, false, k - (s.own - HALO), n), walk.part + 1, f);
+  }
+  __device__ static void send(float* here, int part, const float* f) {
+#pragma unroll
+    for (int c = 0; c < VEC; c++) store_remote(here + c, part, f[c]);
+  }
+  // What arrived for the p-th position, which is not the block's own.
+  __device__ void take(const Shape& s, const Walk& walk, int p, int n, float* f) const {
+    const int k = walk.row + p * s.rows - HALO;
+    const float* from = k < 0 ? at(s, walk, false, k + HALO, n) : at(s, walk, true, k - s.own, n);
+#pragma unroll
+    for (int c = 0; c < VEC; c++) f[c] = from[c];
+  }
+};
 
 // exp(-a), at most exp(40): beyond that the products below would overflow. A NaN stays one.
 __device__ __forceinline__ float exp_minus(float a) {
-  float t = a * -LOG2E, e;
-  asm("min.NaN.f32 %0, %0, 0f42666666;" : "+f"(t));  // 57.6
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(t));
-  return e;
+  return power_of_two(least(a * -LOG2E, 57.6f));
 }
 
 // Three sigmoids over their sum, of the neighbours that exist, with one reciprocal: with a = 1 + exp(-logit) per
@@ -273,9 +262,9 @@ struct Weights {
     float a0 = 1.f + e[0], a1 = 1.f + e[1], a2 = 1.f + e[2];
     float pair = a1 * a2;
     float n0 = exists & 1 ? pair : 0.f, n1 = exists & 2 ? a0 * a2 : 0.f, n2 = exists & 4 ? a0 * a1 : 0.f;
-    float sum = n0 + n1 + n2, least = (EPSILON * a0) * pair;
-    clamped = sum <= least;
-    float r = reciprocal(clamped ? least : sum);
+    float sum = n0 + n1 + n2, floor = (EPSILON * a0) * pair;
+    clamped = sum <= floor;
+    float r = reciprocal(clamped ? floor : sum);
     w[0] = n0 * r;
     w[1] = n1 * r;
     w[2] = n2 * r;

@@ -1,8 +1,12 @@
+#include "common.cuh"
+
 // One block walks one direction of one image for a group of channels, line by line; the state of a line crosses
 // threads through shared memory. A thread needs only its own inputs, so those of the next STAGES lines wait in its
 // registers: through shared memory (cp.async) each would pass the load/store unit twice, which is what a line costs
 // at small batches. One barrier a line, for the state, is all.
-// SAVE: 1 writes the state too, for the backward.
+//   SAVE   1 writes the state too, for the backward
+//   TURNS  1: a block takes the directions in turn and keeps their sum so far, in the inputs' dtype, in shared memory,
+//          where an image's few channels fit; y is written once and there are no planes to merge
 
 struct ForwardArguments {
   View x, lam, u, logits, y, h, mask, out;
@@ -14,13 +18,18 @@ struct ForwardArguments {
 constexpr bool LATE = VEC * POS >= 8;
 constexpr int MAPS = NORMALISE ? 6 : 5;  // x, lam, three logits, u
 
-extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const __grid_constant__ ForwardArguments a) {
-  extern __shared__ __align__(16) char shared[];
+// One direction; `turn` is which, with TURNS.
+__device__ __forceinline__ void scan(const ForwardArguments& a, int turn) {
+  char* const shared = shared_memory();
   const Shape& s = a.s;
-  const Walk walk(s);
   const int line_slots = s.lanes * s.rows;
-  const int plane = (s.rows * POS + 2) * s.lanes;       // a line of the state, one empty position at each end
-  float* state = (float*)shared;                        // two lines
+  const int plane = (s.rows * POS + 2) * s.lanes;  // a line of the state, one empty position at each end
+  float* state = (float*)shared;                   // two lines
+  Mailbox<1> mailbox(state + 2 * plane * VEC, s);
+  char* const total = shared + 2 * plane * VEC * 4;  // TURNS: [H][W] vectors of every lane
+  const int total_row = s.W * s.lanes * BYTES + 96;  // columns of it fall into different banks
+
+  const Walk walk(s, turn);
   for (int k = threadIdx.x; k < 2 * plane * VEC; k += blockDim.x) state[k] = 0.f;
 
   const i64 sign = walk.backwards ? -1 : 1;
@@ -32,7 +41,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
   char *y = walk.start(a.y, 0), *saved = walk.start(a.h, 0);
   bool works[POS];
 #pragma unroll
-  for (int p = 0; p < POS; p++) works[p] = walk.j + p * s.rows < walk.positions;
+  for (int p = 0; p < POS; p++) works[p] = walk.works(s, p);
 
   auto fetch = [&](Vec (&to)[POS][MAPS]) {
 #pragma unroll
@@ -57,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
 #pragma unroll
   for (int n = 0; n < STAGES; n++)
     if (n < walk.lines) fetch(ring[n]);
-  line_arrive();
+  if constexpr (SPLIT > 1) cluster_arrive(), cluster_wait();  // neighbours are there
   float h[POS][VEC];
   int since = 0;
   auto line = [&](int i, Vec (&inputs)[POS][MAPS]) {
@@ -93,7 +102,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
     since = restart ? 1 : since + 1;
     const float* before = state + ((i & 1) ^ 1) * plane * VEC;
     float* now = state + (i & 1) * plane * VEC;
-    line_wait();
+    __syncthreads();
 #pragma unroll
     for (int p = 0; p < POS; p++)
       if (works[p]) {
@@ -119,19 +128,44 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
           out[k] = NORMALISE ? (MASKED && !(bits[p] & 8) ? 0.f : get(gate[p], k) * sum) : sum;
         }
         state_put(now, plane, index + s.lanes, h[p]);
-        if (SPLIT > 1 && p == 0 && walk.row == 0 && walk.part > 0)
-          state_put_remote(now, plane, (s.rows * POS + 1) * s.lanes + walk.lane, h[p], walk.part - 1);
-        if (SPLIT > 1 && p == POS - 1 && walk.row == s.rows - 1 && walk.part < SPLIT - 1)
-          state_put_remote(now, plane, walk.lane, h[p], walk.part + 1);
+        if (!walk.owns(s, p)) continue;
         const i64 jump = p * s.rows;
-        if constexpr (MERGE)
-          store_plane(y + jump * walk.across(a.y), pack(out));
+        char* to = y + jump * walk.across(a.y);
+        if constexpr (TURNS) {
+          const int j = walk.j + p * s.rows, l = walk.backwards ? walk.lines - 1 - i : i;
+          const int row = walk.vertical ? l : j, column = walk.vertical ? j : l;
+          char* sum = total + row * total_row + (column * s.lanes + walk.lane) * BYTES;
+          if (turn > 0) {
+            const Vec before = load(sum);
+#pragma unroll
+            for (int k = 0; k < VEC; k++) out[k] += get(before, k);
+          }
+          to = turn + 1 < s.D ? sum : to;
+        }
+        if constexpr (MERGE || TURNS)
+          store_plane(to, pack(out));
         else
-          store(y + jump * walk.across(a.y), pack(out));
+          store(to, pack(out));
         if constexpr (SAVE) store(saved + jump * walk.across(a.h), pack(h[p]));
       }
-    line_arrive();
+    const bool exchange = SPLIT > 1 && (i + 1) % (HALO + (SPLIT == 1)) == 0 && i + 1 < walk.lines;
+    if (exchange) {
+#pragma unroll
+      for (int p = 0; p < POS; p++)
+        if (works[p] && walk.owns(s, p)) mailbox.put(s, walk, p, 0, h[p]);
+      cluster_arrive();
+    }
     if (LATE && i + STAGES < walk.lines) fetch(inputs);
+    if (exchange) {
+      cluster_wait();
+#pragma unroll
+      for (int p = 0; p < POS; p++)
+        if (works[p] && !walk.owns(s, p)) {
+          mailbox.take(s, walk, p, 0, h[p]);
+          state_put(now, plane, p * line_slots + walk.slot + s.lanes, h[p]);
+        }
+      mailbox.odd ^= 1;
+    }
     y += y_step;
     saved += h_step;
     mask += mask_step;
@@ -140,5 +174,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
 #pragma unroll
     for (int n = 0; n < STAGES; n++)
       if (first + n < walk.lines) line(first + n, ring[n]);
-  if (SPLIT > 1) line_wait();  // a neighbour may still be writing here
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const __grid_constant__ ForwardArguments a) {
+  scan(a, 0);
+  for (int turn = 1; TURNS && turn < a.s.D; turn++) {
+    __syncthreads();  // the direction before is done
+    scan(a, turn);
+  }
 }

@@ -1,3 +1,5 @@
+#include "common.cuh"
+
 // The sum over directions, once every plane is written. (A merge at the end of the scan by the four blocks of a
 // cluster was slower: 0.36 against 0.27 ms at B = 32, 74x74: it ties four blocks to one another and to a GPC.)
 // Planes [D][n] of 16-bit or 32-bit elements, added in float32 in the order of the directions.

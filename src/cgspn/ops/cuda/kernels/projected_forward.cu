@@ -1,0 +1,145 @@
+// Forward of the projected scan. A block handles GROUPS x 8 channels of an image, for one direction, or with TURNS for
+// all in turn, adding each to what the ones before left in y, which only this block touches.
+//   TURNS  1: y is the sum over the directions, which this block takes in turn; 0: a block a direction
+//   GATED  1: y = u h; 0: h itself, which the backward wants
+// One barrier a line: what is written before it (state, output, copies of x) is read after it, and two of each let
+// reading and writing go on at once.
+
+#include "projected.cuh"
+
+struct ProjectedForwardArguments {
+  View x, weight, bias, mask, y;
+  ProjectedShape s;
+};
+
+constexpr int STORES = (LINE * GROUPS + THREADS - 1) / THREADS;
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    projected_forward(const __grid_constant__ ProjectedForwardArguments a) {
+  const ProjectedShape& s = a.s;
+  const Seat seat;
+  u32 block = blockIdx.x;
+  int d = 0;
+  if (!TURNS) d = block % s.D, block /= s.D;
+  const int first = block % s.blocks * GROUPS, b = block / s.blocks;  // group of channels, image
+  const int own = min(GROUPS, s.groups - first), group = first + seat.n;
+
+  uint4* const lines_x = (uint4*)shared_memory();        // [STAGES][LINE][CHUNKS]
+  uint4* const outs = lines_x + STAGES * LINE * CHUNKS;  // [2][LINE][GROUPS]
+  float* const states = (float*)(outs + 2 * LINE * GROUPS);  // [2][GROUPS][LINE + 2][8]: an empty position at each end
+  uint4* const room = (uint4*)(states + 2 * GROUPS * (LINE + 2) * 8);
+  for (int k = threadIdx.x; k < STAGES * LINE * CHUNKS; k += THREADS) lines_x[k] = {0, 0, 0, 0};
+
+  Projection projection;
+  const int end = TURNS ? s.D : d + 1;
+  for (const int begin = d; d < end; d++) {
+    const Way way(s, s.codes[d]);
+    __syncthreads();  // the direction before is done
+    for (int k = threadIdx.x; k < 2 * GROUPS * (LINE + 2) * 8; k += THREADS) states[k] = 0.f;
+    if (seat.n < own) projection.load(a.weight.p, a.bias.p, d, group, s.C, seat, room);
+    __syncthreads();
+
+    const char* x = way.start(a.x, b, d, 0);
+    const char* mask = way.start(a.mask, b, d, 0);
+    char* y = way.start(a.y, b, d, 0) + first * 16;
+    const i64 x_step = way.step(a.x), y_step = way.step(a.y), mask_step = way.step(a.mask);
+    const i64 x_across = way.across(a.x), y_across = way.across(a.y), mask_across = way.across(a.mask);
+#pragma unroll
+    for (int n = 0; n < STAGES - 1; n++, x += x_step) {
+      if (n < way.lines) fetch_all(lines_x + n * LINE * CHUNKS, x, x_across, way.positions, s.groups);
+      copies_commit();
+    }
+
+    Vec old[STORES];  // what the directions before left where the next line is stored
+    auto look = [&](const char* from) {
+      if (!TURNS || d == begin) return;
+#pragma unroll
+      for (int k = 0; k < STORES; k++) {
+        const int n = threadIdx.x + k * THREADS, row = n / GROUPS, chunk = n % GROUPS;
+        if (row < way.positions && chunk < own) old[k] = load(from + row * y_across + chunk * 16);
+      }
+    };
+    auto flush = [&](const uint4* out, char* to) {
+#pragma unroll
+      for (int k = 0; k < STORES; k++) {
+        const int n = threadIdx.x + k * THREADS, row = n / GROUPS, chunk = n % GROUPS;
+        if (row < way.positions && row < LINE && chunk < own) {
+          Vec v = load(out + place_own(row, chunk));
+          if (TURNS && d > begin) {
+            float sum[8];
+#pragma unroll
+            for (int c = 0; c < 8; c++) sum[c] = get(old[k], c) + get(v, c);
+            v = pack(sum);
+          }
+          store_plane(to + row * y_across + chunk * 16, v);
+        }
+      }
+    };
+    look(y);
+
+    float h[TILES][4];
+#pragma unroll
+    for (int T = 0; T < TILES; T++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) h[T][e] = 0.f;
+    int stage = 0, filling = STAGES - 1;
+    for (int i = 0; i < way.lines; i++) {
+      copies_wait<STAGES - 2>();
+      __syncthreads();
+      if (i + STAGES - 1 < way.lines) fetch_all(lines_x + filling * LINE * CHUNKS, x, x_across, way.positions, s.groups);
+      copies_commit();
+      x += x_step;
+      filling = filling + 1 == STAGES ? 0 : filling + 1;
+      if (i > 0) {
+        flush(outs + (i & 1 ? 0 : LINE * GROUPS), y);
+        y += y_step;
+        look(y);
+      }
+      const uint4* line_x = lines_x + stage * LINE * CHUNKS;
+      stage = stage + 1 == STAGES ? 0 : stage + 1;
+      u32* out = (u32*)(outs + (i & 1 ? LINE * GROUPS : 0));
+      float* now = states + ((i & 1) * GROUPS + seat.n) * (LINE + 2) * 8 + 2 * seat.t;
+      const float* before = states + (((i & 1) ^ 1) * GROUPS + seat.n) * (LINE + 2) * 8 + 2 * seat.t;
+#pragma unroll
+      for (int T = 0; T < TILES; T++) {
+        const int tile = (seat.part * TILES + T) * 16;
+        if (seat.n >= own || tile >= way.positions) continue;
+        float made[PARAMETERS][4];
+        projection.make<GATED>(made, line_x, tile, seat);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+          const int j = tile + seat.g + 8 * r;
+          const u32 bits = around(way, j, i, mask, mask_step, mask_across);
+          const float e0 = bits & 1 ? 1.f : 0.f, e1 = bits & 2 ? 1.f : 0.f, e2 = bits & 4 ? 1.f : 0.f;
+          const u32 vx = word_of(line_x, place(j, group), seat.t);
+          const float2 left = *(const float2*)(before + j * 8), right = *(const float2*)(before + (j + 2) * 8);
+          float result[2], gated[2];
+#pragma unroll
+          for (int c = 0; c < 2; c++) {
+            const int e = 2 * r + c;
+            // As Weights in common.cuh: sigmoids over their sum with one reciprocal. A neighbour that does not exist
+            // holds a state of zero and is left out of the sum; its own factor cancels from the others.
+            float p[3];
+#pragma unroll
+            for (int f = 0; f < 3; f++)
+              p[f] = 1.f + power_of_two(least((made[2 + f][e] + projection.bias[2 + f][c]) * -LOG2E, 57.6f));
+            const float n0 = p[1] * p[2], n1 = p[0] * p[2], n2 = p[0] * p[1];
+            const float sum = e0 * n0 + e1 * n1 + e2 * n2, floor = (EPSILON * p[0]) * n0;
+            const float mix = n0 * (c ? left.y : left.x) + n1 * h[T][e] + n2 * (c ? right.y : right.x);
+            const float lam = made[0][e] + projection.bias[0][c];
+            float state = mix * reciprocal(fmaxf(sum, floor)) + lam * half_of(vx, c);
+            state = bits & 8 ? state : 0.f;
+            h[T][e] = result[c] = gated[c] = state;
+            if constexpr (GATED) gated[c] = MASKED && !(bits & 8) ? 0.f : (made[1][e] + projection.bias[1][c]) * state;
+          }
+          *(float2*)(now + (j + 1) * 8) = {result[0], result[1]};
+          out[place_own(j, seat.n) * 4 + seat.t] = pack_pair<DTYPE == 2>(gated[0], gated[1]);
+        }
+      }
+      mask += mask_step;
+    }
+    copies_wait<0>();
+    __syncthreads();
+    flush(outs + (way.lines & 1 ? 0 : LINE * GROUPS), y);
+  }
+}

@@ -1,0 +1,209 @@
+"""The projected scan on CUDA: lam, u and logits are made from x by tensor cores, line by line, and never reach memory.
+
+Forward: kernels/projected_forward.cu. Backward, of which nothing is saved but the inputs: the forward again for the
+state h; kernels/projected_backward.cu for the gradients of the parameters, a chunk of the batch at a time; two matrix
+products that turn those into the gradients of x and of the weights. No atomics: sums have a fixed order.
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import scan
+from .compile import Kernel, kernel, macros
+from .launch import (
+    DTYPE_CODES,
+    PLAIN,
+    Layout,
+    architecture,
+    current_stream,
+    launch_kernel,
+    layout,
+    machine,
+    merge_planes,
+    value,
+    view,
+)
+from .projected_plan import OUTPUTS, PARAMETERS, ProjectedCut, choose, choose_backward, depth, images
+
+MOST_CHANNELS = 256
+Directions = Sequence[int]
+
+
+def why_not(x: Tensor) -> str | None:
+    """The reason the projected kernels cannot run on features `x` [B, H, W, C], or None."""
+    reason = scan.why_not(x)
+    if reason is not None:
+        return reason
+    if x.dtype == torch.float32:
+        return "torch.float32 has no projected kernel; accepted: float16, bfloat16"
+    c, longest = x.shape[3], max(x.shape[1:3])
+    if c % 8 or c > MOST_CHANNELS:
+        return f"x has {c} channels; the projected kernel takes a multiple of 8 up to {MOST_CHANNELS}"
+    gpu = machine(x.get_device())
+    if choose(1, longest, c, 4, False, gpu) is None or choose_backward(1, longest, c, 4, gpu) is None:
+        return f"lines of {longest} positions of {c} channels do not fit a block of the projected kernel"
+    return None
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What a launch depends on, addresses apart."""
+
+    name: str
+    device: int
+    dtype: torch.dtype
+    shape: tuple[int, int, int, int]
+    codes: tuple[int, ...]
+    cut: ProjectedCut
+    masked: bool
+    gated: bool
+    layouts: tuple[Layout, ...]
+
+
+def projected_defines(
+    cut: ProjectedCut, channels: int, dtype: int, *, masked: bool, gated: bool | None
+) -> dict[str, int]:
+    """The macros of kernels/projected_forward.cu, or of projected_backward.cu, which has no `gated`."""
+    defines = {**PLAIN, "DTYPE": dtype, "VEC": 8, "DEPTH": depth(channels), "MASKED": int(masked)}
+    defines |= {"TILES": cut.tiles, "ROW_WARPS": cut.row_warps, "GROUPS": cut.groups, "STAGES": cut.stages}
+    defines |= {"THREADS": cut.threads}
+    return defines if gated is None else defines | {"TURNS": int(cut.turns), "GATED": int(gated)}
+
+
+@functools.lru_cache(maxsize=256)
+def _prepare(call: _Launch) -> tuple[Kernel, int, bytes]:
+    """The loaded kernel, its shared memory, and its arguments without addresses."""
+    b, h, w, c = call.shape
+    cut, backward = call.cut, call.name == "projected_backward"
+    gated = None if backward else call.gated
+    defines = projected_defines(cut, c, DTYPE_CODES[call.dtype], masked=call.masked, gated=gated)
+    loaded = kernel(call.name, call.name, macros(defines), architecture(call.device))
+    shared = cut.shared_bytes(c, backward)
+    loaded.allow_shared(shared, call.device)
+    packed = b"".join(view(strides) for strides in call.layouts)
+    codes = (*call.codes, 0, 0, 0)[:4]
+    packed += struct.pack("<11i4x", b, h, w, c, len(call.codes), *codes, c // 8, -(-c // (8 * cut.groups)))
+    return loaded, shared, packed
+
+
+def _run(
+    name: str,
+    tensors: Sequence[Tensor | None],
+    dims: Sequence[str],
+    codes: Directions,
+    cut: ProjectedCut,
+    gated: bool = True,
+) -> None:
+    x, mask = tensors[0], tensors[3]
+    assert x is not None
+    b, h, w, c = x.shape
+    layouts = tuple(layout(t, d) for t, d in zip(tensors, dims, strict=True))
+    call = _Launch(name, x.get_device(), x.dtype, (b, h, w, c), tuple(codes), cut, mask is not None, gated, layouts)
+    loaded, shared, packed = _prepare(call)
+    arguments = value(packed)
+    for n, t in enumerate(tensors):
+        if t is not None:
+            struct.pack_into("<q", arguments, n * len(view(Layout())), t.data_ptr())
+    if grid := cut.blocks(b, c, len(codes)):
+        with current_stream(call.device) as stream:
+            launch_kernel(loaded, grid, cut.threads, shared, stream, arguments)
+
+
+def _cut_for(x: Tensor, codes: Directions, merged: bool, backward: bool = False) -> ProjectedCut:
+    b, h, w, c = x.shape
+    gpu = machine(x.get_device())
+    if backward:
+        cut = choose_backward(b, max(h, w), c, len(codes), gpu)
+    else:
+        cut = choose(b, max(h, w), c, len(codes), merged, gpu)
+    assert cut is not None  # why_not said that there is one
+    return cut
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    directions: Directions,
+    merge_sum: bool,
+    cut: ProjectedCut | None = None,
+) -> Tensor:
+    """`propagate_2d_projected` without checks; weight [D * 5 * C, C], bias [D * 5 * C] or None.
+
+    `cut` is for measurements; the plan's own otherwise. Raises AssertionError where `why_not` has a reason.
+    """
+    x, weight = scan.readable(x), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    merged = merge_sum and len(directions) > 1
+    cut = cut or _cut_for(x, directions, merged)
+    y = scan.empty(x.shape if merge_sum else (*x.shape[:3], len(directions), x.shape[3]), x)
+    planes = merged and not cut.turns
+    target = scan.planes(x, directions) if planes else y.unsqueeze(3) if merge_sum else y
+    _run(
+        "projected_forward",
+        (x, weight, bias, scan.mask_bytes(mask), target),
+        ("bhwc", "kc", "c", "bhw", "bhwdc"),
+        directions,
+        cut,
+    )
+    if planes:
+        merge_planes(target, y, len(directions))
+    return y
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    directions: Directions,
+    merge_sum: bool,
+    cut: ProjectedCut | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `forward` to x, weight and bias (also where there is none), in the dtype of x.
+
+    Needs for a while, beside its outputs: 6 D + D maps of as many images as fill the GPU.
+    """
+    x, dy, weight = scan.readable(x), scan.readable(dy), weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    (b, _, _, c), d = x.shape, len(directions)
+    cut = cut or _cut_for(x, directions, False, backward=True)
+    first = _cut_for(x, directions, False)
+    # the gradients of the parameters, and what reaches x past them, in one product with the weights
+    identity = torch.eye(c, dtype=x.dtype, device=x.device).expand(d, 1, c, c)
+    extended = torch.cat([weight.view(d, PARAMETERS, c, c), identity], 1).view(d * OUTPUTS * c, c)
+    dx, dbias = scan.empty(x.shape, x), scan.empty((b, d, PARAMETERS, c), x.new_empty(0, dtype=torch.float32))
+    dweight = torch.zeros(d * OUTPUTS * c, c, dtype=torch.float32, device=x.device)
+    step = images(b, cut, c, d, machine(x.get_device()))
+    y_dims = "bhwc" if merge_sum else "bhwdc"
+    for part in range(0, b, step):
+        here = slice(part, part + step)
+        inside = None if mask is None else scan.mask_bytes(mask[here])
+        inputs: tuple[Tensor | None, ...] = (x[here], weight, bias, inside)
+        dims = ("bhwc", "kc", "c", "bhw")
+        h = scan.planes(x[here], directions)
+        _run("projected_forward", (*inputs, h), (*dims, "bhwdc"), directions, first, gated=False)
+        out = scan.empty((*x[here].shape[:3], d, OUTPUTS, c), x)
+        _run(
+            "projected_backward",
+            (*inputs, dy[here], h, out, dbias[here]),
+            (*dims, y_dims, "bhwdc", "bhwdkc", "bdkc"),
+            directions,
+            cut,
+        )
+        flat = out.view(len(out), -1, d * OUTPUTS * c)
+        torch.mm(flat.view(-1, d * OUTPUTS * c), extended, out=dx[here].view(-1, c))
+        seen = x[here] if mask is None else x[here].where(mask[here].unsqueeze(-1), 0)  # padding may hold anything
+        # a product an image, then a sum in a fixed order: that many more blocks than one long product has
+        dweight += torch.bmm(flat.transpose(1, 2), seen.reshape(len(out), -1, c)).float().sum(0)
+    kept = dweight.view(d, OUTPUTS, c, c)[:, :PARAMETERS].reshape(weight.shape)
+    return dx, kept.to(x.dtype), dbias.sum(0).flatten().to(x.dtype)

@@ -1,0 +1,152 @@
+"""The CUDA kernels run on the host, thread by thread, against the float64 reference: correct without a GPU.
+
+Every case runs under three schedules (order of threads, moment at which copies land) and must give the same bits.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from operator_cases import Backend, check_line_scan, draw, line_scan_inputs, propagate_inputs, relative_error
+from torch import Tensor
+
+from cgspn.ops import DIRECTIONS, propagate_2d_projected, propagate_2d_reference
+from cgspn.ops.cuda import compile as compiling
+from cgspn.ops.cuda import launch, projected, scan
+from cgspn.ops.cuda.plan import Cut
+from cgspn.ops.cuda.projected_plan import ProjectedCut
+
+sys.path.append(str(Path(__file__).parent / "emulation"))
+import emulate
+from emulate import Schedule, emulated, needs_compiler  # noqa: F401 (a fixture)
+
+pytestmark = [needs_compiler, pytest.mark.usefixtures("emulated")]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
+SCHEDULES = ((0, False), (1, True), (2, False))
+
+
+def check(run: Callable[[], list[Tensor]], want: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """The same bits under every schedule, and close to the reference."""
+    first: list[Tensor] | None = None
+    for Schedule.order, Schedule.eager in SCHEDULES:
+        got = run()
+        for a, b in zip(got, want, strict=True):
+            assert torch.isfinite(a).all()
+            assert relative_error(a, b) < TOLERANCE[dtype]
+        assert first is None or all(torch.equal(a, b) for a, b in zip(first, got, strict=True)), "a race"
+        first = got
+
+
+def names(codes: Sequence[int]) -> list[str]:
+    return [DIRECTIONS[code] for code in codes]
+
+
+def check_scan(
+    shape: tuple[int, int, int, int],
+    codes: list[int],
+    dtype: torch.dtype,
+    cut: Cut | None,
+    back: Cut | None,
+    *,
+    merge: str = "sum",
+    masked: bool = False,
+) -> None:
+    tensors = propagate_inputs(shape, len(codes), dtype)
+    mask = draw(*shape[:3], seed=3) > -0.8 if masked else None
+    leaves = [t.double().requires_grad_() for t in tensors]
+    y = propagate_2d_reference(*leaves, directions=names(codes), merge=merge, mask=mask)
+    dy = draw(*y.shape, dtype=dtype, seed=9)
+    want = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
+
+    def run() -> list[Tensor]:
+        out, state = scan.forward_saving(*tensors, mask, codes, merge == "sum", cut=cut)
+        return [out, *scan.backward_saved(dy, *tensors, mask, codes, merge == "sum", state, cut=back)]
+
+    check(run, want, dtype)
+
+
+def test_the_plans_own_cut() -> None:
+    check_scan((2, 7, 5, 8), [0, 1, 2, 3], torch.bfloat16, None, None)
+
+
+@pytest.mark.parametrize(
+    ("shape", "codes", "cut", "stages", "options"),
+    [
+        ((1, 11, 29, 4), [0, 1, 2, 3], Cut(4, 1, 1, 1, 4, halo=5), 2, {}),
+        ((1, 23, 29, 4), [0, 1, 2, 3], Cut(2, 1, 1, 3, 2, halo=8), 3, {"masked": True}),
+        ((2, 13, 9, 4), [2, 0, 1], Cut(2, 2, 2, 2, 2, halo=3), 2, {"merge": "none"}),
+    ],
+    ids=str,
+)
+def test_lines_cut_over_a_cluster(shape, codes, cut: Cut, stages: int, options) -> None:
+    """Blocks of a line that scan a halo and exchange states once in as many lines, both passes."""
+    back = Cut(cut.vec, cut.lanes, cut.pos, stages, cut.split, cut.halo)
+    check_scan(shape, codes, torch.float32, cut, back, **options)
+
+
+@pytest.mark.parametrize("codes", [[0, 1, 2, 3], [3, 1], [2]], ids=str)
+def test_directions_in_turn(codes: list[int]) -> None:
+    """One block sums the directions in shared memory; H != W, so the directions differ in length."""
+    cut = Cut(4, 2, 1, 2, turns=True)
+    check_scan((1, 9, 13, 16), codes, torch.bfloat16, cut, None, masked=True)
+
+
+def test_line_scan() -> None:
+    for direction, chunk in (("up", 3), ("right", None)):
+        check_line_scan(Backend("cuda", "cpu"), line_scan_inputs((2, 7, 6, 8), torch.float32), direction, chunk)
+
+
+PROJECTED = [
+    # shape, directions, dtype, merge, mask, bias, forward's cut, backward's cut
+    ((2, 7, 5, 8), [0, 1, 2, 3], torch.bfloat16, "sum", False, True, None, None),
+    ((1, 18, 37, 24), [3, 0, 2], torch.bfloat16, "none", False, True, (2, 2, 2), (2, 2, 2)),
+    ((1, 6, 20, 64), [2, 1], torch.float16, "sum", True, True, (4, 1, 2, 2, True), (4, 2, 1)),
+    ((1, 5, 4, 136), [0, 3], torch.bfloat16, "sum", True, False, (2, 1, 1, 3, True), (2, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("shape", "codes", "dtype", "merge", "masked", "biased", "cut", "back"), PROJECTED, ids=str)
+def test_projected(shape, codes, dtype, merge, masked, biased, cut, back, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parameters made on the chip: output and gradients through the public function, padding full of NaN."""
+    if cut is not None:
+        fixed = ProjectedCut(*cut)
+        monkeypatch.setattr(projected, "choose", lambda *case: fixed if case[4] else replace(fixed, turns=False))
+        monkeypatch.setattr(projected, "choose_backward", lambda *_: ProjectedCut(*back, stages=2))
+    c, d = shape[-1], len(codes)
+    tensors = [draw(*shape), draw(d * 5 * c, c, seed=1) / c**0.5, *([draw(d * 5 * c, seed=2)] if biased else [])]
+    tensors = [t.to(dtype) for t in tensors]
+    mask = draw(*shape[:3], seed=3) > -0.8 if masked else None
+    options = {"directions": names(codes), "merge": merge, "mask": mask}
+    leaves = [t.double().requires_grad_() for t in tensors]
+    packed = torch.nn.functional.linear(leaves[0], *leaves[1:]).unflatten(-1, (d, 5, c))
+    y = propagate_2d_reference(leaves[0], packed[..., 2:, :], packed[..., 0, :], packed[..., 1, :], **options)
+    dy = draw(*y.shape, dtype=dtype, seed=9)
+    want = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
+    if mask is not None:
+        tensors[0][~mask] = float("nan")
+
+    def run() -> list[Tensor]:
+        inputs = [t.detach().requires_grad_() for t in tensors]
+        bias = inputs[2] if biased else None
+        out = propagate_2d_projected(*inputs[:2], bias, parameters="chip", **options)
+        return [out.detach(), *torch.autograd.grad(out, inputs, dy)]
+
+    check(run, want, dtype)
+
+
+def test_the_emulation_sees_a_missing_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
+    barrier = "__syncthreads();\n#pragma unroll"
+    text = compiling.source("forward")
+    assert text.count(barrier) == 1
+    monkeypatch.setattr(compiling, "source", lambda name: text.replace(barrier, "#pragma unroll"))
+    monkeypatch.setattr(launch, "kernel", emulate.Kernel)
+    tensors = propagate_inputs((1, 5, 40, 4), 1, torch.float32)
+    found = []
+    for Schedule.order, Schedule.eager in SCHEDULES[:2]:
+        found.append(scan.forward(*tensors, None, [0], True))
+    assert not torch.equal(*found)
