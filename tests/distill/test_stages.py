@@ -1,13 +1,24 @@
 """Conversion and both stages on real images, small."""
 
-from dataclasses import replace
+import copy
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
 import cgspn
 from cgspn.data import load_embedded
-from cgspn.distill import DistillConfig, DivergedError, LossConfig, OptimConfig, PretrainConfig, distil, pretrain
+from cgspn.distill import (
+    ComputeConfig,
+    DistillConfig,
+    DivergedError,
+    ImageSetFeed,
+    LossConfig,
+    OptimConfig,
+    PretrainConfig,
+    distil,
+    pretrain,
+)
 from cgspn.distill.feeds import eval_transform
 from cgspn.distill.optimizers import build_optimizer
 from cgspn.distill.taps import tapped_forward
@@ -224,6 +235,36 @@ def test_divergence_stops_before_it_touches_a_weight(teacher, images):
     with pytest.raises(DivergedError, match=r"block 0, total is not finite at step 0|total, block 0 is not finite"):
         distil(teacher, student, images, DistillConfig(stage1=OptimConfig(steps=3, batch_size=8)))
     assert torch.equal(before, student.blocks[1].mixer.up.weight)
+
+
+@dataclass(frozen=True)
+class Poisoned(ImageSetFeed):
+    """A feed whose images of one step are damaged."""
+
+    step: int = 3
+
+    def stream(self, *arguments):
+        healthy = super().stream(*arguments)
+
+        def start_at(start):
+            for b in healthy(start):
+                yield replace(b, images=b.images * float("nan")) if b.step == self.step else b
+
+        return start_at
+
+
+def test_divergence_keeps_the_last_good_state_and_the_run_goes_on_from_it(teacher, images, tmp_path):
+    stage = OptimConfig(steps=5, batch_size=8, ema=0.5)
+    config = DistillConfig(stage1=replace(stage, steps=0), stage2=stage, compute=ComputeConfig(save_every=2))
+    torch.manual_seed(0)
+    student = convert(teacher.image, compression=4)
+    whole, begun = copy.deepcopy(student), copy.deepcopy(student)
+    distil(teacher, whole, images, config)
+    with pytest.raises(DivergedError, match=r"stage 2: .* not finite.* at step 3"):
+        distil(teacher, begun, Poisoned(images), config, folder=tmp_path)
+    assert (tmp_path / "snapshots/0/00000003").is_dir()
+    distil(teacher, student, images, config, folder=tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), student.parameters(), strict=True))
 
 
 def test_muon_takes_the_matrices_and_its_updates_are_as_large_as_those_of_adamw(teacher, images):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data import Batch
+from ..ops.checks import NonFiniteError
 from .config import ComputeConfig, OptimConfig
 from .flops import peak_of
 from .gradients import CapturedGradients, Gradients
@@ -101,18 +102,29 @@ def train(
     lower = partial(torch.autocast, device.type, torch.bfloat16, enabled=compute.precision == "bfloat16")
     captured = compute.capture and device.type == "cuda" and world_size() == 1 and task.capturable
     gradients = (CapturedGradients if captured else Gradients)(module, optimizer, lower)
+
+    def keep(step: int) -> None:
+        """Leave the last good state, of which a step that failed has changed nothing."""
+        if snapshots is not None and snapshots.every and step > start:
+            snapshots.save(step, _state(task, optimizer, average), history.steps)
+
     clock = Throughput(peak=peak_of(device, compute.precision))
     for step, batch in zip(range(start, config.steps), clock.timed(stream(start))):
         factor = learning_rate(config, step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         parts = split_batch(batch, config.accumulate)
-        if step == start:
-            if clock.peak:
-                clock.flops = task.flops((batch.images.shape[-2], batch.images.shape[-1]))
-            with lower():
-                task.calibrate(parts)
-        values = gradients(parts)
+        if step == start and clock.peak:
+            clock.flops = task.flops((batch.images.shape[-2], batch.images.shape[-1]))
+        try:
+            if step == start:
+                with lower():
+                    task.calibrate(parts)
+            values = gradients(parts)
+        except NonFiniteError as error:  # on a processor the scan looks at what it is given
+            if world_size() == 1:  # alone: others may be in the middle of the step
+                keep(step)
+            raise DivergedError(f"{title}: {error}, at step {step}") from error
         norm = gradient_norm(parameters, task)
         nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
         # one wait for the device a step
@@ -120,8 +132,7 @@ def train(
         record = dict(zip(gradients.names, means, strict=True))
         bad = [name for name, value in record.items() if not math.isfinite(value)]
         if bad or not math.isfinite(length):
-            if snapshots is not None and snapshots.every and step > start:
-                snapshots.save(step, _state(task, optimizer, average), history.steps)  # the last good state
+            keep(step)
             raise DivergedError(f"{title}: {', '.join(bad) or 'the gradient'} is not finite at step {step}")
         optimizer.step()
         if average:

@@ -51,6 +51,9 @@ def save_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[str
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary, metadata={"format": "pt"})
         _publish(temporary, folder / WEIGHTS)
+    except SafetensorError as error:  # a full disk, most likely
+        Path(temporary).unlink(missing_ok=True)
+        raise OSError(f"{folder / WEIGHTS} could not be written: {error}") from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
