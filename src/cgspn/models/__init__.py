@@ -5,6 +5,7 @@ from .config import EncoderConfig, TextConfig
 from .dual import DualEncoder, build_dual, load_dual
 from .encoder import Encoder, EncoderOutput
 from .mixed import Packing, choose_shapes, encode_mixed, pack
+from .pyramid import FeaturePyramid
 from .registry import create_model, list_models, model_config
 from .text import TextTower, tokenize
 
@@ -14,6 +15,7 @@ __all__ = [
     "Encoder",
     "EncoderConfig",
     "EncoderOutput",
+    "FeaturePyramid",
     "Packing",
     "TextConfig",
     "TextTower",

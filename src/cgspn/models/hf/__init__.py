@@ -16,7 +16,7 @@ from a config (AutoBackbone.from_pretrained knows hub ids alone):
 """
 
 try:
-    import transformers.backbone_utils
+    import transformers.backbone_utils  # noqa: F401, absent before 5.2
     from transformers import (
         AutoBackbone,
         AutoConfig,

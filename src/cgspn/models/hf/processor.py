@@ -97,6 +97,7 @@ class CgspnImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         Raises ValueError for what is no picture, floats far outside 0 to 1, or sizes that differ where none is made.
         """
         height, width = _checked(size or self.size, aspect := aspect or self.aspect)
+        images = [_with_channel(i) for i in images] if isinstance(images, (list, tuple)) else _with_channel(images)
         pixels = [self._pixels(image) for image in make_flat_list_of_images(self.fetch_images(images))]
         if self.do_resize if do_resize is None else do_resize:
             pixels = [_fitted(image, height, width, aspect, self.patch_size, self.resample) for image in pixels]
@@ -120,9 +121,7 @@ class CgspnImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         if isinstance(image, Image.Image):
             image = np.asarray(image.convert("RGB" if channels == 3 else "L"))
         pixels = torch.as_tensor(np.array(image) if isinstance(image, np.ndarray) else image)
-        if pixels.ndim == 2:
-            pixels = pixels[None]
-        elif pixels.ndim == 3 and pixels.shape[0] not in (1, channels) and pixels.shape[2] in (1, channels):
+        if pixels.ndim == 3 and pixels.shape[0] not in (1, channels) and pixels.shape[2] in (1, channels):
             pixels = pixels.permute(2, 0, 1)
         if pixels.ndim != 3 or pixels.shape[0] not in (1, channels):
             raise ValueError(f"an image has shape {tuple(pixels.shape)}; accepted: 1 or {channels} channels")
@@ -137,6 +136,11 @@ class CgspnImageProcessor(BaseImageProcessor):  # type: ignore[misc]
     def _normalised(self, pixels: Tensor) -> Tensor:
         mean, std = pixels.new_tensor([self.image_mean, self.image_std])[..., None, None]
         return (pixels - mean) / std
+
+
+def _with_channel(image: Any) -> Any:
+    """A grey array [H, W] as [1, H, W], which transformers takes for a picture; anything else as it is."""
+    return image[None] if getattr(image, "ndim", 3) == 2 else image
 
 
 def _checked(size: Mapping[str, int], aspect: str) -> tuple[int, int]:

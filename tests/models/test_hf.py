@@ -1,0 +1,171 @@
+"""The encoders through transformers' Auto classes, against the encoder itself."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import cgspn
+
+pytest.importorskip("transformers.backbone_utils")
+
+from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+from cgspn.models.hf import CgspnBackbone, CgspnConfig, CgspnForImageClassification, CgspnImageProcessor, CgspnModel
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return cgspn.create_model("hybrid_mini_patch4_28").eval()
+
+
+@pytest.fixture
+def folder(encoder, tmp_path):
+    encoder.save_pretrained(tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+@pytest.fixture
+def images():
+    torch.manual_seed(1)
+    return torch.randn(2, 3, 12, 20)
+
+
+def pictures():
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (*size, 3), np.uint8)) for size in ((40, 60), (70, 30))]
+
+
+def test_one_folder_for_both_libraries(encoder, folder, images, tmp_path):
+    model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert isinstance(model, CgspnModel)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    out, own = model(images), encoder(images)
+    torch.testing.assert_close(out.last_hidden_state, own.tokens.flatten(1, 2))
+    torch.testing.assert_close(out.pooler_output, own.pooled)
+    assert out.attentions is None
+    model.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(cgspn.load_encoder(tmp_path / "again")(images).pooled, own.pooled)
+    assert cgspn.load_encoder(tmp_path / "again").config == encoder.config
+    torch.testing.assert_close(AutoModel.from_pretrained(tmp_path / "again")(images).pooler_output, own.pooled)
+    half = AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+
+
+def test_hidden_states_are_the_tokens_before_and_after_each_block(encoder, folder, images):
+    out = AutoModel.from_pretrained(folder)(images, output_hidden_states=True)
+    maps = encoder.forward_intermediates(images, output_fmt="NLC")
+    torch.testing.assert_close(out.hidden_states[0], encoder.embed(images)[0])
+    for state, tokens in zip(out.hidden_states[1:], maps, strict=True):
+        torch.testing.assert_close(state, tokens)
+    assert AutoModel.from_pretrained(folder)(images, return_dict=False)[1].shape == out.pooler_output.shape
+
+
+def test_classification_starts_a_head_learns_and_comes_back(encoder, folder, images, tmp_path):
+    model = AutoModelForImageClassification.from_pretrained(folder, num_labels=3)
+    assert isinstance(model, CgspnForImageClassification)
+    assert 0.01 < model.encoder.head.weight.std() < 0.03
+    torch.testing.assert_close(model.encoder.blocks[0].mixer.up.weight, encoder.blocks[0].mixer.up.weight)
+    labels = torch.tensor([0, 2])
+    plain = model(images, labels=labels)
+    torch.testing.assert_close(plain.loss, torch.nn.functional.cross_entropy(plain.logits, labels))
+    plain.loss.backward()
+    gradient = model.encoder.patch_embed.projection.weight.grad.clone()
+    model.zero_grad()
+    calls = []
+    model.gradient_checkpointing_enable()
+    recompute = model._gradient_checkpointing_func
+    model._gradient_checkpointing_func = lambda *a: calls.append(1) or recompute(*a)
+    model(images, labels=labels).loss.backward()
+    assert len(calls) == encoder.config.depth
+    torch.testing.assert_close(model.encoder.patch_embed.projection.weight.grad, gradient)
+    model.save_pretrained(tmp_path)
+    own = cgspn.load_encoder(tmp_path)
+    torch.testing.assert_close(own.forward_head(own.forward_features(images)), plain.logits)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert again.config.num_labels == 3
+    torch.testing.assert_close(again(images).logits, plain.logits)
+
+
+def test_fresh_models_start_as_the_encoder_does():
+    torch.manual_seed(3)
+    model = AutoModel.from_config(CgspnConfig("cgspn_mini_patch4_28"))
+    torch.manual_seed(3)
+    own = cgspn.create_model("cgspn_mini_patch4_28")
+    for key, value in own.state_dict().items():
+        assert torch.equal(value, model.encoder.state_dict()[key]), key
+
+
+def test_backbone_gives_normalised_maps_of_images_of_any_size(encoder, folder, images):
+    backbone = CgspnBackbone.from_pretrained(folder, out_indices=[1, 4])
+    first, last = backbone(images).feature_maps
+    torch.testing.assert_close(last.permute(0, 2, 3, 1), encoder(images).tokens)
+    torch.testing.assert_close(first, encoder.forward_intermediates(images, [0], norm=True)[0])
+    assert (backbone.channels, backbone.out_features) == ([96, 96], ["stage1", "stage4"])
+    assert backbone(torch.randn(1, 3, 13, 18)).feature_maps[0].shape == (1, 96, 4, 5)
+    raw = CgspnBackbone.from_pretrained(folder, out_features=["stem"], apply_layernorm=False)
+    torch.testing.assert_close(raw(images).feature_maps[0].flatten(2).mT, encoder.embed(images)[0])
+    config = AutoConfig.from_pretrained(folder, out_features=["stage2"])
+    assert isinstance(AutoBackbone.from_config(config), CgspnBackbone)
+
+
+def test_config_reads_like_a_vit():
+    config = CgspnConfig("vit_mini_patch4_28", num_labels=5)
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (96, 4, 3)
+    assert (config.image_size, config.patch_size, config.num_channels, config.intermediate_size) == (
+        [28, 28],
+        4,
+        3,
+        384,
+    )
+    assert config.num_labels == 5
+    with pytest.raises(ValueError, match="did you mean"):
+        CgspnConfig("vit_min_patch4_28")
+
+
+def test_processor_prepares_as_the_config_says(folder, tmp_path):
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert isinstance(processor, CgspnImageProcessor)
+    values = processor(pictures())["pixel_values"]
+    assert values.shape == (2, 3, 28, 28)
+    # the whole width of a picture that is as wide as the size is kept, the middle of its height
+    picture = np.arange(56 * 28 * 3, dtype=np.uint8).reshape(56, 28, 3)
+    expected = (torch.tensor(picture[14:42]).permute(2, 0, 1) / 255 - 0.5) / 0.5
+    torch.testing.assert_close(processor(picture)["pixel_values"][0], expected)
+    forms = [picture, Image.fromarray(picture), torch.tensor(picture).permute(2, 0, 1), torch.tensor(picture) / 255]
+    for form in forms:
+        torch.testing.assert_close(processor([form])["pixel_values"][0], expected)
+    squashed = processor(np.zeros((9, 50), np.uint8), aspect="squash", do_normalize=False, return_tensors="np")
+    assert squashed["pixel_values"].shape == (1, 3, 28, 28)
+    assert not squashed["pixel_values"].any()
+    kept = AutoImageProcessor.from_pretrained(folder, aspect="keep")
+    kept.save_pretrained(tmp_path)
+    assert CgspnImageProcessor.from_pretrained(tmp_path).aspect == "keep"
+    assert json.loads((folder / "preprocessor_config.json").read_text())["size"] == {"height": 28, "width": 28}
+
+
+def test_pictures_in_their_own_shapes_get_what_they_get_alone(folder):
+    processor, model = AutoImageProcessor.from_pretrained(folder, aspect="keep"), AutoModel.from_pretrained(folder)
+    together = processor(pictures())
+    assert together["pixel_values"].shape[2:] == together["pixel_mask"].shape[1:]
+    assert together["pixel_mask"].sum((1, 2)).tolist() == [24 * 36, 44 * 20]  # of about 28 * 28, in patches of 4
+    with torch.no_grad():
+        out = model(**together).pooler_output
+        for picture, row in zip(pictures(), out, strict=True):
+            torch.testing.assert_close(model(**processor(picture)).pooler_output[0], row)
+
+
+def test_what_is_no_picture_is_refused():
+    processor = CgspnImageProcessor()
+    for arguments, message in (
+        ({"images": np.full((4, 4, 3), 128.0)}, "floats up to 128"),
+        ({"images": [np.zeros((4, 5, 3), np.uint8), np.zeros((5, 4, 3), np.uint8)], "do_resize": False}, "sizes"),
+        ({"images": np.zeros((4, 4, 3), np.uint8), "aspect": "fit"}, "aspect is 'fit'"),
+        ({"images": np.zeros((4, 4, 3), np.uint8), "size": {"shortest_edge": 4}}, "size is"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(**arguments)
