@@ -1,6 +1,9 @@
-"""Run by torchrun in test_parallel.py: distil a little student and write its losses and weights."""
+"""What test_parallel.py runs in processes of their own: distil a little student and write its losses and weights."""
 
 import json
+import os
+import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -13,13 +16,16 @@ from cgspn.models import TextConfig, build_dual, model_config
 from cgspn.teachers import convert
 
 
-def run(out: Path, *, folder: Path | None = None, steps: int = 4, die_at: int = -1, **compute) -> None:
+def run(out, *, folder=None, steps=4, hazards=None, only_once=None, **compute):
+    """hazards: by the end of a stage's title, what happens after which step: "kill" (signal 9) or "full" (from there
+    on no file may grow beyond 4 KiB). only_once: a file that tells a second attempt; then only the last rank is hit.
+    """
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = model_config(
         "vit_mini_patch4_28", width=48, mixers=("attention",) * 3, mlp_hidden=96, attention=AttentionConfig(heads=2)
     )
-    teacher = build_dual(config, TextConfig(width=16, depth=1, heads=2), 16).eval()
+    teacher = build_dual(config, TextConfig(width=16, depth=1, heads=2), 16, compute.pop("loss", "clip")).eval()
     student = convert(teacher.image, compression=4)
     optimizer, accumulate = compute.pop("optimizer", "adamw"), compute.pop("accumulate", 1)
     optim = OptimConfig(steps=steps, batch_size=16, ema=0.5, optimizer=optimizer, accumulate=accumulate)
@@ -33,24 +39,39 @@ def run(out: Path, *, folder: Path | None = None, steps: int = 4, die_at: int = 
 
     def watcher(title, _):
         def watch(record):
-            if title.endswith("stage 2") and record["step"] == die_at:
-                import os
-                import signal
-
-                os.kill(os.getpid(), signal.SIGKILL)
+            for stage, (what, step) in (hazards or {}).items():
+                if title.endswith(stage) and record["step"] == step:
+                    meet(what)
 
         return watch
 
+    def meet(what):
+        if only_once is not None:
+            if world.rank != world.size - 1 or Path(only_once).exists():
+                return
+            Path(only_once).touch()
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+
     images = load_embedded("train").subset(torch.arange(64))
     with join_world("cpu") as world:
+        folder = Path(folder) if folder else None
         histories = distil(teacher, student, images, distill, watcher, folder=folder, world=world)
         if world.rank == 0:
-            out.write_text(json.dumps([history.steps for history in histories]))
-            torch.save(student.state_dict(), out.with_suffix(".pt"))
+            Path(out).write_text(json.dumps([history.steps for history in histories]))
+            torch.save(student.state_dict(), Path(out).with_suffix(".pt"))
+
+
+def enter(rank, size, port, log, out, settings):
+    """One process of `size`, as torchrun starts them, without the seconds that its imports take."""
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 2)
+        if size > 1:
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+            os.environ.update({k: str(v) for k, v in names.items()}, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        run(out, **settings)
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[2])
-    if "folder" in given:
-        given["folder"] = Path(given["folder"])
-    run(Path(sys.argv[1]), **given)
+    run(sys.argv[1], **json.loads(sys.argv[2]))

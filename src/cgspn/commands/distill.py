@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from ..console import console, progress_watcher, writable_folder
 from ..data import LoaderConfig, Skipped, load_embedded, open_samples
 from ..data.source import EMBEDDED
 from ..distill import DistillConfig, ImageSetFeed, SampleFeed, World, distil, gather_objects, join_world
-from ..distill.events import event_watch, require_tensorboard
+from ..distill.events import EventWatch, require_tensorboard
 from ..distill.presets import PRESETS
 from ..distill.stages import Watcher
 from ..distill.trainer import Watch
@@ -210,12 +210,12 @@ def shown(world: World, events: Path | None) -> Iterator[Watcher | None]:
     if world.rank:
         yield None
         return
-    with progress_watcher() as watcher:
+    with progress_watcher() as watcher, ExitStack() as files:
 
         def both(title: str, steps: int) -> Watch:
             watches = [watcher(title, steps)]
             if events is not None:
-                watches.append(event_watch(events, title))
+                watches.append(files.enter_context(closing(EventWatch(events, title))))
 
             def watch(record: dict[str, float]) -> None:
                 for each in watches:

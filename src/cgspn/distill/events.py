@@ -1,11 +1,9 @@
-"""TensorBoard: one run of curves a stage, in the folder of the run."""
+"""TensorBoard: the curves of a stage, in the folder of the run."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from .trainer import Watch
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -23,27 +21,33 @@ def require_tensorboard() -> None:
         ) from error
 
 
-def event_watch(folder: Path, title: str) -> Watch:
-    """A `Watch` that writes every value of a step into event files of the stage `title`; a step that is run again
-    after a resumption takes the place of the old one.
+class EventWatch:
+    """A `Watch` that writes every value of a step into event files.
 
-    Raises ModuleNotFoundError without TensorBoard, OSError where nothing can be written.
+    A step that is run again after a resumption takes the place of the old one.
     """
-    require_tensorboard()
-    writers: list[SummaryWriter] = []
 
-    def watch(record: dict[str, float]) -> None:
+    def __init__(self, folder: Path, title: str) -> None:
+        """folder: of the run's events; title: of the stage. Raises ModuleNotFoundError without TensorBoard."""
+        require_tensorboard()
+        self.folder = folder / title.replace(", ", "_").replace(" ", "_")
+        self.writer: SummaryWriter | None = None
+
+    def __call__(self, record: dict[str, float]) -> None:
+        """Write a step. Raises OSError where nothing can be written."""
         from torch.utils.tensorboard import SummaryWriter
 
         step = int(record["step"])
-        if not writers:
-            name = title.replace(", ", "_").replace(" ", "_")
-            writers.append(SummaryWriter(str(folder / name), purge_step=step, flush_secs=FLUSH))
+        if self.writer is None:
+            self.writer = SummaryWriter(str(self.folder), purge_step=step, flush_secs=FLUSH)
         for name, value in record.items():
             if name != "step":
-                writers[0].add_scalar(group_of(name), value, step)
+                self.writer.add_scalar(group_of(name), value, step)
 
-    return watch
+    def close(self) -> None:
+        """Write what is left."""
+        if self.writer is not None:
+            self.writer.close()
 
 
 def group_of(name: str) -> str:

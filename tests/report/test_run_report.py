@@ -1,0 +1,73 @@
+"""The report of a distillation, from a record."""
+
+from html.parser import HTMLParser
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from cgspn.report.run import run_report
+
+TAPS = [f"{tap} block {i}" for tap in ("PP", "PB") for i in range(3)]
+
+
+def record(**changes):
+    stage1 = [{"step": i, "lr": 1e-3, "gradient": 1.0, "total": 3.0 - i / 50} for i in range(100)]
+    for step in stage1[::10]:  # a long stage keeps single blocks in some of its steps
+        step |= {f"block {i}": 1.0 - step["step"] / 200 for i in (0, 2)}
+    stage2 = [{"step": i, "lr": 1e-3, "gradient": 1.0, "total": 4.0, "PP": 1.0, "PB": 2.0} for i in range(5)]
+    for step in stage2:
+        step |= dict.fromkeys(TAPS, 0.5)
+    speed = {"images_per_second": 1234.5, "data_wait_share": 0.031, "first_batch_seconds": 2.5, "curve": [1.0, 2.0]}
+    return {
+        "command": "cgspn distill vit out",
+        "teacher": "vit & co",
+        "data": "photos/",
+        "versions": {"torch": "2.13"},
+        "config": {"compression": 18, "stage1": {"steps": 100}, "highres": {"sizes": []}},
+        "processes": 2,
+        "device": "a device",
+        "images": 4096,
+        "skipped": {"<b>.jpg": "truncated"},
+        "throughput": {"student, stage 1": speed | {"mfu": 0.412}, "student, stage 2": {}},
+        "losses": {"student, stage 1": stage1, "student, stage 2": stage2, "student, 56 px": []},
+    } | changes
+
+
+class Text(HTMLParser):
+    def __init__(self, html):
+        super().__init__()
+        self.words, self.tags = [], []
+        self.feed(html)
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+
+def test_it_says_what_the_record_holds():
+    html = run_report(record())
+    read = Text(html)
+    said = " ".join(read.words)
+    for wanted in ("41%", "3.1%", "1,234.5", "4,096", "truncated", "compression", "stage1.steps", "a device"):
+        assert wanted in said, wanted
+    assert "<b>.jpg" in said  # escaped in the source
+    assert "<b>.jpg" not in html
+    assert "the blocks with indices 0, 2" in said
+    labels = [a.get("aria-label", "") for tag, a in read.tags if tag == "svg"]
+    assert len(labels) == 4 + 6  # total, gradient, blocks, speed; total, PP, PB, gradient, blocks at both taps
+    assert sum("block" in label or "sub-layer" in label for label in labels) == 3
+
+
+def test_it_stands_alone_and_fits_a_phone():
+    html = run_report(record())
+    addresses = [a.get(k, "") for _, a in Text(html).tags for k in ("src", "href")]
+    assert not [a for a in addresses if a and a[0] != "#" and not a.startswith("data:")]
+    assert "width=device-width" in html
+    assert "<script" not in html
+
+
+def test_a_run_that_trained_nothing_has_a_report():
+    assert "This run trained nothing" in run_report(record(losses={}, throughput={}, skipped={}))
