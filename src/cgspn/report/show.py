@@ -92,7 +92,7 @@ def check_show(student: Encoder, teacher: Encoder | None, layers: Sequence[int],
         raise ValueError(f"at is {list(places)}; accepted: pairs of shares of height and width, each 0 to 1")
 
 
-def show_picture(shown: Show, width: int = 300, rows: int = 4, gap: int = 6) -> Tensor:
+def show_picture(shown: Show, width: int = 288, rows: int = 4, gap: int = 6) -> Tensor:
     """Photographs in rows, beside each its features as colours, teacher first: uint8 [.., .., 4].
 
     Rows have the aspect ratio of the first photograph; others are cut at their edges.
