@@ -12,6 +12,7 @@ import tyro
 
 from ..bench.ablation import AblationConfig
 from ..bench.encoder import EncoderBenchConfig
+from ..bench.inference import InferenceConfig
 from ..bench.table import TableConfig
 from ..bench.train import TrainBenchConfig
 from ..console import console, writable_folder
@@ -132,11 +133,37 @@ class Train(_Measurement):
         self._measure(lambda: run(self.config, self.out, device(), commit=self.commit, say=console.print))
 
 
+@dataclass(frozen=True)
+class Inference(_Measurement):
+    """One image on the processor, teacher and student, and from which size the student is faster.
+
+    Examples:
+        cgspn bench inference --out results/teachers
+        cgspn bench inference --threads 1 --models small --sizes 224 518
+    """
+
+    config: InferenceConfig = field(default_factory=InferenceConfig)
+    """Models, sizes."""
+    threads: int | None = None
+    """Of PyTorch; by default as many as it chooses."""
+
+    def run(self) -> None:
+        """Raises ValueError for an unknown model."""
+        from ..bench.inference import run
+
+        if self.threads is not None:
+            if self.threads < 1:
+                raise ValueError(f"threads is {self.threads}; accepted: 1 or more")
+            torch.set_num_threads(self.threads)
+        self._measure(lambda: run(self.config, self.out, commit=self.commit, say=console.print))
+
+
 Measurement = (
     Annotated[Operator, tyro.conf.subcommand("operator", prefix_name=False)]
     | Annotated[Table, tyro.conf.subcommand("table", prefix_name=False)]
     | Annotated[Ablation, tyro.conf.subcommand("ablation", prefix_name=False)]
     | Annotated[Encoders, tyro.conf.subcommand("encoder", prefix_name=False)]
+    | Annotated[Inference, tyro.conf.subcommand("inference", prefix_name=False)]
     | Annotated[Train, tyro.conf.subcommand("train", prefix_name=False)]
 )
 

@@ -1,0 +1,91 @@
+"""One image on the processor: teacher and student beside one another, and the size from which the student is faster."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..models.encoder import Encoder
+from ..models.registry import create_model, model_config
+from .machine import describe
+from .results import write
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """Settings.
+
+    Args:
+        models: sizes of `cgspn.list_models()`; each is a `vit_` teacher and its `cgspn_` student, float32.
+        sizes: of the square image, in pixels.
+        blocks: of each encoder, at most; a block costs the same in all depths, and whole large ones take minutes.
+        rounds: timings of each, teacher and student in turn; the median counts.
+    """
+
+    models: tuple[str, ...] = ("small", "base", "so400m")
+    sizes: tuple[int, ...] = (224, 378, 518, 756, 1036)
+    blocks: int = 4
+    rounds: int = 5
+
+
+def build(kind: str, size: str, blocks: int) -> Encoder:
+    """The first blocks of a model with its patch embedding and pooling. Raises ValueError for an unknown one."""
+    name = f"{kind}_{size}_patch14_378"
+    return create_model(name, mixers=model_config(name).mixers[:blocks]).eval()
+
+
+@torch.inference_mode()
+def seconds(models: list[Encoder], pixels: int, rounds: int) -> list[float]:
+    """Median seconds of one image through each model, run in turn after one run that is not counted."""
+    images = torch.randn(1, models[0].config.channels, pixels, pixels)
+    times: list[list[float]] = [[] for _ in models]
+    for counted in range(rounds + 1):
+        for model, found in zip(models, times, strict=True):
+            start = time.perf_counter()
+            model(images)
+            if counted:
+                found.append(time.perf_counter() - start)
+    return [statistics.median(found) for found in times]
+
+
+def crossover(rows: list[Row]) -> str:
+    """In words: the smallest measured size from which every ratio is above 1."""
+    rows = sorted(rows, key=lambda row: row["pixels"])
+    slower = [k for k, row in enumerate(rows) if row["teacher / student"] <= 1]
+    first = slower[-1] + 1 if slower else 0
+    if first == len(rows):
+        return f"slower at every size up to {rows[-1]['pixels']} px"
+    return f"faster from {rows[first]['pixels']} px up"
+
+
+def run(config: InferenceConfig, out: Path, *, commit: str = "", say: Callable[[str], None] = print) -> None:
+    """Measure, and write inference.json and .md to `out`. Raises ValueError for an unknown model."""
+    torch.manual_seed(0)
+    tables: dict[str, list[Row]] = {}
+    found: dict[str, str] = {}
+    for size in config.models:
+        models = [build(kind, size, config.blocks) for kind in ("vit", "cgspn")]
+        rows: list[Row] = []
+        for pixels in config.sizes:
+            patch = models[0].config.patch_size
+            teacher, student = seconds(models, pixels, config.rounds)
+            tokens = (pixels // patch) ** 2
+            row = {"pixels": pixels, "tokens": tokens, "teacher ms": 1e3 * teacher, "student ms": 1e3 * student}
+            rows.append(row | {"teacher / student": teacher / student})
+            say(
+                f"{size}, {pixels} px: teacher {1e3 * teacher:.0f} ms, student {1e3 * student:.0f} ms, "
+                f"{teacher / student:.2f} times as fast"
+            )
+        found[size] = crossover(rows)
+        say(f"{size}: the student is {found[size]}")
+        tables[f"{size}, {models[0].config.depth} blocks, C = {models[0].config.width}: {found[size]}"] = rows
+    about = describe(commit) | {"images": "B = 1, float32", "threads": str(torch.get_num_threads())}
+    write(out, "inference", about, tables)
