@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import cgspn
 from cgspn.data import load_embedded
@@ -264,6 +265,8 @@ def test_divergence_keeps_the_last_good_state_and_the_run_goes_on_from_it(teache
         distil(teacher, begun, Poisoned(images), config, folder=tmp_path)
     assert (tmp_path / "snapshots/0/00000003").is_dir()
     distil(teacher, student, images, config, folder=tmp_path)
+    saved = load_file(tmp_path / "stages/0/model.safetensors")
+    assert saved.keys() == student.state_dict().keys()  # no adapters
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), student.parameters(), strict=True))
 
 

@@ -87,6 +87,11 @@ class LossConfig:
     adapters: bool = True
     contrastive: float = 0.0
 
+    def __post_init__(self) -> None:
+        """Raise ValueError if nothing is minimised."""
+        if not (self.alpha or self.beta or self.output or self.contrastive):
+            raise ValueError("alpha, beta, output and contrastive are all 0; expected at least one above")
+
 
 @dataclass(frozen=True)
 class ComputeConfig:
@@ -156,6 +161,11 @@ class DistillConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     highres: HighResConfig = field(default_factory=HighResConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a last stage that would minimise nothing, before the first one begins."""
+        if self.highres.sizes and self.highres.teacher == "none" and not self.loss.contrastive:
+            raise ValueError("highres.teacher is 'none' and loss.contrastive is 0; expected a contrastive loss")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,83 @@
+"""What the stages of a run are, for every switch of the recipe."""
+
+import pytest
+import torch
+
+from cgspn.distill import DistillConfig, HighResConfig, LossConfig, World
+from cgspn.distill.stages import plan
+from cgspn.distill.taps import observe, tapped_forward
+from cgspn.distill.tasks import DistillTask, SublayerTask
+from cgspn.layers import AttentionConfig
+from cgspn.models import TextConfig, build_dual, model_config
+from cgspn.teachers import convert
+
+SMALL = {"width": 48, "mixers": ("attention",) * 3, "mlp_hidden": 96, "attention": AttentionConfig(heads=2)}
+
+
+class NoFeed:
+    def captions(self, batch):
+        return []
+
+
+@pytest.fixture(scope="module")
+def pair():
+    torch.manual_seed(0)
+    teacher = build_dual(model_config("vit_mini_patch4_28", **SMALL), TextConfig(width=16, depth=1, heads=2), 16).eval()
+    return teacher, convert(teacher.image, compression=4)
+
+
+def tasks(pair, **changes):
+    teacher, student = pair
+    config = DistillConfig(loss=LossConfig(contrastive=0.5), highres=HighResConfig(**changes))
+    stages = plan(teacher, student, NoFeed(), config, "student", World())
+    return [(stage.size[0], stage.task(student)) for stage in stages]
+
+
+def test_the_curriculum_climbs_from_size_to_size_each_taught_by_the_one_before(pair):
+    teacher, student = pair
+    (_, first), (_, second), *high = tasks(pair, sizes=(56, 84))
+    assert isinstance(first, SublayerTask)
+    assert isinstance(second, DistillTask)
+    assert second.teacher is teacher.image
+    assert [(size, task.teacher_size[0]) for size, task in high] == [(56, 28), (84, 56)]
+    for _, task in high:
+        assert task.teacher is not student
+        assert not any(p.requires_grad for p in task.teacher.parameters())
+        assert all(torch.equal(a, b) for a, b in zip(task.teacher.parameters(), student.parameters(), strict=True))
+
+
+def test_a_direct_jump_is_taught_by_the_first_size(pair):
+    [(size, task)] = tasks(pair, sizes=(84,))[2:]
+    assert (size, task.teacher_size) == (84, (28, 28))
+
+
+def test_without_upsampling_the_teacher_is_the_original_or_none(pair):
+    [(_, original)] = tasks(pair, sizes=(56,), teacher="original")[2:]
+    assert original.teacher is pair[0].image
+    assert original.teacher_size is None
+    [(_, alone)] = tasks(pair, sizes=(56,), teacher="none")[2:]
+    assert not alone.compares
+    assert alone.config.contrastive == 0.5
+    assert not list(alone.adapters.parameters())
+
+
+def test_a_run_that_would_minimise_nothing_is_refused_before_it_begins():
+    with pytest.raises(ValueError, match="alpha, beta, output and contrastive are all 0"):
+        LossConfig(alpha=0, beta=0, output=0)
+    with pytest.raises(ValueError, match=r"highres\.teacher is 'none' and loss.contrastive is 0"):
+        DistillConfig(highres=HighResConfig(sizes=(56,), teacher="none"))
+
+
+@torch.no_grad()
+def test_taps_of_a_smaller_image_are_upsampled_bilinearly(pair):
+    student = pair[1].eval()
+    large = torch.nn.functional.interpolate(torch.randn(2, 3, 7, 7), (56, 56), mode="bilinear")
+    small = torch.nn.functional.interpolate(large, (28, 28), mode="bilinear", antialias=True)
+    seen, theirs = observe(student, large, student.config, (28, 28)), tapped_forward(student, small)
+    for mine, other in zip([*seen.sublayers, *seen.blocks], [*theirs.sublayers, *theirs.blocks], strict=True):
+        # new position 2 lies three quarters of the way from old position 0 to 1, in both directions
+        old, new = other.unflatten(1, (7, 7)), mine.unflatten(1, (14, 14))
+        wanted = 0.25 * old[:, 0] + 0.75 * old[:, 1]
+        torch.testing.assert_close(new[:, 2, 0], wanted[:, 0])
+        torch.testing.assert_close(new[:, 2, 2], 0.25 * wanted[:, 0] + 0.75 * wanted[:, 1])
+    assert torch.equal(seen.pooled, theirs.pooled)
