@@ -133,7 +133,12 @@ def load_text(folder: str | Path) -> PretrainedText:
         inner = getattr(config, "text_config", config)
         if kind == "clip":  # the whole model's projection counts; the text tower's own field may differ
             inner.projection_dim = config.projection_dim
-        model = getattr(transformers, _CLASSES[kind]).from_pretrained(folder, config=inner, dtype=torch.float32)
+        level = transformers.logging.get_verbosity()
+        transformers.logging.set_verbosity_error()  # or it lists every weight of the image tower as unexpected
+        try:
+            model = getattr(transformers, _CLASSES[kind]).from_pretrained(folder, config=inner, dtype=torch.float32)
+        finally:
+            transformers.logging.set_verbosity(level)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ImportError) as error:
         raise CheckpointError(f"the text tower in {folder} cannot be read: {error}") from error
