@@ -49,6 +49,8 @@ def embed_pictures(
         embeddings.append(embed_batch(model, torch.stack([pixels for _, pixels in part])))
         if watch:
             watch(len(part))
+    if watch:
+        watch(len(pictures) - len(kept))  # what was skipped is dealt with too
     if not kept:
         raise ValueError(f"{name}: none of its {len(pictures)} images can be read")
     return torch.cat(embeddings), kept, tally.report()
@@ -177,13 +179,16 @@ def _reader(
         return prepare(resized), torch.from_numpy(mask)
 
     def read(numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        found = read_each(numbers, read_one, pictures.picture_name, tally)
+        found, done = read_each(numbers, read_one, pictures.picture_name, tally), 0
         for images, masks in _by_shape((pair for _, pair in found), batch_size):
             with torch.inference_mode():
                 tokens = encoder(images.to(weight.device, weight.dtype)).tokens.float()
             yield tokens, masks.to(weight.device)
+            done += len(masks)
             if watch:
                 watch(len(masks))
+        if watch:
+            watch(len(numbers) - done)  # what was skipped is dealt with too
 
     return read
 
