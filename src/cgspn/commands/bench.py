@@ -46,16 +46,23 @@ class Operator(_Measurement):
 
     Examples:
         cgspn bench operator --out results/operator
+        cgspn bench operator --variants --out results/operator
     """
 
     quick: bool = False
     """Leave out the slowest rivals."""
+    variants: bool = False
+    """Instead, time every way to cut the kernels beside the one that the plan chooses."""
 
     def run(self) -> None:
         """Raises ValueError without a CUDA GPU."""
+        if self.variants:
+            from ..bench.variants import run as run_variants
+
+            return self._measure(lambda: run_variants(self.out, commit=self.commit, say=console.print))
         from ..bench.operator import run
 
-        self._measure(lambda: run(self.out, quick=self.quick, commit=self.commit, say=console.print))
+        return self._measure(lambda: run(self.out, quick=self.quick, commit=self.commit, say=console.print))
 
 
 @dataclass(frozen=True)

@@ -51,11 +51,12 @@ class ProjectedCut:
         return lines + outputs + states + weights
 
     def fits(self, channels: int, gpu: Machine, backward: bool) -> bool:
-        """Whether a block has the threads, registers and shared memory it needs."""
-        weights = depth(channels) * 20 // 32 if depth(channels) <= 128 else 0
-        registers = 60 + weights + self.tiles * 4 + (30 + self.tiles * 2 if backward else 0)
+        """Whether a block has the threads, registers (as scripts/check_kernels.py found) and shared memory it needs."""
+        weights = depth(channels) * 20 // 32 if depth(channels) <= 128 else 60  # kept, or read from shared memory
+        needed = 100 + weights + 25 * self.tiles if backward else 85 + weights + 4 * self.tiles
+        allowed = min(255, 65536 // (-(-self.threads // 128) * 128))
         room = self.shared_bytes(channels, backward) <= gpu.shared_bytes
-        return room and self.threads <= 1024 and registers * self.threads <= 65536
+        return room and self.threads <= 1024 and needed <= allowed
 
 
 def depth(channels: int) -> int:

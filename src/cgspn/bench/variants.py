@@ -1,0 +1,197 @@
+"""Every way to cut a scan, timed beside the plan's own: what ops/cuda/plan.py and projected_plan.py should choose.
+
+A variant's time counts only where its result agrees with that of the plan's own cut, which the tests compare with the
+reference. Kernels are compiled side by side first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.cuda import launch, projected, scan
+from ..ops.cuda.compile import cubin, macros
+from ..ops.cuda.plan import Cut, Machine, Problem, choose
+from ..ops.cuda.projected_plan import ProjectedCut, choose_backward, cuts
+from ..ops.cuda.projected_plan import choose as choose_projected
+from .machine import copy_bandwidth, describe
+from .operator import FOUR, Row, inputs, size_of
+from .results import write
+from .timing import medians
+
+BF16 = 2  # of the kernels' DTYPE
+SCANS = [(32, 74, 64), (32, 147, 64), (8, 74, 64), (1, 74, 64), (1, 147, 64), (1, 294, 64)]
+PROJECTED = [(32, 74, 64), (32, 147, 64), (8, 74, 64), (1, 74, 64)]
+AGREE = 2e-2  # relative difference of two roundings of sums to bfloat16
+
+
+def rival_cuts(p: Problem, machine: Machine) -> list[Cut]:
+    """Cuts worth timing beside the plan's own for a problem with 16-byte alignment.
+
+    Large batches: directions in turn. Small ones: lines cut over clusters, with halos.
+    """
+    found: list[Cut] = []
+    if p.batch >= 16:
+        shapes = ((4, 4), (8, 2), (4, 2), (2, 8), (8, 4))
+        found += [Cut(vec, lanes, 1, stages, turns=True) for vec, lanes in shapes for stages in (1, 2, 3)]
+    else:
+        stages = 3 if p.backward else 2
+        shapes = ((2, 2), (4, 1), (4, 2), (8, 1), (8, 2))
+        found += [
+            Cut(vec, lanes, 1, stages, split, halo)
+            for vec, lanes in shapes
+            for split in (2, 4, 8)
+            for halo in (4, 8, 16)
+            if p.longest // split >= 16  # shorter parts are mostly halo
+        ]
+    return [cut for cut in found if cut.fits(p, machine)]
+
+
+def compile_all(jobs: Iterable[tuple[str, dict[str, int]]], arch: str) -> None:
+    """Put kernels (source name, macros) into the cache on disk, many at a time."""
+    unique = {(name, macros(defines)) for name, defines in jobs}
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda job: cubin(job[0], job[1], arch), unique))
+
+
+def _scan_problem(b: int, n: int, c: int, backward: bool) -> Problem:
+    return Problem(backward, True, 2, b, c, 4, n, 16)
+
+
+def jobs(machine: Machine) -> Iterator[tuple[str, dict[str, int]]]:
+    """All kernels that this module times."""
+    for size in SCANS:
+        for backward in (False, True):
+            p = _scan_problem(*size, backward)
+            for cut in [choose(p, machine), *rival_cuts(p, machine)]:
+                if cut is not None:
+                    save = None if backward else False
+                    yield p.name, launch.scan_defines(cut, p, BF16, masked=False, merged=True, save=save)
+    for _, n, c in PROJECTED:
+        for backward in (False, True):
+            for projected_cut in cuts(n, c, machine, backward):
+                name = "projected_backward" if backward else "projected_forward"
+                gated = None if backward else True
+                yield name, projected.projected_defines(projected_cut, c, BF16, masked=False, gated=gated)
+
+
+def _flat(result: Any) -> Tensor:
+    tensors = result if isinstance(result, tuple) else (result,)
+    return torch.cat([t.float().flatten() / t.float().norm() for t in tensors])
+
+
+def _timed(calls: dict[str, Callable[[], object]]) -> Iterator[tuple[str, float, float]]:
+    """Name, milliseconds and difference from the first call's result, of every call that agrees with it."""
+    want = _flat(next(iter(calls.values()))())
+    agreed, differences = {}, {}
+    for name, call in calls.items():
+        difference = ((_flat(call()) - want).norm() / want.norm()).item()
+        differences[name] = difference
+        if difference <= AGREE:
+            agreed[name] = call
+    times = medians(agreed)
+    for name in calls:
+        yield name, times.get(name, float("nan")), differences[name]
+
+
+def scan_rows(b: int, n: int, c: int, machine: Machine, copy: float) -> list[Row]:
+    """Forward and backward of a summed `propagate_2d` in bfloat16, every cut."""
+    x, logits, lam, u = t = inputs(b, n, c, torch.bfloat16)
+    _, state = scan.forward_saving(x, logits, lam, u, None, FOUR, True)
+    runs: dict[bool, tuple[Callable[..., object], int]] = {
+        False: (partial(scan.forward, x, logits, lam, u, None, FOUR, True), size_of(*t, x)),
+        True: (
+            partial(scan.backward_saved, x, x, logits, lam, u, None, FOUR, True, state),
+            size_of(*t, *t, x, state),
+        ),
+    }
+    rows: list[Row] = []
+    for backward, (function, count) in runs.items():
+        p = _scan_problem(b, n, c, backward)
+        calls: dict[str, Callable[[], object]] = {"the plan's": function}
+        calls |= {describe_cut(cut): partial(function, cut=cut) for cut in rival_cuts(p, machine)}
+        for name, ms, difference in _timed(calls):
+            size = {"B": b, "grid": n, "C": c, "pass": p.name, "cut": name}
+            rows.append(size | {"ms": ms, "share of copy": count / copy / ms * 1e3, "difference": difference})
+    return rows
+
+
+def projected_rows(b: int, n: int, c: int, machine: Machine) -> list[Row]:
+    """`propagate_2d_projected` with parameters on the chip, summed, in bfloat16, every cut of either pass."""
+    x, dy = (torch.randn(b, n, n, c, device="cuda").bfloat16() for _ in range(2))
+    weight = (torch.randn(20 * c, c, device="cuda") / c**0.5).bfloat16()
+    bias = torch.randn(20 * c, device="cuda").bfloat16()
+    rows: list[Row] = []
+    for backward in (False, True):
+        if backward:
+            function: Callable[..., object] = partial(projected.backward, dy, x, weight, bias, None, FOUR, True)
+            own = choose_backward(b, n, c, 4, machine)
+        else:
+            function = partial(projected.forward, x, weight, bias, None, FOUR, True)
+            own = choose_projected(b, n, c, 4, True, machine)
+        rivals: list[ProjectedCut] = list(cuts(n, c, machine, backward))
+        if not backward:
+            rivals += [replace(cut, stages=2) for cut in rivals if cut.stages == 3]
+        calls: dict[str, Callable[[], object]] = {f"the plan's, {own}": function}
+        calls |= {describe_cut(cut): partial(function, cut=cut) for cut in rivals}
+        for name, ms, difference in _timed(calls):
+            kind = "backward" if backward else "forward"
+            rows.append({"B": b, "grid": n, "C": c, "pass": kind, "cut": name, "ms": ms, "difference": difference})
+    return rows
+
+
+def describe_cut(cut: Cut | ProjectedCut) -> str:
+    """The fields of a cut in a line of a table."""
+    return " ".join(f"{name} {value}" for name, value in vars(cut).items())
+
+
+def best(rows: list[Row]) -> list[Row]:
+    """For every size and pass, the plan's own time, the best one, and its cut."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["B"], row["grid"], row["C"], row["pass"]), []).append(row)
+    found = []
+    for group in groups.values():
+        fastest = min(group, key=lambda row: row["ms"] if row["ms"] == row["ms"] else float("inf"))
+        wrong = sum(row["difference"] > AGREE or row["difference"] != row["difference"] for row in group)
+        found.append(fastest | {"the plan's ms": group[0]["ms"], "variants": len(group), "that differ": wrong})
+    return found
+
+
+def run(out: Path, *, commit: str = "", say: Callable[[str], None] = print) -> None:
+    """Time every variant and write variants.json and variants.md to `out`.
+
+    Raises RuntimeError without a CUDA GPU or where the CUDA backend cannot run.
+    """
+    if not torch.cuda.is_available():
+        raise RuntimeError("cgspn bench operator --variants needs a CUDA GPU, and PyTorch sees none")
+    reason = scan.why_not(torch.zeros(1, 1, 1, 1, device="cuda"))
+    if reason is not None:
+        raise RuntimeError(f"the CUDA backend cannot run here: {reason}")
+    device = torch.cuda.current_device()
+    gpu = launch.machine(device)
+    compile_all(jobs(gpu), launch.architecture(device))
+    copy = copy_bandwidth()
+    say(f"kernels compiled; copy {copy / 1e12:.3f} TB/s")
+    tables: dict[str, list[Row]] = {"scan": [], "projected": []}
+    for size in PROJECTED:
+        tables["projected"] += projected_rows(*size, gpu)
+        say(f"projected {size}")
+    for size in SCANS:
+        tables["scan"] += scan_rows(*size, gpu, copy)
+        torch.cuda.empty_cache()
+        say(f"scan {size}")
+    summary = {f"{name}: the best of each size": best(rows) for name, rows in tables.items()}
+    for name, rows in summary.items():
+        say(name)
+        for row in rows:
+            own = row["the plan's ms"]
+            say(f"  {row['pass']} B {row['B']} {row['grid']}: {own:.4f} -> {row['ms']:.4f} ms, {row['cut']}")
+    write(out, "variants", describe(commit) | {"copy ceiling": f"{copy / 1e12:.3f} TB/s"}, summary | tables)
