@@ -213,3 +213,23 @@ def test_a_batch_without_padding_has_no_mask():
 
     Watching(CGSPN).forward_mixed(pictures(CGSPN, [(8, 8), (8, 8), (4, 4)]))
     assert seen == [None, None]
+
+
+@pytest.mark.parametrize("name", ["cgspn", "registers"])
+def test_a_compiled_encoder_compiles_once_for_each_shape(name):
+    encoder, images = awake(CONFIGS[name]), [image.detach() for image in pictures(CONFIGS[name])]
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    fast = torch.compile(encoder, backend=backend, fullgraph=True, dynamic=False)
+    shapes = pack([(image.shape[1] // 4, image.shape[2] // 4) for image in images], max_shapes=3).shapes
+    for _ in range(2):
+        with torch.no_grad():
+            mixed = encode_mixed(fast, images, max_shapes=3)
+        for out, image in zip(mixed, images, strict=True):
+            assert relative(out.tokens, encoder(image[None]).tokens[0]) < 1e-5
+    assert len(compiled) == len(shapes)
