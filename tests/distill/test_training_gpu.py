@@ -5,21 +5,26 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cgspn.bench.train import TrainBenchConfig, run
 from cgspn.data import load_embedded
 from cgspn.distill import ComputeConfig, DistillConfig, OptimConfig, distil
+from cgspn.distill.flops import peak_of
 from cgspn.teachers import convert, load_embedded_teacher
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-def losses(compute, accumulate=1):
+def distilled(compute, accumulate=1):
     torch.manual_seed(0)
     teacher = load_embedded_teacher().cuda()
     student = convert(teacher.image, compression=4).cuda()
     stage = OptimConfig(steps=12, batch_size=32, learning_rate=1e-3, accumulate=accumulate)
     images = load_embedded("train").subset(torch.arange(512))
-    histories = distil(teacher, student, images, DistillConfig(stage1=stage, stage2=stage, compute=compute))
-    return torch.tensor([history.curve("total") for history in histories])
+    return distil(teacher, student, images, DistillConfig(stage1=stage, stage2=stage, compute=compute))
+
+
+def losses(compute, accumulate=1):
+    return torch.tensor([history.curve("total") for history in distilled(compute, accumulate)])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -32,3 +37,23 @@ def test_a_captured_step_is_the_plain_one(precision, accumulate):
 
 def test_a_compiled_step_is_the_plain_one():
     torch.testing.assert_close(losses(ComputeConfig(compile=True)), losses(ComputeConfig()), rtol=1e-3, atol=0)
+
+
+def test_recomputed_activations_give_the_plain_step():
+    torch.testing.assert_close(losses(ComputeConfig(checkpointing=True)), losses(ComputeConfig()), rtol=1e-4, atol=0)
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or peak_of(torch.device("cuda"), "bfloat16") is None, reason="an unknown GPU"
+)
+def test_a_known_gpu_has_an_mfu_below_one():
+    for history in distilled(ComputeConfig(precision="bfloat16")):
+        assert 0 < history.throughput["mfu"] < 1
+
+
+def test_the_largest_batch_and_its_memory_are_found(tmp_path):
+    config = TrainBenchConfig("vit_tiny_patch14_378", "cgspn_tiny_patch14_378", (224,), largest=6, steps=2)
+    [row] = run(config, tmp_path, torch.device("cuda"), commit="none", say=lambda _: None)
+    assert row["largest batch"] == "6 or more"
+    assert row["images/s"] > 0
+    assert 0.01 < row["peak memory (GiB)"] < 20

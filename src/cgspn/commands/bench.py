@@ -127,7 +127,7 @@ class Train(_Measurement):
 
     Examples:
         cgspn bench train --out results/training
-        cgspn bench train --config.sizes 378 1036 --config.compute.checkpointing --config.compute.compile
+        cgspn bench train --sizes 378 1036 --checkpointing --compile
     """
 
     config: TrainBenchConfig = field(default_factory=TrainBenchConfig)
