@@ -208,3 +208,22 @@ def test_without_a_tokenizer_the_image_side_comes_alone(tmp_path):
     build("siglip").save_pretrained(tmp_path)
     with pytest.warns(UserWarning, match="no tokenizer's files"):
         assert not isinstance(load_model(tmp_path), DualEncoder)
+
+
+def test_a_padded_batch_of_naflex_equals_the_original(tmp_path):
+    model = shaken(build("siglip2 tower"))
+    model.save_pretrained(tmp_path)
+    encoder = cgspn.load_encoder(tmp_path)
+    p, grids = 14, [(5, 13), (9, 4), (3, 3)]
+    images = [torch.randn(3, h * p, w * p) for h, w in grids]
+    longest = max(h * w for h, w in grids)
+    patches, mask = torch.zeros(3, longest, p * p * 3), torch.zeros(3, longest, dtype=torch.long)
+    for i, (image, (h, w)) in enumerate(zip(images, grids, strict=True)):
+        patches[i, : h * w] = image.view(3, h, p, w, p).permute(1, 3, 2, 4, 0).reshape(h * w, -1)
+        mask[i, : h * w] = 1
+    with torch.no_grad():
+        theirs = model(patches, mask, torch.tensor(grids))
+        ours = encoder.forward_mixed(images, method="pad", max_shapes=1)
+    for i, (h, w) in enumerate(grids):
+        assert relative(ours[i].tokens.flatten(0, 1), theirs.last_hidden_state[i, : h * w]) < 1e-5
+        assert relative(ours[i].pooled, theirs.pooler_output[i]) < 1e-5
