@@ -270,6 +270,23 @@ def test_divergence_keeps_the_last_good_state_and_the_run_goes_on_from_it(teache
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), student.parameters(), strict=True))
 
 
+def test_recomputed_activations_change_nothing_and_bf16_rounds(teacher, images):
+    stage = OptimConfig(steps=3, batch_size=8)
+    curves, weights = [], []
+    for compute in (ComputeConfig(), ComputeConfig(checkpointing=True), ComputeConfig(precision="bfloat16")):
+        torch.manual_seed(0)
+        student = convert(teacher.image, compression=4)
+        histories = distil(teacher, student, images, DistillConfig(stage1=stage, stage2=stage, compute=compute))
+        curves.append(torch.tensor([history.curve("total") for history in histories]))
+        weights.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
+        assert not student.checkpointing
+        assert all(p.dtype == torch.float32 for p in student.parameters())
+    assert torch.equal(curves[0], curves[1])
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(curves[0], curves[2])
+    torch.testing.assert_close(curves[0], curves[2], rtol=2e-2, atol=0)
+
+
 def test_muon_takes_the_matrices_and_its_updates_are_as_large_as_those_of_adamw(teacher, images):
     student = convert(teacher.image, compression=4)
     task = DistillTask(teacher.image, student, LossConfig())
