@@ -86,6 +86,7 @@ def test_convert_distill_and_eval_on_a_folder_with_a_damaged_image(tmp_path):
         "config.json",
         "distill.json",
         "model.safetensors",
+        "report.html",
         "run.json",
         "stages",
     ]
