@@ -215,6 +215,7 @@ def test_a_batch_without_padding_has_no_mask():
     assert seen == [None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cgspn", "registers"])
 def test_a_compiled_encoder_compiles_once_for_each_shape(name):
     encoder, images = awake(CONFIGS[name]), [image.detach() for image in pictures(CONFIGS[name])]
