@@ -47,7 +47,7 @@ class Show:
     """Pixels of the longer side, rounded to whole patches; by default the student's native size (of each embedded
     image)."""
     limit: int = 10
-    """How many photographs at most, in the order of their names. Each makes the page about 1 MB larger."""
+    """How many photographs at most, in the order of their names. Each makes the page up to 2 MB larger."""
     layers: tuple[int, ...] | None = None
     """Numbers of the layers, from 1, whose influence is shown; by default four spread evenly."""
     at: tuple[tuple[float, float], ...] = PLACES
