@@ -2,7 +2,7 @@
 
     pip install '.[cuda]' && python scripts/check_kernels.py [--rivals]
 
-Prints one line per kernel and architecture. With `--rivals` also the cuts that `cgspn bench operator --variants` compares.
+Prints one line per kernel and architecture. With `--rivals` also what `cgspn bench operator --variants` compares.
 """
 
 from __future__ import annotations

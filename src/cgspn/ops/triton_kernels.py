@@ -51,10 +51,11 @@ def _surroundings(mask, at, step, across, j, i, positions):
     valid = j < positions
     here = tl.load(mask + at, mask=valid, other=0) != 0
     before = mask + at - step
-    first = i == 0
-    left = first | (tl.load(before - across, mask=valid & (j > 0) & (i > 0), other=0) != 0)
-    centre = first | (tl.load(before, mask=valid & (i > 0), other=0) != 0)
-    right = first | (tl.load(before + across, mask=(j + 1 < positions) & (i > 0), other=0) != 0)
+    line = i + 0 * j  # a scalar condition and a tensor's make integers in the interpreter of Triton 3.9, not booleans
+    first = line == 0
+    left = first | (tl.load(before - across, mask=valid & (j > 0) & (line > 0), other=0) != 0)
+    centre = first | (tl.load(before, mask=valid & (line > 0), other=0) != 0)
+    right = first | (tl.load(before + across, mask=(j + 1 < positions) & (line > 0), other=0) != 0)
     return left & here, centre & here, right & here, here
 
 
@@ -203,10 +204,10 @@ def scan_backward(
     from_next = tl.zeros([POSITIONS, CHANNELS], STATE)  # W^T g of the line that follows
     i = lines - 1
     while i >= 0:
-        starts = i == 0
+        line = i + 0 * j[:, None]  # not a scalar: see _surroundings
+        going = line > 0
         if chunk > 0:
-            starts = starts | (i % chunk == 0)
-        going = starts == 0
+            going = going & (line % chunk != 0)
         w0 = tl.load(logits_at, mask=valid, other=0).to(STATE)
         w1 = tl.load(logits_at + neighbour, mask=valid, other=0).to(STATE)
         w2 = tl.load(logits_at + 2 * neighbour, mask=valid, other=0).to(STATE)

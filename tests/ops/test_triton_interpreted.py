@@ -1,0 +1,25 @@
+"""The Triton kernels on the CPU, in Triton's interpreter, which has to be on before Triton is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_backends_in_the_interpreter() -> None:
+    """Forward and backward against the reference: dtypes, masks, strides, line_scan."""
+    file = Path(__file__).parent / "test_backends.py"
+    chosen = "triton and cpu and (any_strides or test_mask or the_same_twice or padding or empty or only_some)"
+    command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", "-k", chosen]
+    run = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert "passed" in run.stdout
