@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Any
+from inspect import getdoc
+from typing import Annotated, Any, Union
 
 import tyro
 
@@ -27,16 +28,19 @@ def command_type(arguments: list[str]) -> Any:
         if option == "--preset" or option.startswith("--preset="):
             preset = option.partition("=")[2] or value
     distill = Distill(tyro.MISSING, tyro.MISSING, config=PRESETS.get(preset, PRESETS["embedded"]))
-    return (
-        Annotated[Demo, tyro.conf.subcommand("demo")]
-        | Annotated[Convert, tyro.conf.subcommand("convert")]
-        | Annotated[Distill, tyro.conf.subcommand("distill", default=distill)]
-        | Annotated[Eval, tyro.conf.subcommand("eval")]
-        | Annotated[Show, tyro.conf.subcommand("show")]
-        | Annotated[Pretrain, tyro.conf.subcommand("pretrain")]
-        | Annotated[Bench, tyro.conf.subcommand("bench")]
-        | Annotated[Export, tyro.conf.subcommand("export")]
-    )
+    kinds: dict[type, Any] = {Demo: None, Convert: None, Distill: distill, Eval: None, Show: None}
+    kinds |= {Pretrain: None, Bench: None, Export: None}
+    # tyro leaves the examples out of a docstring that it reads by itself
+    named = [
+        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), description=getdoc(kind), **default(start))]
+        for kind, start in kinds.items()
+    ]
+    return Union[tuple(named)]  # noqa: UP007 - made at run time
+
+
+def default(start: Any) -> dict[str, Any]:
+    """The option of a sub-command that starts from an object."""
+    return {} if start is None else {"default": start}
 
 
 def main() -> None:

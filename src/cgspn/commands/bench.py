@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from inspect import getdoc
 from pathlib import Path
 from typing import Annotated
 
@@ -166,12 +167,12 @@ class Inference(_Measurement):
 
 
 Measurement = (
-    Annotated[Operator, tyro.conf.subcommand("operator", prefix_name=False)]
-    | Annotated[Table, tyro.conf.subcommand("table", prefix_name=False)]
-    | Annotated[Ablation, tyro.conf.subcommand("ablation", prefix_name=False)]
-    | Annotated[Encoders, tyro.conf.subcommand("encoder", prefix_name=False)]
-    | Annotated[Inference, tyro.conf.subcommand("inference", prefix_name=False)]
-    | Annotated[Train, tyro.conf.subcommand("train", prefix_name=False)]
+    Annotated[Operator, tyro.conf.subcommand("operator", description=getdoc(Operator), prefix_name=False)]
+    | Annotated[Table, tyro.conf.subcommand("table", description=getdoc(Table), prefix_name=False)]
+    | Annotated[Ablation, tyro.conf.subcommand("ablation", description=getdoc(Ablation), prefix_name=False)]
+    | Annotated[Encoders, tyro.conf.subcommand("encoder", description=getdoc(Encoders), prefix_name=False)]
+    | Annotated[Inference, tyro.conf.subcommand("inference", description=getdoc(Inference), prefix_name=False)]
+    | Annotated[Train, tyro.conf.subcommand("train", description=getdoc(Train), prefix_name=False)]
 )
 
 
