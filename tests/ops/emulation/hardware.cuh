@@ -230,7 +230,7 @@ inline float half_to_float(u32 bits) { return emulation::widen<false>(bits & 0xf
 template <bool BFLOAT>
 u32 pack_pair(float low, float high) { return emulation::narrow<BFLOAT>(high) << 16 | emulation::narrow<BFLOAT>(low); }
 template <bool BFLOAT>
-void multiply_add(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+void multiply_add(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1, const float* to) {
   emulation::Warp& warp = emulation::block().warps[threadIdx.x / 32];
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   u32(&slots)[32][6] = warp.slots[emulation::fiber->turn++ % 2];
@@ -240,6 +240,7 @@ void multiply_add(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)
   auto half = [](u32 word, int high) { return emulation::widen<BFLOAT>(high ? word >> 16 : word & 0xffff); };
   for (int n = 0; n < 4; n++) {
     const int column = 2 * t + n % 2;
+    c[n] = to[n];
     for (int k = 0; k < 16; k++)
       c[n] += half(slots[4 * g + k % 8 / 2][n / 2 + k / 8 * 2], k & 1) *
               half(slots[4 * column + k % 8 / 2][4 + k / 8], k & 1);

@@ -116,10 +116,7 @@ struct Projection {
   // The parameters of a tile of 16 positions that starts at `row`, without their biases.
   template <bool GATE>
   __device__ __forceinline__ void make(float (&out)[PARAMETERS][4], const uint4* x, int row, const Seat& seat) const {
-#pragma unroll
-    for (int f = 0; f < PARAMETERS; f++)
-#pragma unroll
-      for (int e = 0; e < 4; e++) out[f][e] = 0.f;
+    const float zero[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
       const uint4 a = x[place(row + seat.g, 4 * s + seat.t)], b = x[place(row + seat.g + 8, 4 * s + seat.t)];
@@ -131,15 +128,12 @@ struct Projection {
           w = kept[f][s];
         else
           w = shared[((seat.n * PARAMETERS + f) * STEPS + s) * 32 + seat.lane];
-        multiply_add<DTYPE == 2>(out[f], a.x, b.x, a.y, b.y, w.x, w.y);
-        multiply_add<DTYPE == 2>(out[f], a.z, b.z, a.w, b.w, w.z, w.w);
+        multiply_add<DTYPE == 2>(out[f], a.x, b.x, a.y, b.y, w.x, w.y, s == 0 ? zero : out[f]);
+        multiply_add<DTYPE == 2>(out[f], a.z, b.z, a.w, b.w, w.z, w.w, out[f]);
       }
     }
   }
 };
-// Bytes of the room that `Projection` wants in shared memory.
-constexpr int ROOM = KEEP ? 0 : GROUPS * PARAMETERS * STEPS * 32 * 16;
-
 __device__ __forceinline__ u32 word_of(const uint4* line, int chunk, int t) { return ((const u32*)(line + chunk))[t]; }
 
 __device__ __forceinline__ float half_of(u32 word, int k) {

@@ -39,6 +39,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (seat.n < own) projection.load(a.weight.p, a.bias.p, d, group, s.C, seat, room);
     __syncthreads();
 
+    float exponent[3][2];  // what the biases of the logits add to the exponents of the sigmoids
+#pragma unroll
+    for (int f = 0; f < 3; f++)
+#pragma unroll
+      for (int c = 0; c < 2; c++) exponent[f][c] = projection.bias[2 + f][c] * -LOG2E;
     const char* x = way.start(a.x, b, d, 0);
     const char* mask = way.start(a.mask, b, d, 0);
     char* y = way.start(a.y, b, d, 0) + first * 16;
@@ -122,9 +127,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             float p[3];
 #pragma unroll
             for (int f = 0; f < 3; f++)
-              p[f] = 1.f + power_of_two(least((made[2 + f][e] + projection.bias[2 + f][c]) * -LOG2E, 57.6f));
+              p[f] = 1.f + power_of_two(least(made[2 + f][e] * -LOG2E + exponent[f][c], 57.6f));
             const float n0 = p[1] * p[2], n1 = p[0] * p[2], n2 = p[0] * p[1];
-            const float sum = e0 * n0 + e1 * n1 + e2 * n2, floor = (EPSILON * p[0]) * n0;
+            const float sum = (MASKED ? e1 * n1 : n1) + e0 * n0 + e2 * n2, floor = (EPSILON * p[0]) * n0;
             const float mix = n0 * (c ? left.y : left.x) + n1 * h[T][e] + n2 * (c ? right.y : right.x);
             const float lam = made[0][e] + projection.bias[0][c];
             float state = mix * reciprocal(fmaxf(sum, floor)) + lam * half_of(vx, c);
