@@ -104,9 +104,9 @@ def test_line_scan() -> None:
 PROJECTED = [
     # shape, directions, dtype, merge, mask, bias, forward's cut, backward's cut
     ((2, 7, 5, 8), [0, 1, 2, 3], torch.bfloat16, "sum", False, True, None, None),
-    ((1, 18, 37, 24), [3, 0, 2], torch.bfloat16, "none", False, True, (2, 2, 2), (2, 2, 2)),
-    ((1, 6, 20, 64), [2, 1], torch.float16, "sum", True, True, (4, 1, 2, 2, True), (4, 2, 1)),
-    ((1, 5, 4, 136), [0, 3], torch.bfloat16, "sum", True, False, (2, 1, 1, 3, True), (2, 1, 1)),
+    ((1, 18, 37, 24), [3, 0, 2], torch.bfloat16, "none", False, True, (2, 2, 3), (1, 2, 3)),
+    ((1, 6, 20, 64), [2, 1], torch.float16, "sum", True, True, (2, 3, 1, 2, True), (4, 1, 3)),
+    ((1, 5, 4, 136), [0, 3], torch.bfloat16, "sum", True, False, (1, 1, 1, 3, True), (2, 1, 1)),
 ]
 
 

@@ -89,7 +89,7 @@ def _prepare(call: _Launch) -> tuple[Kernel, int, bytes]:
     loaded.allow_shared(shared, call.device)
     packed = b"".join(view(strides) for strides in call.layouts)
     codes = (*call.codes, 0, 0, 0)[:4]
-    packed += struct.pack("<11i4x", b, h, w, c, len(call.codes), *codes, c // 8, -(-c // (8 * cut.groups)))
+    packed += struct.pack("<11i4x", b, h, w, c, len(call.codes), *codes, c // 8, -(-c // (16 * cut.groups)))
     return loaded, shared, packed
 
 
@@ -105,6 +105,8 @@ def _run(
     assert x is not None
     b, h, w, c = x.shape
     layouts = tuple(layout(t, d) for t, d in zip(tensors, dims, strict=True))
+    if max(h, w) > cut.line:
+        raise ValueError(f"{cut} has room for {cut.line} positions; a line has {max(h, w)}")
     call = _Launch(name, x.get_device(), x.dtype, (b, h, w, c), tuple(codes), cut, mask is not None, gated, layouts)
     loaded, shared, packed = _prepare(call)
     arguments = value(packed)
@@ -138,7 +140,7 @@ def forward(
 ) -> Tensor:
     """`propagate_2d_projected` without checks; weight [D * 5 * C, C], bias [D * 5 * C] or None.
 
-    `cut` is for measurements; the plan's own otherwise. Raises AssertionError where `why_not` has a reason.
+    `cut` is for measurements; the plan's own otherwise. Raises ValueError for one that is too short for the lines.
     """
     x, weight = scan.readable(x), weight.contiguous()
     bias = None if bias is None else bias.contiguous()

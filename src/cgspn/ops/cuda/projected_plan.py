@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from .plan import Machine
 
 PARAMETERS = 5  # of the projection a direction: lam, u, three logits
+KEPT = 64  # channels up to which the weights stay in registers
 OUTPUTS = 6  # maps that the backward kernel writes a direction: their gradients, and what reaches x past them
 
 
 @dataclass(frozen=True)
 class ProjectedCut:
-    """How a projected scan is cut: `groups` of 8 channels a block, `row_warps` along a line with `tiles` of 16
+    """How a projected scan is cut: `groups` of 16 channels a block, `row_warps` along a line with `tiles` of 8
     positions each, `stages` lines of x in shared memory.
 
     turns: a block takes the directions in turn and adds them up where its output lies; otherwise a block takes one,
@@ -34,25 +35,25 @@ class ProjectedCut:
     @property
     def line(self) -> int:
         """Positions that a block has room for."""
-        return 16 * self.row_warps * self.tiles
+        return 8 * self.row_warps * self.tiles
 
     def blocks(self, batch: int, channels: int, directions: int) -> int:
         """Blocks of a launch."""
-        return batch * -(-channels // (8 * self.groups)) * (1 if self.turns else directions)
+        return batch * -(-channels // (16 * self.groups)) * (1 if self.turns else directions)
 
     def shared_bytes(self, channels: int, backward: bool) -> int:
         """Dynamic shared memory of a block, in the order in which the kernels lay it out."""
         padded = depth(channels)
-        own = 16 * self.line * self.groups  # bytes of a line of the block's own channels
+        own = 32 * self.line * self.groups  # bytes of a line of the block's own channels
         lines = self.stages * (2 * self.line * padded + (2 * own if backward else 0))
         outputs = 2 * own * (OUTPUTS if backward else 1)
-        states = (4 if backward else 2) * self.groups * (self.line + 2) * 32
-        weights = 0 if padded <= 128 else self.groups * PARAMETERS * padded * 16
+        states = (4 if backward else 2) * self.groups * (self.line + 2) * 80
+        weights = self.groups * PARAMETERS * padded * 32
         return lines + outputs + states + weights
 
     def fits(self, channels: int, gpu: Machine, backward: bool) -> bool:
         """Whether a block has the threads, registers (as scripts/check_kernels.py found) and shared memory it needs."""
-        weights = depth(channels) * 20 // 32 if depth(channels) <= 128 else 60  # kept, or read from shared memory
+        weights = depth(channels) * 40 // 32 if depth(channels) <= KEPT else 60  # kept, or read from shared memory
         needed = 100 + weights + 25 * self.tiles if backward else 85 + weights + 4 * self.tiles
         allowed = min(255, 65536 // (-(-self.threads // 128) * 128))
         room = self.shared_bytes(channels, backward) <= gpu.shared_bytes
@@ -66,12 +67,12 @@ def depth(channels: int) -> int:
 
 def cuts(longest: int, channels: int, gpu: Machine, backward: bool = False) -> Iterator[ProjectedCut]:
     """Every cut that covers lines of `longest` positions and fits."""
-    needed = -(-longest // 16)
-    for groups in (8, 4, 2, 1):
+    needed = -(-longest // 8)
+    for groups in (4, 2, 1):
         for tiles in (5, 4, 3, 2, 1) if needed <= 40 else (8, 5):
             row_warps = -(-needed // tiles)
             wasted = tiles > needed or ((row_warps * tiles - needed) * 4 > needed and tiles > 1)
-            if groups * 8 >= channels * 2 or wasted:
+            if groups * 16 >= channels + 16 or wasted:
                 continue
             for turns in (False,) if backward else (False, True):
                 depths = (2,) if backward else (3, 2)
@@ -99,7 +100,7 @@ def _best(
     def worth(cut: ProjectedCut) -> tuple[float, ...]:
         blocks = cut.blocks(batch, channels, directions)
         filled = min(1.0, blocks / (gpu.processors * 0.75))
-        return filled, cut.turns and turns, min(cut.groups, 4 if cut.turns else 8), -abs(cut.threads / 32 - 10)
+        return filled, cut.turns and turns, min(cut.groups, 2 if cut.turns else 4), -abs(cut.threads / 32 - 10)
 
     allowed = [cut for cut in found if turns or not cut.turns]
     return max(allowed, key=worth, default=None)

@@ -1,25 +1,29 @@
 // The scan whose parameters are made on the chip: for every line, x [M, C] times the weights of lam, u and the logits,
 // by tensor cores, in the threads that scan with them. Macros besides those of common.cuh (VEC = 8, DTYPE not 0):
 //   DEPTH      channels of x, rounded up to 32
-//   TILES      tiles of 16 positions a warp handles
+//   TILES      tiles of 8 positions a warp handles
 //   ROW_WARPS  warps along a line
-//   GROUPS     groups of 8 channels a block handles, each by warps of its own: 1, 2, 4 or 8
-// A thread gets positions g and g + 8 of a tile and channels 2t, 2t + 1 of its group, for all five parameters alike
-// (g = lane / 4, t = lane % 4: multiply_add in hardware.cuh). The order of channels inside a product is free, so that
-// what a thread feeds the tensor core is runs of 16 bytes of x and of the weights, which are transposed nowhere.
+//   GROUPS     groups of 16 channels a block handles, each by warps of its own: 1, 2 or 4
+// The weights are the left factor, 16 channels of one parameter, and x the right one, 8 positions: what is read for every
+// line then lies in registers as the tensor core wants it, and the weights are put in order once. A thread gets positions
+// 2t, 2t + 1 of a tile and channels 2g, 2g + 1 of its group, for all five parameters alike (g = lane / 4, t = lane % 4:
+// multiply_add in hardware.cuh; rows 0..7 of the left factor are the even channels). The order of channels inside a
+// product is free, so that a thread reads runs of 16 bytes of x and of the weights, which are transposed nowhere.
 
 #include "common.cuh"
 
-constexpr int LINE = ROW_WARPS * TILES * 16;  // positions that a block has room for
-constexpr int CHUNKS = DEPTH / 8;             // 16 bytes each, of a position of x
+constexpr int LINE = ROW_WARPS * TILES * 8;  // positions that a block has room for
+constexpr int CHUNKS = DEPTH / 8;            // 16 bytes each, of a position of x
+constexpr int OWN = 2 * GROUPS;              // those of them that a block works on
+constexpr int STATE = 20;                    // floats of a position's state in shared memory: 16, and 4 against conflicts
 constexpr int STEPS = DEPTH / 32;
 constexpr int PARAMETERS = 5;        // lam, u, the logits of j-1, j, j+1
-constexpr bool KEEP = DEPTH <= 128;  // weights stay in registers for the whole scan; else in shared memory
+constexpr bool KEEP = DEPTH <= 64;  // weights stay in registers for the whole scan; else in shared memory
 
 struct ProjectedShape {
   int B, H, W, C, D;
   int codes[4];  // 0 down, 1 up, 2 right, 3 left
-  int groups;    // C / 8
+  int chunks;    // C / 8
   int blocks;    // along the channels
 };
 
@@ -41,16 +45,6 @@ struct Way {
   }
 };
 
-// Where a thread stands.
-struct Seat {
-  int n, part, lane, g, t;
-  __device__ Seat() {
-    const int warp = threadIdx.x / 32;
-    n = warp % GROUPS, part = warp / GROUPS;
-    lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-  }
-};
-
 // Chunks of a position change places so that neither the 16-byte reads of products nor the 4-byte reads of single
 // channels meet in a bank of shared memory.
 __device__ __forceinline__ int place(int row, int chunk) {
@@ -59,82 +53,125 @@ __device__ __forceinline__ int place(int row, int chunk) {
 }
 // The same for a line of the block's own channels only.
 __device__ __forceinline__ int place_own(int row, int chunk) {
-  return row * GROUPS + (chunk ^ (row / (8 / GROUPS) & (GROUPS - 1)));
+  return row * OWN + (chunk ^ (row / (8 / OWN) & (OWN - 1)));
 }
 
+// Where a thread stands. Addresses inside a line in shared memory are worked out once: tiles begin at multiples of 8
+// positions, which the order of chunks does not see, so that a tile is an offset known to the compiler.
+struct Seat {
+  int n, part, lane, g, t;
+  int row;          // its first position in the first tile of its warp
+  int chunk;        // of its two channels, among the block's own
+  int feed[STEPS];  // runs that it feeds the tensor core: of all channels, in chunks
+  int all[2];       // its positions and channels in a line of all channels, in words
+  int own[2];       // and in a line of the block's own channels
+  int state;        // and in a line of the state, in floats
+
+  // `first`: chunk of channels with which the block's own begin.
+  __device__ explicit Seat(int first) {
+    const int warp = threadIdx.x / 32;
+    n = warp % GROUPS, part = warp / GROUPS;
+    lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int begin = part * TILES * 8;
+    row = begin + 2 * t;
+    chunk = 2 * n + g / 4;
+#pragma unroll
+    for (int s = 0; s < STEPS; s++) feed[s] = place(begin + g, 4 * s + t);
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+      all[r] = place(row + r, first + chunk) * 4 + g % 4;
+      own[r] = place_own(row + r, chunk) * 4 + g % 4;
+    }
+    state = (n * (LINE + 2) + row) * STATE + 2 * g;
+  }
+};
+
 // Begin to copy a line of x, all channels.
-__device__ __forceinline__ void fetch_all(uint4* to, const char* from, i64 across, int positions, int groups) {
+__device__ __forceinline__ void fetch_all(uint4* to, const char* from, i64 across, int positions, int chunks) {
 #pragma unroll
   for (int k = 0; k < (LINE * CHUNKS + THREADS - 1) / THREADS; k++) {
     const int n = threadIdx.x + k * THREADS, row = n / CHUNKS, chunk = n % CHUNKS;
-    if (row < positions && row < LINE && chunk < groups)
+    if (row < positions && row < LINE && chunk < chunks)
       copy_async<16>(to + place(row, chunk), from + row * across + chunk * 16);
   }
 }
 // Begin to copy a line of the block's own channels, which start at `from`.
-__device__ __forceinline__ void fetch_own(uint4* to, const char* from, i64 across, int positions, int groups) {
+__device__ __forceinline__ void fetch_own(uint4* to, const char* from, i64 across, int positions, int own) {
 #pragma unroll
-  for (int k = 0; k < (LINE * GROUPS + THREADS - 1) / THREADS; k++) {
-    const int n = threadIdx.x + k * THREADS, row = n / GROUPS, chunk = n % GROUPS;
-    if (row < positions && row < LINE && chunk < groups)
+  for (int k = 0; k < (LINE * OWN + THREADS - 1) / THREADS; k++) {
+    const int n = threadIdx.x + k * THREADS, row = n / OWN, chunk = n % OWN;
+    if (row < positions && row < LINE && chunk < own)
       copy_async<16>(to + place_own(row, chunk), from + row * across + chunk * 16);
   }
 }
 
 // Weights and biases of one direction and the group of a warp.
 struct Projection {
-  uint4 kept[KEEP ? PARAMETERS : 1][KEEP ? STEPS : 1];
+  uint4 kept[KEEP ? PARAMETERS : 1][KEEP ? STEPS : 1][2];
   float bias[PARAMETERS][2];
-  uint4* shared;
+  uint4* shared;  // [GROUPS][PARAMETERS][STEPS][2][32]
 
-  __device__ __forceinline__ void load(const char* weight, const char* biases, int d, int group, int C, const Seat& seat,
-                                       uint4* room) {
-    shared = room;
+  // `channel`: the first of the group.
+  __device__ __forceinline__ void load(const char* weight, const char* biases, int d, int channel, int C,
+                                       const Seat& seat, uint4* room) {
+    shared = room + seat.n * PARAMETERS * STEPS * 64 + seat.lane;
+    channel += 2 * seat.g;
 #pragma unroll
     for (int f = 0; f < PARAMETERS; f++) {
-      const i64 row = ((i64)d * PARAMETERS + f) * C + group * 8;
+      const i64 row = ((i64)d * PARAMETERS + f) * C + channel;
 #pragma unroll
       for (int s = 0; s < STEPS; s++) {
-        const int chunk = 4 * s + seat.t;
-        uint4 words = {0, 0, 0, 0};
-        if (chunk * 8 < C) words = __ldg((const uint4*)(weight + ((row + seat.g) * C + chunk * 8) * 2));
-        if constexpr (KEEP)
-          kept[f][s] = words;
-        else if (seat.part == 0)
-          shared[((seat.n * PARAMETERS + f) * STEPS + s) * 32 + seat.lane] = words;
+        const int from = (4 * s + seat.t) * 8;
+        uint4 even = {0, 0, 0, 0}, odd = {0, 0, 0, 0};
+        if (from < C && channel < C) {
+          even = __ldg((const uint4*)(weight + (row * C + from) * 2));
+          odd = __ldg((const uint4*)(weight + ((row + 1) * C + from) * 2));
+        }
+        const uint4 low = {even.x, odd.x, even.y, odd.y}, high = {even.z, odd.z, even.w, odd.w};
+        if (seat.part == 0) shared[(f * STEPS + s) * 64] = low, shared[(f * STEPS + s) * 64 + 32] = high;
       }
-#pragma unroll
-      for (int c = 0; c < 2; c++) bias[f][c] = 0.f;
-      if (biases) {
+      bias[f][0] = bias[f][1] = 0.f;
+      if (biases && channel < C) {
         Vec pair;
-        pair.w[0] = __ldg((const u32*)(biases + (row + 2 * seat.t) * 2));
+        pair.w[0] = __ldg((const u32*)(biases + row * 2));
         bias[f][0] = get(pair, 0), bias[f][1] = get(pair, 1);
       }
     }
   }
 
-  // The parameters of a tile of 16 positions that starts at `row`, without their biases.
+  // After a barrier. Read as vectors, the weights lie in registers as the tensor core wants them; put together from
+  // the halves above, the compiler would put them together again for every product.
+  __device__ __forceinline__ void keep() {
+    if constexpr (KEEP)
+#pragma unroll
+      for (int f = 0; f < PARAMETERS; f++)
+#pragma unroll
+        for (int s = 0; s < STEPS; s++)
+          kept[f][s][0] = shared[(f * STEPS + s) * 64], kept[f][s][1] = shared[(f * STEPS + s) * 64 + 32];
+  }
+
+  // The parameters of the warp's tile T, without their biases; [2 c + r] is channel c of
+  // position r of this thread's.
   template <bool GATE>
-  __device__ __forceinline__ void make(float (&out)[PARAMETERS][4], const uint4* x, int row, const Seat& seat) const {
+  __device__ __forceinline__ void make(float (&out)[PARAMETERS][4], const uint4* x, int T, const Seat& seat) const {
     const float zero[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
-      const uint4 a = x[place(row + seat.g, 4 * s + seat.t)], b = x[place(row + seat.g + 8, 4 * s + seat.t)];
+      const uint4 v = x[seat.feed[s] + T * 8 * CHUNKS];
 #pragma unroll
       for (int f = 0; f < PARAMETERS; f++) {
         if (f == 1 && !GATE) continue;
-        uint4 w;
+        uint4 low, high;
         if constexpr (KEEP)
-          w = kept[f][s];
+          low = kept[f][s][0], high = kept[f][s][1];
         else
-          w = shared[((seat.n * PARAMETERS + f) * STEPS + s) * 32 + seat.lane];
-        multiply_add<DTYPE == 2>(out[f], a.x, b.x, a.y, b.y, w.x, w.y, s == 0 ? zero : out[f]);
-        multiply_add<DTYPE == 2>(out[f], a.z, b.z, a.w, b.w, w.z, w.w, out[f]);
+          low = shared[(f * STEPS + s) * 64], high = shared[(f * STEPS + s) * 64 + 32];
+        multiply_add<DTYPE == 2>(out[f], low.x, low.y, low.z, low.w, v.x, v.y, s == 0 ? zero : out[f]);
+        multiply_add<DTYPE == 2>(out[f], high.x, high.y, high.z, high.w, v.z, v.w, out[f]);
       }
     }
   }
 };
-__device__ __forceinline__ u32 word_of(const uint4* line, int chunk, int t) { return ((const u32*)(line + chunk))[t]; }
 
 __device__ __forceinline__ float half_of(u32 word, int k) {
   Vec v;

@@ -1,4 +1,4 @@
-// Adjoint of the projected scan, lines in reverse, a block for GROUPS x 8 channels of one direction of an image. It makes
+// Adjoint of the projected scan, lines in reverse, a block for GROUPS x 16 channels of one direction of an image. It makes
 // the parameters again from x, reads the state that projected_forward (GATED = 0) wrote, and writes for every position
 // [D, 6, C]: the gradients of the five parameters, and lam g, which x gets past the projection. Products with the
 // weights and with x, outside, turn them into the gradients of x and of the weights. The gradient of the bias is summed
@@ -12,31 +12,33 @@ struct ProjectedBackwardArguments {
 };
 
 constexpr int OUTPUTS = 6;
-constexpr int STORES = (OUTPUTS * LINE * GROUPS + THREADS - 1) / THREADS;
+constexpr int STORES = (OUTPUTS * LINE * OWN + THREADS - 1) / THREADS;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     projected_backward(const __grid_constant__ ProjectedBackwardArguments a) {
   const ProjectedShape& s = a.s;
-  const Seat seat;
   u32 block = blockIdx.x;
   const int d = block % s.D;
   block /= s.D;
-  const int first = block % s.blocks * GROUPS, b = block / s.blocks;
-  const int own = min(GROUPS, s.groups - first), group = first + seat.n;
+  const int first = block % s.blocks * OWN, b = block / s.blocks;  // chunk of channels, image
+  const int own = min(OWN, s.chunks - first);
+  const Seat seat(first);
+  const bool works = 2 * seat.n < own;
   const Way way(s, s.codes[d]);
   const int last = way.lines - 1;
 
-  constexpr int STAGE = LINE * (CHUNKS + 2 * GROUPS);  // x, dy, h of the line before
+  constexpr int STAGE = LINE * (CHUNKS + 2 * OWN);  // x, dy, h of the line before
   uint4* const stages = (uint4*)shared_memory();
-  uint4* const outs = stages + STAGES * STAGE;  // [2][OUTPUTS][LINE][GROUPS]
-  float* const sent = (float*)(outs + 2 * OUTPUTS * LINE * GROUPS);  // [2][2][GROUPS][LINE + 2][8]: to left, to right
-  constexpr int PLANE = GROUPS * (LINE + 2) * 8;
+  uint4* const outs = stages + STAGES * STAGE;  // [2][OUTPUTS][LINE][OWN]
+  float* const sent = (float*)(outs + 2 * OUTPUTS * LINE * OWN);  // [2][2][GROUPS][LINE + 2][STATE]: to left, to right
+  constexpr int PLANE = GROUPS * (LINE + 2) * STATE;
   uint4* const room = (uint4*)(sent + 4 * PLANE);
   for (int k = threadIdx.x; k < STAGES * STAGE; k += THREADS) stages[k] = {0, 0, 0, 0};
   for (int k = threadIdx.x; k < 4 * PLANE; k += THREADS) sent[k] = 0.f;
   Projection projection;
-  if (seat.n < own) projection.load(a.weight.p, a.bias.p, d, group, s.C, seat, room);
+  if (works) projection.load(a.weight.p, a.bias.p, d, (first + 2 * seat.n) * 8, s.C, seat, room);
   __syncthreads();
+  projection.keep();
 
   const char *x = way.start(a.x, b, d, last), *dy = way.start(a.dy, b, d, last) + first * 16;
   const char *h = way.start(a.h, b, d, last) + first * 16, *mask = way.start(a.mask, b, d, last);
@@ -50,10 +52,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int T = 0; T < TILES; T++) {
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-      const int j = (seat.part * TILES + T) * 16 + seat.g + 8 * r;
+      const int j = seat.row + T * 8 + r;
       state[T][r] = 0;
-      if (seat.n < own && j < way.positions)
-        state[T][r] = *(const u32*)(h + j * way.across(a.h) + seat.n * 16 + seat.t * 4);
+      if (seat.chunk < own && j < way.positions)
+        state[T][r] = *(const u32*)(h + j * way.across(a.h) + seat.chunk * 16 + seat.g % 4 * 4);
     }
 #pragma unroll
     for (int e = 0; e < 4; e++) kept[T][e] = 0.f;
@@ -64,19 +66,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
   auto fetch = [&](int stage, int line) {
     uint4* to = stages + stage * STAGE;
-    fetch_all(to, x, way.across(a.x), way.positions, s.groups);
+    fetch_all(to, x, way.across(a.x), way.positions, s.chunks);
     fetch_own(to + LINE * CHUNKS, dy, way.across(a.dy), way.positions, own);
     if (line > 0)
-      fetch_own(to + LINE * (CHUNKS + GROUPS), h, way.across(a.h), way.positions, own);
+      fetch_own(to + LINE * (CHUNKS + OWN), h, way.across(a.h), way.positions, own);
     x -= way.step(a.x), dy -= way.step(a.dy), h -= way.step(a.h);
   };
   auto flush = [&](const uint4* from) {
 #pragma unroll
     for (int k = 0; k < STORES; k++) {
-      const int n = threadIdx.x + k * THREADS, map = n / (LINE * GROUPS), row = n / GROUPS % LINE, chunk = n % GROUPS;
+      const int n = threadIdx.x + k * THREADS, map = n / (LINE * OWN), row = n / OWN % LINE, chunk = n % OWN;
       if (map < OUTPUTS && row < way.positions && chunk < own)
         store_plane(out + row * out_across + map * a.out.k + chunk * 16,
-                    load(from + map * LINE * GROUPS + place_own(row, chunk)));
+                    load(from + map * LINE * OWN + place_own(row, chunk)));
     }
     out -= way.step(a.out);
   };
@@ -94,39 +96,40 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     if (i >= STAGES - 1) fetch(filling, i - (STAGES - 1));
     copies_commit();
     filling = filling + 1 == STAGES ? 0 : filling + 1;
-    if (n > 0) flush(outs + (n & 1 ? 0 : OUTPUTS * LINE * GROUPS));
+    if (n > 0) flush(outs + (n & 1 ? 0 : OUTPUTS * LINE * OWN));
     const uint4* line_x = stages + stage * STAGE;
     const uint4* line_dy = line_x + LINE * CHUNKS;
-    const uint4* line_h = line_dy + LINE * GROUPS;
+    const uint4* line_h = line_dy + LINE * OWN;
     stage = stage + 1 == STAGES ? 0 : stage + 1;
-    u32* put = (u32*)(outs + (n & 1 ? OUTPUTS * LINE * GROUPS : 0));
-    const int own_line = seat.n * (LINE + 2) * 8 + 2 * seat.t;
-    const float *to_left = sent + (n & 1 ? 0 : 2) * PLANE + own_line, *to_right = to_left + PLANE;
-    float *send_left = sent + (n & 1 ? 2 : 0) * PLANE + own_line, *send_right = send_left + PLANE;
+    u32* put = (u32*)(outs + (n & 1 ? OUTPUTS * LINE * OWN : 0));
+    const float *to_left = sent + (n & 1 ? 0 : 2) * PLANE + seat.state, *to_right = to_left + PLANE;
+    float *send_left = sent + (n & 1 ? 2 : 0) * PLANE + seat.state, *send_right = send_left + PLANE;
 #pragma unroll
     for (int T = 0; T < TILES; T++) {
-      const int tile = (seat.part * TILES + T) * 16;
-      if (seat.n >= own || tile >= way.positions) continue;
+      if (!works || seat.row - 2 * seat.t + T * 8 >= way.positions) continue;
       float made[PARAMETERS][4];
-      projection.make<true>(made, line_x, tile, seat);
+      projection.make<true>(made, line_x, T, seat);
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        const int j = tile + seat.g + 8 * r;
+        const int j = seat.row + T * 8 + r, at = T * 8 + r;
         const u32 bits = around(way, j, i, mask, mask_step, mask_across);
         const bool inside = bits & 8;
-        const u32 vx = word_of(line_x, place(j, group), seat.t), vdy = word_of(line_dy, place_own(j, seat.n), seat.t);
+        const u32 vx = ((const u32*)line_x)[seat.all[r] + T * 32 * CHUNKS];
+        const u32 vdy = ((const u32*)line_dy)[seat.own[r] + T * 32 * OWN];
         u32 near[3];
 #pragma unroll
         for (int f = 0; f < 3; f++) {
           const int row = j + f - 1;
           const bool there = i > 0 && row >= 0 && row < way.positions;
-          near[f] = there ? word_of(line_h, place_own(row, seat.n), seat.t) : 0;
+          const int other = place_own(row, seat.chunk) * 4 + seat.g % 4;
+          near[f] = there ? ((const u32*)line_h)[f == 1 ? seat.own[r] + T * 32 * OWN : other] : 0;
         }
-        const float2 from_right = *(const float2*)(to_left + (j + 2) * 8), from_left = *(const float2*)(to_right + j * 8);
+        const float2 from_right = *(const float2*)(to_left + (at + 2) * STATE);
+        const float2 from_left = *(const float2*)(to_right + at * STATE);
         float o[OUTPUTS][2], left[2], right[2];
 #pragma unroll
         for (int c = 0; c < 2; c++) {
-          const int e = 2 * r + c;
+          const int e = 2 * c + r;
           float p[PARAMETERS];
 #pragma unroll
           for (int f = 0; f < PARAMETERS; f++) p[f] = made[f][e] + projection.bias[f][c];
@@ -154,11 +157,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
           left[c] = inside ? w0 * g : 0.f;
           right[c] = inside ? w2 * g : 0.f;
         }
-        *(float2*)(send_left + (j + 1) * 8) = {left[0], left[1]};
-        *(float2*)(send_right + (j + 1) * 8) = {right[0], right[1]};
+        *(float2*)(send_left + (at + 1) * STATE) = {left[0], left[1]};
+        *(float2*)(send_right + (at + 1) * STATE) = {right[0], right[1]};
 #pragma unroll
         for (int f = 0; f < OUTPUTS; f++)
-          put[(f * LINE * GROUPS + place_own(j, seat.n)) * 4 + seat.t] = pack_pair<DTYPE == 2>(o[f][0], o[f][1]);
+          put[seat.own[r] + T * 32 * OWN + f * LINE * OWN * 4] = pack_pair<DTYPE == 2>(o[f][0], o[f][1]);
         state[T][r] = near[1];
       }
     }
@@ -166,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   }
   copies_wait<0>();
   __syncthreads();
-  flush(outs + (way.lines & 1 ? 0 : OUTPUTS * LINE * GROUPS));
+  flush(outs + (way.lines & 1 ? 0 : OUTPUTS * LINE * OWN));
 
   float* parts = (float*)stages;  // [warps][lanes][PARAMETERS][2]
 #pragma unroll
@@ -174,14 +177,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
     for (int c = 0; c < 2; c++) parts[(threadIdx.x * PARAMETERS + f) * 2 + c] = sums[f][c];
   __syncthreads();
-  for (int k = threadIdx.x; k < own * PARAMETERS * 8; k += THREADS) {
-    const int channel = k % 8, f = k / 8 % PARAMETERS, n = k / 8 / PARAMETERS;
+  for (int k = threadIdx.x; k < own * 8 * PARAMETERS; k += THREADS) {
+    const int channel = k % (own * 8), f = k / (own * 8);  // channel % 16 = 2 g + c of group channel / 16
     float sum = 0.f;
     for (int part = 0; part < ROW_WARPS; part++)
-      for (int g = 0; g < 8; g++) {
-        const int thread = (part * GROUPS + n) * 32 + g * 4 + channel / 2;
+      for (int t = 0; t < 4; t++) {
+        const int thread = (part * GROUPS + channel / 16) * 32 + channel % 16 / 2 * 4 + t;
         sum += parts[(thread * PARAMETERS + f) * 2 + channel % 2];
       }
-    ((float*)a.dbias.p)[(((i64)b * s.D + d) * PARAMETERS + f) * s.C + (first + n) * 8 + channel] = sum;
+    ((float*)a.dbias.p)[(((i64)b * s.D + d) * PARAMETERS + f) * s.C + first * 8 + channel] = sum;
   }
 }

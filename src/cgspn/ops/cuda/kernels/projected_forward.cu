@@ -1,4 +1,4 @@
-// Forward of the projected scan. A block handles GROUPS x 8 channels of an image, for one direction, or with TURNS for
+// Forward of the projected scan. A block handles GROUPS x 16 channels of an image, for one direction, or with TURNS for
 // all in turn, adding each to what the ones before left in y, which only this block touches.
 //   TURNS  1: y is the sum over the directions, which this block takes in turn; 0: a block a direction
 //   GATED  1: y = u h; 0: h itself, which the backward wants
@@ -12,22 +12,23 @@ struct ProjectedForwardArguments {
   ProjectedShape s;
 };
 
-constexpr int STORES = (LINE * GROUPS + THREADS - 1) / THREADS;
+constexpr int STORES = (LINE * OWN + THREADS - 1) / THREADS;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     projected_forward(const __grid_constant__ ProjectedForwardArguments a) {
   const ProjectedShape& s = a.s;
-  const Seat seat;
   u32 block = blockIdx.x;
   int d = 0;
   if (!TURNS) d = block % s.D, block /= s.D;
-  const int first = block % s.blocks * GROUPS, b = block / s.blocks;  // group of channels, image
-  const int own = min(GROUPS, s.groups - first), group = first + seat.n;
+  const int first = block % s.blocks * OWN, b = block / s.blocks;  // chunk of channels, image
+  const int own = min(OWN, s.chunks - first);
+  const Seat seat(first);
+  const bool works = 2 * seat.n < own;
 
   uint4* const lines_x = (uint4*)shared_memory();        // [STAGES][LINE][CHUNKS]
-  uint4* const outs = lines_x + STAGES * LINE * CHUNKS;  // [2][LINE][GROUPS]
-  float* const states = (float*)(outs + 2 * LINE * GROUPS);  // [2][GROUPS][LINE + 2][8]: an empty position at each end
-  uint4* const room = (uint4*)(states + 2 * GROUPS * (LINE + 2) * 8);
+  uint4* const outs = lines_x + STAGES * LINE * CHUNKS;  // [2][LINE][OWN]
+  float* const states = (float*)(outs + 2 * LINE * OWN);  // [2][GROUPS][LINE + 2][STATE]: an empty position at each end
+  uint4* const room = (uint4*)(states + 2 * GROUPS * (LINE + 2) * STATE);
   for (int k = threadIdx.x; k < STAGES * LINE * CHUNKS; k += THREADS) lines_x[k] = {0, 0, 0, 0};
 
   Projection projection;
@@ -35,9 +36,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (const int begin = d; d < end; d++) {
     const Way way(s, s.codes[d]);
     __syncthreads();  // the direction before is done
-    for (int k = threadIdx.x; k < 2 * GROUPS * (LINE + 2) * 8; k += THREADS) states[k] = 0.f;
-    if (seat.n < own) projection.load(a.weight.p, a.bias.p, d, group, s.C, seat, room);
+    for (int k = threadIdx.x; k < 2 * GROUPS * (LINE + 2) * STATE; k += THREADS) states[k] = 0.f;
+    if (works) projection.load(a.weight.p, a.bias.p, d, (first + 2 * seat.n) * 8, s.C, seat, room);
     __syncthreads();
+    projection.keep();
 
     float exponent[3][2];  // what the biases of the logits add to the exponents of the sigmoids
 #pragma unroll
@@ -51,7 +53,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const i64 x_across = way.across(a.x), y_across = way.across(a.y), mask_across = way.across(a.mask);
 #pragma unroll
     for (int n = 0; n < STAGES - 1; n++, x += x_step) {
-      if (n < way.lines) fetch_all(lines_x + n * LINE * CHUNKS, x, x_across, way.positions, s.groups);
+      if (n < way.lines) fetch_all(lines_x + n * LINE * CHUNKS, x, x_across, way.positions, s.chunks);
       copies_commit();
     }
 
@@ -60,14 +62,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       if (!TURNS || d == begin) return;
 #pragma unroll
       for (int k = 0; k < STORES; k++) {
-        const int n = threadIdx.x + k * THREADS, row = n / GROUPS, chunk = n % GROUPS;
+        const int n = threadIdx.x + k * THREADS, row = n / OWN, chunk = n % OWN;
         if (row < way.positions && chunk < own) old[k] = load(from + row * y_across + chunk * 16);
       }
     };
     auto flush = [&](const uint4* out, char* to) {
 #pragma unroll
       for (int k = 0; k < STORES; k++) {
-        const int n = threadIdx.x + k * THREADS, row = n / GROUPS, chunk = n % GROUPS;
+        const int n = threadIdx.x + k * THREADS, row = n / OWN, chunk = n % OWN;
         if (row < way.positions && row < LINE && chunk < own) {
           Vec v = load(out + place_own(row, chunk));
           if (TURNS && d > begin) {
@@ -91,37 +93,37 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     for (int i = 0; i < way.lines; i++) {
       copies_wait<STAGES - 2>();
       __syncthreads();
-      if (i + STAGES - 1 < way.lines) fetch_all(lines_x + filling * LINE * CHUNKS, x, x_across, way.positions, s.groups);
+      if (i + STAGES - 1 < way.lines) fetch_all(lines_x + filling * LINE * CHUNKS, x, x_across, way.positions, s.chunks);
       copies_commit();
       x += x_step;
       filling = filling + 1 == STAGES ? 0 : filling + 1;
       if (i > 0) {
-        flush(outs + (i & 1 ? 0 : LINE * GROUPS), y);
+        flush(outs + (i & 1 ? 0 : LINE * OWN), y);
         y += y_step;
         look(y);
       }
       const uint4* line_x = lines_x + stage * LINE * CHUNKS;
       stage = stage + 1 == STAGES ? 0 : stage + 1;
-      u32* out = (u32*)(outs + (i & 1 ? LINE * GROUPS : 0));
-      float* now = states + ((i & 1) * GROUPS + seat.n) * (LINE + 2) * 8 + 2 * seat.t;
-      const float* before = states + (((i & 1) ^ 1) * GROUPS + seat.n) * (LINE + 2) * 8 + 2 * seat.t;
+      u32* out = (u32*)(outs + (i & 1 ? LINE * OWN : 0));
+      float* now = states + (i & 1) * GROUPS * (LINE + 2) * STATE + seat.state;
+      const float* before = states + ((i & 1) ^ 1) * GROUPS * (LINE + 2) * STATE + seat.state;
 #pragma unroll
       for (int T = 0; T < TILES; T++) {
-        const int tile = (seat.part * TILES + T) * 16;
-        if (seat.n >= own || tile >= way.positions) continue;
+        const int j = seat.row + T * 8;
+        if (!works || j - 2 * seat.t >= way.positions) continue;
         float made[PARAMETERS][4];
-        projection.make<GATED>(made, line_x, tile, seat);
+        projection.make<GATED>(made, line_x, T, seat);
+        const float2 outer[2] = {*(const float2*)(before + T * 8 * STATE), *(const float2*)(before + (T * 8 + 3) * STATE)};
+        const float was[4] = {h[T][0], h[T][1], h[T][2], h[T][3]};
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-          const int j = tile + seat.g + 8 * r;
-          const u32 bits = around(way, j, i, mask, mask_step, mask_across);
+          const u32 bits = around(way, j + r, i, mask, mask_step, mask_across);
           const float e0 = bits & 1 ? 1.f : 0.f, e1 = bits & 2 ? 1.f : 0.f, e2 = bits & 4 ? 1.f : 0.f;
-          const u32 vx = word_of(line_x, place(j, group), seat.t);
-          const float2 left = *(const float2*)(before + j * 8), right = *(const float2*)(before + (j + 2) * 8);
-          float result[2], gated[2];
+          const u32 vx = ((const u32*)line_x)[seat.all[r] + T * 32 * CHUNKS];
+          float gated[2];
 #pragma unroll
           for (int c = 0; c < 2; c++) {
-            const int e = 2 * r + c;
+            const int e = 2 * c + r;
             // As Weights in common.cuh: sigmoids over their sum with one reciprocal. A neighbour that does not exist
             // holds a state of zero and is left out of the sum; its own factor cancels from the others.
             float p[3];
@@ -130,21 +132,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
               p[f] = 1.f + power_of_two(least(made[2 + f][e] * -LOG2E + exponent[f][c], 57.6f));
             const float n0 = p[1] * p[2], n1 = p[0] * p[2], n2 = p[0] * p[1];
             const float sum = (MASKED ? e1 * n1 : n1) + e0 * n0 + e2 * n2, floor = (EPSILON * p[0]) * n0;
-            const float mix = n0 * (c ? left.y : left.x) + n1 * h[T][e] + n2 * (c ? right.y : right.x);
+            const float left = r ? was[e - 1] : c ? outer[0].y : outer[0].x;
+            const float right = r ? (c ? outer[1].y : outer[1].x) : was[e + 1];
+            const float mix = n0 * left + n1 * was[e] + n2 * right;
             const float lam = made[0][e] + projection.bias[0][c];
             float state = mix * reciprocal(fmaxf(sum, floor)) + lam * half_of(vx, c);
             state = bits & 8 ? state : 0.f;
-            h[T][e] = result[c] = gated[c] = state;
+            h[T][e] = gated[c] = state;
             if constexpr (GATED) gated[c] = MASKED && !(bits & 8) ? 0.f : (made[1][e] + projection.bias[1][c]) * state;
           }
-          *(float2*)(now + (j + 1) * 8) = {result[0], result[1]};
-          out[place_own(j, seat.n) * 4 + seat.t] = pack_pair<DTYPE == 2>(gated[0], gated[1]);
+          *(float2*)(now + (T * 8 + r + 1) * STATE) = {h[T][r], h[T][2 + r]};
+          out[seat.own[r] + T * 32 * OWN] = pack_pair<DTYPE == 2>(gated[0], gated[1]);
         }
       }
       mask += mask_step;
     }
     copies_wait<0>();
     __syncthreads();
-    flush(outs + (way.lines & 1 ? 0 : LINE * GROUPS), y);
+    flush(outs + (way.lines & 1 ? 0 : LINE * OWN), y);
   }
 }
