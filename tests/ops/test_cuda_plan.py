@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cgspn.ops.cuda import compile as compiling
 from cgspn.ops.cuda.compile import compile_cubin, macros
-from cgspn.ops.cuda.plan import MAX_THREADS, Machine, Problem, choose
+from cgspn.ops.cuda.launch import scan_defines
+from cgspn.ops.cuda.plan import MAX_THREADS, Cut, Machine, Problem, choose
+from cgspn.ops.cuda.projected import projected_defines
+from cgspn.ops.cuda.projected_plan import ProjectedCut, choose_backward, images
+from cgspn.ops.cuda.projected_plan import choose as choose_projected
 
 HOPPER, AMPERE = Machine(132, 227 * 1024, True), Machine(108, 163 * 1024, False)
 
@@ -37,13 +46,78 @@ def test_every_size_has_a_cut_that_covers_it(machine: Machine, itemsize: int, al
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("name", ["forward", "backward"])
+@pytest.mark.parametrize("name", ["forward", "backward", "projected_forward", "projected_backward"])
 def test_compiles_without_a_gpu(name: str, arch: str) -> None:
     pytest.importorskip("cuda.core")
-    defines = {"DTYPE": 2, "VEC": 4, "POS": 1, "STAGES": 2, "THREADS": 256, "NORMALISE": 1, "MASKED": 1}
-    defines |= {"MERGE": 1, "NARROW": 0, "SPLIT": 1 if arch == "sm_80" else 2} | (
-        {"SAVE": 1} if name == "forward" else {}
-    )
+    backward = name.endswith("backward")
+    flag = None if backward else True
+    if name.startswith("projected"):
+        defines = projected_defines(ProjectedCut(1, 2, 2, 2), 64, 2, masked=True, gated=flag)
+    else:
+        p = Problem(backward, True, 2, 1, 64, 4, 74, 16)
+        cut = Cut(4, 1, 1, 2) if arch == "sm_80" else Cut(4, 1, 1, 2, 2, halo=8)
+        defines = scan_defines(cut, p, 2, masked=True, merged=True, save=flag)
     code, report = compile_cubin(name, macros(defines), arch)
     assert code.startswith(b"\x7fELF")
     assert " 0 bytes spill stores" in report
+
+
+def test_cubins_are_compiled_once_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many at a time leave one whole file; other macros, architectures and compilers have files of their own."""
+    compiled: list[str] = []
+
+    def slow(name: str, defines: compiling.Macros, arch: str) -> tuple[bytes, str]:
+        compiled.append(arch)
+        time.sleep(0.02)
+        return b"\x7fELF" + f"{name}{defines}{arch}".encode() * 1000, ""
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiling, "compile_cubin", slow)
+    monkeypatch.setattr(compiling, "compiler_version", lambda: "13.0")
+    key = ("merge", macros({"VEC": 8}))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: compiling.cubin(*key, "sm_90"), range(16)))
+    assert len(set(found)) == 1
+    assert [file.suffix for file in compiling.cache_folder().iterdir()] == [".cubin"]
+    compiled.clear()
+    assert compiling.cubin(*key, "sm_90") == found[0]
+    assert not compiled  # from the disk
+    compiling.cubin(*key, "sm_80")
+    compiling.cubin("merge", macros({"VEC": 4}), "sm_90")
+    monkeypatch.setattr(compiling, "compiler_version", lambda: "13.1")
+    compiling.cubin(*key, "sm_90")
+    assert compiled == ["sm_80", "sm_90", "sm_90"]
+    assert len(list(compiling.cache_folder().iterdir())) == 4
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cgspn").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(compiling, "compile_cubin", lambda *_: (b"\x7fELF", ""))
+    monkeypatch.setattr(compiling, "compiler_version", lambda: "13.0")
+    assert compiling.cubin("merge", macros({"VEC": 8}), "sm_90") == b"\x7fELF"
+
+
+@given(
+    batch=st.integers(1, 64),
+    longest=st.integers(1, 512),
+    channels=st.integers(1, 32).map(lambda n: 8 * n),
+    directions=st.integers(1, 4),
+    merged=st.booleans(),
+    machine=st.sampled_from([HOPPER, AMPERE]),
+)
+def test_projected_cuts_cover_lines_and_channels(batch, longest, channels, directions, merged, machine) -> None:
+    for backward in (False, True):
+        if backward:
+            cut = choose_backward(batch, longest, channels, directions, machine)
+        else:
+            cut = choose_projected(batch, longest, channels, directions, merged, machine)
+        if cut is None:  # what why_not says no to
+            assert channels > 64 or longest > (294 if machine is HOPPER else 147)
+            continue
+        assert cut.line >= longest
+        assert cut.threads <= MAX_THREADS
+        assert cut.shared_bytes(channels, backward) <= machine.shared_bytes
+        assert cut.blocks(batch, channels, directions) * 16 * cut.groups >= batch * channels
+        assert merged or not cut.turns
+        assert 1 <= images(batch, cut, channels, directions, machine) <= batch

@@ -12,7 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from operator_cases import Backend, check_line_scan, draw, line_scan_inputs, propagate_inputs, relative_error
+from operator_cases import (
+    Backend,
+    check_line_scan,
+    check_propagate,
+    draw,
+    line_scan_inputs,
+    propagate_inputs,
+    relative_error,
+)
 from torch import Tensor
 
 from cgspn.ops import DIRECTIONS, propagate_2d_projected, propagate_2d_reference
@@ -137,6 +145,10 @@ def test_projected(shape, codes, dtype, merge, masked, biased, cut, back, monkey
         return [out.detach(), *torch.autograd.grad(out, inputs, dy)]
 
     check(run, want, dtype)
+
+
+def test_lines_that_no_block_holds() -> None:
+    check_propagate(Backend("cuda", "cpu"), propagate_inputs((1, 2, 9000, 1), 1, torch.float32), directions=("down",))
 
 
 def test_the_emulation_sees_a_missing_barrier(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -104,6 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     u32* put = (u32*)(outs + (n & 1 ? OUTPUTS * LINE * OWN : 0));
     const float *to_left = sent + (n & 1 ? 0 : 2) * PLANE + seat.state, *to_right = to_left + PLANE;
     float *send_left = sent + (n & 1 ? 2 : 0) * PLANE + seat.state, *send_right = send_left + PLANE;
+    __syncwarp();  // lanes may have parted over their copies; products need them together
 #pragma unroll
     for (int T = 0; T < TILES; T++) {
       if (!works || seat.row - 2 * seat.t + T * 8 >= way.positions) continue;
@@ -121,8 +122,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         for (int f = 0; f < 3; f++) {
           const int row = j + f - 1;
           const bool there = i > 0 && row >= 0 && row < way.positions;
-          const int other = place_own(row, seat.chunk) * 4 + seat.g % 4;
-          near[f] = there ? ((const u32*)line_h)[f == 1 ? seat.own[r] + T * 32 * OWN : other] : 0;
+          near[f] = there ? ((const u32*)line_h)[place_own(row, seat.chunk) * 4 + seat.g % 4] : 0;
         }
         const float2 from_right = *(const float2*)(to_left + (at + 2) * STATE);
         const float2 from_left = *(const float2*)(to_right + at * STATE);

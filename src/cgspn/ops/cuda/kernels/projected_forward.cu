@@ -107,6 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       u32* out = (u32*)(outs + (i & 1 ? LINE * OWN : 0));
       float* now = states + (i & 1) * GROUPS * (LINE + 2) * STATE + seat.state;
       const float* before = states + ((i & 1) ^ 1) * GROUPS * (LINE + 2) * STATE + seat.state;
+      __syncwarp();  // lanes may have parted over their copies; products need them together
 #pragma unroll
       for (int T = 0; T < TILES; T++) {
         const int j = seat.row + T * 8;
