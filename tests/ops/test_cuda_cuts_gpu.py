@@ -62,16 +62,15 @@ def check_scan(
         assert error(a, b_) < TOLERANCE[dtype] * (8 if name == "logits" else 1), name
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    ("shape", "cut"),
+    ("shape", "cut", "masked"),
     [
-        ((2, 74, 74, 16), Cut(4, 2, 1, 2, 2, halo=8)),
-        ((1, 33, 147, 8), Cut(4, 1, 1, 2, 4, halo=16)),
-        ((1, 294, 41, 8), Cut(2, 2, 1, 2, 8, halo=5)),
-        ((1, 20, 23, 6), Cut(2, 1, 2, 2, 2, halo=3)),
-        ((2, 9, 40, 3), Cut(1, 2, 1, 2, 4, halo=1)),
+        ((2, 74, 74, 16), Cut(4, 2, 1, 2, 2, halo=8), False),
+        ((1, 33, 147, 8), Cut(4, 1, 1, 2, 4, halo=16), True),
+        ((1, 294, 41, 8), Cut(2, 2, 1, 2, 8, halo=5), False),
+        ((1, 20, 23, 6), Cut(2, 1, 2, 2, 2, halo=3), True),
+        ((2, 9, 40, 3), Cut(1, 2, 1, 2, 4, halo=1), True),
     ],
     ids=str,
 )
@@ -86,8 +85,7 @@ def test_lines_cut_over_a_cluster(shape, cut: Cut, dtype: torch.dtype, masked: b
 @pytest.mark.parametrize(("shape", "lanes"), [((2, 50, 60, 32), 4), ((1, 37, 12, 24), 2)], ids=str)
 def test_directions_in_turn(shape, lanes: int, codes: list[int], dtype: torch.dtype) -> None:
     vec = 4 if dtype != torch.float32 else 2
-    for masked in (False, True):
-        check_scan(shape, codes, dtype, Cut(vec, lanes, 1, 2, turns=True), None, masked)
+    check_scan(shape, codes, dtype, Cut(vec, lanes, 1, 2, turns=True), None, masked=lanes == 4)
 
 
 def projected_case(shape, d: int, dtype: torch.dtype, biased: bool = True) -> list[Tensor]:
@@ -116,7 +114,6 @@ def compare(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
         assert error(a, b, 1e-3) < TOLERANCE[dtype], name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("merge", ["sum", "none"])
 @pytest.mark.parametrize(
     "shape",
@@ -131,7 +128,8 @@ def compare(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
     ],
     ids=str,
 )
-def test_projected(shape, merge: str, dtype: torch.dtype) -> None:
+def test_projected(shape, merge: str) -> None:
+    dtype = torch.bfloat16 if shape[-1] != 96 else torch.float16
     for codes, biased in ((FOUR, True), ([3, 0], False)):
         tensors = projected_case(shape, len(codes), dtype, biased)
         options = {"directions": names(codes), "merge": merge}
@@ -152,15 +150,15 @@ def test_projected_mask_and_what_the_padding_holds() -> None:
     assert not got[1][~mask].any()
 
 
-def test_projected_every_cut() -> None:
-    """Every cut that the bench compares gives what the plan's own does."""
+def test_projected_cuts() -> None:
+    """A third of the cuts that the bench compares: it looks at the others' results itself."""
     tensors = projected_case((2, 74, 70, 64), 4, torch.bfloat16)
     dy = draw(2, 74, 70, 64, seed=5).bfloat16()
     want = want_of(tensors, dy)
     gpu = launch.machine(0)
-    for cut in cuts(74, 64, gpu):
+    for cut in list(cuts(74, 64, gpu))[::3]:
         assert error(projected.forward(*tensors, None, FOUR, True, cut=cut), want[0]) < 1e-2, cut
-    for cut in cuts(74, 64, gpu, True):
+    for cut in list(cuts(74, 64, gpu, True))[::3]:
         compare(list(projected.backward(dy, *tensors, None, FOUR, True, cut=cut)), want[1:], torch.bfloat16)
 
 

@@ -104,9 +104,12 @@ def test_directions_in_turn(codes: list[int]) -> None:
     check_scan((1, 9, 13, 16), codes, torch.bfloat16, cut, None, masked=True)
 
 
-def test_line_scan() -> None:
+@pytest.mark.parametrize("cut", [None, Cut(4, 2, 1, 2, 2, halo=4)], ids=str)
+def test_line_scan(cut: Cut | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cut is not None:
+        monkeypatch.setattr(launch, "choose", lambda *_: cut)
     for direction, chunk in (("up", 3), ("right", None)):
-        check_line_scan(Backend("cuda", "cpu"), line_scan_inputs((2, 7, 6, 8), torch.float32), direction, chunk)
+        check_line_scan(Backend("cuda", "cpu"), line_scan_inputs((1, 11, 13, 8), torch.float32), direction, chunk)
 
 
 PROJECTED = [

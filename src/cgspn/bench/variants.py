@@ -26,7 +26,7 @@ from .operator import FOUR, Row, inputs, size_of
 from .results import write
 from .timing import medians
 
-BF16 = 2  # of the kernels' DTYPE
+FLOAT32, BF16 = 0, 2  # of the kernels' DTYPE
 SCANS = [(32, 74, 64), (32, 147, 64), (8, 74, 64), (1, 74, 64), (1, 147, 64), (1, 294, 64)]
 PROJECTED = [(32, 74, 64), (32, 147, 64), (8, 74, 64), (1, 74, 64)]
 AGREE = 2e-2  # relative difference of two roundings of sums to bfloat16
@@ -35,10 +35,18 @@ AGREE = 2e-2  # relative difference of two roundings of sums to bfloat16
 def rival_cuts(p: Problem, machine: Machine) -> list[Cut]:
     """Cuts worth timing beside the plan's own for a problem with 16-byte alignment.
 
-    Large batches: directions in turn. Small ones: lines cut over clusters, with halos.
+    Large batches: directions in turn. Small ones, and line_scan: lines cut over clusters, with halos.
     """
     found: list[Cut] = []
-    if p.batch >= 16:
+    if not p.normalise:
+        found += [
+            Cut(vec, lanes, 1, stages, split, halo)
+            for vec, lanes in ((4, 2), (2, 4), (4, 1))
+            for split in (4, 8)
+            for halo in (4, 8, 16, 32)
+            for stages in ((2, 3) if p.backward else (1, 2, 3))
+        ]
+    elif p.batch >= 16:
         shapes = ((4, 4), (8, 2), (4, 2), (2, 8), (8, 4))
         found += [Cut(vec, lanes, 1, stages, turns=True) for vec, lanes in shapes for stages in (1, 2, 3)]
     else:
@@ -61,6 +69,10 @@ def compile_all(jobs: Iterable[tuple[str, dict[str, int]]], arch: str) -> None:
         list(pool.map(lambda job: cubin(job[0], job[1], arch), unique))
 
 
+# The published benchmark of GSPN-2, one direction, float32
+LINE_SCAN = Problem(False, False, 4, 16, 8, 1, 1024, 16)
+
+
 def _scan_problem(b: int, n: int, c: int, backward: bool) -> Problem:
     return Problem(backward, True, 2, b, c, 4, n, 16)
 
@@ -74,6 +86,11 @@ def jobs(machine: Machine) -> Iterator[tuple[str, dict[str, int]]]:
                 if cut is not None:
                     save = None if backward else False
                     yield p.name, launch.scan_defines(cut, p, BF16, masked=False, merged=True, save=save)
+    for p in (LINE_SCAN, replace(LINE_SCAN, backward=True)):
+        for cut in [choose(p, machine), *rival_cuts(p, machine)]:
+            if cut is not None:
+                save = None if p.backward else False
+                yield p.name, launch.scan_defines(cut, p, FLOAT32, masked=False, merged=False, save=save)
     for _, n, c in PROJECTED:
         for backward in (False, True):
             for projected_cut in cuts(n, c, machine, backward):
@@ -87,8 +104,11 @@ def _flat(result: Any) -> Tensor:
     return torch.cat([t.float().flatten() / t.float().norm() for t in tensors])
 
 
-def _timed(calls: dict[str, Callable[[], object]]) -> Iterator[tuple[str, float, float]]:
-    """Name, milliseconds and difference from the first call's result, of every call that agrees with it."""
+def _timed(calls: dict[str, Callable[[], object]], *, graph: bool = True) -> Iterator[tuple[str, float, float]]:
+    """Name, milliseconds and difference from the first call's result; no time for a call that does not agree with it.
+
+    graph: replayed from CUDA graphs, each of which keeps the memory of its outputs.
+    """
     want = _flat(next(iter(calls.values()))())
     agreed, differences = {}, {}
     for name, call in calls.items():
@@ -96,7 +116,7 @@ def _timed(calls: dict[str, Callable[[], object]]) -> Iterator[tuple[str, float,
         differences[name] = difference
         if difference <= AGREE:
             agreed[name] = call
-    times = medians(agreed)
+    times = medians(agreed, graph=graph)
     for name in calls:
         yield name, times.get(name, float("nan")), differences[name]
 
@@ -119,6 +139,28 @@ def scan_rows(b: int, n: int, c: int, machine: Machine, copy: float) -> list[Row
         calls |= {describe_cut(cut): partial(function, cut=cut) for cut in rival_cuts(p, machine)}
         for name, ms, difference in _timed(calls):
             size = {"B": b, "grid": n, "C": c, "pass": p.name, "cut": name}
+            rows.append(size | {"ms": ms, "share of copy": count / copy / ms * 1e3, "difference": difference})
+    return rows
+
+
+def line_scan_rows(machine: Machine, copy: float) -> list[Row]:
+    """`line_scan` on [16, 1024, 1024, 8] float32: forward down and right, backward down, every cut."""
+    x, lam, dh = (torch.randn(16, 1024, 1024, 8, device="cuda") for _ in range(3))
+    weights = torch.rand(16, 1024, 1024, 3, 8, device="cuda") / 3
+    h = scan.line_scan_forward(x, weights, lam, 0, None)
+    forward, backward = size_of(x, weights, lam, h), size_of(x, weights, lam, dh, h, x, weights, lam)
+    runs: dict[str, tuple[Callable[..., object], int]] = {
+        "forward down": (partial(scan.line_scan_forward, x, weights, lam, 0, None), forward),
+        "forward right": (partial(scan.line_scan_forward, x, weights, lam, 2, None), forward),
+        "backward down": (partial(scan.line_scan_backward_saved, dh, x, weights, lam, 0, None, h), backward),
+    }
+    rows: list[Row] = []
+    for kind, (function, count) in runs.items():
+        p = replace(LINE_SCAN, backward=kind.startswith("backward"))
+        calls: dict[str, Callable[[], object]] = {"the plan's": function}
+        calls |= {describe_cut(cut): partial(function, cut=cut) for cut in rival_cuts(p, machine)}
+        for name, ms, difference in _timed(calls, graph=False):
+            size = {"B": 16, "grid": 1024, "C": 8, "pass": kind, "cut": name}
             rows.append(size | {"ms": ms, "share of copy": count / copy / ms * 1e3, "difference": difference})
     return rows
 
@@ -188,6 +230,7 @@ def run(out: Path, *, commit: str = "", say: Callable[[str], None] = print) -> N
         tables["scan"] += scan_rows(*size, gpu, copy)
         torch.cuda.empty_cache()
         say(f"scan {size}")
+    tables["line scan"] = line_scan_rows(gpu, copy)
     summary = {f"{name}: the best of each size": best(rows) for name, rows in tables.items()}
     for name, rows in summary.items():
         say(name)

@@ -206,8 +206,10 @@ def backward(
     return backward_saved(dy, x, logits, lam, u, mask, directions, merge_sum, h)
 
 
-def line_scan_forward(x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None) -> Tensor:
-    """`line_scan` without checks. Shapes as there."""
+def line_scan_forward(
+    x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None, cut: Cut | None = None
+) -> Tensor:
+    """`line_scan` without checks. Shapes as there; `cut` as in `forward`."""
     h = empty(x.shape, x)
     done = _scan(
         "forward",
@@ -216,12 +218,20 @@ def line_scan_forward(x: Tensor, weights: Tensor, lam: Tensor, direction: int, c
         [direction],
         False,
         chunk=chunk,
+        cut=cut,
     )
     return h if done else torch_scan.line_scan_forward(x, weights, lam, direction, chunk)
 
 
 def line_scan_backward_saved(
-    dh: Tensor, x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None, h: Tensor
+    dh: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    lam: Tensor,
+    direction: int,
+    chunk: int | None,
+    h: Tensor,
+    cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `line_scan_forward` to x, weights and lam; `h` is what it returned."""
     dx, dweights, dlam = (empty(t.shape, x) for t in (x, weights, lam))
@@ -233,6 +243,7 @@ def line_scan_backward_saved(
         [direction],
         False,
         chunk=chunk,
+        cut=cut,
     )
     if not done:
         return torch_scan.line_scan_backward(dh, x, weights, lam, direction, chunk)
