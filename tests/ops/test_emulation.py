@@ -150,6 +150,25 @@ def test_projected(shape, codes, dtype, merge, masked, biased, cut, back, monkey
     check(run, want, dtype)
 
 
+def test_projected_second_derivative_and_registration() -> None:
+    """A double backward goes through the reference; the op passes PyTorch's own checks."""
+    tensors = [t.bfloat16() for t in (draw(2, 7, 5, 8), draw(160, 8, seed=1) / 3, draw(160, seed=2))]
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in tensors]
+        if dtype == torch.bfloat16:
+            y = propagate_2d_projected(*leaves, parameters="chip")
+        else:
+            packed = torch.nn.functional.linear(*leaves).unflatten(-1, (4, 5, 8))
+            y = propagate_2d_reference(leaves[0], packed[..., 2:, :], packed[..., 0, :], packed[..., 1, :])
+        first = torch.autograd.grad(y, leaves, tensors[0].to(dtype), create_graph=True)
+        found.append(torch.autograd.grad(first, leaves, [t.to(dtype) for t in tensors]))
+    errors = [relative_error(a, b) for a, b in zip(*found, strict=True)]
+    assert max(errors) < 1e-2, errors
+    arguments = ([t.requires_grad_() for t in tensors], None, [0, 1, 2, 3], True)
+    torch.library.opcheck(torch.ops.cgspn.propagate_2d_projected.default, (*arguments[0], *arguments[1:]))
+
+
 def test_lines_that_no_block_holds() -> None:
     check_propagate(Backend("cuda", "cpu"), propagate_inputs((1, 2, 9000, 1), 1, torch.float32), directions=("down",))
 
