@@ -78,8 +78,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
     copies_commit();
   }
   if constexpr (SPLIT > 1) cluster_arrive(), cluster_wait();  // neighbours are there
+  bool waiting = false;  // for what the neighbours send
   int filling = STAGES - 1, stage = 0, phase = s.chunk ? last % s.chunk : -1;  // line of the chunk
   for (int n = 0; n < walk.lines; n++) {
+    float* to_left = sent + (n & 1 ? 0 : 2) * plane * VEC;
+    float* to_right = to_left + plane * VEC;
+    if (waiting) {
+      cluster_wait();
+#pragma unroll
+      for (int p = 0; p < POS; p++)
+        if (works[p] && !walk.owns(s, p)) {
+          const int index = p * line_slots + walk.slot + s.lanes;
+          float arrived[VEC];
+          mailbox.take(s, walk, p, 0, arrived);
+          state_put(to_left, plane, index, arrived);
+          mailbox.take(s, walk, p, 1, kept[p]);
+          mailbox.take(s, walk, p, 2, arrived);
+          state_put(to_right, plane, index, arrived);
+        }
+      mailbox.odd ^= 1;
+    }
     copies_wait<STAGES - 2>();
     __syncthreads();  // the neighbours' copies and what they sent have arrived; the stage to fill is free
     if (n + STAGES - 1 < walk.lines) fetch(filling, n + STAGES - 1 == last);
@@ -88,8 +106,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
     const bool restart = n == last || phase == 0;  // this line starts from zero: nothing flows further back
     phase = phase == 0 ? s.chunk - 1 : phase - 1;
     const bool exchange = SPLIT > 1 && (n + 1) % (HALO + (SPLIT == 1)) == 0 && n + 1 < walk.lines;
-    const float* to_left = sent + (n & 1 ? 0 : 2) * plane * VEC;
-    const float* to_right = to_left + plane * VEC;
     float* send_left = sent + (n & 1 ? 2 : 0) * plane * VEC;
     float* send_right = send_left + plane * VEC;
 #pragma unroll
@@ -165,22 +181,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
         store(d + a.dlogits.k, pack(o_d[1]));
         store(d + 2 * a.dlogits.k, pack(o_d[2]));
       }
-    if (exchange) {
-      cluster_arrive();
-      cluster_wait();
-#pragma unroll
-      for (int p = 0; p < POS; p++)
-        if (works[p] && !walk.owns(s, p)) {
-          const int index = p * line_slots + walk.slot + s.lanes;
-          float to[VEC];
-          mailbox.take(s, walk, p, 0, to);
-          state_put(send_left, plane, index, to);
-          mailbox.take(s, walk, p, 1, kept[p]);
-          mailbox.take(s, walk, p, 2, to);
-          state_put(send_right, plane, index, to);
-        }
-      mailbox.odd ^= 1;
-    }
+    if (exchange) cluster_arrive();
+    waiting = exchange;
     dx += STEP(dx);
     dlam += STEP(dlam);
     du += STEP(du);

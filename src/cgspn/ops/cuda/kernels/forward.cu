@@ -69,6 +69,7 @@ __device__ __forceinline__ void scan(const ForwardArguments& a, int turn) {
   if constexpr (SPLIT > 1) cluster_arrive(), cluster_wait();  // neighbours are there
   float h[POS][VEC];
   int since = 0;
+  bool waiting = false;  // for the neighbours' states
   auto line = [&](int i, Vec (&inputs)[POS][MAPS]) {
     float w[POS][3][VEC], drive[POS][VEC];
     Vec gate[POS];
@@ -100,8 +101,18 @@ __device__ __forceinline__ void scan(const ForwardArguments& a, int turn) {
     if (!LATE && i + STAGES < walk.lines) fetch(inputs);
     const bool restart = i == 0 || (s.chunk && since == s.chunk);
     since = restart ? 1 : since + 1;
-    const float* before = state + ((i & 1) ^ 1) * plane * VEC;
+    float* before = state + ((i & 1) ^ 1) * plane * VEC;
     float* now = state + (i & 1) * plane * VEC;
+    if (waiting) {  // the barrier of a cluster is slow: what lies between its halves hides some of it
+      cluster_wait();
+#pragma unroll
+      for (int p = 0; p < POS; p++)
+        if (works[p] && !walk.owns(s, p)) {
+          mailbox.take(s, walk, p, 0, h[p]);
+          state_put(before, plane, p * line_slots + walk.slot + s.lanes, h[p]);
+        }
+      mailbox.odd ^= 1;
+    }
     __syncthreads();
 #pragma unroll
     for (int p = 0; p < POS; p++)
@@ -156,16 +167,7 @@ __device__ __forceinline__ void scan(const ForwardArguments& a, int turn) {
       cluster_arrive();
     }
     if (LATE && i + STAGES < walk.lines) fetch(inputs);
-    if (exchange) {
-      cluster_wait();
-#pragma unroll
-      for (int p = 0; p < POS; p++)
-        if (works[p] && !walk.owns(s, p)) {
-          mailbox.take(s, walk, p, 0, h[p]);
-          state_put(now, plane, p * line_slots + walk.slot + s.lanes, h[p]);
-        }
-      mailbox.odd ^= 1;
-    }
+    waiting = exchange;
     y += y_step;
     saved += h_step;
     mask += mask_step;
