@@ -8,9 +8,11 @@ Prints one line per kernel and architecture. With `--rivals` also what `cgspn be
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 from cgspn.ops.cuda.compile import compile_cubin, macros
 from cgspn.ops.cuda.launch import merge_defines, scan_defines
@@ -79,8 +81,10 @@ def main() -> int:
     failures = 0
     rivals = "--rivals" in sys.argv[1:]
     for arch, machine in ARCHITECTURES.items():
-        for name, defines in variants(machine, rivals and arch == "sm_90"):
-            _, report = compile_cubin(name, macros(defines), arch)
+        found = variants(machine, rivals and arch == "sm_90")
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            reports = list(pool.map(lambda kernel: compile_cubin(kernel[0], macros(kernel[1]), arch)[1], found))  # noqa: B023
+        for (name, defines), report in zip(found, reports, strict=True):
             spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", report)))
             registers = max(map(int, re.findall(r"Used (\d+) registers", report)))
             bad = (spilled > SPILLS.get(name, 0) and not rivals) or registers * defines["THREADS"] > REGISTERS

@@ -129,6 +129,12 @@ def _cut_for(x: Tensor, codes: Directions, merged: bool, backward: bool = False)
     return cut
 
 
+def _aligned(t: Tensor) -> Tensor:
+    """`t` where 16-byte loads can read it: itself, or a copy."""
+    wide = scan.readable(t)
+    return wide if wide.data_ptr() % 16 == 0 else wide.clone()
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -142,8 +148,8 @@ def forward(
 
     `cut` is for measurements; the plan's own otherwise. Raises ValueError for one that is too short for the lines.
     """
-    x, weight = scan.readable(x), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    x, weight = _aligned(x), _aligned(weight.contiguous())
+    bias = None if bias is None else _aligned(bias.contiguous())
     merged = merge_sum and len(directions) > 1
     cut = cut or _cut_for(x, directions, merged)
     y = scan.empty(x.shape if merge_sum else (*x.shape[:3], len(directions), x.shape[3]), x)
@@ -175,8 +181,8 @@ def backward(
 
     Needs for a while, beside its outputs: 6 D + D maps of as many images as fill the GPU.
     """
-    x, dy, weight = scan.readable(x), scan.readable(dy), weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    x, dy, weight = _aligned(x), _aligned(dy), _aligned(weight.contiguous())
+    bias = None if bias is None else _aligned(bias.contiguous())
     (b, _, _, c), d = x.shape, len(directions)
     cut = cut or _cut_for(x, directions, False, backward=True)
     first = _cut_for(x, directions, False)
