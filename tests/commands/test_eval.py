@@ -7,6 +7,7 @@ import tyro
 from PIL import Image
 
 from cgspn.commands.eval import Eval
+from cgspn.console import console
 from cgspn.data import load_embedded
 from cgspn.models import create_model
 from cgspn.teachers import load_embedded_teacher
@@ -16,7 +17,7 @@ from layouts import ade20k, clip_benchmark, coco_stuff
 @pytest.fixture(autouse=True)
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(console, "width", 200)  # COLUMNS counts only when the console is made
     monkeypatch.chdir(tmp_path)
 
 

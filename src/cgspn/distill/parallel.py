@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -51,7 +53,11 @@ def join_world(device: str) -> Iterator[World]:
     if kind.type == "cuda":
         kind = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(kind)
-    dist.init_process_group("nccl" if kind.type == "cuda" else "gloo", device_id=kind if kind.type == "cuda" else None)
+    store, rank, size = next(rendezvous("env://"))
+    # the agent's store outlives a restart: without a prefix, processes would look for those of the attempt before
+    attempt = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    backend, device_id = ("nccl", kind) if kind.type == "cuda" else ("gloo", None)
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, device_id=device_id)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), kind, int(os.environ["LOCAL_WORLD_SIZE"]))
     finally:
