@@ -14,12 +14,11 @@ import pytest
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_backends_in_the_interpreter() -> None:
-    """Forward and backward against the reference: dtypes, masks, strides, line_scan."""
+    """Forward and backward against the reference: masks, strides, line_scan. The whole file takes minutes."""
     file = Path(__file__).parent / "test_backends.py"
-    chosen = "triton and cpu and (any_strides or test_mask or the_same_twice or padding or empty or only_some)"
+    chosen = "triton and cpu and (any_strides or test_mask or the_same_twice)"
     command = [sys.executable, "-m", "pytest", str(file), "-q", "-p", "no:cacheprovider", "-k", chosen]
     run = subprocess.run(
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert "passed" in run.stdout
+    assert run.returncode == 0, run.stdout[-3000:]  # 5 where nothing was chosen
