@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint types docs wheel-smoke demo-smoke check format clean
+.PHONY: help demo test test-fast lint types docs kernels wheel-smoke demo-smoke check format clean
 
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -40,10 +40,16 @@ demo-smoke: $(VENV)/.ready  ## the demo with a few steps
 	$(BIN)/cgspn demo --out $(VENV)/demo-smoke --config.distill.stage1.steps 2 --config.distill.stage2.steps 2 \
 	  --config.test-images 100 --config.probe-images 100
 
+kernels: $(VENV)/.ready  ## compile every kernel for sm_80, sm_90 and sm_100, no GPU needed; run Triton's on the CPU
+	$(BIN)/pip install --quiet -e '.[cuda]' triton
+	$(BIN)/python scripts/check_kernels.py
+	$(BIN)/python scripts/check_triton.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/ops/test_fused.py
+
 docs: $(VENV)/.ready  ## the documentation site in build/site; fails on broken links
 	$(BIN)/mkdocs build
 
-check: lint types test docs wheel-smoke demo-smoke  ## everything that CI runs
+check: lint types test docs kernels wheel-smoke demo-smoke  ## everything that CI runs
 
 format:  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

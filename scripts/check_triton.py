@@ -1,8 +1,8 @@
-"""Compile the Triton scans for every supported architecture, without a GPU.
+"""Compile the Triton scans and the fused pieces around them for every supported architecture, without a GPU.
 
     pip install triton && python scripts/check_triton.py
 
-Prints one line per kernel, architecture and dtype; a kernel that does not compile raises.
+Prints one line per kernel, architecture and dtype; one that does not compile, or wants too much shared memory, raises.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cgspn.ops.fused import kernels as fused
 from cgspn.ops.triton_kernels import scan_backward, scan_forward
 from cgspn.ops.triton_scan import tile
 
@@ -23,6 +24,54 @@ MAPS = ("x", "lam", "u", "logits", "y", "dy", "dx", "dlam", "du", "dlogits")
 STATES = ("saved", "h")  # in the dtype of the state
 FORWARD = {"NORMALISE": True, "MASKED": True, "WRITE": True, "SAVE": True}
 BACKWARD = {"NORMALISE": True, "MASKED": True}
+
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
+# kernels around the scan: tiles, warps, stages, as library.py launches them for bf16 tokens of 1152 channels
+TOKENS = ("x", "out", "dout", "dx", "dy_", "residual", "y", "normal")
+FUSED: list[tuple[Any, dict[str, Any], int, int]] = [
+    (fused.norm_linear_forward, {"ROWS": 64, "LATENT": 64, "CHANNELS": 64, "SAVE": True}, 4, 3),
+    (fused.norm_linear_backward, {"ROWS": 64, "LATENT": 64, "CHANNELS": 64}, 4, 3),
+    *(
+        (fused.linear_residual_forward, sizes | {"NORM": True, "SCALE": scale, "NEXT": following}, warps, 2)
+        for sizes, warps in (
+            ({"ROWS": 64, "LATENT": 256, "CHANNELS": 64}, 8),
+            ({"ROWS": 16, "LATENT": 64, "CHANNELS": 64}, 4),
+        )
+        for scale, following in ((True, False), (False, True))
+    ),
+    (
+        fused.local_norm_forward,
+        {"COLUMNS": 32, "CHANNELS": 64, "SIDE": 3, "BIAS": True, "NORM": True, "MASKED": True, "FLIP": False},
+        4,
+        3,
+    ),
+    (fused.local_kernel_gradient, {"COLUMNS": 32, "CHANNELS": 64, "SIDE": 3, "MASKED": True}, 4, 3),
+]
+
+
+def fused_piece(kernel: Any, constants: dict[str, Any], warps: int, stages: int, architecture: int) -> Any:
+    """A kernel of `cgspn.ops.fused` for bf16 tokens, with what a launch tells of its arguments."""
+    names = kernel.arg_names
+    numbers = {"rows": "i32", "C": "i32", "K": "i32", "H": "i32", "W": "i32", "images": "i32"}
+    numbers |= {"eps": "fp32", "normal_eps": "fp32", "mask": "*u8", "weight": "*fp32"}
+    if kernel is fused.linear_residual_forward:
+        numbers["weight"] = "*bf16"
+    signature = {
+        name: "constexpr" if name in constants else numbers.get(name, "*bf16" if name in TOKENS else "*fp32")
+        for name in names
+    }
+    aligned = [name for name in names if signature[name].startswith("*") or name in ("C", "K")]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": warps, "num_stages": stages}
+    found = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    if found.metadata.shared > SHARED[architecture]:
+        raise SystemExit(f"{kernel.fn.__name__} wants {found.metadata.shared} bytes of shared memory: {constants}")
+    return found
 
 
 def compiled(kernel: Any, flags: dict[str, bool], architecture: int, dtype: str, longest: int, channels: int) -> Any:
@@ -58,6 +107,9 @@ def main() -> None:
                 for longest in (74, 147):
                     size = len(compiled(kernel, flags, architecture, dtype, longest, 64).asm["cubin"])
                     print(f"sm_{architecture} {kernel.fn.__name__} {dtype}, lines of {longest}: {size} bytes")
+        for kernel, constants, warps, stages in FUSED:
+            shared = fused_piece(kernel, constants, warps, stages, architecture).metadata.shared
+            print(f"sm_{architecture} {kernel.fn.__name__} bf16: {shared} bytes of shared memory")
 
 
 if __name__ == "__main__":

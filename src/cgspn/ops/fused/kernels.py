@@ -130,13 +130,13 @@ def linear_residual_forward(
         for first in range(0, C, CHANNELS):
             c = first + tl.arange(0, CHANNELS)
             at, here = m[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :]
-            value = tl.load(out + at, mask=here, other=0).to(tl.float32)
-            g = tl.load(normal_gain + c, mask=c < C, other=0).to(tl.float32)
-            s = tl.load(normal_shift + c, mask=c < C, other=0).to(tl.float32)
-            ready = (value - mean[:, None]) * inverse[:, None] * g[None, :] + s[None, :]
+            mixed = tl.load(out + at, mask=here, other=0).to(tl.float32)
+            factor = tl.load(normal_gain + c, mask=c < C, other=0).to(tl.float32)
+            offset = tl.load(normal_shift + c, mask=c < C, other=0).to(tl.float32)
+            ready = (mixed - mean[:, None]) * inverse[:, None] * factor[None, :] + offset[None, :]
             tl.store(normal + at, ready.to(normal.dtype.element_ty), mask=here)
-            value += tl.load(after + c, mask=c < C, other=0).to(tl.float32)[None, :]
-            tl.store(out + at, value.to(out.dtype.element_ty), mask=here)
+            mixed += tl.load(after + c, mask=c < C, other=0).to(tl.float32)[None, :]
+            tl.store(out + at, mixed.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit
