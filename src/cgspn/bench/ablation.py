@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..layers import GSPN_WALK, Grid, PropagationConfig, PropagationMixer
 from ..layers.block import Block
 from .contenders import FUSED, OURS, CompiledNormalisation, SeparateNormalisation, Shape, build, names, paper_config
-from .machine import ceilings, describe
+from .machine import ceilings, describe, free
 from .results import write
 from .timing import medians
 
@@ -69,7 +68,7 @@ def walk_rows(config: AblationConfig, device: torch.device) -> list[Row]:
     side = config.pixels // config.shape.patch
     grid = Grid(side, side)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    batch = config.batch
+    batch, tokens = config.batch, None
     while True:
         rows: list[Row] = []
         try:
@@ -83,7 +82,8 @@ def walk_rows(config: AblationConfig, device: torch.device) -> list[Row]:
             if batch == 1:
                 raise
             batch //= 2
-            _free(device)
+        tokens = None  # after the except clause, whose traceback holds what did not fit
+        free(device)
 
 
 def sublayer_ms(mixer: PropagationMixer, tokens: Tensor, grid: Grid, rounds: int) -> float:
@@ -95,7 +95,7 @@ def sublayer_ms(mixer: PropagationMixer, tokens: Tensor, grid: Grid, rounds: int
             return block.mixer.residual(tokens, block.norm1, block.scale1, grid)
 
     ms = medians({"layer": run}, rounds=rounds, graph=False)["layer"]
-    _free(tokens.device)
+    free(tokens.device)
     return ms
 
 
@@ -129,7 +129,7 @@ def sweep_rows(config: AblationConfig, device: torch.device) -> dict[str, list[R
                     calls[name] = run
                 except torch.OutOfMemoryError:
                     row[f"{name}: ms"] = "OOM"
-                _free(device)
+                free(device)
             row |= {f"{name}: ms": ms for name, ms in medians(calls, rounds=config.rounds, graph=False).items()}
             calls.clear()
             rows.append(row)
@@ -140,12 +140,6 @@ def sweep_rows(config: AblationConfig, device: torch.device) -> dict[str, list[R
 def _of_width(shape: Shape, width: int) -> Shape:
     """Another width with the same latent."""
     return replace(shape, width=width, compression=shape.compression * width / shape.width)
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def run(

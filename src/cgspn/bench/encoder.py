@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from ..layers.block import Block
 from ..models.encoder import Encoder
 from ..models.registry import create_model
 from .contenders import Shape
-from .machine import ceilings, describe
+from .machine import ceilings, describe, free
 from .results import write
 from .table import Mode, measured, peak_memory
 from .timing import medians
@@ -73,7 +72,7 @@ def model_row(name: str, pixels: int, batch: int, mode: Mode, device: torch.devi
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     row: Row = {"px": pixels, "mode": mode, "model": name}
     while batch:
-        encoder = images = None
+        encoder = images = step = None
         try:
             encoder = make(name, pixels, device, dtype)
             encoder.set_grad_checkpointing(mode == "training")
@@ -85,8 +84,8 @@ def model_row(name: str, pixels: int, batch: int, mode: Mode, device: torch.devi
         except torch.OutOfMemoryError:
             batch //= 2
         finally:
-            del encoder, images
-            _free(device)
+            encoder = images = step = None  # the step holds both
+            free(device)
     return row | {"note": "OOM at B = 1"}
 
 
@@ -129,7 +128,7 @@ def single_rows(config: EncoderBenchConfig, device: torch.device) -> list[Row]:
             compiled = {name: torch.compile(model, mode="max-autotune") for name, model in encoders.items()}
             rows += single_way(compiled, pixels, "torch.compile, max-autotune", False, config.rounds, device)
         del encoders
-        _free(device)
+        free(device)
     return rows
 
 
@@ -195,14 +194,8 @@ def peer_rows(config: EncoderBenchConfig, shape: Shape, device: torch.device) ->
                 rows.append(row | {"sub-layer ms": medians({name: run}, rounds=config.rounds, graph=False)[name]})
             except (RuntimeError, ValueError, TypeError) as error:  # their versions differ: said, not left out
                 rows.append(row | {"note": str(error).strip().splitlines()[0][:80]})
-            _free(device)
+            free(device)
     return rows
-
-
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def run(

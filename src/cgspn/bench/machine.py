@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 import shlex
 import subprocess
@@ -53,6 +54,13 @@ def cpu_name() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def free(device: torch.device) -> None:
+    """Give back what is no longer referred to, so that the next measurement finds the memory empty."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def copy_bandwidth(size: int = 1 << 30, device: str = "cuda") -> float:

@@ -6,7 +6,6 @@ a row that says so. Published figures (one A100) stand beside ours.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from ..layers import Grid
 from .contenders import FUSED, OURS, Contender, Shape, build, names
-from .machine import ceilings, describe
+from .machine import ceilings, describe, free
 from .results import write
 from .timing import medians
 
@@ -109,18 +108,8 @@ def size_rows(config: TableConfig, pixels: int, batch: int, mode: Mode, device: 
     for name in config.contenders or names(device):
         row: Row = {"px": pixels, "B": batch, "mode": mode, "mixer": name}
         rows[name] = row
-        try:
-            contender = build(name, config.shape, device, dtype)
-            mine = steps(contender, tokens, grid, mode)
-            row["peak GB"] = peak_memory(mine["block"], device)
-            mine["sub-layer"]()
-        except torch.OutOfMemoryError:
-            row["note"] = "OOM"
-        except RuntimeError as error:  # kernels of attention that do not take this shape: said, not left out
-            row["note"] = str(error).strip().splitlines()[0][:80]
-        else:
-            calls |= {(name, part): call for part, call in mine.items()}
-        _free(device)
+        calls |= {(name, part): call for part, call in tried(row, config, tokens, grid).items()}
+        free(device)  # what did not fit went with the call
     for part in ("sub-layer", "block"):
         wanted = {name: call for (name, of), call in calls.items() if of == part}
         # small inference steps are shorter than their launches: replayed from a graph, all alike
@@ -129,6 +118,22 @@ def size_rows(config: TableConfig, pixels: int, batch: int, mode: Mode, device: 
             rows[name][f"{part} ms"] = ms
     found = list(rows.values())
     return compared(found + hybrid_rows(found))
+
+
+def tried(row: Row, config: TableConfig, tokens: Tensor, grid: Grid) -> dict[str, Callable[[], object]]:
+    """The steps of a row's contender, run once; notes in the row its memory, or why it cannot run."""
+    try:
+        contender = build(row["mixer"], config.shape, tokens.device, tokens.dtype)
+        mine = steps(contender, tokens, grid, row["mode"])
+        row["peak GB"] = peak_memory(mine["block"], tokens.device)
+        mine["sub-layer"]()
+    except torch.OutOfMemoryError:
+        row["note"] = "OOM"
+    except RuntimeError as error:  # kernels of attention that do not take this shape: said, not left out
+        row["note"] = str(error).strip().splitlines()[0][:80]
+    else:
+        return mine
+    return {}
 
 
 def measured(calls: dict[str, Callable[[], object]], rounds: int, graph: bool) -> dict[str, float]:
@@ -194,12 +199,6 @@ def crossovers(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _free(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def fitting_batch(config: TableConfig, pixels: int, batch: int, mode: Mode, device: torch.device) -> int:
     """The largest batch, `batch` halved as often as needed, at which the block of C-GSPN fits."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -214,7 +213,7 @@ def fitting_batch(config: TableConfig, pixels: int, batch: int, mode: Mode, devi
             batch //= 2
         finally:
             tokens = contender = None  # type: ignore[assignment]
-            _free(device)
+            free(device)
     return batch
 
 
@@ -236,7 +235,7 @@ def run(
                     continue
                 taken.add(batch)
                 rows += size_rows(config, pixels, batch, mode, device)
-                _free(device)
+                free(device)
                 best = next((r for r in rows[::-1] if r["mixer"] == OURS), None)
                 if best:
                     ratio = best["block: attention / this"] or float("nan")

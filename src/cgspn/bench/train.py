@@ -5,7 +5,6 @@ Teacher and student have random weights: a step costs the same. The loop is the 
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from ..distill.tasks import DistillTask
 from ..distill.trainer import train
 from ..models.encoder import Encoder
 from ..models.registry import create_model
-from .machine import describe
+from .machine import describe, free
 from .results import write
 
 WARM = 2  # steps before the clock starts: allocation, autotuning, compilation
@@ -92,9 +91,7 @@ def attempt(task: DistillTask, config: TrainBenchConfig, size: int, batch: int, 
             raise
     # outside of the except clause, which holds the frames and so the tensors of what failed
     task.zero_grad(set_to_none=True)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free(next(task.parameters()).device)
     return times
 
 
