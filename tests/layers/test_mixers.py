@@ -154,9 +154,9 @@ def test_propagation_refuses_prefix_tokens_and_wrong_counts():
 def test_fused_pieces_give_what_the_plain_sublayer_gives(monkeypatch):
     """The same weights through `residual`, the pieces in their definitions: the plumbing, not the kernels."""
     from cgspn.layers import Block, PropagationConfig
-    from cgspn.ops.fused import library
+    from cgspn.ops.fused import pieces
 
-    monkeypatch.setattr(library, "_fused", lambda *_: False)
+    monkeypatch.setattr(pieces, "_fused", lambda *_: False)
     torch.manual_seed(0)
     for config in (PropagationConfig(compression=3), PropagationConfig(3, merge="sum", merge_norm=False)):
         block = Block(48, PropagationMixer(48, config), 96, "gelu", 1e-6, 0.5)
@@ -173,9 +173,9 @@ def test_fused_pieces_give_what_the_plain_sublayer_gives(monkeypatch):
 @pytest.mark.parametrize("kind", ["attention", "propagation"])
 def test_the_mlp_in_place_gives_what_the_plain_one_gives(kind, monkeypatch):
     from cgspn.layers import Block, PropagationConfig
-    from cgspn.ops.fused import library
+    from cgspn.ops.fused import pieces
 
-    monkeypatch.setattr(library, "_fused", lambda *_: False)
+    monkeypatch.setattr(pieces, "_fused", lambda *_: False)
     torch.manual_seed(0)
     mixer = (
         AttentionMixer(48, AttentionConfig(4)) if kind == "attention" else PropagationMixer(48, PropagationConfig(3))

@@ -1,8 +1,9 @@
 """What stands around the scan in a sub-layer, each piece reading and writing its tokens once (design, section 5).
 
-Definitions in plain PyTorch (definition.py), Triton kernels (kernels.py) and their registration (library.py).
+What layers call (pieces.py), definitions in plain PyTorch (definition.py), Triton kernels (kernels.py) and their
+registration (library.py).
 """
 
-from .library import linear_residual, linear_residual_norm, local_norm, norm_linear, why_not
+from .pieces import linear_residual, linear_residual_norm, local_norm, norm_linear, why_not
 
 __all__ = ["linear_residual", "linear_residual_norm", "local_norm", "norm_linear", "why_not"]
