@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from inspect import getdoc
 from typing import Annotated, Any, Union
@@ -45,6 +46,15 @@ def default(start: Any) -> dict[str, Any]:
 
 def main() -> None:
     """Run one command. Exit code 0, or 2 with one line for wrong input, or 130 when interrupted."""
+    try:
+        run()
+    except BrokenPipeError:  # what reads our output, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def run() -> None:
+    """`main`, but for a broken pipe."""
     command: Demo | Convert | Distill | Eval | Show | Pretrain | Bench | Export = tyro.cli(
         command_type(sys.argv[1:]),
         prog="cgspn",
@@ -52,6 +62,8 @@ def main() -> None:
     )
     try:
         command.run()
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError, DivergedError, ParityError, SnapshotError) as error:
         console.print(f"[bold red]cgspn: error:[/] {error}", soft_wrap=True)
         sys.exit(2)

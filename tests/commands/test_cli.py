@@ -138,6 +138,9 @@ def test_distill_goes_on_after_an_interruption_and_refuses_other_settings(tmp_pa
     assert result.returncode == 0, result.stdout + result.stderr
     losses = json.loads((tmp_path / "run/distill.json").read_text())["losses"]
     assert [step["step"] for step in losses["student, stage 2"]] == list(range(6))
+    again = cgspn("distill", "embedded", "run", *STEPS, cwd=tmp_path)
+    assert again.returncode == 2
+    assert "out is run, which holds a finished run" in again.stdout
 
 
 def test_a_preset_is_where_the_other_settings_start_from(tmp_path):

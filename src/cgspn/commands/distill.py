@@ -143,14 +143,19 @@ class Distill:
 
 
 def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
-    """Note the settings of the run in `out`. Raises ValueError if it holds an unfinished run of other settings."""
+    """Note the settings of the run in `out`.
+
+    Raises ValueError if it holds a finished run, or an unfinished one of other settings.
+    """
     path = out / RUN
+    if (out / RECORD).exists():
+        raise ValueError(f"out is {out}, which holds a finished run; give another folder, or remove it to begin again")
     # through JSON, which has no tuples; what does not change the result may change between two attempts
     wanted = json.loads(json.dumps(settings, default=str))
     wanted["config"].pop("compute")
     wanted.pop("loader")
     begun = any((out / "stages").glob("*/losses.json")) or any((out / "snapshots").glob("*/*"))
-    if path.exists() and begun and not (out / RECORD).exists():
+    if path.exists() and begun:
         found = json.loads(path.read_text())
         if found != wanted:
             changed = ", ".join(sorted(differences(found, wanted)))
@@ -159,9 +164,6 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
                 "give those again to go on with it, or another folder"
             )
     elif world.rank == 0:
-        (out / RECORD).unlink(missing_ok=True)
-        for stage in sorted((out / "stages").glob("*/losses.json")):
-            stage.unlink()  # a finished run is begun again
         write_atomically(path, json.dumps(wanted, indent=1) + "\n")
 
 

@@ -12,7 +12,7 @@ import tyro
 from ..console import console
 from ..data.segmentation_sets import SegmentationSet, open_pairs, open_segmentation
 from ..evaluate.jobs import MIOU, PIXELS, Job, all_jobs, retrieval_job, zeroshot_job
-from ..evaluate.measure import check_size, embed_pictures, segmentation
+from ..evaluate.measure import MAX_SKIPPED, check_size, embed_pictures, segmentation
 from ..evaluate.predict import require_text
 from ..evaluate.table import SummaryTable
 from ..teachers import load_encoder, load_model
@@ -33,6 +33,8 @@ class _ImageText:
     """Where to compute."""
     out: Path | None = None
     """Write the table, everything measured, command, versions and commit as JSON to this file."""
+    max_skipped: float = MAX_SKIPPED
+    """Largest share of unreadable images that is put up with, 0 to 1."""
 
     def measure(self, title: str, jobs: list[Job]) -> None:
         if not self.models:
@@ -43,7 +45,9 @@ class _ImageText:
             model = require_text(load_model(source), f"models names {source}, which").to(self.device)
             for name, job in zip(names, jobs):
                 with report.progress(f"{source}: {name}", len(job.pictures)) as watch:
-                    embeddings, kept, skipped = embed_pictures(model, job.pictures, name, self.batch_size, watch)
+                    embeddings, kept, skipped = embed_pictures(
+                        model, job.pictures, name, self.batch_size, watch, self.max_skipped
+                    )
                 report.skip(source, name, skipped)
                 with console.status(f"{source}: {name}, texts"):
                     for judge in job.judges:
@@ -145,6 +149,8 @@ class Segment:
     """Where to compute."""
     out: Path | None = None
     """Write the table, the IoU of each class, command, versions and commit as JSON to this file."""
+    max_skipped: float = MAX_SKIPPED
+    """Largest share of unreadable images that is put up with, 0 to 1."""
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
@@ -160,7 +166,13 @@ class Segment:
             for name, table, (train, test) in zip(names, tables, pairs):
                 with report.progress(f"{source}: {name}", len(train) + len(test)) as watch:
                     found, skipped = segmentation(
-                        encoder, train, test, size=self.size, batch_size=self.batch_size, watch=watch
+                        encoder,
+                        train,
+                        test,
+                        size=self.size,
+                        batch_size=self.batch_size,
+                        watch=watch,
+                        max_skipped=self.max_skipped,
                     )
                 for part, what in zip(skipped, ("training", "test")):
                     report.skip(source, f"{name}, {what} part", part)

@@ -29,17 +29,22 @@ GALLERY = 100  # images among which a class caption is looked for: few captions 
 
 
 def embed_pictures(
-    model: DualEncoder, pictures: Sequence[Picture], name: str, batch_size: int = 64, watch: Watch | None = None
+    model: DualEncoder,
+    pictures: Sequence[Picture],
+    name: str,
+    batch_size: int = 64,
+    watch: Watch | None = None,
+    max_skipped: float = MAX_SKIPPED,
 ) -> tuple[Tensor, list[int], Skipped]:
     """Embeddings of the pictures that can be read.
 
     Returns:
         unit vectors float32 [n, D] on the CPU, the numbers of the n pictures, and what was skipped.
 
-    Raises ValueError if more than MAX_SKIPPED cannot be read.
+    Raises ValueError if a larger share than `max_skipped` cannot be read.
     """
     prepare = prepare_for(model.image.config)
-    tally = Tally(name, len(pictures), MAX_SKIPPED)
+    tally = Tally(name, len(pictures), max_skipped)
     found = read_each(
         range(len(pictures)), lambda n: prepare(open_picture(pictures[n])), lambda n: picture_name(pictures[n]), tally
     )
@@ -109,6 +114,7 @@ def segmentation(
     size: tuple[int, ...] = (),
     batch_size: int = 8,
     watch: Watch | None = None,
+    max_skipped: float = MAX_SKIPPED,
 ) -> tuple[Segmentation, list[Skipped]]:
     """Fit a linear probe on the final tokens of training pictures and measure it on test pictures.
 
@@ -121,6 +127,7 @@ def segmentation(
             native shorter side. Where the aspect ratio is kept, both sides are rounded to multiples of the patch.
         batch_size: pictures at a time.
         watch: progress; each picture of both sets comes once.
+        max_skipped: largest share of each set that may be unreadable.
 
     Returns the result, and what could not be read of each set.
 
@@ -129,7 +136,7 @@ def segmentation(
     check_size(encoder.config, size)
     classes = len(train.class_names)
     tallies = [
-        Tally(f"{part.name} ({what})", len(part), MAX_SKIPPED) for what, part in (("train", train), ("test", test))
+        Tally(f"{part.name} ({what})", len(part), max_skipped) for what, part in (("train", train), ("test", test))
     ]
     read_train, read_test = (
         _reader(encoder, part, size, batch_size, tally, watch) for part, tally in zip((train, test), tallies)

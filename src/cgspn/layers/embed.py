@@ -48,6 +48,8 @@ class PatchEmbed(nn.Module):
         p, channels = self.patch_size[0], self.projection.in_channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images has shape {tuple(images.shape)}; expected [B, {channels}, H, W]")
+        if not images.is_floating_point():
+            raise ValueError(f"images has dtype {images.dtype}; accepted: floating point, normalised")
         height, width = images.shape[2:]
         if height < p or width < p or (not self.crop and (height % p or width % p)):
             nearest = tuple(max(p, round(side / p) * p) for side in (height, width))

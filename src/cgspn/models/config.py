@@ -79,6 +79,10 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that no encoder can have."""
+        if self.patch_size < 1 or (not self.crop_remainder and any(n % self.patch_size for n in self.image_size)):
+            raise ValueError(
+                f"image_size is {tuple(self.image_size)}; accepted: multiples of the patch size {self.patch_size}"
+            )
         for name in self.mixers:
             if name not in ("attention", "propagation"):
                 raise ValueError(f"mixers holds {name!r}; accepted: 'attention', 'propagation'")

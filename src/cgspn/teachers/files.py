@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -124,6 +125,10 @@ def _open_pickle(path: Path) -> Weights:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
+        if not zipfile.is_zipfile(path):  # torch then speaks of mmap and zip files, whatever it is
+            reason = (
+                "it is no zip file as torch.save writes it; the file is damaged, older than torch 1.6 or no checkpoint"
+            )
         raise CheckpointError(f"{path} cannot be read as a file of tensors alone: {reason}") from error
     for name in _WRAPPERS:
         if isinstance(content, dict) and isinstance(content.get(name), dict):
