@@ -15,6 +15,9 @@ from rich.text import Text
 NONE = "–"
 
 
+NAME = 20  # columns that the name of a row may claim before figures are broken
+
+
 @dataclass(frozen=True)
 class Metric:
     """A column.
@@ -126,7 +129,7 @@ class SummaryTable:
         headings, rows = self._cells()
         # lean enough for a terminal of 80 columns, and what still does not fit is broken rather than cut
         table = RichTable(title=Text(self.title), box=SIMPLE_HEAD, pad_edge=False)
-        table.add_column("", overflow="fold")
+        table.add_column("", overflow="fold", min_width=min(NAME, max(map(len, self.rows), default=0)))
         for heading in headings:
             longest = max(map(len, heading.split()))
             table.add_column(Text(heading), justify="right", overflow="fold", min_width=longest)
