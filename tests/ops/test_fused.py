@@ -108,3 +108,13 @@ def test_an_unknown_backend_is_refused():
     x = torch.randn(2, 8, device=DEVICE)
     with pytest.raises(ValueError, match="backend is 'cutlass'"):
         norm_linear(x, x[0], x[0], x, x[:, 0], 1e-6, backend="cutlass")
+
+
+def test_a_backend_that_cannot_run_says_why():
+    x = torch.randn(2, 8, device=DEVICE)
+    with pytest.raises(RuntimeError, match="cannot run here: 600 channels; it takes at most 512"):
+        norm_linear(
+            x, x[0], x[0], torch.randn(600, 8, device=DEVICE), torch.zeros(600, device=DEVICE), 1e-6, backend="triton"
+        )
+    with pytest.raises(RuntimeError, match="float64 has no kernel"):
+        norm_linear(x.double(), x[0], x[0], x, x[:, 0], 1e-6, backend="triton")

@@ -237,7 +237,7 @@ def run(
                 rows += size_rows(config, pixels, batch, mode, device)
                 free(device)
                 best = next((r for r in rows[::-1] if r["mixer"] == OURS), None)
-                if best:
+                if best and best["block ms"]:  # what ran out of memory has no time
                     ratio = best["block: attention / this"] or float("nan")
                     say(f"{pixels} px, B = {batch}, {mode}: block {best['block ms']:.3g} ms, {ratio:.3g} x")
         write(out, "table", machine, {"blocks": rows, "crossover": crossovers(rows)})

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import torch
 from torch import Tensor
 
+from .. import backends
 from . import definition
 from .library import linear_residual_norm_op, linear_residual_op, local_norm_op, norm_linear_op
 
 LATENT_MOST = 512  # channels that stay on the chip for a tile of rows
-TRITON = importlib.util.find_spec("triton") is not None
 
 
-def why_not(x: Tensor) -> str | None:
-    """Why the kernels cannot run on tokens `x`; None if they can."""
-    if x.device.type != "cuda":
-        return f"the tokens are on {x.device.type}; the kernels are for CUDA devices"
-    if not TRITON:
-        return "triton is not installed"
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        return f"the tokens are {str(x.dtype).removeprefix('torch.')}; the kernels are for 16-bit ones"
-    return None
+def why_not(x: Tensor, latent: int) -> str | None:
+    """Why the kernels cannot run on tokens `x` and a latent of so many channels; None if they can."""
+    if latent > LATENT_MOST:
+        return f"{latent} channels; it takes at most {LATENT_MOST}"
+    if x.dtype == torch.float64:
+        return "float64 has no kernel here; its sums would be float32"
+    return backends.why_not("triton", x)
 
 
 def _fused(backend: str, x: Tensor, latent: int) -> bool:
     """Whether the kernels run. Raises ValueError for an unknown backend, RuntimeError for one that cannot run."""
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend is {backend!r}; accepted: 'auto', 'triton', 'torch'")
-    if latent > LATENT_MOST:
-        if backend == "triton":
-            raise RuntimeError(f"backend 'triton' cannot run here: {latent} channels; it takes at most {LATENT_MOST}")
-        return False
-    return backend == "triton"  # "auto" waits for a measurement on a GPU
+    if backend != "triton":
+        return False  # "auto" waits for a measurement on a GPU
+    # a traced program cannot look for modules; what cannot run says so when it is called
+    reason = None if torch.compiler.is_compiling() else why_not(x, latent)
+    if reason is not None:
+        raise RuntimeError(f"backend 'triton' cannot run here: {reason}")
+    return True
 
 
 def norm_linear(
