@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..layers import Mlp
+from ..layers import LayerNorm, Mlp
 
 
 class Adapter(nn.Module):
@@ -13,7 +13,7 @@ class Adapter(nn.Module):
     def __init__(self, width: int) -> None:
         """width: C."""
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.mlp = Mlp(width, width)
         nn.init.zeros_(self.mlp.fc2.weight)
 

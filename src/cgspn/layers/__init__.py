@@ -5,6 +5,7 @@ from .block import Block, LayerScale
 from .embed import LearnedPositions, PatchEmbed
 from .mixer import Grid, Mixer
 from .mlp import Activation, Mlp
+from .norm import LayerNorm, RMSNorm
 from .pooling import ClassTokenPool, MapPool, MeanPool, Pooling
 from .propagation import GSPN, GSPN_WALK, PropagationConfig, PropagationMixer
 from .resize import PositionResize
@@ -18,6 +19,7 @@ __all__ = [
     "Block",
     "ClassTokenPool",
     "Grid",
+    "LayerNorm",
     "LayerScale",
     "LearnedPositions",
     "MapPool",
@@ -29,4 +31,5 @@ __all__ = [
     "PositionResize",
     "PropagationConfig",
     "PropagationMixer",
+    "RMSNorm",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from .mixer import Grid, Mixer
 from .mlp import Activation, Mlp
+from .norm import LayerNorm
 
 
 class LayerScale(nn.Module):
@@ -19,7 +20,7 @@ class LayerScale(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C]."""
-        return x * self.gamma
+        return x * self.gamma.to(x.dtype)
 
 
 class Block(nn.Module):
@@ -39,10 +40,10 @@ class Block(nn.Module):
     ) -> None:
         """width: C; hidden: MLP width; eps: of both LayerNorms; layer_scale: initial value, None for none."""
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=eps)
+        self.norm1 = LayerNorm(width, eps=eps)
         self.mixer = mixer
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
-        self.norm2 = nn.LayerNorm(width, eps=eps)
+        self.norm2 = LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, hidden, act)
         self.scale2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from .mixer import Grid
 from .resize import PositionResize, resize_matrix, resize_table
@@ -31,6 +32,7 @@ class PatchEmbed(nn.Module):
         super().__init__()
         self.patch_size, self.crop = (patch_size, patch_size), crop
         self.img_size = img_size or self.patch_size
+        # holds the weights under the shape that checkpoints give them; `forward` is a product of matrices
         self.projection = nn.Conv2d(channels, width, patch_size, patch_size, bias=bias)
 
     @property
@@ -72,7 +74,18 @@ class PatchEmbed(nn.Module):
                 raise ValueError(f"mask has shape {tuple(mask.shape)}; expected {(images.shape[0], height, width)}")
             outside = ~mask.repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]
             images = images[:, :, : height * p, : width * p].masked_fill(outside, 0.0)
-        return self.projection(images).flatten(2).transpose(1, 2), Grid(height, width, mask=mask)
+        return self.project(images, height, width), Grid(height, width, mask=mask)
+
+    def project(self, images: Tensor, height: int, width: int) -> Tensor:
+        """The convolution as one product: [B, in, H, W] -> [B, h*w, C], contiguous.
+
+        A convolution would leave its channels far apart in memory, and every sum of the residual stream after it,
+        layer by layer, would inherit those strides and walk memory at a third of its speed.
+        """
+        p, weight = self.patch_size[0], self.projection.weight.flatten(1)
+        images = images[:, :, : height * p, : width * p]
+        patches = images.unflatten(3, (width, p)).unflatten(2, (height, p)).permute(0, 2, 4, 1, 3, 5)
+        return linear(patches.flatten(3).flatten(1, 2), weight, self.projection.bias)
 
 
 class LearnedPositions(nn.Module):

@@ -10,6 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .mixer import Grid
 from .mlp import Activation, Mlp
+from .norm import LayerNorm
 
 Pooling = Literal["map", "mean", "cls"]
 
@@ -47,7 +48,7 @@ class MapPool(nn.Module):
         self.q = nn.Linear(width, width)
         self.kv = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, width)
-        self.norm = nn.LayerNorm(width, eps=eps)
+        self.norm = LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, hidden, act)
         for linear in (self.q, self.kv, self.out):
             nn.init.normal_(linear.weight, std=width**-0.5)

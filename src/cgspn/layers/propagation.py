@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..ops import DIRECTIONS, fused, propagate_2d
 from .mixer import Grid, Mixer
+from .norm import RMSNorm
 
 EPS = 1e-6  # of the RMSNorms
 
@@ -98,11 +99,11 @@ class PropagationMixer(Mixer):
             if config.local_kernel
             else None
         )
-        self.norm = nn.RMSNorm(latent, eps=EPS) if config.latent_norm else nn.Identity()
+        self.norm = RMSNorm(latent, eps=EPS) if config.latent_norm else nn.Identity()
         # per position: [D, 5, Cc] = lam, u and the three logits of each direction, side by side in memory
         self.parameters_of = nn.Linear(latent, len(config.directions) * 5 * latent)
         merged = latent * (len(config.directions) if config.merge == "concat" else 1)
-        self.merge_norm = nn.RMSNorm(merged, eps=EPS) if config.merge_norm else nn.Identity()
+        self.merge_norm = RMSNorm(merged, eps=EPS) if config.merge_norm else nn.Identity()
         self.up = nn.Linear(merged, width)
         self.project_out = nn.Linear(width, width) if config.projections else nn.Identity()
         self.reset_parameters()

@@ -16,6 +16,7 @@ from ..layers import (
     Block,
     ClassTokenPool,
     Grid,
+    LayerNorm,
     LearnedPositions,
     MapPool,
     MeanPool,
@@ -65,7 +66,7 @@ class Encoder(TimmContract):
         grid = self.patch_embed.grid_size
         self.prefix = nn.Parameter(torch.randn(config.prefix, width) * 0.02) if config.prefix else None
         self.positions = LearnedPositions(grid, width, config.position_resize) if config.positions else None
-        self.pre_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
+        self.pre_norm = LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(
                 width,
@@ -77,13 +78,13 @@ class Encoder(TimmContract):
             )
             for layer in range(config.depth)
         )
-        self.norm = nn.LayerNorm(width, eps=config.norm_eps) if config.final_norm else nn.Identity()
+        self.norm = LayerNorm(width, eps=config.norm_eps) if config.final_norm else nn.Identity()
         self.pool: nn.Module
         if config.pooling == "map":
             self.pool = MapPool(width, config.attention.heads, config.mlp_hidden, config.activation, config.norm_eps)
         else:
             self.pool = MeanPool() if config.pooling == "mean" else ClassTokenPool()
-        self.pool_norm = nn.LayerNorm(width, eps=config.norm_eps) if config.pool_norm else nn.Identity()
+        self.pool_norm = LayerNorm(width, eps=config.norm_eps) if config.pool_norm else nn.Identity()
         self.project: nn.Module = nn.Identity()
         if config.embed_dim is not None:
             self.project = nn.Linear(width, config.embed_dim, bias=config.embed_bias)
@@ -107,7 +108,7 @@ class Encoder(TimmContract):
         tokens, grid = self.patch_embed(images, mask)
         if self.positions is not None:
             own = self.positions(grid.height, grid.width) if mask is None else self.positions.of_images(mask)
-            tokens = tokens + own
+            tokens = tokens + own.to(tokens.dtype)
         if self.prefix is not None:
             prefix = self.prefix
             tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
