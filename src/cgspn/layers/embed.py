@@ -82,10 +82,15 @@ class PatchEmbed(nn.Module):
         A convolution would leave its channels far apart in memory, and every sum of the residual stream after it,
         layer by layer, would inherit those strides and walk memory at a third of its speed.
         """
+        if torch.compiler.is_exporting():  # views of symbolic sizes would tie the program to some of them
+            tokens: Tensor = self.projection(images).flatten(2).transpose(1, 2)
+            return tokens.clone(memory_format=torch.contiguous_format)
         p, weight = self.patch_size[0], self.projection.weight.flatten(1)
-        images = images[:, :, : height * p, : width * p]
-        patches = images.unflatten(3, (width, p)).unflatten(2, (height, p)).permute(0, 2, 4, 1, 3, 5)
-        return linear(patches.flatten(3).flatten(1, 2), weight, self.projection.bias)
+        if self.crop:
+            images = images[:, :, : height * p, : width * p]
+        batch, channels = images.shape[:2]
+        patches = images.reshape(batch, channels, height, p, width, p).permute(0, 2, 4, 1, 3, 5)
+        return linear(patches.reshape(batch, height * width, -1), weight, self.projection.bias)
 
 
 class LearnedPositions(nn.Module):
