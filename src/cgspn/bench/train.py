@@ -39,6 +39,7 @@ class TrainBenchConfig:
             before, as in the curriculum, for all sizes but the first.
         largest: batch beyond which no larger one is tried.
         steps: that are timed, after two that are not.
+        smallest: batch with which the search begins; if it does not fit, smaller ones are tried.
         loss: what is minimised.
         compute: precision, compilation, checkpointing.
     """
@@ -49,13 +50,14 @@ class TrainBenchConfig:
     teacher_is: Literal["original", "previous"] = "original"
     largest: int = 512
     steps: int = 5
+    smallest: int = 1
     loss: LossConfig = field(default_factory=LossConfig)
     compute: ComputeConfig = field(default_factory=lambda: ComputeConfig(precision="bfloat16"))
 
 
-def largest_fitting(fits: Callable[[int], bool], largest: int) -> int:
+def largest_fitting(fits: Callable[[int], bool], largest: int, smallest: int = 1) -> int:
     """The largest batch that fits, to an eighth: doubled until one does not, then bisected. 0 if not even one fits."""
-    low, high = 0, 1
+    low, high = 0, smallest
     while high <= largest and fits(high):
         low, high = high, 2 * high
     high = min(high, largest + 1)
@@ -91,6 +93,8 @@ def attempt(task: DistillTask, config: TrainBenchConfig, size: int, batch: int, 
             raise
     # outside of the except clause, which holds the frames and so the tensors of what failed
     task.zero_grad(set_to_none=True)
+    if config.compute.compile:
+        torch._dynamo.reset()  # every batch compiles for its own shapes, and dynamo keeps only a few
     free(next(task.parameters()).device)
     return times
 
@@ -100,7 +104,9 @@ def measure(task: DistillTask, config: TrainBenchConfig, size: int) -> dict[str,
     device = next(task.parameters()).device
     patch = task.student.config.patch_size
     row: dict[str, Any] = {"image": size, "tokens": (size // patch) ** 2}
-    batch = largest_fitting(lambda n: attempt(task, config, size, n, TRIES) is not None, config.largest)
+    batch = largest_fitting(
+        lambda n: attempt(task, config, size, n, TRIES) is not None, config.largest, config.smallest
+    )
     row["largest batch"] = f"{batch} or more" if batch == config.largest else batch
     times = None
     while batch and times is None:

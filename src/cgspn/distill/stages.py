@@ -214,14 +214,14 @@ def prepared(task: Task, teacher: Encoder, student: Encoder, compute: ComputeCon
     working = task.student if isinstance(task, DistillTask) else student
     checkpointing = student.checkpointing
     working.set_grad_checkpointing(compute.checkpointing)
-    # block by block: the blocks of an encoder share one compiled graph, whatever its depth
+    # block by block: the blocks of an encoder share one compiled graph, whatever its depth; a stage has one shape
     blocks = [*teacher.each_block(), *working.each_block()] if compute.compile else []
     for block in blocks:
-        block.tapped = torch.compile(block.tapped)  # type: ignore[method-assign]
+        block.tapped = torch.compile(block.tapped, dynamic=False)  # type: ignore[method-assign]
         if not isinstance(task, DistillTask):
-            block.sublayer = torch.compile(block.sublayer)  # type: ignore[method-assign]
+            block.sublayer = torch.compile(block.sublayer, dynamic=False)  # type: ignore[method-assign]
     if compute.compile and isinstance(task, DistillTask):
-        task.hold(tap=torch.compile(task.tap))
+        task.hold(tap=torch.compile(task.tap, dynamic=False))
     if task.sharded:
         shard_encoder(working)
     try:
