@@ -1,5 +1,6 @@
 """Encoders, text tower, the two side by side, and models by name."""
 
+from .captured import CapturedEncoder
 from .checkpoint import CheckpointError
 from .config import EncoderConfig, TextConfig
 from .dual import DualEncoder, build_dual, load_dual
@@ -10,6 +11,7 @@ from .registry import create_model, list_models, model_config
 from .text import TextTower, tokenize
 
 __all__ = [
+    "CapturedEncoder",
     "CheckpointError",
     "DualEncoder",
     "Encoder",

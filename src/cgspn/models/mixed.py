@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 if TYPE_CHECKING:
+    from .captured import CapturedEncoder
     from .encoder import Encoder, EncoderOutput
 
 Shape = tuple[int, int]  # rows and columns of patches
@@ -114,7 +115,7 @@ def pack(
 
 
 def encode_mixed(
-    encoder: Encoder,
+    encoder: Encoder | CapturedEncoder,
     images: Sequence[Tensor],
     *,
     method: Method = "bucket",
@@ -125,7 +126,7 @@ def encode_mixed(
     """Images of any sizes and aspect ratios to what the encoder gives for each of them alone, gradients included.
 
     Args:
-        encoder: an `Encoder`, compiled or not.
+        encoder: an `Encoder`, compiled or not, or a `CapturedEncoder`.
         images: [channels, H, W] each, of one dtype, on one device.
         method: "bucket" sorts the images into few shapes and pads each to its own; "pad" pads consecutive images to
             the largest among them, in one batch as long as the budget allows.
@@ -167,7 +168,7 @@ def _area(shape: Shape) -> int:
     return shape[0] * shape[1]
 
 
-def _grid_of(encoder: Encoder, image: Tensor, index: int) -> Shape:
+def _grid_of(encoder: Encoder | CapturedEncoder, image: Tensor, index: int) -> Shape:
     try:
         return encoder.patch_embed.grid_of(image[None])
     except ValueError as error:
