@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import OptimConfig
+from .muon import BatchedMuon
 from .tasks import Task
 
 BETAS = (0.9, 0.98)
@@ -70,7 +71,7 @@ def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:
         return Optimizers(torch.optim.AdamW(matrices + rest, betas=BETAS, fused=fused))
     parts: list[torch.optim.Optimizer] = []
     if matrices:
-        parts.append(torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw"))
+        parts.append(BatchedMuon(matrices))
     if rest:
         parts.append(torch.optim.AdamW(rest, betas=BETAS, fused=fused))
     return Optimizers(*parts)

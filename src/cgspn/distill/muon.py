@@ -1,0 +1,80 @@
+"""Muon as in PyTorch, with matrices of one shape orthogonalised together instead of one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+TOGETHER = 1 << 26  # elements of a stack at most; larger ones fill a GPU no better, and their copies take memory
+
+
+class BatchedMuon(torch.optim.Muon):
+    """`torch.optim.Muon` with updates as large as AdamW's, in fewer and larger kernels: the same numbers, to rounding.
+
+    A matrix of an encoder is too small to fill a GPU, and each costs some twenty launches. Sharded parameters (DTensor)
+    take PyTorch's own step, which puts each together.
+    """
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        """As `torch.optim.Muon`, whose state it keeps; `adjust_lr_fn` is "match_rms_adamw"."""
+        super().__init__(params, adjust_lr_fn="match_rms_adamw", **settings)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all matrices that have a gradient; returns what `closure` does, if there is one."""
+        if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for matrices in stacks([p for p in group["params"] if p.grad is not None]):
+                self.update(matrices, group)
+        return loss
+
+    def update(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
+        """One step of matrices of one shape."""
+        gradients = [p.grad for p in matrices]
+        for p in matrices:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
+        momenta = [self.state[p]["momentum_buffer"] for p in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        wanted = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
+        steps = orthogonal(wanted, group["ns_coefficients"], group["ns_steps"], group["eps"])
+        rows, columns = matrices[0].shape
+        ratio = 0.2 * max(rows, columns) ** 0.5
+        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(matrices, steps.to(matrices[0].dtype).unbind(), alpha=-group["lr"] * ratio)
+
+
+def stacks(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
+    """The matrices by shape, dtype and device, in parts of `TOGETHER` elements or a single matrix."""
+    alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
+    for matrix in matrices:
+        alike.setdefault((matrix.shape, matrix.dtype, matrix.device), []).append(matrix)
+    for found in alike.values():
+        count = max(1, TOGETHER // max(1, found[0].numel()))
+        yield from (found[i : i + count] for i in range(0, len(found), count))
+
+
+def orthogonal(matrices: list[Tensor], coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Matrices of one shape with their singular values brought near 1, bfloat16 [n, rows, columns], contiguous.
+
+    The Newton-Schulz iteration of `torch.optim.Muon`, rounded where it rounds.
+    """
+    a, b, c = coefficients
+    x = torch.empty(len(matrices), *matrices[0].shape, dtype=torch.bfloat16, device=matrices[0].device)
+    torch._foreach_copy_(x.unbind(), matrices)
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).contiguous()

@@ -1,0 +1,95 @@
+"""The batched Muon against PyTorch's own."""
+
+import pytest
+import torch
+from torch import nn
+
+from cgspn.distill import muon
+from cgspn.distill.muon import BatchedMuon, orthogonal
+from cgspn.distill.optimizers import Optimizers
+
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+SHAPES = [(24, 8), (8, 24), (16, 16), (24, 8), (5, 7), (16, 16), (1, 9), (24, 8)]
+
+
+def matrices():
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator).to(DEVICE)) for shape in SHAPES]
+
+
+def gradients(step):
+    generator = torch.Generator().manual_seed(1 + step)
+    return [torch.randn(shape, generator=generator).to(DEVICE) * 10.0 ** (k - 4) for k, shape in enumerate(SHAPES)]
+
+
+def pytorch(groups, **settings):
+    return torch.optim.Muon(groups, adjust_lr_fn="match_rms_adamw", **settings)
+
+
+def stepped(kind, steps=4, **settings):
+    """Weights and momenta after some steps; one matrix has no gradient in the first."""
+    weights = matrices()
+    groups = [{"params": weights[:5], "lr": 0.02, "weight_decay": 0.1}, {"params": weights[5:], "lr": 0.005}]
+    optimizer = kind(groups, **settings)
+    for step in range(steps):
+        for k, (weight, gradient) in enumerate(zip(weights, gradients(step), strict=True)):
+            weight.grad = None if step == 0 and k == 3 else gradient
+        optimizer.step()
+    return weights, [optimizer.state[w]["momentum_buffer"] for w in weights]
+
+
+@pytest.mark.parametrize("together", [1 << 26, 200])  # all of a shape at once, and a matrix or two
+@pytest.mark.parametrize("settings", [{}, {"nesterov": False, "momentum": 0.8}])
+def test_steps_are_those_of_pytorch(settings, together, monkeypatch):
+    monkeypatch.setattr(muon, "TOGETHER", together)
+    before = matrices()
+    for ours, theirs, start in zip(*(stepped(kind, **settings)[0] for kind in (BatchedMuon, pytorch)), before):
+        moved = float((theirs - start).detach().norm())
+        # bfloat16 products, whose sums another kernel takes in another order
+        assert float((ours - theirs).detach().norm()) < (2e-2 if GPU else 1e-3) * moved
+        assert moved > 0
+
+
+def test_momenta_are_those_of_pytorch():
+    for ours, theirs in zip(*(stepped(kind)[1] for kind in (BatchedMuon, pytorch)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("shape", [(48, 12), (12, 48), (32, 32)])
+def test_singular_values_come_near_one(shape):
+    torch.manual_seed(0)
+    found = orthogonal(
+        [torch.randn(shape, device=DEVICE) * k for k in (1e-3, 1, 1e3)], (3.4445, -4.7750, 2.0315), 5, 1e-7
+    )
+    assert found.dtype == torch.bfloat16
+    assert found.is_contiguous()
+    values = torch.linalg.svdvals(found.float())
+    assert 0.4 < float(values.min()) < float(values.max()) < 1.4
+    zero = orthogonal([torch.zeros(shape, device=DEVICE)], (3.4445, -4.7750, 2.0315), 5, 1e-7)
+    assert not zero.any()
+
+
+def test_a_snapshot_of_the_state_goes_on_as_if_nothing_had_happened():
+    weights, _ = stepped(BatchedMuon, steps=2)
+    copies = [nn.Parameter(w.detach().clone()) for w in weights]
+    whole = Optimizers(BatchedMuon(weights, lr=0.02))
+    resumed = Optimizers(BatchedMuon(copies, lr=0.02))
+    for step in range(3):
+        for weight, gradient in zip(weights, gradients(step), strict=True):
+            weight.grad = gradient
+        if step == 2:
+            resumed.make_state()
+            with torch.no_grad():
+                for copy, weight in zip(copies, weights, strict=True):
+                    copy.copy_(weight)
+            named = list(resumed.each_state())
+            assert [name for _, name, _ in named] == ["momentum_buffer"] * len(SHAPES)
+            for (_, _, mine), (_, _, theirs) in zip(named, list(whole.each_state()), strict=True):
+                mine.copy_(theirs)
+            resumed.param_groups[0]["lr"] = 0.02
+            for copy, gradient in zip(copies, gradients(step), strict=True):
+                copy.grad = gradient
+            resumed.step()
+        whole.step()
+    assert all(torch.equal(a, b) for a, b in zip(weights, copies, strict=True))
