@@ -55,7 +55,7 @@ def scans(machine: Machine, rivals: bool) -> Iterator[Variant]:
 def projected(machine: Machine, rivals: bool) -> Iterator[Variant]:
     """The projected scans that the plan asks for."""
     for b, n, c in PROJECTED:
-        chosen = [(cut, False) for merged in (True, False) if (cut := choose_projected(b, n, c, 4, merged, machine))]
+        chosen = [(first, False)] if (first := choose_projected(b, n, c, 4, machine)) else []
         if last := choose_backward(b, n, c, 4, machine):
             chosen.append((last, True))
         if rivals and (b, n) == (32, 74):
@@ -78,8 +78,6 @@ def variants(machine: Machine, rivals: bool) -> list[Variant]:
 
 def main() -> int:
     """Compile, print, and return the number of kernels over a limit."""
-    import cuda.core  # noqa: F401 - its first import, from several threads at once, finds it half imported
-
     failures = 0
     rivals = "--rivals" in sys.argv[1:]
     for arch, machine in ARCHITECTURES.items():

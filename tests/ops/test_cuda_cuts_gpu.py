@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cgspn.ops import DIRECTIONS, propagate_2d_projected, propagate_2d_reference
 from cgspn.ops.cuda import launch, projected, scan
 from cgspn.ops.cuda.plan import Cut
-from cgspn.ops.cuda.projected_plan import ProjectedCut, cuts
+from cgspn.ops.cuda.projected_plan import cuts
 
 pytestmark = [
     pytest.mark.gpu,
@@ -80,14 +80,6 @@ def test_lines_cut_over_a_cluster(shape, cut: Cut, dtype: torch.dtype, masked: b
     check_scan(shape, FOUR, dtype, cut, cut, masked)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("codes", [FOUR, [3, 0], [1]], ids=str)
-@pytest.mark.parametrize(("shape", "lanes"), [((2, 50, 60, 32), 4), ((1, 37, 12, 24), 2)], ids=str)
-def test_directions_in_turn(shape, lanes: int, codes: list[int], dtype: torch.dtype) -> None:
-    vec = 4 if dtype != torch.float32 else 2
-    check_scan(shape, codes, dtype, Cut(vec, lanes, 1, 2, turns=True), None, masked=lanes == 4)
-
-
 def projected_case(shape, d: int, dtype: torch.dtype, biased: bool = True) -> list[Tensor]:
     c = shape[-1]
     tensors = [draw(*shape), draw(d * 5 * c, c, seed=1) / c**0.5, *([draw(d * 5 * c, seed=2)] if biased else [])]
@@ -104,7 +96,7 @@ def want_of(tensors: list[Tensor], dy: Tensor, **options) -> list[Tensor]:
 def got_of(tensors: list[Tensor], dy: Tensor, **options) -> list[Tensor]:
     inputs = [t.detach().requires_grad_() for t in tensors]
     bias = inputs[2] if len(inputs) > 2 else None
-    y = propagate_2d_projected(*inputs[:2], bias, parameters="chip", **options)
+    y = propagate_2d_projected(*inputs[:2], bias, **{"parameters": "chip", **options})
     return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
 
@@ -115,10 +107,24 @@ def compare(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("merge", ["sum", "none"])
+@pytest.mark.parametrize(("shape", "inside"), [((4, 74, 70, 64), True), ((1, 20, 31, 64), False)], ids=str)
+def test_projected_by_default(shape, inside: bool, merge: str) -> None:
+    """On the chip where that is faster, else in memory; padding may hold anything."""
+    tensors = projected_case(shape, 4, torch.bfloat16)
+    assert projected.wins(tensors[0], FOUR) == inside
+    mask = draw(*shape[:3], seed=3) > -0.5
+    dy = draw(*shape[:3], *([4] if merge == "none" else []), shape[3], seed=5).bfloat16()
+    want = want_of(tensors, dy, mask=mask, merge=merge)
+    tensors[0][~mask] = float("nan")
+    compare(got_of(tensors, dy, mask=mask, merge=merge, parameters="auto"), want, torch.bfloat16)
+
+
+@pytest.mark.parametrize("merge", ["sum", "none"])
 @pytest.mark.parametrize(
     "shape",
     [
         (2, 74, 74, 64),
+        (2, 20, 21, 40),
         (1, 147, 20, 64),
         (3, 9, 1, 8),
         (1, 1, 30, 24),
@@ -162,12 +168,24 @@ def test_projected_cuts() -> None:
         compare(list(projected.backward(dy, *tensors, None, FOUR, True, cut=cut)), want[1:], torch.bfloat16)
 
 
-def test_projected_long_lines_and_strides() -> None:
-    shape = (1, 5, 500, 32)
+def test_projected_long_lines() -> None:
+    """What the backward's blocks have no room for, the forward's have: "auto" takes it, "chip" says so."""
+    tensors = projected_case((6, 5, 500, 32), 4, torch.bfloat16)
+    dy = draw(6, 5, 500, 32, seed=5).bfloat16()
+    if not projected.wins(tensors[0], FOUR):
+        pytest.skip("no block of this GPU holds such lines")
+    compare(got_of(tensors, dy, parameters="auto"), want_of(tensors, dy), torch.bfloat16)
+    with torch.no_grad():
+        propagate_2d_projected(*tensors, parameters="chip")
+    with pytest.raises(RuntimeError, match="500 positions of 32 channels do not fit a block of the projected backward"):
+        got_of(tensors, dy)
+
+
+def test_projected_strides() -> None:
+    shape = (1, 5, 150, 32)
     tensors = projected_case(shape, 4, torch.bfloat16)
     dy = draw(*shape, seed=5).bfloat16()
     want = want_of(tensors, dy)
-    compare(got_of(tensors, dy), want, torch.bfloat16)
     wide = torch.cat([tensors[0], tensors[0]], -1)[..., :32]  # rows twice as far apart
     first = tensors[0].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)  # channels first: copied
     for x in (wide, first):
@@ -210,7 +228,7 @@ def test_projected_compiles_and_counts() -> None:
         want = torch.autograd.grad(propagate_2d_projected(*tensors, parameters="chip").sum(), tensors)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     assert counter.frame_count == 1
-    arguments = (*projected_case((2, 5, 6, 8), 4, torch.bfloat16), None, FOUR, True)
+    arguments = (*projected_case((2, 5, 6, 8), 4, torch.bfloat16), None, FOUR, True, "chip", "auto")
     torch.library.opcheck(torch.ops.cgspn.propagate_2d_projected.default, arguments)
     with FlopCounterMode(display=False) as flops:
         torch.ops.cgspn.propagate_2d_projected(*arguments)
@@ -223,11 +241,3 @@ def test_projected_saves_its_inputs_only() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         propagate_2d_projected(x, weight, bias, parameters="chip")
     assert {t.data_ptr() for t in kept} <= {t.data_ptr() for t in (x, weight, bias)}
-
-
-def test_projected_explicit_cut_in_turn_or_apart() -> None:
-    tensors = projected_case((2, 30, 41, 32), 4, torch.bfloat16)
-    results = [
-        projected.forward(*tensors, None, FOUR, True, cut=ProjectedCut(1, 3, 2, 3, turns)) for turns in (False, True)
-    ]
-    assert error(*results) < 1e-2

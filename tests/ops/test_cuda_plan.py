@@ -103,15 +103,14 @@ def test_a_cache_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypa
     longest=st.integers(1, 512),
     channels=st.integers(1, 32).map(lambda n: 8 * n),
     directions=st.integers(1, 4),
-    merged=st.booleans(),
     machine=st.sampled_from([HOPPER, AMPERE]),
 )
-def test_projected_cuts_cover_lines_and_channels(batch, longest, channels, directions, merged, machine) -> None:
+def test_projected_cuts_cover_lines_and_channels(batch, longest, channels, directions, machine) -> None:
     for backward in (False, True):
         if backward:
             cut = choose_backward(batch, longest, channels, directions, machine)
         else:
-            cut = choose_projected(batch, longest, channels, directions, merged, machine)
+            cut = choose_projected(batch, longest, channels, directions, machine)
         if cut is None:  # what why_not says no to
             reach = {HOPPER: (448, 192), AMPERE: (320, 128)}[machine][backward]  # 1036 and 2058 px are lines of 74, 147
             assert channels > 64 or longest > reach
@@ -120,5 +119,4 @@ def test_projected_cuts_cover_lines_and_channels(batch, longest, channels, direc
         assert cut.threads <= MAX_THREADS
         assert cut.shared_bytes(channels, backward) <= machine.shared_bytes
         assert cut.blocks(batch, channels, directions) * 16 * cut.groups >= batch * channels
-        assert merged or not cut.turns
         assert 1 <= images(batch, cut, channels, directions, machine) <= batch

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -97,13 +96,6 @@ def test_lines_cut_over_a_cluster(shape, codes, cut: Cut, stages: int, options) 
     check_scan(shape, codes, torch.float32, cut, back, **options)
 
 
-@pytest.mark.parametrize("codes", [[0, 1, 2, 3], [3, 1], [2]], ids=str)
-def test_directions_in_turn(codes: list[int]) -> None:
-    """One block sums the directions in shared memory; H != W, so the directions differ in length."""
-    cut = Cut(4, 2, 1, 2, turns=True)
-    check_scan((1, 9, 13, 16), codes, torch.bfloat16, cut, None, masked=True)
-
-
 @pytest.mark.parametrize("cut", [None, Cut(4, 2, 1, 2, 2, halo=4)], ids=str)
 def test_line_scan(cut: Cut | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if cut is not None:
@@ -115,9 +107,10 @@ def test_line_scan(cut: Cut | None, monkeypatch: pytest.MonkeyPatch) -> None:
 PROJECTED = [
     # shape, directions, dtype, merge, mask, bias, forward's cut, backward's cut
     ((2, 7, 5, 8), [0, 1, 2, 3], torch.bfloat16, "sum", False, True, None, None),
-    ((1, 18, 37, 24), [3, 0, 2], torch.bfloat16, "none", False, True, (2, 2, 3), (1, 2, 3)),
-    ((1, 6, 20, 64), [2, 1], torch.float16, "sum", True, True, (2, 3, 1, 2, True), (4, 1, 3)),
-    ((1, 5, 4, 136), [0, 3], torch.bfloat16, "sum", True, False, (1, 1, 1, 3, True), (2, 1, 1)),
+    ((1, 18, 37, 24), [3, 0, 2], torch.bfloat16, "none", False, True, (2, 2, 3, 3), (1, 2, 3)),
+    ((1, 6, 20, 64), [2, 1], torch.float16, "sum", True, True, (2, 3, 1, 2), (4, 1, 3)),
+    ((1, 5, 4, 136), [0, 3], torch.bfloat16, "sum", True, False, (1, 1, 1, 3), (2, 1, 1)),
+    ((1, 3, 4, 40), [1, 2], torch.bfloat16, "sum", False, True, (2, 1, 1, 3), (2, 1, 1)),  # a group without channels
 ]
 
 
@@ -125,9 +118,8 @@ PROJECTED = [
 def test_projected(shape, codes, dtype, merge, masked, biased, cut, back, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters made on the chip: output and gradients through the public function, padding full of NaN."""
     if cut is not None:
-        fixed = ProjectedCut(*cut)
-        monkeypatch.setattr(projected, "choose", lambda *case: fixed if case[4] else replace(fixed, turns=False))
-        monkeypatch.setattr(projected, "choose_backward", lambda *_: ProjectedCut(*back, stages=2))
+        monkeypatch.setattr(projected, "choose", lambda *_: ProjectedCut(*cut))
+        monkeypatch.setattr(projected, "choose_backward", lambda *_: ProjectedCut(*back))
     c, d = shape[-1], len(codes)
     tensors = [draw(*shape), draw(d * 5 * c, c, seed=1) / c**0.5, *([draw(d * 5 * c, seed=2)] if biased else [])]
     tensors = [t.to(dtype) for t in tensors]
@@ -168,8 +160,8 @@ def test_projected_second_derivative_and_registration() -> None:
         found.append(torch.autograd.grad(first, leaves, [t.to(dtype) for t in tensors]))
     errors = [relative_error(a, b) for a, b in zip(*found, strict=True)]
     assert max(errors) < 1e-2, errors
-    arguments = ([t.requires_grad_() for t in tensors], None, [0, 1, 2, 3], True)
-    torch.library.opcheck(torch.ops.cgspn.propagate_2d_projected.default, (*arguments[0], *arguments[1:]))
+    arguments = (*[t.requires_grad_() for t in tensors], None, [0, 1, 2, 3], True)
+    torch.library.opcheck(torch.ops.cgspn.propagate_2d_projected.default, (*arguments, "chip", "cuda"))
 
 
 def test_lines_that_no_block_holds() -> None:

@@ -27,39 +27,34 @@ from .results import write
 from .timing import medians
 
 FLOAT32, BF16 = 0, 2  # of the kernels' DTYPE
-SCANS = [(32, 74, 64), (32, 147, 64), (8, 74, 64), (1, 74, 64), (1, 147, 64), (1, 294, 64)]
+SCANS = [(32, 74, 64), (32, 147, 64), (8, 74, 64), (8, 147, 64), (1, 74, 64), (1, 147, 64), (1, 294, 64)]
 PROJECTED = [(32, 74, 64), (32, 147, 64), (8, 74, 64), (1, 74, 64)]
 AGREE = 2e-2  # relative difference of two roundings of sums to bfloat16
 
 
 def rival_cuts(p: Problem, machine: Machine) -> list[Cut]:
-    """Cuts worth timing beside the plan's own for a problem with 16-byte alignment.
+    """Cuts worth timing beside the plan's own, for 16-byte alignment: lines cut over clusters, with halos.
 
-    Large batches: directions in turn. Small ones, and line_scan: lines cut over clusters, with halos.
+    Of large batches whole lines too, in narrower and wider runs; of small ones runs of all widths.
     """
-    found: list[Cut] = []
+    halos = (4, 8, 16)
     if not p.normalise:
-        found += [
-            Cut(vec, lanes, 1, stages, split, halo)
-            for vec, lanes in ((4, 2), (2, 4), (4, 1))
-            for split in (4, 8)
-            for halo in (4, 8, 16, 32)
-            for stages in ((2, 3) if p.backward else (1, 2, 3))
-        ]
+        shapes, splits, stages = ((4, 2), (2, 4)), (4, 8), (2, 3) if p.backward else (1, 2)
     elif p.batch >= 16:
-        shapes = ((4, 4), (8, 2), (4, 2), (2, 8), (8, 4))
-        found += [Cut(vec, lanes, 1, stages, turns=True) for vec, lanes in shapes for stages in (1, 2, 3)]
+        shapes, splits, stages = ((8, 8), (8, 4)), (1, 2, 4), (2,) if p.backward else (1, 2)
+        halos = (2, 4, 8)
     else:
-        stages = 3 if p.backward else 2
-        shapes = ((2, 2), (4, 1), (4, 2), (8, 1), (8, 2))
-        found += [
-            Cut(vec, lanes, 1, stages, split, halo)
-            for vec, lanes in shapes
-            for split in (2, 4, 8)
-            for halo in (4, 8, 16)
-            if p.longest // split >= 16  # shorter parts are mostly halo
-        ]
-    return [cut for cut in found if cut.fits(p, machine)]
+        shapes, splits, stages = ((4, 2), (8, 2), (4, 4), (8, 4), (4, 8), (8, 8)), (2, 4, 8), (2, 3)
+    found = [
+        Cut(vec, lanes, 1, depth, split, halo if split > 1 else 1)
+        for vec, lanes in shapes
+        for split in splits
+        for halo in halos
+        for depth in stages
+        if (split == 1 or p.longest // split >= 16)  # shorter parts are mostly halo
+        and (p.batch >= 16 or halo in (4, 32 // split))
+    ]
+    return [cut for cut in dict.fromkeys(found) if cut.fits(p, machine)]
 
 
 def compile_all(jobs: Iterable[tuple[str, dict[str, int]]], arch: str) -> None:
@@ -177,10 +172,8 @@ def projected_rows(b: int, n: int, c: int, machine: Machine) -> list[Row]:
             own = choose_backward(b, n, c, 4, machine)
         else:
             function = partial(projected.forward, x, weight, bias, None, FOUR, True)
-            own = choose_projected(b, n, c, 4, True, machine)
+            own = choose_projected(b, n, c, 4, machine)
         rivals: list[ProjectedCut] = list(cuts(n, c, machine, backward))
-        if not backward:
-            rivals += [replace(cut, stages=2) for cut in rivals if cut.stages == 3]
         calls: dict[str, Callable[[], object]] = {f"the plan's, {own}": function}
         calls |= {describe_cut(cut): partial(function, cut=cut) for cut in rivals}
         for name, ms, difference in _timed(calls):

@@ -7,12 +7,15 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.nn.functional import linear
 
 from . import checks
-from .projected_library import projected_op
-from .propagate import propagate_2d
+from .backends import check_backend
+from .projected_library import check_chip, projected_op, split_parameters
+from .propagate import _look_at_values, propagate_2d
 from .reference import DIRECTIONS
+
+PARAMETERS = ("auto", "memory", "chip")
 
 
 def propagate_2d_projected(
@@ -25,14 +28,14 @@ def propagate_2d_projected(
     mask: Tensor | None = None,
     backend: str = "auto",
     recompute: bool = True,
-    parameters: Literal["memory", "chip"] = "memory",
+    parameters: Literal["auto", "memory", "chip"] = "auto",
 ) -> Tensor:
     """`propagate_2d(x, logits, lam, u)` where lam, u and logits are a linear projection of `x`.
 
-    By default the projection and the scan in turn: in the forward pass the parameters do go through memory. In training
+    On the chip, one kernel makes the parameters line by line where it scans with them, in float32 instead of rounded
+    to the dtype of x, and they never reach memory; in memory, the projection and the scan run in turn. In training
     nothing of them is kept (`recompute`): the backward makes them again from `x`, so that a layer saves one map of C
-    channels instead of 25. With `parameters="chip"` one kernel makes them line by line where it scans with them, in
-    float32 instead of rounded to the dtype of x, and they never reach memory.
+    channels instead of 25. Under torch.autocast its dtype is that of x, weight and bias, as in a linear layer.
 
     Args:
         x: features [B, H, W, C], channels last.
@@ -40,7 +43,9 @@ def propagate_2d_projected(
         bias: [D * 5 * C] or None.
         directions, merge, mask, backend: as in `propagate_2d`.
         recompute: project and scan again in the backward; False keeps the parameters and the state.
-        parameters: "memory", or "chip": CUDA, float16 or bfloat16, C a multiple of 8 up to 256; keeps nothing.
+        parameters: "memory"; "chip" for both passes: CUDA, float16 or bfloat16, C a multiple of 8 up to 256, lines
+            that fit; "auto": the forward on the chip where that is faster and no gradient wants the parameters kept,
+            the backward in memory.
 
     Returns:
         As `propagate_2d`: [B, H, W, C] or [B, H, W, D, C], in the dtype of x.
@@ -52,36 +57,46 @@ def propagate_2d_projected(
     Source: design section 5 ("parameters are an implementation detail of memory").
     """
     checks.check_features(x)
+    x, weight, bias = _as_autocast(x, weight, bias)
     checks.check_like(x, weight=weight)
     codes, c = checks.check_directions(directions), x.shape[-1]
-    count = len(codes)
-    checks.check_shape("weight", weight, (count * 5 * c, c), "[D * 5 * C, C]")
+    checks.check_shape("weight", weight, (len(codes) * 5 * c, c), "[D * 5 * C, C]")
     if bias is not None:
         checks.check_like(x, bias=bias)
-        checks.check_shape("bias", bias, (count * 5 * c,), "[D * 5 * C]")
+        checks.check_shape("bias", bias, (len(codes) * 5 * c,), "[D * 5 * C]")
+    checks.check_mask(x, mask)
+    if merge not in ("sum", "none"):
+        raise ValueError(f"merge is {merge!r}; accepted: 'sum', 'none'")
+    check_backend(backend)
+    if parameters not in PARAMETERS:
+        raise ValueError(f"parameters is {parameters!r}; accepted: {', '.join(map(repr, PARAMETERS))}")
 
-    if parameters not in ("memory", "chip"):
-        raise ValueError(f"parameters is {parameters!r}; accepted: 'memory', 'chip'")
+    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if parameters == "chip":
-        checks.check_mask(x, mask)
-        if merge not in ("sum", "none"):
-            raise ValueError(f"merge is {merge!r}; accepted: 'sum', 'none'")
         if backend not in ("auto", "cuda"):
             raise ValueError(f"backend is {backend!r}; parameters='chip' accepts 'auto', 'cuda'")
         if not recompute:
             raise ValueError("recompute is False; parameters='chip' keeps nothing and accepts only True")
-        made: Tensor = projected_op(x, weight, bias, mask, codes, merge == "sum")
-        return made
-
-    def run(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        packed = torch.nn.functional.linear(x, weight, bias).unflatten(-1, (count, 5, c))
-        # One split, not three slices: its gradient is one concatenation instead of three zero-filled maps added up.
-        lam, u, logits = packed.split([1, 1, 3], -2)
-        lam, u = lam.squeeze(-2), u.squeeze(-2)
+        if trained and not torch.compiler.is_compiling():  # rather than in the backward
+            check_chip(x, backward=True)
+        inside = True
+    else:  # an exported program knows projections and scans, and nothing of this operator
+        inside = recompute if trained else parameters == "auto" and x.is_cuda
+        inside = inside and not torch.compiler.is_exporting()
+    if not inside:
+        logits, lam, u = split_parameters(linear(x, weight, bias), len(codes))
         return propagate_2d(x, logits, lam, u, directions=directions, merge=merge, mask=mask, backend=backend)
+    if _look_at_values(x):
+        checks.check_finite(mask, x=x)
+        checks.check_finite(weight=weight, **({} if bias is None else {"bias": bias}))
+    out: Tensor = projected_op(x, weight, bias, mask, codes, merge == "sum", parameters, backend)
+    return out
 
-    wanted = any(t is not None and t.requires_grad for t in (x, weight, bias))
-    if recompute and torch.is_grad_enabled() and wanted:
-        kept: Tensor = checkpoint(run, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
-        return kept
-    return run(x, weight, bias)
+
+def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What `torch.nn.functional.linear` would compute with; float64 stays what it is."""
+    kind = x.device.type
+    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(kind)
+    return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -1,4 +1,7 @@
-"""Registration of the projected operator whose parameters stay on the chip: see library.py, which this follows."""
+"""Registration of the projected operator: see library.py, which this follows.
+
+Where its parameters go is decided inside, like the backend, so a traced program never sees the choice.
+"""
 
 from __future__ import annotations
 
@@ -7,35 +10,68 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
+from .backends import backend_for
 from .library import FLOPS_BACKWARD, FLOPS_FORWARD
 from .reference import DIRECTIONS, propagate_2d_reference
 
 PARAMETERS = 5  # maps a direction: lam, u, three logits
 
 
-def _kernels(x: Tensor) -> Any:
-    """The module with the kernels. Raises RuntimeError, with the reason, where they cannot run on `x`."""
+def split_parameters(packed: Tensor, directions: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, lam and u, views of what the projection makes: [B, H, W, D * 5 * C]."""
+    # One split, not three slices: its gradient is one concatenation instead of three zero-filled maps added up.
+    lam, u, logits = packed.unflatten(-1, (directions, PARAMETERS, -1)).split([1, 1, 3], -2)
+    return logits, lam.squeeze(-2), u.squeeze(-2)
+
+
+def check_chip(x: Tensor, *, backward: bool) -> None:
+    """Raise RuntimeError, with the reason, where the kernels of a pass cannot run on `x`."""
     from .cuda import projected
 
-    reason = projected.why_not(x)
+    reason = projected.why_not(x, backward)
     if reason is not None:
         raise RuntimeError(f"parameters='chip' cannot run here: {reason}")
-    return projected
+
+
+def _on_chip(parameters: str, backend: str, x: Tensor, directions: Sequence[int]) -> bool:
+    if parameters == "chip":
+        check_chip(x, backward=False)
+        return True
+    if parameters == "memory" or backend not in ("auto", "cuda") or not x.is_cuda:
+        return False
+    from .cuda import projected
+
+    return projected.wins(x, directions)
 
 
 @torch.library.custom_op("cgspn::propagate_2d_projected", mutates_args=())
 def projected_op(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, directions: Sequence[int], merge_sum: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    directions: Sequence[int],
+    merge_sum: bool,
+    parameters: str,
+    backend: str,
 ) -> Tensor:
-    """Checked arguments in, tensors out: see `cgspn.ops.propagate_2d_projected`."""
-    out: Tensor = _kernels(x).forward(x, weight, bias, mask, directions, merge_sum)
+    """Checked arguments in, tensors out: see `cgspn.ops.propagate_2d_projected`. Saves no more than its arguments."""
+    out: Tensor
+    if _on_chip(parameters, backend, x, directions):
+        from .cuda import projected
+
+        out = projected.forward(x, weight, bias, mask, directions, merge_sum)
+    else:
+        made = split_parameters(linear(x, weight, bias), len(directions))
+        out = backend_for(backend, x).forward(x, *made, mask, directions, merge_sum)
     return out
 
 
 @projected_op.register_fake
-def _(x, weight, bias, mask, directions, merge_sum):  # type: ignore[no-untyped-def]
+def _(x, weight, bias, mask, directions, merge_sum, parameters, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape if merge_sum else (*x.shape[:3], len(directions), x.shape[3]))
 
 
@@ -48,14 +84,51 @@ def projected_backward_op(
     mask: Tensor | None,
     directions: Sequence[int],
     merge_sum: bool,
+    parameters: str,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `projected_op` to x, weight and bias; that of the bias also where there is none."""
-    grads: tuple[Tensor, Tensor, Tensor] = _kernels(x).backward(dy, x, weight, bias, mask, directions, merge_sum)
-    return grads
+    """Gradients of `projected_op` to x, weight and bias; that of the bias also where there is none.
+
+    On the chip only where the caller insists: its kernel is slower than parameters made again in memory.
+    """
+    if parameters == "chip":
+        from .cuda import projected
+
+        check_chip(x, backward=True)
+        grads: tuple[Tensor, Tensor, Tensor] = projected.backward(dy, x, weight, bias, mask, directions, merge_sum)
+        return grads
+    return _backward_in_memory(dy, x, weight, bias, mask, directions, merge_sum, backend)
+
+
+def _backward_in_memory(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    directions: Sequence[int],
+    merge_sum: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    d, c = len(directions), x.shape[-1]
+    made = split_parameters(linear(x, weight, bias), d)
+    dx, dlogits, dlam, du = backend_for(backend, x).backward(dy, x, *made, mask, directions, merge_sum)
+    seen = x if mask is None else x.where(mask[..., None], 0)  # padding may hold anything
+    seen, dx = seen.reshape(-1, c), dx.reshape(-1, c)
+    # A product for each of the three: side by side in one map, as the projection made them, would cost a copy of all.
+    split = weight.view(d, PARAMETERS, c, c).split([1, 1, 3], 1)
+    dweights, dbiases = [], []
+    for gradient, rows in zip((dlam, du, dlogits), split, strict=True):
+        flat = gradient.reshape(len(seen), -1)
+        dx = torch.addmm(dx, flat, rows.reshape(-1, c))
+        dweights.append((flat.T @ seen).view(rows.shape))
+        total = flat.sum(0).to(x.dtype) if bias is not None else flat.new_zeros(flat.shape[1])
+        dbiases.append(total.view(rows.shape[:3]))
+    return dx.view(x.shape), torch.cat(dweights, 1).view(weight.shape), torch.cat(dbiases, 1).flatten()
 
 
 @projected_backward_op.register_fake
-def _(dy, x, weight, bias, mask, directions, merge_sum):  # type: ignore[no-untyped-def]
+def _(dy, x, weight, bias, mask, directions, merge_sum, parameters, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 
@@ -66,7 +139,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dx, dweight, dbias = projected_backward_op(dy, *ctx.saved_tensors, *ctx.rest)
-    return dx, dweight, None if ctx.saved_tensors[2] is None else dbias, None, None, None
+    return dx, dweight, None if ctx.saved_tensors[2] is None else dbias, *[None] * 5
 
 
 projected_op.register_autograd(_backward, setup_context=_setup)
@@ -79,7 +152,7 @@ def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _second_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
     """Second derivatives through the reference: right, if slow."""
-    directions, merge_sum = ctx.rest
+    directions, merge_sum, *_ = ctx.rest
     with torch.enable_grad():
         dy, x, weight, bias, mask = ctx.saved_tensors
         leaves = [t.detach().requires_grad_() for t in (dy, x, weight) + (() if bias is None else (bias,))]
@@ -102,7 +175,7 @@ def _second_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | Non
         first = torch.autograd.grad(y, leaves[1:], leaves[0].double(), create_graph=True)
         pairs = [(g, c.to(g.dtype)) for g, c in zip(first, cotangents) if c is not None]
         second = torch.autograd.grad([g for g, _ in pairs], leaves, [c for _, c in pairs], allow_unused=True)
-    return *second, *[None] * (7 - len(second))
+    return *second, *[None] * (9 - len(second))
 
 
 projected_backward_op.register_autograd(_second_backward, setup_context=_second_setup)

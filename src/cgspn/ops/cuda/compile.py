@@ -13,16 +13,27 @@ import io
 import os
 import re
 import tempfile
+import threading
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
 
 Macros = tuple[tuple[str, int], ...]
+_importing = threading.Lock()
 
 
 def macros(values: Mapping[str, int]) -> Macros:
     """A mapping as a hashable, ordered tuple: the form in which kernels are asked for."""
     return tuple(sorted(values.items()))
+
+
+def cuda_core() -> ModuleType:
+    """cuda.core, whose first import from several threads at once would find it half imported. Raises ImportError."""
+    with _importing:
+        import cuda.core
+
+        return cuda.core
 
 
 @functools.cache
@@ -58,9 +69,8 @@ def compile_cubin(name: str, defines: Macros, arch: str) -> tuple[bytes, str]:
 
     Needs NVRTC, no GPU and no driver. Raises cuda.core's NVRTCError with the log if the source does not compile.
     """
-    from cuda.core import Program, ProgramOptions
-
-    options = ProgramOptions(
+    core = cuda_core()
+    options = core.ProgramOptions(
         name=f"{name}.cu",
         arch=arch,
         std="c++17",
@@ -68,7 +78,7 @@ def compile_cubin(name: str, defines: Macros, arch: str) -> tuple[bytes, str]:
         ptxas_options=["-v"],
     )
     report = io.StringIO()
-    code = Program(source(name), "c++", options).compile("cubin", logs=report).code
+    code = core.Program(source(name), "c++", options).compile("cubin", logs=report).code
     assert isinstance(code, bytes)
     return code, report.getvalue()
 
@@ -97,10 +107,10 @@ class Kernel:
     """A kernel loaded on every device of one architecture; `handle` is what the driver launches."""
 
     def __init__(self, name: str, entry: str, defines: Macros, arch: str) -> None:
+        core = cuda_core()
         from cuda.bindings import driver
-        from cuda.core import ObjectCode
 
-        self._object = ObjectCode.from_cubin(cubin(name, defines, arch))  # keeps the library loaded
+        self._object = core.ObjectCode.from_cubin(cubin(name, defines, arch))  # keeps the library loaded
         self._kernel = self._object.get_kernel(entry)
         self.handle = driver.CUfunction(int(self._kernel.handle))
         self._shared: dict[int, int] = {}

@@ -114,7 +114,7 @@ def current_stream(device: int) -> Iterator[int]:
 
 
 # The macros of common.cuh for a kernel that uses only its types and arithmetic, so that they make no variants of it.
-PLAIN = {"POS": 1, "NORMALISE": 1, "MERGE": 0, "SPLIT": 1, "HALO": 0, "TURNS": 0, "NARROW": 0, "MASKED": 0}
+PLAIN = {"POS": 1, "NORMALISE": 1, "MERGE": 0, "SPLIT": 1, "HALO": 0, "NARROW": 0, "MASKED": 0}
 
 
 def merge_defines(dtype: torch.dtype, vec: int) -> Macros:
@@ -134,8 +134,7 @@ def scan_defines(cut: Cut, p: Problem, dtype: int, *, masked: bool, merged: bool
         "MASKED": int(masked),
         "SPLIT": cut.split,
         "HALO": cut.beyond(),
-        "TURNS": int(cut.turns),
-        "MERGE": int(merged and not cut.turns),
+        "MERGE": int(merged),
         "NARROW": int(cut.lanes * cut.vec * p.itemsize < 32 and cut.groups(p) > 1),
     }
     return defines if save is None else defines | {"SAVE": int(save)}

@@ -9,7 +9,7 @@ a line costs at small batches.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MAX_THREADS = 1024
 
@@ -54,8 +54,6 @@ class Cut:
 
     halo: positions beyond its own, on either side, that a block of a cut line scans too; the blocks exchange states
         once in as many lines.
-    turns: forward of a sum: a block takes the directions in turn and keeps their sum in shared memory, instead of a
-        block a direction and planes that are merged afterwards.
     """
 
     vec: int
@@ -64,7 +62,6 @@ class Cut:
     stages: int
     split: int = 1
     halo: int = 1
-    turns: bool = False
 
     def own(self, p: Problem) -> int:
         """Positions of a line that a block writes."""
@@ -80,7 +77,7 @@ class Cut:
 
     def blocks(self, p: Problem) -> int:
         """Blocks of a launch."""
-        return p.batch * self.groups(p) * self.split * (1 if self.turns else p.directions)
+        return p.batch * self.groups(p) * self.split * p.directions
 
     def threads(self, p: Problem) -> int:
         """Block size, in whole warps."""
@@ -91,13 +88,13 @@ class Cut:
         return -(-p.channels // (self.vec * self.lanes))
 
     def shared_bytes(self, p: Problem) -> int:
-        """Dynamic shared memory of a block: lines of float32 state, then stages of the backward or the sum so far."""
+        """Dynamic shared memory of a block: lines of float32 state, then stages of the backward."""
         rows, vectors = self.rows(p), self.lanes * self.vec
         state = (4 if p.backward else 2) * (rows * self.pos + 2) * vectors * 4
         state += 4 * self.beyond() * (3 if p.backward else 1) * vectors * 4  # mailboxes
         if p.backward:
             return state + self.stages * p.maps * rows * self.pos * vectors * p.itemsize
-        return state + self.turns * p.longest * (p.longest * vectors * p.itemsize + 96)  # stages are in registers
+        return state  # the forward's stages are in registers
 
     def thread_bound(self, p: Problem) -> int:
         """The block size the kernel is compiled for, in few steps so that image sizes share kernels."""
@@ -107,7 +104,7 @@ class Cut:
         """Whether a block has the threads, registers and shared memory it needs."""
         if self.threads(p) > MAX_THREADS or self.shared_bytes(p) > machine.shared_bytes:
             return False
-        if (self.split > 1 and self.own(p) < self.halo) or (self.turns and (p.backward or self.split > 1)):
+        if self.split > 1 and self.own(p) < self.halo:
             return False
         work = self.vec * self.pos  # registers grow with it
         if not p.backward and work * p.itemsize * self.stages > 48:
@@ -136,9 +133,9 @@ def _lanes(p: Problem, vec: int, run: int) -> int:
 def choose(p: Problem, machine: Machine) -> Cut | None:
     """The cut for a problem, or None where the lines are too long for any.
 
-    From sweeps on an H100 (results/operator): runs of 128 bytes as long as there is a block for most processors; lines
-    are cut into a cluster only where a block would be too large or the machine stay empty, since the barrier of a
-    cluster costs about 0.5 us a line; small batches of short lines want narrow vectors, which make more blocks.
+    From sweeps on an H100 (results/operator): runs of 128 bytes as long as there is a block for most processors; where
+    there is not, lines are cut over a cluster, which makes blocks without making runs shorter; short lines want narrow
+    vectors instead.
     """
     vectors = list(_vectors(p))
     splits = (1, 2, 4, 8) if machine.clusters else (1,)
@@ -148,22 +145,21 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
     for run in (128, 64, 32):
         lanes = _lanes(p, wide, run)
         stages = (3 if wide * p.itemsize * lanes <= 32 else 2) if p.backward else 1
-        cuts = [Cut(wide, lanes, 1, stages, split) for split in splits]
+        cuts = [Cut(wide, lanes, 1, stages, split, _halo_of_long_parts(p, split)) for split in splits]
         first = next((cut for cut in cuts if cut.fits(p, machine) and cut.threads(p) <= 640), None)
         if first is None:
             continue
         # Below a sector the load/store unit works for nothing: rather leave processors idle, if lines are whole.
         least = machine.processors // 3 if run == 32 and first.split == 1 else enough
         if first.blocks(p) >= least:
-            return first
+            # The backward is worth a second block a processor, even so.
+            finer = _over_a_cluster(p, machine, wide, lanes) if run == 32 and p.backward else None
+            return finer or first
     # Too few blocks: cut finer.
-    if p.longest > (100 if p.backward else 200) and machine.clusters:
-        most = 2 if p.backward and p.longest <= 200 else 4
-        vec = next(v for v in vectors if v <= most)
-        fine = Cut(
-            vec, _lanes(p, vec, 8 * p.itemsize if p.backward else 32), 1, 3 if p.backward else 2, 4 if most == 2 else 8
-        )
-        if fine.fits(p, machine):
+    for run in (32, 8 * p.itemsize) if p.backward else (8 * p.itemsize,):
+        vec = next(v for v in vectors if v == 1 or v * p.itemsize <= run // 2)
+        fine = _over_a_cluster(p, machine, vec, _lanes(p, vec, run))
+        if fine is not None and (run == 8 * p.itemsize or fine.blocks(p) >= machine.processors // 3):
             return fine
     vec = next(v for v in vectors if v <= 2)
     fine = Cut(vec, _lanes(p, vec, 8), 1, 3)
@@ -176,4 +172,28 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
                 for stages in (3, 2) if p.backward else (3, 2, 1):
                     if (cut := Cut(vec, 1, pos, stages, split)).fits(p, machine):
                         return cut
+    return None
+
+
+def _halo_of_long_parts(p: Problem, split: int) -> int:
+    """Of parts so long that a halo costs nothing beside a barrier a line. Shorter ones of wide runs: not measured."""
+    return 8 if split > 1 and p.longest // split >= 128 else 1
+
+
+def _over_a_cluster(p: Problem, machine: Machine, vec: int, lanes: int) -> Cut | None:
+    """Lines cut over a cluster, into parts of no fewer than 25 positions, while blocks are at most two a processor.
+
+    From the same sweeps: two blocks a line below 100 positions, four above, more only where those do not fit. The
+    halo's work is for nothing, and so is a barrier: the more blocks wait for each other the more often, but where
+    processors have other blocks to turn to, they wait for free.
+    """
+    if not machine.clusters or p.longest < 64:
+        return None
+    for split in (2,) if p.longest < 100 else (4, 2, 8):
+        whole = Cut(vec, lanes, 1, 3 if p.backward else 2, split)
+        if whole.blocks(p) > 2 * machine.processors:
+            continue
+        cut = replace(whole, halo=4 if whole.blocks(p) > machine.processors else 32 // split)
+        if cut.fits(p, machine) and cut.threads(p) <= 640:
+            return cut
     return None

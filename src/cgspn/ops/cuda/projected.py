@@ -31,13 +31,14 @@ from .launch import (
     view,
 )
 from .projected_plan import OUTPUTS, PARAMETERS, ProjectedCut, choose, choose_backward, depth, images
+from .projected_plan import wins as plan_wins
 
 MOST_CHANNELS = 256
 Directions = Sequence[int]
 
 
-def why_not(x: Tensor) -> str | None:
-    """The reason the projected kernels cannot run on features `x` [B, H, W, C], or None."""
+def why_not(x: Tensor, backward: bool = False) -> str | None:
+    """The reason the projected forward, or the backward, cannot run on features `x` [B, H, W, C], or None."""
     reason = scan.why_not(x)
     if reason is not None:
         return reason
@@ -46,10 +47,17 @@ def why_not(x: Tensor) -> str | None:
     c, longest = x.shape[3], max(x.shape[1:3])
     if c % 8 or c > MOST_CHANNELS:
         return f"x has {c} channels; the projected kernel takes a multiple of 8 up to {MOST_CHANNELS}"
-    gpu = machine(x.get_device())
-    if choose(1, longest, c, 4, False, gpu) is None or choose_backward(1, longest, c, 4, gpu) is None:
-        return f"lines of {longest} positions of {c} channels do not fit a block of the projected kernel"
+    chosen = (choose_backward if backward else choose)(1, longest, c, 4, machine(x.get_device()))
+    if chosen is None:
+        kernel_name = "backward" if backward else "forward"
+        return f"lines of {longest} positions of {c} channels do not fit a block of the projected {kernel_name}"
     return None
+
+
+def wins(x: Tensor, directions: Directions) -> bool:
+    """Whether the projected forward runs on `x` and beats a projection and a scan apart."""
+    b, h, w, c = x.shape
+    return why_not(x) is None and plan_wins(b, max(h, w), c, len(directions), machine(x.get_device()))
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ def projected_defines(
     defines = {**PLAIN, "DTYPE": dtype, "VEC": 8, "DEPTH": depth(channels), "MASKED": int(masked)}
     defines |= {"TILES": cut.tiles, "ROW_WARPS": cut.row_warps, "GROUPS": cut.groups, "STAGES": cut.stages}
     defines |= {"THREADS": cut.threads}
-    return defines if gated is None else defines | {"TURNS": int(cut.turns), "GATED": int(gated)}
+    return defines if gated is None else defines | {"GATED": int(gated)}
 
 
 @functools.lru_cache(maxsize=256)
@@ -118,13 +126,9 @@ def _run(
             launch_kernel(loaded, grid, cut.threads, shared, stream, arguments)
 
 
-def _cut_for(x: Tensor, codes: Directions, merged: bool, backward: bool = False) -> ProjectedCut:
+def _cut_for(x: Tensor, codes: Directions, backward: bool = False) -> ProjectedCut:
     b, h, w, c = x.shape
-    gpu = machine(x.get_device())
-    if backward:
-        cut = choose_backward(b, max(h, w), c, len(codes), gpu)
-    else:
-        cut = choose(b, max(h, w), c, len(codes), merged, gpu)
+    cut = (choose_backward if backward else choose)(b, max(h, w), c, len(codes), machine(x.get_device()))
     assert cut is not None  # why_not said that there is one
     return cut
 
@@ -151,10 +155,9 @@ def forward(
     x, weight = _aligned(x), _aligned(weight.contiguous())
     bias = None if bias is None else _aligned(bias.contiguous())
     merged = merge_sum and len(directions) > 1
-    cut = cut or _cut_for(x, directions, merged)
+    cut = cut or _cut_for(x, directions)
     y = scan.empty(x.shape if merge_sum else (*x.shape[:3], len(directions), x.shape[3]), x)
-    planes = merged and not cut.turns
-    target = scan.planes(x, directions) if planes else y.unsqueeze(3) if merge_sum else y
+    target = scan.planes(x, directions) if merged else y.unsqueeze(3) if merge_sum else y
     _run(
         "projected_forward",
         (x, weight, bias, scan.mask_bytes(mask), target),
@@ -162,7 +165,7 @@ def forward(
         directions,
         cut,
     )
-    if planes:
+    if merged:
         merge_planes(target, y, len(directions))
     return y
 
@@ -184,8 +187,8 @@ def backward(
     x, dy, weight = _aligned(x), _aligned(dy), _aligned(weight.contiguous())
     bias = None if bias is None else _aligned(bias.contiguous())
     (b, _, _, c), d = x.shape, len(directions)
-    cut = cut or _cut_for(x, directions, False, backward=True)
-    first = _cut_for(x, directions, False)
+    cut = cut or _cut_for(x, directions, backward=True)
+    first = _cut_for(x, directions)
     # the gradients of the parameters, and what reaches x past them, in one product with the weights
     identity = torch.eye(c, dtype=x.dtype, device=x.device).expand(d, 1, c, c)
     extended = torch.cat([weight.view(d, PARAMETERS, c, c), identity], 1).view(d * OUTPUTS * c, c)

@@ -16,16 +16,12 @@ OUTPUTS = 6  # maps that the backward kernel writes a direction: their gradients
 class ProjectedCut:
     """How a projected scan is cut: `groups` of 16 channels a block, `row_warps` along a line with `tiles` of 8
     positions each, `stages` lines of x in shared memory.
-
-    turns: a block takes the directions in turn and adds them up where its output lies; otherwise a block takes one,
-    and a sum needs planes that are merged afterwards.
     """
 
     groups: int
     row_warps: int
     tiles: int
-    stages: int = 3
-    turns: bool = False
+    stages: int = 2  # on an H100 a third was worth nothing
 
     @property
     def threads(self) -> int:
@@ -39,7 +35,7 @@ class ProjectedCut:
 
     def blocks(self, batch: int, channels: int, directions: int) -> int:
         """Blocks of a launch."""
-        return batch * -(-channels // (16 * self.groups)) * (1 if self.turns else directions)
+        return batch * -(-channels // (16 * self.groups)) * directions
 
     def shared_bytes(self, channels: int, backward: bool) -> int:
         """Dynamic shared memory of a block, in the order in which the kernels lay it out."""
@@ -74,36 +70,52 @@ def cuts(longest: int, channels: int, gpu: Machine, backward: bool = False) -> I
             wasted = tiles > needed or ((row_warps * tiles - needed) * 4 > needed and tiles > 1)
             if groups * 16 >= channels + 16 or wasted:
                 continue
-            for turns in (False,) if backward else (False, True):
-                depths = (2,) if backward else (3, 2)
-                found = (ProjectedCut(groups, row_warps, tiles, stages, turns) for stages in depths)
-                yield from [cut for cut in found if cut.fits(channels, gpu, backward)][:1]
+            cut = ProjectedCut(groups, row_warps, tiles)
+            if cut.fits(channels, gpu, backward):
+                yield cut
 
 
-def choose(batch: int, longest: int, channels: int, directions: int, merged: bool, gpu: Machine) -> ProjectedCut | None:
-    """The forward's cut, or None where lines are too long. By estimate, until it is measured.
+def choose(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> ProjectedCut | None:
+    """The forward's cut, or None where lines are too long.
 
-    Enough blocks for the machine first; then wide blocks, which read x less often; then about 8 warps for each of the
-    processors; the directions in turn where blocks are enough without them.
+    From sweeps on an H100 (results/operator). Up to two blocks of 16 channels a processor, each waits for its own
+    lines: as many warps a line as fit. Beyond, warps of other blocks fill the waiting, and work counts: positions,
+    also those that are not there, cost a sixth less in warps of 3 or 5 tiles; and wide blocks read x less often, if
+    they fill the machine.
     """
-    return _best(list(cuts(longest, channels, gpu)), batch, channels, directions, gpu, merged)
+    found = list(cuts(longest, channels, gpu))
+    narrow = min((cut.groups for cut in found), default=1)
+    if batch * -(-channels // 16) * directions <= 2 * gpu.processors:
+        return min((cut for cut in found if cut.groups == narrow), key=lambda cut: cut.tiles, default=None)
+    filling = [cut for cut in found if cut.groups == 4 and cut.blocks(batch, channels, directions) >= _most(gpu)]
+    rest = filling or [cut for cut in found if cut.groups == narrow]
+    return min(rest, key=lambda cut: cut.line * (5 if cut.tiles in (3, 5) else 6), default=None)
 
 
 def choose_backward(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> ProjectedCut | None:
-    """As `choose`, for the backward."""
-    return _best(list(cuts(longest, channels, gpu, True)), batch, channels, directions, gpu, False)
+    """As `choose`, for the backward: enough blocks; then wide ones, which read x less often; then about 10 warps."""
 
-
-def _best(
-    found: list[ProjectedCut], batch: int, channels: int, directions: int, gpu: Machine, turns: bool
-) -> ProjectedCut | None:
     def worth(cut: ProjectedCut) -> tuple[float, ...]:
-        blocks = cut.blocks(batch, channels, directions)
-        filled = min(1.0, blocks / (gpu.processors * 0.75))
-        return filled, cut.turns and turns, min(cut.groups, 2 if cut.turns else 4), -abs(cut.threads / 32 - 10)
+        filled = min(1.0, cut.blocks(batch, channels, directions) / _most(gpu))
+        return filled, cut.groups, -abs(cut.threads / 32 - 10)
 
-    allowed = [cut for cut in found if turns or not cut.turns]
-    return max(allowed, key=worth, default=None)
+    return max(cuts(longest, channels, gpu, True), key=worth, default=None)
+
+
+def wins(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> bool:
+    """Whether the forward on the chip beats a projection and a scan apart, on an H100 at least.
+
+    It does where a third of the processors have a block: fewer wait for each line longer than a scan does. Only with
+    weights that registers hold: products grow with the square of the channels, what memory moves does not.
+    """
+    cut = choose(batch, longest, channels, directions, gpu)
+    fast = cut is not None and depth(channels) <= KEPT
+    return fast and batch * -(-channels // 16) * directions >= gpu.processors // 3
+
+
+def _most(gpu: Machine) -> float:
+    """Blocks that leave few processors idle."""
+    return gpu.processors * 0.75
 
 
 def images(batch: int, cut: ProjectedCut, channels: int, directions: int, gpu: Machine) -> int:

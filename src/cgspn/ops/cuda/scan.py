@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import torch_scan
+from .compile import cuda_core
 from .launch import DTYPE_CODES, Call, Layout, alignment, launch, layout, prepare
 from .plan import Cut
 
@@ -27,7 +28,7 @@ def why_not(x: Tensor) -> str | None:
     if x.dtype not in DTYPE_CODES:
         return f"{x.dtype} has no kernel; accepted: float32, float16, bfloat16"
     try:
-        import cuda.core  # noqa: F401
+        cuda_core()
     except ImportError:
         return "cuda-core is not installed: pip install 'cgspn[cuda]'"
     if torch.cuda.get_device_capability(x.device) < MIN_CAPABILITY:
@@ -111,7 +112,7 @@ def _forward(
     h: Tensor | None,
     cut: Cut | None,
 ) -> Tensor:
-    merged = merge_sum and len(directions) > 1 and not (cut is not None and cut.turns)
+    merged = merge_sum and len(directions) > 1
     y = empty(x.shape if merge_sum else u.shape, x)
     first = planes(x, directions) if merged else y.unsqueeze(3) if merge_sum else y
     done = _scan(

@@ -49,19 +49,16 @@ struct __align__(BYTES < 4 ? 4 : BYTES) Vec {
   u32 w[WORDS];
 };
 
-// Where a block is and how its direction walks. With TURNS a block takes every direction in turn.
+// Where a block is and how its direction walks.
 struct Walk {
   int b, d, lines, positions, lane, j, vec, slot, part, row;
   bool vertical, backwards, busy;
-  __device__ explicit Walk(const Shape& s, int turn = 0) {
+  __device__ explicit Walk(const Shape& s) {
     u32 block = blockIdx.x;
     part = block % SPLIT;
     block /= SPLIT;
-    d = turn;
-#if !TURNS
     d = block % s.D;
     block /= s.D;
-#endif
     b = block / s.groups;
     int code = s.codes[d];
     vertical = code < 2;

@@ -5,8 +5,6 @@
 // registers: through shared memory (cp.async) each would pass the load/store unit twice, which is what a line costs
 // at small batches. One barrier a line, for the state, is all.
 //   SAVE   1 writes the state too, for the backward
-//   TURNS  1: a block takes the directions in turn and keeps their sum so far, in the inputs' dtype, in shared memory,
-//          where an image's few channels fit; y is written once and there are no planes to merge
 
 struct ForwardArguments {
   View x, lam, u, logits, y, h, mask, out;
@@ -18,18 +16,15 @@ struct ForwardArguments {
 constexpr bool LATE = VEC * POS >= 8;
 constexpr int MAPS = NORMALISE ? 6 : 5;  // x, lam, three logits, u
 
-// One direction; `turn` is which, with TURNS.
-__device__ __forceinline__ void scan(const ForwardArguments& a, int turn) {
+extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const __grid_constant__ ForwardArguments a) {
   char* const shared = shared_memory();
   const Shape& s = a.s;
   const int line_slots = s.lanes * s.rows;
   const int plane = (s.rows * POS + 2) * s.lanes;  // a line of the state, one empty position at each end
   float* state = (float*)shared;                   // two lines
   Mailbox<1> mailbox(state + 2 * plane * VEC, s);
-  char* const total = shared + 2 * plane * VEC * 4;  // TURNS: [H][W] vectors of every lane
-  const int total_row = s.W * s.lanes * BYTES + 96;  // columns of it fall into different banks
 
-  const Walk walk(s, turn);
+  const Walk walk(s);
   for (int k = threadIdx.x; k < 2 * plane * VEC; k += blockDim.x) state[k] = 0.f;
 
   const i64 sign = walk.backwards ? -1 : 1;
@@ -141,19 +136,8 @@ __device__ __forceinline__ void scan(const ForwardArguments& a, int turn) {
         state_put(now, plane, index + s.lanes, h[p]);
         if (!walk.owns(s, p)) continue;
         const i64 jump = p * s.rows;
-        char* to = y + jump * walk.across(a.y);
-        if constexpr (TURNS) {
-          const int j = walk.j + p * s.rows, l = walk.backwards ? walk.lines - 1 - i : i;
-          const int row = walk.vertical ? l : j, column = walk.vertical ? j : l;
-          char* sum = total + row * total_row + (column * s.lanes + walk.lane) * BYTES;
-          if (turn > 0) {
-            const Vec before = load(sum);
-#pragma unroll
-            for (int k = 0; k < VEC; k++) out[k] += get(before, k);
-          }
-          to = turn + 1 < s.D ? sum : to;
-        }
-        if constexpr (MERGE || TURNS)
+        char* const to = y + jump * walk.across(a.y);
+        if constexpr (MERGE)
           store_plane(to, pack(out));
         else
           store(to, pack(out));
@@ -176,12 +160,4 @@ __device__ __forceinline__ void scan(const ForwardArguments& a, int turn) {
 #pragma unroll
     for (int n = 0; n < STAGES; n++)
       if (first + n < walk.lines) line(first + n, ring[n]);
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const __grid_constant__ ForwardArguments a) {
-  scan(a, 0);
-  for (int turn = 1; TURNS && turn < a.s.D; turn++) {
-    __syncthreads();  // the direction before is done
-    scan(a, turn);
-  }
 }

@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   Projection projection;
   if (works) projection.load(a.weight.p, a.bias.p, d, (first + 2 * seat.n) * 8, s.C, seat, room);
   __syncthreads();
-  projection.keep();
+  if (works) projection.keep();
 
   const char *x = way.start(a.x, b, d, last), *dy = way.start(a.dy, b, d, last) + first * 16;
   const char *h = way.start(a.h, b, d, last) + first * 16, *mask = way.start(a.mask, b, d, last);
