@@ -6,6 +6,30 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, logsigmoid
 
+from ..ops.backends import why_not
+
+CHANNELS_MOST = 2048  # of a row that the kernels keep on the chip
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def fused_loss(student: Tensor, teacher: Tensor, energy: Tensor | None, kl_weight: float) -> Tensor | None:
+    """`tap_loss` by Triton kernels, where they serve: on a GPU, with a gradient to the student alone. Otherwise None.
+
+    The plain form makes some twenty passes over memory in float32. A compiler fuses it, so that it stays plain there.
+    """
+    if torch.compiler.is_compiling() or not (student.is_cuda and teacher.is_cuda):
+        return None
+    if teacher.requires_grad or (energy is not None and energy.requires_grad):
+        return None
+    if student.shape != teacher.shape or student.ndim < 2 or not 0 < student.shape[-1] <= CHANNELS_MOST:
+        return None
+    if {student.dtype, teacher.dtype} - set(DTYPES) or not len(student) or why_not("triton", student) is not None:
+        return None
+    from .losses_triton import fused_tap_loss
+
+    energy = teacher.float().square().mean() if energy is None else energy.float()
+    return fused_tap_loss(student, teacher, energy, kl_weight)
+
 
 def relative_error(student: Tensor, teacher: Tensor, energy: Tensor | None = None) -> Tensor:
     """mean((student - teacher)^2) / energy: about 1 for a student that returns zero.
@@ -14,6 +38,8 @@ def relative_error(student: Tensor, teacher: Tensor, energy: Tensor | None = Non
     takes that of `teacher`. The division makes blocks of different scale weigh the same; the gradient is that of the
     source's ||F_s - F_t||^2 up to a factor per block. Source: "Key Designs" 3, stage 1.
     """
+    if (loss := fused_loss(student, teacher, energy, 0.0)) is not None:
+        return loss
     student, teacher = student.float(), teacher.float()
     energy = teacher.square().mean() if energy is None else energy
     return (student - teacher).square().mean() / energy.clamp(min=1e-12)
@@ -26,6 +52,8 @@ def tap_loss(student: Tensor, teacher: Tensor, kl_weight: float, energy: Tensor 
     learning rate and one kl_weight serve blocks whose features differ in scale by orders of magnitude.
     Source: "Key Designs" 3, stage 2.
     """
+    if (fused := fused_loss(student, teacher, energy, kl_weight)) is not None:
+        return fused
     student, teacher = student.float(), teacher.float()
     scale = (teacher.square().mean() if energy is None else energy).sqrt().clamp(min=1e-6)
     student, teacher = student / scale, teacher / scale
