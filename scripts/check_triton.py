@@ -2,11 +2,16 @@
 
     pip install triton && python scripts/check_triton.py
 
-Prints one line per kernel, architecture and dtype; one that does not compile, or wants too much shared memory, raises.
+Prints one line per kernel, architecture and dtype; one that does not compile raises, and a fused piece that wants too
+much shared memory or more registers than there are.
 """
 
 from __future__ import annotations
 
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -27,25 +32,40 @@ BACKWARD = {"NORMALISE": True, "MASKED": True}
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
 # kernels around the scan: tiles, warps, stages, as library.py launches them for bf16 tokens of 1152 channels
-TOKENS = ("x", "out", "dout", "dx", "dy_", "residual", "y", "normal")
+TOKENS = ("x", "out", "dout", "dx", "dy_", "residual", "y", "normal", "folded", "past", "scaled", "dn", "dy", "unit")
+LARGE = {"ROWS": 128, "LATENT": 256, "CHANNELS": 32, "STAGES": 2}
 FUSED: list[tuple[Any, dict[str, Any], int, int]] = [
-    (fused.norm_linear_forward, {"ROWS": 64, "LATENT": 64, "CHANNELS": 64, "SAVE": True}, 4, 3),
-    (fused.norm_linear_backward, {"ROWS": 64, "LATENT": 64, "CHANNELS": 64}, 4, 3),
+    (fused.norm_linear_fold, {"CHANNELS": 2048}, 4, 3),
     *(
-        (fused.linear_residual_forward, sizes | {"NORM": True, "SCALE": scale, "NEXT": following}, warps, 2)
-        for sizes, warps in (
-            ({"ROWS": 64, "LATENT": 256, "CHANNELS": 64}, 8),
-            ({"ROWS": 16, "LATENT": 64, "CHANNELS": 64}, 4),
-        )
-        for scale, following in ((True, False), (False, True))
+        (fused.norm_linear_forward, {"ROWS": rows, "LATENT": latent, "CHANNELS": channels, "EVEN": even}, warps, 4)
+        for rows, latent, channels, warps in ((64, 64, 64, 4), (16, 64, 64, 4), (64, 256, 32, 8), (32, 512, 16, 8))
+        for even in (True, False)
     ),
+    *(
+        (fused.norm_linear_backward, sizes | {"STAGES": 2, "EVEN": True, "PAST": past}, 4, 3)
+        for sizes in ({"ROWS": 64, "LATENT": 64, "CHANNELS": 64}, {"ROWS": 16, "LATENT": 512, "CHANNELS": 16})
+        for past in (True, False)
+    ),
+    (fused.linear_residual_fold, {"CHANNELS": 16, "LATENT": 512, "NORM": True, "SCALE": True, "NEXT": True}, 4, 3),
+    *(
+        (fused.linear_residual_forward, sizes | {"NORM": True, "NEXT": following, "EVEN": even}, warps, 3)
+        for sizes, warps in (
+            (LARGE, 8),
+            ({"ROWS": 64, "LATENT": 256, "CHANNELS": 64, "STAGES": 2}, 4),
+            ({"ROWS": 64, "LATENT": 512, "CHANNELS": 32, "STAGES": 2}, 4),
+        )
+        for following, even in ((False, True), (True, True), (True, False))
+    ),
+    (fused.layer_norm_forward, {"ROWS": 4, "CHANNELS": 2048}, 4, 3),
+    (fused.rms_backward, {"ROWS": 32, "LATENT": 256, "GAIN": False}, 8, 3),
+    (fused.rms_backward, {"ROWS": 64, "LATENT": 64, "GAIN": True}, 8, 3),
     (
         fused.local_norm_forward,
         {"COLUMNS": 32, "CHANNELS": 64, "SIDE": 3, "BIAS": True, "NORM": True, "MASKED": True, "FLIP": False},
         4,
         3,
     ),
-    (fused.local_kernel_gradient, {"COLUMNS": 32, "CHANNELS": 64, "SIDE": 3, "MASKED": True}, 4, 3),
+    (fused.local_kernel_gradient, {"COLUMNS": 16, "CHANNELS": 64, "SIDE": 3, "TAPS": 4, "MASKED": True}, 4, 3),
 ]
 
 
@@ -53,14 +73,12 @@ def fused_piece(kernel: Any, constants: dict[str, Any], warps: int, stages: int,
     """A kernel of `cgspn.ops.fused` for bf16 tokens, with what a launch tells of its arguments."""
     names = kernel.arg_names
     numbers = {"rows": "i32", "C": "i32", "K": "i32", "H": "i32", "W": "i32", "images": "i32"}
-    numbers |= {"eps": "fp32", "normal_eps": "fp32", "mask": "*u8", "weight": "*fp32"}
-    if kernel is fused.linear_residual_forward:
-        numbers["weight"] = "*bf16"
+    numbers |= {"eps": "fp32", "normal_eps": "fp32", "mask": "*u8", "share": "i32"}
     signature = {
         name: "constexpr" if name in constants else numbers.get(name, "*bf16" if name in TOKENS else "*fp32")
         for name in names
     }
-    aligned = [name for name in names if signature[name].startswith("*") or name in ("C", "K")]
+    aligned = [name for name in names if signature[name].startswith("*") or name in ("C", "K", "share")]
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -71,7 +89,20 @@ def fused_piece(kernel: Any, constants: dict[str, Any], warps: int, stages: int,
     found = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     if found.metadata.shared > SHARED[architecture]:
         raise SystemExit(f"{kernel.fn.__name__} wants {found.metadata.shared} bytes of shared memory: {constants}")
+    if spilled(found):
+        raise SystemExit(f"{kernel.fn.__name__} keeps {spilled(found)} bytes of a thread in memory: {constants}")
     return found
+
+
+def spilled(found: Any) -> int:
+    """Bytes of a thread's stack: registers that a kernel wanted and did not get."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(found.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    stack = re.search(r"STACK:(\d+)", usage)
+    return int(stack.group(1)) if stack else 0
 
 
 def compiled(kernel: Any, flags: dict[str, bool], architecture: int, dtype: str, longest: int, channels: int) -> Any:

@@ -8,7 +8,15 @@ import os
 import pytest
 import torch
 
-from cgspn.ops.fused import definition, linear_residual, linear_residual_norm, local_norm, norm_linear
+from cgspn.ops.fused import (
+    definition,
+    library,
+    linear_residual,
+    linear_residual_norm,
+    local_norm,
+    norm_linear,
+    norm_linear_past,
+)
 
 triton = pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
@@ -42,7 +50,9 @@ def check(function, plain, tensors, dtype, **rest):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "channels", "latent"), [((3, 37), 96, 21), ((1,), 40, 5), ((2, 5, 7), 130, 64)])
+@pytest.mark.parametrize(
+    ("rows", "channels", "latent"), [((3, 37), 96, 21), ((1,), 40, 5), ((2, 5, 7), 130, 64), ((70,), 72, 150)]
+)
 def test_norm_linear(rows, channels, latent, dtype):
     torch.manual_seed(0)
     x = torch.randn(*rows, channels) * 2 + 3  # far from zero: the mean must not eat the digits
@@ -72,10 +82,36 @@ def test_linear_residual(norm, scaled, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_residual_norm(dtype):
+def test_what_flows_back_past_the_norm_joins_its_gradient(dtype):
     torch.manual_seed(0)
-    channels, latent = 130, 84
-    shapes = [(3, 19, channels), (3, 19, latent), (latent,), (channels, latent), *[(channels,)] * 5]
+    channels, latent = 96, 21
+    tensors = [torch.randn(3, 37, channels) + 1, 1 + torch.randn(channels) / 4, torch.randn(channels)]
+    tensors += [torch.randn(latent, channels) / channels**0.5, torch.randn(latent)]
+    mixing = torch.randn(latent, channels).to(DEVICE, dtype)
+
+    def fused(*t):
+        out, x = norm_linear_past(*t, 1e-6, backend="triton")
+        return x + out @ mixing
+
+    def plain(*t):
+        return t[0] + definition.norm_linear(*t, 1e-6) @ mixing.double()
+
+    check(fused, plain, tensors, dtype)
+    x = tensors[0].to(DEVICE, dtype).requires_grad_()
+    _, same = norm_linear_past(x, *[t.to(DEVICE, dtype) for t in tensors[1:]], 1e-6, backend="triton")
+    (alone,) = torch.autograd.grad(same, x, torch.ones_like(same))
+    assert torch.equal(alone, torch.ones_like(x))
+
+
+# few rows: channels are parted and the norm is a launch of its own; many, as on a GPU that is easily filled: one launch
+@pytest.mark.parametrize(("rows", "parts"), [((3, 19), 264), ((3, 19), 1), ((2, 75), 1)])
+@pytest.mark.parametrize("channels", [130, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_residual_norm(dtype, channels, rows, parts, monkeypatch):
+    monkeypatch.setattr(library, "PARTS", parts)
+    torch.manual_seed(0)
+    latent = 84
+    shapes = [(*rows, channels), (*rows, latent), (latent,), (channels, latent), *[(channels,)] * 5]
     t = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
     t[0] += 5  # far from zero: the mean must not eat the digits
     ours = linear_residual_norm(*t[:6], 1e-6, (t[6], t[7], 1e-5), t[8], backend="triton")
@@ -85,6 +121,8 @@ def test_linear_residual_norm(dtype):
     for a, b in zip(ours, exact):
         assert a.dtype == dtype
         assert relative(a, b) < DTYPES[dtype]
+    alone = linear_residual(*t[:6], 1e-6, backend="triton")
+    assert relative(alone, exact[0] - t[8].double()) < DTYPES[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -11,14 +11,28 @@ import triton
 import triton.language as tl
 
 
+@triton.jit
+def norm_linear_fold(gain, shift, weight, bias, folded, sums, offset, C, CHANNELS: tl.constexpr):
+    """One row of the linear layer with LayerNorm's gain and shift in it: folded [K, C], its sums [K], offset [K]."""
+    k = tl.program_id(0)
+    c = tl.arange(0, CHANNELS)
+    w = tl.load(weight + k * C + c, mask=c < C, other=0).to(tl.float32)
+    scaled = (w * tl.load(gain + c, mask=c < C, other=0).to(tl.float32)).to(folded.dtype.element_ty)
+    tl.store(folded + k * C + c, scaled, mask=c < C)
+    tl.store(sums + k, tl.sum(scaled.to(tl.float32), 0))
+    shifted = tl.sum(w * tl.load(shift + c, mask=c < C, other=0).to(tl.float32), 0)
+    tl.store(offset + k, shifted + tl.load(bias + k).to(tl.float32))
+
+
 @triton.jit(do_not_specialize=["rows", "eps"])
 def norm_linear_forward(
-    x, gain, shift, weight, bias, out, means, inverses, rows, C, K, eps,
-    ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr, SAVE: tl.constexpr,
+    x, folded, sums, offset, out, means, inverses, rows, C, K, eps,
+    ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """LayerNorm and linear in one pass over x [M, C]: the norm is applied to the product, not to its input.
 
-    linear(norm(x)) = inverse * (x G - mean * sum(G)) + offset, with G = gain * weight and offset = weight shift + bias.
+    linear(norm(x)) = inverse * (x G - mean * sum(G)) + offset, with G = folded = gain * weight and offset = weight
+    shift + bias. EVEN: C is a multiple of CHANNELS.
     """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, LATENT)
@@ -26,40 +40,42 @@ def norm_linear_forward(
     # squares are summed around the first channel: a mean far from zero would cancel them
     pilot = tl.load(x + m * C, mask=inside, other=0).to(tl.float32)
     product = tl.zeros([ROWS, LATENT], tl.float32)
-    total, squares = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    weights, offset = tl.zeros([LATENT], tl.float32), tl.zeros([LATENT], tl.float32)
+    # eight sums for each row until the end, so that threads need not meet for every tile
+    total, squares = tl.zeros([ROWS, 8], tl.float32), tl.zeros([ROWS, 8], tl.float32)
     for first in range(0, C, CHANNELS):
         c = first + tl.arange(0, CHANNELS)
-        tile = tl.load(x + m[:, None] * C + c[None, :], mask=inside[:, None] & (c < C)[None, :], other=0)
-        w = tl.load(weight + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0)
-        w = w.to(tl.float32)
-        g = tl.load(gain + c, mask=c < C, other=0).to(tl.float32)
-        s = tl.load(shift + c, mask=c < C, other=0).to(tl.float32)
-        apart = tl.where((c < C)[None, :], tile.to(tl.float32) - pilot[:, None], 0.0)
-        total += tl.sum(apart, 1)
-        squares += tl.sum(apart * apart, 1)
-        scaled = (w * g[None, :]).to(tile.dtype)
-        weights += tl.sum(scaled.to(tl.float32), 1)
-        offset += tl.sum(w * s[None, :], 1)
-        product = tl.dot(tile, tl.trans(scaled), product, input_precision="ieee")
-    mean = total / C
-    inverse = tl.rsqrt(squares / C - mean * mean + eps)
+        here = inside[:, None] if EVEN else inside[:, None] & (c < C)[None, :]
+        there = (k < K)[:, None] if EVEN else (k < K)[:, None] & (c < C)[None, :]
+        tile = tl.load(x + m[:, None] * C + c[None, :], mask=here, other=0)
+        w = tl.load(folded + k[:, None] * C + c[None, :], mask=there, other=0)
+        product = tl.dot(tile, tl.trans(w), product, input_precision="ieee")
+        apart = tile.to(tl.float32) - pilot[:, None]
+        if not EVEN:
+            apart = tl.where((c < C)[None, :], apart, 0.0)
+        total += tl.sum(tl.reshape(apart, [ROWS, 8, CHANNELS // 8]), 2)
+        squares += tl.sum(tl.reshape(apart * apart, [ROWS, 8, CHANNELS // 8]), 2)
+    mean = tl.sum(total, 1) / C
+    inverse = tl.rsqrt(tl.sum(squares, 1) / C - mean * mean + eps)
     mean += pilot
-    offset += tl.load(bias + k, mask=k < K, other=0).to(tl.float32)
-    y = inverse[:, None] * (product - mean[:, None] * weights[None, :]) + offset[None, :]
+    y = inverse[:, None] * (product - mean[:, None] * tl.load(sums + k, mask=k < K, other=0)[None, :])
+    y += tl.load(offset + k, mask=k < K, other=0)[None, :]
     tl.store(out + m[:, None] * K + k[None, :], y.to(out.dtype.element_ty), mask=inside[:, None] & (k < K)[None, :])
-    if SAVE:
-        tl.store(means + m, mean, mask=inside)
-        tl.store(inverses + m, inverse, mask=inside)
+    tl.store(means + m, mean, mask=inside)
+    tl.store(inverses + m, inverse, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_linear_backward(
-    dout, out, x, gain, weight, offset, weights, means, inverses, dx, rows, C, K,
-    ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr,
+    dout, out, x, past, folded, sums, offset, means, inverses, dx, scaled, parts, rows, C, K,
+    ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr, PAST: tl.constexpr,
 ):  # fmt: skip
-    """The gradient to x. LayerNorm's two sums over channels are products of K numbers here, as everything that the
-    output shows of x went through the linear layer: sum(dn) = dout . sum(G), sum(dn * norm) = dout . (out - offset).
+    """The gradient to x, plus (PAST) the one that reaches x past the norm. LayerNorm's two sums over channels are
+    products of K numbers here, as everything that the output shows of x went through the linear layer:
+    sum(dn) = dout . sum(G), sum(dn * norm) = dout . (out - offset).
+
+    What the gradients to the weights are made of: scaled = dout * inverse, and in parts [programs, 2, K] the sums over
+    rows of dout and of scaled * mean.
     """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, LATENT)
@@ -69,57 +85,93 @@ def norm_linear_backward(
     wide = d.to(tl.float32)
     mixed = tl.load(out + at, mask=valid, other=0).to(tl.float32)
     mixed -= tl.load(offset + k, mask=k < K, other=0)[None, :]
-    plain = tl.sum(wide * tl.load(weights + k, mask=k < K, other=0)[None, :], 1) / C
+    plain = tl.sum(wide * tl.load(sums + k, mask=k < K, other=0)[None, :], 1) / C
     along = tl.sum(wide * mixed, 1) / C
     mean = tl.load(means + m, mask=inside, other=0)
     inverse = tl.load(inverses + m, mask=inside, other=0)
-    for first in range(0, C, CHANNELS):
+    ready = (wide * inverse[:, None]).to(scaled.dtype.element_ty)
+    tl.store(scaled + at, ready, mask=valid)
+    part = parts + tl.program_id(0).to(tl.int64) * 2 * K + k
+    tl.store(part, tl.sum(wide, 0), mask=k < K)
+    tl.store(part + K, tl.sum(ready.to(tl.float32) * mean[:, None], 0), mask=k < K)
+    for first in tl.range(0, C, CHANNELS, num_stages=STAGES):
         c = first + tl.arange(0, CHANNELS)
-        here = inside[:, None] & (c < C)[None, :]
+        here = inside[:, None] if EVEN else inside[:, None] & (c < C)[None, :]
+        there = (k < K)[:, None] if EVEN else (k < K)[:, None] & (c < C)[None, :]
         tile = tl.load(x + m[:, None] * C + c[None, :], mask=here, other=0).to(tl.float32)
-        w = tl.load(weight + k[:, None] * C + c[None, :], mask=(k < K)[:, None] & (c < C)[None, :], other=0)
-        g = tl.load(gain + c, mask=c < C, other=0).to(tl.float32)
-        scaled = (w.to(tl.float32) * g[None, :]).to(d.dtype)
-        dn = tl.dot(d, scaled, input_precision="ieee")
+        dn = tl.dot(d, tl.load(folded + k[:, None] * C + c[None, :], mask=there, other=0), input_precision="ieee")
         normal = (tile - mean[:, None]) * inverse[:, None]
         value = inverse[:, None] * (dn - plain[:, None] - normal * along[:, None])
+        if PAST:
+            value += tl.load(past + m[:, None] * C + c[None, :], mask=here, other=0).to(tl.float32)
         tl.store(dx + m[:, None] * C + c[None, :], value.to(dx.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def linear_residual_fold(
+    weight, gain, bias, scale, after, folded, offset, C, K,
+    CHANNELS: tl.constexpr, LATENT: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, NEXT: tl.constexpr,
+):  # fmt: skip
+    """The linear layer with RMSNorm's gain and LayerScale in it, folded [C, K]; and all that is added, offset [C]."""
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    k = tl.arange(0, LATENT)
+    valid = (c < C)[:, None] & (k < K)[None, :]
+    w = tl.load(weight + c[:, None] * K + k[None, :], mask=valid, other=0).to(tl.float32)
+    b = tl.load(bias + c, mask=c < C, other=0).to(tl.float32)
+    if NORM:
+        w *= tl.load(gain + k, mask=k < K, other=0).to(tl.float32)[None, :]
+    if SCALE:
+        s = tl.load(scale + c, mask=c < C, other=0).to(tl.float32)
+        w *= s[:, None]
+        b *= s
+    if NEXT:
+        b += tl.load(after + c, mask=c < C, other=0).to(tl.float32)
+    tl.store(folded + c[:, None] * K + k[None, :], w.to(folded.dtype.element_ty), mask=valid)
+    tl.store(offset + c, b, mask=c < C)
 
 
 @triton.jit(do_not_specialize=["rows", "eps", "normal_eps"])
 def linear_residual_forward(
-    residual, y, gain, weight, bias, scale, out, normal, normal_gain, normal_shift, after, rows, C, K, eps, normal_eps,
-    ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr,
-    NORM: tl.constexpr, SCALE: tl.constexpr, NEXT: tl.constexpr,
+    residual, y, folded, offset, out, normal, normal_gain, normal_shift, after, rows, C, K, share, eps, normal_eps,
+    ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, NEXT: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """t [M, C] = residual + scale * linear(RMSNorm(y)); y [M, K] stays on the chip for all channels of its rows.
+    """out [M, C] = residual + RMSNorm(y) folded + offset; y [M, K] stays on the chip for all channels of its rows, or
+    for the `share` of them that the program has. RMSNorm's factor of a row is applied to the product.
 
-    out = t; with NEXT, out = t + after, and normal = LayerNorm(t) of the same rows, while they are in the cache.
+    With NEXT (a program has all channels) the offset holds `after`, and normal = LayerNorm(out - after) is made of what
+    the program has just written, while that is in the cache. EVEN: C is a multiple of CHANNELS.
     """
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    m = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, LATENT)
     inside = m < rows
     latent = tl.load(y + m[:, None] * K + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0)
     if NORM:
         wide = latent.to(tl.float32)
-        inverse = tl.rsqrt(tl.sum(wide * wide, 1) / K + eps)
-        g = tl.load(gain + k, mask=k < K, other=0).to(tl.float32)
-        latent = (wide * inverse[:, None] * g[None, :]).to(latent.dtype)
-    pilot = tl.load(residual + m * C, mask=inside, other=0).to(tl.float32)  # as in norm_linear_forward
-    total, squares = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    for first in range(0, C, CHANNELS):
+        factor = tl.rsqrt(tl.sum(wide * wide, 1) / K + eps)
+    if NEXT:
+        pilot = tl.load(residual + m * C, mask=inside, other=0).to(tl.float32)  # as in norm_linear_forward
+        total, squares = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    begin = tl.program_id(0) * share
+    # with its own number of stages a loop fetches all that it reads ahead, not only the operands of the product
+    for first in tl.range(begin, tl.minimum(begin + share, C), CHANNELS, num_stages=STAGES):
         c = first + tl.arange(0, CHANNELS)
-        w = tl.load(weight + c[:, None] * K + k[None, :], mask=(c < C)[:, None] & (k < K)[None, :], other=0)
-        branch = tl.dot(latent, tl.trans(w.to(latent.dtype)), input_precision="ieee")
-        branch += tl.load(bias + c, mask=c < C, other=0).to(tl.float32)[None, :]
-        if SCALE:
-            branch *= tl.load(scale + c, mask=c < C, other=0).to(tl.float32)[None, :]
-        at, here = m[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :]
-        branch += tl.load(residual + at, mask=here, other=0).to(tl.float32)
-        value = branch.to(out.dtype.element_ty)
+        at = m[:, None] * C + c[None, :]
+        here = inside[:, None] if EVEN else inside[:, None] & (c < C)[None, :]
+        there = (k < K)[None, :] if EVEN else (k < K)[None, :] & (c < C)[:, None]
+        w = tl.load(folded + c[:, None] * K + k[None, :], mask=there, other=0)
+        tokens = tl.load(residual + at, mask=here, other=0, eviction_policy="evict_first")
+        branch = tl.dot(latent, tl.trans(w), input_precision="ieee")
+        if NORM:
+            branch *= factor[:, None]
+        branch += tl.load(offset + c, mask=c < C, other=0)[None, :]
+        value = (branch + tokens.to(tl.float32)).to(out.dtype.element_ty)
         tl.store(out + at, value, mask=here)
         if NEXT:
-            apart = tl.where((c < C)[None, :], value.to(tl.float32) - pilot[:, None], 0.0)
+            apart = value.to(tl.float32) - tl.load(after + c, mask=c < C, other=0).to(tl.float32)[None, :]
+            apart -= pilot[:, None]
+            if not EVEN:
+                apart = tl.where((c < C)[None, :], apart, 0.0)
             total += tl.sum(apart, 1)
             squares += tl.sum(apart * apart, 1)
     if NEXT:
@@ -127,16 +179,64 @@ def linear_residual_forward(
         mean = total / C
         inverse = tl.rsqrt(squares / C - mean * mean + normal_eps)
         mean += pilot
-        for first in range(0, C, CHANNELS):
+        for first in tl.range(0, C, CHANNELS, num_stages=STAGES):
             c = first + tl.arange(0, CHANNELS)
-            at, here = m[:, None] * C + c[None, :], inside[:, None] & (c < C)[None, :]
+            at = m[:, None] * C + c[None, :]
+            here = inside[:, None] if EVEN else inside[:, None] & (c < C)[None, :]
             mixed = tl.load(out + at, mask=here, other=0).to(tl.float32)
-            factor = tl.load(normal_gain + c, mask=c < C, other=0).to(tl.float32)
-            offset = tl.load(normal_shift + c, mask=c < C, other=0).to(tl.float32)
-            ready = (mixed - mean[:, None]) * inverse[:, None] * factor[None, :] + offset[None, :]
-            tl.store(normal + at, ready.to(normal.dtype.element_ty), mask=here)
-            mixed += tl.load(after + c, mask=c < C, other=0).to(tl.float32)[None, :]
-            tl.store(out + at, mixed.to(out.dtype.element_ty), mask=here)
+            mixed -= tl.load(after + c, mask=c < C, other=0).to(tl.float32)[None, :]
+            g = tl.load(normal_gain + c, mask=c < C, other=0).to(tl.float32)
+            s = tl.load(normal_shift + c, mask=c < C, other=0).to(tl.float32)
+            ready = (mixed - mean[:, None]) * inverse[:, None] * g[None, :] + s[None, :]
+            tl.store(normal + at, ready.to(normal.dtype.element_ty), mask=here, eviction_policy="evict_first")
+
+
+@triton.jit(do_not_specialize=["rows", "eps"])
+def layer_norm_forward(
+    x, gain, shift, after, out, rows, C, eps, ROWS: tl.constexpr, CHANNELS: tl.constexpr
+):  # fmt: skip
+    """LayerNorm of x - after, [M, C]: whole rows in registers."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    c = tl.arange(0, CHANNELS)
+    valid = (m < rows)[:, None] & (c < C)[None, :]
+    at = m[:, None] * C + c[None, :]
+    value = tl.load(x + at, mask=valid, other=0).to(tl.float32)
+    value -= tl.load(after + c, mask=c < C, other=0).to(tl.float32)[None, :]
+    value = tl.where(valid, value - (tl.sum(value, 1) / C)[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(value * value, 1) / C + eps)
+    value = value * inverse[:, None] * tl.load(gain + c, mask=c < C, other=0).to(tl.float32)[None, :]
+    value += tl.load(shift + c, mask=c < C, other=0).to(tl.float32)[None, :]
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["rows", "eps"])
+def rms_backward(
+    dn, y, gain, dy, unit, parts, rows, K, eps,
+    ROWS: tl.constexpr, LATENT: tl.constexpr, GAIN: tl.constexpr,
+):  # fmt: skip
+    """The gradient of RMSNorm to y [M, K], from dn, the one to its output.
+
+    With GAIN also, in parts [programs, 2, K], the sums over rows for the gain and of dy. Without, dn is the gradient to
+    the norm before its gain, and that norm is written to `unit`.
+    """
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, LATENT)
+    valid = (m < rows)[:, None] & (k < K)[None, :]
+    at = m[:, None] * K + k[None, :]
+    d = tl.load(dn + at, mask=valid, other=0).to(tl.float32)
+    value = tl.load(y + at, mask=valid, other=0).to(tl.float32)
+    inverse = tl.rsqrt(tl.sum(value * value, 1) / K + eps)[:, None]
+    value *= inverse
+    part = tl.program_id(0).to(tl.int64) * 2 * K + k
+    if GAIN:
+        tl.store(parts + part, tl.sum(d * value, 0), mask=k < K)
+        d *= tl.load(gain + k, mask=k < K, other=0).to(tl.float32)[None, :]
+    else:
+        tl.store(unit + at, value.to(unit.dtype.element_ty), mask=valid)
+    d = inverse * (d - value * (tl.sum(d * value, 1) / K)[:, None])
+    if GAIN:
+        tl.store(parts + part + K, tl.sum(d, 0), mask=k < K)
+    tl.store(dy + at, d.to(dy.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -183,26 +283,35 @@ def local_norm_forward(
 @triton.jit(do_not_specialize=["images", "H", "W"])
 def local_kernel_gradient(
     x, dy_, mask, parts, images, H, W, C,
-    COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, SIDE: tl.constexpr, MASKED: tl.constexpr,
+    COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, SIDE: tl.constexpr, TAPS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the convolution's weights from every P-th row: parts [P, C, SIDE * SIDE], to be added up."""
-    c = tl.arange(0, CHANNELS)
+    """The gradient of the convolution's weights from every P-th row: parts [P, C, SIDE * SIDE], to be added up.
+
+    A program has one row of the kernel. All its taps add up apart for each column until the end: [TAPS, COLUMNS, C].
+    """
+    c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
+    tap = tl.arange(0, TAPS)
     half: tl.constexpr = SIDE // 2
-    for dy in tl.static_range(SIDE):
-        for dx in tl.static_range(SIDE):
-            total = tl.zeros([CHANNELS], tl.float32)
-            line = tl.program_id(0).to(tl.int64)
-            while line < images * H:
-                image, row = line // H, line % H
-                first = 0
-                while first < W:
-                    column = first + tl.arange(0, COLUMNS)
-                    place = (image * H + row) * W + column
-                    valid = (column < W)[:, None] & (c < C)[None, :]
-                    d = tl.load(dy_ + place[:, None] * C + c[None, :], mask=valid, other=0).to(tl.float32)
-                    near = _near(x, mask, image, row, column, dy - half, dx - half, c, H, W, C, MASKED)
-                    total += tl.sum(d * near, 0)
-                    first += COLUMNS
-                line += tl.num_programs(0)
-            at = parts + (tl.program_id(0) * C + c) * SIDE * SIDE + dy * SIDE + dx
-            tl.store(at, total, mask=c < C)
+    total = tl.zeros([TAPS, COLUMNS, CHANNELS], tl.float32)
+    line = tl.program_id(0).to(tl.int64)
+    while line < images * H:
+        image, row = line // H, line % H
+        r = row + tl.program_id(1) - half
+        first = 0
+        while first < W:
+            column = first + tl.arange(0, COLUMNS)
+            at = ((image * H + row) * W + column)[:, None] * C + c[None, :]
+            d = tl.load(dy_ + at, mask=(column < W)[:, None] & (c < C)[None, :], other=0).to(tl.float32)
+            w = column[None, :] + tap[:, None] - half
+            w = tl.where((r >= 0) & (r < H), w, -1)  # as in _near
+            there = (w >= 0) & (w < W) & (tap < SIDE)[:, None]
+            place = (image * H + r) * W + w
+            if MASKED:
+                there = there & (tl.load(mask + place, mask=there, other=0) != 0)
+            at = place[:, :, None] * C + c[None, None, :]
+            near = tl.load(x + at, mask=there[:, :, None] & (c < C)[None, None, :], other=0).to(tl.float32)
+            total += d[None, :, :] * near
+            first += COLUMNS
+        line += tl.num_programs(0)
+    at = (tl.program_id(0) * C + c)[None, :] * SIDE * SIDE + tl.program_id(1) * SIDE + tap[:, None]
+    tl.store(parts + at, tl.sum(total, 1), mask=(tap < SIDE)[:, None] & (c < C)[None, :])

@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
-
-from . import definition
 
 PARTS = 264  # programs that share the reduction over rows: two for each multiprocessor of the largest GPUs
 
@@ -22,6 +21,26 @@ def _rows(count: int) -> int:
     return 64 if count >= 64 * PARTS else 32 if count >= 32 * PARTS else 16
 
 
+def _channels(latent: int, dtype: torch.dtype, most: int) -> int:
+    """Channels of a tile of weights [channels, latent] of at most so many bytes, so that several fit on the chip."""
+    return max(16, min(64, most // (_tile(latent) * dtype.itemsize)))
+
+
+def _fold_down(
+    gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The linear layer with the norm's gain in it, [K, C] in `dtype`; its sums, and what is added: float32 [K]."""
+    from . import kernels
+
+    latent, channels = weight.shape
+    folded = torch.empty(latent, channels, dtype=dtype, device=weight.device)
+    sums, offset = torch.empty(2, latent, dtype=torch.float32, device=weight.device)
+    kernels.norm_linear_fold[(latent,)](
+        gain, shift, weight.contiguous(), bias, folded, sums, offset, channels, CHANNELS=_tile(channels), num_warps=4
+    )
+    return folded, sums, offset
+
+
 @torch.library.custom_op("cgspn::norm_linear", mutates_args=())
 def norm_linear_op(
     x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float
@@ -31,13 +50,15 @@ def norm_linear_op(
 
     x = x.contiguous()
     latent, channels = weight.shape
+    folded, sums, offset = _fold_down(gain, shift, weight, bias, x.dtype)
     out = x.new_empty(*x.shape[:-1], latent)
     means, inverses = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
-    rows = means.numel()
-    tile = _rows(rows)
+    rows, wide = means.numel(), _tile(latent)
+    tile, chunk = min(_rows(rows), (1 << 14) // wide), _channels(latent, x.dtype, 1 << 14)
     kernels.norm_linear_forward[((rows + tile - 1) // tile,)](
-        x, gain, shift, weight.contiguous(), bias, out, means, inverses, rows, channels, latent, eps,
-        ROWS=tile, LATENT=_tile(latent), CHANNELS=64, SAVE=True, num_warps=4,
+        x, folded, sums, offset, out, means, inverses, rows, channels, latent, eps,
+        ROWS=tile, LATENT=wide, CHANNELS=chunk, EVEN=channels % chunk == 0,
+        num_warps=8 if tile * wide > 1 << 13 else 4, num_stages=4,
     )  # fmt: skip
     return out, means, inverses
 
@@ -51,6 +72,7 @@ def _(x, gain, shift, weight, bias, eps):  # type: ignore[no-untyped-def]
 @torch.library.custom_op("cgspn::norm_linear_backward", mutates_args=())
 def norm_linear_backward_op(
     dout: Tensor,
+    past: Tensor | None,
     x: Tensor,
     out: Tensor,
     gain: Tensor,
@@ -60,34 +82,34 @@ def norm_linear_backward_op(
     means: Tensor,
     inverses: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, gain, shift, weight and bias."""
+    """Gradients to x (plus `past`, the one that reaches it from elsewhere), gain, shift, weight and bias."""
     from . import kernels
 
     x, dout = x.contiguous(), dout.contiguous()
     latent, channels = weight.shape
-    wide, g, s = weight.float(), gain.float(), shift.float()
-    # what the kernel multiplied by, rounded as it was
-    weights = (wide * g).to(x.dtype).float().sum(1)
-    offset = wide @ s + bias.float()
-    dx = torch.empty_like(x)
-    rows = means.numel()
-    tile = _rows(rows)
-    kernels.norm_linear_backward[((rows + tile - 1) // tile,)](
-        dout, out, x, gain, weight.contiguous(), offset, weights, means, inverses, dx, rows, channels, latent,
-        ROWS=tile, LATENT=_tile(latent), CHANNELS=64, num_warps=4,
+    folded, sums, offset = _fold_down(gain, shift, weight, bias, x.dtype)
+    dx, scaled = torch.empty_like(x), torch.empty_like(dout)
+    rows, wide = means.numel(), _tile(latent)
+    tile, chunk = min(_rows(rows), (1 << 13) // wide), _channels(latent, x.dtype, 1 << 14)
+    programs = (rows + tile - 1) // tile
+    parts = torch.empty(programs, 2, latent, dtype=torch.float32, device=x.device)
+    kernels.norm_linear_backward[(programs,)](
+        dout, out, x, None if past is None else past.contiguous(), folded, sums, offset, means, inverses,
+        dx, scaled, parts, rows, channels, latent,
+        ROWS=tile, LATENT=wide, CHANNELS=chunk, STAGES=2, EVEN=channels % chunk == 0, PAST=past is not None,
+        num_warps=4,
     )  # fmt: skip
-    d = dout.flatten(0, -2)
-    scaled = d.float() * inverses.reshape(-1, 1)
+    total, along = parts.sum(0)
     # the norm's part of the weight's gradient, without the normalised tokens in memory
-    product = (scaled.to(x.dtype).T @ x.flatten(0, -2)).float() - (scaled * means.reshape(-1, 1)).sum(0)[:, None]
-    total = d.float().sum(0)
-    dweight = product * g + total[:, None] * s
-    grads = (product * wide).sum(0).to(gain.dtype), (total @ wide).to(shift.dtype), dweight.to(weight.dtype)
-    return dx, *grads, total.to(bias.dtype)
+    product = (scaled.flatten(0, -2).T @ x.flatten(0, -2)).float() - along[:, None]
+    dweight = product * gain.float() + total[:, None] * shift.float()
+    dgain, dshift = (product * weight.float()).sum(0), total @ weight.float()
+    grads = dgain.to(gain.dtype), dshift.to(shift.dtype), dweight.to(weight.dtype), total.to(bias.dtype)
+    return dx, *grads
 
 
 @norm_linear_backward_op.register_fake
-def _(dout, x, out, gain, shift, weight, bias, means, inverses):  # type: ignore[no-untyped-def]
+def _(dout, past, x, out, gain, shift, weight, bias, means, inverses):  # type: ignore[no-untyped-def]
     return tuple(torch.empty_like(t) for t in (x, gain, shift, weight, bias))
 
 
@@ -98,10 +120,50 @@ def _norm_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 def _norm_linear_backward(ctx: Any, dout: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
     x, gain, shift, weight, bias, out, means, inverses = ctx.saved_tensors
-    return *norm_linear_backward_op(dout, x, out, gain, shift, weight, bias, means, inverses), None
+    return *norm_linear_backward_op(dout, None, x, out, gain, shift, weight, bias, means, inverses), None
 
 
 norm_linear_op.register_autograd(_norm_linear_backward, setup_context=_norm_linear_setup)
+
+
+class NormLinearPast(torch.autograd.Function):
+    """`norm_linear_op` and x itself: what flows back past the norm joins its gradient in the same pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """The output [..., K], and x."""
+        out, means, inverses = norm_linear_op(x, gain, shift, weight, bias, eps)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, gain, shift, weight, bias, out, means, inverses)
+        return out, x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor | None, past: Tensor | None) -> tuple[Tensor | None, ...]:
+        """As `norm_linear_backward_op`."""
+        x, gain, shift, weight, bias, out, means, inverses = ctx.saved_tensors
+        if dout is None:
+            return past, None, None, None, None, None
+        return *norm_linear_backward_op(dout, past, x, out, gain, shift, weight, bias, means, inverses), None
+
+
+def _fold_up(
+    weight: Tensor, gain: Tensor | None, bias: Tensor, scale: Tensor | None, after: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The linear layer with gain and LayerScale in it, [C, K] in `dtype`, and all that is added: float32 [C]."""
+    from . import kernels
+
+    channels, latent = weight.shape
+    folded = torch.empty(channels, latent, dtype=dtype, device=weight.device)
+    offset = torch.empty(channels, dtype=torch.float32, device=weight.device)
+    kernels.linear_residual_fold[((channels + 15) // 16,)](
+        weight.contiguous(), gain, bias, scale, after, folded, offset, channels, latent,
+        CHANNELS=16, LATENT=_tile(latent), NORM=gain is not None, SCALE=scale is not None, NEXT=after is not None,
+        num_warps=4,
+    )  # fmt: skip
+    return folded, offset
 
 
 def _onto(
@@ -121,15 +183,28 @@ def _onto(
     channels, latent = weight.shape
     out = torch.empty_like(residual)
     normal, normal_gain, normal_shift, after, normal_eps = following or (None, None, None, None, 0.0)
-    rows = residual.numel() // channels
-    tile = _rows(rows)
-    kernels.linear_residual_forward[((rows + tile - 1) // tile,)](
-        # weights in the dtype of the product: a float32 tile of them would fill the shared memory
-        residual, y, gain, weight.to(y.dtype).contiguous(), bias, scale, out, normal, normal_gain, normal_shift, after,
-        rows, channels, latent, eps, normal_eps, ROWS=tile, LATENT=_tile(latent),
-        CHANNELS=64 if latent <= 256 else 32, NORM=gain is not None, SCALE=scale is not None,
-        NEXT=following is not None, num_warps=8 if tile == 64 else 4, num_stages=2,
+    folded, offset = _fold_up(weight, gain, bias, scale, after, y.dtype)
+    rows, wide = residual.numel() // channels, _tile(latent)
+    # y in at most 64 KB. All programs read all weights: where rows are many, more of them share what is read
+    most = max(16, (1 << 16) // (wide * y.dtype.itemsize))
+    tile = min(128 if rows >= 128 * PARTS else 64, most)
+    chunk = _channels(latent, y.dtype, (1 << 14) if tile == 128 else (1 << 15))
+    programs, chunks = (rows + tile - 1) // tile, (channels + chunk - 1) // chunk
+    # where rows are few, a program has some of the channels, and the norm of whole rows is a launch of its own
+    parts = max(1, min(chunks, PARTS // programs))
+    share = (chunks + parts - 1) // parts * chunk
+    whole = following is not None and parts == 1
+    kernels.linear_residual_forward[((channels + share - 1) // share, programs)](
+        residual, y, folded, offset, out, normal, normal_gain, normal_shift, after,
+        rows, channels, latent, share, eps, normal_eps,
+        ROWS=tile, LATENT=wide, CHANNELS=chunk, STAGES=2, NORM=gain is not None, NEXT=whole,
+        EVEN=channels % chunk == 0, num_warps=8 if tile == 128 else 4,
     )  # fmt: skip
+    if following is not None and not whole:
+        kernels.layer_norm_forward[((rows + 3) // 4,)](
+            out, normal_gain, normal_shift, after, normal, rows, channels, normal_eps,
+            ROWS=4, CHANNELS=_tile(channels), num_warps=4,
+        )  # fmt: skip
     return out
 
 
@@ -171,6 +246,62 @@ def _(residual, y, gain, weight, bias, scale, eps):  # type: ignore[no-untyped-d
     return torch.empty_like(residual)
 
 
+def _rms_backward(
+    dn: Tensor, y: Tensor, gain: Tensor | None, unit: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient to y; with a gain the sums over rows for gain and bias, float32 [2, K], without the norm in `unit`.
+
+    See `kernels.rms_backward`.
+    """
+    from . import kernels
+
+    dn, y = dn.contiguous(), y.contiguous()
+    latent = y.shape[-1]
+    dy = torch.empty_like(y)
+    rows, wide = y.numel() // latent, _tile(latent)
+    tile = min(64, max(1, (1 << 13) // wide))
+    programs = (rows + tile - 1) // tile
+    parts = None if gain is None else torch.empty(programs, 2, latent, dtype=torch.float32, device=y.device)
+    kernels.rms_backward[(programs,)](
+        dn, y, gain, dy, unit, parts, rows, latent, eps, ROWS=tile, LATENT=wide, GAIN=gain is not None, num_warps=8
+    )
+    return dy, None if parts is None else parts.sum(0)
+
+
+@torch.library.custom_op("cgspn::linear_residual_backward", mutates_args=())
+def linear_residual_backward_op(
+    dout: Tensor, y: Tensor, gain: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to y, gain [K], weight, bias and scale [C]; empty ones for a gain or a scale that is not there."""
+    d = dout.flatten(0, -2).to(y.dtype)
+    folded, _ = _fold_up(weight, gain, bias, scale, None, y.dtype)
+    dunit = (d @ folded).view_as(y)
+    if gain is None:
+        dy, unit = dunit, y
+    else:
+        unit = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+        dy, _ = _rms_backward(dunit, y, None, unit, eps)
+    total = d.sum(0, dtype=torch.float32)
+    product = (d.T @ unit.flatten(0, -2)).float()  # [C, K]: all other gradients are sums of it
+    wide = weight.float()
+    s, g = (None if t is None else t.float() for t in (scale, gain))
+    scaled = product if s is None else product * s[:, None]
+    normed = product if g is None else product * g
+    dgain = total.new_empty(0) if gain is None else (scaled * wide).sum(0).to(gain.dtype)
+    dscale = total.new_empty(0) if scale is None else ((normed * wide).sum(1) + bias.float() * total).to(scale.dtype)
+    dweight = scaled if g is None else scaled * g
+    dbias = total if s is None else total * s
+    return dy, dgain, dweight.to(weight.dtype, copy=True), dbias.to(bias.dtype, copy=True), dscale
+
+
+@linear_residual_backward_op.register_fake
+def _(dout, y, gain, weight, bias, scale, eps):  # type: ignore[no-untyped-def]
+    empty = weight.new_empty(0, dtype=torch.float32)
+    dgain, dscale = (empty.clone() if t is None else torch.empty_like(t) for t in (gain, scale))
+    dy = torch.empty_like(y, memory_format=torch.contiguous_format)
+    return dy, dgain, torch.empty_like(weight), torch.empty_like(bias), dscale
+
+
 def _linear_residual_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, y, gain, weight, bias, scale, ctx.eps = inputs
     ctx.save_for_backward(y, gain, weight, bias, scale)
@@ -178,25 +309,8 @@ def _linear_residual_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) ->
 
 def _linear_residual_backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     y, gain, weight, bias, scale = ctx.saved_tensors
-    d, dtype = dout.flatten(0, -2), dout.dtype
-    normal = y if gain is None else torch.nn.functional.rms_norm(y, y.shape[-1:], gain.to(y.dtype), ctx.eps)
-    total = d.sum(0, dtype=torch.promote_types(dtype, torch.float32))
-    product = (d.T @ normal.flatten(0, -2).to(dtype)).to(total.dtype)  # [C, K]
-    dscale = None
-    matrix = weight.to(dtype)
-    dweight, dbias = product, total
-    if scale is not None:
-        dscale = ((weight * product).sum(1) + bias * total).to(scale.dtype)
-        dweight, dbias = product * scale[:, None], total * scale
-        matrix = (weight * scale[:, None]).to(dtype)
-    dnormal = dout @ matrix
-    dgain = None
-    if gain is None:
-        dy = dnormal
-    else:
-        dy, dgain = definition.rms_norm_backward(dnormal, y, gain, ctx.eps)
-        dgain = dgain.to(gain.dtype)
-    return dout, dy.to(y.dtype), dgain, dweight.to(weight.dtype), dbias.to(bias.dtype), dscale, None
+    dy, dgain, dweight, dbias, dscale = linear_residual_backward_op(dout, y, gain, weight, bias, scale, ctx.eps)
+    return dout, dy, None if gain is None else dgain, dweight, dbias, None if scale is None else dscale, None
 
 
 linear_residual_op.register_autograd(_linear_residual_backward, setup_context=_linear_residual_setup)
@@ -245,21 +359,24 @@ def local_norm_backward_op(
 
     b, h, w, c = x.shape
     side = kernel.shape[-1]
-    dgain = torch.zeros(c, device=x.device)
-    d = dout
-    if gain is not None:
-        d, dgain = definition.rms_norm_backward(dout, _convolve(x, kernel, bias, None, eps, mask, False), gain, eps)
-    d = d.to(x.dtype).contiguous()
+    if gain is None:
+        d = dout.to(x.dtype).contiguous()
+        dgain, dbias = torch.zeros(c, device=x.device), d.flatten(0, -2).sum(0, dtype=torch.float32)
+    else:
+        d, sums = _rms_backward(dout, _convolve(x, kernel, bias, None, eps, mask, False), gain, None, eps)
+        assert sums is not None
+        dgain, dbias = sums[0].clone(), sums[1].clone()  # outputs of an op share no memory
     dx = _convolve(d, kernel, None, None, eps, None, True)
     if mask is not None:
         dx = dx.masked_fill(~mask[..., None], 0.0)
     count = min(PARTS, b * h)
     parts = torch.empty(count, c, side * side, device=x.device)
-    kernels.local_kernel_gradient[(count,)](
+    wide = min(64, _tile(c))
+    kernels.local_kernel_gradient[(count, side, (c + wide - 1) // wide)](
         x.contiguous(), d, _bytes(mask), parts, b, h, w, c,
-        COLUMNS=16 if c > 64 else 32, CHANNELS=_tile(c), SIDE=side, MASKED=mask is not None, num_warps=4,
+        COLUMNS=16, CHANNELS=wide, SIDE=side, TAPS=_tile(side, 1), MASKED=mask is not None, num_warps=4,
     )  # fmt: skip
-    return dx, parts.sum(0).view_as(kernel).to(kernel.dtype), d.flatten(0, -2).sum(0, dtype=torch.float32), dgain
+    return dx, parts.sum(0).view_as(kernel).to(kernel.dtype), dbias, dgain
 
 
 @local_norm_backward_op.register_fake

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import backends
 from . import definition
-from .library import linear_residual_norm_op, linear_residual_op, local_norm_op, norm_linear_op
+from .library import NormLinearPast, linear_residual_norm_op, linear_residual_op, local_norm_op, norm_linear_op
 
 LATENT_MOST = 512  # channels that stay on the chip for a tile of rows
 
@@ -52,6 +52,19 @@ def norm_linear(
         return definition.norm_linear(x, gain, shift, weight, bias, eps)
     out: Tensor = norm_linear_op(x, gain, shift, weight, bias, eps)[0]
     return out
+
+
+def norm_linear_past(
+    x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`norm_linear`, and x for what goes past the norm: the gradients of both ways then meet in one pass.
+
+    Arguments and errors as of `norm_linear`.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _fused(backend, x, weight.shape[0]):
+        return norm_linear(x, gain, shift, weight, bias, eps, backend=backend), x
+    both: tuple[Tensor, Tensor] = NormLinearPast.apply(x, gain, shift, weight, bias, eps)
+    return both
 
 
 def local_norm(
