@@ -3,6 +3,7 @@
 from .attention import AttentionConfig, AttentionMixer
 from .block import Block, LayerScale
 from .embed import LearnedPositions, PatchEmbed
+from .fp8 import Fp8Mlp, quantize_mlps
 from .mixer import Grid, Mixer
 from .mlp import Activation, Mlp
 from .norm import LayerNorm, RMSNorm
@@ -18,6 +19,7 @@ __all__ = [
     "AttentionMixer",
     "Block",
     "ClassTokenPool",
+    "Fp8Mlp",
     "Grid",
     "LayerNorm",
     "LayerScale",
@@ -32,4 +34,5 @@ __all__ = [
     "PropagationConfig",
     "PropagationMixer",
     "RMSNorm",
+    "quantize_mlps",
 ]

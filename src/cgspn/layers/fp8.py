@@ -1,0 +1,290 @@
+"""The MLP half of blocks in 8 bits (float8_e4m3fn), for inference: weights once, tokens as they come.
+
+A row of a weight, and a token, each have a scale of their own. The scale of a hidden token is known before it is
+computed: no channel can exceed |x| times the length of the longest row of fc1 (Cauchy-Schwarz), and floating-point
+numbers lose nothing by a scale that is too large, as their precision is relative. So GELU and rounding are one pass,
+or the end of fc1 itself. On processors and GPUs without such products the same numbers are computed in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu
+from torch.utils.flop_counter import register_flop_formula
+
+from ..ops import backends
+from .block import Block
+from .mlp import Activation, Mlp, QuickGELU
+
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0
+TINY = 1e-30  # of a row of zeros
+LONGER = 1 + 2.0**-4  # what rounding to four bits can add to the length of a token
+UNIT = 16  # widths must be multiples of this
+TILE = (128, 256, 128)  # rows, columns and depth of the Triton product: no registers spilled, 181 KB of shared memory
+Products = Literal["library", "triton"]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why products on `device` are computed in float32 from the rounded numbers; None if in 8 bits."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"{device.type!r} has no products of float8_e4m3fn in PyTorch that scale rows"
+    if torch.cuda.get_device_capability(device) < (8, 9):
+        return f"{torch.cuda.get_device_name(device)} has no products of 8 bits"
+    return None
+
+
+def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> 8 bits [M, K] and the scale of each row, float32 [M, 1]: x is about their product."""
+    wide = x.float()
+    most = wide.abs().amax(1, keepdim=True).clamp_min(TINY)
+    return (wide * (LARGEST / most)).to(FP8), most / LARGEST
+
+
+def activated(x: Tensor, act: Activation) -> Tensor:
+    """The activation by its name, in the dtype of x."""
+    if act == "quick_gelu":
+        quick: Tensor = QuickGELU()(x)
+        return quick
+    return gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
+
+
+def _no_kernels(x: Tensor) -> str | None:
+    return why_not(x.device) or backends.why_not("triton", x.new_empty(0, dtype=torch.float32))
+
+
+@torch.library.custom_op("cgspn::fp8_rows", mutates_args=())
+def fp8_rows(x: Tensor, steep: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+    """x [M, K] -> 8 bits, the scale of each row [M, 1], and the scale (steep |row| + offset) / LARGEST, [M, 1]."""
+    if _no_kernels(x) is not None:
+        values, scales = rounded_rows(x)
+        reach = x.float().norm(dim=1, keepdim=True) * steep + offset
+        return values, scales, reach.clamp_min(TINY) / LARGEST
+    from . import fp8_kernels
+
+    x = x.contiguous()
+    rows, width = x.shape
+    values = torch.empty_like(x, dtype=FP8)
+    scales, ahead = (x.new_empty(rows, 1, dtype=torch.float32) for _ in range(2))
+    wide = 1 << (width - 1).bit_length()
+    tile = max(1, 4096 // wide)
+    fp8_kernels.quantize_rows[((rows + tile - 1) // tile,)](
+        x, values, scales, ahead, rows, width, steep, offset, ROWS=tile, CHANNELS=wide, num_warps=4
+    )
+    return values, scales, ahead
+
+
+@fp8_rows.register_fake
+def _(x, steep, offset):  # type: ignore[no-untyped-def]
+    row = x.new_empty(x.shape[0], 1, dtype=torch.float32)
+    return torch.empty_like(x, dtype=FP8, memory_format=torch.contiguous_format), row, torch.empty_like(row)
+
+
+@torch.library.custom_op("cgspn::fp8_activate", mutates_args=())
+def fp8_activate(x: Tensor, scales: Tensor, act: str) -> Tensor:
+    """The activation of x [M, K] in 8 bits of the scales [M, 1]."""
+    if _no_kernels(x) is not None:
+        wide = activated(x.float(), act)  # type: ignore[arg-type]
+        return (wide * scales.reciprocal()).clamp(-LARGEST, LARGEST).to(FP8)
+    from . import fp8_kernels
+
+    x = x.contiguous()
+    rows, width = x.shape
+    out = torch.empty_like(x, dtype=FP8)
+    fp8_kernels.activate[((rows + 7) // 8, (width + 511) // 512)](
+        x, scales, out, rows, width, ROWS=8, CHANNELS=512, ACT=act, num_warps=4
+    )
+    return out
+
+
+@fp8_activate.register_fake
+def _(x, scales, act):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, dtype=FP8, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("cgspn::fp8_linear", mutates_args=())
+def fp8_linear(
+    x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """x [M, K] times weight [N, K] transposed, both 8 bits with the scales of their rows [M, 1] and [N, 1]."""
+    if why_not(x.device) is not None:
+        out = (x.float() @ weight.float().T) * scales * weight_scales.T
+        return (out if bias is None else out + bias.float()).to(dtype)
+    short = torch.bfloat16  # the one dtype that every version scales rows into
+    return torch._scaled_mm(
+        x,
+        weight.T,
+        scale_a=scales,
+        scale_b=weight_scales.T,
+        bias=None if bias is None else bias.to(short),
+        out_dtype=short,
+        use_fast_accum=True,
+    ).to(dtype)
+
+
+@fp8_linear.register_fake
+def _(x, scales, weight, weight_scales, bias, dtype):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
+
+
+@register_flop_formula(torch.ops.cgspn.fp8_linear)
+def _(x_shape, scales_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+
+
+def _product(x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, out: Tensor, **options: Any) -> None:
+    """The kernel that multiplies and goes on: activates into `out`, or adds onto it."""
+    reason = _no_kernels(x)
+    if reason is not None:
+        raise RuntimeError(f"products 'triton' cannot run here: {reason}")
+    from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-not-found,unused-ignore]
+
+    from . import fp8_kernels
+
+    rows, columns, depth = TILE
+    programs = torch.cuda.get_device_properties(x.device).multi_processor_count
+    a = TensorDescriptor.from_tensor(x, [rows, depth])
+    b = TensorDescriptor.from_tensor(weight, [columns, depth])
+    target = out if options["ONTO"] else TensorDescriptor.from_tensor(out, [rows, columns])
+    fp8_kernels.product[(programs,)](
+        a, b, scales, weight_scales, options.pop("bias", None), options.pop("ahead", None), target,
+        x.shape[0], weight.shape[0], x.shape[1],
+        ROWS=rows, COLUMNS=columns, DEPTH=depth, PROGRAMS=programs, num_warps=8, num_stages=3, **options,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("cgspn::fp8_linear_activate", mutates_args=())
+def fp8_linear_activate(
+    x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor, ahead: Tensor, act: str
+) -> Tensor:
+    """`fp8_activate` of `fp8_linear` in one launch: the hidden tokens leave the chip as 8 bits alone."""
+    out = x.new_empty(x.shape[0], weight.shape[0])
+    _product(x, scales, weight, weight_scales, out, bias=bias, ahead=ahead, ACT=act, ONTO=False)
+    return out
+
+
+@fp8_linear_activate.register_fake
+def _(x, scales, weight, weight_scales, bias, ahead, act):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("cgspn::fp8_linear_onto", mutates_args=("tokens",))
+def fp8_linear_onto(tokens: Tensor, x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor) -> None:
+    """tokens [M, N] += `fp8_linear` without a bias, in one launch."""
+    _product(x, scales, weight, weight_scales, tokens, ACT="", ONTO=True)
+
+
+@register_flop_formula(torch.ops.cgspn.fp8_linear_activate)
+def _(x_shape, scales_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+
+
+@register_flop_formula(torch.ops.cgspn.fp8_linear_onto)
+def _(tokens_shape, x_shape, scales_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer whose weight is 8 bits, a scale for each row: what `fp8_linear` multiplies by.
+
+    Its state is not for saving: `state_dict` raises RuntimeError.
+    """
+
+    weight: Tensor
+    scales: Tensor
+    bias: Tensor
+
+    def __init__(self, layer: nn.Linear) -> None:
+        """layer: [K] -> [N], with a bias. Raises ValueError for widths that are no multiples of 16."""
+        super().__init__()
+        for width in layer.weight.shape:
+            if width % UNIT:
+                raise ValueError(f"a width of {width}; products of 8 bits take multiples of {UNIT}")
+        weight, scales = rounded_rows(layer.weight.detach())
+        for name, value in (("weight", weight), ("scales", scales), ("bias", layer.bias.detach().clone())):
+            self.register_buffer(name, value, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
+        """Follow the module to a device, not to a dtype: a cast would round the scales and undo the weight."""
+        weight, scales = self.weight, self.scales
+        super()._apply(fn, recurse)
+        self.weight, self.scales = weight.to(self.weight.device), scales.to(self.scales.device)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        raise RuntimeError("an MLP in 8 bits is for inference alone: save the encoder before `quantize_mlps`")
+
+    def forward(self, x: Tensor, scales: Tensor, dtype: torch.dtype, bias: bool = True) -> Tensor:
+        """8 bits [M, K] and their scales [M, 1] -> [M, N] in `dtype`."""
+        out: Tensor = fp8_linear(x, scales, self.weight, self.scales, self.bias if bias else None, dtype)
+        return out
+
+
+class Fp8Mlp(nn.Module):
+    """An `Mlp` in 8 bits: [..., C] -> [..., C], in the dtype of its input, without gradients."""
+
+    def __init__(self, mlp: Mlp, products: Products = "library") -> None:
+        """mlp: with any activation but SwiGLU, whose product of two halves has no useful bound; products: whose.
+
+        Raises ValueError for SwiGLU, and for widths that are no multiples of 16.
+        """
+        super().__init__()
+        if mlp.act_name == "swiglu":
+            raise ValueError("the MLP has 'swiglu'; accepted in 8 bits: 'gelu', 'gelu_tanh', 'quick_gelu'")
+        self.act_name: Activation = mlp.act_name
+        self.products: Products = products
+        self.fc1, self.fc2 = Fp8Linear(mlp.fc1), Fp8Linear(mlp.fc2)
+        longest = (self.fc1.weight.float() * self.fc1.scales).norm(dim=1).max()
+        self.steep, self.offset = LONGER * float(longest), float(self.fc1.bias.abs().max())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., C]. Raises RuntimeError where a gradient is asked for."""
+        return self._through(x, bias=True).unflatten(0, x.shape[:-1])
+
+    def onto(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """As `Mlp.onto`: `tokens` [..., C] + the MLP of x [..., C] without its last bias, in place."""
+        if self.products == "library":
+            return tokens.add_(self._through(x, bias=False).view_as(tokens))
+        hidden, ahead = self._hidden(x)
+        fp8_linear_onto(tokens.view(-1, tokens.shape[-1]), hidden, ahead, self.fc2.weight, self.fc2.scales)
+        return tokens
+
+    def _through(self, x: Tensor, bias: bool) -> Tensor:
+        hidden, ahead = self._hidden(x)
+        out: Tensor = self.fc2(hidden, ahead, x.dtype, bias)
+        return out
+
+    def _hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError("an MLP in 8 bits has no gradients: run it under torch.no_grad() or inference_mode()")
+        values, scales, ahead = fp8_rows(x.flatten(0, -2), self.steep, self.offset)
+        if self.products == "library":
+            return fp8_activate(self.fc1(values, scales, x.dtype), ahead, self.act_name), ahead
+        first = self.fc1
+        return fp8_linear_activate(values, scales, first.weight, first.scales, first.bias, ahead, self.act_name), ahead
+
+
+def quantize_mlps(model: Model, *, products: Products = "library") -> Model:
+    """Put the MLP of every block of an encoder into 8 bits, in place; returns it. For inference, not to be saved.
+
+    Attention and C-GSPN blocks alike; the MLP of a MAP head, which sees one token, stays as it is. `why_not(device)`
+    says where nothing becomes faster.
+
+    Args:
+        model: an encoder, or anything that holds blocks.
+        products: "library" (torch._scaled_mm, with a pass for GELU between), or "triton": GELU and the residual inside
+            the products. Both give the same numbers up to the order of sums.
+
+    Raises ValueError, before anything is changed, for other products, an activation or widths that 8 bits do not take.
+    """
+    if products not in get_args(Products):
+        raise ValueError(f"products is {products!r}; accepted: 'library', 'triton'")
+    blocks = [block for block in model.modules() if isinstance(block, Block) and isinstance(block.mlp, Mlp)]
+    for block, mlp in [(block, Fp8Mlp(block.mlp, products)) for block in blocks]:
+        block.mlp = mlp.train(block.training)  # type: ignore[assignment]
+    return model

@@ -1,0 +1,84 @@
+"""Triton kernels of the MLP in 8 bits: passes that read 16 bits and write 8, and products that go on after the sum.
+
+Shape letters: M rows (tokens), K channels in, N channels out. Sums are float32. Rows are 64-bit offsets, so that more
+than 2^31 elements work. 448 is the largest number of float8_e4m3fn.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _activated(x, ACT: tl.constexpr):
+    """The activation by its name, of float32."""
+    if ACT == "gelu":
+        return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
+    # x * sigmoid(s), 2 to the power of -s log2(e): the tanh form of GELU is this with s = 2 sqrt(2 / pi) (x + ...)
+    s = 2.302208198 * (x + 0.044715 * x * x * x) if ACT == "gelu_tanh" else 2.455466945 * x
+    return x / (1 + tl.exp2(-s))
+
+
+@triton.jit
+def _eight_bits(x, inverse, kind):
+    scaled = x * inverse[:, None]
+    return tl.minimum(tl.maximum(scaled, -448.0), 448.0).to(kind)
+
+
+@triton.jit(do_not_specialize=["rows", "steep", "offset"])
+def quantize_rows(x, out, scales, ahead, rows, K, steep, offset, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """x [M, K] -> 8 bits, the scale of each row, and `ahead`: the scale that serves every row of the layer's output."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, CHANNELS)
+    inside = m < rows
+    at, here = m[:, None] * K + k[None, :], inside[:, None] & (k < K)[None, :]
+    tile = tl.load(x + at, mask=here, other=0).to(tl.float32)
+    most = tl.maximum(tl.max(tl.abs(tile), 1), 1e-30)
+    tl.store(out + at, _eight_bits(tile, 448.0 / most, out.dtype.element_ty), mask=here)
+    tl.store(scales + m, most / 448.0, mask=inside)
+    reach = tl.sqrt(tl.sum(tile * tile, 1)) * steep + offset
+    tl.store(ahead + m, tl.maximum(reach, 1e-30) / 448.0, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def activate(x, scales, out, rows, K, ROWS: tl.constexpr, CHANNELS: tl.constexpr, ACT: tl.constexpr):
+    """The activation of x [M, K], in 8 bits of a scale for each row that is known beforehand."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    k = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    at, here = m[:, None] * K + k[None, :], (m < rows)[:, None] & (k < K)[None, :]
+    inverse = 1 / tl.load(scales + m, mask=m < rows, other=1)
+    tile = _activated(tl.load(x + at, mask=here, other=0).to(tl.float32), ACT)
+    tl.store(out + at, _eight_bits(tile, inverse, out.dtype.element_ty), mask=here)
+
+
+@triton.jit(do_not_specialize=["M"])
+def product(
+    a, b, a_scales, b_scales, bias, ahead, out, M, N, K,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
+    ACT: tl.constexpr, ONTO: tl.constexpr,
+):  # fmt: skip
+    """a [M, K] b [N, K]^T from 8 bits: activated and in 8 bits again (ACT), or with ONTO, added to `out` in place.
+
+    a, b and an output of 8 bits are descriptors: the copy engine brings tiles, and zeros for what is outside. Each
+    program takes every PROGRAMS-th tile; those of one row of tiles follow one another, so that a is read once.
+    """
+    across = tl.cdiv(N, COLUMNS)
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, PROGRAMS, flatten=True):
+        row, column = (tile // across) * ROWS, (tile % across) * COLUMNS
+        total = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for k in range(0, K, DEPTH):
+            total = tl.dot(a.load([row, k]), b.load([column, k]).T, total)
+        m, n = row + tl.arange(0, ROWS), column + tl.arange(0, COLUMNS)
+        total *= tl.load(a_scales + m, mask=m < M, other=0)[:, None]
+        total *= tl.load(b_scales + n, mask=n < N, other=0)[None, :]
+        if ONTO:
+            # rounded as PyTorch's product is, so that half the bytes change their place for the sum
+            at, here = m.to(tl.int64)[:, None] * N + n[None, :], (m < M)[:, None] & (n < N)[None, :]
+            before = tl.load(out + at, mask=here, other=0)
+            tl.store(out + at, before + total.to(before.dtype), mask=here)
+        else:
+            total += tl.load(bias + n, mask=n < N, other=0).to(tl.float32)[None, :]
+            inverse = 1 / tl.load(ahead + m, mask=m < M, other=1)
+            out.store([row, column], _eight_bits(_activated(total, ACT), inverse, out.dtype))
