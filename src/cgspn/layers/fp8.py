@@ -200,8 +200,10 @@ class Fp8Linear(nn.Module):
     bias: Tensor
 
     def __init__(self, layer: nn.Linear) -> None:
-        """layer: [K] -> [N], with a bias. Raises ValueError for widths that are no multiples of 16."""
+        """layer: [K] -> [N], with a bias. Raises ValueError for another layer, and widths that 16 does not divide."""
         super().__init__()
+        if type(layer) is not nn.Linear:
+            raise ValueError(f"a layer of type {type(layer).__name__}; products of 8 bits take nn.Linear")
         for width in layer.weight.shape:
             if width % UNIT:
                 raise ValueError(f"a width of {width}; products of 8 bits take multiples of {UNIT}")
@@ -212,7 +214,7 @@ class Fp8Linear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
         """Follow the module to a device, not to a dtype: a cast would round the scales and undo the weight."""
         weight, scales = self.weight, self.scales
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.weight, self.scales = weight.to(self.weight.device), scales.to(self.scales.device)
         return self
 
@@ -231,7 +233,7 @@ class Fp8Mlp(nn.Module):
     def __init__(self, mlp: Mlp, products: Products = "library") -> None:
         """mlp: with any activation but SwiGLU, whose product of two halves has no useful bound; products: whose.
 
-        Raises ValueError for SwiGLU, and for widths that are no multiples of 16.
+        Raises ValueError for SwiGLU, for layers that are not nn.Linear, and for widths that 16 does not divide.
         """
         super().__init__()
         if mlp.act_name == "swiglu":
@@ -246,8 +248,13 @@ class Fp8Mlp(nn.Module):
         """[..., C] -> [..., C]. Raises RuntimeError where a gradient is asked for."""
         return self._through(x, bias=True).unflatten(0, x.shape[:-1])
 
+    def fits(self, tokens: Tensor) -> bool:
+        """Whether `onto` gives for `tokens` what `forward` gives: without gradients, always."""
+        return not torch.is_grad_enabled()
+
     def onto(self, x: Tensor, tokens: Tensor) -> Tensor:
         """As `Mlp.onto`: `tokens` [..., C] + the MLP of x [..., C] without its last bias, in place."""
+        tokens = tokens.contiguous()
         if self.products == "library":
             return tokens.add_(self._through(x, bias=False).view_as(tokens))
         hidden, ahead = self._hidden(x)
@@ -280,7 +287,7 @@ def quantize_mlps(model: Model, *, products: Products = "library") -> Model:
         products: "library" (torch._scaled_mm, with a pass for GELU between), or "triton": GELU and the residual inside
             the products. Both give the same numbers up to the order of sums.
 
-    Raises ValueError, before anything is changed, for other products, an activation or widths that 8 bits do not take.
+    Raises ValueError, before anything is changed, for other products, and an MLP that `Fp8Mlp` does not take.
     """
     if products not in get_args(Products):
         raise ValueError(f"products is {products!r}; accepted: 'library', 'triton'")

@@ -1,0 +1,234 @@
+"""What an MLP in 8 bits costs in quality, on real features, and what it saves in time.
+
+    python -m cgspn.bench.fp8 --photos SHARD.tar --weights vit_s14.safetensors --out results/fp8
+
+writes the quality, in minutes on a CPU: 8 bits are emulated there, number for number (the sums are float32, where
+Hopper's keep fewer bits). The times are rows of `cgspn bench encoder`.
+"""
+
+from __future__ import annotations
+
+import copy
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import ImageSet, load_embedded, resize
+from ..data.transforms import normalize, to_float
+from ..distill import eval_transform
+from ..evaluate import cosine, relative_error
+from ..evaluate.suite import embed_images, evaluate_zeroshot
+from ..layers import Fp8Mlp, Grid, fp8, quantize_mlps
+from ..layers.mlp import Mlp
+from ..models.dual import DualEncoder
+from ..models.encoder import Encoder
+from ..teachers import load_embedded_teacher, load_encoder
+from .contenders import EPILOGUES, FUSED, Shape, build, names
+from .machine import describe, free
+from .quality import _square, read_tar
+from .results import write
+from .timing import medians
+
+Row = dict[str, Any]
+WAYS: tuple[fp8.Products, ...] = ("library", "triton")
+
+
+@dataclass(frozen=True)
+class Fp8QualityConfig:
+    """Settings of the quality.
+
+    Args:
+        photos: image-text shard (tar with .jpg files).
+        weights: of the encoder whose features are compared.
+        out: folder for quality.json and .md.
+        sizes: pixels and how many photographs, the first ones of the shard.
+        batch: images at once.
+        test_images: of the embedded set, for zero-shot accuracy; at most 4000.
+        commit: to note in the results; by default that of the working tree.
+    """
+
+    photos: Path
+    weights: Path
+    out: Path = Path("runs/bench")
+    sizes: tuple[tuple[int, int], ...] = ((224, 100), (518, 8))
+    batch: int = 4
+    test_images: int = 4000
+    commit: str = ""
+
+
+def precisions(encoder: Encoder) -> dict[str, Encoder]:
+    """Copies of a float32 encoder: what 16 bits, 8 bits in the MLPs, and both give. The first is what all aim at."""
+    short = copy.deepcopy(encoder).to(torch.bfloat16)
+    return {
+        "float32": encoder,
+        "bfloat16": short,
+        "float32, MLPs in fp8": quantize_mlps(copy.deepcopy(encoder)),
+        "bfloat16, MLPs in fp8": quantize_mlps(copy.deepcopy(encoder)).to(torch.bfloat16),
+    }
+
+
+@torch.inference_mode()
+def outputs(encoder: Encoder, images: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+    """Final grid tokens [N, h, w, C] and pooled [N, C] of normalised images, float32."""
+    dtype = next(encoder.parameters()).dtype
+    found = [encoder(part.to(dtype)) for part in images.split(batch)]
+    return torch.cat([out.tokens.float() for out in found]), torch.cat([out.pooled.float() for out in found])
+
+
+def feature_rows(config: Fp8QualityConfig, say: Callable[[str], object]) -> list[Row]:
+    """Likeness of final features to those in float32, for every size and precision."""
+    encoder = load_encoder(config.weights)
+    photos = read_tar(config.photos, "image", _square)
+    models = precisions(encoder)
+    rows: list[Row] = []
+    for pixels, count in config.sizes:
+        images = to_float(torch.stack(photos[:count]))
+        images = normalize(resize(images, (pixels, pixels)), encoder.config.image_mean, encoder.config.image_std)
+        wanted = None
+        for name, model in models.items():
+            tokens, pooled = outputs(model, images, config.batch)
+            if wanted is None:
+                wanted = tokens, pooled
+                continue
+            row: Row = {"px": pixels, "images": len(images), "precision": name}
+            row |= {"cosine of tokens": f"{cosine(tokens, wanted[0]):.5f}"}
+            row |= {"squared relative error of tokens": f"{relative_error(tokens, wanted[0]):.2e}"}
+            row |= {"cosine of pooled": f"{cosine(pooled, wanted[1]):.5f}"}
+            row |= {"squared relative error of pooled": f"{relative_error(pooled, wanted[1]):.2e}"}
+            rows.append(row)
+            say(", ".join(f"{key} {value}" for key, value in row.items()))
+    return rows
+
+
+class InDtype(torch.nn.Module):
+    """An encoder of another dtype behind a float32 face."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        """encoder: of any dtype."""
+        super().__init__()
+        self.encoder, self.config = encoder, encoder.config
+
+    def forward(self, images: Tensor) -> Any:
+        """Images [B, channels, H, W], float32 -> as the encoder, float32."""
+        out = self.encoder(images.to(next(self.encoder.parameters()).dtype))
+        return type(out)(out.tokens.float(), out.pooled.float())
+
+
+def zeroshot_rows(config: Fp8QualityConfig, say: Callable[[str], object]) -> list[Row]:
+    """Zero-shot accuracy of the embedded image-text model, and how many of its images change their class."""
+    teacher = load_embedded_teacher()
+    test: ImageSet = load_embedded("test").subset(torch.arange(config.test_images))
+    transform = eval_transform(teacher.image.config)
+    rows: list[Row] = []
+    wanted = None
+    for name, encoder in precisions(copy.deepcopy(teacher.image)).items():
+        model: DualEncoder = copy.deepcopy(teacher)
+        model.image = InDtype(encoder).eval()  # type: ignore[assignment]
+        embeddings, _ = embed_images(model, test, transform)
+        wanted = embeddings if wanted is None else wanted
+        row: Row = {"images": len(test), "precision": name}
+        row |= {"zero-shot top-1 (%)": f"{100 * evaluate_zeroshot(model, test, transform):.2f}"}
+        row |= {"cosine of embeddings": f"{cosine(embeddings, wanted):.5f}"}
+        rows.append(row)
+        say(", ".join(f"{key} {value}" for key, value in row.items()))
+    return rows
+
+
+def quality(config: Fp8QualityConfig, say: Callable[[str], object] = print) -> dict[str, list[Row]]:
+    """Measure and write quality.json and .md. Raises OSError for files that are not there."""
+    tables = {"features": feature_rows(config, say), "the embedded image-text model": zeroshot_rows(config, say)}
+    machine = describe(config.commit) | {
+        "command": shlex.join(["python", "-m", "cgspn.bench.fp8", *sys.argv[1:]]),
+        "products of 8 bits": fp8.why_not(torch.device("cpu")) or "",
+    }
+    write(config.out, "quality", machine, tables)
+    return tables
+
+
+def mlp_rows(shape: Shape, pixels: int, batch: int, device: torch.device, rounds: int) -> list[Row]:
+    """The MLP half after its norm, and what it consists of, at `batch` images: in 16 bits and in 8, interleaved."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    plain = Mlp(shape.width, shape.hidden, "gelu_tanh").to(device, dtype)
+    ways = {way: Fp8Mlp(plain, way) for way in WAYS if way == "library" or fp8.why_not(device) is None}
+    tokens = batch * (pixels // shape.patch) ** 2
+    x, residual = (torch.randn(tokens, shape.width, device=device, dtype=dtype) for _ in range(2))
+    mlp = ways["library"]
+    values, scales, ahead = fp8.fp8_rows(x, mlp.steep, mlp.offset)
+    first, second = mlp.fc1, mlp.fc2
+    wide = first(values, scales, dtype)
+    hidden = fp8.fp8_activate(wide, ahead, "gelu_tanh")
+    calls: dict[str, Callable[[], object]] = {
+        "bf16, residual added after": lambda: residual + plain(x),
+        "bf16, epilogues": lambda: plain.onto(x, residual),
+        **{f"fp8, {way}": lambda m=m: m.onto(x, residual) for way, m in ways.items()},  # type: ignore[misc]
+        "of library: tokens to 8 bits": lambda: fp8.fp8_rows(x, mlp.steep, mlp.offset),
+        "of library: fc1": lambda: first(values, scales, dtype),
+        "of library: GELU to 8 bits": lambda: fp8.fp8_activate(wide, ahead, "gelu_tanh"),
+        "of library: fc2": lambda: second(hidden, ahead, dtype, False),
+    }
+    if "triton" in ways:
+        calls |= {
+            "of triton: fc1 and GELU": lambda: fp8.fp8_linear_activate(
+                values, scales, first.weight, first.scales, first.bias, ahead, "gelu_tanh"
+            ),
+            "of triton: fc2 and residual": lambda: fp8.fp8_linear_onto(
+                residual, hidden, ahead, second.weight, second.scales
+            ),
+        }
+    with torch.no_grad():
+        times = medians(calls, rounds=rounds, graph=False)
+    flop = 2 * tokens * shape.width * shape.hidden
+    products = {name: 2 if name.startswith(("bf16", "fp8")) else 1 for name in calls if "8 bits" not in name}
+    best = times["bf16, epilogues"]
+    return [
+        {"px": pixels, "B": batch, "MLP half": name, "ms": ms}
+        | {"TFLOP/s": products[name] * flop / ms / 1e9 if name in products else None}
+        | {"bf16, epilogues / this": best / ms if not name.startswith("of") else None}
+        for name, ms in times.items()
+    ]
+
+
+def block_rows(shape: Shape, pixels: int, batch: int, device: torch.device, rounds: int) -> list[Row]:
+    """Whole blocks, attention and C-GSPN, with the same MLP in 16 bits and in 8, interleaved."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    side = pixels // shape.patch
+    grid = Grid(side, side)
+    tokens = torch.randn(batch, grid.tokens, shape.width, device=device, dtype=dtype)
+    calls: dict[str, Callable[[], object]] = {}
+    rows: dict[str, Row] = {}
+    for mixer in [n for n in names(device) if n.endswith(EPILOGUES) or n == FUSED]:
+        for way in (None, *WAYS):
+            name = f"{mixer.removesuffix(EPILOGUES)}, MLP " + ("bf16" if way is None else f"fp8, {way}")
+            rows[name] = {"px": pixels, "B": batch, "block": name}
+            contender = build(mixer, shape, device, dtype)
+            if way is not None:
+                quantize_mlps(contender.block, products=way)
+
+            def call(contender: Any = contender) -> object:
+                with torch.no_grad():
+                    return contender.whole(tokens, grid)
+
+            try:
+                call()
+                calls[name] = call
+            except RuntimeError as error:  # what cannot run here is said, not left out; out of memory is one of them
+                rows[name]["note"] = str(error).strip().splitlines()[0][:80]
+                free(device)
+    for name, ms in medians(calls, rounds=rounds, graph=False).items():
+        rows[name] |= {"ms": ms}
+    for row in rows.values():
+        same = rows[row["block"].partition(", MLP")[0] + ", MLP bf16"]
+        row["bf16 / this"] = same["ms"] / row["ms"] if "ms" in row and "ms" in same else None
+    return list(rows.values())
+
+
+if __name__ == "__main__":
+    import tyro
+
+    quality(tyro.cli(Fp8QualityConfig))
