@@ -9,12 +9,12 @@ Parts in brackets are switches of `PropagationConfig`. GSPN -> C-GSPN is a walk 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, TypeGuard
+from typing import Literal, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from ..ops import DIRECTIONS, fused, propagate_2d
+from ..ops import DIRECTIONS, fused, propagate_2d, propagate_2d_projected
 from .mixer import Grid, Mixer
 from .norm import RMSNorm
 
@@ -73,6 +73,13 @@ GSPN_WALK: dict[str, PropagationConfig] = {
 }
 
 
+class Scans(TypedDict):
+    """Arguments of `propagate_2d` that a config decides."""
+
+    directions: tuple[str, ...]
+    merge: str
+
+
 class PropagationMixer(Mixer):
     """Four-direction line scan in a compressed latent space: tokens [B, h*w, C] -> [B, h*w, C], without positions.
 
@@ -106,6 +113,7 @@ class PropagationMixer(Mixer):
         self.merge_norm = RMSNorm(merged, eps=EPS) if config.merge_norm else nn.Identity()
         self.up = nn.Linear(merged, width)
         self.project_out = nn.Linear(width, width) if config.projections else nn.Identity()
+        self.scans_itself = type(self).propagate is not PropagationMixer.propagate
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -179,15 +187,24 @@ class PropagationMixer(Mixer):
     def scan(self, latent: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """latent [B, h*w, Cc] -> what is scanned [B, h*w, Cc], and the merged directions before their norm."""
         batch, count, _ = latent.shape
-        directions = len(self.config.directions)
         x = latent.view(batch, grid.height, grid.width, self.latent)
         x = self.localise(x, grid.mask)
-        parameters = self.parameters_of(x).view(batch, grid.height, grid.width, directions, 5, self.latent)
-        # split, not three slices: the gradient is then one concatenation instead of three sums over zero-filled tensors
-        lam, u, logits = parameters.split([1, 1, 3], dim=-2)
-        lam, u = lam.squeeze(-2), u.squeeze(-2)
-        y = self.propagate(x, logits, lam, u, grid.mask)
+        if self.shows_parameters(x):
+            shape = (batch, grid.height, grid.width, len(self.config.directions), 5, self.latent)
+            # split, not three slices: its gradient is one concatenation instead of three sums over zero-filled tensors
+            lam, u, logits = self.parameters_of(x).view(shape).split([1, 1, 3], dim=-2)
+            y = self.propagate(x, logits, lam.squeeze(-2), u.squeeze(-2), grid.mask)
+        else:
+            y = propagate_2d_projected(
+                x, self.parameters_of.weight, self.parameters_of.bias, mask=grid.mask, **self.scans()
+            )
         return x.reshape(batch, count, self.latent), y.reshape(batch, count, -1)
+
+    def shows_parameters(self, x: Tensor) -> bool:
+        """Whether `parameters_of` has to be called: for a hook on it, a subclass with a `propagate` of its own, an
+        exported program, and where x is not on a GPU, which alone can keep them from memory."""
+        hooked = self.parameters_of._forward_pre_hooks or self.parameters_of._forward_hooks
+        return not x.is_cuda or self.scans_itself or bool(hooked) or torch.compiler.is_exporting()
 
     def localise(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The local convolution, added to its input, then the norm: [B, H, W, Cc] -> the same."""
@@ -196,9 +213,11 @@ class PropagationMixer(Mixer):
 
     def propagate(self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, mask: Tensor | None) -> Tensor:
         """`propagate_2d` in the config's directions, merged by its rule: [B, H, W, Cc] or [B, H, W, D, Cc]."""
-        config = self.config
-        merge = "none" if config.merge == "concat" else "sum"
-        return propagate_2d(x, logits, lam, u, directions=config.directions, merge=merge, mask=mask)
+        return propagate_2d(x, logits, lam, u, mask=mask, **self.scans())
+
+    def scans(self) -> Scans:
+        """The config's directions, and how the operator merges them."""
+        return {"directions": self.config.directions, "merge": "none" if self.config.merge == "concat" else "sum"}
 
 
 def gain_of(norm: nn.Module) -> Tensor | None:

@@ -111,10 +111,11 @@ struct Projection {
   float bias[PARAMETERS][2];
   uint4* shared;  // [GROUPS][PARAMETERS][STEPS][2][32]
 
+  __device__ __forceinline__ Projection(const Seat& seat, uint4* room)
+      : shared(room + seat.n * PARAMETERS * STEPS * 64 + seat.lane) {}
   // `channel`: the first of the group.
   __device__ __forceinline__ void load(const char* weight, const char* biases, int d, int channel, int C,
-                                       const Seat& seat, uint4* room) {
-    shared = room + seat.n * PARAMETERS * STEPS * 64 + seat.lane;
+                                       const Seat& seat) {
     channel += 2 * seat.g;
 #pragma unroll
     for (int f = 0; f < PARAMETERS; f++) {
@@ -139,7 +140,7 @@ struct Projection {
     }
   }
 
-  // After a barrier. Read as vectors, the weights lie in registers as the tensor core wants them; put together from
+  // After a barrier, also by warps without channels, for nothing. Read as vectors, the weights lie in registers as the tensor core wants them; put together from
   // the halves above, the compiler would put them together again for every product.
   __device__ __forceinline__ void keep() {
     if constexpr (KEEP)

@@ -35,10 +35,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   uint4* const room = (uint4*)(sent + 4 * PLANE);
   for (int k = threadIdx.x; k < STAGES * STAGE; k += THREADS) stages[k] = {0, 0, 0, 0};
   for (int k = threadIdx.x; k < 4 * PLANE; k += THREADS) sent[k] = 0.f;
-  Projection projection;
-  if (works) projection.load(a.weight.p, a.bias.p, d, (first + 2 * seat.n) * 8, s.C, seat, room);
+  Projection projection(seat, room);
+  if (works) projection.load(a.weight.p, a.bias.p, d, (first + 2 * seat.n) * 8, s.C, seat);
   __syncthreads();
-  if (works) projection.keep();
+  projection.keep();
 
   const char *x = way.start(a.x, b, d, last), *dy = way.start(a.dy, b, d, last) + first * 16;
   const char *h = way.start(a.h, b, d, last) + first * 16, *mask = way.start(a.mask, b, d, last);

@@ -29,12 +29,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   uint4* const room = (uint4*)(states + 2 * GROUPS * (LINE + 2) * STATE);
   for (int k = threadIdx.x; k < STAGES * LINE * CHUNKS; k += THREADS) lines_x[k] = {0, 0, 0, 0};
 
-  Projection projection;
+  Projection projection(seat, room);
   const Way way(s, s.codes[d]);
   for (int k = threadIdx.x; k < 2 * GROUPS * (LINE + 2) * STATE; k += THREADS) states[k] = 0.f;
-  if (works) projection.load(a.weight.p, a.bias.p, d, (first + 2 * seat.n) * 8, s.C, seat, room);
+  if (works) projection.load(a.weight.p, a.bias.p, d, (first + 2 * seat.n) * 8, s.C, seat);
   __syncthreads();
-  if (works) projection.keep();
+  projection.keep();
 
   float exponent[3][2];  // what the biases of the logits add to the exponents of the sigmoids
 #pragma unroll
