@@ -8,9 +8,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -25,9 +25,13 @@ from ..layers import PropagationConfig
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..teachers import attention_student, convert
+from .machine import describe
+from .results import write
 
 VOID, CLASSES = 11, 11  # CamVid's ignored label and the number of the others
 SHORT_SIDE = 256
+RUNS = "runs.json"
+WHERE = ("photos", "camvid", "rows", "seeds")  # settings that change what is run, not what a run is
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,9 @@ class QualityConfig:
         probe_size: (height, width) of the street scenes; multiples of the patch size.
         held_out: photographs for testing, the last ones of a fixed shuffle.
         stage1_steps, stage2_steps, batch_size: the budget, the same for every row.
-        optimizer, stage1_rate, stage2_rate: the recipe of the rows that do not name another.
+        optimizer, stage1_rate, stage2_rate: the recipe of the rows that do not name another. Stage 2 begins with what
+            stage 1 has learned: at the rate of stage 1 it loses that, and does not get it back in so few steps.
+        compile: compile the blocks, as in `ComputeConfig`; some minutes at the first row.
         seeds: how many runs of each row.
         rows: which rows; empty for all.
     """
@@ -54,9 +60,10 @@ class QualityConfig:
     stage1_steps: int = 400
     stage2_steps: int = 500
     batch_size: int = 128
-    optimizer: str = "muon"
+    optimizer: Literal["adamw", "muon"] = "muon"
     stage1_rate: float = 5e-3
-    stage2_rate: float = 5e-3
+    stage2_rate: float = 2e-4
+    compile: bool = False
     seeds: tuple[int, ...] = (0, 1)
     rows: tuple[str, ...] = ()
 
@@ -68,8 +75,9 @@ class Row:
     Args:
         compression, keep_attention, propagation: as in `convert`; attention: the ViT-to-ViT baseline instead.
         stage1: False gives its steps to stage 2.
-        loss, optim: changes to the losses and to both optimisations; first: to that of stage 1 alone.
+        loss, optim: changes to the losses and to both optimisations; first, second: to that of one stage alone.
         rates: both peak learning rates, None for those of the study.
+        faster: factor on the rate of stage 2.
     """
 
     compression: float = 6
@@ -80,11 +88,13 @@ class Row:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: tuple[tuple[str, Any], ...] = ()
     first: tuple[tuple[str, Any], ...] = ()
+    second: tuple[tuple[str, Any], ...] = ()
     rates: tuple[float, float] | None = None
+    faster: float = 1.0
 
 
 BASE = PropagationConfig()
-ADAMW = (("optimizer", "adamw"),)
+ADAMW, ADAMW_RATES = (("optimizer", "adamw"),), (3e-3, 1.5e-4)
 ROWS: dict[str, Row] = {
     "ViT": Row(attention=True),
     "C-GSPN": Row(),
@@ -100,9 +110,15 @@ ROWS: dict[str, Row] = {
     "- concatenation": Row(propagation=replace(BASE, merge="sum")),
     "- norms": Row(propagation=replace(BASE, latent_norm=False, merge_norm=False)),
     "- augmentation": Row(optim=(("augment", False),)),
-    "ViT, AdamW": Row(attention=True, optim=ADAMW, rates=(3e-3, 1e-3)),
-    "C-GSPN, AdamW": Row(optim=ADAMW, rates=(3e-3, 1e-3)),
-    "hybrid 3/12, AdamW": Row(keep_attention=(3, 7, 11), optim=ADAMW, rates=(3e-3, 1e-3)),
+    "ViT, AdamW": Row(attention=True, optim=ADAMW, rates=ADAMW_RATES),
+    "C-GSPN, AdamW": Row(optim=ADAMW, rates=ADAMW_RATES),
+    "hybrid 3/12, AdamW": Row(keep_attention=(3, 7, 11), optim=ADAMW, rates=ADAMW_RATES),
+    "ViT, stage 2 rate x 3": Row(attention=True, faster=3),
+    "ViT, stage 2 rate / 3": Row(attention=True, faster=1 / 3),
+    "stage 2 rate x 3": Row(faster=3),
+    "stage 2 rate / 3": Row(faster=1 / 3),
+    "inherited rate / 3": Row(second=(("inherited_rate", 1 / 3),)),
+    "pooled / 10": Row(loss=LossConfig(output=0.1)),
 }
 
 
@@ -140,9 +156,13 @@ class StudyData:
 
 
 def load_study(config: QualityConfig, teacher: Encoder, device: torch.device) -> StudyData:
-    """Read photographs and scenes. Raises OSError for files that are not there."""
+    """Read photographs and scenes. Raises OSError for files that are not there, ValueError for too few photographs."""
     settings = teacher.config
     photos = torch.stack(read_tar(config.photos, "image", _square)).to(device)
+    if not 0 < config.held_out < len(photos):
+        raise ValueError(
+            f"held_out is {config.held_out}; accepted: 1 to {len(photos) - 1}, of {len(photos)} photographs"
+        )
     order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))
     kept, held = order[: -config.held_out], order[-config.held_out :]
     train = ImageSet(photos[kept.to(device)], torch.zeros(len(kept), dtype=torch.int64), ("photograph",))
@@ -207,33 +227,40 @@ def fresh_attention(student: Encoder) -> Encoder:
 def run_row(row: Row, teacher: Encoder, data: StudyData, config: QualityConfig, seed: int) -> dict[str, float]:
     """Train one student and measure it."""
     student = fresh_attention(student_of(row, teacher, seed))
-    rates = row.rates or (config.stage1_rate, config.stage2_rate)
+    first, second = row.rates or (config.stage1_rate, config.stage2_rate)
     steps = (config.stage1_steps, config.stage2_steps)
     if not row.stage1:
         steps = (0, sum(steps))
-    changes = ({**dict(row.optim), **dict(row.first)}, dict(row.optim))
+    changes = ({**dict(row.optim), **dict(row.first)}, {**dict(row.optim), **dict(row.second)})
     stages = [
         replace(
             OptimConfig(steps=n, batch_size=config.batch_size, learning_rate=rate, seed=seed),
             **{"optimizer": config.optimizer, **change},
         )
-        for n, rate, change in zip(steps, rates, changes)
+        for n, rate, change in zip(steps, (first, second * row.faster), changes)
     ]
-    precision = "bfloat16" if data.test.is_cuda else "float32"
+    gpu = data.test.is_cuda
     began = time.monotonic()
     settings = DistillConfig(
         image_size=config.size,
         stage1=stages[0],
-        stage2=stages[1],
+        stage2=replace(stages[1], steps=0),
         loss=row.loss,
-        compute=ComputeConfig(precision=precision, capture=data.test.is_cuda),  # type: ignore[arg-type]
+        compute=ComputeConfig("bfloat16" if gpu else "float32", compile=config.compile, capture=gpu),
     )
-    histories = distil(teacher, student, data.train, settings)
-    blocks = [k for k in histories[0].steps[-1] if k.startswith("block")]
-    first = statistics.mean(histories[0].steps[-1][k] for k in blocks) if blocks else float("nan")
+    after: dict[str, float] = {}
+    if row.stage1:
+        last = distil(teacher, student, data.train, settings)[0].steps[-1]
+        after["stage 1 error"] = statistics.mean(value for key, value in last.items() if key.startswith("block"))
+        after["cosine after stage 1"] = cosine(features(student, data.test), features(teacher, data.test))
+    settings = replace(settings, stage1=replace(stages[0], steps=0), stage2=stages[1])
+    curve = distil(teacher, student, data.train, settings)[0].curve("total")
+    if config.compile:
+        torch._dynamo.reset()  # it keeps only a few graphs, and every row brings some
     return {
         **scores(student, teacher, data),
-        "stage 1 error": first,
+        **after,
+        "stage 2 rise": max(curve) / curve[0],
         "parameters (M)": sum(p.numel() for p in student.parameters()) / 1e6,
         "seconds": time.monotonic() - began,
     }
@@ -245,15 +272,27 @@ def run_study(
     device: torch.device,
     out: Path,
     say: Callable[[str], object] = print,
+    after: Callable[[dict[str, list[dict[str, float]]]], object] = lambda _: None,
 ) -> dict[str, list[dict[str, float]]]:
     """Every row with every seed; `out` (JSON) holds all finished runs after each, and those in it are not repeated.
 
-    Raises ValueError for a row that does not exist.
+    after: called with all of them after each. Raises ValueError for a row that does not exist, or for runs in `out`
+    that were made with other settings.
     """
     unknown = [name for name in config.rows if name not in ROWS]
     if unknown:
         raise ValueError(f"rows holds {unknown[0]!r}; accepted: {', '.join(ROWS)}")
-    found: dict[str, dict[str, dict[str, float]]] = json.loads(out.read_text()) if out.exists() else {}
+    settings = budget(config)
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    if out.exists():
+        saved = json.loads(out.read_text())
+        if saved["settings"] != settings:
+            other = next(k for k in settings if saved["settings"].get(k) != settings[k])
+            raise ValueError(
+                f"{out} holds runs with {other} {saved['settings'].get(other)}, not {settings[other]}; "
+                "expected the same settings, or another folder"
+            )
+        found = saved["runs"]
     teacher = copy.deepcopy(teacher).to(device).eval()
     data = load_study(config, teacher, device)
     if data.scenes and "teacher" not in found:
@@ -263,9 +302,83 @@ def run_study(
             if str(seed) in found.get(name, {}):
                 continue
             found.setdefault(name, {})[str(seed)] = run_row(ROWS[name], teacher, data, config, seed)
-            write_atomically(out, json.dumps(found, indent=1) + "\n")
+            write_atomically(out, json.dumps({"settings": settings, "runs": found}, indent=1) + "\n")
             say(f"{name}, seed {seed}: " + ", ".join(f"{k} {v:.4g}" for k, v in found[name][str(seed)].items()))
+            after({row: list(runs.values()) for row, runs in found.items()})
     return {name: list(runs.values()) for name, runs in found.items()}
+
+
+def budget(config: QualityConfig) -> dict[str, Any]:
+    """The settings that all runs of a study share, as JSON has them."""
+    shared = {key: value for key, value in asdict(config).items() if key not in WHERE}
+    same: dict[str, Any] = json.loads(json.dumps(shared))
+    return same
+
+
+def run(
+    config: QualityConfig,
+    teacher: str,
+    out: Path,
+    device: torch.device,
+    *,
+    commit: str = "",
+    say: Callable[[str], object] = print,
+) -> list[dict[str, Any]]:
+    """`run_study` into the folder `out`: finished runs in runs.json, and quality.json, .md and .png, anew after each.
+
+    Raises ValueError as `run_study`, and OSError for files that are not there.
+    """
+    from ..teachers import load_encoder
+
+    machine = describe(commit) | {
+        "teacher": Path(teacher).name,
+        "photographs": config.photos.name,
+        "scenes": config.camvid.name if config.camvid else "none",
+        "settings": ", ".join(f"{key} {value}" for key, value in budget(config).items()),
+    }
+
+    def show(found: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
+        order = [name for name in ("teacher", *ROWS) if name in found]
+        rows = summary(found, order)
+        runs = [{"student": name, "run": k, **one} for name in order for k, one in enumerate(found[name])]
+        write(out, "quality", machine, {"mean over seeds, ± half the range": rows, "runs": runs})
+        plot({name: found[name] for name in order}, out / "quality.png")
+        return rows
+
+    return show(run_study(config, load_encoder(teacher), device, out / RUNS, say, show))
+
+
+def plot(found: dict[str, list[dict[str, float]]], path: Path) -> None:
+    """Cosine and, where scenes were given, mIoU of every row: the mean as a bar, the runs on it. Needs matplotlib."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in found if name != "teacher"]
+    keys = [key for key in ("cosine", "mIoU") if names and key in found[names[0]][0]]
+    figure, axes = plt.subplots(
+        1, max(1, len(keys)), figsize=(1 + 5 * len(keys), 1.2 + 0.28 * len(names)), layout="constrained", sharey=True,
+        squeeze=False,
+    )  # fmt: skip
+    for ax, key in zip(axes[0], keys):
+        runs = [[run[key] for run in found[name]] for name in names]
+        ax.barh(range(len(names)), [statistics.mean(values) for values in runs], color="#9bb8d3")
+        for place, values in enumerate(runs):
+            ax.plot(values, [place] * len(values), "k|-", markersize=8)
+        low, high = min(map(min, runs)), max(map(max, runs))
+        if key == "mIoU" and "teacher" in found:
+            ax.axvline(found["teacher"][0][key], color="black", linestyle=":", label="teacher")
+            ax.legend(fontsize=8)
+        ax.set(xlabel={"cosine": "cosine to the teacher's tokens", "mIoU": "mIoU of a linear probe, %"}[key])
+        ax.set_xlim(left=max(0.0, low - (high - low)) if high > low else None)
+    axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0][0].invert_yaxis()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+DIGITS = {"cosine": 4, "relative error": 4, "stage 1 error": 3, "cosine after stage 1": 4, "stage 2 rise": 2}
 
 
 def summary(found: dict[str, list[dict[str, float]]], names: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -276,7 +389,7 @@ def summary(found: dict[str, list[dict[str, float]]], names: Sequence[str] = ())
         row: dict[str, Any] = {"student": name, "seeds": len(runs)}
         for key in runs[0]:
             values = [run[key] for run in runs]
-            digits = {"cosine": 4, "relative error": 4, "stage 1 error": 3}.get(key, 1)
+            digits = DIGITS.get(key, 1)
             spread = (max(values) - min(values)) / 2
             row[key] = f"{statistics.mean(values):.{digits}f}" + (f" ± {spread:.{digits}f}" if len(runs) > 1 else "")
         rows.append(row)

@@ -1,4 +1,4 @@
-"""`cgspn bench`: measurements of speed on this machine, one sub-command for each table."""
+"""`cgspn bench`: measurements of speed on this machine, and of what students keep; one sub-command for each table."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import tyro
 from ..bench.ablation import AblationConfig
 from ..bench.encoder import EncoderBenchConfig
 from ..bench.inference import InferenceConfig
+from ..bench.quality import QualityConfig
 from ..bench.table import TableConfig
 from ..bench.train import TrainBenchConfig
 from ..console import console, writable_folder
@@ -166,19 +167,44 @@ class Inference(_Measurement):
         self._measure(lambda: run(self.config, self.out, commit=self.commit, say=console.print))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Quality(_Measurement):
+    """What students keep of a teacher, row by row at equal budget: cosine on held-out photographs, mIoU of a probe.
+
+    Runs that are finished are not repeated: give the same command again after an interruption, or with more rows or
+    seeds. Minutes a run on a GPU.
+
+    Examples:
+        cgspn bench quality runs/vit-s14 --photos photos.tar --camvid scenes/ --out results/quality
+        cgspn bench quality runs/vit-s14 --photos photos.tar --rows ViT C-GSPN 'stage 2 rate / 3' --seeds 0 1 2
+    """
+
+    teacher: tyro.conf.Positional[str]
+    """A checkpoint (file, folder or hub id) or "embedded"."""
+    config: QualityConfig
+    """Data, budget, rates, rows."""
+
+    def run(self) -> None:
+        """Raises ValueError for a row that does not exist, OSError for data that are not there."""
+        from ..bench.quality import run
+
+        self._measure(lambda: run(self.config, self.teacher, self.out, device(), commit=self.commit, say=console.print))
+
+
 Measurement = (
     Annotated[Operator, tyro.conf.subcommand("operator", description=getdoc(Operator), prefix_name=False)]
     | Annotated[Table, tyro.conf.subcommand("table", description=getdoc(Table), prefix_name=False)]
     | Annotated[Ablation, tyro.conf.subcommand("ablation", description=getdoc(Ablation), prefix_name=False)]
     | Annotated[Encoders, tyro.conf.subcommand("encoder", description=getdoc(Encoders), prefix_name=False)]
     | Annotated[Inference, tyro.conf.subcommand("inference", description=getdoc(Inference), prefix_name=False)]
+    | Annotated[Quality, tyro.conf.subcommand("quality", description=getdoc(Quality), prefix_name=False)]
     | Annotated[Train, tyro.conf.subcommand("train", description=getdoc(Train), prefix_name=False)]
 )
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure speed and memory on this machine.
+    """Measure speed and memory on this machine, or what students keep.
 
     Examples:
         cgspn bench operator --out results/operator
