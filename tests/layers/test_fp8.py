@@ -120,7 +120,7 @@ def test_what_it_does_not_take_is_refused_before_anything_changes():
         quantize_mlps(torch.nn.Identity(), products="cuda")
     odd = Mlp(48, 80)
     odd.fc2 = torch.nn.utils.parametrizations.weight_norm(odd.fc2)
-    with pytest.raises(ValueError, match="take nn.Linear"):
+    with pytest.raises(ValueError, match=r"take nn\.Linear"):
         Fp8Mlp(odd)
     blocks = torch.nn.ModuleList(Block(48, torch.nn.Identity(), h, "gelu", 1e-6, None) for h in (64, 40))
     with pytest.raises(ValueError, match="width of 40"):

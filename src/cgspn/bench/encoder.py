@@ -1,4 +1,7 @@
-"""Whole encoders: images a second, memory, one image under CUDA graphs and torch.compile, and linear peers."""
+"""Whole encoders: images a second, memory, one image under CUDA graphs and torch.compile, MLPs in 8 bits, linear peers.
+
+Encoders are as `create_model` makes them, with random weights, in bfloat16 on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +10,26 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..layers import Grid, Mixer
+from ..layers import Grid, Mixer, quantize_mlps
 from ..layers.block import Block
 from ..models.encoder import Encoder
 from ..models.registry import create_model
 from .contenders import Shape
+from .fp8 import block_rows, mlp_rows
 from .machine import ceilings, describe, free
 from .results import write
 from .table import Mode, measured, peak_memory
 from .timing import medians
 
 Row = dict[str, Any]
+Table = Literal["throughput", "one image", "very high resolution", "linear peers", "MLPs in fp8"]
+EVERY: tuple[Table, ...] = ("throughput", "one image", "very high resolution", "linear peers", "MLPs in fp8")
+FP8 = {"": None, "fp8": "library", "fp8-triton": "triton"}  # what may follow a model's name and "+"
 # layers of flash-linear-attention, of the same width and tokens, each a stand-in for a mixer
 PEERS = {"Mamba2": "Mamba2", "GLA": "GatedLinearAttention", "gated DeltaNet": "GatedDeltaNet"}
 
@@ -32,12 +39,13 @@ class EncoderBenchConfig:
     """Settings.
 
     Args:
-        models: names of `cgspn.list_models()`; ratios are to the first.
+        models: names of `cgspn.list_models()`; ratios are to the first. With "+fp8" or "+fp8-triton" its MLPs are in
+            8 bits (`cgspn.layers.quantize_mlps`), for inference.
         sizes: of the square images, in pixels.
         batch: images at once; halved for a model until it fits.
         modes: "inference", "training" (forward and backward, blocks checkpointed).
-        single: also one image at a time: launched, and replayed from a CUDA graph.
-        compile: also with torch.compile(mode="max-autotune"); takes minutes.
+        tables: which; "one image" is launched, and replayed from a CUDA graph.
+        compile: one image also with torch.compile(mode="max-autotune"); takes minutes.
         largest: pixels and batches of the pass at very high resolution.
         rounds: interleaved timings of each.
     """
@@ -46,7 +54,7 @@ class EncoderBenchConfig:
     sizes: tuple[int, ...] = (1036, 2058)
     batch: int = 32
     modes: tuple[Mode, ...] = ("inference", "training")
-    single: bool = True
+    tables: tuple[Table, ...] = EVERY
     compile: bool = False
     largest: tuple[tuple[int, int], ...] = ((4116, 1), (4116, 4))
     rounds: int = 3
@@ -67,32 +75,73 @@ def encoder_step(encoder: Encoder, images: Tensor, mode: Mode) -> Callable[[], o
     return inference if mode == "inference" else training
 
 
-def model_row(name: str, pixels: int, batch: int, mode: Mode, device: torch.device, rounds: int) -> Row:
-    """Images a second of one model at the largest batch up to `batch` that fits, and the memory of that step."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+def fitted(name: str, pixels: int, batch: int, mode: Mode, device: torch.device) -> Row:
+    """The largest batch up to `batch` at which a step of one model fits, and the memory that the step adds."""
     row: Row = {"px": pixels, "mode": mode, "model": name}
+    if "+" in name and mode == "training":
+        return row | {"note": "8 bits are for inference"}
     while batch:
-        encoder = images = step = None
+        step = None
         try:
-            encoder = make(name, pixels, device, dtype)
-            encoder.set_grad_checkpointing(mode == "training")
-            images = torch.randn(batch, encoder.config.channels, pixels, pixels, device=device, dtype=dtype)
-            step = encoder_step(encoder, images, mode)
-            memory = peak_memory(step, device)
-            ms = medians({name: step}, rounds=rounds, graph=False)[name]
-            return row | {"B": batch, "ms": ms, "images / s": 1e3 * batch / ms, "peak GB": memory}
+            step = model_step(name, pixels, batch, mode, device)
+            return row | {"B": batch, "peak GB": peak_memory(step, device)}
         except torch.OutOfMemoryError:
             batch //= 2
         finally:
-            encoder = images = step = None  # the step holds both
+            step = None  # it holds the encoder
             free(device)
     return row | {"note": "OOM at B = 1"}
 
 
-def make(name: str, pixels: int, device: torch.device, dtype: torch.dtype) -> Encoder:
-    """A model with random weights and native size `pixels`, so that no table of positions is resized in the timing."""
+def model_step(name: str, pixels: int, batch: int, mode: Mode, device: torch.device) -> Callable[[], object]:
+    """`encoder_step` of a fresh model on random images; blocks checkpointed in training."""
+    encoder = make(name, pixels, device)
+    encoder.set_grad_checkpointing(mode == "training")
+    dtype = next(encoder.parameters()).dtype
+    return encoder_step(
+        encoder, torch.randn(batch, encoder.config.channels, pixels, pixels, device=device, dtype=dtype), mode
+    )
+
+
+def timed(rows: list[Row], device: torch.device, rounds: int) -> list[Row]:
+    """Rows of `fitted` with their times: interleaved if the memory holds all steps at once, else one after the other.
+
+    Steps that share too little memory would make the allocator give back and ask again within the timing.
+    """
+    fitting = {row["model"]: row for row in rows if "B" in row}
+    together = device.type != "cuda" or sum(r["peak GB"] for r in fitting.values()) < 0.8 * free_memory(device)
+    times: dict[str, float] = {}
+    for names in [list(fitting)] if together else [[name] for name in fitting]:
+        steps = {n: model_step(n, fitting[n]["px"], fitting[n]["B"], fitting[n]["mode"], device) for n in names}
+        times |= medians(steps, rounds=rounds, graph=False) if steps else {}
+        del steps
+        free(device)
+    found = []
+    for row in rows:
+        ms = times.get(row["model"])
+        speed = {} if ms is None else {"ms": ms, "images / s": 1e3 * row["B"] / ms}
+        found.append(row | speed | ({} if ms is None or together else {"note": "timed alone"}))
+    return found
+
+
+def free_memory(device: torch.device) -> float:
+    """Gigabytes of a GPU that nothing holds."""
+    return torch.cuda.mem_get_info(device)[0] / 1e9
+
+
+def make(name: str, pixels: int, device: torch.device) -> Encoder:
+    """A model with random weights and native size `pixels`, so that no table of positions is resized in the timing.
+
+    Raises ValueError for a name that does not exist, with or without its "+fp8".
+    """
+    base, _, kind = name.partition("+")
+    if kind not in FP8:
+        raise ValueError(f"{name!r} ends in {kind!r}; accepted after a model and '+': 'fp8', 'fp8-triton'")
     with torch.device(device):
-        return create_model(name, image_size=(pixels, pixels)).to(dtype).eval()
+        encoder = create_model(base, image_size=(pixels, pixels))
+    encoder = encoder.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+    products = FP8[kind]
+    return encoder if products is None else quantize_mlps(encoder, products=products)  # type: ignore[arg-type]
 
 
 def throughput_rows(config: EncoderBenchConfig, device: torch.device, say: Callable[[str], object]) -> list[Row]:
@@ -100,8 +149,9 @@ def throughput_rows(config: EncoderBenchConfig, device: torch.device, say: Calla
     rows = []
     for pixels in config.sizes:
         for mode in config.modes:
-            found = [model_row(name, pixels, config.batch, mode, device, config.rounds) for name in config.models]
-            rows += with_ratios(found, "images / s")
+            fitting = [fitted(name, pixels, config.batch, mode, device) for name in config.models]
+            found = with_ratios(timed(fitting, device, config.rounds), "images / s")
+            rows += found
             say(
                 f"{pixels} px, {mode}: "
                 + ", ".join(f"{r['model']} {r.get('images / s', float('nan')):.3g} images/s" for r in found)
@@ -117,10 +167,9 @@ def with_ratios(rows: list[Row], key: str) -> list[Row]:
 
 def single_rows(config: EncoderBenchConfig, device: torch.device) -> list[Row]:
     """One image at a time, all models interleaved: launched, from a CUDA graph, and compiled if asked for."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows = []
     for pixels in config.sizes:
-        encoders = {name: make(name, pixels, device, dtype) for name in config.models}
+        encoders = {name: make(name, pixels, device) for name in config.models}
         ways: dict[str, bool] = {"launched": False} | ({"CUDA graph": True} if device.type == "cuda" else {})
         for way, graph in ways.items():
             rows += single_way(encoders, pixels, way, graph, config.rounds, device)
@@ -150,9 +199,8 @@ def largest_rows(config: EncoderBenchConfig, device: torch.device) -> list[Row]:
     """Very large images in one pass, at batches that must fit whole."""
     rows = []
     for pixels, batch in config.largest:
-        for name in config.models:
-            row = model_row(name, pixels, batch, "inference", device, 1)
-            rows.append(row | {"wanted B": batch, "fits": row.get("B") == batch})
+        found = timed([fitted(name, pixels, batch, "inference", device) for name in config.models], device, 1)
+        rows += [row | {"wanted B": batch, "fits": row.get("B") == batch} for row in found]
     return rows
 
 
@@ -206,13 +254,30 @@ def run(
     commit: str = "",
     say: Callable[[str], object] = print,
 ) -> dict[str, list[Row]]:
-    """Measure and write encoder.json and .md to `out`. Raises ValueError for an unknown model, OSError for `out`."""
+    """Measure and write encoder.json and .md to `out`; finished tables are written as they come.
+
+    Raises ValueError for an unknown model, OSError for `out`.
+    """
     machine = describe(commit) | ceilings(device)
-    tables = {"throughput": throughput_rows(config, device, say)}
-    if config.single:
-        tables["one image"] = single_rows(config, device)
-    if config.largest:
-        tables["one pass at very high resolution"] = largest_rows(config, device)
-    tables["linear peers"] = peer_rows(config, Shape(), device)
-    write(out, "encoder", machine, tables)
+    shape = Shape()
+
+    def eight_bits(rows: Callable[..., list[Row]]) -> list[Row]:
+        return [row for px in config.sizes for row in rows(shape, px, config.batch, device, max(config.rounds, 5))]
+
+    parts: dict[Table, dict[str, Callable[[], list[Row]]]] = {
+        "throughput": {"throughput": lambda: throughput_rows(config, device, say)},
+        "one image": {"one image": lambda: single_rows(config, device)},
+        "very high resolution": {"one pass at very high resolution": lambda: largest_rows(config, device)},
+        "linear peers": {"linear peers": lambda: peer_rows(config, shape, device)},
+        "MLPs in fp8": {
+            "the MLP half in 16 and 8 bits": lambda: eight_bits(mlp_rows),
+            "blocks with MLPs in 16 and 8 bits": lambda: eight_bits(block_rows),
+        },
+    }
+    tables: dict[str, list[Row]] = {}
+    for part in config.tables:
+        for title, measure in parts[part].items():
+            tables[title] = measure()
+            free(device)
+            write(out, "encoder", machine, tables)
     return tables
