@@ -10,6 +10,7 @@ import torch._dynamo.testing
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from cgspn.layers import Grid, PropagationConfig, PropagationMixer
 from cgspn.ops import DIRECTIONS, propagate_2d_projected, propagate_2d_reference
 from cgspn.ops.cuda import launch, projected, scan
 from cgspn.ops.cuda.plan import Cut
@@ -241,3 +242,27 @@ def test_projected_saves_its_inputs_only() -> None:
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
         propagate_2d_projected(x, weight, bias, parameters="chip")
     assert {t.data_ptr() for t in kept} <= {t.data_ptr() for t in (x, weight, bias)}
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("batch", [1, 8])
+def test_a_mixer_scans_through_the_projected_operator(batch: int, compiled: bool) -> None:
+    """The same as with its parameters shown, which a hook asks for; also under autocast and torch.compile."""
+    mixer = PropagationMixer(144, PropagationConfig(compression=4.5)).cuda()
+    torch.nn.init.normal_(mixer.parameters_of.weight, std=0.5)
+    mask = draw(batch, 40, 33, seed=3) > -1.5
+    tokens, grid = draw(batch, 40 * 33, 144), Grid(40, 33, mask=mask)
+    run = torch.compile(mixer, fullgraph=True, backend="aot_eager") if compiled else mixer
+    found = []
+    for shown in (False, True):
+        handle = mixer.parameters_of.register_forward_pre_hook(lambda *_: None) if shown else None
+        with torch.autocast("cuda", torch.bfloat16):
+            y = (mixer if shown else run)(tokens, grid)
+            with torch.no_grad():
+                inference = (mixer if shown else run)(tokens, grid)
+        found.append([y, inference, *torch.autograd.grad(y.float().square().sum(), list(mixer.parameters()))])
+        if handle is not None:
+            handle.remove()
+    for a, b in zip(*found, strict=True):
+        assert a.dtype == b.dtype
+        assert error(a, b, 1e-6) < 3e-2

@@ -145,6 +145,31 @@ def test_projected(shape, codes, dtype, merge, masked, biased, cut, back, monkey
     check(run, want, dtype)
 
 
+@pytest.mark.parametrize("merge", ["sum", "none"])
+def test_projected_by_default(merge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training "auto" runs the forward on the chip and makes the parameters again in memory for the backward."""
+    calls: list[tuple[int, ...]] = []
+    monkeypatch.setattr(projected, "plan_wins", lambda *case: calls.append(case[:-1]) or True)
+    monkeypatch.setattr(projected, "backward", lambda *_: pytest.fail("the chip's backward"))
+    tensors = [t.bfloat16() for t in (draw(2, 7, 5, 8), draw(80, 8, seed=1) / 3, draw(80, seed=2))]
+    mask = draw(2, 7, 5, seed=3) > -0.8
+    options = {"directions": ("left", "down"), "merge": merge, "mask": mask}
+    leaves = [t.double().requires_grad_() for t in tensors]
+    packed = torch.nn.functional.linear(*leaves).unflatten(-1, (2, 5, 8))
+    y = propagate_2d_reference(leaves[0], packed[..., 2:, :], packed[..., 0, :], packed[..., 1, :], **options)
+    dy = draw(*y.shape, dtype=torch.bfloat16, seed=9)
+    want = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
+    tensors[0][~mask] = float("nan")
+
+    def run() -> list[Tensor]:
+        inputs = [t.detach().requires_grad_() for t in tensors]
+        out = propagate_2d_projected(*inputs, backend="cuda", **options)
+        return [out.detach(), *torch.autograd.grad(out, inputs, dy)]
+
+    check(run, want, torch.bfloat16)
+    assert calls == [(2, 7, 8, 2)] * len(SCHEDULES)
+
+
 def test_projected_second_derivative_and_registration() -> None:
     """A double backward goes through the reference; the op passes PyTorch's own checks."""
     tensors = [t.bfloat16() for t in (draw(2, 7, 5, 8), draw(160, 8, seed=1) / 3, draw(160, seed=2))]

@@ -57,3 +57,79 @@ def test_saves_a_tenth() -> None:
 def test_wrong_shapes_are_named(weight: tuple[int, int], bias: int) -> None:
     with pytest.raises(ValueError, match=r"(weight|bias) has shape"):
         propagate_2d_projected(torch.zeros(1, 2, 2, 4), torch.zeros(weight), torch.zeros(bias))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"parameters": "nowhere"}, "parameters is 'nowhere'; accepted: 'auto', 'memory', 'chip'"),
+        ({"parameters": "chip", "recompute": False}, "recompute is False"),
+        ({"parameters": "chip", "backend": "torch"}, "backend is 'torch'"),
+        ({"merge": "mean"}, "merge is 'mean'"),
+        ({"backend": "none"}, "backend is 'none'"),
+    ],
+)
+def test_wrong_options_are_named(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        propagate_2d_projected(torch.zeros(1, 2, 2, 8), torch.zeros(160, 8), None, **options)
+
+
+def test_the_chip_says_where_it_cannot_run() -> None:
+    tensors = torch.zeros(1, 2, 2, 8, requires_grad=True), torch.zeros(160, 8)
+    for t in (tensors, [t.detach() for t in tensors]):
+        with pytest.raises(RuntimeError, match="parameters='chip' cannot run here: x is on 'cpu'"):
+            propagate_2d_projected(*t, None, parameters="chip")
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_padding_may_hold_anything_and_the_bias_may_be_missing(recompute: bool) -> None:
+    x, weight = draw(2, 5, 6, 8), draw(160, 8, seed=1) / 3
+    mask = draw(2, 5, 6, seed=3) > -0.5
+    found = []
+    for hold in (0.0, 7.0):
+        leaves = [x.where(mask[..., None], hold).requires_grad_(), weight.clone().requires_grad_()]
+        y = propagate_2d_projected(*leaves, None, mask=mask, recompute=recompute)
+        found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_autocast_lowers_all_alike(recompute: bool) -> None:
+    tensors = draw(1, 5, 6, 8), draw(160, 8, seed=1) / 3, draw(160, seed=2)
+    leaves = [t.float().requires_grad_() for t in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = propagate_2d_projected(*leaves, recompute=recompute)
+    lowered = [t.detach().bfloat16().requires_grad_() for t in leaves]
+    want = propagate_2d_projected(*lowered, recompute=recompute)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, want)
+    for a, b in zip(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(want.sum(), lowered), strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b.float())
+
+
+def test_compiles_and_is_what_it_says_to_pytorch() -> None:
+    tensors = [t.requires_grad_() for t in (draw(2, 5, 6, 8), draw(160, 8, seed=1) / 3, draw(160, seed=2))]
+    run = torch.compile(propagate_2d_projected, fullgraph=True, backend="aot_eager")
+    for a, b in zip(*(torch.autograd.grad(f(*tensors).square().sum(), tensors) for f in (run, propagate_2d_projected))):
+        torch.testing.assert_close(a, b)
+    arguments = (*tensors, None, [0, 1, 2, 3], True, "auto", "torch")
+    torch.library.opcheck(torch.ops.cgspn.propagate_2d_projected.default, arguments)
+
+
+def test_second_derivatives() -> None:
+    tensors = [draw(1, 3, 4, 2).double(), draw(20, 2, seed=1).double() / 3, draw(20, seed=2).double()]
+    run = lambda *t: propagate_2d_projected(*t, directions=("down", "left"))  # noqa: E731
+    assert torch.autograd.gradgradcheck(run, [t.requires_grad_() for t in tensors])
+
+
+def test_an_exported_program_holds_the_projection_and_the_scan() -> None:
+    class Scan(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return propagate_2d_projected(x, weight, None)
+
+    program = torch.export.export(Scan(), (draw(1, 3, 4, 2), draw(40, 2, seed=1).requires_grad_()))
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert "aten.linear.default" in called
+    assert not any("projected" in name for name in called)

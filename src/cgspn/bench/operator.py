@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..ops.backends import backend_module, why_not
+from ..ops.cuda import projected
 from ..ops.projected import propagate_2d_projected
 from .machine import copy_bandwidth, describe, matmul_rate
 from .results import write
@@ -24,6 +25,7 @@ from .timing import medians
 
 FOUR = [0, 1, 2, 3]
 Row = dict[str, Any]
+PROJECTED = [(32, 74), (32, 147), (8, 74), (1, 74)]
 # NVlabs/GSPN's kernel on an H100 in milliseconds, four directions, C = 64, B = 32; then its line scan (design, 5)
 PUBLISHED = {("forward", 74): 10.1, ("backward", 74): 23.1, ("forward", 147): 52.0, ("backward", 147): 119.2}
 PUBLISHED_LINE = {"forward": 38.5, "backward": 95.1}
@@ -111,37 +113,62 @@ def operator_rows(
 
 
 def projected_rows(b: int, n: int, c: int = 64) -> list[Row]:
-    """`propagate_2d_projected` beside the projection and the scan apart, bfloat16: forward, and forward + backward."""
+    """`propagate_2d_projected` beside the projection and the scan apart, bfloat16: forward, and forward + backward.
+
+    "of apart": the time over that of the projection and the scan apart; "MB saved": what autograd keeps for the
+    backward beside the weights.
+    """
     x = torch.randn(b, n, n, c, device="cuda", dtype=torch.bfloat16).requires_grad_()
     weight = (torch.randn(4 * 5 * c, c, device="cuda") / c**0.5).bfloat16().requires_grad_()
     bias = torch.zeros(4 * 5 * c, device="cuda", dtype=torch.bfloat16).requires_grad_()
     leaves = [x, weight, bias]
     dy = torch.randn_like(x)
 
-    def both(recompute: bool) -> object:
-        y = propagate_2d_projected(*leaves, backend="cuda", recompute=recompute)
-        return torch.autograd.grad(y, leaves, dy)
+    def both(options: dict[str, Any]) -> object:
+        return torch.autograd.grad(propagate_2d_projected(*leaves, backend="cuda", **options), leaves, dy)
 
-    def without_gradient(function: Callable[[], object]) -> object:
-        with torch.no_grad():
-            return function()
+    @torch.no_grad()
+    def forward(options: dict[str, Any]) -> object:
+        return propagate_2d_projected(*leaves, backend="cuda", **options)
 
-    def projection() -> Tensor:
+    @torch.no_grad()
+    def projection() -> object:
         return torch.nn.functional.linear(x, weight, bias)
 
-    forward = partial(propagate_2d_projected, *leaves, backend="cuda")
-    calls: dict[str, Callable[[], object]] = {
-        "projection alone": partial(without_gradient, projection),
-        "projection + scan, forward": partial(without_gradient, forward),
-        "forward + backward, parameters made again": partial(both, True),
-        "forward + backward, parameters kept": partial(both, False),
-    }
-    # x and y once, and the weights: what a kernel that makes the parameters on chip would move
-    floor = size_of(x, x, weight)
-    return [
-        {"B": b, "grid": n, "C": c, "what": name, "ms": ms, "MB, parameters on chip": floor / 1e6 if k == 1 else None}
-        for k, (name, ms) in enumerate(medians(calls, graph=False).items())
-    ]
+    apart: dict[str, Any] = {"parameters": "memory", "recompute": False}
+    forwards: dict[str, dict[str, Any]] = {"projection + scan apart": apart, "auto": {}}
+    trained = forwards | {"all in memory, made again": {"parameters": "memory"}}
+    if projected.why_not(x) is None:
+        forwards["chip"] = {"parameters": "chip"}
+        if projected.why_not(x, backward=True) is None:
+            trained["chip in both passes"] = {"parameters": "chip"}
+    calls: dict[str, Callable[[], object]] = {"projection alone": projection}
+    calls |= {f"forward: {name}": partial(forward, options) for name, options in forwards.items()}
+    calls |= {f"forward + backward: {name}": partial(both, options) for name, options in trained.items()}
+    saved = {f"forward + backward: {name}": _saved_bytes(leaves, options) for name, options in trained.items()}
+    rows = []
+    times = medians(calls)
+    for name, ms in times.items():
+        base = times.get(f"{name.split(':')[0]}: projection + scan apart")
+        row: Row = {"B": b, "grid": n, "C": c, "what": name, "ms": ms, "of apart": base and ms / base}
+        rows.append(row | {"MB saved": saved[name] / 1e6 if name in saved else None})
+    return rows
+
+
+def _saved_bytes(leaves: list[Tensor], options: dict[str, Any]) -> int:
+    """Bytes that autograd keeps of a `propagate_2d_projected`, weights and bias apart."""
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in {leaf.untyped_storage().data_ptr() for leaf in leaves[1:]}:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = propagate_2d_projected(*leaves, backend="cuda", **options)
+    del y
+    return sum(kept.values())
 
 
 def line_scan_rows(copy: float) -> list[Row]:
@@ -258,7 +285,7 @@ def run(out: Path, *, quick: bool = False, commit: str = "", say: Callable[[str]
         sizes += operator_rows(32, 74, 64, copy, codes=codes)
     torch.cuda.empty_cache()
     tables = {"sizes": sizes}
-    tables["projected operator: projection and scan"] = [row for n in (74, 147) for row in projected_rows(32, n)]
+    tables["projected operator"] = [row for b, n in PROJECTED for row in projected_rows(b, n)]
     torch.cuda.empty_cache()
     tables |= {"line scan [16, 1024, 1024, 8] float32": line_scan_rows(copy)}
     torch.cuda.empty_cache()

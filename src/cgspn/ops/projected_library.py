@@ -40,7 +40,7 @@ def _on_chip(parameters: str, backend: str, x: Tensor, directions: Sequence[int]
     if parameters == "chip":
         check_chip(x, backward=False)
         return True
-    if parameters == "memory" or backend not in ("auto", "cuda") or not x.is_cuda:
+    if parameters == "memory" or backend not in ("auto", "cuda"):
         return False
     from .cuda import projected
 

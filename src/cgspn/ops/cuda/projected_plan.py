@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -75,6 +76,7 @@ def cuts(longest: int, channels: int, gpu: Machine, backward: bool = False) -> I
                 yield cut
 
 
+@functools.lru_cache(maxsize=1024)
 def choose(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> ProjectedCut | None:
     """The forward's cut, or None where lines are too long.
 
@@ -92,6 +94,7 @@ def choose(batch: int, longest: int, channels: int, directions: int, gpu: Machin
     return min(rest, key=lambda cut: cut.line * (5 if cut.tiles in (3, 5) else 6), default=None)
 
 
+@functools.lru_cache(maxsize=1024)
 def choose_backward(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> ProjectedCut | None:
     """As `choose`, for the backward: enough blocks; then wide ones, which read x less often; then about 10 warps."""
 
