@@ -37,6 +37,9 @@ def rival_cuts(p: Problem, machine: Machine) -> list[Cut]:
 
     Of large batches whole lines too, in narrower and wider runs; of small ones runs of all widths.
     """
+    shapes: tuple[tuple[int, int], ...]
+    splits: tuple[int, ...]
+    stages: tuple[int, ...]
     halos = (4, 8, 16)
     if not p.normalise:
         shapes, splits, stages = ((4, 2), (2, 4)), (4, 8), (2, 3) if p.backward else (1, 2)
