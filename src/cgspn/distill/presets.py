@@ -17,7 +17,7 @@ VIT_S14_STUDY = DistillConfig(
     compression=6,
     image_size=224,
     stage1=OptimConfig(steps=400, batch_size=128, learning_rate=3e-3),
-    # stage 2 begins with what stage 1 has learned: at 1e-3 the loss rose to three times its start during the warm-up
+    # stage 2 begins with what stage 1 has learned: at 1e-3 the loss after blocks rose to four times its start
     stage2=OptimConfig(steps=500, batch_size=128, learning_rate=1.5e-4),
     compute=ComputeConfig(precision="bfloat16", save_every=100),
 )
