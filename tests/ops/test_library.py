@@ -66,17 +66,17 @@ def test_flops_of_the_projected_operator_do_not_depend_on_where_parameters_are()
     found = []
     with FakeTensorMode():
         x, weight, bias = torch.empty(2, 3, 4, 8), torch.empty(160, 8), torch.empty(160)
-        for parameters in ("memory", "chip"):
+        for parameters in ("auto", "memory", "chip"):
             with FlopCounterMode(display=False) as counter:
                 propagate_2d_projected(x, weight, bias, parameters=parameters)
             found.append(counter.get_total_flops())
-    assert found == [2 * 24 * 160 * 8 + 18 * 24 * 32] * 2
+    assert found == [2 * 24 * 160 * 8 + 18 * 24 * 32] * 3
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parameters": "disk"}, "accepted: 'memory', 'chip'"),
+        ({"parameters": "disk"}, "accepted: 'auto', 'memory', 'chip'"),
         ({"parameters": "chip"}, "parameters='chip' cannot run here: x is on 'cpu'"),
         ({"parameters": "chip", "backend": "torch"}, "accepts 'auto', 'cuda'"),
         ({"parameters": "chip", "recompute": False}, "accepts only True"),

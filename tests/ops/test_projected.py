@@ -62,9 +62,6 @@ def test_wrong_shapes_are_named(weight: tuple[int, int], bias: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"parameters": "nowhere"}, "parameters is 'nowhere'; accepted: 'auto', 'memory', 'chip'"),
-        ({"parameters": "chip", "recompute": False}, "recompute is False"),
-        ({"parameters": "chip", "backend": "torch"}, "backend is 'torch'"),
         ({"merge": "mean"}, "merge is 'mean'"),
         ({"backend": "none"}, "backend is 'none'"),
     ],
@@ -72,13 +69,6 @@ def test_wrong_shapes_are_named(weight: tuple[int, int], bias: int) -> None:
 def test_wrong_options_are_named(options: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         propagate_2d_projected(torch.zeros(1, 2, 2, 8), torch.zeros(160, 8), None, **options)
-
-
-def test_the_chip_says_where_it_cannot_run() -> None:
-    tensors = torch.zeros(1, 2, 2, 8, requires_grad=True), torch.zeros(160, 8)
-    for t in (tensors, [t.detach() for t in tensors]):
-        with pytest.raises(RuntimeError, match="parameters='chip' cannot run here: x is on 'cpu'"):
-            propagate_2d_projected(*t, None, parameters="chip")
 
 
 @pytest.mark.parametrize("recompute", [True, False])
