@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from .mixer import Grid, Mixer
-from .mlp import Activation, Mlp
-from .norm import LayerNorm
+from .mlp import Activation, Mlp, unheard
+from .norm import LayerNorm, lowered
 
 
 class LayerScale(nn.Module):
@@ -30,10 +30,11 @@ class Block(nn.Module):
     output is what the PB tap reads. Source: "Key Designs" 3.
 
     Attributes:
-        epilogues: in inference, let the MLP's products add bias and residual and take the GELU (`Mlp.onto`).
+        epilogues: in inference, let the MLP's products add bias and residual and take the GELU (`Mlp.onto`) wherever
+            it can; None for on a GPU, where that is faster.
     """
 
-    epilogues: bool = False
+    epilogues: bool | None = None
 
     def __init__(
         self, width: int, mixer: Mixer, hidden: int, act: Activation, eps: float, layer_scale: float | None
@@ -59,12 +60,22 @@ class Block(nn.Module):
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """tokens [B, N, C] -> [B, N, C]."""
-        fits = self.mlp.act_name == "gelu_tanh" and isinstance(self.scale2, nn.Identity)
-        if self.epilogues and fits and not torch.is_grad_enabled():
+        if self.in_place(tokens):
             after = self.mlp.fc2.bias
             mixed, normal = self.mixer.residual_norm(tokens, self.norm1, self.scale1, grid, self.norm2, after)
             return self.mlp.onto(normal, mixed)
         return self.mlp_half(self.mixer.residual(tokens, self.norm1, self.scale1, grid))
+
+    def in_place(self, tokens: Tensor) -> bool:
+        """Whether the MLP's products write onto the residual, in inference."""
+        # a program that is traced keeps the plain layers, which every exporter knows
+        default = tokens.is_cuda and not torch.compiler.is_compiling()
+        wanted = default if self.epilogues is None else self.epilogues
+        bare = isinstance(self.scale2, nn.Identity) and unheard(self.mlp, self.norm2, self.scale2)
+        if not wanted or not bare or torch.is_grad_enabled():
+            return False
+        # an MLP in 8 bits has an `onto` of its own
+        return self.mlp.fits(tokens) if isinstance(self.mlp, Mlp) else lowered(tokens) in (None, tokens.dtype)
 
     def tapped(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """tokens [B, N, C] -> the block's output (PB) and its mixing branch (PP), both [B, N, C]."""

@@ -47,4 +47,4 @@ class Mixer(nn.Module):
         following: the LayerNorm of the next half; after: [C]. The first may be written to.
         """
         mixed = self.residual(tokens, norm, scale, grid)
-        return mixed + after, following(mixed)
+        return mixed + after.to(mixed.dtype), following(mixed)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu, silu
+from torch.nn.functional import gelu, linear, silu
+
+from .norm import lowered
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 
@@ -58,22 +60,88 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C] (or `out`)."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.is_meta and self.bare():
+            dtype = None if x.dtype == torch.float64 else lowered(x)
+            tensors = (x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+            with torch.autocast(x.device.type, enabled=False):
+                return _KeepingOne.apply(*(t.to(dtype or t.dtype) for t in tensors), self.act.approximate)
         out: Tensor = self.fc2(self.act(self.fc1(x)))
         return out
+
+    def bare(self) -> bool:
+        """Whether this is two plain linear layers around a GELU, which nobody replaced or listens to."""
+        layers = (self.fc1, self.fc2)
+        return type(self.act) is nn.GELU and all(type(m) is nn.Linear for m in layers) and unheard(self.act, *layers)
+
+    def fits(self, tokens: Tensor) -> bool:
+        """Whether `onto`, which knows no gradients, gives what the layers give: a GELU by tanh, one dtype."""
+        dtype = lowered(tokens) or self.fc1.weight.dtype
+        return self.bare() and self.act.approximate == "tanh" and tokens.dtype == dtype
 
     def onto(self, x: Tensor, tokens: Tensor) -> Tensor:
         """`tokens` [..., C] + the MLP of x without its last bias, in place: the products do bias, GELU and sum.
 
-        Without gradients, for a GELU by tanh, the one that the product's epilogue knows.
+        For tokens that `fits`.
         """
-        hidden = gelu_linear(x.flatten(0, -2), self.fc1)
-        tokens.flatten(0, -2).addmm_(hidden, self.fc2.weight.T)
+        tokens = tokens.contiguous()
+        first, bias, second = (t.to(tokens.dtype) for t in (self.fc1.weight, self.fc1.bias, self.fc2.weight))
+        hidden = gelu_linear(x.flatten(0, -2), first, bias)
+        tokens.flatten(0, -2).addmm_(hidden, second.T)
         return tokens
 
 
-def gelu_linear(x: Tensor, layer: nn.Linear) -> Tensor:
+def unheard(*modules: nn.Module) -> bool:
+    """Whether no hooks are set on modules whose work another function may then do."""
+    return not any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
+    )
+
+
+def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU (tanh) of a linear layer, x [M, C] -> [M, K]: in one launch where cuBLAS has the epilogue for it."""
     if x.is_cuda:
-        fused: Tensor = torch._addmm_activation(layer.bias, x, layer.weight.T, use_gelu=True)
+        fused: Tensor = torch._addmm_activation(bias, x, weight.T, use_gelu=True)
         return fused
-    return gelu(layer(x), approximate="tanh")
+    return gelu(linear(x, weight, bias), approximate="tanh")
+
+
+class _KeepingOne(torch.autograd.Function):
+    """linear(GELU(linear(x))) that keeps one hidden tensor for the backward, not two, and has two at once, not three.
+
+    The GELU is computed again: a pass over memory against a third of what a block keeps.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, approximate: str
+    ) -> Tensor:
+        """All of one dtype."""
+        hidden = linear(x, weight1, bias1)
+        ctx.approximate = approximate
+        ctx.save_for_backward(x, weight1, bias1, weight2, bias2, hidden)
+        return linear(gelu(hidden, approximate=approximate), weight2, bias2)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        """Differentiable again, by way of the plain layers."""
+        *tensors, hidden = ctx.saved_tensors
+        x, weight1, _, weight2, _ = tensors
+        needed, approximate = ctx.needs_input_grad, ctx.approximate
+        with torch.autocast(x.device.type, enabled=False):
+            if torch.is_grad_enabled():
+                plain = linear(gelu(linear(*tensors[:3]), approximate=approximate), *tensors[3:])
+                wanted = [t for t, need in zip(tensors, needed) if need]
+                found = iter(torch.autograd.grad(plain, wanted, dout, create_graph=True))
+                return *(next(found) if need else None for need in needed[:5]), None
+            d, hidden, rows = dout.flatten(0, -2), hidden.flatten(0, -2), x.flatten(0, -2)
+            # the activation lives for one product, before the gradient of the same size exists
+            dweight2 = d.T @ gelu(hidden, approximate=approximate) if needed[3] else None
+            dbias2 = d.sum(0) if needed[4] else None
+            if not any(needed[:3]):
+                return None, None, None, dweight2, dbias2, None
+            dhidden = d @ weight2
+            torch.ops.aten.gelu_backward.grad_input(dhidden, hidden, approximate=approximate, grad_input=dhidden)
+            dweight1 = dhidden.T @ rows if needed[1] else None
+            dbias1 = dhidden.sum(0) if needed[2] else None
+            dx = (dhidden @ weight1).view_as(x) if needed[0] else None
+        return dx, dweight1, dbias1, dweight2, dbias2, None
