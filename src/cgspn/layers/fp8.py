@@ -25,7 +25,7 @@ LARGEST = 448.0
 TINY = 1e-30  # of a row of zeros
 LONGER = 1 + 2.0**-4  # what rounding to four bits can add to the length of a token
 UNIT = 16  # widths must be multiples of this
-TILE = (128, 256, 128)  # rows, columns and depth of the Triton product: no registers spilled, 181 KB of shared memory
+COLUMNS = 256  # of a tile of the Triton products: with 128 rows no registers are spilled
 Products = Literal["library", "triton"]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -90,7 +90,7 @@ def fp8_activate(x: Tensor, scales: Tensor, act: str) -> Tensor:
     """The activation of x [M, K] in 8 bits of the scales [M, 1]."""
     if _no_kernels(x) is not None:
         wide = activated(x.float(), act)  # type: ignore[arg-type]
-        return (wide * scales.reciprocal()).clamp(-LARGEST, LARGEST).to(FP8)
+        return (wide * scales.reciprocal()).to(FP8)
     from . import fp8_kernels
 
     x = x.contiguous()
@@ -137,7 +137,9 @@ def _(x_shape, scales_shape, weight_shape, *args, out_shape=None, **kwargs) -> i
     return 2 * torch.Size(x_shape).numel() * weight_shape[0]
 
 
-def _product(x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, out: Tensor, **options: Any) -> None:
+def _product(
+    x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, out: Tensor, columns: int, **options: Any
+) -> None:
     """The kernel that multiplies and goes on: activates into `out`, or adds onto it."""
     reason = _no_kernels(x)
     if reason is not None:
@@ -146,7 +148,7 @@ def _product(x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, o
 
     from . import fp8_kernels
 
-    rows, columns, depth = TILE
+    rows, depth = 128, 128
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
     a = TensorDescriptor.from_tensor(x, [rows, depth])
     b = TensorDescriptor.from_tensor(weight, [columns, depth])
@@ -154,29 +156,39 @@ def _product(x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, o
     fp8_kernels.product[(programs,)](
         a, b, scales, weight_scales, options.pop("bias", None), options.pop("ahead", None), target,
         x.shape[0], weight.shape[0], x.shape[1],
-        ROWS=rows, COLUMNS=columns, DEPTH=depth, PROGRAMS=programs, num_warps=8, num_stages=3, **options,
+        ROWS=rows, COLUMNS=columns, DEPTH=depth, PROGRAMS=programs, num_warps=8, num_stages=3 if columns > 128 else 4,
+        **options,
     )  # fmt: skip
 
 
 @torch.library.custom_op("cgspn::fp8_linear_activate", mutates_args=())
 def fp8_linear_activate(
-    x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor, ahead: Tensor, act: str
+    x: Tensor,
+    scales: Tensor,
+    weight: Tensor,
+    weight_scales: Tensor,
+    bias: Tensor,
+    ahead: Tensor,
+    act: str,
+    columns: int = COLUMNS,
 ) -> Tensor:
     """`fp8_activate` of `fp8_linear` in one launch: the hidden tokens leave the chip as 8 bits alone."""
     out = x.new_empty(x.shape[0], weight.shape[0])
-    _product(x, scales, weight, weight_scales, out, bias=bias, ahead=ahead, ACT=act, ONTO=False)
+    _product(x, scales, weight, weight_scales, out, columns, bias=bias, ahead=ahead, ACT=act, ONTO=False)
     return out
 
 
 @fp8_linear_activate.register_fake
-def _(x, scales, weight, weight_scales, bias, ahead, act):  # type: ignore[no-untyped-def]
+def _(x, scales, weight, weight_scales, bias, ahead, act, columns=COLUMNS):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("cgspn::fp8_linear_onto", mutates_args=("tokens",))
-def fp8_linear_onto(tokens: Tensor, x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor) -> None:
+def fp8_linear_onto(
+    tokens: Tensor, x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, columns: int = COLUMNS
+) -> None:
     """tokens [M, N] += `fp8_linear` without a bias, in one launch."""
-    _product(x, scales, weight, weight_scales, tokens, ACT="", ONTO=True)
+    _product(x, scales, weight, weight_scales, tokens, columns, ACT="", ONTO=True)
 
 
 @register_flop_formula(torch.ops.cgspn.fp8_linear_activate)

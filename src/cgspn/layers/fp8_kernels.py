@@ -23,8 +23,7 @@ def _activated(x, ACT: tl.constexpr):
 
 @triton.jit
 def _eight_bits(x, inverse, kind):
-    scaled = x * inverse[:, None]
-    return tl.minimum(tl.maximum(scaled, -448.0), 448.0).to(kind)
+    return (x * inverse[:, None]).to(kind)  # scales leave room for every number: nothing to clamp
 
 
 @triton.jit(do_not_specialize=["rows", "steep", "offset"])
