@@ -160,13 +160,13 @@ def test_the_first_steps_do_not_explode(images, compression, optimizer):
     config = model_config("vit_mini_patch4_28", **(SMALL | {"width": 144}))
     teacher = build_dual(config, TextConfig(width=16, depth=1, heads=2), 16).eval()
     # a warm-up of as many steps as the recipe's is most of so short a run
-    stage1 = OptimConfig(steps=20, batch_size=16, learning_rate=3e-3, optimizer=optimizer, warmup=0.5)
-    stage2 = replace(stage1, learning_rate=1e-3)
+    stage1 = OptimConfig(steps=12, batch_size=32, learning_rate=3e-3, optimizer=optimizer, warmup=0.5)
+    stage2 = replace(stage1, learning_rate={"adamw": 1.5e-4, "muon": 2e-4}[optimizer])
     student = convert(teacher.image, compression=compression)
     histories = distil(teacher, student, images, DistillConfig(stage1=stage1, stage2=stage2))
     for history in histories:
-        # batches of 16 differ by a factor of 1.4 among themselves; an explosion is tens to hundreds
-        assert max(history.curve("total")) < 1.5 * history.curve("total")[0], history.title
+        # batches of 32 differ by some tenths among themselves; an explosion is tens to hundreds
+        assert max(history.curve("total")) < 1.3 * history.curve("total")[0], history.title
         assert history.curve("total")[-1] < history.curve("total")[0], history.title
 
 
