@@ -1,8 +1,13 @@
 """The batched Muon against PyTorch's own."""
 
+import copy
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from cgspn.distill import muon
 from cgspn.distill.muon import BatchedMuon, orthogonal
@@ -93,3 +98,21 @@ def test_a_snapshot_of_the_state_goes_on_as_if_nothing_had_happened():
             resumed.step()
         whole.step()
     assert all(torch.equal(a, b) for a, b in zip(weights, copies, strict=True))
+
+
+def test_sharded_matrices_take_the_step_of_pytorch(tmp_path):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        torch.manual_seed(0)
+        plain = nn.Linear(6, 5, bias=False)
+        sharded = copy.deepcopy(plain)
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        for module in (plain, sharded):
+            optimizer = Optimizers(BatchedMuon(module.parameters(), lr=0.02))
+            for step in range(2):
+                module(torch.randn(7, 6, generator=torch.Generator().manual_seed(step))).square().sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        torch.testing.assert_close(sharded.weight.full_tensor(), plain.weight, rtol=1e-3, atol=1e-5)
+    finally:
+        dist.destroy_process_group()
