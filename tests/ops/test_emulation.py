@@ -167,7 +167,7 @@ def test_projected_by_default(merge: str, monkeypatch: pytest.MonkeyPatch) -> No
         return [out.detach(), *torch.autograd.grad(out, inputs, dy)]
 
     check(run, want, torch.bfloat16)
-    assert calls == [(2, 7, 8, 2)] * len(SCHEDULES)
+    assert calls == [(2, 7, 8, 2)] * 2 * len(SCHEDULES)
 
 
 def test_projected_second_derivative_and_registration() -> None:

@@ -97,7 +97,8 @@ def projected_backward_op(
         check_chip(x, backward=True)
         grads: tuple[Tensor, Tensor, Tensor] = projected.backward(dy, x, weight, bias, mask, directions, merge_sum)
         return grads
-    return _backward_in_memory(dy, x, weight, bias, mask, directions, merge_sum, backend)
+    chip = _on_chip(parameters, backend, x, directions)
+    return _backward_in_memory(dy, x, weight, bias, mask, directions, merge_sum, backend, chip)
 
 
 def _backward_in_memory(
@@ -109,10 +110,17 @@ def _backward_in_memory(
     directions: Sequence[int],
     merge_sum: bool,
     backend: str,
+    chip: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     d, c = len(directions), x.shape[-1]
     made = split_parameters(linear(x, weight, bias), d)
-    dx, dlogits, dlam, du = backend_for(backend, x).backward(dy, x, *made, mask, directions, merge_sum)
+    if chip:  # the state at least is made there, without an output beside it
+        from .cuda import projected, scan
+
+        h = projected.state(x, weight, bias, mask, directions)
+        dx, dlogits, dlam, du = scan.backward_saved(dy, x, *made, mask, directions, merge_sum, h)
+    else:
+        dx, dlogits, dlam, du = backend_for(backend, x).backward(dy, x, *made, mask, directions, merge_sum)
     seen = x if mask is None else x.where(mask[..., None], 0)  # padding may hold anything
     seen, dx = seen.reshape(-1, c), dx.reshape(-1, c)
     # A product for each of the three: side by side in one map, as the projection made them, would cost a copy of all.

@@ -170,6 +170,16 @@ def forward(
     return y
 
 
+def state(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, directions: Directions) -> Tensor:
+    """The state h [B, H, W, D, C] of `forward`, in the dtype of x: what `scan.backward_saved` takes."""
+    x, weight = _aligned(x), _aligned(weight.contiguous())
+    bias = None if bias is None else _aligned(bias.contiguous())
+    h = scan.planes(x, directions)
+    inputs = (x, weight, bias, scan.mask_bytes(mask), h)
+    _run("projected_forward", inputs, ("bhwc", "kc", "c", "bhw", "bhwdc"), directions, _cut_for(x, directions), False)
+    return h
+
+
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -188,7 +198,6 @@ def backward(
     bias = None if bias is None else _aligned(bias.contiguous())
     (b, _, _, c), d = x.shape, len(directions)
     cut = cut or _cut_for(x, directions, backward=True)
-    first = _cut_for(x, directions)
     # the gradients of the parameters, and what reaches x past them, in one product with the weights
     identity = torch.eye(c, dtype=x.dtype, device=x.device).expand(d, 1, c, c)
     extended = torch.cat([weight.view(d, PARAMETERS, c, c), identity], 1).view(d * OUTPUTS * c, c)
@@ -201,8 +210,7 @@ def backward(
         inside = None if mask is None else scan.mask_bytes(mask[here])
         inputs: tuple[Tensor | None, ...] = (x[here], weight, bias, inside)
         dims = ("bhwc", "kc", "c", "bhw")
-        h = scan.planes(x[here], directions)
-        _run("projected_forward", (*inputs, h), (*dims, "bhwdc"), directions, first, gated=False)
+        h = state(x[here], weight, bias, None if mask is None else mask[here], directions)
         out = scan.empty((*x[here].shape[:3], d, OUTPUTS, c), x)
         _run(
             "projected_backward",
