@@ -27,7 +27,7 @@ class BatchedMuon(torch.optim.Muon):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all matrices that have a gradient; returns what `closure` does, if there is one."""
         if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
-            return super().step(closure)
+            return super().step(closure)  # type: ignore[no-untyped-call]
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -39,13 +39,13 @@ class BatchedMuon(torch.optim.Muon):
 
     def update(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
         """One step of matrices of one shape."""
-        gradients = [p.grad for p in matrices]
-        for p in matrices:
+        gradients = [p.grad for p in matrices if p.grad is not None]
+        for p, gradient in zip(matrices, gradients, strict=True):
             if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad, memory_format=torch.preserve_format)
+                self.state[p]["momentum_buffer"] = torch.zeros_like(gradient)
         momenta = [self.state[p]["momentum_buffer"] for p in matrices]
         torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        wanted = torch._foreach_lerp(gradients, momenta, group["momentum"]) if group["nesterov"] else momenta
+        wanted = list(torch._foreach_lerp(gradients, momenta, group["momentum"])) if group["nesterov"] else momenta
         steps = orthogonal(wanted, group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = matrices[0].shape
         ratio = 0.2 * max(rows, columns) ** 0.5
