@@ -59,7 +59,8 @@ def test_it_is_the_mlp_up_to_rounding(width_hidden, act):
         assert relative(y, plain(x)) < 0.06
         assert relative(y, exact) < 0.03  # of this, the hidden tokens' rounding
         tokens = torch.randn_like(x)
-        torch.testing.assert_close(mine.onto(x, tokens.clone()), tokens + y - mine.fc2.bias)
+        rounding = {"rtol": 2e-2, "atol": 3e-2} if GPU else {}  # there products come in bfloat16
+        torch.testing.assert_close(mine.onto(x, tokens.clone()), tokens + y - mine.fc2.bias, **rounding)
 
 
 def test_no_hidden_channel_leaves_the_range():
@@ -208,7 +209,7 @@ def test_kernel_of_the_product(rows, width, columns, act):
     )
     wanted = fp8.activated(exact + bias, act) / ahead
     if GPU:  # products of Hopper keep fewer bits of their sums
-        assert relative(out.float(), rounded(wanted)) < 0.01
+        assert relative(out.float(), rounded(wanted)) < 0.02
     else:
         same_up_to_ties(out, wanted.float())
 
@@ -231,8 +232,9 @@ def test_on_a_gpu_both_products_give_the_emulated_numbers(rows, act):
     with torch.no_grad():
         emulated = Fp8Mlp(plain).cpu()(x.cpu()).cuda()
         library, triton = Fp8Mlp(plain), Fp8Mlp(plain, "triton")
-        assert relative(library(x), emulated) < 0.01
-        assert relative(triton(x), emulated) < 0.02  # its GELU sees float32, the other's bfloat16
+        # hidden tokens that fall on the other side of a tie; all of 8 bits' own error is 0.04 to 0.05
+        assert relative(library(x), emulated) < 0.02
+        assert relative(triton(x), emulated) < 0.03  # its GELU sees float32, the other's bfloat16
         tokens = torch.zeros_like(x)
         for mlp in (library, triton):
-            assert relative(mlp.onto(x, tokens.clone()), emulated - mlp.fc2.bias) < 0.02
+            assert relative(mlp.onto(x, tokens.clone()), emulated - mlp.fc2.bias) < 0.03
