@@ -24,7 +24,8 @@ ATTENTION = {
 FLASH_PACKAGE = "attention, flash-attn package"
 OURS = "C-GSPN"
 PAPER = "C-GSPN, the paper's sub-layer"
-FUSED = "C-GSPN, fused pieces"
+PLAIN = "C-GSPN, plain pieces"
+FUSED = OURS  # the fused pieces are the default; the name by which other tables ask for them
 EPILOGUES = ", fused MLP"
 
 
@@ -72,10 +73,15 @@ class Contender:
             return out
 
 
-def propagation(shape: Shape, config: PropagationConfig | None = None, *, fused: bool = False) -> PropagationMixer:
+def propagation(shape: Shape, config: PropagationConfig | None = None) -> PropagationMixer:
     """A C-GSPN mixer of the shape's compression, or of any other settings."""
-    mixer = PropagationMixer(shape.width, config or PropagationConfig(compression=shape.compression))
-    mixer.pieces = "triton" if fused else "torch"
+    return PropagationMixer(shape.width, config or PropagationConfig(compression=shape.compression))
+
+
+def plain_pieces(shape: Shape) -> PropagationMixer:
+    """C-GSPN with PyTorch's own layers around the scan (and, in `build`, as its MLP)."""
+    mixer = propagation(shape)
+    mixer.pieces = "torch"
     return mixer
 
 
@@ -95,12 +101,15 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
         "GSPN": lambda: propagation(shape, GSPN),
         OURS: lambda: propagation(shape),
         PAPER: lambda: propagation(shape, paper_config(shape)),
-        FUSED: lambda: propagation(shape, fused=True),
+        PLAIN: lambda: plain_pieces(shape),
     }
     if kind not in mixers:
         raise ValueError(f"{name!r} is no contender; accepted: {', '.join(mixers)}")
     block = Block(shape.width, mixers[kind](), shape.hidden, "gelu_tanh", 1e-6, None).to(device, dtype)
-    block.epilogues = name.endswith(EPILOGUES) or name == FUSED
+    if name.endswith(EPILOGUES):
+        block.epilogues = True
+    elif name == PLAIN or name.startswith("attention"):
+        block.epilogues = False
     kernels = ATTENTION.get(kind)
     return Contender(name, block.eval(), (lambda: sdpa_kernel(kernels)) if kernels else nullcontext)
 
@@ -110,10 +119,10 @@ def names(device: torch.device) -> list[str]:
     found = list(ATTENTION) if device.type == "cuda" else ["attention, math", "attention, flash"]
     if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
         found.append(FLASH_PACKAGE)
-    fused = [FUSED] if device.type == "cuda" and importlib.util.find_spec("triton") is not None else []
     # the same MLP serves attention: what makes ours faster must not be what attention was denied
     same = ["attention, flash" + EPILOGUES] + (["attention, cuDNN" + EPILOGUES] if device.type == "cuda" else [])
-    return [*found, *same, "GSPN", PAPER, OURS, *fused]
+    plain = [PLAIN] if device.type == "cuda" else []  # elsewhere ours is that
+    return [*found, *same, "GSPN", PAPER, *plain, OURS]
 
 
 class SeparateNormalisation(PropagationMixer):

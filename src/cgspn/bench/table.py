@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..layers import Grid
-from .contenders import FUSED, OURS, Contender, Shape, build, names
+from .contenders import OURS, Contender, Shape, build, names
 from .machine import ceilings, describe, free
 from .results import write
 from .timing import medians
@@ -263,8 +263,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                     if (r["mode"], r["B"], r["mixer"]) == (mode, batch, name) and r[f"{part} ms"]
                 ]
                 if points:
-                    ours = name in (OURS, FUSED)
-                    ax.plot(*zip(*points), "o-", label=name, linewidth=2.4 if ours else 1.2)
+                    ax.plot(*zip(*points), "o-", label=name, linewidth=2.4 if name == OURS else 1.2)
             ax.set(xscale="log", yscale="log", xlabel="image size (px)", ylabel="ms")
             ax.set_title(f"{part}, {mode}, B = {batch}")
             ax.legend(fontsize=6)

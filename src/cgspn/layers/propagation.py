@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..ops import DIRECTIONS, fused, propagate_2d, propagate_2d_projected
 from .mixer import Grid, Mixer
-from .norm import RMSNorm
+from .mlp import unheard
+from .norm import RMSNorm, lowered
 
 EPS = 1e-6  # of the RMSNorms
 
@@ -87,7 +88,7 @@ class PropagationMixer(Mixer):
     Source: design, section 3.
 
     Attributes:
-        pieces: what runs around the scan, a backend of `cgspn.ops.fused`.
+        pieces: what runs around the scan, a backend of `cgspn.ops.fused`: "torch" for gradients of gradients.
     """
 
     pieces: Literal["auto", "triton", "torch"] = "auto"
@@ -151,38 +152,48 @@ class PropagationMixer(Mixer):
 
     def residual(self, tokens: Tensor, norm: nn.Module, scale: nn.Module, grid: Grid) -> Tensor:
         """As in `Mixer`; where the fused pieces run, norm + P_down and P_up + residual read the tokens once each."""
-        if not self.fuses(norm):
+        if not self.fuses(norm, scale, tokens):
             return super().residual(tokens, norm, scale, grid)
-        return fused.linear_residual(tokens, *self.before_up(tokens, norm, scale, grid), backend=self.pieces)
+        return fused.linear_residual(*self.before_up(tokens, norm, scale, grid), backend=self.pieces)
 
     def residual_norm(
         self, tokens: Tensor, norm: nn.Module, scale: nn.Module, grid: Grid, following: nn.Module, after: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As in `Mixer`, in the same launch as `residual`'s last where the fused pieces run."""
-        if not self.fuses(norm) or not isinstance(following, nn.LayerNorm):
+        """As in `Mixer`, at the end of `residual` where the fused pieces run."""
+        if not self.fuses(norm, scale, tokens) or not isinstance(following, nn.LayerNorm):
             return super().residual_norm(tokens, norm, scale, grid, following, after)
         affine = (following.weight, following.bias, following.eps)
         parts = self.before_up(tokens, norm, scale, grid)
-        return fused.linear_residual_norm(tokens, *parts, affine, after, backend=self.pieces)
+        return fused.linear_residual_norm(*parts, affine, after, backend=self.pieces)
 
     def before_up(
         self, tokens: Tensor, norm: nn.LayerNorm, scale: nn.Module, grid: Grid
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, float]:
-        """Everything up to P_up: the merged directions and what `fused.linear_residual` makes of them."""
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, float]:
+        """Everything up to P_up: tokens, the merged directions and what `fused.linear_residual` makes of them."""
         _check_grid(tokens, grid)
         down, up = self.down, self.up
         assert isinstance(down, nn.Linear)
-        latent = fused.norm_linear(
+        latent, tokens = fused.norm_linear_past(
             tokens, norm.weight, norm.bias, down.weight, down.bias, norm.eps, backend=self.pieces
         )
         _, y = self.scan(latent, grid)
-        return y, gain_of(self.merge_norm), up.weight, up.bias, getattr(scale, "gamma", None), EPS
+        return tokens, y, gain_of(self.merge_norm), up.weight, up.bias, getattr(scale, "gamma", None), EPS
 
-    def fuses(self, norm: nn.Module) -> TypeGuard[nn.LayerNorm]:
-        """Whether the fused pieces are wanted, and the sub-layer holds nothing but what they know."""
+    def fuses(self, norm: nn.Module, scale: nn.Module, tokens: Tensor) -> TypeGuard[nn.LayerNorm]:
+        """Whether the fused pieces are wanted, and the sub-layer holds nothing but what they know.
+
+        "auto" wants them where they suit the tokens and stand for plain layers that nobody listens to.
+        """
         config = self.config
         shell = config.projections or config.inner_residual or config.expansion != 1 or config.compression is None
-        return self.pieces == "triton" and not shell and isinstance(norm, nn.LayerNorm)
+        known = not shell and isinstance(norm, nn.LayerNorm)
+        known = known and (isinstance(scale, nn.Identity) or hasattr(scale, "gamma"))
+        if self.pieces != "auto" or not known:
+            return self.pieces == "triton" and known
+        plain = type(self.down) is nn.Linear and type(self.up) is nn.Linear
+        parts = (self, norm, scale, self.down, self.up, self.merge_norm)
+        kept = lowered(tokens) in (None, tokens.dtype)  # not to run in more precision than autocast would
+        return plain and kept and unheard(*parts) and fused.suits(tokens, self.up.in_features)
 
     def scan(self, latent: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """latent [B, h*w, Cc] -> what is scanned [B, h*w, Cc], and the merged directions before their norm."""

@@ -4,6 +4,14 @@ What layers call (pieces.py), definitions in plain PyTorch (definition.py), Trit
 registration (library.py).
 """
 
-from .pieces import linear_residual, linear_residual_norm, local_norm, norm_linear, norm_linear_past, why_not
+from .pieces import linear_residual, linear_residual_norm, local_norm, norm_linear, norm_linear_past, suits, why_not
 
-__all__ = ["linear_residual", "linear_residual_norm", "local_norm", "norm_linear", "norm_linear_past", "why_not"]
+__all__ = [
+    "linear_residual",
+    "linear_residual_norm",
+    "local_norm",
+    "norm_linear",
+    "norm_linear_past",
+    "suits",
+    "why_not",
+]

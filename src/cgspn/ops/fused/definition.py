@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, layer_norm, linear, rms_norm
 
@@ -43,14 +42,3 @@ def linear_residual(
     normal = y if gain is None else rms_norm(y, y.shape[-1:], gain.to(y.dtype), eps)
     branch = linear(normal.to(dtype), weight.to(dtype), bias.to(dtype))
     return residual + (branch if scale is None else branch * scale.to(dtype))
-
-
-def rms_norm_backward(dn: Tensor, y: Tensor, gain: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Gradients of RMSNorm to y [..., K] and gain [K], in float32, from that of its output."""
-    wide = torch.promote_types(y.dtype, torch.float32)
-    y, dn = y.to(wide), dn.to(wide)
-    inverse = (y.square().mean(-1, keepdim=True) + eps).rsqrt()
-    unit = y * inverse
-    dunit = dn * gain.to(wide)
-    dy = inverse * (dunit - unit * (dunit * unit).mean(-1, keepdim=True))
-    return dy, (dn * unit).flatten(0, -2).sum(0)

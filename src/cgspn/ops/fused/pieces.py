@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from . import definition
 from .library import NormLinearPast, linear_residual_norm_op, linear_residual_op, local_norm_op, norm_linear_op
 
 LATENT_MOST = 512  # channels that stay on the chip for a tile of rows
+ROOM = 140 << 10  # bytes of shared memory that a tile of that many channels wants
 
 
 def why_not(x: Tensor, latent: int) -> str | None:
@@ -21,12 +24,29 @@ def why_not(x: Tensor, latent: int) -> str | None:
     return backends.why_not("triton", x)
 
 
+def suits(x: Tensor, latent: int) -> bool:
+    """Whether "auto" runs the kernels on tokens `x` and a latent of so many channels.
+
+    In 16 bits on GPUs with the shared memory of data centres, for which the tiles are made. Traced programs keep the
+    definition, which every exporter and compiler knows.
+    """
+    if not x.is_cuda or torch.compiler.is_compiling() or x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return _roomy(x.device) and why_not(x, latent) is None
+
+
+@functools.cache
+def _roomy(device: torch.device) -> bool:
+    shared: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    return torch.version.hip is None and shared >= ROOM
+
+
 def _fused(backend: str, x: Tensor, latent: int) -> bool:
     """Whether the kernels run. Raises ValueError for an unknown backend, RuntimeError for one that cannot run."""
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend is {backend!r}; accepted: 'auto', 'triton', 'torch'")
     if backend != "triton":
-        return False  # "auto" waits for a measurement on a GPU
+        return backend == "auto" and suits(x, latent)
     # a traced program cannot look for modules; what cannot run says so when it is called
     reason = None if torch.compiler.is_compiling() else why_not(x, latent)
     if reason is not None:
@@ -43,7 +63,8 @@ def norm_linear(
         x: tokens [..., C].
         gain, shift: of the LayerNorm, [C]. weight [K, C], bias [K]: of the linear layer. Any floating dtype each.
         eps: of the LayerNorm.
-        backend: "torch" (the definition), "triton", or "auto": the definition, until the kernels are measured.
+        backend: "torch" (the definition), "triton", or "auto": the kernels where they `suits`, else the definition.
+            The kernels have gradients, but not those of gradients.
 
     Raises ValueError for an unknown backend, RuntimeError for one that cannot run.
     Source: design, section 5 (about 1 ms of 1.69 in the sub-layer is avoidable traffic).
