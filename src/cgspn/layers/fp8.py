@@ -73,9 +73,10 @@ def fp8_rows(x: Tensor, steep: float, offset: float) -> tuple[Tensor, Tensor, Te
     scales, ahead = (x.new_empty(rows, 1, dtype=torch.float32) for _ in range(2))
     wide = 1 << (width - 1).bit_length()
     tile = max(1, 4096 // wide)
-    fp8_kernels.quantize_rows[((rows + tile - 1) // tile,)](
-        x, values, scales, ahead, rows, width, steep, offset, ROWS=tile, CHANNELS=wide, num_warps=4
-    )
+    with torch.cuda.device(x.device):
+        fp8_kernels.quantize_rows[((rows + tile - 1) // tile,)](
+            x, values, scales, ahead, rows, width, steep, offset, ROWS=tile, CHANNELS=wide, num_warps=4
+        )
     return values, scales, ahead
 
 
@@ -96,9 +97,10 @@ def fp8_activate(x: Tensor, scales: Tensor, act: str) -> Tensor:
     x = x.contiguous()
     rows, width = x.shape
     out = torch.empty_like(x, dtype=FP8)
-    fp8_kernels.activate[((rows + 7) // 8, (width + 511) // 512)](
-        x, scales, out, rows, width, ROWS=8, CHANNELS=512, ACT=act, num_warps=4
-    )
+    with torch.cuda.device(x.device):
+        fp8_kernels.activate[((rows + 7) // 8, (width + 511) // 512)](
+            x, scales, out, rows, width, ROWS=8, CHANNELS=512, ACT=act, num_warps=4
+        )
     return out
 
 
@@ -155,12 +157,13 @@ def _product(
     a = TensorDescriptor.from_tensor(x, [rows, depth])
     b = TensorDescriptor.from_tensor(weight, [columns, depth])
     target = out if options["ONTO"] else TensorDescriptor.from_tensor(out, [rows, columns])
-    fp8_kernels.product[(programs,)](
-        a, b, scales, weight_scales, options.pop("bias", None), options.pop("ahead", None), target,
-        x.shape[0], weight.shape[0], x.shape[1],
-        ROWS=rows, COLUMNS=columns, DEPTH=depth, PROGRAMS=programs, num_warps=8, num_stages=3 if columns > 128 else 4,
-        **options,
-    )  # fmt: skip
+    sizes = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "PROGRAMS": programs}
+    with torch.cuda.device(x.device):
+        fp8_kernels.product[(programs,)](
+            a, b, scales, weight_scales, options.pop("bias", None), options.pop("ahead", None), target,
+            x.shape[0], weight.shape[0], x.shape[1],
+            **sizes, **options, num_warps=8, num_stages=3 if columns > 128 else 4,
+        )  # fmt: skip
 
 
 @torch.library.custom_op("cgspn::fp8_linear_activate", mutates_args=())
