@@ -1,6 +1,7 @@
 """The batched Muon against PyTorch's own."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from cgspn.distill import muon
+import cgspn
+from cgspn.distill import OptimConfig, muon
 from cgspn.distill.muon import BatchedMuon, orthogonal
-from cgspn.distill.optimizers import Optimizers
+from cgspn.distill.optimizers import Optimizers, build_optimizer
+from cgspn.distill.tasks import Task
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -73,6 +76,32 @@ def test_singular_values_come_near_one(shape):
     assert 0.4 < float(values.min()) < float(values.max()) < 1.4
     zero = orthogonal([torch.zeros(shape, device=DEVICE)], (3.4445, -4.7750, 2.0315), 5, 1e-7)
     assert not zero.any()
+
+
+def test_the_patch_embedding_has_a_rate_of_its_own():
+    class Student(Task):
+        def __init__(self):
+            super().__init__()
+            self.student = cgspn.create_model("cgspn_mini_patch4_28", mixers=("propagation",))
+
+        def parameter_groups(self):
+            inherited = [p for name, p in self.named_parameters() if "mixer" not in name]
+            return [p for name, p in self.named_parameters() if "mixer" in name], inherited
+
+    task = Student()
+    weight = task.student.patch_embed.projection.weight
+
+    def rates(config):
+        optimizer = build_optimizer(task, replace(config, learning_rate=0.1, inherited_rate=0.5))
+        found = {p: group["peak"] for group in optimizer.param_groups for p in group["params"]}
+        assert found.keys() == set(task.parameters())
+        assert {rate for p, rate in found.items() if p is not weight} == {0.1, 0.05}
+        return found[weight]
+
+    for kind in ("adamw", "muon"):
+        assert rates(OptimConfig(optimizer=kind)) == 0.05
+        assert rates(OptimConfig(optimizer=kind, embedding_rate=0.2)) == pytest.approx(0.01)
+        assert rates(OptimConfig(optimizer=kind, embedding_rate=0)) == 0
 
 
 def test_a_snapshot_of_the_state_goes_on_as_if_nothing_had_happened():

@@ -17,6 +17,9 @@ class OptimConfig:
             the rest by AdamW. Muon gets further in the same steps; it costs a few matrix products a weight and step.
         learning_rate: peak, of fresh weights; reached by a linear warm-up, then a cosine to zero.
         inherited_rate: factor on the learning rate of weights that come from the teacher.
+        embedding_rate: factor on that of the patch embedding; 0 leaves it as it is. The pixels of a patch are much
+            alike, so that steps of one sign add up over all of them: in a student that inherits it, one step of AdamW
+            at 2e-4 undoes what stage 1 has learned, where the same step of all other weights is harmless.
         weight_decay: of matrices; vectors and scalars have none.
         warmup: share of the steps.
         clip: largest norm of the gradient.
@@ -33,6 +36,7 @@ class OptimConfig:
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 1e-3
     inherited_rate: float = 1.0
+    embedding_rate: float = 1.0
     weight_decay: float = 0.01
     warmup: float = 0.1
     clip: float = 1.0

@@ -13,6 +13,7 @@ from .muon import BatchedMuon
 from .tasks import Task
 
 BETAS = (0.9, 0.98)
+EMBEDDING = "patch_embed.projection.weight"
 
 
 class Optimizers:
@@ -54,13 +55,17 @@ def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:
     """Optimisers over fresh and inherited parameters, each split by whether they are matrices, which alone decay."""
     matrices: list[dict[str, Any]] = []
     rest: list[dict[str, Any]] = []
+    slow = config.embedding_rate != 1
+    embedding = {p for name, p in task.named_parameters() if slow and EMBEDDING in name}
     for parameters, factor in zip(task.parameter_groups(), (1.0, config.inherited_rate), strict=True):
-        rate = config.learning_rate * factor
+        peak = config.learning_rate * factor
         learned = [p for p in parameters if p.requires_grad]
-        for groups, decay, chosen in (
-            (matrices, config.weight_decay, [p for p in learned if p.ndim == 2]),
-            (rest, config.weight_decay, [p for p in learned if p.ndim > 2]),
-            (rest, 0.0, [p for p in learned if p.ndim < 2]),
+        others = [p for p in learned if p not in embedding]
+        for groups, rate, decay, chosen in (
+            (matrices, peak, config.weight_decay, [p for p in others if p.ndim == 2]),
+            (rest, peak, config.weight_decay, [p for p in others if p.ndim > 2]),
+            (rest, peak, 0.0, [p for p in others if p.ndim < 2]),
+            (rest, peak * config.embedding_rate, config.weight_decay, [p for p in learned if p in embedding]),
         ):
             if chosen:
                 groups.append({"params": chosen, "lr": rate, "peak": rate, "weight_decay": decay})
