@@ -89,7 +89,7 @@ def fused_piece(kernel: Any, constants: dict[str, Any], warps: int, stages: int,
     found = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     if found.metadata.shared > SHARED[architecture]:
         raise SystemExit(f"{kernel.fn.__name__} wants {found.metadata.shared} bytes of shared memory: {constants}")
-    if spilled(found):
+    if spilled(found) > 16:  # an address or two
         raise SystemExit(f"{kernel.fn.__name__} keeps {spilled(found)} bytes of a thread in memory: {constants}")
     return found
 

@@ -64,7 +64,9 @@ class Mlp(nn.Module):
             dtype = None if x.dtype == torch.float64 else lowered(x)
             tensors = (x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
             with torch.autocast(x.device.type, enabled=False):
-                return _KeepingOne.apply(*(t.to(dtype or t.dtype) for t in tensors), self.act.approximate)
+                ready = [t.to(dtype or t.dtype) for t in tensors]
+                kept: Tensor = _KeepingOne.apply(*ready, self.act.approximate)  # type: ignore[no-untyped-call]
+                return kept
         out: Tensor = self.fc2(self.act(self.fc1(x)))
         return out
 

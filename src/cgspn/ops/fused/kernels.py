@@ -142,7 +142,9 @@ def linear_residual_forward(
     With NEXT (a program has all channels) the offset holds `after`, and normal = LayerNorm(out - after) is made of what
     the program has just written, while that is in the cache. EVEN: C is a multiple of CHANNELS.
     """
-    m = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    # programs of the same rows run side by side: they read the same y
+    parts = tl.cdiv(C, share)
+    m = (tl.program_id(0) // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, LATENT)
     inside = m < rows
     latent = tl.load(y + m[:, None] * K + k[None, :], mask=inside[:, None] & (k < K)[None, :], other=0)
@@ -152,7 +154,7 @@ def linear_residual_forward(
     if NEXT:
         pilot = tl.load(residual + m * C, mask=inside, other=0).to(tl.float32)  # as in norm_linear_forward
         total, squares = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
-    begin = tl.program_id(0) * share
+    begin = tl.program_id(0) % parts * share
     # with its own number of stages a loop fetches all that it reads ahead, not only the operands of the product
     for first in tl.range(begin, tl.minimum(begin + share, C), CHANNELS, num_stages=STAGES):
         c = first + tl.arange(0, CHANNELS)

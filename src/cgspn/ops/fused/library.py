@@ -16,6 +16,10 @@ def _tile(size: int, least: int = 16) -> int:
     return max(least, 1 << (size - 1).bit_length())
 
 
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def _rows(count: int) -> int:
     """Rows of a tile: enough programs for a whole GPU come before large tiles."""
     return 64 if count >= 64 * PARTS else 32 if count >= 32 * PARTS else 16
@@ -110,7 +114,7 @@ def norm_linear_backward_op(
 
 @norm_linear_backward_op.register_fake
 def _(dout, past, x, out, gain, shift, weight, bias, means, inverses):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty_like(t) for t in (x, gain, shift, weight, bias))
+    return tuple(_like(t) for t in (x, gain, shift, weight, bias))
 
 
 def _norm_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -187,14 +191,14 @@ def _onto(
     rows, wide = residual.numel() // channels, _tile(latent)
     # y in at most 64 KB. All programs read all weights: where rows are many, more of them share what is read
     most = max(16, (1 << 16) // (wide * y.dtype.itemsize))
-    tile = min(128 if rows >= 128 * PARTS else 64, most)
+    tile = min(128 if rows >= 128 * PARTS and y.dtype.itemsize < 4 else 64, most)
     chunk = _channels(latent, y.dtype, (1 << 14) if tile == 128 else (1 << 15))
     programs, chunks = (rows + tile - 1) // tile, (channels + chunk - 1) // chunk
     # where rows are few, a program has some of the channels, and the norm of whole rows is a launch of its own
     parts = max(1, min(chunks, PARTS // programs))
     share = (chunks + parts - 1) // parts * chunk
     whole = following is not None and parts == 1
-    kernels.linear_residual_forward[((channels + share - 1) // share, programs)](
+    kernels.linear_residual_forward[(programs * ((channels + share - 1) // share),)](
         residual, y, folded, offset, out, normal, normal_gain, normal_shift, after,
         rows, channels, latent, share, eps, normal_eps,
         ROWS=tile, LATENT=wide, CHANNELS=chunk, STAGES=2, NORM=gain is not None, NEXT=whole,
@@ -238,12 +242,12 @@ def linear_residual_norm_op(
 
 @linear_residual_norm_op.register_fake
 def _(residual, y, gain, weight, bias, scale, eps, normal_gain, normal_shift, after, normal_eps):  # type: ignore[no-untyped-def]
-    return torch.empty_like(residual), torch.empty_like(residual)
+    return _like(residual), _like(residual)
 
 
 @linear_residual_op.register_fake
 def _(residual, y, gain, weight, bias, scale, eps):  # type: ignore[no-untyped-def]
-    return torch.empty_like(residual)
+    return _like(residual)
 
 
 def _rms_backward(
@@ -297,9 +301,8 @@ def linear_residual_backward_op(
 @linear_residual_backward_op.register_fake
 def _(dout, y, gain, weight, bias, scale, eps):  # type: ignore[no-untyped-def]
     empty = weight.new_empty(0, dtype=torch.float32)
-    dgain, dscale = (empty.clone() if t is None else torch.empty_like(t) for t in (gain, scale))
-    dy = torch.empty_like(y, memory_format=torch.contiguous_format)
-    return dy, dgain, torch.empty_like(weight), torch.empty_like(bias), dscale
+    dgain, dscale = (empty.clone() if t is None else _like(t) for t in (gain, scale))
+    return _like(y), dgain, _like(weight), _like(bias), dscale
 
 
 def _linear_residual_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -407,13 +410,23 @@ def _(x_shape, gain_shape, shift_shape, weight_shape, *args, out_shape=None, **k
 
 
 @register_flop_formula(torch.ops.cgspn.norm_linear_backward)
-def _(dout_shape, x_shape, out_shape_, gain_shape, shift_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return 4 * torch.Size(x_shape).numel() * weight_shape[0]
+def _(dout_shape, past_shape, x_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 4 * torch.Size(x_shape).numel() * dout_shape[-1]
 
 
 @register_flop_formula(torch.ops.cgspn.linear_residual)
 def _(residual_shape, y_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
     return 2 * torch.Size(residual_shape).numel() * y_shape[-1]
+
+
+@register_flop_formula(torch.ops.cgspn.linear_residual_norm)
+def _(residual_shape, y_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 2 * torch.Size(residual_shape).numel() * y_shape[-1]
+
+
+@register_flop_formula(torch.ops.cgspn.linear_residual_backward)
+def _(dout_shape, y_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return 4 * torch.Size(dout_shape).numel() * y_shape[-1]
 
 
 @register_flop_formula(torch.ops.cgspn.local_norm)

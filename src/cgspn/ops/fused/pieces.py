@@ -12,7 +12,7 @@ from . import definition
 from .library import NormLinearPast, linear_residual_norm_op, linear_residual_op, local_norm_op, norm_linear_op
 
 LATENT_MOST = 512  # channels that stay on the chip for a tile of rows
-ROOM = 140 << 10  # bytes of shared memory that a tile of that many channels wants
+ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))  # GPUs with the 140 KB of shared memory that such a tile wants
 
 
 def why_not(x: Tensor, latent: int) -> str | None:
@@ -27,7 +27,7 @@ def why_not(x: Tensor, latent: int) -> str | None:
 def suits(x: Tensor, latent: int) -> bool:
     """Whether "auto" runs the kernels on tokens `x` and a latent of so many channels.
 
-    In 16 bits on GPUs with the shared memory of data centres, for which the tiles are made. Traced programs keep the
+    In 16 bits on GPUs with the shared memory of data centres, as the tiles are made for those. Traced programs keep the
     definition, which every exporter and compiler knows.
     """
     if not x.is_cuda or torch.compiler.is_compiling() or x.dtype not in (torch.float16, torch.bfloat16):
@@ -37,8 +37,7 @@ def suits(x: Tensor, latent: int) -> bool:
 
 @functools.cache
 def _roomy(device: torch.device) -> bool:
-    shared: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    return torch.version.hip is None and shared >= ROOM
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) in ROOMY
 
 
 def _fused(backend: str, x: Tensor, latent: int) -> bool:
@@ -84,7 +83,7 @@ def norm_linear_past(
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _fused(backend, x, weight.shape[0]):
         return norm_linear(x, gain, shift, weight, bias, eps, backend=backend), x
-    both: tuple[Tensor, Tensor] = NormLinearPast.apply(x, gain, shift, weight, bias, eps)
+    both: tuple[Tensor, Tensor] = NormLinearPast.apply(x, gain, shift, weight, bias, eps)  # type: ignore[no-untyped-call]
     return both
 
 
