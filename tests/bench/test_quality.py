@@ -88,7 +88,7 @@ def test_the_command_writes_its_files_and_goes_on(study, tmp_path, monkeypatch):
     assert "± " in (tmp_path / "quality.md").read_text()
     assert (tmp_path / "quality.png").stat().st_size > 1000
     with pytest.raises(SystemExit):  # other settings do not mix with these
-        command("--stage2-rate", "1e-3")
+        command("--stage2-rate", "1e-4")
     assert len(calls) == 4
 
 
@@ -107,26 +107,30 @@ def test_a_row_changes_the_stage_that_it_names(study, monkeypatch):
     config = QualityConfig(study / "photos.tar", **SMALL)
     data = quality.load_study(config, teacher, CPU)
     assert data.scenes is None
-    seen = []
+    seen, weights = [], []
 
     def untrained(teacher, student, images, settings):
         seen.append((settings.stage1, settings.stage2))
+        weights.append(settings.loss.output)
         return [SimpleNamespace(steps=[{"block 0": 0.5, "total": 2.0}], curve=lambda _: [2.0, 3.0])]
 
     monkeypatch.setattr(quality, "distil", untrained)
-    for name in ("C-GSPN", "C-GSPN, AdamW", "stage 2 rate x 3", "inherited rate / 3", "- stage 1"):
+    for name in ("C-GSPN", "C-GSPN, AdamW", "stage 2 rate x 3", "inherited rate / 3", "- stage 1", "pooled x 20"):
         found = run_row(ROWS[name], teacher, data, config, 0)
         assert found["stage 2 rise"] == 1.5
         assert ("cosine after stage 1" in found) == (name != "- stage 1")
     first = [one for one, other in seen if not other.steps]
     second = [other for _, other in seen if other.steps]
     assert [(o.steps, o.learning_rate, o.optimizer, o.inherited_rate) for o in first] == [
-        (2, 5e-3, "muon", 1), (2, 3e-3, "adamw", 1), (2, 5e-3, "muon", 1), (2, 5e-3, "muon", 1)
+        (2, 5e-3, "muon", 1), (2, 3e-3, "adamw", 1), (2, 5e-3, "muon", 1), (2, 5e-3, "muon", 1),
+        (2, 5e-3, "muon", 1),
     ]  # fmt: skip
     assert [(o.steps, o.learning_rate, o.optimizer, o.inherited_rate) for o in second] == [
         (3, 2e-4, "muon", 1), (3, 1.5e-4, "adamw", 1), (3, pytest.approx(6e-4), "muon", 1), (3, 2e-4, "muon", 1 / 3),
-        (5, 2e-4, "muon", 1),
+        (5, 2e-4, "muon", 1), (3, 2e-4, "muon", 1),
     ]  # fmt: skip
+    assert {o.embedding_rate for o in first + second} == {0}
+    assert weights[-3:] == [0.05, 1, 1]
 
 
 def test_the_summary_is_the_mean_and_half_the_range(tmp_path):

@@ -46,7 +46,10 @@ class QualityConfig:
         held_out: photographs for testing, the last ones of a fixed shuffle.
         stage1_steps, stage2_steps, batch_size: the budget, the same for every row.
         optimizer, stage1_rate, stage2_rate: the recipe of the rows that do not name another. Stage 2 begins with what
-            stage 1 has learned: at the rate of stage 1 it loses that, and does not get it back in so few steps.
+            stage 1 has learned, and loses it at too high a rate.
+        embedding_rate: as in `OptimConfig`.
+        output: weight of the pooled vector's error. A teacher that pools by a class token leaves the student with a
+            fresh head, whose gradient, at a weight of 1, costs the tokens that are measured here.
         compile: compile the blocks, as in `ComputeConfig`; some minutes at the first row.
         seeds: how many runs of each row.
         rows: which rows; empty for all.
@@ -63,6 +66,8 @@ class QualityConfig:
     optimizer: Literal["adamw", "muon"] = "muon"
     stage1_rate: float = 5e-3
     stage2_rate: float = 2e-4
+    embedding_rate: float = 0.0
+    output: float = 0.05
     compile: bool = False
     seeds: tuple[int, ...] = (0, 1)
     rows: tuple[str, ...] = ()
@@ -75,7 +80,8 @@ class Row:
     Args:
         compression, keep_attention, propagation: as in `convert`; attention: the ViT-to-ViT baseline instead.
         stage1: False gives its steps to stage 2.
-        loss, optim: changes to the losses and to both optimisations; first, second: to that of one stage alone.
+        loss: of stage 2; its output is a factor on that of the study.
+        optim: changes to both optimisations; first, second: to that of one stage alone.
         rates: both peak learning rates, None for those of the study.
         faster: factor on the rate of stage 2.
     """
@@ -117,8 +123,9 @@ ROWS: dict[str, Row] = {
     "ViT, stage 2 rate / 3": Row(attention=True, faster=1 / 3),
     "stage 2 rate x 3": Row(faster=3),
     "stage 2 rate / 3": Row(faster=1 / 3),
+    "embedding at the full rate": Row(second=(("embedding_rate", 1.0),)),
     "inherited rate / 3": Row(second=(("inherited_rate", 1 / 3),)),
-    "pooled / 10": Row(loss=LossConfig(output=0.1)),
+    "pooled x 20": Row(loss=LossConfig(output=20)),
 }
 
 
@@ -235,7 +242,7 @@ def run_row(row: Row, teacher: Encoder, data: StudyData, config: QualityConfig, 
     stages = [
         replace(
             OptimConfig(steps=n, batch_size=config.batch_size, learning_rate=rate, seed=seed),
-            **{"optimizer": config.optimizer, **change},
+            **{"optimizer": config.optimizer, "embedding_rate": config.embedding_rate, **change},
         )
         for n, rate, change in zip(steps, (first, second * row.faster), changes)
     ]
@@ -245,7 +252,7 @@ def run_row(row: Row, teacher: Encoder, data: StudyData, config: QualityConfig, 
         image_size=config.size,
         stage1=stages[0],
         stage2=replace(stages[1], steps=0),
-        loss=row.loss,
+        loss=replace(row.loss, output=config.output * row.loss.output),
         compute=ComputeConfig("bfloat16" if gpu else "float32", compile=config.compile, capture=gpu),
     )
     after: dict[str, float] = {}

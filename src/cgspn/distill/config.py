@@ -136,7 +136,7 @@ class HighResConfig:
 
     sizes: tuple[int, ...] = ()
     teacher: Literal["previous", "original", "none"] = "previous"
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(steps=100, learning_rate=3e-4))
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(steps=100, learning_rate=3e-4, embedding_rate=0))
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class DistillConfig:
     keep_attention: int = 0
     image_size: int | None = None
     stage1: OptimConfig = field(default_factory=lambda: OptimConfig(steps=60, learning_rate=3e-3))
-    stage2: OptimConfig = field(default_factory=lambda: OptimConfig(steps=120, learning_rate=1e-3))
+    stage2: OptimConfig = field(default_factory=lambda: OptimConfig(steps=120, learning_rate=1e-3, embedding_rate=0))
     learn_positions: bool = True
     loss: LossConfig = field(default_factory=LossConfig)
     highres: HighResConfig = field(default_factory=HighResConfig)
