@@ -123,3 +123,12 @@ def test_an_exported_program_holds_the_projection_and_the_scan() -> None:
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert "aten.linear.default" in called
     assert not any("projected" in name for name in called)
+
+
+def test_under_checkpointing_what_is_saved_is_unpacked_once() -> None:
+    x, weight, bias = torch.randn(1, 3, 4, 8), torch.randn(160, 8) / 8, torch.randn(160)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+    plain = torch.autograd.grad(propagate_2d_projected(*leaves).square().sum(), leaves)
+    y = torch.utils.checkpoint.checkpoint(propagate_2d_projected, *leaves, use_reentrant=False)
+    for mine, want in zip(torch.autograd.grad(y.square().sum(), leaves), plain, strict=True):
+        assert torch.equal(mine, want)

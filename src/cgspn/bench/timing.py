@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+LEAD = 2_000_000  # cycles, about a millisecond, that the device is kept busy while the host launches what is timed
+
 
 def captured(function: Callable[[], object], repeats: int) -> Callable[[], None]:
     """`repeats` calls of `function` as one CUDA graph: what is left is the time of the device."""
@@ -28,6 +30,7 @@ def _once(run: Callable[[], object]) -> float:
         run()
         return 1e3 * (time.perf_counter() - began)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(LEAD)
     start.record()
     run()
     end.record()
@@ -41,6 +44,8 @@ def medians(
     """Median milliseconds of one call of each function, timed in turn `rounds` times.
 
     Each timing covers as many calls as take about `target_ms`; with `graph` they are replayed from one CUDA graph.
+    Without, the host begins to launch a millisecond before the clock starts, as it does in the midst of a longer run:
+    the first launch of a step is not counted, what the host is slower at than the device still is.
     On a machine without a GPU the clock is the host's, and there are no graphs. Raises whatever a function raises.
     """
     runs: dict[str, tuple[Callable[[], object], int]] = {}

@@ -146,8 +146,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    dx, dweight, dbias = projected_backward_op(dy, *ctx.saved_tensors, *ctx.rest)
-    return dx, dweight, None if ctx.saved_tensors[2] is None else dbias, *[None] * 5
+    saved = ctx.saved_tensors  # once: what is recomputed under checkpointing can be unpacked only once
+    dx, dweight, dbias = projected_backward_op(dy, *saved, *ctx.rest)
+    return dx, dweight, None if saved[2] is None else dbias, *[None] * 5
 
 
 projected_op.register_autograd(_backward, setup_context=_setup)
