@@ -33,7 +33,6 @@ BACKWARD = {"NORMALISE": True, "MASKED": True}
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
 # kernels around the scan: tiles, warps, stages, as library.py launches them for bf16 tokens of 1152 channels
 TOKENS = ("x", "out", "dout", "dx", "dy_", "residual", "y", "normal", "folded", "past", "scaled", "dn", "dy", "unit")
-LARGE = {"ROWS": 128, "LATENT": 256, "CHANNELS": 32, "STAGES": 2}
 FUSED: list[tuple[Any, dict[str, Any], int, int]] = [
     (fused.norm_linear_fold, {"CHANNELS": 2048}, 4, 3),
     *(
@@ -48,15 +47,14 @@ FUSED: list[tuple[Any, dict[str, Any], int, int]] = [
     ),
     (fused.linear_residual_fold, {"CHANNELS": 16, "LATENT": 512, "NORM": True, "SCALE": True, "NEXT": True}, 4, 3),
     *(
-        (fused.linear_residual_forward, sizes | {"NORM": True, "NEXT": following, "EVEN": even}, warps, 3)
-        for sizes, warps in (
-            (LARGE, 8),
-            ({"ROWS": 64, "LATENT": 256, "CHANNELS": 64, "STAGES": 2}, 4),
-            ({"ROWS": 64, "LATENT": 512, "CHANNELS": 32, "STAGES": 2}, 4),
+        (fused.linear_residual_forward, sizes | {"STAGES": 2, "NORM": True, "EVEN": even}, 4, 3)
+        for sizes in (
+            {"ROWS": 64, "LATENT": 256, "CHANNELS": 64},
+            {"ROWS": 64, "LATENT": 512, "CHANNELS": 32},
         )
-        for following, even in ((False, True), (True, True), (True, False))
+        for even in (True, False)
     ),
-    (fused.layer_norm_forward, {"ROWS": 4, "CHANNELS": 2048}, 4, 3),
+    (fused.layer_norm_forward, {"ROWS": 2, "CHANNELS": 2048}, 4, 3),
     (fused.rms_backward, {"ROWS": 32, "LATENT": 256, "GAIN": False}, 8, 3),
     (fused.rms_backward, {"ROWS": 64, "LATENT": 64, "GAIN": True}, 8, 3),
     (

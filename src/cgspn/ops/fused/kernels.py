@@ -130,17 +130,16 @@ def linear_residual_fold(
     tl.store(offset + c, b, mask=c < C)
 
 
-@triton.jit(do_not_specialize=["rows", "eps", "normal_eps"])
+@triton.jit(do_not_specialize=["rows", "eps"])
 def linear_residual_forward(
-    residual, y, folded, offset, out, normal, normal_gain, normal_shift, after, rows, C, K, share, eps, normal_eps,
+    residual, y, folded, offset, out, rows, C, K, share, eps,
     ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, NEXT: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """out [M, C] = residual + RMSNorm(y) folded + offset; y [M, K] stays on the chip for all channels of its rows, or
     for the `share` of them that the program has. RMSNorm's factor of a row is applied to the product.
 
-    With NEXT (a program has all channels) the offset holds `after`, and normal = LayerNorm(out - after) is made of what
-    the program has just written, while that is in the cache. EVEN: C is a multiple of CHANNELS.
+    EVEN: C is a multiple of CHANNELS. A LayerNorm of the rows in the same launch took 5% longer than one of its own.
     """
     # programs of the same rows run side by side: they read the same y
     parts = tl.cdiv(C, share)
@@ -151,9 +150,6 @@ def linear_residual_forward(
     if NORM:
         wide = latent.to(tl.float32)
         factor = tl.rsqrt(tl.sum(wide * wide, 1) / K + eps)
-    if NEXT:
-        pilot = tl.load(residual + m * C, mask=inside, other=0).to(tl.float32)  # as in norm_linear_forward
-        total, squares = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     begin = tl.program_id(0) % parts * share
     # with its own number of stages a loop fetches all that it reads ahead, not only the operands of the product
     for first in tl.range(begin, tl.minimum(begin + share, C), CHANNELS, num_stages=STAGES):
@@ -169,28 +165,6 @@ def linear_residual_forward(
         branch += tl.load(offset + c, mask=c < C, other=0)[None, :]
         value = (branch + tokens.to(tl.float32)).to(out.dtype.element_ty)
         tl.store(out + at, value, mask=here)
-        if NEXT:
-            apart = value.to(tl.float32) - tl.load(after + c, mask=c < C, other=0).to(tl.float32)[None, :]
-            apart -= pilot[:, None]
-            if not EVEN:
-                apart = tl.where((c < C)[None, :], apart, 0.0)
-            total += tl.sum(apart, 1)
-            squares += tl.sum(apart * apart, 1)
-    if NEXT:
-        tl.debug_barrier()  # what one thread wrote above, another may read below
-        mean = total / C
-        inverse = tl.rsqrt(squares / C - mean * mean + normal_eps)
-        mean += pilot
-        for first in tl.range(0, C, CHANNELS, num_stages=STAGES):
-            c = first + tl.arange(0, CHANNELS)
-            at = m[:, None] * C + c[None, :]
-            here = inside[:, None] if EVEN else inside[:, None] & (c < C)[None, :]
-            mixed = tl.load(out + at, mask=here, other=0).to(tl.float32)
-            mixed -= tl.load(after + c, mask=c < C, other=0).to(tl.float32)[None, :]
-            g = tl.load(normal_gain + c, mask=c < C, other=0).to(tl.float32)
-            s = tl.load(normal_shift + c, mask=c < C, other=0).to(tl.float32)
-            ready = (mixed - mean[:, None]) * inverse[:, None] * g[None, :] + s[None, :]
-            tl.store(normal + at, ready.to(normal.dtype.element_ty), mask=here, eviction_policy="evict_first")
 
 
 @triton.jit(do_not_specialize=["rows", "eps"])
