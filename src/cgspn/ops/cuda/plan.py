@@ -9,7 +9,7 @@ a line costs at small batches.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 MAX_THREADS = 1024
 
@@ -133,39 +133,39 @@ def _lanes(p: Problem, vec: int, run: int) -> int:
 def choose(p: Problem, machine: Machine) -> Cut | None:
     """The cut for a problem, or None where the lines are too long for any.
 
-    From sweeps on an H100 (results/operator): runs of 128 bytes as long as there is a block for most processors; where
-    there is not, lines are cut over a cluster, which makes blocks without making runs shorter; short lines want narrow
-    vectors instead.
+    From sweeps on an H100 (results/operator): runs of 128 bytes as long as there is a block for most processors. Where
+    there is not, lines are cut in two before runs are halved, and in more parts where one block a line does not fit or
+    runs would be shorter than a sector. Short lines are not worth a cluster and want narrow vectors instead.
     """
     vectors = list(_vectors(p))
-    splits = (1, 2, 4, 8) if machine.clusters else (1,)
-    enough = machine.processors * 3 // 4
-
     wide = vectors[0]
+    enough = machine.processors * 7 // 10
+    clusters = machine.clusters and p.longest >= 64
     for run in (128, 64, 32):
-        lanes = _lanes(p, wide, run)
-        stages = (3 if wide * p.itemsize * lanes <= 32 else 2) if p.backward else 1
-        cuts = [Cut(wide, lanes, 1, stages, split, _halo_of_long_parts(p, split)) for split in splits]
-        first = next((cut for cut in cuts if cut.fits(p, machine) and cut.threads(p) <= 640), None)
-        if first is None:
-            continue
-        # Below a sector the load/store unit works for nothing: rather leave processors idle, if lines are whole.
-        least = machine.processors // 3 if run == 32 and first.split == 1 else enough
-        if first.blocks(p) >= least:
-            # The backward is worth a second block a processor, even so.
-            finer = _over_a_cluster(p, machine, wide, lanes) if run == 32 and p.backward else None
-            return finer or first
+        for split in (1, 2, 4, 8) if clusters else (1,):
+            if split > 2 and p.longest // split < 25:
+                continue
+            cut = _parts(p, machine, vectors, run, split) if split > 1 else _whole(p, machine, wide, run)
+            if cut is None:
+                continue
+            least = enough
+            if run == 32 and (split == 4 or not clusters):
+                # Below a sector the load/store unit works for nothing: rather leave processors idle.
+                least = machine.processors // 3
+            elif split > 2:
+                least = enough * split // 2  # parts of many wait for each other: not to make blocks alone
+            if cut.blocks(p) >= least:
+                return cut
     # Too few blocks: cut finer.
-    for run in (32, 8 * p.itemsize) if p.backward else (8 * p.itemsize,):
-        vec = next(v for v in vectors if v == 1 or v * p.itemsize <= run // 2)
-        fine = _over_a_cluster(p, machine, vec, _lanes(p, vec, run))
-        if fine is not None and (run == 8 * p.itemsize or fine.blocks(p) >= machine.processors // 3):
-            return fine
+    for split in () if not clusters else (2,) if p.longest < 100 else (4, 2, 8):
+        if (cut := _parts(p, machine, vectors, 8 * p.itemsize, split)) is not None:
+            return cut
     vec = next(v for v in vectors if v <= 2)
     fine = Cut(vec, _lanes(p, vec, 8), 1, 3)
     if fine.fits(p, machine) and fine.threads(p) <= 640:
         return fine
     # Whatever fits.
+    splits = (1, 2, 4, 8) if machine.clusters else (1,)
     for vec in vectors:
         for pos in (1, 2, 4, 8):
             for split in splits:
@@ -175,25 +175,44 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
     return None
 
 
-def _halo_of_long_parts(p: Problem, split: int) -> int:
-    """Of parts so long that a halo costs nothing beside a barrier a line. Shorter ones of wide runs: not measured."""
-    return 8 if split > 1 and p.longest // split >= 128 else 1
+def _whole(p: Problem, machine: Machine, vec: int, run: int) -> Cut | None:
+    """Whole lines in runs of about `run` bytes, if they fit."""
+    lanes = _lanes(p, vec, run)
+    cut = Cut(vec, lanes, 1, (3 if vec * p.itemsize * lanes <= 32 else 2) if p.backward else 1)
+    return cut if cut.fits(p, machine) and cut.threads(p) <= 640 else None
 
 
-def _over_a_cluster(p: Problem, machine: Machine, vec: int, lanes: int) -> Cut | None:
-    """Lines cut over a cluster, into parts of no fewer than 25 positions, while blocks are at most two a processor.
+def _parts(p: Problem, machine: Machine, vectors: list[int], run: int, split: int) -> Cut | None:
+    """Lines cut over a cluster in runs of about `run` bytes, if they fit.
 
-    From the same sweeps: two blocks a line below 100 positions, four above, more only where those do not fit. The
-    halo's work is for nothing, and so is a barrier: the more blocks wait for each other the more often, but where
-    processors have other blocks to turn to, they wait for free.
+    From the same sweeps: vectors of 8 bytes in short runs, where they fit; they make more threads, which the forward
+    can use at twice the run. The halo's work is for nothing, and so is a barrier: blocks that have a processor each
+    wait for each other, so seldom, and for memory, so have three lines in flight. Where there are other blocks to
+    turn to, both waits are free.
     """
-    if not machine.clusters or p.longest < 64:
-        return None
-    for split in (2,) if p.longest < 100 else (4, 2, 8):
-        whole = Cut(vec, lanes, 1, 3 if p.backward else 2, split)
-        if whole.blocks(p) > 2 * machine.processors:
-            continue
-        cut = replace(whole, halo=4 if whole.blocks(p) > machine.processors else 32 // split)
-        if cut.fits(p, machine) and cut.threads(p) <= 640:
-            return cut
+    narrow = next(v for v in vectors if v == 1 or v * p.itemsize <= 8)
+    short = run <= (32 if p.backward else 64)
+    for vec in (narrow, vectors[0]) if short else vectors[:1]:
+        lanes = _lanes(p, vec, run)
+        alone = Cut(vec, lanes, 1, 1, split).blocks(p) <= machine.processors
+        seldom = 32 // split
+        ways = [(seldom, 3), (4, 3), (seldom, 2), (4, 2)] if alone else []
+        if p.backward:
+            stages = 3 if run <= 32 else 2
+        else:
+            stages = 2 if run <= 64 else 1
+        for halo, depth in (*ways, (4, stages), (2, stages)) if vec == vectors[0] else (*ways, (4, stages)):
+            cut = Cut(vec, lanes, 1, depth, split, halo)
+            if not cut.fits(p, machine) or cut.threads(p) > 640:
+                continue
+            if (halo, depth) not in ways or _leaves_room(cut, p, machine):
+                return cut
     return None
+
+
+def _leaves_room(cut: Cut, p: Problem, machine: Machine) -> bool:
+    """Whether lines in flight leave registers for the arithmetic or, of wide runs, shared memory for the cache."""
+    width = cut.vec * p.itemsize
+    if p.backward:
+        return width * cut.lanes <= 32 or cut.shared_bytes(p) <= machine.shared_bytes * 3 // 4
+    return cut.stages < 3 or width <= 8 or cut.threads(p) <= 512

@@ -89,9 +89,8 @@ def choose(batch: int, longest: int, channels: int, directions: int, gpu: Machin
     narrow = min((cut.groups for cut in found), default=1)
     if batch * -(-channels // 16) * directions <= 2 * gpu.processors:
         return min((cut for cut in found if cut.groups == narrow), key=lambda cut: cut.tiles, default=None)
-    filling = [cut for cut in found if cut.groups == 4 and cut.blocks(batch, channels, directions) >= _most(gpu)]
-    rest = filling or [cut for cut in found if cut.groups == narrow]
-    return min(rest, key=lambda cut: cut.line * (5 if cut.tiles in (3, 5) else 6), default=None)
+    filling = [cut for cut in found if cut.groups == narrow or cut.blocks(batch, channels, directions) >= _most(gpu)]
+    return min(filling, key=lambda cut: (cut.line * (5 if cut.tiles in (3, 5) else 6), -cut.groups), default=None)
 
 
 @functools.lru_cache(maxsize=1024)
