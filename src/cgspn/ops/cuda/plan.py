@@ -197,10 +197,7 @@ def _parts(p: Problem, machine: Machine, vectors: list[int], run: int, split: in
         alone = Cut(vec, lanes, 1, 1, split).blocks(p) <= machine.processors
         seldom = 32 // split
         ways = [(seldom, 3), (4, 3), (seldom, 2), (4, 2)] if alone else []
-        if p.backward:
-            stages = 3 if run <= 32 else 2
-        else:
-            stages = 2 if run <= 64 else 1
+        stages = (3 if run <= 32 else 2) if p.backward else 2 if run <= 64 else 1
         for halo, depth in (*ways, (4, stages), (2, stages)) if vec == vectors[0] else (*ways, (4, stages)):
             cut = Cut(vec, lanes, 1, depth, split, halo)
             if not cut.fits(p, machine) or cut.threads(p) > 640:
