@@ -192,7 +192,8 @@ def _onto(
     normal, normal_gain, normal_shift, after, normal_eps = following or (None, None, None, None, 0.0)
     folded, offset = _fold_up(weight, gain, bias, scale, after, y.dtype)
     rows, wide = residual.numel() // channels, _tile(latent)
-    tile = min(64, max(16, (1 << 16) // (wide * y.dtype.itemsize)))  # y in at most 64 KB
+    most = max(16, (1 << 16) // (wide * y.dtype.itemsize))  # y in at most 64 KB
+    tile = min(128 if rows >= 128 * PARTS and y.dtype.itemsize < 4 else 64, most)
     chunk = _channels(latent, y.dtype, 1 << 15)
     programs, chunks = (rows + tile - 1) // tile, (channels + chunk - 1) // chunk
     # where rows are few, a program has some of the channels
@@ -200,8 +201,8 @@ def _onto(
     share = (chunks + parts - 1) // parts * chunk
     kernels.linear_residual_forward[(programs * ((channels + share - 1) // share),)](
         residual, y, folded, offset, out, rows, channels, latent, share, eps,
-        ROWS=tile, LATENT=wide, CHANNELS=chunk, STAGES=2, NORM=gain is not None,
-        EVEN=channels % chunk == 0, num_warps=4,
+        ROWS=tile, LATENT=wide, CHANNELS=chunk, STAGES=3 if tile == 128 else 2, NORM=gain is not None,
+        EVEN=channels % chunk == 0, num_warps=8 if tile == 128 else 4,
     )  # fmt: skip
     if following is not None:
         kernels.layer_norm_forward[((rows + 1) // 2,)](
