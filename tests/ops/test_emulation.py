@@ -145,12 +145,17 @@ def test_projected(shape, codes, dtype, merge, masked, biased, cut, back, monkey
     check(run, want, dtype)
 
 
+@pytest.mark.parametrize("fits", [True, False])
 @pytest.mark.parametrize("merge", ["sum", "none"])
-def test_projected_by_default(merge: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In training "auto" runs the forward on the chip and makes the parameters again in memory for the backward."""
+def test_projected_by_default(merge: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training "auto" runs both passes on the chip; lines too long for the backward, their parameters in memory."""
     calls: list[tuple[int, ...]] = []
     monkeypatch.setattr(projected, "plan_wins", lambda *case: calls.append(case[:-1]) or True)
-    monkeypatch.setattr(projected, "backward", lambda *_: pytest.fail("the chip's backward"))
+    if fits:
+        monkeypatch.setattr(projected, "state", lambda *_: pytest.fail("the backward in memory"))
+    else:
+        monkeypatch.setattr(projected, "backward", lambda *_: pytest.fail("the chip's backward"))
+        monkeypatch.setattr(projected, "why_not", lambda x, backward=False: "too long" if backward else None)
     tensors = [t.bfloat16() for t in (draw(2, 7, 5, 8), draw(80, 8, seed=1) / 3, draw(80, seed=2))]
     mask = draw(2, 7, 5, seed=3) > -0.8
     options = {"directions": ("left", "down"), "merge": merge, "mask": mask}

@@ -44,8 +44,8 @@ def propagate_2d_projected(
         directions, merge, mask, backend: as in `propagate_2d`.
         recompute: project and scan again in the backward; False keeps the parameters and the state.
         parameters: "memory"; "chip" for both passes: CUDA, float16 or bfloat16, C a multiple of 8 up to 256, lines
-            that fit; "auto": the forward on the chip where that is faster and no gradient wants the parameters kept,
-            the backward in memory.
+            that fit; "auto": on the chip where that is faster and no gradient wants the parameters kept, the backward
+            in memory where lines are too long for its kernel.
 
     Returns:
         As `propagate_2d`: [B, H, W, C] or [B, H, W, D, C], in the dtype of x.

@@ -89,15 +89,18 @@ def projected_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `projected_op` to x, weight and bias; that of the bias also where there is none.
 
-    On the chip only where the caller insists: its kernel is slower than parameters made again in memory.
+    On the chip where the forward is and lines fit: with the passes in one, an H100 took a fifth less time than with
+    parameters made again in memory (B = 32, 74x74, C = 64: 1.59 against 1.98 ms, forward included).
     """
-    if parameters == "chip":
+    chip = _on_chip(parameters, backend, x, directions)
+    if chip:
         from .cuda import projected
 
-        check_chip(x, backward=True)
-        grads: tuple[Tensor, Tensor, Tensor] = projected.backward(dy, x, weight, bias, mask, directions, merge_sum)
-        return grads
-    chip = _on_chip(parameters, backend, x, directions)
+        if parameters == "chip":
+            check_chip(x, backward=True)
+        if projected.why_not(x, backward=True) is None:
+            grads: tuple[Tensor, Tensor, Tensor] = projected.backward(dy, x, weight, bias, mask, directions, merge_sum)
+            return grads
     return _backward_in_memory(dy, x, weight, bias, mask, directions, merge_sum, backend, chip)
 
 
