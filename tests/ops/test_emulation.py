@@ -22,7 +22,7 @@ from operator_cases import (
 )
 from torch import Tensor
 
-from cgspn.ops import DIRECTIONS, propagate_2d_projected, propagate_2d_reference
+from cgspn.ops import DIRECTIONS, projected_library, propagate_2d_projected, propagate_2d_reference
 from cgspn.ops.cuda import compile as compiling
 from cgspn.ops.cuda import launch, projected, scan
 from cgspn.ops.cuda.plan import Cut
@@ -152,7 +152,7 @@ def test_projected_by_default(merge: str, fits: bool, monkeypatch: pytest.Monkey
     calls: list[tuple[int, ...]] = []
     monkeypatch.setattr(projected, "plan_wins", lambda *case: calls.append(case[:-1]) or True)
     if fits:
-        monkeypatch.setattr(projected, "state", lambda *_: pytest.fail("the backward in memory"))
+        monkeypatch.setattr(projected_library, "_backward_in_memory", lambda *_: pytest.fail("the one in memory"))
     else:
         monkeypatch.setattr(projected, "backward", lambda *_: pytest.fail("the chip's backward"))
         monkeypatch.setattr(projected, "why_not", lambda x, backward=False: "too long" if backward else None)
