@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..layers import GSPN_WALK, Grid, PropagationConfig, PropagationMixer
 from ..layers.block import Block
-from .contenders import FUSED, OURS, CompiledNormalisation, SeparateNormalisation, Shape, build, names, paper_config
+from .contenders import OURS, PLAIN, CompiledNormalisation, SeparateNormalisation, Shape, build, names, paper_config
 from .machine import ceilings, describe, free
 from .results import write
 from .timing import medians
@@ -100,11 +100,11 @@ def sublayer_ms(mixer: PropagationMixer, tokens: Tensor, grid: Grid, rounds: int
 
 
 def sweep_rows(config: AblationConfig, device: torch.device) -> dict[str, list[Row]]:
-    """The sub-layer of GSPN, C-GSPN and the fused C-GSPN over batch sizes, and over widths at the same latent."""
+    """The sub-layer of GSPN, C-GSPN and C-GSPN with plain pieces over batch sizes, and over widths at the same latent."""
     side = config.pixels // config.shape.patch
     grid = Grid(side, side)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    wanted = ["GSPN", OURS, *([FUSED] if FUSED in names(device) else [])]
+    wanted = ["GSPN", OURS, *([PLAIN] if PLAIN in names(device) else [])]
     cases = {
         "batch": [(b, config.shape) for b in config.batches],
         "width": [(min(8, config.batch), _of_width(config.shape, width)) for width in config.widths],

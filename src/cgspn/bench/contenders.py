@@ -25,7 +25,6 @@ FLASH_PACKAGE = "attention, flash-attn package"
 OURS = "C-GSPN"
 PAPER = "C-GSPN, the paper's sub-layer"
 PLAIN = "C-GSPN, plain pieces"
-FUSED = OURS  # the fused pieces are the default; the name by which other tables ask for them
 EPILOGUES = ", fused MLP"
 
 

@@ -29,7 +29,7 @@ from ..layers.mlp import Mlp
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
 from ..teachers import load_embedded_teacher, load_encoder
-from .contenders import EPILOGUES, FUSED, Shape, build, names
+from .contenders import EPILOGUES, OURS, Shape, build, names
 from .machine import describe, free
 from .quality import _square, read_tar
 from .results import write
@@ -198,7 +198,7 @@ def block_rows(shape: Shape, pixels: int, batch: int, device: torch.device, roun
     tokens = torch.randn(batch, grid.tokens, shape.width, device=device, dtype=dtype)
     calls: dict[str, Callable[[], object]] = {}
     rows: dict[str, Row] = {}
-    for mixer in [n for n in names(device) if n.endswith(EPILOGUES) or n == FUSED]:
+    for mixer in [n for n in names(device) if n.endswith(EPILOGUES) or n == OURS]:
         for way in (None, *WAYS):
             name = f"{mixer.removesuffix(EPILOGUES)}, MLP " + ("bf16" if way is None else f"fp8, {way}")
             rows[name] = {"px": pixels, "B": batch, "block": name}
