@@ -33,7 +33,10 @@ BACKWARD = {"NORMALISE": True, "MASKED": True}
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
 # kernels around the scan: tiles, warps, stages, as library.py launches them for bf16 tokens of 1152 channels
 TOKENS = ("x", "out", "dout", "dx", "dy_", "residual", "y", "normal", "folded", "past", "scaled", "dn", "dy", "unit")
-FUSED: list[tuple[Any, dict[str, Any], int, int]] = [
+Piece = tuple[Any, dict[str, Any], int, int]
+TILE = {"ROWS": 128, "LATENT": 256, "CHANNELS": 64, "STAGES": 3, "NORM": True, "EVEN": True}
+LARGE: Piece = (fused.linear_residual_forward, TILE, 8, 3)  # more shared memory than an sm_80 has
+FUSED: list[Piece] = [
     (fused.norm_linear_fold, {"CHANNELS": 2048}, 4, 3),
     *(
         (fused.norm_linear_forward, {"ROWS": rows, "LATENT": latent, "CHANNELS": channels, "EVEN": even}, warps, 4)
@@ -47,10 +50,10 @@ FUSED: list[tuple[Any, dict[str, Any], int, int]] = [
     ),
     (fused.linear_residual_fold, {"CHANNELS": 16, "LATENT": 512, "NORM": True, "SCALE": True, "NEXT": True}, 4, 3),
     *(
-        (fused.linear_residual_forward, sizes | {"STAGES": 2, "NORM": True, "EVEN": even}, 4, 3)
-        for sizes in (
-            {"ROWS": 64, "LATENT": 256, "CHANNELS": 64},
-            {"ROWS": 64, "LATENT": 512, "CHANNELS": 32},
+        (fused.linear_residual_forward, sizes | {"NORM": True, "EVEN": even}, warps, 3)
+        for sizes, warps in (
+            ({"ROWS": 64, "LATENT": 256, "CHANNELS": 64, "STAGES": 2}, 4),
+            ({"ROWS": 64, "LATENT": 512, "CHANNELS": 32, "STAGES": 2}, 4),
         )
         for even in (True, False)
     ),
@@ -136,7 +139,7 @@ def main() -> None:
                 for longest in (74, 147):
                     size = len(compiled(kernel, flags, architecture, dtype, longest, 64).asm["cubin"])
                     print(f"sm_{architecture} {kernel.fn.__name__} {dtype}, lines of {longest}: {size} bytes")
-        for kernel, constants, warps, stages in FUSED:
+        for kernel, constants, warps, stages in [*FUSED, *([LARGE] if architecture > 80 else [])]:
             shared = fused_piece(kernel, constants, warps, stages, architecture).metadata.shared
             print(f"sm_{architecture} {kernel.fn.__name__} bf16: {shared} bytes of shared memory")
 

@@ -100,7 +100,7 @@ def sublayer_ms(mixer: PropagationMixer, tokens: Tensor, grid: Grid, rounds: int
 
 
 def sweep_rows(config: AblationConfig, device: torch.device) -> dict[str, list[Row]]:
-    """The sub-layer of GSPN, C-GSPN and C-GSPN with plain pieces over batch sizes, and over widths at the same latent."""
+    """The sub-layer of GSPN, C-GSPN and its plain pieces over batch sizes, and over widths at the same latent."""
     side = config.pixels // config.shape.patch
     grid = Grid(side, side)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -193,7 +193,11 @@ def _onto(
     folded, offset = _fold_up(weight, gain, bias, scale, after, y.dtype)
     rows, wide = residual.numel() // channels, _tile(latent)
     most = max(16, (1 << 16) // (wide * y.dtype.itemsize))  # y in at most 64 KB
-    tile = min(128 if rows >= 128 * PARTS and y.dtype.itemsize < 4 else 64, most)
+    # the large tile and its three stages take 181 KB of shared memory, which only these GPUs have
+    large = (
+        residual.is_cuda and torch.cuda.get_device_capability(residual.device)[0] in (9, 10) and y.dtype.itemsize < 4
+    )
+    tile = min(128 if large and rows >= 128 * PARTS else 64, most)
     chunk = _channels(latent, y.dtype, 1 << 15)
     programs, chunks = (rows + tile - 1) // tile, (channels + chunk - 1) // chunk
     # where rows are few, a program has some of the channels
