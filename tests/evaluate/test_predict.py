@@ -109,3 +109,12 @@ def test_wrong_arguments_are_named(tmp_path):
     (tmp_path / "damaged.png").write_bytes(b"no image")
     with pytest.raises(OSError, match=r"damaged.png"):
         cgspn.classify(model, str(tmp_path / "damaged.png"), ["bag"])
+
+
+def test_one_text_is_no_list_of_names() -> None:
+    model = cgspn.load_model("embedded")
+    shirt = Image.new("L", (28, 28))
+    with pytest.raises(ValueError, match="class_names is the text 'bag'"):
+        cgspn.classify(model, shirt, "bag")
+    with pytest.raises(ValueError, match="templates is the text"):
+        cgspn.classify(model, shirt, ["bag", "shirt"], "a photo of a {}")

@@ -99,3 +99,8 @@ def test_sizes_grow_and_students_are_smaller_than_their_teachers():
     for size in ("tiny", "small", "base", "large", "so400m"):
         assert millions(f"cgspn_{size}_patch14_378") < millions(f"hybrid_{size}_patch14_378")
         assert millions(f"hybrid_{size}_patch14_378") < millions(f"vit_{size}_patch14_378")
+
+
+def test_names_by_pattern() -> None:
+    assert cgspn.list_models("cgspn_*") == [name for name in NAMES if name.startswith("cgspn_")]
+    assert cgspn.list_models("no such*") == []

@@ -16,7 +16,7 @@ from ..evaluate.measure import MAX_SKIPPED, check_size, embed_pictures, segmenta
 from ..evaluate.predict import require_text
 from ..evaluate.table import SummaryTable
 from ..teachers import load_encoder, load_model
-from .eval_report import Report, distinct, percent
+from .eval_report import Report, distinct, percents
 
 MOST_CLASSES = 40  # whose IoU is printed; JSON has them all
 
@@ -159,7 +159,7 @@ class Segment:
         pairs = [(train.limited(self.train_images), test.limited(self.test_images)) for train, test in self.sets()]
         report = Report("Segmentation by a linear probe", self.device, self.batch_size, self.out, {"held_out": 0})
         names = distinct([train.name for train, _ in pairs])
-        tables = [SummaryTable(f"IoU of each class of {name}", [percent(e) for e in self.encoders]) for name in names]
+        tables = [SummaryTable(f"IoU of each class of {name}", percents(self.encoders)) for name in names]
         for source in self.encoders:
             encoder = load_encoder(source).to(self.device)
             check_size(encoder.config, self.size)

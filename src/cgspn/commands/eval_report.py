@@ -29,9 +29,21 @@ def distinct(names: Sequence[str]) -> list[str]:
     return [f"{name} {names[:i].count(name) + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
-def percent(name: str) -> Metric:
-    """A column of shares, by the name of its model."""
-    return Metric(name, name, 100, "%")
+def percents(sources: Sequence[str]) -> list[Metric]:
+    """A column of shares for each model, headed by the last part of where it is from, which a table has room for."""
+    titles = distinct([Path(source).name or source for source in sources])
+    return [Metric(source, title, 100, "%") for source, title in zip(sources, titles, strict=True)]
+
+
+def check_metrics() -> None:
+    """Raise ValueError, with the reason, where torchmetrics does not import: before the work and not after it."""
+    try:
+        import torchmetrics.classification  # noqa: F401
+    except (ImportError, RuntimeError) as error:  # RuntimeError: from a torchvision that was built for another torch
+        raise ValueError(
+            f"torchmetrics does not import here: {error}; a torchvision built for another torch than the one installed "
+            "has this effect: install both from the same index, or uninstall torchvision"
+        ) from error
 
 
 @dataclass
@@ -51,6 +63,7 @@ class Report:
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        check_metrics()
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device is cuda, but PyTorch sees no GPU here; accepted: cpu")
         if self.batch_size < 1:

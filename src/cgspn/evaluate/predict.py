@@ -67,9 +67,13 @@ def classify(
 
     Raises:
         OSError: an image that is missing or damaged.
-        ValueError: an encoder without a text tower, no images, no names or a template without its place.
+        ValueError: an encoder without a text tower, no images, no names, one text in place of a list of them, or a
+            template without its place.
     """
     model = require_text(model, "model")
+    for argument, given in (("class_names", class_names), ("templates", templates)):
+        if isinstance(given, str):  # a sequence too, of letters
+            raise ValueError(f"{argument} is the text {given!r}; expected a list of texts")
     texts = class_embeddings(lambda prompts: embed_texts(model, prompts), class_names, templates)
     result = _compare(model, _embed(model, images), texts)
     return Classification([class_names[k] for k in result.logits.argmax(1).tolist()], result.probabilities)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import fnmatch
 from dataclasses import replace
 from typing import Any
 
@@ -77,12 +78,12 @@ def _configs() -> dict[str, EncoderConfig]:
 _CONFIGS = _configs()
 
 
-def list_models() -> list[str]:
+def list_models(pattern: str = "*") -> list[str]:
     """Names that `create_model` knows, sorted: `vit_*`, `cgspn_*`, `gspn_*` (the original), `hybrid_*` (1/9 kept).
 
-    Raises nothing. Source: design, section 6.
+    pattern: which of them, with `*` and `?` as in file names. Raises nothing. Source: design, section 6.
     """
-    return sorted(_CONFIGS)
+    return sorted(fnmatch.filter(_CONFIGS, pattern))
 
 
 def model_config(name: str, **overrides: Any) -> EncoderConfig:

@@ -24,8 +24,11 @@ try:
         AutoModel,
         AutoModelForImageClassification,
     )
-except ImportError as error:
-    raise ImportError(f"cgspn.models.hf needs transformers 5.2; run: pip install 'cgspn[hf]' ({error})") from error
+except (ImportError, RuntimeError) as error:  # RuntimeError: from a torchvision that was built for another torch
+    raise ImportError(
+        f"cgspn.models.hf needs transformers 5.2 or newer: pip install 'cgspn[hf]'. It failed with: {error}. A "
+        "torchvision built for another torch than the one installed has this effect too"
+    ) from error
 
 from .config import CgspnConfig
 from .model import CgspnBackbone, CgspnForImageClassification, CgspnModel
