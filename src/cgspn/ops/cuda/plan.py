@@ -198,13 +198,20 @@ def _parts(p: Problem, machine: Machine, vectors: list[int], run: int, split: in
         seldom = 32 // split
         ways = [(seldom, 3), (4, 3), (seldom, 2), (4, 2)] if alone else []
         stages = (3 if run <= 32 else 2) if p.backward else 2 if run <= 64 else 1
-        for halo, depth in (*ways, (4, stages), (2, stages)) if vec == vectors[0] else (*ways, (4, stages)):
+        last = [] if p.backward else [(4, 1)]
+        for halo, depth in (*ways, (4, stages), (2, stages), *last) if vec == vectors[0] else (*ways, (4, stages)):
             cut = Cut(vec, lanes, 1, depth, split, halo)
-            if not cut.fits(p, machine) or cut.threads(p) > 640:
+            if not cut.fits(p, machine) or cut.threads(p) > 640 or _spills(cut, p):
                 continue
             if (halo, depth) not in ways or _leaves_room(cut, p, machine):
                 return cut
     return None
+
+
+def _spills(cut: Cut, p: Problem) -> bool:
+    """Whether two lines of four float32 channels and their weights are more than the registers of a large block."""
+    large = not p.backward and p.normalise and cut.threads(p) > 512
+    return large and cut.stages > 1 and cut.vec * p.itemsize == 16 and p.itemsize == 4
 
 
 def _leaves_room(cut: Cut, p: Problem, machine: Machine) -> bool:
