@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ..ops.autocast import lowered
 from .mixer import Grid, Mixer
 from .mlp import Activation, Mlp, unheard
-from .norm import LayerNorm, lowered
+from .norm import LayerNorm
 
 
 class LayerScale(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
 
-from .norm import lowered
+from ..ops.autocast import lowered
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 

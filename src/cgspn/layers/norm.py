@@ -10,13 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm
 
-
-def lowered(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for on the device of x, or None outside of it."""
-    kind = x.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):  # meta tensors have no autocast
-        return None
-    return torch.get_autocast_dtype(kind)
+from ..ops.autocast import lowered
 
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:

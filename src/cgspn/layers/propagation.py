@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import DIRECTIONS, fused, propagate_2d, propagate_2d_projected
+from ..ops.autocast import lowered
+from ..ops.projected_library import split_parameters
 from .mixer import Grid, Mixer
 from .mlp import unheard
-from .norm import RMSNorm, lowered
+from .norm import RMSNorm
 
 EPS = 1e-6  # of the RMSNorms
 
@@ -201,10 +203,8 @@ class PropagationMixer(Mixer):
         x = latent.view(batch, grid.height, grid.width, self.latent)
         x = self.localise(x, grid.mask)
         if self.shows_parameters(x):
-            shape = (batch, grid.height, grid.width, len(self.config.directions), 5, self.latent)
-            # split, not three slices: its gradient is one concatenation instead of three sums over zero-filled tensors
-            lam, u, logits = self.parameters_of(x).view(shape).split([1, 1, 3], dim=-2)
-            y = self.propagate(x, logits, lam.squeeze(-2), u.squeeze(-2), grid.mask)
+            made = split_parameters(self.parameters_of(x), len(self.config.directions))
+            y = self.propagate(x, *made, grid.mask)
         else:
             y = propagate_2d_projected(
                 x, self.parameters_of.weight, self.parameters_of.bias, mask=grid.mask, **self.scans()

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import checks
+from .autocast import lowered
 from .backends import check_backend
 from .projected_library import check_chip, projected_op, split_parameters
 from .propagate import _look_at_values, propagate_2d
@@ -95,8 +96,7 @@ def propagate_2d_projected(
 
 def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `torch.nn.functional.linear` would compute with; float64 stays what it is."""
-    kind = x.device.type
-    if kind == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    dtype = lowered(x)
+    if dtype is None or x.dtype == torch.float64:
         return x, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -98,7 +98,7 @@ def projected_backward_op(
 
         if parameters == "chip":
             check_chip(x, backward=True)
-        if projected.why_not(x, backward=True) is None:
+        if parameters == "chip" or projected.why_not(x, backward=True) is None:
             grads: tuple[Tensor, Tensor, Tensor] = projected.backward(dy, x, weight, bias, mask, directions, merge_sum)
             return grads
     return _backward_in_memory(dy, x, weight, bias, mask, directions, merge_sum, backend, chip)
