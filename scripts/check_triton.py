@@ -1,4 +1,4 @@
-"""Compile the Triton scans and the fused pieces around them for every supported architecture, without a GPU.
+"""Compile the Triton scans, what stands around them and the losses of taps for every architecture, without a GPU.
 
     pip install triton && python scripts/check_triton.py
 
@@ -19,7 +19,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from cgspn.distill import losses_triton as losses
 from cgspn.ops.fused import kernels as fused
+from cgspn.ops.fused import row_kernels as over_rows
 from cgspn.ops.triton_kernels import scan_backward, scan_forward
 from cgspn.ops.triton_scan import tile
 
@@ -33,6 +35,7 @@ BACKWARD = {"NORMALISE": True, "MASKED": True}
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
 # kernels around the scan: tiles, warps, stages, as library.py launches them for bf16 tokens of 1152 channels
 TOKENS = ("x", "out", "dout", "dx", "dy_", "residual", "y", "normal", "folded", "past", "scaled", "dn", "dy", "unit")
+TOKENS += ("branch", "total", "dnormal", "d", "hidden", "student", "teacher")
 Piece = tuple[Any, dict[str, Any], int, int]
 TILE = {"ROWS": 128, "LATENT": 256, "CHANNELS": 64, "STAGES": 3, "NORM": True, "EVEN": True}
 LARGE: Piece = (fused.linear_residual_forward, TILE, 8, 3)  # more shared memory than an sm_80 has
@@ -66,6 +69,23 @@ FUSED: list[Piece] = [
         4,
         3,
     ),
+    *(
+        (over_rows.add_norm_forward, row | {"BRANCH": added, "KEEP": added, "AFTER": added}, 4, 3)
+        for row in ({"ROWS": 2, "HEAD": 1024, "TAIL": 128}, {"ROWS": 2, "HEAD": 1024, "TAIL": 0})
+        for added in (True, False)
+    ),
+    *(
+        (over_rows.norm_backward, {"ROWS": 4, "HEAD": 1024, "TAIL": tail, "PAST": past}, 8, 3)
+        for tail in (128, 0)
+        for past in (True, False)
+    ),
+    *((over_rows.column_sums, {"ROWS": 32, "CHANNELS": 128, "GELU": mode}, 4, 3) for mode in (0, 1, 2)),
+    *(
+        (kernel, {"ROWS": 4, "HEAD": 1024, "TAIL": tail, "KL": kl}, 8, 3)
+        for kernel in (losses.tap_loss_forward, losses.tap_loss_backward)
+        for tail in (128, 0)
+        for kl in (True, False)
+    ),
     (fused.local_kernel_gradient, {"COLUMNS": 16, "CHANNELS": 64, "SIDE": 3, "TAPS": 4, "MASKED": True}, 4, 3),
 ]
 
@@ -74,7 +94,8 @@ def fused_piece(kernel: Any, constants: dict[str, Any], warps: int, stages: int,
     """A kernel of `cgspn.ops.fused` for bf16 tokens, with what a launch tells of its arguments."""
     names = kernel.arg_names
     numbers = {"rows": "i32", "C": "i32", "K": "i32", "H": "i32", "W": "i32", "images": "i32"}
-    numbers |= {"eps": "fp32", "normal_eps": "fp32", "mask": "*u8", "share": "i32"}
+    numbers |= {"eps": "fp32", "normal_eps": "fp32", "mask": "*u8", "share": "i32", "N": "i32", "kl_weight": "fp32"}
+    numbers |= dict.fromkeys(("s_image", "s_row", "t_image", "t_row"), "i32")
     signature = {
         name: "constexpr" if name in constants else numbers.get(name, "*bf16" if name in TOKENS else "*fp32")
         for name in names

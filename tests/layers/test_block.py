@@ -54,10 +54,11 @@ def test_layers_with_hooks_or_in_other_dtypes_stay_plain(suiting):
         block.get_submodule(name).register_forward_hook(lambda *_, seen=seen: seen.append(1))
         block(tokens, GRID)
         assert seen == [1], name
-    block = block_of()
-    block.scale1 = nn.Dropout(0.5)  # what is no LayerScale is not left out
-    block(tokens, GRID)
     assert suiting == []
+    block = block_of()
+    block.scale1 = nn.Dropout(1.0)  # what is no LayerScale is not left out
+    mixed = block.mixer.residual(tokens, block.norm1, block.scale1, GRID)
+    assert torch.equal(mixed, tokens)
 
 
 @torch.no_grad()
@@ -99,3 +100,34 @@ def test_a_block_of_kernels_has_the_gradients_of_a_plain_one(scale, recompute):
     with torch.no_grad():
         block.epilogues = True
         assert torch.allclose(block(tokens, GRID), found[0][0], atol=1e-3)
+
+
+@pytest.mark.skipif(not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or TRITON_INTERPRET=1")
+@pytest.mark.parametrize("kind", ["attention", "propagation"])
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_norms_and_sums_of_a_block_in_one_pass_change_nothing(kind, scale, monkeypatch):
+    pytest.importorskip("triton")
+    block = block_of(kind, scale=scale).to(DEVICE)
+    if kind == "propagation":
+        block.mixer.pieces = "torch"
+    tokens, *upstream = (torch.randn(2, 30, 48, device=DEVICE) for _ in range(3))
+    found, inferred, passes = [], [], []
+    for served in (False, True):
+        monkeypatch.setattr("cgspn.ops.fused.rows.serves", lambda *t, served=served: passes.append(served) or served)
+        leaf = tokens.clone().requires_grad_()
+        outputs = [*block.tapped(leaf, GRID), block(leaf, GRID)]
+        wanted = [leaf, *block.parameters()]
+        gradients = torch.autograd.grad(outputs[:2], wanted, upstream) + torch.autograd.grad(
+            outputs[2], wanted, upstream[0]
+        )
+        found.append([*outputs, *gradients])
+        with torch.no_grad():
+            for epilogues in (False, True):
+                block.epilogues = epilogues
+                inferred.append([*block.tapped(tokens, GRID), block(tokens, GRID)])
+    assert True in passes
+    for a, b in zip(*found, strict=True):
+        assert float((a - b).norm() / a.norm()) < 1e-4
+    for outputs in inferred:
+        for a, b in zip(found[0], outputs, strict=False):
+            assert float((a - b).norm() / a.norm()) < 1e-4

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..layers import LayerNorm, Mlp
+from ..layers.norm import add_norm
 
 
 class Adapter(nn.Module):
@@ -19,7 +20,8 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
-        out: Tensor = x + self.mlp(self.norm(x))
+        normal, x = add_norm(self.norm, x)
+        out: Tensor = x + self.mlp(normal)
         return out
 
 

@@ -1,7 +1,7 @@
 """The loss of a tap in two Triton kernels: each pass reads both sides once, whatever the loss adds up.
 
-Shape letters: M rows (tokens), N rows of an image, C channels. A name in capitals and constexpr is a tile, padded to a
-power of two. Everything is float32 inside; rows are 64-bit offsets.
+Shape letters: M rows (tokens), N rows of an image, C channels. A name in capitals and constexpr is a tile; a row is a
+head and a tail of powers of two (`split_row`). Everything is float32 inside; rows are 64-bit offsets.
 """
 
 # mypy: ignore-errors
@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ..ops.fused.rows import split_row
 
 TILE = 4096  # elements of a program
 NUMBERS = ["rows", "kl_weight", "energy", "upstream"]  # no kernel of their own for a value or an alignment
@@ -26,54 +28,93 @@ def _scaled(x, energy, m, c, N, image, row, inside):
 
 
 @triton.jit
-def _log_softmax(x, inside):
-    x = x - tl.max(tl.where(inside, x, -float("inf")), 1)[:, None]
-    return x - tl.log(tl.sum(tl.where(inside, tl.exp(x), 0.0), 1))[:, None]
+def _largest(x, there):
+    return tl.max(tl.where(there, x, -float("inf")), 1)
+
+
+@triton.jit
+def _powers(x, largest, there):
+    return tl.where(there, tl.exp(x - largest[:, None]), 0.0)
+
+
+@triton.jit
+def _softmax(head, tail, in_head, in_tail, TAIL: tl.constexpr):
+    """The largest of each row and the powers of both parts relative to it: their sum is the softmax's denominator."""
+    largest = _largest(head, in_head)
+    if TAIL:
+        largest = tl.maximum(largest, _largest(tail, in_tail))
+    powers = _powers(head, largest, in_head)
+    tail_powers = _powers(tail, largest, in_tail) if TAIL else tail
+    total = tl.sum(powers, 1)
+    if TAIL:
+        total += tl.sum(tail_powers, 1)
+    return largest + tl.log(total), powers / total[:, None], tail_powers / total[:, None]
+
+
+@triton.jit
+def _rows_of(student, teacher, energy, m, c, N, C, s_image, s_row, t_image, t_row, rows):
+    inside = (m < rows)[:, None] & (c < C)[None, :]
+    s = _scaled(student, energy, m, c, N, s_image, s_row, inside)
+    return s, _scaled(teacher, energy, m, c, N, t_image, t_row, inside), inside
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def tap_loss_forward(
     student, teacher, energy, sums, rows, N, C, s_image, s_row, t_image, t_row, kl_weight,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, KL: tl.constexpr,
+    ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, KL: tl.constexpr,
 ):  # fmt: skip
     """sums [programs]: what the rows of each program add to the mean over rows."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, CHANNELS)
-    inside = (m < rows)[:, None] & (c < C)[None, :]
-    s = _scaled(student, energy, m, c, N, s_image, s_row, inside)
-    t = _scaled(teacher, energy, m, c, N, t_image, t_row, inside)
-    value = (s - t) * (s - t) / C
+    c, e = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
+    s, t, _ = _rows_of(student, teacher, energy, m, c, N, C, s_image, s_row, t_image, t_row, rows)
+    value = tl.sum((s - t) * (s - t), 1)
+    more_s, more_t = s, t
+    if TAIL:
+        more_s, more_t, _ = _rows_of(student, teacher, energy, m, e, N, C, s_image, s_row, t_image, t_row, rows)
+        value += tl.sum((more_s - more_t) * (more_s - more_t), 1)
+    value /= C
     if KL:
-        channel = (c < C)[None, :]  # rows that are not there are zeros: finite
-        log_s = _log_softmax(s, channel)
-        value += kl_weight * tl.exp(log_s) * (log_s - _log_softmax(t, channel))
-    total = tl.sum(tl.sum(tl.where(inside, value, 0.0), 1), 0)
-    tl.store(sums + tl.program_id(0), total / rows)
+        here, there = (c < C)[None, :], (e < C)[None, :]  # rows that are not there are zeros: finite
+        log_s, p, more_p = _softmax(s, more_s, here, there, TAIL)
+        log_t, _, _ = _softmax(t, more_t, here, there, TAIL)
+        divergence = tl.sum(p * (s - t), 1) + log_t - log_s
+        if TAIL:
+            divergence += tl.sum(more_p * (more_s - more_t), 1)
+        value += kl_weight * divergence
+    tl.store(sums + tl.program_id(0), tl.sum(tl.where(m < rows, value, 0.0), 0) / rows)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def tap_loss_backward(
     student, teacher, energy, upstream, out, rows, N, C, s_image, s_row, t_image, t_row, kl_weight,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr, KL: tl.constexpr,
+    ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, KL: tl.constexpr,
 ):  # fmt: skip
     """out [M, C]: the gradient to the student, from the same two inputs.
 
-    With p the student's softmax, d the difference of the log-softmaxes and KL = sum(p d): dKL/ds = p (d - KL).
+    With p the student's softmax, d the difference of the log-softmaxes and KL = sum(p d): dKL/ds = p (d - KL). What the
+    log-softmaxes subtract from a whole row falls out of d - KL.
     """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c = tl.arange(0, CHANNELS)
-    inside = (m < rows)[:, None] & (c < C)[None, :]
-    s = _scaled(student, energy, m, c, N, s_image, s_row, inside)
-    t = _scaled(teacher, energy, m, c, N, t_image, t_row, inside)
-    value = 2 * (s - t) / C
+    c, e = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
+    s, t, inside = _rows_of(student, teacher, energy, m, c, N, C, s_image, s_row, t_image, t_row, rows)
+    more_s, more_t, more_inside = s, t, inside
+    if TAIL:
+        more_s, more_t, more_inside = _rows_of(
+            student, teacher, energy, m, e, N, C, s_image, s_row, t_image, t_row, rows
+        )
+    factor = tl.load(upstream) / (rows * tl.maximum(tl.sqrt(tl.load(energy)), 1e-6))
+    apart, more_apart = s - t, more_s - more_t
+    value, more_value = 2 * apart / C, 2 * more_apart / C
     if KL:
-        channel = (c < C)[None, :]
-        log_s = _log_softmax(s, channel)
-        p, apart = tl.exp(log_s), log_s - _log_softmax(t, channel)
-        divergence = tl.sum(tl.where(channel, p * apart, 0.0), 1)
-        value += kl_weight * p * (apart - divergence[:, None])
-    value *= tl.load(upstream) / (rows * tl.maximum(tl.sqrt(tl.load(energy)), 1e-6))
-    tl.store(out + m[:, None] * C + c[None, :], value.to(out.dtype.element_ty), mask=inside)
+        _, p, more_p = _softmax(s, more_s, (c < C)[None, :], (e < C)[None, :], TAIL)
+        mean = tl.sum(p * apart, 1)
+        if TAIL:
+            mean += tl.sum(more_p * more_apart, 1)
+        value += kl_weight * p * (apart - mean[:, None])
+        more_value += kl_weight * more_p * (more_apart - mean[:, None])
+    tl.store(out + m[:, None] * C + c[None, :], (factor * value).to(out.dtype.element_ty), mask=inside)
+    if TAIL:
+        tl.store(out + m[:, None] * C + e[None, :], (factor * more_value).to(out.dtype.element_ty), mask=more_inside)
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, int]:
@@ -85,17 +126,17 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int]:
 
 def _tile(channels: int) -> int:
     """Rows of a program."""
-    return max(1, TILE // triton.next_power_of_2(channels))
+    return max(1, TILE // split_row(channels)[0])
 
 
 def _launch(kernel, student: Tensor, teacher: Tensor, energy: Tensor, weight: float, *outputs: Tensor) -> None:
     channels = student.shape[-1]
     rows = student.numel() // channels
-    tile = _tile(channels)
+    tile, (head, tail) = _tile(channels), split_row(channels)
     (s, s_image, s_row), (t, t_image, t_row) = _rows(student), _rows(teacher)
     kernel[(triton.cdiv(rows, tile),)](
         s, t, energy, *outputs, rows, s.shape[1], channels, s_image, s_row, t_image, t_row, weight,
-        ROWS=tile, CHANNELS=triton.next_power_of_2(channels), KL=bool(weight), num_warps=8,
+        ROWS=tile, HEAD=head, TAIL=tail, KL=bool(weight), num_warps=8,
     )  # fmt: skip
 
 

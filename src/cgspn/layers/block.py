@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..ops.autocast import lowered
 from .mixer import Grid, Mixer
 from .mlp import Activation, Mlp, unheard
-from .norm import LayerNorm
+from .norm import LayerNorm, add_norm
 
 
 class LayerScale(nn.Module):
@@ -51,12 +51,13 @@ class Block(nn.Module):
 
     def sublayer(self, tokens: Tensor, grid: Grid) -> Tensor:
         """The mixing branch [B, N, C], without the residual."""
-        out: Tensor = self.scale1(self.mixer(self.norm1(tokens), grid))
+        out: Tensor = self.scale1(self.mixer.branch(tokens, self.norm1, grid)[0])
         return out
 
     def mlp_half(self, tokens: Tensor) -> Tensor:
         """tokens + MLP branch, [B, N, C]."""
-        out: Tensor = tokens + self.scale2(self.mlp(self.norm2(tokens)))
+        normal, tokens = add_norm(self.norm2, tokens)
+        out: Tensor = tokens + self.scale2(self.mlp(normal))
         return out
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
@@ -80,5 +81,10 @@ class Block(nn.Module):
 
     def tapped(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """tokens [B, N, C] -> the block's output (PB) and its mixing branch (PP), both [B, N, C]."""
-        branch = self.sublayer(tokens, grid)
-        return self.mlp_half(tokens + branch), branch
+        branch, tokens = self.mixer.branch(tokens, self.norm1, grid)
+        branch = self.scale1(branch)
+        if self.in_place(tokens):
+            normal, mixed = add_norm(self.norm2, tokens, branch, self.mlp.fc2.bias)
+            return self.mlp.onto(normal, mixed), branch
+        normal, mixed = add_norm(self.norm2, tokens, branch)
+        return mixed + self.scale2(self.mlp(normal)), branch

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from .norm import add_norm
+
 
 class Grid(NamedTuple):
     """Where tokens [B, prefix + height * width, C] lie: `prefix` class and register tokens, then the rows of the grid.
@@ -31,12 +33,21 @@ class Mixer(nn.Module):
         """tokens [B, N, C] -> [B, N, C]. Raises ValueError if N does not fit the grid."""
         raise NotImplementedError
 
+    def branch(self, tokens: Tensor, norm: nn.Module, grid: Grid) -> tuple[Tensor, Tensor]:
+        """mixer(norm(tokens)), and the tokens for what goes past it (`add_norm`): [B, N, C] each.
+
+        Mixers that can begin before the norm has ended override this.
+        """
+        normal, past = add_norm(norm, tokens)
+        return self(normal, grid), past
+
     def residual(self, tokens: Tensor, norm: nn.Module, scale: nn.Module, grid: Grid) -> Tensor:
         """The whole mixing half of a block, tokens + scale(mixer(norm(tokens))): [B, N, C] -> [B, N, C].
 
         Mixers that can read and write the tokens once override this.
         """
-        out: Tensor = tokens + scale(self(norm(tokens), grid))
+        branch, tokens = self.branch(tokens, norm, grid)
+        out: Tensor = tokens + scale(branch)
         return out
 
     def residual_norm(
@@ -46,5 +57,6 @@ class Mixer(nn.Module):
 
         following: the LayerNorm of the next half; after: [C]. The first may be written to.
         """
-        mixed = self.residual(tokens, norm, scale, grid)
-        return mixed + after.to(mixed.dtype), following(mixed)
+        branch, tokens = self.branch(tokens, norm, grid)
+        normal, total = add_norm(following, tokens, scale(branch), after)
+        return total, normal

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
 
 from ..ops.autocast import lowered
+from ..ops.fused import rows as over_rows
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 
@@ -138,12 +139,24 @@ class _KeepingOne(torch.autograd.Function):
             d, hidden, rows = dout.flatten(0, -2), hidden.flatten(0, -2), x.flatten(0, -2)
             # the activation lives for one product, before the gradient of the same size exists
             dweight2 = d.T @ gelu(hidden, approximate=approximate) if needed[3] else None
-            dbias2 = d.sum(0) if needed[4] else None
+            dbias2 = _sum(d) if needed[4] else None
             if not any(needed[:3]):
                 return None, None, None, dweight2, dbias2, None
             dhidden = d @ weight2
-            torch.ops.aten.gelu_backward.grad_input(dhidden, hidden, approximate=approximate, grad_input=dhidden)
+            dbias1 = _through_gelu(dhidden, hidden, approximate)
             dweight1 = dhidden.T @ rows if needed[1] else None
-            dbias1 = dhidden.sum(0) if needed[2] else None
             dx = (dhidden @ weight1).view_as(x) if needed[0] else None
-        return dx, dweight1, dbias1, dweight2, dbias2, None
+        return dx, dweight1, dbias1 if needed[2] else None, dweight2, dbias2, None
+
+
+def _sum(d: Tensor) -> Tensor:
+    """The sums over rows of d [M, C], added up in float32: [C]."""
+    return over_rows.column_sums(d.contiguous()).to(d.dtype) if over_rows.serves(d) else d.sum(0)
+
+
+def _through_gelu(d: Tensor, hidden: Tensor, approximate: str) -> Tensor:
+    """The gradient d [M, C] to a GELU's output becomes, in place, that to its input; the sums over its rows [C]."""
+    if over_rows.serves(d, hidden):
+        return over_rows.column_sums(d, hidden.contiguous(), approximate).to(d.dtype)
+    torch.ops.aten.gelu_backward.grad_input(d, hidden, approximate=approximate, grad_input=d)
+    return d.sum(0)

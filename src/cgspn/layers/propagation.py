@@ -152,6 +152,14 @@ class PropagationMixer(Mixer):
         out: Tensor = self.project_out(self.up(y))
         return out
 
+    def branch(self, tokens: Tensor, norm: nn.Module, grid: Grid) -> tuple[Tensor, Tensor]:
+        """As in `Mixer`; where the fused pieces run, norm + P_down read the tokens once."""
+        nothing = nn.Identity()
+        if not self.fuses(norm, nothing, tokens):
+            return super().branch(tokens, norm, grid)
+        past, y, *_ = self.before_up(tokens, norm, nothing, grid)
+        return self.up(self.merge_norm(y)), past
+
     def residual(self, tokens: Tensor, norm: nn.Module, scale: nn.Module, grid: Grid) -> Tensor:
         """As in `Mixer`; where the fused pieces run, norm + P_down and P_up + residual read the tokens once each."""
         if not self.fuses(norm, scale, tokens):

@@ -1,0 +1,132 @@
+"""LayerNorm with the sum before it, and GELU's gradient with the sums that biases want: one pass over memory each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+from ..backends import why_not
+
+CHANNELS_MOST = 4096  # of a row that stays on the chip
+PROGRAMS = 528  # that share the sums over rows: four for each multiprocessor of the largest GPUs
+
+
+def serves(*tensors: Tensor | None) -> bool:
+    """Whether the kernels of this module run on such tensors: on a GPU, outside of traced programs.
+
+    Those over whole rows take at most `CHANNELS_MOST` channels.
+    """
+    given = [t for t in tensors if t is not None]
+    if torch.compiler.is_compiling() or not all(t.is_cuda and t.numel() for t in given):
+        return False
+    if any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16) for t in given):
+        return False
+    return why_not("triton", given[0]) is None
+
+
+def split_row(channels: int) -> tuple[int, int]:
+    """Head and tail of a row of so many channels: powers of two, the tail 0 where it would save nothing."""
+    whole = 1 << (channels - 1).bit_length()
+    if whole == channels or channels < 64:
+        return whole, 0
+    head = whole // 2
+    tail = max(16, 1 << (channels - head - 1).bit_length())
+    return (head, tail) if head + tail < whole else (whole, 0)
+
+
+def forward(
+    x: Tensor, branch: Tensor | None, gain: Tensor, shift: Tensor, eps: float, after: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm(t) of t = x + branch, and t + after, in the dtype of x: [..., C] each; x itself if nothing is added."""
+    from . import row_kernels
+
+    x = x.contiguous()
+    branch = None if branch is None else branch.contiguous()
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    normal = torch.empty_like(x)
+    kept = branch is not None or after is not None
+    total = torch.empty_like(x) if kept else x
+    head, tail = split_row(channels)
+    tile = max(1, 2048 // head)
+    row_kernels.add_norm_forward[((rows + tile - 1) // tile,)](
+        x, branch, gain, shift, after, total, normal, rows, channels, eps, ROWS=tile, HEAD=head, TAIL=tail,
+        BRANCH=branch is not None, KEEP=kept, AFTER=after is not None, num_warps=4,
+    )  # fmt: skip
+    return normal, total
+
+
+def backward(
+    dnormal: Tensor, past: Tensor | None, x: Tensor, gain: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of LayerNorm to x (plus `past`, the one that reaches it past the norm), gain and shift: float32."""
+    from . import row_kernels
+
+    dnormal = dnormal.contiguous()
+    past = None if past is None else past.contiguous()
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    dx = torch.empty_like(x)
+    head, tail = split_row(channels)
+    tile = max(1, 4096 // head)
+    programs = min(PROGRAMS, (rows + tile - 1) // tile)
+    parts = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
+    row_kernels.norm_backward[(programs,)](
+        dnormal, past, x, gain, dx, parts, rows, channels, eps, ROWS=tile, HEAD=head, TAIL=tail,
+        PAST=past is not None, num_warps=8,
+    )  # fmt: skip
+    dgain, dshift = parts.sum(0)
+    return dx, dgain, dshift
+
+
+class AddNorm(torch.autograd.Function):
+    """(LayerNorm(t), t) of t = x + branch; the gradients of both meet in one pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, branch: Tensor | None, gain: Tensor, shift: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """x, branch [..., C] of one dtype; gain, shift [C]."""
+        normal, total = forward(x, branch, gain, shift, eps)
+        ctx.eps = eps
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(total, gain, shift)
+        return normal, total.view_as(total) if branch is None else total
+
+    @staticmethod
+    def backward(ctx: Any, dnormal: Tensor | None, past: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Differentiable again, by way of the plain norm."""
+        total, gain, shift = ctx.saved_tensors
+        of_branch = ctx.needs_input_grad[1]
+        if dnormal is None:
+            return past, past if of_branch else None, None, None, None
+        if torch.is_grad_enabled():
+            plain = layer_norm(total.float(), total.shape[-1:], gain.float(), shift.float(), ctx.eps).to(total.dtype)
+            dx, dgain, dshift = torch.autograd.grad(plain, (total, gain, shift), dnormal, create_graph=True)
+            dx = dx if past is None else dx + past
+        else:
+            dx, dgain, dshift = backward(dnormal, past, total, gain, ctx.eps)
+        return dx, dx if of_branch else None, dgain.to(gain.dtype), dshift.to(shift.dtype), None
+
+
+def column_sums(d: Tensor, hidden: Tensor | None = None, approximate: str = "none") -> Tensor:
+    """The sums over rows of d [M, C], float32 [C].
+
+    With hidden [M, C], what a GELU was given: d, the gradient to its output, first becomes in place that to `hidden`.
+    approximate: "none" or "tanh", as of `torch.nn.functional.gelu`.
+    """
+    from . import row_kernels
+
+    rows, channels = d.shape
+    wide = min(128, max(16, 1 << (channels - 1).bit_length()))
+    tile, across = 32, (channels + wide - 1) // wide
+    down = max(1, min((rows + tile - 1) // tile, 2 * PROGRAMS // across))
+    parts = torch.empty(down, channels, dtype=torch.float32, device=d.device)
+    mode = 0 if hidden is None else 1 if approximate == "none" else 2
+    row_kernels.column_sums[(across, down)](
+        d, hidden, parts, rows, channels, ROWS=tile, CHANNELS=wide, GELU=mode, num_warps=4
+    )
+    return parts.sum(0)
