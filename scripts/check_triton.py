@@ -70,18 +70,18 @@ FUSED: list[Piece] = [
         3,
     ),
     *(
-        (over_rows.add_norm_forward, row | {"BRANCH": added, "KEEP": added, "AFTER": added}, 4, 3)
-        for row in ({"ROWS": 2, "HEAD": 1024, "TAIL": 128}, {"ROWS": 2, "HEAD": 1024, "TAIL": 0})
+        (over_rows.add_norm_forward, row | {"BRANCH": added, "KEEP": added, "AFTER": added, "SAVE": not added}, 4, 3)
+        for row in ({"ROWS": 4, "CHANNELS": 2048}, {"ROWS": 2, "CHANNELS": 4096})
         for added in (True, False)
     ),
     *(
-        (over_rows.norm_backward, {"ROWS": 4, "HEAD": 1024, "TAIL": tail, "PAST": past}, 8, 3)
-        for tail in (128, 0)
+        (over_rows.norm_backward, {"ROWS": 1, "CHANNELS": wide, "STAGES": 3, "PAST": past}, 4, 3)
+        for wide in (2048, 4096)
         for past in (True, False)
     ),
     *((over_rows.column_sums, {"ROWS": 32, "CHANNELS": 128, "GELU": mode}, 4, 3) for mode in (0, 1, 2)),
     *(
-        (kernel, {"ROWS": 4, "HEAD": 1024, "TAIL": tail, "KL": kl}, 8, 3)
+        (kernel, {"ROWS": 4, "HEAD": 1024, "TAIL": tail, "KL": kl}, 4, 3)
         for kernel in (losses.tap_loss_forward, losses.tap_loss_backward)
         for tail in (128, 0)
         for kl in (True, False)

@@ -58,6 +58,16 @@ def test_value_and_gradient(shape, dtype, kl_weight):
     check(student, teacher, energies[1], kl_weight)  # not at an aligned address
 
 
+@pytest.mark.parametrize("channels", [1, 16, 63, 64, 65, 192, 384, 768, 1000, 1024, 1152, 1280, 1408, 1536, 4096])
+def test_a_row_is_covered_by_powers_of_two(channels):
+    from cgspn.distill.losses_triton import split_row
+
+    head, tail = split_row(channels)
+    assert all(part & (part - 1) == 0 for part in (head, tail))
+    assert channels <= head + tail <= 1 << (channels - 1).bit_length() if channels > 1 else head == 1
+    assert tail or head == 1 << (channels - 1).bit_length()
+
+
 def test_tokens_without_their_prefix_and_channels_apart_are_read_where_they_are():
     torch.manual_seed(0)
     student, teacher = features(3, 19, 24, dtype=torch.float32)

@@ -60,7 +60,8 @@ def add_norm(
             if torch.is_grad_enabled():
                 both: tuple[Tensor, Tensor] = rows.AddNorm.apply(x, branch, norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
                 return both
-            return rows.forward(x, branch, norm.weight, norm.bias, norm.eps, after)
+            normal, total, _ = rows.forward(x, branch, norm.weight, norm.bias, norm.eps, after)
+            return normal, total
     total = x if branch is None else x + branch
     return norm(total), total if after is None else total + after.to(total.dtype)
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
+ROWS = 64  # of a tile that norm and P_down share: fewer are slower even where they leave most of a GPU idle
 PARTS = 264  # programs that share the reduction over rows: two for each multiprocessor of the largest GPUs
 
 
@@ -18,11 +19,6 @@ def _tile(size: int, least: int = 16) -> int:
 
 def _like(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def _rows(count: int) -> int:
-    """Rows of a tile: enough programs for a whole GPU come before large tiles."""
-    return 64 if count >= 64 * PARTS else 32 if count >= 32 * PARTS else 16
 
 
 def _channels(latent: int, dtype: torch.dtype, most: int) -> int:
@@ -58,7 +54,7 @@ def norm_linear_op(
     out = x.new_empty(*x.shape[:-1], latent)
     means, inverses = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
     rows, wide = means.numel(), _tile(latent)
-    tile, chunk = min(_rows(rows), (1 << 14) // wide), _channels(latent, x.dtype, 1 << 14)
+    tile, chunk = min(ROWS, (1 << 14) // wide), _channels(latent, x.dtype, 1 << 14)
     kernels.norm_linear_forward[((rows + tile - 1) // tile,)](
         x, folded, sums, offset, out, means, inverses, rows, channels, latent, eps,
         ROWS=tile, LATENT=wide, CHANNELS=chunk, EVEN=channels % chunk == 0,
@@ -94,7 +90,7 @@ def norm_linear_backward_op(
     folded, sums, offset = _fold_down(gain, shift, weight, bias, x.dtype)
     dx, scaled = torch.empty_like(x), torch.empty_like(dout)
     rows, wide = means.numel(), _tile(latent)
-    tile, chunk = min(_rows(rows), (1 << 13) // wide), _channels(latent, x.dtype, 1 << 14)
+    tile, chunk = min(ROWS, (1 << 13) // wide), _channels(latent, x.dtype, 1 << 14)
     programs = (rows + tile - 1) // tile
     parts = torch.empty(programs, 2, latent, dtype=torch.float32, device=x.device)
     kernels.norm_linear_backward[(programs,)](

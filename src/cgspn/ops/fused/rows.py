@@ -11,6 +11,7 @@ from torch.nn.functional import layer_norm
 from ..backends import why_not
 
 CHANNELS_MOST = 4096  # of a row that stays on the chip
+SMALL = 1 << 23  # elements below which rows are few, and tiles smaller
 PROGRAMS = 528  # that share the sums over rows: four for each multiprocessor of the largest GPUs
 
 
@@ -27,40 +28,44 @@ def serves(*tensors: Tensor | None) -> bool:
     return why_not("triton", given[0]) is None
 
 
-def split_row(channels: int) -> tuple[int, int]:
-    """Head and tail of a row of so many channels: powers of two, the tail 0 where it would save nothing."""
-    whole = 1 << (channels - 1).bit_length()
-    if whole == channels or channels < 64:
-        return whole, 0
-    head = whole // 2
-    tail = max(16, 1 << (channels - head - 1).bit_length())
-    return (head, tail) if head + tail < whole else (whole, 0)
+def _tile(channels: int) -> int:
+    return max(16, 1 << (channels - 1).bit_length())
 
 
 def forward(
-    x: Tensor, branch: Tensor | None, gain: Tensor, shift: Tensor, eps: float, after: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """LayerNorm(t) of t = x + branch, and t + after, in the dtype of x: [..., C] each; x itself if nothing is added."""
+    x: Tensor,
+    branch: Tensor | None,
+    gain: Tensor,
+    shift: Tensor,
+    eps: float,
+    after: Tensor | None = None,
+    *,
+    save: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """LayerNorm(t) of t = x + branch, and t + after, in the dtype of x: [..., C] each; x itself if nothing is added.
+
+    With `save` also mean and inverse deviation of each row, float32 [M, 2].
+    """
     from . import row_kernels
 
     x = x.contiguous()
     branch = None if branch is None else branch.contiguous()
     channels = x.shape[-1]
-    rows = x.numel() // channels
+    rows, wide = x.numel() // channels, _tile(channels)
     normal = torch.empty_like(x)
     kept = branch is not None or after is not None
     total = torch.empty_like(x) if kept else x
-    head, tail = split_row(channels)
-    tile = max(1, 2048 // head)
+    statistics = torch.empty(rows, 2, dtype=torch.float32, device=x.device) if save else None
+    tile = max(1, (8192 if rows * channels > SMALL else 4096) // wide)
     row_kernels.add_norm_forward[((rows + tile - 1) // tile,)](
-        x, branch, gain, shift, after, total, normal, rows, channels, eps, ROWS=tile, HEAD=head, TAIL=tail,
-        BRANCH=branch is not None, KEEP=kept, AFTER=after is not None, num_warps=4,
+        x, branch, gain, shift, after, total, normal, statistics, rows, channels, eps, ROWS=tile, CHANNELS=wide,
+        BRANCH=branch is not None, KEEP=kept, AFTER=after is not None, SAVE=save, num_warps=4,
     )  # fmt: skip
-    return normal, total
+    return normal, total, statistics
 
 
 def backward(
-    dnormal: Tensor, past: Tensor | None, x: Tensor, gain: Tensor, eps: float
+    dnormal: Tensor, past: Tensor | None, x: Tensor, gain: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of LayerNorm to x (plus `past`, the one that reaches it past the norm), gain and shift: float32."""
     from . import row_kernels
@@ -68,15 +73,14 @@ def backward(
     dnormal = dnormal.contiguous()
     past = None if past is None else past.contiguous()
     channels = x.shape[-1]
-    rows = x.numel() // channels
+    rows, wide = x.numel() // channels, _tile(channels)
     dx = torch.empty_like(x)
-    head, tail = split_row(channels)
-    tile = max(1, 4096 // head)
+    tile = max(1, 2048 // wide)
     programs = min(PROGRAMS, (rows + tile - 1) // tile)
     parts = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
     row_kernels.norm_backward[(programs,)](
-        dnormal, past, x, gain, dx, parts, rows, channels, eps, ROWS=tile, HEAD=head, TAIL=tail,
-        PAST=past is not None, num_warps=8,
+        dnormal, past, x, gain, statistics, dx, parts, rows, channels, ROWS=tile, CHANNELS=wide, STAGES=3,
+        PAST=past is not None, num_warps=4,
     )  # fmt: skip
     dgain, dshift = parts.sum(0)
     return dx, dgain, dshift
@@ -90,16 +94,16 @@ class AddNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, branch: Tensor | None, gain: Tensor, shift: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
         """x, branch [..., C] of one dtype; gain, shift [C]."""
-        normal, total = forward(x, branch, gain, shift, eps)
+        normal, total, statistics = forward(x, branch, gain, shift, eps, save=True)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(total, gain, shift)
+        ctx.save_for_backward(total, gain, shift, statistics)
         return normal, total.view_as(total) if branch is None else total
 
     @staticmethod
     def backward(ctx: Any, dnormal: Tensor | None, past: Tensor | None) -> tuple[Tensor | None, ...]:
         """Differentiable again, by way of the plain norm."""
-        total, gain, shift = ctx.saved_tensors
+        total, gain, shift, statistics = ctx.saved_tensors
         of_branch = ctx.needs_input_grad[1]
         if dnormal is None:
             return past, past if of_branch else None, None, None, None
@@ -108,7 +112,7 @@ class AddNorm(torch.autograd.Function):
             dx, dgain, dshift = torch.autograd.grad(plain, (total, gain, shift), dnormal, create_graph=True)
             dx = dx if past is None else dx + past
         else:
-            dx, dgain, dshift = backward(dnormal, past, total, gain, ctx.eps)
+            dx, dgain, dshift = backward(dnormal, past, total, gain, statistics)
         return dx, dx if of_branch else None, dgain.to(gain.dtype), dshift.to(shift.dtype), None
 
 
@@ -123,7 +127,7 @@ def column_sums(d: Tensor, hidden: Tensor | None = None, approximate: str = "non
     rows, channels = d.shape
     wide = min(128, max(16, 1 << (channels - 1).bit_length()))
     tile, across = 32, (channels + wide - 1) // wide
-    down = max(1, min((rows + tile - 1) // tile, 2 * PROGRAMS // across))
+    down = max(1, min((rows + tile - 1) // tile, 4 * PROGRAMS // across))
     parts = torch.empty(down, channels, dtype=torch.float32, device=d.device)
     mode = 0 if hidden is None else 1 if approximate == "none" else 2
     row_kernels.column_sums[(across, down)](
