@@ -22,6 +22,10 @@ CONFIGS = {
     "sum": PropagationConfig(compression=4, merge="sum"),
     "bare": PropagationConfig(4, merge="sum", latent_norm=False, merge_norm=False, local_kernel=0),
     "two directions": PropagationConfig(4, directions=("right", "up")),
+    "two latents": PropagationConfig(compression=4, latents=2),
+    "a latent each, summed": PropagationConfig(compression=4, latents=4, merge="sum", inner_residual=True),
+    "shared": PropagationConfig(compression=4, share=3),
+    "shared, two latents": PropagationConfig(compression=2, share=4, latents=2),
     **GSPN_WALK,
 }
 
@@ -49,15 +53,34 @@ def test_propagation_equals_its_definition(name):
     if mixer.local is not None:
         x = x + mixer.local(x.movedim(-1, 1)).movedim(1, -1)
     x = mixer.norm(x)
-    directions = len(config.directions)
-    p = mixer.parameters_of(x).unflatten(-1, (directions, 5, mixer.latent))
-    y = propagate_2d_reference(x, p[..., 2:, :], p[..., 0, :], p[..., 1, :], directions=config.directions, merge="none")
-    y = y.flatten(3) if config.merge == "concat" else y.sum(3)
+    weight, bias = (t.unflatten(0, (len(config.directions), -1)) for t in mixer.parameters_of.parameters())
+    scanned, entered = [], []
+    for d, direction in enumerate(config.directions):  # each with its own rows of the projection, over its own latent
+        own = x.unflatten(-1, (config.latents, -1))[..., d * config.latents // len(config.directions), :]
+        p = (own @ weight[d].T + bias[d]).unflatten(-1, (5, -1)).repeat_interleave(config.share, -1).unsqueeze(3)
+        made = p[..., 2:, :], p[..., 0, :], p[..., 1, :]
+        scanned.append(propagate_2d_reference(own, *made, directions=(direction,)))
+        entered.append(own)
+    y = torch.cat(scanned, -1) if config.merge == "concat" else sum(scanned)
     y = mixer.merge_norm(y)
     if config.inner_residual:
-        y = y + x
+        y = y + sum(entered) / (len(config.directions) // config.latents)
     expected = mixer.project_out(mixer.up(y)).flatten(1, 2)
     assert relative(mixer(tokens, grid), expected) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrong"),
+    [
+        ({"latents": 3}, "latents is 3"),
+        ({"share": 0}, "share is 0"),
+        ({"share": 4, "compression": 4}, "share is 4; a latent of 6"),
+        ({"latents": 2, "compression": None}, "latents is 2; without P_down"),
+    ],
+)
+def test_latents_that_do_not_divide_are_refused(settings, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        PropagationMixer(24, PropagationConfig(**settings))
 
 
 @pytest.mark.parametrize("name", CONFIGS)

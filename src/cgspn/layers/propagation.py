@@ -13,6 +13,7 @@ from typing import Literal, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from ..ops import DIRECTIONS, fused, propagate_2d, propagate_2d_projected
 from ..ops.autocast import lowered
@@ -34,6 +35,10 @@ class PropagationConfig:
         merge: "sum" adds the directions before P_up (the source); "concat" gives P_up all of them.
         latent_norm: RMSNorm on the latent, before the parameters and the scan.
         merge_norm: RMSNorm on the merged scan; keeps features bounded however long the lines are.
+        latents: how many latents of Cc channels the directions scan: 1 for one that they share (the source), 2 for one
+            each for the vertical and the horizontal ones, 4 for one each. The parameters are as many as with one.
+        share: channels that share one set of lam, u and logits: 1 for a set each (the source). Cc of few sets costs as
+            much in parameters as a narrower latent with a set for every channel.
         local_kernel: size of a depthwise convolution on the latent, added to it; 0 for none.
         projections: GSPN's linear projections C -> C around everything.
         expansion: GSPN's channel expansion before propagation; 1 for none.
@@ -43,6 +48,8 @@ class PropagationConfig:
     compression: float | None = 18
     directions: tuple[str, ...] = DIRECTIONS
     merge: Literal["sum", "concat"] = "concat"
+    latents: int = 1
+    share: int = 1
     latent_norm: bool = True
     merge_norm: bool = True
     local_kernel: int = 3
@@ -50,8 +57,21 @@ class PropagationConfig:
     expansion: float = 1
     inner_residual: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for directions that the latents do not divide."""
+        if self.latents < 1 or len(self.directions) % self.latents:
+            raise ValueError(f"latents is {self.latents}; accepted: divisors of the {len(self.directions)} directions")
+        if self.share < 1:
+            raise ValueError(f"share is {self.share}; accepted: 1 or more")
+
     def latent_width(self, width: int) -> int:
-        """Cc for tokens of `width` channels. Raises ValueError if nothing is left."""
+        """Cc for tokens of `width` channels. Raises ValueError if nothing is left, or `share` does not divide it."""
+        latent = self._latent_width(width)
+        if latent % self.share:
+            raise ValueError(f"share is {self.share}; a latent of {latent} channels accepts its divisors")
+        return latent
+
+    def _latent_width(self, width: int) -> int:
         expanded = int(width * self.expansion)
         if self.compression is None:
             return expanded
@@ -103,15 +123,19 @@ class PropagationMixer(Mixer):
         self.latent = latent
         self.project_in = nn.Linear(width, width) if config.projections else nn.Identity()
         self.expand = nn.Linear(width, expanded) if config.expansion != 1 else nn.Identity()
-        self.down = nn.Linear(expanded, latent) if config.compression is not None else nn.Identity()
+        if config.compression is None and config.latents > 1:
+            raise ValueError(f"latents is {config.latents}; without P_down (compression None) it accepts 1")
+        scanned = config.latents * latent
+        self.down = nn.Linear(expanded, scanned) if config.compression is not None else nn.Identity()
         self.local = (
-            nn.Conv2d(latent, latent, config.local_kernel, padding=config.local_kernel // 2, groups=latent)
+            nn.Conv2d(scanned, scanned, config.local_kernel, padding=config.local_kernel // 2, groups=scanned)
             if config.local_kernel
             else None
         )
-        self.norm = RMSNorm(latent, eps=EPS) if config.latent_norm else nn.Identity()
-        # per position: [D, 5, Cc] = lam, u and the three logits of each direction, side by side in memory
-        self.parameters_of = nn.Linear(latent, len(config.directions) * 5 * latent)
+        self.norm = RMSNorm(scanned, eps=EPS) if config.latent_norm else nn.Identity()
+        # per position: [D, 5, Cc / share] = lam, u and the three logits of each direction, side by side in memory;
+        # a direction's are made from the latent that it scans
+        self.parameters_of = nn.Linear(latent, len(config.directions) * 5 * (latent // config.share))
         merged = latent * (len(config.directions) if config.merge == "concat" else 1)
         self.merge_norm = RMSNorm(merged, eps=EPS) if config.merge_norm else nn.Identity()
         self.up = nn.Linear(merged, width)
@@ -136,7 +160,7 @@ class PropagationMixer(Mixer):
                 nn.init.zeros_(self.local.bias)
         nn.init.normal_(self.parameters_of.weight, std=0.1 * self.latent**-0.5)
         with torch.no_grad():
-            bias = self.parameters_of.bias.view(len(self.config.directions), 5, self.latent)
+            bias = self.parameters_of.bias.view(len(self.config.directions), 5, -1)
             bias.zero_()
             bias[:, :2] = 0.5
         nn.init.normal_(self.up.weight, std=0.02 * self.up.in_features**-0.5)
@@ -148,7 +172,7 @@ class PropagationMixer(Mixer):
         x, y = self.scan(self.down(self.expand(self.project_in(tokens))), grid)
         y = self.merge_norm(y)
         if self.config.inner_residual:
-            y = y + (x.repeat(1, 1, len(self.config.directions)) if self.config.merge == "concat" else x)
+            y = y + self.as_merged(x)
         out: Tensor = self.project_out(self.up(y))
         return out
 
@@ -207,23 +231,52 @@ class PropagationMixer(Mixer):
 
     def scan(self, latent: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """latent [B, h*w, Cc] -> what is scanned [B, h*w, Cc], and the merged directions before their norm."""
-        batch, count, _ = latent.shape
-        x = latent.view(batch, grid.height, grid.width, self.latent)
+        batch, count, channels = latent.shape
+        x = latent.view(batch, grid.height, grid.width, channels)
         x = self.localise(x, grid.mask)
+        y = self.scan_one(x, grid.mask) if self.config.latents == 1 else self.scan_each(x, grid.mask)
+        return x.reshape(batch, count, channels), y.reshape(batch, count, -1)
+
+    def scan_one(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """All directions over x [B, H, W, Cc]: [B, H, W, D, Cc], or their sum [B, H, W, Cc]."""
         if self.shows_parameters(x):
-            made = split_parameters(self.parameters_of(x), len(self.config.directions))
-            y = self.propagate(x, *made, grid.mask)
-        else:
-            y = propagate_2d_projected(
-                x, self.parameters_of.weight, self.parameters_of.bias, mask=grid.mask, **self.scans()
-            )
-        return x.reshape(batch, count, self.latent), y.reshape(batch, count, -1)
+            return self.propagate(x, *self.made(self.parameters_of(x)), mask)
+        return propagate_2d_projected(x, self.parameters_of.weight, self.parameters_of.bias, mask=mask, **self.scans())
+
+    def scan_each(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Each latent in x [B, H, W, latents * Cc] by its own directions; returns as `scan_one`."""
+        config, found = self.config, []
+        turns = len(config.directions) // config.latents
+        weights = self.parameters_of.weight.chunk(config.latents)
+        biases = self.parameters_of.bias.chunk(config.latents)
+        for i, (part, weight, bias) in enumerate(zip(x.chunk(config.latents, -1), weights, biases)):
+            own: Scans = {**self.scans(), "directions": config.directions[i * turns : (i + 1) * turns]}
+            if config.share > 1 or not x.is_cuda or torch.compiler.is_exporting():
+                made = self.made(linear(part, weight, bias), turns)
+                found.append(propagate_2d(part, *made, mask=mask, **own))
+            else:
+                found.append(propagate_2d_projected(part.contiguous(), weight, bias, mask=mask, **own))
+        return torch.cat(found, 3) if config.merge == "concat" else torch.stack(found).sum(0)
+
+    def made(self, packed: Tensor, directions: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, lam and u of every channel, from what the projection makes: [B, H, W, D * 5 * Cc / share]."""
+        if self.config.share > 1:
+            packed = packed.repeat_interleave(self.config.share, -1)
+        return split_parameters(packed, directions or len(self.config.directions))
+
+    def as_merged(self, x: Tensor) -> Tensor:
+        """What was scanned, [B, N, latents * Cc], laid out as the merged directions."""
+        config = self.config
+        each = len(config.directions) // config.latents
+        parts = x.unflatten(-1, (config.latents, 1, self.latent)).expand(*x.shape[:-1], -1, each, -1)
+        return parts.flatten(-3) if config.merge == "concat" else parts.sum((-3, -2)) / each
 
     def shows_parameters(self, x: Tensor) -> bool:
         """Whether `parameters_of` has to be called: for a hook on it, a subclass with a `propagate` of its own, an
         exported program, and where x is not on a GPU, which alone can keep them from memory."""
         hooked = self.parameters_of._forward_pre_hooks or self.parameters_of._forward_hooks
-        return not x.is_cuda or self.scans_itself or bool(hooked) or torch.compiler.is_exporting()
+        plain = not x.is_cuda or self.scans_itself or self.config.share > 1
+        return plain or bool(hooked) or torch.compiler.is_exporting()
 
     def localise(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The local convolution, added to its input, then the norm: [B, H, W, Cc] -> the same."""
