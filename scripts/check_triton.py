@@ -79,7 +79,8 @@ FUSED: list[Piece] = [
         for wide in (2048, 4096)
         for past in (True, False)
     ),
-    *((over_rows.column_sums, {"ROWS": 32, "CHANNELS": 128, "GELU": mode}, 4, 3) for mode in (0, 1, 2)),
+    (over_rows.column_sums, {"ROWS": 32, "CHANNELS": 128, "GELU": 0}, 4, 3),
+    *((over_rows.column_sums, {"ROWS": 16, "CHANNELS": 256, "GELU": mode}, 8, 3) for mode in (1, 2)),
     *(
         (kernel, {"ROWS": 4, "HEAD": 1024, "TAIL": tail, "KL": kl}, 4, 3)
         for kernel in (losses.tap_loss_forward, losses.tap_loss_backward)

@@ -51,7 +51,8 @@ def test_add_norm(shape, added, dtype):
     got = torch.autograd.grad((normal, total), [t for t in mine if t is not None], (dn, dt), retain_graph=True)
     assert [t.dtype for t in got] == [t.dtype for t in mine if t is not None]
     for gradient in got[: 1 + added]:
-        assert relative(gradient, true[0] + dt.double()) < DTYPES[dtype]
+        # of one channel the gradient is 0, and what rounding leaves of its deviation is divided by the root of eps
+        assert relative(gradient, true[0] + dt.double()) < DTYPES[dtype] * (1 if c > 1 else 10)
     if c > 1:
         assert relative(got[-2], true[1]) < DTYPES[dtype]
     assert relative(got[-1], true[2]) < DTYPES[dtype]

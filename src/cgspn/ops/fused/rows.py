@@ -125,12 +125,14 @@ def column_sums(d: Tensor, hidden: Tensor | None = None, approximate: str = "non
     from . import row_kernels
 
     rows, channels = d.shape
-    wide = min(128, max(16, 1 << (channels - 1).bit_length()))
-    tile, across = 32, (channels + wide - 1) // wide
-    down = max(1, min((rows + tile - 1) // tile, 4 * PROGRAMS // across))
+    # the fastest on an H100 for 47 thousand rows of 1152 and 4304 channels
+    tile, most, warps, total = (32, 128, 4, 2 * PROGRAMS) if hidden is None else (16, 256, 8, 4 * PROGRAMS)
+    wide = min(most, max(16, 1 << (channels - 1).bit_length()))
+    across = (channels + wide - 1) // wide
+    down = max(1, min((rows + tile - 1) // tile, total // across))
     parts = torch.empty(down, channels, dtype=torch.float32, device=d.device)
     mode = 0 if hidden is None else 1 if approximate == "none" else 2
     row_kernels.column_sums[(across, down)](
-        d, hidden, parts, rows, channels, ROWS=tile, CHANNELS=wide, GELU=mode, num_warps=4
+        d, hidden, parts, rows, channels, ROWS=tile, CHANNELS=wide, GELU=mode, num_warps=warps
     )
     return parts.sum(0)
