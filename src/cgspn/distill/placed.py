@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections import deque
+from collections.abc import Iterator
+from itertools import chain, islice
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -12,12 +15,31 @@ from ..data import Batch
 from ..models.encoder import Encoder
 from .tasks import Losses, SublayerTask, sublayer_parts
 
+AHEAD = 2  # rounds of features under way: one hides behind a block, two behind blocks of uneven lengths
+
+
+class Exchange(NamedTuple):
+    """A round under way: what to wait for, what is being sent and must live until then, what will have arrived."""
+
+    work: dist.Work | None
+    sent: Tensor
+    received: Tensor
+
+    def wait(self) -> Tensor:
+        """[B, N, C] of one block and all images; [0, N, C] if the round has no block for this process."""
+        if self.work is not None:
+            self.work.wait()
+        return self.received
+
 
 class PlacedSublayerTask(SublayerTask):
     """As `SublayerTask`, with block i trained by one process alone, on the images of all.
 
-    Each process runs the teacher on its own share of the batch and sends every block's features to the block's owner.
-    Optimiser state and gradients exist once in the whole run. `share` hands the weights back to everyone at the end.
+    Each process runs the teacher on its own share of the batch and sends every block's features to the block's owner,
+    in rounds of one block for each process: while one is computed, the next ones travel, and what has been sent is let
+    go. Blocks are dealt out in turn, so that of 27 on 2 processes one has 14: 3.7% more than its share of the student's
+    part of a step, which is the smaller part. Optimiser state and gradients exist once in the whole run. `share` hands
+    the weights back to everyone at the end.
     Source: "Key Designs" 3, stage 1 (blocks are independent); design, section 4.
     """
 
@@ -36,25 +58,43 @@ class PlacedSublayerTask(SublayerTask):
         """As in `SublayerTask`; losses of blocks that are elsewhere are zero, and so are left out of "total"."""
         taps = self.observed(batch)
         energies = self.energies.of([taps.sublayers[i] for i in self.learning])
-        entries, wanted = self._to_owners(taps.entries), self._to_owners(taps.sublayers)
+        energy = dict(zip(self.learning, energies, strict=True))
         zero = energies.new_zeros(())
         losses: Losses = {f"block {i}": zero for i in self.learning}
-        for i, energy in zip(self.learning, energies, strict=True):
-            if i in entries:
-                losses[f"block {i}"] = self.sublayer_error(i, entries[i], wanted[i], taps, energy)
+        features = [{i: each[i] for i in self.learning} for each in (taps.entries, taps.sublayers)]
+        taps = taps._replace(entries=[], sublayers=[], blocks=[])  # what is sent shall not be held here
+        for i, (entries, wanted) in self._arriving(features):
+            losses[f"block {i}"] = self.sublayer_error(i, entries, wanted, taps, energy[i])
         total = torch.stack([losses[f"block {i}"] for i in self.own]).sum() if self.own else zero
         return {"total": total, **losses}
 
-    def _to_owners(self, features: list[Tensor]) -> dict[int, Tensor]:
-        """features [b, N, C] of every block and this process's images -> [B, N, C] of own blocks and all images."""
-        ranks, like = dist.get_world_size(), features[0]
-        sent = torch.cat([features[i].reshape(-1) for owned in self.owned for i in owned])
-        received = sent.new_empty(ranks * len(self.own) * like.numel())
-        dist.all_to_all_single(
-            received, sent, [len(self.own) * like.numel()] * ranks, [len(owned) * like.numel() for owned in self.owned]
-        )
-        parts = received.view(ranks, len(self.own), *like.shape)
-        return {i: parts[:, n].flatten(0, 1) for n, i in enumerate(self.own)}
+    def _arriving(self, features: list[dict[int, Tensor]]) -> Iterator[tuple[int, list[Tensor]]]:
+        """Own blocks in turn, with what the features [b, N, C] of this process's images are for all: [B, N, C] each.
+
+        features: some kinds, by block; they are taken out once sent.
+        """
+        rounds = max(map(len, self.owned))
+        coming = ([self._begin(kind, number) for kind in features] for number in range(rounds))
+        begun = deque(islice(coming, AHEAD))
+        for i in self.own:
+            arrived = [exchange.wait() for exchange in begun.popleft()]
+            begun.extend(islice(coming, 1))  # before the block, which is launched behind it
+            yield i, arrived
+        for exchange in chain(*begun, *coming):  # a last round may have blocks for others only
+            exchange.wait()
+
+    def _begin(self, features: dict[int, Tensor], number: int) -> Exchange:
+        """Send this process's features [b, N, C] of each owner's block of a round, and ask for those of the own one."""
+        ranks = dist.get_world_size()
+        theirs = [owned[number : number + 1] for owned in self.owned]
+        blocks = [features.pop(i) for owned in theirs for i in owned]
+        (batch, *shape), size = blocks[0].shape, blocks[0].numel()
+        own = len(theirs[dist.get_rank()])
+        sent = torch.cat([block.reshape(-1) for block in blocks])
+        received = sent.new_empty(ranks * own * size)
+        sizes = [own * size] * ranks, [len(owned) * size for owned in theirs]
+        work = dist.all_to_all_single(received, sent, *sizes, async_op=True)
+        return Exchange(work, sent, received.view(ranks * own * batch, *shape))
 
     @torch.no_grad()
     def share(self) -> None:
