@@ -10,15 +10,41 @@ from pathlib import Path
 import torch
 
 from cgspn.data import load_embedded
-from cgspn.distill import ComputeConfig, DistillConfig, HighResConfig, LossConfig, OptimConfig, distil, join_world
+from cgspn.distill import (
+    ComputeConfig,
+    DistillConfig,
+    HighResConfig,
+    ImageSetFeed,
+    LossConfig,
+    OptimConfig,
+    distil,
+    join_world,
+)
 from cgspn.layers import AttentionConfig
 from cgspn.models import TextConfig, build_dual, model_config
 from cgspn.teachers import convert
 
 
-def run(out, *, folder=None, steps=4, hazards=None, only_once=None, **compute):
+class Noted(ImageSetFeed):
+    """Writes down which images each process was given: a line for each step, whatever becomes of the process."""
+
+    def stream(self, encoder, size, optim, world):
+        stream = super().stream(encoder, size, optim, world)
+
+        def start_at(start):
+            for batch in stream(start):
+                line = {"size": size[0], "step": batch.step, "rank": world.rank, "of": world.size}
+                with open(os.environ["ORDER"], "a") as file:
+                    file.write(json.dumps(line | {"indices": batch.indices.tolist()}) + "\n")
+                yield batch
+
+        return start_at
+
+
+def run(out, *, folder=None, steps=4, hazards=None, only_once=None, device="cpu", **compute):
     """hazards: by the end of a stage's title, what happens after which step: "kill" (signal 9) or "full" (from there
     on no file may grow beyond 4 KiB). only_once: a file that tells a second attempt; then only the last rank is hit.
+    With ORDER in the environment the images of every step are noted in the file that it names.
     """
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -55,12 +81,14 @@ def run(out, *, folder=None, steps=4, hazards=None, only_once=None, **compute):
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
     images = load_embedded("train").subset(torch.arange(64))
-    with join_world("cpu") as world:
+    feed = Noted(images) if "ORDER" in os.environ else images
+    with join_world(device) as world:
         folder = Path(folder) if folder else None
-        histories = distil(teacher, student, images, distill, watcher, folder=folder, world=world)
+        teacher, student = teacher.to(world.device), student.to(world.device)
+        histories = distil(teacher, student, feed, distill, watcher, folder=folder, world=world)
         if world.rank == 0:
             Path(out).write_text(json.dumps([history.steps for history in histories]))
-            torch.save(student.state_dict(), Path(out).with_suffix(".pt"))
+            torch.save(student.cpu().state_dict(), Path(out).with_suffix(".pt"))
 
 
 def enter(rank, size, port, log, out, settings):
