@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -17,12 +17,14 @@ from ..data import Batch
 from ..distill import ComputeConfig, LossConfig, OptimConfig, World
 from ..distill.flops import peak_of
 from ..distill.stages import prepared
-from ..distill.tasks import DistillTask
+from ..distill.tasks import DistillTask, SublayerTask, Task
 from ..distill.trainer import train
 from ..models.encoder import Encoder
 from ..models.registry import create_model
 from .machine import describe, free
 from .results import write
+
+Result = TypeVar("Result")
 
 WARM = 2  # steps before the clock starts: allocation, autotuning, compilation
 TRIES = 2  # steps that a batch must last to fit: the second has the optimiser's state
@@ -67,8 +69,18 @@ def largest_fitting(fits: Callable[[int], bool], largest: int, smallest: int = 1
     return low
 
 
-def run_steps(task: DistillTask, config: TrainBenchConfig, size: int, batch: int, steps: int) -> list[float]:
-    """Train on random images; returns the time of day after each step. Raises torch.OutOfMemoryError."""
+def run_steps(
+    task: DistillTask | SublayerTask,
+    config: TrainBenchConfig,
+    size: int,
+    batch: int,
+    steps: int,
+    after: Callable[[int], object] = lambda _: None,
+) -> list[float]:
+    """Train on random images; returns the time of day after each step. Raises torch.OutOfMemoryError.
+
+    after: called with the number of steps done, after each.
+    """
     device = next(task.parameters()).device
     images = torch.randn(batch, task.student.config.channels, size, size, device=device)
     one = Batch(0, torch.arange(batch), images, torch.zeros(batch, dtype=torch.long))
@@ -78,25 +90,35 @@ def run_steps(task: DistillTask, config: TrainBenchConfig, size: int, batch: int
             yield one
 
     times: list[float] = []
+
+    def watch(_: dict[str, float]) -> None:
+        times.append(time.perf_counter())
+        after(len(times))
+
     optim = OptimConfig(steps=steps, batch_size=batch, learning_rate=1e-6)
-    train(task, stream, optim, f"{size} px", lambda _: times.append(time.perf_counter()), compute=config.compute)
+    train(task, stream, optim, f"{size} px", watch, compute=config.compute)
     return times
 
 
 def attempt(task: DistillTask, config: TrainBenchConfig, size: int, batch: int, steps: int) -> list[float] | None:
     """`run_steps`, or None if the memory does not suffice; nothing is left of it either way."""
-    times = None
+    return unless_full(lambda: run_steps(task, config, size, batch, steps), task, config.compute)
+
+
+def unless_full(run: Callable[[], Result], task: Task, compute: ComputeConfig) -> Result | None:
+    """What a run of a task returns, or None if the memory does not suffice; nothing is left of it either way."""
+    result = None
     try:
-        times = run_steps(task, config, size, batch, steps)
+        result = run()
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
             raise
     # outside of the except clause, which holds the frames and so the tensors of what failed
     task.zero_grad(set_to_none=True)
-    if config.compute.compile:
+    if compute.compile:
         torch._dynamo.reset()  # every batch compiles for its own shapes, and dynamo keeps only a few
     free(next(task.parameters()).device)
-    return times
+    return result
 
 
 def measure(task: DistillTask, config: TrainBenchConfig, size: int) -> dict[str, Any]:

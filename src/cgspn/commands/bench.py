@@ -15,9 +15,12 @@ from ..bench.ablation import AblationConfig
 from ..bench.encoder import EncoderBenchConfig
 from ..bench.inference import InferenceConfig
 from ..bench.quality import QualityConfig
+from ..bench.scaling import ScalingConfig
+from ..bench.simulate import SimulationConfig
 from ..bench.table import TableConfig
 from ..bench.train import TrainBenchConfig
 from ..console import console, writable_folder
+from ..distill import join_world
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,42 @@ class Train(_Measurement):
 
 
 @dataclass(frozen=True)
+class Scaling(_Measurement):
+    """Distillation on several GPUs: efficiency, communication, memory, and whether the losses are one GPU's.
+
+    Each launch measures its own number of GPUs and adds to what the others have left in the folder. One GPU comes
+    first: it says which batches fit.
+
+    Examples:
+        torchrun --nproc-per-node 1 -m cgspn.cli bench scaling --out results/scaling
+        torchrun --nproc-per-node 2 -m cgspn.cli bench scaling --out results/scaling
+        cgspn bench scaling --out results/scaling --simulate --gpus 64 512
+    """
+
+    config: ScalingConfig = field(default_factory=ScalingConfig)
+    """Models, modes, sizes, batches."""
+    simulate: bool = False
+    """Instead, say what more GPUs would give, from what the folder holds: simulation.json and .md. Needs no GPU."""
+    simulation: SimulationConfig = field(default_factory=SimulationConfig)
+    """What that assumes."""
+
+    def run(self) -> None:
+        """Raises ValueError for an unknown model, other settings than before, or batches that do not fit."""
+        if self.simulate:
+            from ..bench.simulate import run as simulate
+
+            return self._measure(lambda: simulate(self.simulation, self.out, say=console.print))
+        from ..bench.scaling import run
+
+        with join_world(device().type) as world:
+            writable_folder(self.out, "--out")
+            run(self.config, self.out, world, commit=self.commit, say=console.print)
+            if world.rank == 0:
+                console.print(f"wrote the results to {self.out}")
+        return None
+
+
+@dataclass(frozen=True)
 class Inference(_Measurement):
     """One image on the processor, teacher and student, and from which size the student is faster.
 
@@ -198,6 +237,7 @@ Measurement = (
     | Annotated[Encoders, tyro.conf.subcommand("encoder", description=getdoc(Encoders), prefix_name=False)]
     | Annotated[Inference, tyro.conf.subcommand("inference", description=getdoc(Inference), prefix_name=False)]
     | Annotated[Quality, tyro.conf.subcommand("quality", description=getdoc(Quality), prefix_name=False)]
+    | Annotated[Scaling, tyro.conf.subcommand("scaling", description=getdoc(Scaling), prefix_name=False)]
     | Annotated[Train, tyro.conf.subcommand("train", description=getdoc(Train), prefix_name=False)]
 )
 

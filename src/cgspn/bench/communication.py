@@ -1,0 +1,136 @@
+"""How long processes exchange data: links by themselves, and the share of a step's time, hidden or not."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from ..distill.parallel import barrier, gather_objects, world_size
+
+Interval = tuple[float, float]  # begin and end
+WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace in which a device does something
+ROUNDS = 10  # of a collective that is timed, after three that are not
+
+
+def union(intervals: Iterable[Interval]) -> list[Interval]:
+    """The same time as disjoint intervals in order."""
+    merged: list[Interval] = []
+    for begin, end in sorted(intervals):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
+        else:
+            merged.append((begin, end))
+    return merged
+
+
+def busy_and_exposed(communication: Iterable[Interval], other: Iterable[Interval]) -> tuple[float, float]:
+    """Time with at least one communication kernel, and the part of it with no other kernel. In the intervals' unit."""
+    mine, theirs = union(communication), union(other)
+    busy = sum(end - begin for begin, end in mine)
+    hidden, first = 0.0, 0
+    for begin, end in mine:
+        while first < len(theirs) and theirs[first][1] <= begin:
+            first += 1
+        at = first
+        while at < len(theirs) and theirs[at][0] < end:
+            hidden += min(end, theirs[at][1]) - max(begin, theirs[at][0])
+            at += 1
+    return busy, busy - hidden
+
+
+def of_trace(events: Iterable[dict[str, Any]]) -> tuple[float, float] | None:
+    """`busy_and_exposed` of a Chrome trace's events, in seconds; None if no device did anything."""
+    done = [event for event in events if event.get("ph") == "X" and event.get("cat") in WORK]
+    if not done:
+        return None
+    parts: dict[bool, list[Interval]] = {True: [], False: []}
+    for event in done:
+        talks = event["cat"] == "kernel" and "nccl" in event["name"].lower()
+        parts[talks].append((event["ts"] * 1e-6, (event["ts"] + event["dur"]) * 1e-6))
+    return busy_and_exposed(parts[True], parts[False])
+
+
+class Watched:
+    """A profile of some steps of a run on several GPUs, begun and ended on all processes together."""
+
+    def __init__(self, device: torch.device) -> None:
+        """device: this process's; on a processor nothing is recorded."""
+        self.device, self.seconds = device, 0.0
+        self.profile: profile | None = None
+
+    def begin(self) -> None:
+        """Record from here on: between two steps."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            self.profile = profile(activities=[ProfilerActivity.CUDA])
+            self.profile.start()
+            barrier()  # profilers take their time to start; nobody shall wait for that in a collective
+            torch.cuda.synchronize(self.device)
+            self.began = time.perf_counter()
+
+    def end(self) -> None:
+        """Record until here."""
+        if self.profile is not None:
+            torch.cuda.synchronize(self.device)
+            self.seconds = time.perf_counter() - self.began
+            self.profile.stop()
+
+    def shares(self) -> dict[str, float | None]:
+        """Shares of the wall time, 0 to 1, means over processes: "communication", which includes waiting for the
+        slowest, and "exposed", with nothing else running. None where nothing was seen. All processes call this."""
+        found = None
+        if self.profile is not None:
+            with tempfile.TemporaryDirectory() as folder:
+                trace = Path(folder) / "trace.json"
+                self.profile.export_chrome_trace(str(trace))
+                with suppress(ValueError):  # a broken trace shall not cost the row its times
+                    found = of_trace(json.loads(trace.read_text())["traceEvents"])
+        self.profile = None
+        each = gather_objects(None if found is None else [part / self.seconds for part in found])
+        whole = [one for one in each if one is not None]
+        if len(whole) < len(each):
+            return {"communication": None, "exposed": None}
+        return {
+            "communication": sum(one[0] for one in whole) / len(whole),
+            "exposed": sum(one[1] for one in whole) / len(whole),
+        }
+
+
+def link_rates(device: torch.device, size: int) -> dict[str, float]:
+    """Bus bandwidths in bytes a second, as NCCL's tests define them, of float32 buffers of `size` bytes in all.
+
+    all_reduce: 2 (n - 1) / n x size / time. all_gather: (n - 1) / n x size / time. All processes call this, of which
+    there are at least two; the slowest counts.
+    """
+    ranks = world_size()
+    own = torch.ones(size // 4 // ranks, device=device)
+    all_of = torch.zeros(ranks * len(own), device=device)
+    moved = (ranks - 1) / ranks * 4 * len(all_of)
+    reduce = _seconds(lambda: dist.all_reduce(all_of), device)
+    # its name since PyTorch 2.13, and the one before
+    into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather = _seconds(lambda: into(all_of, own), device)
+    return {"all_reduce": 2 * moved / reduce, "all_gather": moved / gather}
+
+
+def _seconds(collective: Callable[[], object], device: torch.device) -> float:
+    for _ in range(3):
+        collective()
+    barrier()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for _ in range(ROUNDS):
+        collective()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return max(gather_objects((time.perf_counter() - began) / ROUNDS))

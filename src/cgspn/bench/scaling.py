@@ -1,0 +1,299 @@
+"""Distillation on 1, 2, 4, 8 GPUs: speed, what communication costs, memory, and whether the losses are one GPU's.
+
+Each launch under torchrun measures its own number of GPUs and merges its rows into the file of the others. Models and
+images are random, the loop is the trainer's own. Weak scaling: every GPU has as many images as one alone.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise, repeat
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..data import Batch
+from ..distill import ComputeConfig, LossConfig, OptimConfig, World, gather_objects
+from ..distill.feeds import share_of
+from ..distill.flops import forward_flops
+from ..distill.parallel import barrier
+from ..distill.placed import PlacedSublayerTask
+from ..distill.stages import prepared
+from ..distill.tasks import DistillTask, SublayerTask
+from ..distill.trainer import rows_of, train
+from ..models.checkpoint import write_atomically
+from ..models.encoder import Encoder
+from ..models.registry import create_model
+from .communication import Watched, link_rates
+from .machine import describe, free
+from .scaling_report import report
+from .train import TrainBenchConfig, run_steps, unless_full
+
+Mode = Literal["stage 2 ddp", "stage 2 fsdp", "stage 1 ddp", "stage 1 placed"]
+MODES: tuple[Mode, ...] = ("stage 2 ddp", "stage 2 fsdp", "stage 1 ddp", "stage 1 placed")
+FILE = "scaling.json"
+WARM = 3  # steps before the clock starts: allocation, autotuning, compilation, buckets made anew
+PROFILED = 2  # steps after those that are timed, on several GPUs
+INNER = ("bytes", "blocks", "student")  # what the simulation needs
+FULL = 0.92  # share of the memory beyond which a batch counts as too large: several GPUs need some that one does not
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    """What is measured.
+
+    Args:
+        teacher, student: names of models of one depth and width.
+        modes: on one GPU those of a stage are the same.
+        sizes: of the images, in pixels.
+        batches: images a GPU, one number for each size; halved on one GPU until they fit. Several GPUs take what one
+            took, if that has been measured.
+        steps: that are timed, after three that are not.
+        check_size, check_batch, check_steps, check_rate: images in pixels, images a step on all GPUs together, steps
+            and learning rate of the run whose losses are compared.
+        link: MiB of the buffers that links are measured with.
+        seed: of weights and images.
+        loss: what stage 2 minimises.
+        compute: precision, compilation, checkpointing.
+    """
+
+    teacher: str = "vit_so400m_patch14_378"
+    student: str = "cgspn_so400m_patch14_378"
+    modes: tuple[Mode, ...] = MODES
+    sizes: tuple[int, ...] = (378, 756)
+    batches: tuple[int, ...] = (64, 16)
+    steps: int = 8
+    check_size: int = 378
+    check_batch: int = 16
+    check_steps: int = 3
+    check_rate: float = 1e-4
+    link: int = 256
+    seed: int = 0
+    loss: LossConfig = field(default_factory=LossConfig)
+    compute: ComputeConfig = field(default_factory=lambda: ComputeConfig(precision="bfloat16"))
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for sizes without a batch, and for fewer than two steps, which have no spread."""
+        if len(self.sizes) != len(self.batches):
+            raise ValueError(f"batches is {self.batches}; expected one number for each of the sizes, {self.sizes}")
+        if self.steps < 2:
+            raise ValueError(f"steps is {self.steps}; accepted: 2 or more")
+
+
+def settings_of(config: ScalingConfig, device: torch.device) -> dict[str, Any]:
+    """What all rows of a file share, as JSON has it: not which modes, sizes and batches were measured so far."""
+    shared = asdict(config)
+    for name in ("modes", "sizes", "batches"):
+        shared.pop(name)
+    shared["compute"].pop("parallel")
+    shared["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    shared["torch"] = torch.__version__
+    same: dict[str, Any] = json.loads(json.dumps(shared))
+    return same
+
+
+def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What launches before have left. Raises ValueError if they had other settings."""
+    if not path.exists():
+        return {"settings": settings, "machines": {}, "rows": [], "losses": [], "links": []}
+    saved: dict[str, Any] = json.loads(path.read_text())
+    for name in settings:
+        if saved["settings"].get(name) != settings[name]:
+            raise ValueError(
+                f"{path} holds rows with {name} {saved['settings'].get(name)}, not {settings[name]}; "
+                "expected the same settings, or another folder"
+            )
+    return saved
+
+
+def merge(rows: list[dict[str, Any]], row: dict[str, Any], keys: tuple[str, ...]) -> None:
+    """Put a row in the place of the one with the same values of `keys`, or at the end."""
+    for place, old in enumerate(rows):
+        if all(old[key] == row[key] for key in keys):
+            rows[place] = row
+            return
+    rows.append(row)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The models of a launch, and how to make a mode's task of them."""
+
+    config: ScalingConfig
+    world: World
+    teacher: Encoder
+    student: Encoder
+    start: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, config: ScalingConfig, world: World) -> Bench:
+        """Random weights, the same on all processes. Raises ValueError for an unknown model."""
+        torch.manual_seed(config.seed)
+        with world.device:
+            teacher, student = create_model(config.teacher), create_model(config.student)
+        start = {name: value.cpu().clone() for name, value in student.state_dict().items()}
+        return cls(config, world, teacher.eval().requires_grad_(False), student, start)
+
+    @contextmanager
+    def ready(self, mode: str) -> Iterator[tuple[DistillTask | SublayerTask, ComputeConfig]]:
+        """The task of a mode at its beginning, spread over the processes for the time of the context."""
+        torch.manual_seed(self.config.seed + 1)
+        self.student.load_state_dict(self.start)
+        parallel: Any = mode.split()[2] if self.world.size > 1 else "ddp"
+        compute = replace(self.config.compute, parallel=parallel)
+        task: DistillTask | SublayerTask
+        with self.world.device:
+            if mode.startswith("stage 2"):
+                task = DistillTask(self.teacher, self.student, self.config.loss)
+            elif parallel == "placed":
+                task = PlacedSublayerTask(self.teacher, self.student)
+            else:
+                task = SublayerTask(self.teacher, self.student)
+        with prepared(task, self.teacher, self.student, compute, self.world):
+            yield task, compute
+
+    def losses(self, mode: str) -> dict[str, Any]:
+        """The total loss of each of some steps on a batch that is the same for any number of processes."""
+        config, size = self.config, self.config.check_size
+        random = torch.Generator().manual_seed(config.seed)
+        images = torch.randn(config.check_batch, self.student.config.channels, size, size, generator=random)
+        indices = torch.arange(config.check_batch)
+        own = rows_of(Batch(0, indices, images, torch.zeros_like(indices)), share_of(config.check_batch, self.world))
+        own = replace(own, images=own.images.to(self.world.device))
+        optim = OptimConfig(
+            steps=config.check_steps, batch_size=config.check_batch, learning_rate=config.check_rate, seed=config.seed
+        )
+        with self.ready(mode) as (task, compute):
+            history = train(task, lambda _: repeat(own), optim, mode, compute=compute)
+        row = {"mode": mode, "gpus": self.world.size, "image": size, "batch": config.check_batch}
+        return row | {"totals": history.curve("total")}
+
+    def speed(self, mode: str, size: int, batch: int) -> dict[str, Any] | None:
+        """A row: steps timed and, on several GPUs, profiled. On one GPU None if the memory does not suffice.
+
+        On several GPUs raises ValueError for that: some may be in the middle of a step.
+        """
+        with self.ready(mode) as (task, compute):
+            return self._speed(task, compute, mode, size, batch)
+
+    def _speed(
+        self, task: DistillTask | SublayerTask, compute: ComputeConfig, mode: str, size: int, batch: int
+    ) -> dict[str, Any] | None:
+        world, timed = self.world, WARM + self.config.steps
+        cuda, several = world.device.type == "cuda", world.size > 1
+        stamps: list[float] = []
+        watched = Watched(world.device)
+
+        def after(done: int) -> None:
+            if done == WARM - 1:
+                barrier()
+            if WARM <= done <= timed:  # the trainer has just waited for the device
+                stamps.append(time.perf_counter())
+            if several and done == timed:
+                watched.begin()
+            if several and done == timed + PROFILED:
+                watched.end()
+
+        def go() -> list[float]:
+            steps = timed + (PROFILED if several else 0)
+            return run_steps(task, TrainBenchConfig(compute=compute), size, batch, steps, after)
+
+        trained = [p for p in task.parameters() if p.requires_grad]
+        sent = 4 * sum(p.numel() for p in trained)
+        row: dict[str, Any] = {"mode": mode, "image": size, "batch": batch, "gpus": world.size}
+        row |= {"bytes": sent, "blocks": self.student.config.depth}
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(world.device)
+        if several:
+            try:
+                go()
+            except torch.OutOfMemoryError as error:
+                raise ValueError(
+                    f"{mode}, {size} px: {batch} images a GPU do not fit on {world.size} GPUs (rank {world.rank}); "
+                    "rows before this one are kept; measure 1 GPU again with smaller batches, then this"
+                ) from error
+        elif unless_full(go, task, compute) is None:
+            return None
+        if cuda:
+            peak = max(gather_objects(torch.cuda.max_memory_allocated(world.device)))
+            row["peak memory (GiB)"] = peak / 2**30
+            # on several GPUs a copy of the gradients travels
+            if not several and peak + sent > FULL * torch.cuda.get_device_properties(world.device).total_memory:
+                return None
+        each = gather_objects([b - a for a, b in pairwise(stamps)])
+        mean = max(statistics.mean(steps) for steps in each)
+        row |= {"step_ms": 1e3 * mean, "spread_ms": 1e3 * statistics.stdev(each[0])}
+        row["images/s"] = world.size * batch / mean
+        if several:
+            row |= watched.shares()
+        elif isinstance(task, DistillTask):
+            row["student"] = 1 - forward_flops(self.teacher.config, (size, size)) / task.flops((size, size))
+        return row
+
+    def fitting(self, mode: str, size: int, batch: int) -> dict[str, Any]:
+        """As `speed`, with the batch halved until it fits; a row without times if one image does not."""
+        while (row := self.speed(mode, size, batch)) is None:
+            free(self.world.device)
+            if batch == 1:
+                return {"mode": mode, "image": size, "batch": 1, "gpus": self.world.size, "note": "out of memory"}
+            batch //= 2
+        return row
+
+
+def run(
+    config: ScalingConfig, out: Path, world: World, *, commit: str = "", say: Callable[[str], object] = print
+) -> dict[str, Any]:
+    """Measure this number of processes; the first one merges into scaling.json and makes .md and .png after each row.
+
+    Returns what the file holds. Raises ValueError for an unknown model, for a file with other settings, and for batches
+    that do not divide or do not fit.
+    """
+    path = out / FILE
+    saved = load(path, settings_of(config, world.device))
+    share_of(config.check_batch, world)
+    bench = Bench.of(config, world)
+    saved["machines"][str(world.size)] = describe(commit)
+
+    def keep(kind: str, row: dict[str, Any], keys: tuple[str, ...]) -> None:
+        merge(saved[kind], row, keys)
+        free(world.device)
+        if world.rank == 0:
+            write_atomically(path, json.dumps(saved, indent=1) + "\n")
+            report(saved, out)
+            shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if k not in INNER}
+            say(f"{kind}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
+
+    barrier()  # all have read the file before the first row changes it
+    if world.size > 1:
+        keep("links", {"gpus": world.size, **link_rates(world.device, config.link * 2**20)}, ("gpus",))
+    modes = config.modes if world.size > 1 else tuple(dict.fromkeys(stage_of(mode) for mode in config.modes))
+    for mode in modes:
+        keep("losses", bench.losses(mode), ("mode", "gpus"))
+        if config.compute.compile:
+            torch._dynamo.reset()
+        for size, batch in zip(config.sizes, config.batches):
+            keys = {"mode": stage_of(mode), "image": size, "gpus": 1}
+            alone = next((row for row in saved["rows"] if keys.items() <= row.items()), None)
+            if world.size == 1:
+                row = bench.fitting(mode, size, batch)
+            elif alone is not None and "step_ms" not in alone:
+                row = {**alone, "mode": mode, "gpus": world.size}
+            else:
+                measured = bench.speed(mode, size, alone["batch"] if alone else batch)
+                assert measured is not None
+                row = measured
+            if config.compute.compile:
+                torch._dynamo.reset()  # every shape compiles for itself, and dynamo keeps only a few
+            keep("rows", row, ("mode", "image", "gpus"))
+    return saved
+
+
+def stage_of(mode: str) -> str:
+    """ "stage 2" of "stage 2 ddp": what one GPU does."""
+    return mode[:7]

@@ -1,0 +1,123 @@
+"""What scaling.json says, as tables and a plot: efficiency against one GPU, losses against one GPU's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..models.checkpoint import write_atomically
+from .results import table
+
+TOLERANCES = {"bfloat16": 1e-3, "float32": 1e-5}  # relative, of losses: sums have another order
+WEAK, PLACED = 0.94, 0.9  # targets: efficiency on 2 GPUs, and that of placed blocks on any number
+
+HOW = """The batch of a GPU is constant. ms a step: mean, of the slowest process; ±: standard deviation of the first's.
+Efficiency: images/s over those of one GPU times their number, of the same stage, size and batch. Communication: share
+of the wall time of two more steps, under a profiler, with a kernel of NCCL running, waiting for the slowest included;
+exposed: in which nothing else does; means over processes. Memory: the largest peak of a process; the frozen teacher is
+whole on every GPU, and so is, beside FSDP's shards, the student that they came from."""
+
+
+def speed_rows(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Every measured row beside one GPU's of the same stage, size and batch."""
+    rows = []
+    for row in sorted(saved["rows"], key=lambda row: (row["mode"][:7], row["image"], row["mode"], row["gpus"])):
+        shown = {"mode": row["mode"], "image": row["image"], "batch a GPU": row["batch"], "GPUs": row["gpus"]}
+        if "step_ms" not in row:
+            rows.append(shown | {"note": row["note"]})
+            continue
+        rate = row["images/s"]
+        shown |= {"ms a step": row["step_ms"], "± (ms)": row["spread_ms"], "images/s": rate}
+        alone = {"mode": row["mode"][:7], "image": row["image"], "batch": row["batch"], "gpus": 1}
+        base = next((one["images/s"] for one in saved["rows"] if alone.items() <= one.items() and "step_ms" in one), 0)
+        if base:
+            shown |= {"speed-up": rate / base, "efficiency": rate / base / row["gpus"]}
+            target = target_of(row["mode"], row["gpus"])
+            if target is not None:
+                shown["target"] = f"{target:.0%}: {'met' if shown['efficiency'] >= target else 'missed'}"
+        shown |= {"communication": row.get("communication"), "exposed": row.get("exposed")}
+        rows.append(shown | {"peak memory (GiB)": row.get("peak memory (GiB)")})
+    return rows
+
+
+def target_of(mode: str, gpus: int) -> float | None:
+    """The efficiency that is wished for, 0 to 1."""
+    if mode == "stage 1 placed":
+        return PLACED
+    return WEAK if gpus == 2 else None
+
+
+def loss_rows(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The losses of every number of GPUs against one's: the largest relative difference, and whether it is allowed."""
+    tolerance = TOLERANCES[saved["settings"]["compute"]["precision"]]
+    rows = []
+    for row in sorted(saved["losses"], key=lambda row: (row["mode"], row["gpus"])):
+        shown = {"mode": row["mode"], "GPUs": row["gpus"], "image": row["image"], "batch of all": row["batch"]}
+        shown["losses"] = ", ".join(f"{total:.6g}" for total in row["totals"])
+        alone = {"mode": row["mode"][:7], "gpus": 1}
+        base = next((one["totals"] for one in saved["losses"] if alone.items() <= one.items()), None)
+        if base is not None and row["gpus"] > 1:
+            apart = max(abs(a - b) / abs(b) for a, b in zip(row["totals"], base, strict=True))
+            shown |= {"relative difference": f"{apart:.1e}", "tolerance": f"{tolerance:.0e}"}
+            shown["equal"] = "yes" if apart <= tolerance else "no"
+        rows.append(shown)
+    return rows
+
+
+def link_rows(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Bus bandwidths in GB/s."""
+    names = ("all_reduce", "all_gather")
+    return [
+        {"GPUs": link["gpus"], **{f"{name} (GB/s)": link[name] / 1e9 for name in names}}
+        for link in sorted(saved["links"], key=lambda link: link["gpus"])
+    ]
+
+
+def report(saved: Mapping[str, Any], out: Path) -> None:
+    """Write scaling.md and, where matplotlib is there and several numbers of GPUs are, scaling.png."""
+    rows = speed_rows(saved)
+    parts = ["# scaling", "\n".join(f"- {name}: {value}" for name, value in saved["settings"].items())]
+    for gpus, machine in sorted(saved["machines"].items(), key=lambda item: int(item[0])):
+        parts.append(f"{gpus} GPUs: " + ", ".join(f"{key} {value}" for key, value in machine.items()))
+    parts += [
+        "## weak scaling",
+        HOW,
+        table(rows),
+        "## losses",
+        "One batch, the same for any number of GPUs; the total loss of every step.",
+        table(loss_rows(saved)),
+    ]
+    if saved["links"]:
+        mebibytes = saved["settings"]["link"]
+        parts += ["## links", f"Bus bandwidths as NCCL's tests define them, {mebibytes} MiB.", table(link_rows(saved))]
+    write_atomically(out / "scaling.md", "\n\n".join(parts) + "\n")
+    if any("efficiency" in row and row["GPUs"] > 1 for row in rows):
+        plot(rows, out / "scaling.png")
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Efficiency over the number of GPUs, a line for each mode and size. Nothing without matplotlib."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:  # a machine of GPUs may lack it; --simulate draws anew anywhere
+        return
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    lines: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if "efficiency" in row and row["GPUs"] > 1:
+            lines.setdefault(f"{row['mode']}, {row['image']} px", {1: 1.0})[row["GPUs"]] = row["efficiency"]
+    for name, line in lines.items():
+        axes.plot(list(line), list(line.values()), "o-", label=name)
+    axes.axhline(WEAK, color="black", linestyle=":", linewidth=1)
+    axes.set_xscale("log", base=2)
+    ticks = sorted({n for line in lines.values() for n in line})
+    axes.set_xticks(ticks, list(map(str, ticks)))
+    axes.set(xlabel="GPUs", ylabel="images/s over one GPU's times their number")
+    axes.set_ylim(min(0.8, *(v for line in lines.values() for v in line.values())) - 0.02, 1.05)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

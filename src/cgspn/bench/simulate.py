@@ -1,0 +1,146 @@
+"""What more GPUs than were at hand would give: a short formula over measured steps and links, its assumptions stated.
+
+A step on n GPUs takes
+
+    t(n) = t(1) + sigma sqrt(2 ln n) + max(0, c(n) - overlap x window)
+
+- t(1), sigma: mean and standard deviation of a step on one GPU. The middle term is what the slowest of n normal times
+  is later than their mean, for large n; every step waits for it.
+- c(n) = moved (n - 1) / n x bytes / bandwidth + collectives x hops x latency. "ddp" moves gradients by all-reduce,
+  2 x bytes, in buckets of 25 MiB; "fsdp" gathers weights in forward and in backward and scatters gradients, 3 x bytes,
+  three collectives a block. bytes: all trained weights in float32.
+- bandwidth: the bus bandwidth measured in a node or, if the GPUs fill several, at most what the network cards of a node
+  make together, since a ring in each of its GPUs leaves a node by a card of its own.
+- hops: n - 1 in a ring (fsdp); two ways through a node and a binary tree over nodes (ddp).
+- window: the part of t(1) that a collective can hide behind: backward (ddp), all of the student's (fsdp).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .results import table, write
+from .scaling_report import report
+
+BUCKET = 25 * 2**20  # bytes, DistributedDataParallel's
+STAGE_2 = {"stage 2 ddp": "all_reduce", "stage 2 fsdp": "all_gather"}
+
+
+@dataclass(frozen=True)
+class SimulationConfig:
+    """What is assumed beyond what was measured.
+
+    Args:
+        gpus: numbers of GPUs to state.
+        node: GPUs in a node.
+        between: GB/s that each GPU has to other nodes, by a card of its own; 50 is 400 Gb/s.
+        hop: microseconds a hop of a collective takes beside its bytes.
+        backward: share of the student's own time that is backward.
+        overlap: share of the window that collectives can use, 0 to 1: their kernels take processors from the others,
+            and the last bucket has nothing to hide behind.
+    """
+
+    gpus: tuple[int, ...] = (64, 512)
+    node: int = 8
+    between: float = 50.0
+    hop: float = 5.0
+    backward: float = 2 / 3
+    overlap: float = 0.8
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no cluster is."""
+        for name in ("node", "between"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: more than 0")
+        if any(n < 1 for n in self.gpus):
+            raise ValueError(f"gpus is {self.gpus}; accepted: 1 or more each")
+
+
+def communication(mode: str, n: int, size: float, blocks: int, bandwidth: float, config: SimulationConfig) -> float:
+    """Seconds of a step's collectives on n GPUs, c(n) above. size: bytes; bandwidth: bytes a second in a node."""
+    nodes = math.ceil(n / config.node)
+    within = min(n, config.node)
+    if nodes > 1:
+        bandwidth = min(bandwidth, within * config.between * 1e9)
+    if mode == "stage 2 ddp":
+        moved, collectives = 2, math.ceil(size / BUCKET)
+        hops = 2 * (within - 1 + math.ceil(math.log2(nodes)))
+    else:
+        moved, collectives, hops = 3, 3 * (blocks + 1), n - 1
+    return moved * (n - 1) / n * size / bandwidth + collectives * hops * config.hop * 1e-6
+
+
+def simulate(saved: Mapping[str, Any], config: SimulationConfig) -> list[dict[str, Any]]:
+    """Rows for stage 2 from what `bench scaling` left in scaling.json; numbers of GPUs that were measured come first.
+
+    Raises ValueError if a step on one GPU or the links of several are missing.
+    """
+    alone = [row for row in saved["rows"] if row["gpus"] == 1 and row["mode"] == "stage 2" and "step_ms" in row]
+    links = [link for link in saved["links"] if link["gpus"] <= config.node]
+    if not alone or not links:
+        raise ValueError("scaling.json lacks steps of stage 2 on 1 GPU, or links of several; expected both measured")
+    link = max(links, key=lambda link: link["gpus"])
+    rows = []
+    for one in alone:
+        same = [row for row in saved["rows"] if (row["image"], row["batch"]) == (one["image"], one["batch"])]
+        for mode, collective in STAGE_2.items():
+            measured = {row["gpus"]: row for row in same if row["mode"] == mode and "step_ms" in row}
+            for n in sorted({*measured, *config.gpus} - {1}):
+                step, sent = one["step_ms"] * 1e-3, communication(
+                    mode, n, one["bytes"], one["blocks"], link[collective], config
+                )  # fmt: skip
+                window = step * one["student"] * (config.backward if mode == "stage 2 ddp" else 1)
+                exposed = max(0.0, sent - config.overlap * window)
+                jitter = one["spread_ms"] * 1e-3 * math.sqrt(2 * math.log(n))
+                then = step + jitter + exposed
+                real = one["step_ms"] / measured[n]["step_ms"] if n in measured else None
+                rows.append(
+                    {
+                        "mode": mode,
+                        "image": one["image"],
+                        "batch a GPU": one["batch"],
+                        "GPUs": n,
+                        "ms a step": 1e3 * then,
+                        "communication (ms)": 1e3 * sent,
+                        "not hidden (ms)": 1e3 * exposed,
+                        "waiting for the slowest (ms)": 1e3 * jitter,
+                        "images/s": n * one["batch"] / then,
+                        "efficiency": step / then,
+                        "measured efficiency": real,
+                    }
+                )
+    return rows
+
+
+def assumptions(saved: Mapping[str, Any], config: SimulationConfig) -> dict[str, str]:
+    """The head of the table: what was measured, and what is assumed."""
+    link = max((link for link in saved["links"] if link["gpus"] <= config.node), key=lambda link: link["gpus"])
+    return {
+        "no measurement": "a formula (bench/simulate.py) over steps of one GPU and links within a node; data come free",
+        "links": f"all-reduce {link['all_reduce'] / 1e9:.3g} GB/s, all-gather {link['all_gather'] / 1e9:.3g} GB/s of "
+        f"bus bandwidth, measured on {link['gpus']} GPUs and taken for any number in a node of {config.node}",
+        "between nodes": f"{config.between:g} GB/s for each GPU, {config.node * config.between:g} GB/s a node, "
+        f"{config.hop:g} us a hop",
+        "hidden": f"communication behind {config.overlap:.0%} of backward, {config.backward:.0%} of the student's time "
+        "(ddp), or of all of the student's time (fsdp); the teacher's share of a step by FLOP hides nothing",
+        "waiting": "steps vary as one GPU's did, normally, each GPU for itself",
+    }
+
+
+def run(config: SimulationConfig, out: Path, *, say: Callable[[str], object] = print) -> list[dict[str, Any]]:
+    """Write simulation.json and .md beside the scaling.json of a folder, whose tables and plot are made anew.
+
+    Raises OSError without the file, ValueError as `simulate`.
+    """
+    saved = json.loads((out / "scaling.json").read_text())
+    rows = simulate(saved, config)
+    report(saved, out)
+    gpu = {"gpu": saved["settings"]["gpu"], "settings": str(config)}
+    write(out, "simulation", assumptions(saved, config) | gpu, {"stage 2": rows})
+    say(table(rows))
+    return rows

@@ -1,0 +1,183 @@
+"""Scaling on processors: rows of one and two processes in one file, intervals, and what a simulation makes of them."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cgspn.bench.communication import busy_and_exposed, of_trace, union
+from cgspn.bench.scaling import ScalingConfig, load, merge, run, settings_of
+from cgspn.bench.scaling_report import loss_rows, speed_rows
+from cgspn.bench.simulate import SimulationConfig, communication, simulate
+from cgspn.bench.simulate import run as run_simulation
+from cgspn.distill import ComputeConfig, World
+
+MODELS = ("vit_mini_patch4_28", "cgspn_mini_patch4_28")
+CPU = torch.device("cpu")
+TINY = ScalingConfig(
+    *MODELS, sizes=(28,), batches=(4,), steps=2, check_size=28, check_batch=4, link=1, compute=ComputeConfig()
+)
+
+
+def test_intervals_that_overlap_are_one():
+    assert union([(3, 4), (0, 1), (0.5, 2), (2, 2.5), (3, 3)]) == [(0, 2.5), (3, 4)]
+
+
+@pytest.mark.parametrize(
+    ("communication", "other", "wanted"),
+    [
+        ([], [(0, 9)], (0, 0)),
+        ([(0, 4)], [], (4, 4)),
+        ([(0, 4), (2, 6)], [(1, 3), (5, 9)], (6, 3)),
+        ([(0, 1), (2, 3)], [(0, 3)], (2, 0)),
+    ],
+)
+def test_communication_is_exposed_where_nothing_else_runs(communication, other, wanted):
+    assert busy_and_exposed(communication, other) == wanted
+
+
+spans = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 12)).map(lambda s: (s[0], s[0] + s[1])), max_size=12)
+
+
+@given(spans, spans)
+def test_intervals_agree_with_a_timeline_of_ticks(communication, other):
+    def ticks(intervals):
+        return {t for begin, end in intervals for t in range(begin, end)}
+
+    mine, theirs = ticks(communication), ticks(other)
+    assert busy_and_exposed(communication, other) == (len(mine), len(mine - theirs))
+
+
+def test_a_trace_is_read_by_category_and_name():
+    def event(cat, name, ts, dur):
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur}
+
+    events = [
+        event("kernel", "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", 1e6, 2e6),
+        event("kernel", "gemm", 2e6, 5e5),
+        event("gpu_memcpy", "Memcpy DtoD", 5e6, 1e6),
+        event("gpu_user_annotation", "nccl:all_reduce", 0, 9e6),  # of the time between launches, not a kernel
+        event("cuda_runtime", "cudaLaunchKernel", 0, 9e6),
+        {"ph": "M", "name": "process_name"},
+    ]
+    assert of_trace(events) == pytest.approx((2, 1.5))
+    assert of_trace(events[3:]) is None
+
+
+def test_a_row_takes_the_place_of_its_older_self():
+    rows = [{"a": 1, "b": 1, "v": 0}, {"a": 1, "b": 2, "v": 0}]
+    merge(rows, {"a": 1, "b": 2, "v": 5}, ("a", "b"))
+    merge(rows, {"a": 2, "b": 2, "v": 6}, ("a", "b"))
+    assert [row["v"] for row in rows] == [0, 5, 6]
+
+
+def test_rows_of_other_settings_are_not_mixed(tmp_path):
+    path = tmp_path / "scaling.json"
+    settings = settings_of(TINY, CPU)
+    path.write_text(json.dumps(load(path, settings)))
+    other = ScalingConfig(*MODELS, modes=("stage 1 ddp",), sizes=(56,), batches=(2,), compute=TINY.compute)
+    same = {"steps": 2, "check_size": 28, "check_batch": 4, "link": 1}
+    assert load(path, settings_of(other, CPU) | same)["rows"] == []
+    with pytest.raises(ValueError, match="holds rows with steps 2, not 8"):
+        run(other, tmp_path, World())
+
+
+def test_settings_that_cannot_be():
+    with pytest.raises(ValueError, match="one number for each of the sizes"):
+        ScalingConfig(sizes=(28,), batches=(1, 2))
+    with pytest.raises(ValueError, match="steps is 1"):
+        ScalingConfig(steps=1)
+
+
+def test_memory_that_ends_halves_the_batch_of_one_process(tmp_path, monkeypatch):
+    import cgspn.bench.scaling as bench
+
+    real = bench.run_steps
+
+    def small_memory(task, config, size, batch, steps, after):
+        if batch > 2 or size > 28:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(task, config, size, batch, steps, after)
+
+    monkeypatch.setattr(bench, "run_steps", small_memory)
+    config = ScalingConfig(
+        **{**vars(TINY), "modes": ("stage 2 ddp", "stage 2 fsdp"), "sizes": (28, 56), "batches": (8, 2)}
+    )
+    said = []
+    saved = run(config, tmp_path, World(), commit="abc", say=said.append)
+    assert [(row["mode"], row["batch"], row.get("note")) for row in saved["rows"]] == [
+        ("stage 2", 2, None),
+        ("stage 2", 1, "out of memory"),
+    ]
+    assert len(said) == 3
+    with pytest.raises(ValueError, match="links of several"):
+        run_simulation(SimulationConfig(), tmp_path)
+
+
+@pytest.mark.slow
+def test_two_processes_are_measured_against_one(tmp_path):
+    command = ["-m", "cgspn.cli", "bench", "scaling", "--out", str(tmp_path), "--commit", "abc"]
+    command += ["--teacher", MODELS[0], "--student", MODELS[1], "--sizes", "28", "--batches", "4", "--steps", "2"]
+    command += ["--check-size", "28", "--check-batch", "4", "--link", "1", "--precision", "float32"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for start in ([], torchrun):
+        done = subprocess.run(
+            [sys.executable, *start, *command], env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("wrote the results") == 1  # the first process speaks for all
+    saved = json.loads((tmp_path / "scaling.json").read_text())
+    assert sorted(saved["machines"]) == ["1", "2"]
+    rows = speed_rows(saved)
+    assert [(row["mode"], row["GPUs"]) for row in rows] == [
+        *(("stage 1", 1), ("stage 1 ddp", 2), ("stage 1 placed", 2)),
+        *(("stage 2", 1), ("stage 2 ddp", 2), ("stage 2 fsdp", 2)),
+    ]
+    assert all(row["efficiency"] == pytest.approx(row["speed-up"] / row["GPUs"]) for row in rows)
+    assert all(row["communication"] is None for row in rows)  # no device to look at
+    assert [row["equal"] for row in loss_rows(saved) if row["GPUs"] == 2] == ["yes"] * 4
+    assert all(len(row["totals"]) == 3 and row["totals"][-1] < row["totals"][0] for row in saved["losses"])
+    assert saved["links"][0]["all_reduce"] > 0
+    text = (tmp_path / "scaling.md").read_text()
+    assert "## links" in text
+    rows = run_simulation(SimulationConfig(), tmp_path, say=lambda _: None)
+    assert [row["GPUs"] for row in rows] == [2, 64, 512] * 2
+    assert "no measurement" in (tmp_path / "simulation.md").read_text()
+
+
+def saved_of(step=400.0, spread=0.0, size=2.4e9):
+    one = {"mode": "stage 2", "image": 378, "batch": 64, "gpus": 1, "step_ms": step, "spread_ms": spread}
+    one |= {"bytes": size, "blocks": 27, "student": 0.75}
+    return {"rows": [one], "links": [{"gpus": 2, "all_reduce": 300e9, "all_gather": 250e9}]}
+
+
+def test_a_simulation_of_what_hides_is_perfect_and_of_what_does_not_is_not():
+    hidden = simulate(saved_of(), SimulationConfig(hop=0))
+    assert all(row["efficiency"] == 1 for row in hidden)
+    assert hidden[0]["images/s"] == pytest.approx(64 * 64 / 0.4)
+    shown = simulate(saved_of(), SimulationConfig(hop=0, overlap=0))
+    sent = 2 * 63 / 64 * 2.4e9 / 300e9  # eight cards of 50 GB/s are faster than the links within
+    assert shown[0]["not hidden (ms)"] == pytest.approx(1e3 * sent)
+    assert shown[0]["ms a step"] == pytest.approx(400 + 1e3 * sent)
+
+
+def test_a_simulation_waits_for_the_slowest_and_for_slow_links():
+    late = simulate(saved_of(spread=4), SimulationConfig(gpus=(64,)))
+    assert late[0]["waiting for the slowest (ms)"] == pytest.approx(4 * (2 * torch.tensor(64.0).log()).sqrt().item())
+    fast = communication("stage 2 ddp", 16, 1e9, 27, 300e9, SimulationConfig(hop=0))
+    slow = communication("stage 2 ddp", 16, 1e9, 27, 300e9, SimulationConfig(hop=0, between=10))
+    assert slow / fast == pytest.approx(300 / 80)
+    more = [communication("stage 2 fsdp", n, 1e9, 27, 300e9, SimulationConfig()) for n in (2, 8, 64, 512)]
+    assert more == sorted(more)
+
+
+@pytest.mark.parametrize("wrong", [{"node": 0}, {"between": 0.0}, {"gpus": (0,)}])
+def test_clusters_that_cannot_be(wrong):
+    with pytest.raises(ValueError, match="accepted"):
+        SimulationConfig(**wrong)
