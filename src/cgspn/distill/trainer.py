@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -61,19 +59,6 @@ def learning_rate(config: OptimConfig, step: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
 
 
-@contextmanager
-def short_collections() -> Iterator[None]:
-    """Leave out of Python's garbage collections what exists already: torch alone is a million objects, and to look
-    through them stops the launches of one process while all others wait for it."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
-
-
-@short_collections()
 def train(
     task: Task,
     stream: Stream,
