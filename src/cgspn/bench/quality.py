@@ -343,7 +343,7 @@ def run(
     machine = describe(commit) | {
         "teacher": Path(teacher).name,
         "photographs": config.photos.name,
-        "scenes": config.camvid.name if config.camvid else "none",
+        "scenes": config.camvid.resolve().name if config.camvid else "none",
         "settings": ", ".join(f"{key} {value}" for key, value in budget(config).items()),
     }
 
