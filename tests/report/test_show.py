@@ -24,12 +24,21 @@ from cgspn.teachers import convert, load_embedded_teacher
 def lively_mixer(seed=0, **settings):
     """A propagation mixer whose weights are large enough for every path to carry something."""
     torch.manual_seed(seed)
-    mixer = PropagationMixer(12, PropagationConfig(compression=2, **settings)).double()
+    mixer = PropagationMixer(12, PropagationConfig(**{"compression": 2, **settings})).double()
     torch.nn.init.normal_(mixer.parameters_of.weight, std=0.8)
     return mixer
 
 
-@pytest.mark.parametrize("settings", [{}, {"merge": "sum", "directions": ("left", "up")}, {"latent_norm": False}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"merge": "sum", "directions": ("left", "up")},
+        {"latent_norm": False},
+        {"latents": 2, "compression": 4},
+        {"share": 3},
+    ],
+)
 def test_scan_maps_are_the_norms_of_the_whole_jacobian(settings):
     mixer, grid = lively_mixer(**settings), Grid(4, 5)
     entry = torch.randn(1, grid.tokens, 12, dtype=torch.float64)
@@ -40,8 +49,12 @@ def test_scan_maps_are_the_norms_of_the_whole_jacobian(settings):
     for d, name in enumerate(mixer.config.directions):
 
         def output(x, d=d, name=name):
-            lam, u, *logits = mixer.parameters_of(x).view(1, 4, 5, -1, 5, 6)[:, :, :, d : d + 1].unbind(-2)
-            y = propagate_2d_reference(x, torch.stack(logits, -2), lam, u, directions=(name,))
+            config, count = mixer.config, len(mixer.config.directions)
+            own = x.chunk(config.latents, -1)[d * config.latents // count]
+            weight, bias = (t.unflatten(0, (count, -1))[d] for t in mixer.parameters_of.parameters())
+            made = torch.nn.functional.linear(own, weight, bias).unflatten(-1, (1, 5, -1))
+            lam, u, *logits = made.repeat_interleave(config.share, -1).unbind(-2)
+            y = propagate_2d_reference(own, torch.stack(logits, -2), lam, u, directions=(name,))
             return torch.stack([y[0, r, c] for r, c in positions])
 
         jacobian = torch.autograd.functional.jacobian(output, x)[:, :, 0]  # [P, c, h, w, c']

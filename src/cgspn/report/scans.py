@@ -93,14 +93,16 @@ def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Pos
     Returns:
         By direction, and "together": [P, h, w] on the CPU, exactly 0 where a scan cannot have come from.
     """
-    x = scanned(mixer, entry, grid)
-    directions, width = mixer.config.directions, x.shape[-1]
-    weight = mixer.parameters_of.weight.detach().view(len(directions), 5, width, width)
-    bias = mixer.parameters_of.bias.detach().view(len(directions), 5, width)
+    config, width = mixer.config, mixer.latent
+    directions, latents = config.directions, scanned(mixer, entry, grid).chunk(config.latents, -1)
+    # channels that share parameters each have them
+    weight = mixer.parameters_of.weight.detach().view(len(directions), 5, -1, width).repeat_interleave(config.share, 2)
+    bias = mixer.parameters_of.bias.detach().view(len(directions), 5, -1).repeat_interleave(config.share, 2)
     count = range(len(positions))
     rows, columns = [list(index) for index in zip(*positions)]
     maps = {}
-    for name, direction_weight, direction_bias in zip(directions, weight, bias):
+    for d, (name, direction_weight, direction_bias) in enumerate(zip(directions, weight, bias)):
+        x = latents[d * config.latents // len(directions)].contiguous()
         packed = linear(x, direction_weight.flatten(0, 1), direction_bias.flatten()).unflatten(-1, (1, 5, width))
         lam, u, logits = (part.squeeze(-2) if part.shape[-2] == 1 else part for part in packed.split([1, 1, 3], -2))
         # the positions are a batch of equal images, each asked about one of them
@@ -122,11 +124,6 @@ def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Pos
 
 @torch.no_grad()
 def scanned(mixer: PropagationMixer, entry: Tensor, grid: Grid) -> Tensor:
-    """The latent that a propagation mixer scans: [1, h, w, Cc]."""
-    seen: list[Tensor] = []
-    handle = mixer.parameters_of.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        mixer(entry, grid)
-    finally:
-        handle.remove()
-    return seen[0].detach().view(1, grid.height, grid.width, -1)
+    """What a propagation mixer scans: [1, h, w, latents * Cc]."""
+    latent = mixer.down(mixer.expand(mixer.project_in(entry)))
+    return mixer.scan(latent, grid)[0].unflatten(1, (grid.height, grid.width))
