@@ -285,6 +285,8 @@ def run(
             elif alone is not None and "step_ms" not in alone:
                 row = {**alone, "mode": mode, "gpus": world.size}
             else:
+                if alone and alone["batch"] != batch and world.rank == 0:
+                    say(f"{mode}, {size} px: {alone['batch']} images a GPU, as one GPU took, not {batch}")
                 measured = bench.speed(mode, size, alone["batch"] if alone else batch)
                 assert measured is not None
                 row = measured

@@ -121,7 +121,8 @@ def assumptions(saved: Mapping[str, Any], config: SimulationConfig) -> dict[str,
     """The head of the table: what was measured, and what is assumed."""
     link = max((link for link in saved["links"] if link["gpus"] <= config.node), key=lambda link: link["gpus"])
     return {
-        "no measurement": "a formula (bench/simulate.py) over steps of one GPU and links within a node; data come free",
+        "no measurement": "a formula (bench/simulate.py) over steps of stage 2 on one GPU and links within a node; "
+        "data and the host's launches come free",
         "links": f"all-reduce {link['all_reduce'] / 1e9:.3g} GB/s, all-gather {link['all_gather'] / 1e9:.3g} GB/s of "
         f"bus bandwidth, measured on {link['gpus']} GPUs and taken for any number in a node of {config.node}",
         "between nodes": f"{config.between:g} GB/s for each GPU, {config.node * config.between:g} GB/s a node, "
@@ -135,12 +136,17 @@ def assumptions(saved: Mapping[str, Any], config: SimulationConfig) -> dict[str,
 def run(config: SimulationConfig, out: Path, *, say: Callable[[str], object] = print) -> list[dict[str, Any]]:
     """Write simulation.json and .md beside the scaling.json of a folder, whose tables and plot are made anew.
 
-    Raises OSError without the file, ValueError as `simulate`.
+    Raises ValueError as `simulate`, and without the file.
     """
+    if not (out / "scaling.json").exists():
+        raise ValueError(
+            f"{out} has no scaling.json; expected the folder of a `cgspn bench scaling` on 1 and more GPUs"
+        )
     saved = json.loads((out / "scaling.json").read_text())
     rows = simulate(saved, config)
     report(saved, out)
     gpu = {"gpu": saved["settings"]["gpu"], "settings": str(config)}
-    write(out, "simulation", assumptions(saved, config) | gpu, {"stage 2": rows})
-    say(table(rows))
+    assumed = assumptions(saved, config)
+    write(out, "simulation", assumed | gpu, {"stage 2": rows})
+    say("\n".join(f"{name}: {value}" for name, value in assumed.items()) + "\n\n" + table(rows))
     return rows
