@@ -32,7 +32,7 @@ from ..models.encoder import Encoder
 from ..models.registry import create_model
 from .communication import Watched, link_rates
 from .machine import describe, free
-from .scaling_report import report
+from .scaling_report import report, stage_of
 from .train import TrainBenchConfig, run_steps, unless_full
 
 Mode = Literal["stage 2 ddp", "stage 2 fsdp", "stage 1 ddp", "stage 1 placed"]
@@ -294,8 +294,3 @@ def run(
                 torch._dynamo.reset()  # every shape compiles for itself, and dynamo keeps only a few
             keep("rows", row, ("mode", "image", "gpus"))
     return saved
-
-
-def stage_of(mode: str) -> str:
-    """ "stage 2" of "stage 2 ddp": what one GPU does."""
-    return mode[:7]

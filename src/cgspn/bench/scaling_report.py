@@ -20,17 +20,22 @@ whole on every GPU, and so is, beside FSDP's shards, the student that they came 
 Communication and memory are blank without GPUs. The targets are this project's, for SO400M on H100s."""
 
 
+def stage_of(mode: str) -> str:
+    """ "stage 2" of "stage 2 ddp": what one GPU does."""
+    return mode[:7]
+
+
 def speed_rows(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Every measured row beside one GPU's of the same stage, size and batch."""
     rows = []
-    for row in sorted(saved["rows"], key=lambda row: (row["mode"][:7], row["image"], row["mode"], row["gpus"])):
+    for row in sorted(saved["rows"], key=lambda row: (stage_of(row["mode"]), row["image"], row["mode"], row["gpus"])):
         shown = {"mode": row["mode"], "image": row["image"], "batch a GPU": row["batch"], "GPUs": row["gpus"]}
         if "step_ms" not in row:
             rows.append(shown | {"note": row["note"]})
             continue
         rate = row["images/s"]
         shown |= {"ms a step": row["step_ms"], "± (ms)": row["spread_ms"], "images/s": rate}
-        alone = {"mode": row["mode"][:7], "image": row["image"], "batch": row["batch"], "gpus": 1}
+        alone = {"mode": stage_of(row["mode"]), "image": row["image"], "batch": row["batch"], "gpus": 1}
         base = next((one["images/s"] for one in saved["rows"] if alone.items() <= one.items() and "step_ms" in one), 0)
         if base:
             shown |= {"speed-up": rate / base, "efficiency": rate / base / row["gpus"]}
@@ -56,7 +61,7 @@ def loss_rows(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
     for row in sorted(saved["losses"], key=lambda row: (row["mode"], row["gpus"])):
         shown = {"mode": row["mode"], "GPUs": row["gpus"], "image": row["image"], "batch of all": row["batch"]}
         shown["losses"] = ", ".join(f"{total:.6g}" for total in row["totals"])
-        alone = {"mode": row["mode"][:7], "gpus": 1}
+        alone = {"mode": stage_of(row["mode"]), "gpus": 1}
         base = next((one["totals"] for one in saved["losses"] if alone.items() <= one.items()), None)
         if base is not None and row["gpus"] > 1:
             apart = max(abs(a - b) / abs(b) for a, b in zip(row["totals"], base, strict=True))

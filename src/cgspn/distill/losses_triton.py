@@ -37,7 +37,7 @@ def _powers(x, largest, there):
 
 @triton.jit
 def _softmax(head, tail, in_head, in_tail, TAIL: tl.constexpr):
-    """The largest of each row and the powers of both parts relative to it: their sum is the softmax's denominator."""
+    """Of each row the logarithm of the softmax's denominator, and the softmax of both parts."""
     largest = _largest(head, in_head)
     if TAIL:
         largest = tl.maximum(largest, _largest(tail, in_tail))

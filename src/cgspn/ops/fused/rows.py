@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm
 
 from ..backends import why_not
+from .library import _tile
 
 CHANNELS_MOST = 4096  # of a row that stays on the chip
 SMALL = 1 << 23  # elements below which rows are few, and tiles smaller
@@ -26,10 +27,6 @@ def serves(*tensors: Tensor | None) -> bool:
     if any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16) for t in given):
         return False
     return why_not("triton", given[0]) is None
-
-
-def _tile(channels: int) -> int:
-    return max(16, 1 << (channels - 1).bit_length())
 
 
 def forward(
@@ -127,7 +124,7 @@ def column_sums(d: Tensor, hidden: Tensor | None = None, approximate: str = "non
     rows, channels = d.shape
     # the fastest on an H100 for 47 thousand rows of 1152 and 4304 channels
     tile, most, warps, total = (32, 128, 4, 2 * PROGRAMS) if hidden is None else (16, 256, 8, 4 * PROGRAMS)
-    wide = min(most, max(16, 1 << (channels - 1).bit_length()))
+    wide = min(most, _tile(channels))
     across = (channels + wide - 1) // wide
     down = max(1, min((rows + tile - 1) // tile, total // across))
     parts = torch.empty(down, channels, dtype=torch.float32, device=d.device)
