@@ -31,6 +31,8 @@ SPILLS = {"forward": 160, "backward": 400}
 SPILLS |= {"projected_forward": 40, "projected_backward": 40}
 SHAPES = [(1, 74, 64), (1, 147, 64), (1, 294, 64), (8, 74, 64), (32, 74, 64), (32, 147, 64), (2, 40, 21), (1, 1024, 64)]
 PROJECTED = [(1, 74, 64), (32, 74, 64), (32, 147, 64), (8, 37, 24), (4, 74, 256)]
+# batch, grid, channels of a direction: eight have one set of parameters between them
+SETS = [(1, 74, 64), (32, 74, 64), (32, 74, 96), (32, 147, 96), (1, 294, 96)]
 Variant = tuple[str, dict[str, int]]
 
 
@@ -50,6 +52,15 @@ def scans(machine: Machine, rivals: bool) -> Iterator[Variant]:
             if isinstance(cut, Cut):
                 save = None if backward else True
                 yield p.name, scan_defines(cut, p, code, masked=True, merged=bool(normalise), save=save)
+
+
+def sets(machine: Machine) -> Iterator[Variant]:
+    """Scans whose channels share parameters, with a forget gate, that the plan asks for."""
+    for (b, n, c), backward in itertools.product(SETS, (False, True)):
+        p = Problem(backward, True, 2, b, c, 4, n, 16, share=8, keep=True)
+        if cut := choose(p, machine):
+            save = None if backward else True
+            yield p.name, scan_defines(cut, p, 2, masked=True, merged=False, save=save)
 
 
 def projected(machine: Machine, rivals: bool) -> Iterator[Variant]:
@@ -72,7 +83,7 @@ def variants(machine: Machine, rivals: bool) -> list[Variant]:
     import torch
 
     found = [("merge", dict(merge_defines(dtype, vec))) for dtype, vec in ((torch.bfloat16, 8), (torch.float32, 4))]
-    found += [*scans(machine, rivals), *projected(machine, rivals)]
+    found += [*scans(machine, rivals), *sets(machine), *projected(machine, rivals)]
     return list({(name, macros(defines)): (name, defines) for name, defines in found}.values())
 
 

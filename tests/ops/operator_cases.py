@@ -13,7 +13,7 @@ from torch import Tensor
 from cgspn.ops import DIRECTIONS, PREFERENCE, line_scan, line_scan_reference, propagate_2d, propagate_2d_reference
 from cgspn.ops.backends import why_not
 
-NAMES = ("x", "logits", "lam", "u")
+NAMES = ("x", "logits", "lam", "u", "keep")
 LINE_NAMES = ("x", "weights", "lam")
 
 
@@ -61,6 +61,30 @@ def propagate_inputs(
     logits, lam, u = packed.split([3 * d * c, d * c, d * c], -1)
     x = draw(*shape, dtype=dtype, device=device, seed=seed + 1)
     return [x, logits.unflatten(-1, (d, 3, c)), lam.unflatten(-1, (d, c)), u.unflatten(-1, (d, c))]
+
+
+def set_inputs(
+    shape: Sequence[int],
+    share: int,
+    directions: int = 4,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    seed: int = 0,
+    *,
+    own: bool = False,
+    keep: bool = True,
+) -> list[Tensor]:
+    """x, logits, lam, u and, with `keep`, keep, where `share` channels have one set of parameters.
+
+    own: each direction has features of its own, a slice of a wider map, as in a layer.
+    """
+    b, h, w, c = shape
+    d, g = directions, c // share
+    packed = draw(b, h, w, d, 5 + keep, g, dtype=dtype, device=device, seed=seed)
+    wide = draw(b, h, w, 16 + (d if own else 1) * c, dtype=dtype, device=device, seed=seed + 1)[..., 16:]
+    lam, u, logits, *rest = packed.split([1, 1, 3, 1][: 3 + keep], 4)
+    x = wide.unflatten(-1, (d, c)) if own else wide
+    return [x, logits, *(t.squeeze(4) for t in (lam, u, *rest))]
 
 
 def line_scan_inputs(
@@ -146,9 +170,14 @@ def check_propagate(backend: Backend, tensors: Sequence[Tensor], *, more: float 
     """`propagate_2d` on a backend against the reference: output and every gradient."""
     skip_unless_supported(backend, tensors[0])
     options.setdefault("directions", DIRECTIONS[: tensors[2].shape[3]])
-    y, grads, dy = with_gradients(lambda *t: propagate_2d(*t, backend=backend.name, **options), tensors)
-    want, want_grads, _ = with_gradients(lambda *t: propagate_2d_reference(*t, **options), doubles(tensors), dy)
-    assert_close(NAMES, [y, *grads], [want, *want_grads], tensors[0].dtype, backend.name, more)
+    y, grads, dy = with_gradients(with_keep(propagate_2d, backend=backend.name, **options), tensors)
+    want, want_grads, _ = with_gradients(with_keep(propagate_2d_reference, **options), doubles(tensors), dy)
+    assert_close(NAMES[: len(tensors)], [y, *grads], [want, *want_grads], tensors[0].dtype, backend.name, more)
+
+
+def with_keep(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """`propagate_2d` of x, logits, lam, u and, if there is a fifth tensor, keep."""
+    return lambda *t: function(*t[:4], keep=t[4] if len(t) > 4 else None, **options)
 
 
 def check_line_scan(backend: Backend, tensors: Sequence[Tensor], direction: str, chunk: int | None = None) -> None:

@@ -292,7 +292,7 @@ def test_opcheck() -> None:
     x, logits, lam, u = (t.requires_grad_() for t in inputs(2, 5, 4, 8, 4, torch.float32))
     mask = torch.rand(2, 5, 4, device="cuda") < 0.8
     for op in (torch.ops.cgspn.propagate_2d, torch.ops.cgspn.propagate_2d_saving):
-        torch.library.opcheck(op.default, (x, logits, lam, u, mask, [0, 1, 2, 3], True, "cuda"))
+        torch.library.opcheck(op.default, (x, logits, lam, u, None, mask, [0, 1, 2, 3], True, "cuda"))
     torch.library.opcheck(torch.ops.cgspn.line_scan.default, (x, logits[:, :, :, 0], lam[:, :, :, 0], 1, 2, "cuda"))
 
 

@@ -19,6 +19,8 @@ from operator_cases import (
     line_scan_inputs,
     propagate_inputs,
     relative_error,
+    set_inputs,
+    with_keep,
 )
 from torch import Tensor
 
@@ -73,6 +75,41 @@ def check_scan(
     def run() -> list[Tensor]:
         out, state = scan.forward_saving(*tensors, mask, codes, merge == "sum", cut=cut)
         return [out, *scan.backward_saved(dy, *tensors, mask, codes, merge == "sum", state, cut=back)]
+
+    check(run, want, dtype)
+
+
+SETS = [
+    # shape, channels of a set, own features, forget gate, mask, merge, dtype, cuts of both passes
+    ((2, 5, 7, 16), 8, True, True, False, "none", torch.bfloat16, None, None),
+    ((1, 7, 5, 16), 8, False, True, True, "sum", torch.float16, None, None),
+    ((1, 6, 5, 24), 12, True, False, True, "sum", torch.float32, None, None),
+    ((1, 6, 5, 12), 3, True, True, True, "none", torch.float32, None, None),
+    ((2, 5, 4, 6), 1, False, True, True, "sum", torch.float32, None, None),
+    ((1, 23, 29, 8), 4, True, True, True, "none", torch.float32, Cut(4, 2, 1, 2, 2, 8), Cut(4, 1, 1, 3, 4, 5)),
+    ((1, 9, 13, 16), 8, False, True, False, "sum", torch.bfloat16, Cut(8, 2, 1, 3), Cut(8, 1, 1, 2)),
+]
+
+
+@pytest.mark.parametrize(("shape", "share", "own", "keep", "masked", "merge", "dtype", "cut", "back"), SETS, ids=str)
+def test_sets_of_parameters(shape, share, own, keep, masked, merge, dtype, cut, back) -> None:
+    """One thread takes all channels of a set; sets that it cannot take are cut up; with and without a forget gate."""
+    codes = [2, 0, 3, 1]
+    tensors = set_inputs(shape, share, dtype=dtype, own=own, keep=keep)
+    mask = draw(*shape[:3], seed=3) > -0.8 if masked else None
+    leaves = [t.double().requires_grad_() for t in tensors]
+    y = with_keep(propagate_2d_reference, directions=names(codes), merge=merge, mask=mask)(*leaves)
+    dy = draw(*y.shape, dtype=dtype, seed=9)
+    want = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
+    if mask is not None:
+        for t in tensors:
+            t[~mask] = float("nan")
+    x, logits, lam, u, *gate = tensors
+    gate = gate[0] if gate else None
+
+    def run() -> list[Tensor]:
+        out, state = scan.forward_saving(x, logits, lam, u, mask, codes, merge == "sum", gate, cut)
+        return [out, *scan.backward_saved(dy, x, logits, lam, u, mask, codes, merge == "sum", state, gate, back)]
 
     check(run, want, dtype)
 

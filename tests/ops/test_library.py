@@ -20,7 +20,7 @@ def test_opcheck(masked: bool) -> None:
     tensors = [t.float().requires_grad_() for t in propagate_inputs((2, 3, 4, 2), 4)]
     mask = draw(2, 3, 4, seed=3) > -0.8 if masked else None
     for op in (torch.ops.cgspn.propagate_2d, torch.ops.cgspn.propagate_2d_saving):
-        torch.library.opcheck(op.default, (*tensors, mask, FOUR, not masked, "torch"))
+        torch.library.opcheck(op.default, (*tensors, None, mask, FOUR, not masked, "torch"))
     taken = [t.float().requires_grad_() for t in line_scan_inputs((2, 3, 4, 2))]
     torch.library.opcheck(torch.ops.cgspn.line_scan.default, (*taken, 1, 2, "torch"))
 

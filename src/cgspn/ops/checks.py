@@ -18,14 +18,20 @@ def check_shape(name: str, t: Tensor, expected: tuple[int, ...], letters: str) -
         raise ValueError(f"{name} has shape {tuple(t.shape)}; expected {letters} = {expected}")
 
 
-def check_features(x: Tensor) -> None:
-    """Raise TypeError or ValueError unless `x` is a non-empty [B, H, W, C] floating-point tensor."""
+def check_features(x: Tensor, directions: int | None = None) -> None:
+    """Raise TypeError or ValueError unless `x` is a non-empty [B, H, W, C] floating-point tensor.
+
+    With `directions` it may also be [B, H, W, D, C].
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
         raise TypeError(f"x has dtype {x.dtype}; accepted: {', '.join(str(d) for d in DTYPES)}")
-    if x.ndim != 4:
-        raise ValueError(f"x has shape {tuple(x.shape)}; expected 4 dimensions [B, H, W, C]")
+    if x.ndim != 4 and (directions is None or x.ndim != 5):
+        also = "" if directions is None else ", or 5 [B, H, W, D, C]"
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected 4 dimensions [B, H, W, C]{also}")
+    if x.ndim == 5 and x.shape[3] != directions:
+        raise ValueError(f"x has shape {tuple(x.shape)}; expected [B, H, W, D, C] with D = {directions} directions")
     if 0 in x.shape[1:]:
         raise ValueError(f"x has shape {tuple(x.shape)}; H, W and C must be at least 1")
 
@@ -39,6 +45,16 @@ def check_like(x: Tensor, **others: Tensor) -> None:
             raise TypeError(f"{name} has dtype {t.dtype}; expected the dtype of x, {x.dtype}")
         if t.device != x.device:
             raise ValueError(f"{name} is on {t.device}; expected the device of x, {x.device}")
+
+
+def check_sets(lam: Tensor, channels: int) -> int:
+    """How many sets of parameters the channels have: the last size of `lam`. Raises ValueError unless it divides them."""
+    sets = lam.shape[-1] if lam.ndim else 0
+    if sets < 1 or channels % sets:
+        raise ValueError(
+            f"lam has shape {tuple(lam.shape)}; expected [B, H, W, D, C] with the {channels} channels of x, or a divisor"
+        )
+    return sets
 
 
 def check_direction(direction: str, name: str = "direction") -> int:

@@ -27,19 +27,29 @@ def propagate_2d_op(
     logits: Tensor,
     lam: Tensor,
     u: Tensor,
+    keep: Tensor | None,
     mask: Tensor | None,
     directions: Sequence[int],
     merge_sum: bool,
     backend: str,
 ) -> Tensor:
     """Checked arguments in, tensors out: see `cgspn.ops.propagate_2d`."""
-    out: Tensor = backend_for(backend, x).forward(x, logits, lam, u, mask, directions, merge_sum)
+    out: Tensor = backend_for(backend, x).forward(x, logits, lam, u, mask, directions, merge_sum, keep)
     return out
 
 
+def _maps(x: Tensor, directions: int) -> tuple[int, ...]:
+    """The shape of an output for each direction: [B, H, W, D, C]."""
+    return (*x.shape[:3], directions, x.shape[-1])
+
+
+def _output(x: Tensor, directions: Sequence[int], merge_sum: bool) -> Tensor:
+    return x.new_empty((*x.shape[:3], x.shape[-1]) if merge_sum else _maps(x, len(directions)))
+
+
 @propagate_2d_op.register_fake
-def _(x, logits, lam, u, mask, directions, merge_sum, backend):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape if merge_sum else u.shape)
+def _(x, logits, lam, u, keep, mask, directions, merge_sum, backend):  # type: ignore[no-untyped-def]
+    return _output(x, directions, merge_sum)
 
 
 @torch.library.custom_op("cgspn::propagate_2d_saving", mutates_args=())
@@ -48,6 +58,7 @@ def propagate_2d_saving_op(
     logits: Tensor,
     lam: Tensor,
     u: Tensor,
+    keep: Tensor | None,
     mask: Tensor | None,
     directions: Sequence[int],
     merge_sum: bool,
@@ -56,15 +67,15 @@ def propagate_2d_saving_op(
     """`propagate_2d_op` in training: also the state [B, H, W, D, C] if the backend's backward wants it, else [0]."""
     module = backend_for(backend, x)
     if hasattr(module, "forward_saving"):
-        out: tuple[Tensor, Tensor] = module.forward_saving(x, logits, lam, u, mask, directions, merge_sum)
+        out: tuple[Tensor, Tensor] = module.forward_saving(x, logits, lam, u, mask, directions, merge_sum, keep)
         return out
-    return module.forward(x, logits, lam, u, mask, directions, merge_sum), x.new_empty(0)
+    return module.forward(x, logits, lam, u, mask, directions, merge_sum, keep), x.new_empty(0)
 
 
 @propagate_2d_saving_op.register_fake
-def _(x, logits, lam, u, mask, directions, merge_sum, backend):  # type: ignore[no-untyped-def]
+def _(x, logits, lam, u, keep, mask, directions, merge_sum, backend):  # type: ignore[no-untyped-def]
     saves = hasattr(backend_for(backend, x), "forward_saving")
-    return x.new_empty(x.shape if merge_sum else u.shape), x.new_empty(u.shape if saves else (0,))
+    return _output(x, directions, merge_sum), x.new_empty(_maps(x, len(directions)) if saves else (0,))
 
 
 @torch.library.custom_op("cgspn::propagate_2d_backward", mutates_args=())
@@ -74,25 +85,30 @@ def propagate_2d_backward_op(
     logits: Tensor,
     lam: Tensor,
     u: Tensor,
+    keep: Tensor | None,
     mask: Tensor | None,
     directions: Sequence[int],
     merge_sum: bool,
     backend: str,
     state: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `propagate_2d_op` to x, logits, lam, u. `state` is what `propagate_2d_saving_op` returned."""
-    grads: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of `propagate_2d_op` to x, logits, lam, u and keep, [0] for one that is not there.
+
+    `state` is what `propagate_2d_saving_op` returned.
+    """
+    grads: tuple[Tensor, ...]
     module = backend_for(backend, x)
     if state is None or not hasattr(module, "backward_saved"):
-        grads = module.backward(dy, x, logits, lam, u, mask, directions, merge_sum)
+        grads = module.backward(dy, x, logits, lam, u, mask, directions, merge_sum, keep)
     else:
-        grads = module.backward_saved(dy, x, logits, lam, u, mask, directions, merge_sum, state)
-    return grads
+        grads = module.backward_saved(dy, x, logits, lam, u, mask, directions, merge_sum, state, keep)
+    dx, dlogits, dlam, du, *rest = grads
+    return dx, dlogits, dlam, du, *(rest or [x.new_empty(0)])  # type: ignore[return-value]
 
 
 @propagate_2d_backward_op.register_fake
-def _(dy, x, logits, lam, u, mask, directions, merge_sum, backend, state=None):  # type: ignore[no-untyped-def]
-    return tuple(t.new_empty(t.shape) for t in (x, logits, lam, u))
+def _(dy, x, logits, lam, u, keep, mask, directions, merge_sum, backend, state=None):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(0 if t is None else t.shape) for t in (x, logits, lam, u, keep))
 
 
 @torch.library.custom_op("cgspn::line_scan", mutates_args=())
@@ -149,7 +165,7 @@ def _register_first(forward_op: Any, backward_op: Any, tensors: int) -> None:
         *saved, state = ctx.saved_tensors
         if dy is None:  # nothing depends on the output
             return (None,) * (len(ctx.rest) + tensors)
-        grads = backward_op(dy, *saved, *ctx.rest, state)
+        grads = [None if t is None else g for t, g in zip(saved, backward_op(dy, *saved, *ctx.rest, state))]
         return *grads, *[None] * (len(ctx.rest) + tensors - len(grads))
 
     forward_op.register_autograd(backward, setup_context=setup)
@@ -164,30 +180,36 @@ def _register_second(backward_op: Any, tensors: int, reference: Callable[..., Te
 
     def backward(ctx: Any, *cotangents: Tensor | None) -> Gradients:
         with torch.enable_grad():
-            saved: list[Any] = [t if t is None else t.detach() for t in ctx.saved_tensors]  # only the mask may be None
-            dy, *inputs = saved
-            leaves: list[Tensor] = [leaf.requires_grad_() for leaf in (dy, *inputs[: len(cotangents)])]
+            saved: list[Any] = [t if t is None else t.detach() for t in ctx.saved_tensors]
+            dy, *inputs = saved  # keep and mask may be None, and a mask has no gradient
+            wanted = [k for k, t in enumerate(inputs[: len(cotangents)]) if t is not None]
+            leaves: list[Tensor] = [leaf.requires_grad_() for leaf in (dy, *(inputs[k] for k in wanted))]
             y = reference(*inputs, *ctx.rest[:-1])  # all but the state, which is a function of the others
             first = torch.autograd.grad(y, leaves[1:], dy.to(y.dtype), create_graph=True)
-            pairs = [(g, c.to(g.dtype)) for g, c in zip(first, cotangents, strict=True) if c is not None]
+            asked = [cotangents[k] for k in wanted]
+            pairs = [(g, c.to(g.dtype)) for g, c in zip(first, asked, strict=True) if c is not None]
             second = torch.autograd.grad([g for g, _ in pairs], leaves, [c for _, c in pairs], allow_unused=True)
-        return *second, *[None] * (len(ctx.rest) + tensors + 1 - len(second))
+        found: list[Tensor | None] = [None] * (len(ctx.rest) + tensors + 1)
+        for place, gradient in zip([0, *(k + 1 for k in wanted)], second, strict=True):
+            found[place] = gradient
+        return tuple(found)
 
     backward_op.register_autograd(backward, setup_context=setup)
 
 
-PROPAGATE_TENSORS = 5  # x, logits, lam, u and the mask, which has no gradient
+PROPAGATE_TENSORS = 6  # x, logits, lam, u, keep and the mask, which has no gradient
 LINE_SCAN_TENSORS = 3  # x, weights, lam
 
 _register_first(propagate_2d_saving_op, propagate_2d_backward_op, PROPAGATE_TENSORS)
 _register_second(
     propagate_2d_backward_op,
     PROPAGATE_TENSORS,
-    lambda x, logits, lam, u, mask, directions, merge_sum, backend: propagate_2d_reference(
+    lambda x, logits, lam, u, keep, mask, directions, merge_sum, backend: propagate_2d_reference(
         x,
         logits,
         lam,
         u,
+        keep=keep,
         mask=mask,
         directions=[DIRECTIONS[code] for code in directions],
         merge="sum" if merge_sum else "none",
@@ -210,31 +232,42 @@ def _propagate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _propagate_backward(ctx: Any, dy: Tensor) -> Gradients:
     # `propagate_2d` takes the saving op where a gradient is wanted; this is for a program traced without one.
-    return *propagate_2d_backward_op(dy, *ctx.saved_tensors, *ctx.rest), *[None] * (len(ctx.rest) + 1)
+    grads = propagate_2d_backward_op(dy, *ctx.saved_tensors, *ctx.rest)
+    return *(None if t is None else g for t, g in zip(ctx.saved_tensors, grads)), *[None] * (len(ctx.rest) + 1)
 
 
 propagate_2d_op.register_autograd(_propagate_backward, setup_context=_propagate_setup)
 
-# Per position, channel and direction. Forward: 3 sigmoids, 2 adds, 3 divisions; 3 multiply-adds of the recurrence
-# plus lam * x as a fourth; the gate; the merge.
-# Backward: the forward's scan again (no gate: 16), the adjoint scan (6), dh, du, dlam, dx (4 + 1 add),
-# dweights (3), and the normalisation's gradient (shared sum 5, then subtract, divide, two products and 1 - s: 15).
+# Per position and direction. Forward, of a set of parameters: 3 sigmoids, 2 adds, 3 divisions; of a channel: 3
+# multiply-adds of the recurrence plus lam * x as a fourth; the gate; the merge. The forget gate: a sigmoid, 3 products.
+# Backward, of a set: the normalisation again (8) and its gradient (subtract, divide, two products and 1 - s: 15); of a
+# channel: the recurrence again (8), the adjoint scan (6), dh, du, dlam, dx (4 + 1 add), dweights (3), their shared sum
+# (5). The forget gate: as before, and its own gradient (4).
 FLOPS_FORWARD = {"normalise": 8, "recurrence": 8, "gate_and_merge": 2}
-FLOPS_BACKWARD = 16 + 6 + 5 + 3 + 20
+FLOPS_BACKWARD = 8 + 8 + 6 + 5 + 3 + 20
+FLOPS_SETS = {"forward": FLOPS_FORWARD["normalise"], "backward": 8 + 15}
+FLOPS_KEEP = {"forward": 4, "backward": 8}
 
 
 def _elements(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
 
 
+def _scan_flops(which: str, each: int, x_shape: Sequence[int], lam_shape: Sequence[int], keep_shape: Any) -> int:
+    """FLOPs of a pass that costs `each` for a channel with parameters of its own."""
+    sets, of_set = _elements(lam_shape), FLOPS_SETS[which]
+    channels = sets // lam_shape[-1] * x_shape[-1]
+    return channels * (each - of_set) + sets * (of_set + (0 if keep_shape is None else FLOPS_KEEP[which]))
+
+
 @register_flop_formula([torch.ops.cgspn.propagate_2d, torch.ops.cgspn.propagate_2d_saving])
-def _(x_shape, logits_shape, lam_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return _elements(lam_shape) * sum(FLOPS_FORWARD.values())
+def _(x_shape, logits_shape, lam_shape, u_shape, keep_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _scan_flops("forward", sum(FLOPS_FORWARD.values()), x_shape, lam_shape, keep_shape)
 
 
 @register_flop_formula(torch.ops.cgspn.propagate_2d_backward)
-def _(dy_shape, x_shape, logits_shape, lam_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return _elements(lam_shape) * FLOPS_BACKWARD
+def _(dy_shape, x_shape, logits_shape, lam_shape, u_shape, keep_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    return _scan_flops("backward", FLOPS_BACKWARD, x_shape, lam_shape, keep_shape)
 
 
 @register_flop_formula(torch.ops.cgspn.line_scan)

@@ -24,6 +24,7 @@ def propagate_2d(
     lam: Tensor,
     u: Tensor,
     *,
+    keep: Tensor | None = None,
     directions: Sequence[str] = DIRECTIONS,
     merge: str = "sum",
     mask: Tensor | None = None,
@@ -33,17 +34,20 @@ def propagate_2d(
 
     For each direction, over lines i and per channel, with h[-1] = 0::
 
-        h[i] = W[i] h[i-1] + lam[i] * x[i]        y[i] = u[i] * h[i]
+        h[i] = sigmoid(keep[i]) * W[i] h[i-1] + lam[i] * x[i]        y[i] = u[i] * h[i]
 
-    W[i] is tridiagonal and row-stochastic: sigmoid(logits), normalised over the neighbours that exist.
-    "down" runs from row 0 to row H-1 and "right" from column 0 to column W-1.
+    W[i] is tridiagonal and row-stochastic: sigmoid(logits), normalised over the neighbours that exist. Without `keep`
+    its factor is 1, as in the source. "down" runs from row 0 to row H-1 and "right" from column 0 to column W-1.
 
     Args:
-        x: features [B, H, W, C], channels last; float16, bfloat16, float32 or float64. Any strides.
+        x: features [B, H, W, C] that all directions scan, or [B, H, W, D, C] for each its own; channels last; float16,
+            bfloat16, float32 or float64. Any strides.
         logits: [B, H, W, D, 3, C], D = len(directions); neighbours j-1, j, j+1, where j grows to the right in vertical
-            scans and downwards in horizontal ones.
+            scans and downwards in horizontal ones. Here and below, G channels instead of C are a set of parameters for
+            each C / G channels that follow one another; G divides C.
         lam: input scale [B, H, W, D, C].
         u: output gate [B, H, W, D, C].
+        keep: logits of the forget gate [B, H, W, D, C]: how much stays of the line before. None for all of it.
         directions: any non-empty subset of ("down", "up", "right", "left"), in any order.
         merge: "sum" adds the directions up, "none" returns them separately.
         mask: bool [B, H, W] or None. False positions are padding: they hold h = 0, are neither read as neighbours
@@ -62,21 +66,24 @@ def propagate_2d(
 
     Source: design section 2; equations (1) and (2) of the source.
     """
-    checks.check_features(x)
-    checks.check_like(x, logits=logits, lam=lam, u=u)
     codes = checks.check_directions(directions)
-    b, h, w, c = x.shape
-    checks.check_shape("logits", logits, (b, h, w, len(codes), 3, c), "[B, H, W, D, 3, C]")
-    checks.check_shape("lam", lam, (b, h, w, len(codes), c), "[B, H, W, D, C]")
-    checks.check_shape("u", u, (b, h, w, len(codes), c), "[B, H, W, D, C]")
+    checks.check_features(x, len(codes))
+    gates = {} if keep is None else {"keep": keep}
+    checks.check_like(x, logits=logits, lam=lam, u=u, **gates)
+    b, h, w, c = *x.shape[:3], x.shape[-1]
+    sets = checks.check_sets(lam, c)
+    checks.check_shape("logits", logits, (b, h, w, len(codes), 3, sets), "[B, H, W, D, 3, C]")
+    checks.check_shape("lam", lam, (b, h, w, len(codes), sets), "[B, H, W, D, C]")
+    for name, t in {"u": u, **gates}.items():
+        checks.check_shape(name, t, (b, h, w, len(codes), sets), "[B, H, W, D, C]")
     checks.check_mask(x, mask)
     if merge not in ("sum", "none"):
         raise ValueError(f"merge is {merge!r}; accepted: 'sum', 'none'")
     check_backend(backend)
     if _look_at_values(x):
-        checks.check_finite(mask, x=x, logits=logits, lam=lam, u=u)
-    arguments = (x, logits, lam, u, mask, codes, merge == "sum", backend)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, logits, lam, u)):
+        checks.check_finite(mask, x=x, logits=logits, lam=lam, u=u, **gates)
+    arguments = (x, logits, lam, u, keep, mask, codes, merge == "sum", backend)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, logits, lam, u, *gates.values())):
         trained: Tensor = propagate_2d_saving_op(*arguments)[0]
         return trained
     out: Tensor = propagate_2d_op(*arguments)

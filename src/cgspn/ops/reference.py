@@ -1,7 +1,7 @@
 """What the operator is, in float64 and in plain sight (design, section 2; the source's "Method" equations).
 
-Shape letters used in this package: B batch, H rows, W columns, C channels, D directions,
-L lines of the scan, M positions of a line, 3 the neighbours j-1, j, j+1.
+Shape letters used in this package: B batch, H rows, W columns, C channels, D directions, G groups of C / G channels
+with one set of parameters, L lines of the scan, M positions of a line, 3 the neighbours j-1, j, j+1.
 
 Nothing here is fast. Every backend is tested against it.
 """
@@ -43,6 +43,7 @@ def propagate_2d_reference(
     lam: Tensor,
     u: Tensor,
     *,
+    keep: Tensor | None = None,
     directions: Sequence[str] = DIRECTIONS,
     merge: str = "sum",
     mask: Tensor | None = None,
@@ -51,29 +52,33 @@ def propagate_2d_reference(
 
     For each direction, over lines i and channels, with h[-1] = 0::
 
-        h[i] = W[i] h[i-1] + lam[i] * x[i]        y[i] = u[i] * h[i]
+        h[i] = sigmoid(keep[i]) * W[i] h[i-1] + lam[i] * x[i]        y[i] = u[i] * h[i]
 
     where row j of W[i] holds sigmoid(logits[i, j]) of the neighbours j-1, j, j+1 that exist on line i-1,
-    divided by their sum (clamped below at 1e-7).
+    divided by their sum (clamped below at 1e-7), and the factor of `keep` is 1 where it is None.
 
-    Shapes: x [B, H, W, C]; logits [B, H, W, D, 3, C]; lam, u [B, H, W, D, C]; mask [B, H, W] bool or None.
+    Shapes: x [B, H, W, C], or [B, H, W, D, C] for what each direction scans; logits [B, H, W, D, 3, G]; lam, u, keep
+    [B, H, W, D, G], where G divides C and channel c takes set c // (C / G); mask [B, H, W] bool or None.
     Returns float64, whatever came in: [B, H, W, C] for merge="sum", [B, H, W, D, C] for "none".
     Raises KeyError or IndexError on wrong input; `propagate_2d` is the one that explains.
     Source: equations (1) and (2) of the source's "Overall Architecture".
     """
-    x, logits, lam, u = x.double(), logits.double(), lam.double(), u.double()
+    each = x.shape[-1] // lam.shape[-1]
+    logits, lam, u = (t.double().repeat_interleave(each, -1) for t in (logits, lam, u))
+    kept = torch.ones_like(lam) if keep is None else torch.sigmoid(keep.double()).repeat_interleave(each, -1)
+    x = x.double() if x.dim() == 5 else x.double().unsqueeze(3).expand_as(lam)
     inside = torch.ones(x.shape[:3], dtype=torch.bool, device=x.device) if mask is None else mask
     outputs = []
     for d, direction in enumerate(directions):
-        steps = [_lines(t, direction) for t in (x, logits[:, :, :, d], lam[:, :, :, d], u[:, :, :, d], inside)]
+        steps = [_lines(t, direction) for t in (*(t[:, :, :, d] for t in (x, logits, lam, u, kept)), inside)]
         h = torch.zeros_like(steps[0][0])
-        inside_before = torch.ones_like(steps[4][0])
+        inside_before = torch.ones_like(steps[5][0])
         lines = []
-        for x_BMC, logits_BM3C, lam_BMC, u_BMC, inside_BM in zip(*steps, strict=True):
+        for x_BMC, logits_BM3C, lam_BMC, u_BMC, kept_BMC, inside_BM in zip(*steps, strict=True):
             exists_BM3 = _neighbours(inside_before)
             sigma = torch.where(exists_BM3[..., None], torch.sigmoid(logits_BM3C), 0.0)
             weights = sigma / sigma.sum(2, keepdim=True).clamp(min=EPSILON)
-            h = (weights * _neighbours(h)).sum(2) + lam_BMC * x_BMC
+            h = kept_BMC * (weights * _neighbours(h)).sum(2) + lam_BMC * x_BMC
             h = torch.where(inside_BM[..., None], h, 0.0)
             lines.append(torch.where(inside_BM[..., None], u_BMC * h, 0.0))
             inside_before = inside_BM

@@ -50,6 +50,10 @@ class _Group:
         """A map [B, H, W, ...] that all directions of the group read or add to."""
         return [t] * len(self.members)
 
+    def features(self, x: Tensor) -> list[Tensor]:
+        """What each direction scans, of [B, H, W, C] or [B, H, W, D, C]."""
+        return self.maps(x) if x.dim() == 5 else self.shared(x)
+
     def slabs(self) -> list[range]:
         """The steps of the scan, as many together as fit."""
         return [range(k, min(k + self.most, self.count)) for k in range(0, self.count, self.most)]
@@ -126,6 +130,16 @@ def _spread(weights: Sequence[Tensor] | Tensor, q: Tensor) -> Tensor:
     return out
 
 
+def _channels(sets: Tensor, each: int) -> Tensor:
+    """[..., G], a value for each set of parameters, as one for each of the `each` channels of a set."""
+    return sets if each == 1 else sets.repeat_interleave(each, -1)
+
+
+def _sets(channels: Tensor, each: int) -> Tensor:
+    """The sum over the channels of a set: the adjoint of `_channels`."""
+    return channels if each == 1 else channels.unflatten(-1, (-1, each)).sum(-1)
+
+
 class _Slab(NamedTuple):
     """Some lines of `propagate_2d`, as forward and backward need them."""
 
@@ -133,38 +147,44 @@ class _Slab(NamedTuple):
     outside: Tensor | None  # [n, G, B, M, 1] bool: padding
     sigma: Tensor  # [3, n, G, B, M, C], zero where there is no neighbour
     total: Tensor  # their sum, clamped
+    kept: Tensor | None  # the factor of the line before
     mean: Tensor  # W h of the line before
     states: Tensor  # padded state before the first line, and of every line
 
 
-def _scan(group: _Group, x: Tensor, logits: Tensor, lam: Tensor, mask: Tensor | None) -> Iterator[_Slab]:
-    dtype = _state_dtype(x)
-    xs, scales, scores = group.shared(x), group.maps(lam), group.maps(logits)
+def _scan(
+    group: _Group, x: Tensor, logits: Tensor, lam: Tensor, keep: Tensor | None, mask: Tensor | None
+) -> Iterator[_Slab]:
+    dtype, each = _state_dtype(x), x.shape[-1] // lam.shape[-1]
+    xs, scales, scores = group.features(x), group.maps(lam), group.maps(logits)
     last: Tensor | None = None
     outside: Tensor | None = None
     for steps in group.slabs():
         sigma = group.read_weights(scores, steps, dtype).sigmoid_()
         sigma[0, ..., 0, :] = 0.0
         sigma[2, ..., -1, :] = 0.0
-        drive = group.read(scales, steps, dtype).mul_(group.read(xs, steps, dtype))
+        drive = _channels(group.read(scales, steps, dtype), each) * group.read(xs, steps, dtype)
+        kept = None if keep is None else _channels(group.read(group.maps(keep), steps, dtype).sigmoid_(), each)
         if mask is not None:
             inside = group.read(group.shared(mask), steps, torch.bool)[..., None]
             first = torch.zeros_like(inside[:1]) if outside is None else outside[-1:]
             outside = ~inside
             sigma.masked_fill_(outside | _neighbours(_padded(torch.cat([first, outside[:-1]]))), 0.0)
             drive.masked_fill_(outside, 0.0)  # no neighbour and no drive: the state is zero there
+            kept = None if kept is None else kept.masked_fill_(outside, 0.0)
+        sigma = _channels(sigma, each)
         total = (sigma[0] + sigma[1]).add_(sigma[2]).clamp_(min=EPSILON)
         states = drive.new_zeros((len(drive) + 1, *drive.shape[1:3], drive.shape[3] + 2, drive.shape[4]))
         if last is not None:
             states[0] = last
         mean = torch.empty_like(drive)
         weights, before = zip(*(t.unbind(0) for t in sigma)), zip(*(t.unbind(0) for t in _neighbours(states)))
-        each = zip(weights, before, drive, total, mean, _inner(states)[1:])
-        for w, neighbours, d, sums, m, h in each:
+        lines = zip(weights, before, drive, total, mean, _inner(states)[1:])
+        for k, (w, neighbours, d, sums, m, h) in enumerate(lines):
             torch.div(_mix(w, neighbours), sums, out=m)
-            torch.add(d, m, out=h)
+            torch.add(d, m, out=h) if kept is None else torch.addcmul(d, m, kept[k], out=h)
         last = states[-1]
-        yield _Slab(steps, outside, sigma, total, mean, states)
+        yield _Slab(steps, outside, sigma, total, kept, mean, states)
 
 
 def _gated(slab: _Slab, t: Tensor, gate: Tensor) -> Tensor:
@@ -174,15 +194,22 @@ def _gated(slab: _Slab, t: Tensor, gate: Tensor) -> Tensor:
 
 
 def forward(
-    x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, mask: Tensor | None, directions: Sequence[int], merge_sum: bool
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor,
+    u: Tensor,
+    mask: Tensor | None,
+    directions: Sequence[int],
+    merge_sum: bool,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """`propagate_2d` without checks. Shapes as there; `directions` are indices into DIRECTIONS."""
-    dtype = _state_dtype(x)
-    y = x.new_zeros(x.shape, dtype=dtype) if merge_sum else x.new_empty(u.shape)
-    for group in _groups(directions, x.shape):
+    dtype, each, shape = _state_dtype(x), x.shape[-1] // lam.shape[-1], (*x.shape[:3], x.shape[-1])
+    y = x.new_zeros(shape, dtype=dtype) if merge_sum else x.new_empty(*shape[:3], len(directions), shape[3])
+    for group in _groups(directions, shape):
         gates = group.maps(u)
-        for slab in _scan(group, x, logits, lam, mask):
-            out = _gated(slab, _inner(slab.states)[1:], group.read(gates, slab.steps, dtype))
+        for slab in _scan(group, x, logits, lam, keep, mask):
+            out = _gated(slab, _inner(slab.states)[1:], _channels(group.read(gates, slab.steps, dtype), each))
             if merge_sum:
                 group.add(y, slab.steps, out)
             else:
@@ -199,36 +226,49 @@ def backward(
     mask: Tensor | None,
     directions: Sequence[int],
     merge_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `forward` to x, logits, lam and u, each in its input's dtype and shape."""
-    dtype = _state_dtype(x)
+    keep: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of `forward` to x, logits, lam, u and, if it is there, keep, each in its input's dtype and shape."""
+    dtype, each = _state_dtype(x), x.shape[-1] // lam.shape[-1]
     dx = x.new_zeros(x.shape, dtype=dtype)
     dlogits, dlam, du = logits.new_empty(logits.shape), lam.new_empty(lam.shape), u.new_empty(u.shape)
-    for group in _groups(directions, x.shape):
-        xs, scales, gates = group.shared(x), group.maps(lam), group.maps(u)
+    dkeep = None if keep is None else keep.new_empty(keep.shape)
+    for group in _groups(directions, (*x.shape[:3], x.shape[-1])):
+        xs, scales, gates = group.features(x), group.maps(lam), group.maps(u)
         dys = group.shared(dy) if merge_sum else group.maps(dy)
-        slabs = list(_scan(group, x, logits, lam, mask))
-        from_next: Tensor | None = None  # W^T g of the line that follows
+        slabs = list(_scan(group, x, logits, lam, keep, mask))
+        from_next: Tensor | None = None  # kept W^T g of the line that follows
         while slabs:
             slab = slabs.pop()
-            steps = slab.steps
+            steps, kept = slab.steps, slab.kept
             grad = group.read(dys, steps, dtype)
-            group.write(group.maps(du), steps, _gated(slab, _inner(slab.states)[1:], grad))
-            g = _gated(slab, grad, group.read(gates, steps, dtype))
+            group.write(group.maps(du), steps, _sets(_gated(slab, _inner(slab.states)[1:], grad), each))
+            g = _gated(slab, grad, _channels(group.read(gates, steps, dtype), each))
             q = torch.empty_like(g)
             for k in range(len(steps) - 1, -1, -1):
                 if from_next is not None:
                     g[k] += from_next
                 torch.div(g[k], slab.total[k], out=q[k])
+                if kept is not None:
+                    q[k] *= kept[k]
                 from_next = _spread(slab.sigma[:, k], q[k])
-            group.write(group.maps(dlam), steps, _gated(slab, g, group.read(xs, steps, dtype)))
-            group.add(dx, steps, _gated(slab, g, group.read(scales, steps, dtype)))
+            group.write(group.maps(dlam), steps, _sets(_gated(slab, g, group.read(xs, steps, dtype)), each))
+            scaled = _gated(slab, g, _channels(group.read(scales, steps, dtype), each))
+            if x.dim() == 5:
+                group.write(group.maps(dx), steps, scaled)
+            else:
+                group.add(dx, steps, scaled)
+            if dkeep is not None and kept is not None:
+                wanted = _sets(torch.ops.aten.sigmoid_backward(g * slab.mean, kept), each)
+                group.write(group.maps(dkeep), steps, wanted)
             # d(sigma_k / total) gives neighbour k minus the mean; where the total is clamped, the neighbour alone
             centre = slab.mean.masked_fill_(slab.total <= EPSILON, 0.0)
             before = _neighbours(slab.states[:-1])
             dsigma = torch.sub(before, centre, out=torch.empty_like(slab.sigma)).mul_(q)
-            group.write_weights(group.maps(dlogits), steps, torch.ops.aten.sigmoid_backward(dsigma, slab.sigma))
-    return dx.to(x.dtype), dlogits, dlam, du
+            wanted = torch.ops.aten.sigmoid_backward(_sets(dsigma, each), slab.sigma[..., ::each])
+            group.write_weights(group.maps(dlogits), steps, wanted)
+    grads = (dx.to(x.dtype), dlogits, dlam, du)
+    return grads if dkeep is None else (*grads, dkeep)
 
 
 def _restarts(step: int, chunk: int | None) -> bool:

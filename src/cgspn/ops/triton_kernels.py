@@ -70,10 +70,10 @@ def _sigmas(l0, l1, l2, e0, e1, e2):
 
 @triton.jit(do_not_specialize=["H", "W", "C", "D", "groups", "codes", "chunk"])
 def scan_forward(
-    x, lam, u, logits, mask, y, saved,
-    xs, lams, us, ls, ms, ys, saveds,
+    x, lam, u, logits, keep, mask, y, saved,
+    xs, lams, us, ls, ks, ms, ys, saveds,
     H, W, C, D, groups, codes, chunk,
-    NORMALISE: tl.constexpr, MASKED: tl.constexpr, WRITE: tl.constexpr, SAVE: tl.constexpr,
+    NORMALISE: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr, WRITE: tl.constexpr, SAVE: tl.constexpr,
     STATE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """`propagate_2d` (NORMALISE) or `line_scan`: outputs to y (WRITE), the state to `saved` (SAVE)."""
@@ -98,6 +98,9 @@ def scan_forward(
     if NORMALISE:
         u_at = _start(u, us, b, d, j, c, vertical, backwards, 0, lines)
         u_step, _ = _walk(us, vertical, backwards)
+    if KEEP:
+        keep_at = _start(keep, ks, b, d, j, c, vertical, backwards, 0, lines)
+        keep_step, _ = _walk(ks, vertical, backwards)
     if WRITE:
         y_at = _start(y, ys, b, d, j, c, vertical, backwards, 0, lines)
         y_step, _ = _walk(ys, vertical, backwards)
@@ -128,7 +131,11 @@ def scan_forward(
                 m_at += m_step
             w0, w1, w2 = _sigmas(w0, w1, w2, e0, e1, e2)
             total = tl.maximum(w0 + w1 + w2, tl.full((), EPSILON, STATE))
-            h = drive + (w0 * left + w1 * h + w2 * right) / total
+            mixed = (w0 * left + w1 * h + w2 * right) / total
+            if KEEP:
+                mixed *= 1.0 / (1.0 + tl.exp(-tl.load(keep_at, mask=valid, other=0).to(STATE)))
+                keep_at += keep_step
+            h = drive + mixed
         else:
             h = drive + tl.where(e0[:, None], w0 * left, 0.0) + w1 * h + tl.where(e2[:, None], w2 * right, 0.0)
         h = tl.where(inside[:, None], h, 0.0)
@@ -152,10 +159,10 @@ def scan_forward(
 
 @triton.jit(do_not_specialize=["H", "W", "C", "D", "groups", "codes", "chunk"])
 def scan_backward(
-    x, lam, u, logits, mask, dy, h, dx, dlam, du, dlogits,
-    xs, lams, us, ls, ms, dys, hs, dxs, dlams, dus, dls,
+    x, lam, u, logits, keep, mask, dy, h, dx, dlam, du, dlogits, dkeep,
+    xs, lams, us, ls, ks, ms, dys, hs, dxs, dlams, dus, dls, dks,
     H, W, C, D, groups, codes, chunk,
-    NORMALISE: tl.constexpr, MASKED: tl.constexpr,
+    NORMALISE: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr,
     STATE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The adjoint scan, last line first, from the state `h` that `scan_forward` saved."""
@@ -196,6 +203,11 @@ def scan_backward(
         du_at = _start(du, dus, b, d, j, c, vertical, backwards, last, lines)
         u_step, _ = _walk(us, vertical, backwards)
         du_step, _ = _walk(dus, vertical, backwards)
+    if KEEP:
+        keep_at = _start(keep, ks, b, d, j, c, vertical, backwards, last, lines)
+        dkeep_at = _start(dkeep, dks, b, d, j, c, vertical, backwards, last, lines)
+        keep_step, _ = _walk(ks, vertical, backwards)
+        dkeep_step, _ = _walk(dks, vertical, backwards)
     if MASKED:
         m_step, m_across = _walk(ms, vertical, backwards)
         m_at = b * ms[0] + tl.where(backwards, last * tl.abs(m_step), 0) + last * m_step
@@ -235,9 +247,17 @@ def scan_backward(
             least = tl.full((), EPSILON, STATE)  # as a plain constant it would be a float32, whatever the state
             clamped = total <= least
             total = tl.maximum(total, least)
+            mean = (w0 * left + w1 * centre + w2 * right) / total
+            if KEEP:
+                kept = 1.0 / (1.0 + tl.exp(-tl.load(keep_at, mask=valid, other=0).to(STATE)))
+                dkeep_out = tl.where(inside[:, None], g * mean * kept * (1.0 - kept), 0.0)
+                tl.store(dkeep_at, dkeep_out.to(dkeep.dtype.element_ty), mask=valid)
+                g = tl.where(inside[:, None], g * kept, 0.0)
+                keep_at -= keep_step
+                dkeep_at -= dkeep_step
             g = g / total
             # d(sigma_k / total) gives neighbour k minus the mean; where the total is clamped, the neighbour alone
-            mean = tl.where(clamped, 0.0, (w0 * left + w1 * centre + w2 * right) / total)
+            mean = tl.where(clamped, 0.0, mean)
             d0 = g * (left - mean) * w0 * (1.0 - w0)
             d1 = g * (centre - mean) * w1 * (1.0 - w1)
             d2 = g * (right - mean) * w2 * (1.0 - w2)

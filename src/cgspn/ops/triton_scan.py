@@ -65,7 +65,7 @@ def _launch(
     """Launch on the current stream of the tensors' device; `tensors` in the order of the kernel's arguments."""
     x = tensors[0]
     assert x is not None
-    b, h, w, c = x.shape
+    b, h, w, c = *x.shape[:3], x.shape[-1]
     positions, wide, warps = tile(max(h, w), c, kernel is scan_backward)
     groups = triton.cdiv(c, wide)
     grid = b * groups * len(codes)
@@ -83,7 +83,17 @@ def _launch(
 
 def _planes(x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     """Scratch for one map per direction: [B, H, W, D, C] by its strides, stored direction by direction."""
-    return x.new_empty((count, *x.shape), dtype=dtype).permute(1, 2, 3, 0, 4)
+    return x.new_empty((count, *x.shape[:3], x.shape[-1]), dtype=dtype).permute(1, 2, 3, 0, 4)
+
+
+def _features(x: Tensor) -> str:
+    """The dimensions of what is scanned: one map for all directions, or one each."""
+    return "bhwdc" if x.dim() == 5 else "bhwc"
+
+
+def _expanded(each: int, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Parameters of sets of `each` channels for every channel: the kernels know no others."""
+    return tuple(t if t is None or each == 1 else t.repeat_interleave(each, -1) for t in parameters)
 
 
 def _summed(planes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -105,16 +115,18 @@ def _forward(
     y: Tensor | None,
     state: Tensor | None,
     chunk: int = 0,
+    keep: Tensor | None = None,
 ) -> None:
     """Scan: outputs to `y`, the state to `state`, each [B, H, W, D, C] (or without D) if wanted."""
     d = "d" if lam.dim() == 5 else ""
     _launch(
         scan_forward,
-        (x, lam, u, logits, _bytes(mask), y, state),
-        ("bhwc", f"bhw{d}c", f"bhw{d}c", f"bhw{d}kc", "bhw", f"bhw{d}c", f"bhw{d}c"),
+        (x, lam, u, logits, keep, _bytes(mask), y, state),
+        (_features(x), f"bhw{d}c", f"bhw{d}c", f"bhw{d}kc", "bhwdc", "bhw", f"bhw{d}c", f"bhw{d}c"),
         codes,
         chunk,
         NORMALISE=u is not None,
+        KEEP=keep is not None,
         MASKED=mask is not None,
         WRITE=y is not None,
         SAVE=state is not None,
@@ -122,13 +134,21 @@ def _forward(
 
 
 def forward(
-    x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, mask: Tensor | None, directions: Sequence[int], merge_sum: bool
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor,
+    u: Tensor,
+    mask: Tensor | None,
+    directions: Sequence[int],
+    merge_sum: bool,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """`propagate_2d` without checks. Shapes as there; `directions` are indices into DIRECTIONS."""
     if max(x.shape[1:3]) > LONGEST:
-        return torch_scan.forward(x, logits, lam, u, mask, directions, merge_sum)
+        return torch_scan.forward(x, logits, lam, u, mask, directions, merge_sum, keep)
+    logits, lam, u, keep = _expanded(x.shape[-1] // lam.shape[-1], logits, lam, u, keep)  # type: ignore[assignment]
     y = _planes(x, len(directions), x.dtype) if merge_sum else x.new_empty(u.shape)
-    _forward(x, logits, lam, u, mask, directions, y, None)
+    _forward(x, logits, lam, u, mask, directions, y, None, keep=keep)
     return _summed(y, x.dtype) if merge_sum else y
 
 
@@ -141,25 +161,36 @@ def backward(
     mask: Tensor | None,
     directions: Sequence[int],
     merge_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `forward` to x, logits, lam and u, each in its input's dtype and shape."""
+    keep: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Gradients of `forward` to x, logits, lam, u and, if it is there, keep, each in its input's dtype and shape."""
     if max(x.shape[1:3]) > LONGEST:
-        return torch_scan.backward(dy, x, logits, lam, u, mask, directions, merge_sum)
+        return torch_scan.backward(dy, x, logits, lam, u, mask, directions, merge_sum, keep)
+    each = x.shape[-1] // lam.shape[-1]
+    logits, lam, u, keep = _expanded(each, logits, lam, u, keep)  # type: ignore[assignment]
     state = _planes(x, len(directions), STATES[x.dtype][1])
-    _forward(x, logits, lam, u, mask, directions, None, state)
-    dx = _planes(x, len(directions), x.dtype)
-    dlogits, dlam, du = logits.new_empty(logits.shape), lam.new_empty(lam.shape), u.new_empty(u.shape)
+    _forward(x, logits, lam, u, mask, directions, None, state, keep=keep)
+    dx = _planes(x, len(directions), x.dtype) if x.dim() == 4 else x.new_empty(x.shape)
+    gradients = [None if t is None else t.new_empty(t.shape) for t in (lam, u, logits, keep)]
     maps, scores = "bhwdc", "bhwdkc"
     _launch(
         scan_backward,
-        (x, lam, u, logits, _bytes(mask), dy, state, dx, dlam, du, dlogits),
-        ("bhwc", maps, maps, scores, "bhw", "bhwc" if merge_sum else maps, maps, maps, maps, maps, scores),
+        (x, lam, u, logits, keep, _bytes(mask), dy, state, dx, *gradients),
+        (_features(x), maps, maps, scores, maps, "bhw", "bhwc" if merge_sum else maps, *[maps] * 4, scores, maps),
         directions,
         0,
         NORMALISE=True,
+        KEEP=keep is not None,
         MASKED=mask is not None,
     )
-    return _summed(dx, x.dtype), dlogits, dlam, du
+    # a set's gradient is the sum over its channels
+    found = [
+        t if t is None or each == 1 else t.unflatten(-1, (-1, each)).sum(-1, dtype=STATES[x.dtype][1]).to(x.dtype)
+        for t in gradients
+    ]
+    dlam, du, dlogits, dkeep = found
+    grads = (_summed(dx, x.dtype) if x.dim() == 4 else dx, dlogits, dlam, du)
+    return grads if dkeep is None else (*grads, dkeep)  # type: ignore[return-value]
 
 
 def line_scan_forward(x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None) -> Tensor:
@@ -182,11 +213,12 @@ def line_scan_backward(
     dx, dweights, dlam = x.new_empty(x.shape), weights.new_empty(weights.shape), lam.new_empty(lam.shape)
     _launch(
         scan_backward,
-        (x, lam, None, weights, None, dh, state, dx, dlam, None, dweights),
-        ("bhwc", "bhwc", "", "bhwkc", "", "bhwc", "bhwc", "bhwc", "bhwc", "", "bhwkc"),
+        (x, lam, None, weights, None, None, dh, state, dx, dlam, None, dweights, None),
+        ("bhwc", "bhwc", "", "bhwkc", "", "", "bhwc", "bhwc", "bhwc", "bhwc", "", "bhwkc", ""),
         [direction],
         chunk or 0,
         NORMALISE=False,
+        KEEP=False,
         MASKED=False,
     )
     return dx, dweights, dlam

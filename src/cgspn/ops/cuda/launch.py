@@ -48,6 +48,8 @@ class Call(NamedTuple):
     chunk: int
     alignment: int
     layouts: tuple[Layout, ...]
+    share: int = 1  # channels that have one set of parameters between them
+    keep: bool = False
     cut: Cut | None = None  # for measurements; by default the plan's own
 
 
@@ -114,7 +116,7 @@ def current_stream(device: int) -> Iterator[int]:
 
 
 # The macros of common.cuh for a kernel that uses only its types and arithmetic, so that they make no variants of it.
-PLAIN = {"POS": 1, "NORMALISE": 1, "MERGE": 0, "SPLIT": 1, "HALO": 0, "NARROW": 0, "MASKED": 0}
+PLAIN = {"POS": 1, "NORMALISE": 1, "MERGE": 0, "SPLIT": 1, "HALO": 0, "NARROW": 0, "MASKED": 0, "SHARE": 0, "FORGET": 0}
 
 
 def merge_defines(dtype: torch.dtype, vec: int) -> Macros:
@@ -131,6 +133,8 @@ def scan_defines(cut: Cut, p: Problem, dtype: int, *, masked: bool, merged: bool
         "STAGES": cut.stages,
         "THREADS": cut.thread_bound(p),
         "NORMALISE": int(p.normalise),
+        "SHARE": int(p.share > 1),
+        "FORGET": int(p.keep),
         "MASKED": int(masked),
         "SPLIT": cut.split,
         "HALO": cut.beyond(),
@@ -144,7 +148,18 @@ def problem(call: Call) -> Problem:
     """The part of a call that decides how it is cut."""
     b, h, w, c = call.shape
     backward = call.name == "backward"
-    return Problem(backward, call.normalise, call.dtype.itemsize, b, c, len(call.codes), max(h, w), call.alignment)
+    return Problem(
+        backward,
+        call.normalise,
+        call.dtype.itemsize,
+        b,
+        c,
+        len(call.codes),
+        max(h, w),
+        call.alignment,
+        call.share,
+        call.keep,
+    )
 
 
 @functools.lru_cache(maxsize=1024)

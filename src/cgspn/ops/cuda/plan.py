@@ -25,7 +25,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a plan has to know about the call. `alignment`: bytes that divide every address and stride."""
+    """What a plan has to know about the call.
+
+    alignment: bytes that divide every address and stride. share: channels that have one set of parameters between them;
+    more than one is the number that a thread takes. keep: a forget gate.
+    """
 
     backward: bool
     normalise: bool
@@ -35,6 +39,8 @@ class Problem:
     directions: int
     longest: int  # of height and width
     alignment: int
+    share: int = 1
+    keep: bool = False
 
     @property
     def name(self) -> str:
@@ -44,7 +50,9 @@ class Problem:
     @property
     def maps(self) -> int:
         """Input maps that pass through shared memory."""
-        return 5 + self.normalise + 2 * self.backward
+        if self.share > 1:
+            return 1 + 2 * self.backward
+        return 5 + self.normalise + self.keep + 2 * self.backward
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,9 @@ class Cut:
 
 def _vectors(p: Problem) -> Iterator[int]:
     """Channels a thread may take, widest first: a power of two that the channels and all addresses allow."""
+    if p.share > 1:
+        yield p.share
+        return
     vec = 16 // p.itemsize
     while vec > 1:
         if p.channels % vec == 0 and p.alignment % (vec * p.itemsize) == 0:
@@ -160,7 +171,7 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
     for split in () if not clusters else (2,) if p.longest < 100 else (4, 2, 8):
         if (cut := _parts(p, machine, vectors, 8 * p.itemsize, split)) is not None:
             return cut
-    vec = next(v for v in vectors if v <= 2)
+    vec = next((v for v in vectors if v <= 2), vectors[-1])
     fine = Cut(vec, _lanes(p, vec, 8), 1, 3)
     if fine.fits(p, machine) and fine.threads(p) <= 640:
         return fine
@@ -190,7 +201,7 @@ def _parts(p: Problem, machine: Machine, vectors: list[int], run: int, split: in
     wait for each other, so seldom, and for memory, so have three lines in flight. Where there are other blocks to
     turn to, both waits are free.
     """
-    narrow = next(v for v in vectors if v == 1 or v * p.itemsize <= 8)
+    narrow = next((v for v in vectors if v == 1 or v * p.itemsize <= 8), vectors[-1])
     short = run <= (32 if p.backward else 64)
     for vec in (narrow, vectors[0]) if short else vectors[:1]:
         lanes = _lanes(p, vec, run)

@@ -51,17 +51,23 @@ def _scan(
     save: bool = False,
     chunk: int | None = None,
     cut: Cut | None = None,
+    share: int = 1,
+    keep: bool = False,
 ) -> bool:
     """Launch. `tensors` in the order of the kernel's views; `planes` is the index of those to merge into the last.
+
+    Tensors with fewer channels than x are parameters of sets of `share` channels. keep: there is a forget gate.
 
     False, with nothing done, where the lines are too long for the kernels.
     """
     x = tensors[0]
     assert x is not None
-    b, h, w, c = x.shape
+    b, h, w, c = *x.shape[:3], x.shape[-1]
     layouts: tuple[Layout, ...] = tuple(map(layout, tensors, dims))
     masked = any(t is not None and t.dtype == torch.uint8 for t in tensors)
-    align = alignment(tensors, layouts)
+    # single parameters need none
+    wide = [(t, own) for t, own in zip(tensors, layouts) if share == 1 or (t is not None and t.shape[-1] == c)]
+    align = alignment([t for t, _ in wide], [own for _, own in wide])
     call = Call(
         name,
         x.get_device(),
@@ -75,6 +81,8 @@ def _scan(
         chunk or 0,
         align,
         layouts,
+        share,
+        keep,
         cut,
     )
     prepared = prepare(call)
@@ -86,7 +94,37 @@ def _scan(
 
 def planes(x: Tensor, directions: Sequence[int]) -> Tensor:
     """Scratch for one plane per direction: [B, H, W, D, C] by its strides, stored direction by direction."""
-    return empty((len(directions), *x.shape), x).permute(1, 2, 3, 0, 4)
+    return empty((len(directions), *x.shape[:3], x.shape[-1]), x).permute(1, 2, 3, 0, 4)
+
+
+def features(x: Tensor) -> str:
+    """The dimensions of what is scanned: one map for all directions, or one each."""
+    return "bhwdc" if x.dim() == 5 else "bhwc"
+
+
+def together(x: Tensor, lam: Tensor) -> int:
+    """How many channels of a set a thread can take: the largest power of two that they and the addresses of x allow."""
+    each = x.shape[-1] // lam.shape[-1]
+    bits = 16 // x.element_size() | each
+    if each > 1:
+        if x.stride(-1) != 1:
+            return 1
+        strides = [s for s, n in zip(x.stride()[:-1], x.shape) if n > 1]
+        for offset in (x.data_ptr() // x.element_size(), *strides):
+            bits |= offset
+    return bits & -bits
+
+
+def repeated(times: int, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Parameters of sets as those of `times` smaller sets each."""
+    return tuple(t if t is None or times == 1 else t.repeat_interleave(times, -1) for t in parameters)
+
+
+def summed(times: int, gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The adjoint of `repeated`, summed in float32."""
+    if times == 1:
+        return list(gradients)
+    return [g.unflatten(-1, (-1, times)).sum(-1, dtype=torch.float32).to(g.dtype) for g in gradients]
 
 
 def mask_bytes(mask: Tensor | None) -> Tensor | None:
@@ -111,21 +149,27 @@ def _forward(
     merge_sum: bool,
     h: Tensor | None,
     cut: Cut | None,
+    keep: Tensor | None,
 ) -> Tensor:
+    share = together(x, lam)
+    given = repeated(x.shape[-1] // lam.shape[-1] // share, lam, u, logits, keep)
     merged = merge_sum and len(directions) > 1
-    y = empty(x.shape if merge_sum else u.shape, x)
+    shape = (*x.shape[:3], x.shape[-1])
+    y = empty(shape if merge_sum else (*shape[:3], len(directions), shape[3]), x)
     first = planes(x, directions) if merged else y.unsqueeze(3) if merge_sum else y
     done = _scan(
         "forward",
-        (x, lam, u, logits, first, h, mask_bytes(mask), y if merged else None),
-        ("bhwc", "bhwdc", "bhwdc", "bhwdkc", "bhwdc", "bhwdc", "bhw", "bhwc"),
+        (x, *given, first, h, mask_bytes(mask), y if merged else None),
+        (features(x), "bhwdc", "bhwdc", "bhwdkc", "bhwdc", "bhwdc", "bhwdc", "bhw", "bhwc"),
         directions,
         True,
-        planes=4 if merged else None,
+        planes=5 if merged else None,
         save=h is not None,
         cut=cut,
+        share=share,
+        keep=keep is not None,
     )
-    return y if done else torch_scan.forward(x, logits, lam, u, mask, directions, merge_sum)
+    return y if done else torch_scan.forward(x, logits, lam, u, mask, directions, merge_sum, keep)
 
 
 def forward(
@@ -136,13 +180,14 @@ def forward(
     mask: Tensor | None,
     directions: Sequence[int],
     merge_sum: bool,
+    keep: Tensor | None = None,
     cut: Cut | None = None,
 ) -> Tensor:
     """`propagate_2d` without checks. Shapes as there; `directions` are indices into DIRECTIONS.
 
     `cut` is for measurements; the plan's own otherwise. Raises ValueError for one that does not fit.
     """
-    return _forward(x, logits, lam, u, mask, directions, merge_sum, None, cut)
+    return _forward(x, logits, lam, u, mask, directions, merge_sum, None, cut, keep)
 
 
 def forward_saving(
@@ -153,11 +198,12 @@ def forward_saving(
     mask: Tensor | None,
     directions: Sequence[int],
     merge_sum: bool,
+    keep: Tensor | None = None,
     cut: Cut | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`forward`, and the state h [B, H, W, D, C] that `backward_saved` takes, in the dtype of x."""
-    h = empty(u.shape, x)
-    return _forward(x, logits, lam, u, mask, directions, merge_sum, h, cut), h
+    h = empty((*x.shape[:3], len(directions), x.shape[-1]), x)
+    return _forward(x, logits, lam, u, mask, directions, merge_sum, h, cut, keep), h
 
 
 def backward_saved(
@@ -170,26 +216,35 @@ def backward_saved(
     directions: Sequence[int],
     merge_sum: bool,
     h: Tensor,
+    keep: Tensor | None = None,
     cut: Cut | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `forward` to x, logits, lam and u, each in its input's dtype and shape."""
-    merged = len(directions) > 1
-    dx, dlogits, dlam, du = (empty(t.shape, x) for t in (x, logits, lam, u))
-    first = planes(x, directions) if merged else dx.unsqueeze(3)
+) -> tuple[Tensor, ...]:
+    """Gradients of `forward` to x, logits, lam, u and, if it is there, keep, each in its input's dtype and shape."""
+    share = together(x, lam)
+    times = x.shape[-1] // lam.shape[-1] // share
+    given = repeated(times, lam, u, logits, keep)
+    merged = x.dim() == 4 and len(directions) > 1
+    dx = empty(x.shape, x)
+    gradients = [None if t is None else empty(t.shape, x) for t in given]
+    first = planes(x, directions) if merged else dx if x.dim() == 5 else dx.unsqueeze(3)
     dy = readable(dy)
-    y_dims = "bhwc" if merge_sum else "bhwdc"
+    maps, scores = "bhwdc", "bhwdkc"
     done = _scan(
         "backward",
-        (x, lam, u, logits, dy, h, mask_bytes(mask), first, dlam, du, dlogits, dx if merged else None),
-        ("bhwc", "bhwdc", "bhwdc", "bhwdkc", y_dims, "bhwdc", "bhw", "bhwdc", "bhwdc", "bhwdc", "bhwdkc", "bhwc"),
+        (x, *given, dy, h, mask_bytes(mask), first, *gradients, dx if merged else None),
+        (features(x), maps, maps, scores, maps, "bhwc" if merge_sum else maps, maps, "bhw", maps, maps, maps, scores)
+        + (maps, "bhwc"),
         directions,
         True,
-        planes=7 if merged else None,
+        planes=8 if merged else None,
         cut=cut,
+        share=share,
+        keep=keep is not None,
     )
     if not done:
-        return torch_scan.backward(dy, x, logits, lam, u, mask, directions, merge_sum)
-    return dx, dlogits, dlam, du
+        return torch_scan.backward(dy, x, logits, lam, u, mask, directions, merge_sum, keep)
+    dlam, du, dlogits, *dkeep = summed(times, [g for g in gradients if g is not None])
+    return dx, dlogits, dlam, du, *dkeep
 
 
 def backward(
@@ -201,10 +256,11 @@ def backward(
     mask: Tensor | None,
     directions: Sequence[int],
     merge_sum: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    keep: Tensor | None = None,
+) -> tuple[Tensor, ...]:
     """`backward_saved` without a saved state: the forward runs again for it."""
-    _, h = forward_saving(x, logits, lam, u, mask, directions, merge_sum)
-    return backward_saved(dy, x, logits, lam, u, mask, directions, merge_sum, h)
+    _, h = forward_saving(x, logits, lam, u, mask, directions, merge_sum, keep)
+    return backward_saved(dy, x, logits, lam, u, mask, directions, merge_sum, h, keep)
 
 
 def line_scan_forward(
@@ -214,8 +270,8 @@ def line_scan_forward(
     h = empty(x.shape, x)
     done = _scan(
         "forward",
-        (x, lam, None, weights, h, None, None, None),
-        ("bhwc", "bhwc", "", "bhwkc", "bhwc", "", "", ""),
+        (x, lam, None, weights, None, h, None, None, None),
+        ("bhwc", "bhwc", "", "bhwkc", "", "bhwc", "", "", ""),
         [direction],
         False,
         chunk=chunk,
@@ -239,8 +295,8 @@ def line_scan_backward_saved(
     dh = readable(dh)
     done = _scan(
         "backward",
-        (x, lam, None, weights, dh, h, None, dx, dlam, None, dweights, None),
-        ("bhwc", "bhwc", "", "bhwkc", "bhwc", "bhwc", "", "bhwc", "bhwc", "", "bhwkc", ""),
+        (x, lam, None, weights, None, dh, h, None, dx, dlam, None, dweights, None, None),
+        ("bhwc", "bhwc", "", "bhwkc", "", "bhwc", "bhwc", "", "bhwc", "bhwc", "", "bhwkc", "", ""),
         [direction],
         False,
         chunk=chunk,

@@ -10,11 +10,17 @@
 // w1 g to j and w2 g to j+1. The first and the last cross threads through shared memory.
 
 struct BackwardArguments {
-  View x, lam, u, logits, dy, h, mask, dx, dlam, du, dlogits, out;
+  View x, lam, u, logits, keep, dy, h, mask, dx, dlam, du, dlogits, dkeep, out;
   Shape s;
 };
 
-constexpr int MAPS = NORMALISE ? 8 : 7;  // h of the line before, x, lam, three logits, dy, u
+// In shared memory: h of the line before, x, dy and, unless a thread has single ones, the parameters: lam, three logits,
+// u and keep. Single parameters are too narrow to be copied there; they wait in registers for the next line.
+constexpr int MAPS = SHARE ? 3 : 7 + NORMALISE + FORGET;
+
+struct Parameters {
+  Parameter lam, l0, l1, l2, u, keep;
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(const __grid_constant__ BackwardArguments a) {
   char* const shared = shared_memory();
@@ -32,11 +38,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
   const i64 sign = walk.backwards ? 1 : -1;  // from the last line of the scan to its first
 #define STEP(v) (sign * walk.line(a.v))
 #define JUMP(v, p) ((i64)((p) * s.rows) * walk.across(a.v))
-  const char *x = walk.start(a.x, last), *lam = walk.start(a.lam, last), *u = walk.start(a.u, last),
-             *logits = walk.start(a.logits, last), *dy = walk.start(a.dy, last), *h = walk.start(a.h, last),
+  const char *x = walk.start(a.x, last), *lam = walk.start_parameter(a.lam, last),
+             *u = walk.start_parameter(a.u, last), *logits = walk.start_parameter(a.logits, last),
+             *keep = walk.start_parameter(a.keep, last), *dy = walk.start(a.dy, last), *h = walk.start(a.h, last),
              *mask = walk.start(a.mask, last);
-  char *dx = walk.start(a.dx, last), *dlam = walk.start(a.dlam, last), *du = walk.start(a.du, last),
-       *dlogits = walk.start(a.dlogits, last);
+  char *dx = walk.start(a.dx, last), *dlam = walk.start_parameter(a.dlam, last), *du = walk.start_parameter(a.du, last),
+       *dlogits = walk.start_parameter(a.dlogits, last), *dkeep = walk.start_parameter(a.dkeep, last);
   bool works[POS];
   Vec state[POS];        // h of the line being worked on
   float kept[POS][VEC];  // what this position sends to itself
@@ -56,21 +63,38 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
         char* to = stages + stage * stage_bytes + (p * line_slots + walk.slot) * BYTES;
         if (!first) copy_in(to, h + JUMP(h, p));
         copy_in(to + map_bytes, x + JUMP(x, p));
-        copy_in(to + 2 * map_bytes, lam + JUMP(lam, p));
-        const char* from = logits + JUMP(logits, p);
-        copy_in(to + 3 * map_bytes, from);
-        copy_in(to + 4 * map_bytes, from + a.logits.k);
-        copy_in(to + 5 * map_bytes, from + 2 * a.logits.k);
-        copy_in(to + 6 * map_bytes, dy + JUMP(dy, p));
-        if constexpr (NORMALISE) copy_in(to + 7 * map_bytes, u + JUMP(u, p));
+        copy_in(to + 2 * map_bytes, dy + JUMP(dy, p));
+        if constexpr (!SHARE) {
+          const char* from = logits + JUMP(logits, p);
+          copy_in(to + 3 * map_bytes, lam + JUMP(lam, p));
+          copy_in(to + 4 * map_bytes, from);
+          copy_in(to + 5 * map_bytes, from + a.logits.k);
+          copy_in(to + 6 * map_bytes, from + 2 * a.logits.k);
+          if constexpr (NORMALISE) copy_in(to + 7 * map_bytes, u + JUMP(u, p));
+          if constexpr (FORGET) copy_in(to + 8 * map_bytes, keep + JUMP(keep, p));
+        }
       }
     h += STEP(h);
     x += STEP(x);
-    lam += STEP(lam);
-    logits += STEP(logits);
     dy += STEP(dy);
-    u += STEP(u);
+    if constexpr (!SHARE) lam += STEP(lam), logits += STEP(logits), u += STEP(u), keep += STEP(keep);
   };
+  Parameters ahead[POS];  // of single parameters: the next line's
+  auto fetch_single = [&]() {
+#pragma unroll
+    for (int p = 0; p < POS; p++)
+      if (works[p]) {
+        const char* from = logits + JUMP(logits, p);
+        ahead[p].lam = load_parameter(lam + JUMP(lam, p));
+        ahead[p].l0 = load_parameter(from);
+        ahead[p].l1 = load_parameter(from + a.logits.k);
+        ahead[p].l2 = load_parameter(from + 2 * a.logits.k);
+        if constexpr (NORMALISE) ahead[p].u = load_parameter(u + JUMP(u, p));
+        if constexpr (FORGET) ahead[p].keep = load_parameter(keep + JUMP(keep, p));
+      }
+    lam += STEP(lam), logits += STEP(logits), u += STEP(u), keep += STEP(keep);
+  };
+  if constexpr (SHARE) fetch_single();
 
 #pragma unroll
   for (int n = 0; n < STAGES - 1; n++) {
@@ -103,6 +127,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
     if (n + STAGES - 1 < walk.lines) fetch(filling, n + STAGES - 1 == last);
     copies_commit();
     filling = filling + 1 == STAGES ? 0 : filling + 1;
+    Parameters single[POS];
+    if constexpr (SHARE) {
+#pragma unroll
+      for (int p = 0; p < POS; p++) single[p] = ahead[p];
+      if (n + 1 < walk.lines) fetch_single();
+    }
     const bool restart = n == last || phase == 0;  // this line starts from zero: nothing flows further back
     phase = phase == 0 ? s.chunk - 1 : phase - 1;
     const bool exchange = SPLIT > 1 && (n + 1) % (HALO + (SPLIT == 1)) == 0 && n + 1 < walk.lines;
@@ -121,45 +151,75 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
         const bool own = walk.owns(s, p);  // a halo's neighbours may lie outside the stage, and it writes no gradients
         const Vec left = restart || j == 0 || !own ? none : load(from - s.lanes * BYTES);
         const Vec right = restart || j + 1 == walk.positions || !own ? none : load(from + s.lanes * BYTES);
-        const Vec vx = load(from + map_bytes), vlam = load(from + 2 * map_bytes), l0 = load(from + 3 * map_bytes),
-                  l1 = load(from + 4 * map_bytes), l2 = load(from + 5 * map_bytes), vdy = load(from + 6 * map_bytes);
-        Vec gate = none;
-        if constexpr (NORMALISE) gate = load(from + 7 * map_bytes);
-        float from_right[VEC], from_left[VEC], o_dx[VEC], o_dlam[VEC], o_du[VEC], o_d[3][VEC];
+        const Vec vx = load(from + map_bytes), vdy = load(from + 2 * map_bytes);
+        Parameters now;
+        if constexpr (SHARE) {
+          now = single[p];
+        } else {
+          auto waiting = [&](int map) {
+            const Vec v = load(from + map * map_bytes);
+            return *(const Parameter*)&v;
+          };
+          now.lam = waiting(3), now.l0 = waiting(4), now.l1 = waiting(5), now.l2 = waiting(6);
+          if constexpr (NORMALISE) now.u = waiting(7);
+          if constexpr (FORGET) now.keep = waiting(8);
+        }
+        float from_right[VEC], from_left[VEC], o_dx[VEC], o_dlam[SETS], o_du[SETS], o_d[3][SETS], o_keep[SETS];
         state_get(to_left, plane, index + 2 * s.lanes, from_right);  // position j+1 sent this to its left
         state_get(to_right, plane, index, from_left);
+        float g[VEC], lam_grad = 0.f, u_grad = 0.f, d0 = 0.f, d1 = 0.f, d2 = 0.f, w0 = 0.f, w1 = 0.f, w2 = 0.f;
 #pragma unroll
         for (int k = 0; k < VEC; k++) {
-          float g = kept[p][k] + from_right[k] + from_left[k];
           const float y_grad = get(vdy, k);
-          g += NORMALISE ? get(gate, k) * y_grad : y_grad;
-          if (MASKED && !(bits & 8)) g = 0.f;
-          o_dx[k] = g * get(vlam, k);
-          o_dlam[k] = g * get(vx, k);
-          const float d0 = g * get(left, k), d1 = g * get(before, k), d2 = g * get(right, k);
-          float w0, w1, w2;
+          g[k] = kept[p][k] + from_right[k] + from_left[k] + (NORMALISE ? get(now.u, k) * y_grad : y_grad);
+          if (MASKED && !(bits & 8)) g[k] = 0.f;
+          o_dx[k] = MASKED && !(bits & 8) ? 0.f : g[k] * get(now.lam, k);
+          if constexpr (!SHARE) lam_grad = u_grad = d0 = d1 = d2 = 0.f;
+          lam_grad += g[k] * get(vx, k);
+          if constexpr (NORMALISE) u_grad += y_grad * get(state[p], k);
+          d0 += g[k] * get(left, k), d1 += g[k] * get(before, k), d2 += g[k] * get(right, k);
+          if (SHARE && k < VEC - 1) continue;
+          const int set = SHARE ? 0 : k;  // its last channel
           if constexpr (NORMALISE) {
-            o_du[k] = y_grad * get(state[p], k);
-            const Weights weights(get(l0, k), get(l1, k), get(l2, k), bits);
+            const Weights weights(get(now.l0, k), get(now.l1, k), get(now.l2, k), bits);
             w0 = weights.w[0], w1 = weights.w[1], w2 = weights.w[2];
-            const float shared_part = weights.clamped ? 0.f : w0 * d0 + w1 * d1 + w2 * d2;
+            const float mixed = w0 * d0 + w1 * d1 + w2 * d2, shared_part = weights.clamped ? 0.f : mixed;
+            float stays = 1.f;
+            if constexpr (FORGET) {
+              const float e = exp_minus(get(now.keep, k));
+              stays = reciprocal(1.f + e);
+              o_keep[set] = mixed * stays * (e * stays);
+            }
             // dlogit = (dw - shared) w (1 - sigmoid); 1 - sigmoid = e / (1 + e), the three with one reciprocal
             const float e0 = fminf(weights.e[0], 1e12f), e1 = fminf(weights.e[1], 1e12f), e2 = fminf(weights.e[2], 1e12f);
-            const float a0 = 1.f + e0, a1 = 1.f + e1, a2 = 1.f + e2, pair = a1 * a2, r = reciprocal(a0 * pair);
-            o_d[0][k] = (d0 - shared_part) * w0 * (e0 * pair * r);
-            o_d[1][k] = (d1 - shared_part) * w1 * (e1 * (a0 * a2) * r);
-            o_d[2][k] = (d2 - shared_part) * w2 * (e2 * (a0 * a1) * r);
+            const float a0 = 1.f + e0, a1 = 1.f + e1, a2 = 1.f + e2, pair = a1 * a2, r = stays * reciprocal(a0 * pair);
+            o_d[0][set] = (d0 - shared_part) * w0 * (e0 * pair * r);
+            o_d[1][set] = (d1 - shared_part) * w1 * (e1 * (a0 * a2) * r);
+            o_d[2][set] = (d2 - shared_part) * w2 * (e2 * (a0 * a1) * r);
+            w0 *= stays, w1 *= stays, w2 *= stays;
+            o_du[set] = u_grad;
             if (MASKED && !(bits & 8)) {
-              o_dx[k] = o_dlam[k] = o_du[k] = o_d[0][k] = o_d[1][k] = o_d[2][k] = 0.f;
+              lam_grad = o_du[set] = o_d[0][set] = o_d[1][set] = o_d[2][set] = o_keep[set] = 0.f;
               w0 = w1 = w2 = 0.f;
             }
           } else {
-            w0 = get(l0, k), w1 = get(l1, k), w2 = get(l2, k);
-            o_d[0][k] = d0, o_d[1][k] = d1, o_d[2][k] = d2;
+            w0 = get(now.l0, k), w1 = get(now.l1, k), w2 = get(now.l2, k);
+            o_d[0][set] = d0, o_d[1][set] = d1, o_d[2][set] = d2;
           }
-          kept[p][k] = restart ? 0.f : w1 * g;
-          from_right[k] = restart ? 0.f : w0 * g;
-          from_left[k] = restart ? 0.f : w2 * g;
+          o_dlam[set] = lam_grad;
+          if constexpr (!SHARE) {
+            kept[p][k] = restart ? 0.f : w1 * g[k];
+            from_right[k] = restart ? 0.f : w0 * g[k];
+            from_left[k] = restart ? 0.f : w2 * g[k];
+          }
+        }
+        if constexpr (SHARE) {
+#pragma unroll
+          for (int k = 0; k < VEC; k++) {
+            kept[p][k] = restart ? 0.f : w1 * g[k];
+            from_right[k] = restart ? 0.f : w0 * g[k];
+            from_left[k] = restart ? 0.f : w2 * g[k];
+          }
         }
         state_put(send_left, plane, index + s.lanes, from_right);
         state_put(send_right, plane, index + s.lanes, from_left);
@@ -174,12 +234,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
           store_plane(dx + JUMP(dx, p), pack(o_dx));
         else
           store(dx + JUMP(dx, p), pack(o_dx));
-        store(dlam + JUMP(dlam, p), pack(o_dlam));
-        if constexpr (NORMALISE) store(du + JUMP(du, p), pack(o_du));
+        store_parameter(dlam + JUMP(dlam, p), o_dlam);
+        if constexpr (NORMALISE) store_parameter(du + JUMP(du, p), o_du);
+        if constexpr (FORGET) store_parameter(dkeep + JUMP(dkeep, p), o_keep);
         char* d = dlogits + JUMP(dlogits, p);
-        store(d, pack(o_d[0]));
-        store(d + a.dlogits.k, pack(o_d[1]));
-        store(d + 2 * a.dlogits.k, pack(o_d[2]));
+        store_parameter(d, o_d[0]);
+        store_parameter(d + a.dlogits.k, o_d[1]);
+        store_parameter(d + 2 * a.dlogits.k, o_d[2]);
       }
     if (exchange) cluster_arrive();
     waiting = exchange;
@@ -187,6 +248,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
     dlam += STEP(dlam);
     du += STEP(du);
     dlogits += STEP(dlogits);
+    dkeep += STEP(dkeep);
     mask += STEP(mask);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
   }

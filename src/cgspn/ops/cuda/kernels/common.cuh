@@ -6,6 +6,8 @@
 //   STAGES     lines in flight: in registers (forward), or in shared memory, the current one included (backward)
 //   THREADS    upper bound of the block size
 //   NORMALISE  1: propagate_2d (sigmoid, normalised, gated); 0: line_scan (weights as they are, no gate)
+//   SHARE      1: the VEC channels of a thread have one set of parameters between them
+//   FORGET     1: a forget gate scales the line before
 //   MASKED     1: a mask is given
 //   SPLIT      blocks a line is cut into, a cluster (sm_90 and later)
 //   HALO       positions beyond its own part, on either side, that such a block scans too: one fewer of them is right
@@ -49,6 +51,21 @@ struct __align__(BYTES < 4 ? 4 : BYTES) Vec {
   u32 w[WORDS];
 };
 
+// What a thread reads or writes of one map of parameters: a value for each channel, or one for all of them.
+struct Single {
+  u32 w;
+};
+template <bool ONE>
+struct ParameterOf {
+  using type = Vec;
+};
+template <>
+struct ParameterOf<true> {
+  using type = Single;
+};
+using Parameter = ParameterOf<SHARE>::type;
+constexpr int SETS = SHARE ? 1 : VEC;
+
 // Where a block is and how its direction walks.
 struct Walk {
   int b, d, lines, positions, lane, j, vec, slot, part, row;
@@ -83,8 +100,10 @@ struct Walk {
   }
   __device__ i64 line(const View& v) const { return vertical ? v.h : v.w; }
   __device__ i64 across(const View& v) const { return vertical ? v.w : v.h; }
-  __device__ char* start(const View& v, int i) const {
-    return v.p + b * v.b + d * v.d + (backwards ? lines - 1 - i : i) * line(v) + j * across(v) + (i64)vec * VEC * v.c;
+  __device__ char* start(const View& v, int i) const { return at(v, i, (i64)vec * VEC); }
+  __device__ char* start_parameter(const View& v, int i) const { return at(v, i, (i64)vec * SETS); }
+  __device__ char* at(const View& v, int i, i64 channel) const {
+    return v.p + b * v.b + d * v.d + (backwards ? lines - 1 - i : i) * line(v) + j * across(v) + channel * v.c;
   }
 };
 
@@ -169,6 +188,27 @@ __device__ __forceinline__ float get(const Vec& v, int k) {
   return half_to_float(k & 1 ? word >> 16 : word & 0xffffu);
 }
 
+__device__ __forceinline__ float get(const Single& v, int) {
+  if constexpr (DTYPE == 0) return __uint_as_float(v.w);
+  if constexpr (DTYPE == 2) return __uint_as_float(v.w << 16);
+  return half_to_float(v.w);
+}
+
+// A parameter is read and written once. Single ones fill only a part of a sector, which the caches must then keep.
+__device__ __forceinline__ Parameter load_parameter(const char* p) {
+  if constexpr (SHARE) {
+    Single v;
+    if constexpr (DTYPE == 0)
+      v.w = *(const u32*)p;
+    else
+      v.w = *(const unsigned short*)p;
+    return *(Parameter*)&v;
+  } else {
+    const Vec v = load_once(p);
+    return *(Parameter*)&v;
+  }
+}
+
 __device__ __forceinline__ Vec pack(const float* f) {
   Vec v;
   if constexpr (DTYPE == 0) {
@@ -182,6 +222,15 @@ __device__ __forceinline__ Vec pack(const float* f) {
     }
   }
   return v;
+}
+
+__device__ __forceinline__ void store_parameter(char* p, const float* f) {
+  if constexpr (!SHARE)
+    store(p, pack(f));
+  else if constexpr (DTYPE == 0)
+    *(float*)p = *f;
+  else
+    *(unsigned short*)p = (unsigned short)pack_pair<DTYPE == 2>(*f, 0.f);
 }
 
 // The float32 state of a line in shared memory: VEC / QUAD planes of one access each, free of bank conflicts.

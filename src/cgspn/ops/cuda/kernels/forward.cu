@@ -7,14 +7,19 @@
 //   SAVE   1 writes the state too, for the backward
 
 struct ForwardArguments {
-  View x, lam, u, logits, y, h, mask, out;
+  View x, lam, u, logits, keep, y, h, mask, out;
   Shape s;
 };
 
 // Narrow threads work out weights and drive before the barrier, off the chain from line to line, and load the line
 // after next early. Wide ones would hold 32 more registers for it, and memory is what they wait for.
-constexpr bool LATE = VEC * POS >= 8;
-constexpr int MAPS = NORMALISE ? 6 : 5;  // x, lam, three logits, u
+constexpr bool LATE = !SHARE && VEC * POS >= 8;
+
+// What a position reads of a line. The gates are there only for kernels that have them.
+struct Inputs {
+  Vec x;
+  Parameter lam, l0, l1, l2, u, keep;
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const __grid_constant__ ForwardArguments a) {
   char* const shared = shared_memory();
@@ -29,35 +34,48 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
 
   const i64 sign = walk.backwards ? -1 : 1;
   const i64 x_step = sign * walk.line(a.x), lam_step = sign * walk.line(a.lam), u_step = sign * walk.line(a.u),
-            logits_step = sign * walk.line(a.logits), y_step = sign * walk.line(a.y), h_step = sign * walk.line(a.h),
+            logits_step = sign * walk.line(a.logits), keep_step = sign * walk.line(a.keep), y_step = sign * walk.line(a.y), h_step = sign * walk.line(a.h),
             mask_step = sign * walk.line(a.mask);
-  const char *x = walk.start(a.x, 0), *lam = walk.start(a.lam, 0), *u = walk.start(a.u, 0),
-             *logits = walk.start(a.logits, 0), *mask = walk.start(a.mask, 0);
+  const char *x = walk.start(a.x, 0), *lam = walk.start_parameter(a.lam, 0), *u = walk.start_parameter(a.u, 0),
+             *logits = walk.start_parameter(a.logits, 0), *keep = walk.start_parameter(a.keep, 0),
+             *mask = walk.start(a.mask, 0);
   char *y = walk.start(a.y, 0), *saved = walk.start(a.h, 0);
   bool works[POS];
 #pragma unroll
   for (int p = 0; p < POS; p++) works[p] = walk.works(s, p);
 
-  auto fetch = [&](Vec (&to)[POS][MAPS]) {
+  auto fetch = [&](Inputs (&to)[POS]) {
 #pragma unroll
     for (int p = 0; p < POS; p++)
       if (works[p]) {
         const i64 jump = p * s.rows;
         const char* from = logits + jump * walk.across(a.logits);
-        to[p][0] = load_shared_by_directions(x + jump * walk.across(a.x));
-        to[p][1] = load_once(lam + jump * walk.across(a.lam));
-        to[p][2] = load_once(from);
-        to[p][3] = load_once(from + a.logits.k);
-        to[p][4] = load_once(from + 2 * a.logits.k);
-        if constexpr (NORMALISE) to[p][5] = load_once(u + jump * walk.across(a.u));
+        to[p].x = load_shared_by_directions(x + jump * walk.across(a.x));
+        to[p].lam = load_parameter(lam + jump * walk.across(a.lam));
+        to[p].l0 = load_parameter(from);
+        to[p].l1 = load_parameter(from + a.logits.k);
+        to[p].l2 = load_parameter(from + 2 * a.logits.k);
+        if constexpr (NORMALISE) to[p].u = load_parameter(u + jump * walk.across(a.u));
+        if constexpr (FORGET) to[p].keep = load_parameter(keep + jump * walk.across(a.keep));
       }
     x += x_step;
     lam += lam_step;
     u += u_step;
     logits += logits_step;
+    keep += keep_step;
+  };
+  // Weights of the neighbours for the k-th set of parameters.
+  auto weigh = [&](const Inputs& from, int k, u32 bits, float (&w)[3][SETS]) {
+    const float l0 = get(from.l0, k), l1 = get(from.l1, k), l2 = get(from.l2, k);
+    w[0][k] = l0, w[1][k] = l1, w[2][k] = l2;
+    if constexpr (NORMALISE) {
+      const Weights weights(l0, l1, l2, bits);
+      const float kept = FORGET ? reciprocal(1.f + exp_minus(get(from.keep, k))) : 1.f;
+      w[0][k] = kept * weights.w[0], w[1][k] = kept * weights.w[1], w[2][k] = kept * weights.w[2];
+    }
   };
 
-  Vec ring[STAGES][POS][MAPS];
+  Inputs ring[STAGES][POS];
 #pragma unroll
   for (int n = 0; n < STAGES; n++)
     if (n < walk.lines) fetch(ring[n]);
@@ -65,31 +83,22 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
   float h[POS][VEC];
   int since = 0;
   bool waiting = false;  // for the neighbours' states
-  auto line = [&](int i, Vec (&inputs)[POS][MAPS]) {
-    float w[POS][3][VEC], drive[POS][VEC];
-    Vec gate[POS];
+  auto line = [&](int i, Inputs (&inputs)[POS]) {
+    float w[POS][3][SETS], drive[POS][VEC];
+    Parameter gate[POS];
     u32 bits[POS];
 #pragma unroll
     for (int p = 0; p < POS; p++)
       if (works[p]) {
-        if constexpr (NORMALISE) gate[p] = inputs[p][5];
+        if constexpr (NORMALISE) gate[p] = inputs[p].u;
         const i64 jump = p * s.rows;
         bits[p] = surroundings(walk, walk.j + p * s.rows, i, mask + jump * walk.across(a.mask), mask_step,
                                walk.across(a.mask));
+        if constexpr (!LATE) {
 #pragma unroll
-        for (int k = 0; k < VEC; k++) {
-          const float l0 = get(inputs[p][2], k), l1 = get(inputs[p][3], k), l2 = get(inputs[p][4], k);
-          if constexpr (LATE) continue;
-          drive[p][k] = get(inputs[p][1], k) * get(inputs[p][0], k);
-          if constexpr (NORMALISE) {
-            const Weights weights(l0, l1, l2, bits[p]);
-            w[p][0][k] = weights.w[0];
-            w[p][1][k] = weights.w[1];
-            w[p][2][k] = weights.w[2];
-          } else {
-            w[p][0][k] = l0;
-            w[p][1][k] = l1;
-            w[p][2][k] = l2;
+          for (int k = 0; k < VEC; k++) {
+            drive[p][k] = get(inputs[p].lam, k) * get(inputs[p].x, k);
+            if (k < SETS) weigh(inputs[p], k, bits[p], w[p]);
           }
         }
       }
@@ -118,17 +127,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
         state_get(before, plane, index + 2 * s.lanes, right);
 #pragma unroll
         for (int k = 0; k < VEC; k++) {
+          const int set = SHARE ? 0 : k;
           if constexpr (LATE) {
-            const float l0 = get(inputs[p][2], k), l1 = get(inputs[p][3], k), l2 = get(inputs[p][4], k);
-            drive[p][k] = get(inputs[p][1], k) * get(inputs[p][0], k);
-            w[p][0][k] = l0, w[p][1][k] = l1, w[p][2][k] = l2;
-            if constexpr (NORMALISE) {
-              const Weights weights(l0, l1, l2, bits[p]);
-              w[p][0][k] = weights.w[0], w[p][1][k] = weights.w[1], w[p][2][k] = weights.w[2];
-            }
+            drive[p][k] = get(inputs[p].lam, k) * get(inputs[p].x, k);
+            weigh(inputs[p], k, bits[p], w[p]);
           }
           float sum = drive[p][k];
-          if (!restart) sum += w[p][0][k] * left[k] + w[p][1][k] * h[p][k] + w[p][2][k] * right[k];
+          if (!restart) sum += w[p][0][set] * left[k] + w[p][1][set] * h[p][k] + w[p][2][set] * right[k];
           if (MASKED && !(bits[p] & 8)) sum = 0.f;
           h[p][k] = sum;
           out[k] = NORMALISE ? (MASKED && !(bits[p] & 8) ? 0.f : get(gate[p], k) * sum) : sum;
