@@ -22,10 +22,11 @@ CONFIGS = {
     "sum": PropagationConfig(compression=4, merge="sum"),
     "bare": PropagationConfig(4, merge="sum", latent_norm=False, merge_norm=False, local_kernel=0),
     "two directions": PropagationConfig(4, directions=("right", "up")),
-    "two latents": PropagationConfig(compression=4, latents=2),
-    "a latent each, summed": PropagationConfig(compression=4, latents=4, merge="sum", inner_residual=True),
     "shared": PropagationConfig(compression=4, share=3),
-    "shared, two latents": PropagationConfig(compression=2, share=4, latents=2),
+    "forgetting": PropagationConfig(compression=4, keep=True),
+    "values": PropagationConfig(compression=4, values=3, share=2, keep=True),
+    "values, summed": PropagationConfig(compression=4, values=2, merge="sum", inner_residual=True),
+    "values, two directions": PropagationConfig(4, directions=("up", "left"), values=1, share=3, inner_residual=True),
     **GSPN_WALK,
 }
 
@@ -54,17 +55,22 @@ def test_propagation_equals_its_definition(name):
         x = x + mixer.local(x.movedim(-1, 1)).movedim(1, -1)
     x = mixer.norm(x)
     weight, bias = (t.unflatten(0, (len(config.directions), -1)) for t in mixer.parameters_of.parameters())
+    latent, values = x[..., : mixer.latent], x[..., mixer.latent :]
     scanned, entered = [], []
-    for d, direction in enumerate(config.directions):  # each with its own rows of the projection, over its own latent
-        own = x.unflatten(-1, (config.latents, -1))[..., d * config.latents // len(config.directions), :]
-        p = (own @ weight[d].T + bias[d]).unflatten(-1, (5, -1)).repeat_interleave(config.share, -1).unsqueeze(3)
-        made = p[..., 2:, :], p[..., 0, :], p[..., 1, :]
-        scanned.append(propagate_2d_reference(own, *made, directions=(direction,)))
+    for d, direction in enumerate(config.directions):  # each with its own rows of the projection, over its own values
+        own = x if config.values is None else values.chunk(len(config.directions), -1)[d]
+        p = (latent @ weight[d].T + bias[d]).unflatten(-1, (mixer.made, -1)).unsqueeze(3)
+        p = p.repeat_interleave(config.share, -1)
+        keep = p[..., 5, :] if config.keep else None
+        made = p[..., 2:5, :], p[..., 0, :], p[..., 1, :]
+        scanned.append(propagate_2d_reference(own, *made, keep=keep, directions=(direction,)))
         entered.append(own)
     y = torch.cat(scanned, -1) if config.merge == "concat" else sum(scanned)
     y = mixer.merge_norm(y)
-    if config.inner_residual:
-        y = y + sum(entered) / (len(config.directions) // config.latents)
+    if config.inner_residual and config.merge == "concat":
+        y = y + torch.cat(entered, -1)
+    elif config.inner_residual:
+        y = y + (entered[0] if config.values is None else sum(entered))
     expected = mixer.project_out(mixer.up(y)).flatten(1, 2)
     assert relative(mixer(tokens, grid), expected) < 1e-12
 
@@ -72,13 +78,13 @@ def test_propagation_equals_its_definition(name):
 @pytest.mark.parametrize(
     ("settings", "wrong"),
     [
-        ({"latents": 3}, "latents is 3"),
         ({"share": 0}, "share is 0"),
         ({"share": 4, "compression": 4}, "share is 4; a latent of 6"),
-        ({"latents": 2, "compression": None}, "latents is 2; without P_down"),
+        ({"values": 2, "compression": None}, "values is 2; accepted"),
+        ({"values": 0}, "values is 0; accepted"),
     ],
 )
-def test_latents_that_do_not_divide_are_refused(settings, wrong):
+def test_settings_that_do_not_go_together_are_refused(settings, wrong):
     with pytest.raises(ValueError, match=wrong):
         PropagationMixer(24, PropagationConfig(**settings))
 
@@ -156,6 +162,14 @@ def test_gspn_has_the_whole_shell_and_the_walk_ends_at_the_default():
 @pytest.mark.parametrize(("compression", "latent"), [(1, 1152), (6, 192), (18, 64), (72, 16), (12, 96)])
 def test_latent_width_is_the_floor_of_width_over_compression(compression, latent):
     assert PropagationConfig(compression).latent_width(1152) == latent
+
+
+@pytest.mark.parametrize(("values", "share", "own"), [(6, 8, 96), (3, 8, 48), (1, 8, 16), (0.1, 8, 8), (2.5, 1, 40)])
+def test_values_are_dealt_out_in_whole_sets(values, share, own):
+    mixer = PropagationMixer(1152, PropagationConfig(18, values=values, share=share))
+    assert mixer.own == own
+    assert mixer.down.out_features == 64 + 4 * own
+    assert mixer.up.in_features == 4 * own
 
 
 @pytest.mark.parametrize("compression", [0, -1, 25, float("nan")])

@@ -35,8 +35,9 @@ def lively_mixer(seed=0, **settings):
         {},
         {"merge": "sum", "directions": ("left", "up")},
         {"latent_norm": False},
-        {"latents": 2, "compression": 4},
         {"share": 3},
+        {"keep": True},
+        {"values": 2, "share": 3, "keep": True, "compression": 4},
     ],
 )
 def test_scan_maps_are_the_norms_of_the_whole_jacobian(settings):
@@ -44,17 +45,21 @@ def test_scan_maps_are_the_norms_of_the_whole_jacobian(settings):
     entry = torch.randn(1, grid.tokens, 12, dtype=torch.float64)
     positions = [(2, 3), (0, 0)]
     maps = scan_maps(mixer, entry, grid, positions)
-    x = scanned(mixer, entry, grid)
+    latent, values = scanned(mixer, entry, grid)
+    apart = mixer.config.values is not None
+    x = torch.cat([latent, values], -1) if apart else latent
     total = torch.zeros(2, 4, 5, dtype=torch.float64)
     for d, name in enumerate(mixer.config.directions):
 
         def output(x, d=d, name=name):
             config, count = mixer.config, len(mixer.config.directions)
-            own = x.chunk(config.latents, -1)[d * config.latents // count]
+            maker, rest = x[..., : mixer.latent], x[..., mixer.latent :]
+            own = rest.chunk(count, -1)[d] if apart else x
             weight, bias = (t.unflatten(0, (count, -1))[d] for t in mixer.parameters_of.parameters())
-            made = torch.nn.functional.linear(own, weight, bias).unflatten(-1, (1, 5, -1))
-            lam, u, *logits = made.repeat_interleave(config.share, -1).unbind(-2)
-            y = propagate_2d_reference(own, torch.stack(logits, -2), lam, u, directions=(name,))
+            made = torch.nn.functional.linear(maker, weight, bias).unflatten(-1, (1, mixer.made, -1))
+            lam, u, l0, l1, l2, *keep = made.repeat_interleave(config.share, -1).unbind(-2)
+            gate = keep[0] if keep else None
+            y = propagate_2d_reference(own, torch.stack([l0, l1, l2], -2), lam, u, keep=gate, directions=(name,))
             return torch.stack([y[0, r, c] for r, c in positions])
 
         jacobian = torch.autograd.functional.jacobian(output, x)[:, :, 0]  # [P, c, h, w, c']

@@ -127,8 +127,10 @@ def names(device: torch.device) -> list[str]:
 class SeparateNormalisation(PropagationMixer):
     """The scan as it was before fusion: normalised weights in memory, then a scan and a gate for each direction."""
 
-    def propagate(self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, mask: Tensor | None) -> Tensor:
-        """As in `PropagationMixer`, without a mask."""
+    def propagate(
+        self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, keep: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """As in `PropagationMixer`, without a mask and a forget gate."""
         outs = []
         for d, direction in enumerate(self.config.directions):
             weights = self.weights(logits[..., d, :, :], direction in ("down", "up"))

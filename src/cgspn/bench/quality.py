@@ -107,9 +107,15 @@ ROWS: dict[str, Row] = {
     "hybrid 3/12": Row(keep_attention=(3, 7, 11)),
     "s = 4": Row(compression=4),
     "s = 18": Row(compression=18),
-    "2 latents": Row(propagation=replace(BASE, latents=2)),
-    "4 latents": Row(propagation=replace(BASE, latents=4)),
     "s = 2, 8 channels share": Row(compression=2, propagation=replace(BASE, share=8)),
+    "values 3": Row(propagation=replace(BASE, values=3, share=8, keep=True)),
+    "values 4": Row(propagation=replace(BASE, values=4, share=8, keep=True)),
+    "values 6": Row(propagation=replace(BASE, values=6, share=8, keep=True)),
+    "values 6, hybrid 3/12": Row(keep_attention=(3, 7, 11), propagation=replace(BASE, values=6, share=8, keep=True)),
+    "values 6, Muon in stage 1": Row(
+        propagation=replace(BASE, values=6, share=8, keep=True), first=(("optimizer", "muon"),), rates=(1e-2, 2.5e-4)
+    ),
+    "values 6 - forget gate": Row(propagation=replace(BASE, values=6, share=8)),
     "- stage 1": Row(stage1=False),
     "- PP": Row(loss=LossConfig(alpha=0)),
     "- stage 1 - PP": Row(stage1=False, loss=LossConfig(alpha=0)),

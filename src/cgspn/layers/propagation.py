@@ -1,19 +1,20 @@
 """The C-GSPN mixer, and with other settings the original GSPN layer (source, "Key Designs" 1 and 2; design, section 3).
 
-    tokens -> [projection] -> [expansion] -> P_down -> [local convolution] -> [norm] -> latent x
-    x -> lam, u and three logits for each direction -> propagate_2d -> [norm] -> [+ x] -> P_up -> [projection]
+    tokens -> [projection] -> [expansion] -> P_down -> [local convolution] -> [norm] -> latent [and values] x
+    latent -> lam, u, three logits [and a forget gate] for each direction
+    x -> propagate_2d -> [norm] -> [+ x] -> P_up -> [projection]
 
 Parts in brackets are switches of `PropagationConfig`. GSPN -> C-GSPN is a walk through them (`GSPN_WALK`).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Literal, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from ..ops import DIRECTIONS, fused, propagate_2d, propagate_2d_projected
 from ..ops.autocast import lowered
@@ -35,10 +36,10 @@ class PropagationConfig:
         merge: "sum" adds the directions before P_up (the source); "concat" gives P_up all of them.
         latent_norm: RMSNorm on the latent, before the parameters and the scan.
         merge_norm: RMSNorm on the merged scan; keeps features bounded however long the lines are.
-        latents: how many latents of Cc channels the directions scan: 1 for one that they share (the source), 2 for one
-            each for the vertical and the horizontal ones, 4 for one each. The parameters are as many as with one.
-        share: channels that share one set of lam, u and logits: 1 for a set each (the source). Cc of few sets costs as
-            much in parameters as a narrower latent with a set for every channel.
+        values: channels that carry values beside the latent, in units of Cc, dealt out to the directions: each scans
+            its own, and the latent is left to make their parameters. None: all directions scan the latent (the source).
+        share: channels that have one set of parameters between them: 1 for a set each (the source).
+        keep: a forget gate: how much stays of the line before, for each position and set.
         local_kernel: size of a depthwise convolution on the latent, added to it; 0 for none.
         projections: GSPN's linear projections C -> C around everything.
         expansion: GSPN's channel expansion before propagation; 1 for none.
@@ -48,8 +49,9 @@ class PropagationConfig:
     compression: float | None = 18
     directions: tuple[str, ...] = DIRECTIONS
     merge: Literal["sum", "concat"] = "concat"
-    latents: int = 1
+    values: float | None = None
     share: int = 1
+    keep: bool = False
     latent_norm: bool = True
     merge_norm: bool = True
     local_kernel: int = 3
@@ -58,18 +60,25 @@ class PropagationConfig:
     inner_residual: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError for directions that the latents do not divide."""
-        if self.latents < 1 or len(self.directions) % self.latents:
-            raise ValueError(f"latents is {self.latents}; accepted: divisors of the {len(self.directions)} directions")
+        """Raise ValueError for settings that no width could have."""
         if self.share < 1:
             raise ValueError(f"share is {self.share}; accepted: 1 or more")
+        if self.values is not None and (self.compression is None or not self.values > 0):
+            raise ValueError(f"values is {self.values}; accepted: None, or with a compression more than 0")
 
     def latent_width(self, width: int) -> int:
         """Cc for tokens of `width` channels. Raises ValueError if nothing is left, or `share` does not divide it."""
         latent = self._latent_width(width)
-        if latent % self.share:
+        if self.values is None and latent % self.share:
             raise ValueError(f"share is {self.share}; a latent of {latent} channels accepts its divisors")
         return latent
+
+    def own_width(self, width: int) -> int:
+        """Channels that a direction scans, for tokens of `width`: of values of its own, as many as whole sets need."""
+        latent = self.latent_width(width)
+        if self.values is None:
+            return latent
+        return math.ceil(self.values * latent / len(self.directions) / self.share) * self.share
 
     def _latent_width(self, width: int) -> int:
         expanded = int(width * self.expansion)
@@ -123,20 +132,20 @@ class PropagationMixer(Mixer):
         self.latent = latent
         self.project_in = nn.Linear(width, width) if config.projections else nn.Identity()
         self.expand = nn.Linear(width, expanded) if config.expansion != 1 else nn.Identity()
-        if config.compression is None and config.latents > 1:
-            raise ValueError(f"latents is {config.latents}; without P_down (compression None) it accepts 1")
-        scanned = config.latents * latent
-        self.down = nn.Linear(expanded, scanned) if config.compression is not None else nn.Identity()
+        self.own = own = config.own_width(width)
+        count = len(config.directions)
+        narrow = latent if config.values is None else latent + count * own
+        self.down = nn.Linear(expanded, narrow) if config.compression is not None else nn.Identity()
         self.local = (
-            nn.Conv2d(scanned, scanned, config.local_kernel, padding=config.local_kernel // 2, groups=scanned)
+            nn.Conv2d(narrow, narrow, config.local_kernel, padding=config.local_kernel // 2, groups=narrow)
             if config.local_kernel
             else None
         )
-        self.norm = RMSNorm(scanned, eps=EPS) if config.latent_norm else nn.Identity()
-        # per position: [D, 5, Cc / share] = lam, u and the three logits of each direction, side by side in memory;
-        # a direction's are made from the latent that it scans
-        self.parameters_of = nn.Linear(latent, len(config.directions) * 5 * (latent // config.share))
-        merged = latent * (len(config.directions) if config.merge == "concat" else 1)
+        self.norm = RMSNorm(narrow, eps=EPS) if config.latent_norm else nn.Identity()
+        # per position: [D, 5 or 6, own / share] = lam, u, the three logits and the forget gate of each direction
+        self.made = 5 + config.keep
+        self.parameters_of = nn.Linear(latent, count * self.made * (own // config.share))
+        merged = own * (count if config.merge == "concat" else 1)
         self.merge_norm = RMSNorm(merged, eps=EPS) if config.merge_norm else nn.Identity()
         self.up = nn.Linear(merged, width)
         self.project_out = nn.Linear(width, width) if config.projections else nn.Identity()
@@ -160,9 +169,11 @@ class PropagationMixer(Mixer):
                 nn.init.zeros_(self.local.bias)
         nn.init.normal_(self.parameters_of.weight, std=0.1 * self.latent**-0.5)
         with torch.no_grad():
-            bias = self.parameters_of.bias.view(len(self.config.directions), 5, -1)
+            bias = self.parameters_of.bias.view(len(self.config.directions), self.made, -1)
             bias.zero_()
             bias[:, :2] = 0.5
+            if self.config.keep:  # sets that forget after a line beside sets that keep fifty
+                bias[:, 5] = torch.linspace(4, -1, bias.shape[-1])
         nn.init.normal_(self.up.weight, std=0.02 * self.up.in_features**-0.5)
         nn.init.zeros_(self.up.bias)
 
@@ -230,52 +241,46 @@ class PropagationMixer(Mixer):
         return plain and kept and unheard(*parts) and fused.suits(tokens, self.up.in_features)
 
     def scan(self, latent: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """latent [B, h*w, Cc] -> what is scanned [B, h*w, Cc], and the merged directions before their norm."""
+        """latent, what P_down makes [B, h*w, K] -> what is scanned [B, h*w, Cc or D * own], and the merged directions
+        before their norm."""
         batch, count, channels = latent.shape
         x = latent.view(batch, grid.height, grid.width, channels)
         x = self.localise(x, grid.mask)
-        y = self.scan_one(x, grid.mask) if self.config.latents == 1 else self.scan_each(x, grid.mask)
-        return x.reshape(batch, count, channels), y.reshape(batch, count, -1)
+        if self.config.values is None:
+            values, y = x, self.scan_latent(x, grid.mask)
+        else:
+            maker, values = x.split([self.latent, channels - self.latent], -1)
+            own = values.unflatten(-1, (len(self.config.directions), self.own))
+            # as a matrix the slice is multiplied where it lies
+            made = self.parameters_of(maker.flatten(0, 2)).view(*maker.shape[:3], -1)
+            y = self.propagate(own, *self.split(made), mask=grid.mask)
+        return values.reshape(batch, count, -1), y.reshape(batch, count, -1)
 
-    def scan_one(self, x: Tensor, mask: Tensor | None) -> Tensor:
+    def scan_latent(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """All directions over x [B, H, W, Cc]: [B, H, W, D, Cc], or their sum [B, H, W, Cc]."""
         if self.shows_parameters(x):
-            return self.propagate(x, *self.made(self.parameters_of(x)), mask)
+            return self.propagate(x, *self.split(self.parameters_of(x)), mask=mask)
         return propagate_2d_projected(x, self.parameters_of.weight, self.parameters_of.bias, mask=mask, **self.scans())
 
-    def scan_each(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Each latent in x [B, H, W, latents * Cc] by its own directions; returns as `scan_one`."""
-        config, found = self.config, []
-        turns = len(config.directions) // config.latents
-        weights = self.parameters_of.weight.chunk(config.latents)
-        biases = self.parameters_of.bias.chunk(config.latents)
-        for i, (part, weight, bias) in enumerate(zip(x.chunk(config.latents, -1), weights, biases)):
-            own: Scans = {**self.scans(), "directions": config.directions[i * turns : (i + 1) * turns]}
-            if config.share > 1 or not x.is_cuda or torch.compiler.is_exporting():
-                made = self.made(linear(part, weight, bias), turns)
-                found.append(propagate_2d(part, *made, mask=mask, **own))
-            else:
-                found.append(propagate_2d_projected(part.contiguous(), weight, bias, mask=mask, **own))
-        return torch.cat(found, 3) if config.merge == "concat" else torch.stack(found).sum(0)
-
-    def made(self, packed: Tensor, directions: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, lam and u of every channel, from what the projection makes: [B, H, W, D * 5 * Cc / share]."""
-        if self.config.share > 1:
-            packed = packed.repeat_interleave(self.config.share, -1)
-        return split_parameters(packed, directions or len(self.config.directions))
+    def split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Logits, lam, u and keep of what the projection makes: [B, H, W, D * made * own / share]."""
+        if not self.config.keep:
+            return *split_parameters(packed, len(self.config.directions)), None
+        lam, u, logits, keep = packed.unflatten(-1, (len(self.config.directions), self.made, -1)).split([1, 1, 3, 1], -2)
+        return logits, lam.squeeze(-2), u.squeeze(-2), keep.squeeze(-2)
 
     def as_merged(self, x: Tensor) -> Tensor:
-        """What was scanned, [B, N, latents * Cc], laid out as the merged directions."""
-        config = self.config
-        each = len(config.directions) // config.latents
-        parts = x.unflatten(-1, (config.latents, 1, self.latent)).expand(*x.shape[:-1], -1, each, -1)
-        return parts.flatten(-3) if config.merge == "concat" else parts.sum((-3, -2)) / each
+        """What was scanned, [B, N, Cc or D * own], laid out as the merged directions."""
+        count = len(self.config.directions)
+        if self.config.values is not None:
+            return x if self.config.merge == "concat" else x.unflatten(-1, (count, self.own)).sum(-2)
+        return torch.cat([x] * count, -1) if self.config.merge == "concat" else x
 
     def shows_parameters(self, x: Tensor) -> bool:
         """Whether `parameters_of` has to be called: for a hook on it, a subclass with a `propagate` of its own, an
         exported program, and where x is not on a GPU, which alone can keep them from memory."""
         hooked = self.parameters_of._forward_pre_hooks or self.parameters_of._forward_hooks
-        plain = not x.is_cuda or self.scans_itself or self.config.share > 1
+        plain = not x.is_cuda or self.scans_itself or self.config.share > 1 or self.config.keep
         return plain or bool(hooked) or torch.compiler.is_exporting()
 
     def localise(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -283,9 +288,11 @@ class PropagationMixer(Mixer):
         kernel, bias = (None, None) if self.local is None else (self.local.weight, self.local.bias)
         return fused.local_norm(x, kernel, bias, gain_of(self.norm), EPS, mask, backend=self.pieces)
 
-    def propagate(self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, mask: Tensor | None) -> Tensor:
-        """`propagate_2d` in the config's directions, merged by its rule: [B, H, W, Cc] or [B, H, W, D, Cc]."""
-        return propagate_2d(x, logits, lam, u, mask=mask, **self.scans())
+    def propagate(
+        self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, keep: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """`propagate_2d` in the config's directions, merged by its rule: [B, H, W, own] or [B, H, W, D, own]."""
+        return propagate_2d(x, logits, lam, u, keep=keep, mask=mask, **self.scans())
 
     def scans(self) -> Scans:
         """The config's directions, and how the operator merges them."""

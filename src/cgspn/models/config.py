@@ -159,6 +159,11 @@ def text_config_from_dict(values: Mapping[str, Any]) -> TextConfig:
 
 
 def _propagation(values: Mapping[str, Any]) -> PropagationConfig:
+    if "latents" in values:  # a name of before directions could have values of their own
+        kept = {key: value for key, value in values.items() if key != "latents"}
+        if values["latents"] != 1:
+            raise ValueError(f"PropagationConfig has no latents any more; accepted: 1, not {values['latents']}")
+        values = {"values": None, "keep": False, **kept}
     return _build(PropagationConfig, values)
 
 

@@ -79,10 +79,10 @@ def attention_rows(mixer: AttentionMixer, entry: Tensor, grid: Grid, positions: 
 def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Positions) -> dict[str, Tensor]:
     """How much the gated output of each scan at each position changes with its input at every other position.
 
-    The value is the exact Frobenius norm of the derivative with respect to what is scanned, the latent of Cc
-    channels, through the weights of the scan as well, which are made from it. "together" is that of all scans side by
-    side. Since a scan never mixes channels, one backward pass per direction gives all Cc rows of the derivative: a
-    row is the gradient in its own channel plus that in the five parameters of its channel times their weights.
+    The value is the exact Frobenius norm of the derivative with respect to the latent and the values, through the
+    parameters of the scan as well, which are made from the latent. "together" is that of all scans side by side. Since
+    a scan never mixes channels, one backward pass per direction gives all rows of the derivative: a row is the gradient
+    in its own channel plus that in the parameters of its channel times their weights.
 
     Args:
         mixer: of the layer.
@@ -93,29 +93,38 @@ def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Pos
     Returns:
         By direction, and "together": [P, h, w] on the CPU, exactly 0 where a scan cannot have come from.
     """
-    config, width = mixer.config, mixer.latent
-    directions, latents = config.directions, scanned(mixer, entry, grid).chunk(config.latents, -1)
+    config, width, made = mixer.config, mixer.own, mixer.made
+    directions, latent, values = config.directions, *scanned(mixer, entry, grid)
+    apart = config.values is not None
     # channels that share parameters each have them
-    weight = mixer.parameters_of.weight.detach().view(len(directions), 5, -1, width).repeat_interleave(config.share, 2)
-    bias = mixer.parameters_of.bias.detach().view(len(directions), 5, -1).repeat_interleave(config.share, 2)
+    weight, bias = (
+        t.detach().unflatten(0, (len(directions), made, -1)).repeat_interleave(config.share, 2)
+        for t in (mixer.parameters_of.weight, mixer.parameters_of.bias)
+    )
     count = range(len(positions))
     rows, columns = [list(index) for index in zip(*positions)]
     maps = {}
     for d, (name, direction_weight, direction_bias) in enumerate(zip(directions, weight, bias)):
-        x = latents[d * config.latents // len(directions)].contiguous()
-        packed = linear(x, direction_weight.flatten(0, 1), direction_bias.flatten()).unflatten(-1, (1, 5, width))
-        lam, u, logits = (part.squeeze(-2) if part.shape[-2] == 1 else part for part in packed.split([1, 1, 3], -2))
+        x = values[..., d * width : (d + 1) * width] if apart else values
+        packed = linear(latent, direction_weight.flatten(0, 1), direction_bias.flatten())
+        lam, u, logits, *keep = packed.unflatten(-1, (1, made, width)).split([1, 1, 3, 1][: 3 + config.keep], -2)
         # the positions are a batch of equal images, each asked about one of them
-        inputs = [t.expand(len(positions), *t.shape[1:]).contiguous().requires_grad_() for t in (x, lam, u, logits)]
+        maps_in = (x, lam.squeeze(-2), u.squeeze(-2), logits, *(t.squeeze(-2) for t in keep))
+        inputs = [t.expand(len(positions), *t.shape[1:]).contiguous().requires_grad_() for t in maps_in]
         with torch.enable_grad():
-            y = propagate_2d(inputs[0], inputs[3], inputs[1], inputs[2], directions=(name,))
+            gate = inputs[4] if config.keep else None
+            y = propagate_2d(inputs[0], inputs[3], inputs[1], inputs[2], keep=gate, directions=(name,))
             asked = y[list(count), rows, columns].sum()
-        in_x, in_lam, in_u, in_logits = torch.autograd.grad(asked, inputs)
-        gradient = torch.cat([in_x[..., None, :], in_lam, in_u, in_logits.squeeze(3)], -2)
-        gradient = gradient.to(torch.promote_types(x.dtype, torch.float32))  # [P, h, w, 6, Cc]
-        own = torch.eye(width, device=x.device, dtype=gradient.dtype)[None]
-        vectors = torch.cat([own, direction_weight.to(gradient.dtype)]).transpose(0, 1)  # [Cc, 6, Cc]
-        gram = vectors @ vectors.mT
+        in_x, in_lam, in_u, in_logits, *in_keep = torch.autograd.grad(asked, inputs)
+        gradient = torch.cat([in_x[..., None, :], in_lam, in_u, in_logits.squeeze(3), *in_keep], -2)
+        gradient = gradient.to(torch.promote_types(x.dtype, torch.float32))  # [P, h, w, 1 + made, own]
+        # of each channel's value and parameters, by what they are made of: of each other's, if there is one latent
+        makers = direction_weight.to(gradient.dtype).transpose(0, 1)  # [own, made, Cc]
+        gram = gradient.new_zeros(width, 1 + made, 1 + made)
+        gram[:, 0, 0] = 1
+        gram[:, 1:, 1:] = makers @ makers.mT
+        if not apart:
+            gram[:, 0, 1:] = gram[:, 1:, 0] = makers.diagonal(dim1=0, dim2=2).T
         energy = (torch.einsum("phwkc,ckl->phwlc", gradient, gram) * gradient).sum((-2, -1))
         maps[name] = energy.clamp(min=0).sqrt().cpu()
     maps[TOGETHER] = torch.stack([values.square() for values in maps.values()]).sum(0).sqrt()
@@ -123,7 +132,9 @@ def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Pos
 
 
 @torch.no_grad()
-def scanned(mixer: PropagationMixer, entry: Tensor, grid: Grid) -> Tensor:
-    """What a propagation mixer scans: [1, h, w, latents * Cc]."""
-    latent = mixer.down(mixer.expand(mixer.project_in(entry)))
-    return mixer.scan(latent, grid)[0].unflatten(1, (grid.height, grid.width))
+def scanned(mixer: PropagationMixer, entry: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """What makes a propagation mixer's parameters, [1, h, w, Cc], and what it scans: the same, or all directions' own
+    values [1, h, w, D * own]."""
+    narrow = mixer.down(mixer.expand(mixer.project_in(entry))).unflatten(1, (grid.height, grid.width))
+    x = mixer.localise(narrow, grid.mask)
+    return x[..., : mixer.latent], x if mixer.config.values is None else x[..., mixer.latent :]

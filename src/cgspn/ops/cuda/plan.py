@@ -134,11 +134,12 @@ def _vectors(p: Problem) -> Iterator[int]:
 
 
 def _lanes(p: Problem, vec: int, run: int) -> int:
-    """The power of two of vectors that make runs of about `run` bytes, no more than the channels have."""
+    """Vectors that make runs of about `run` bytes, no more than the channels have and the same for all groups."""
     lanes = 1
     while lanes * 2 * vec * p.itemsize <= run and lanes * 2 * vec <= p.channels:
         lanes *= 2
-    return lanes
+    vectors = -(-p.channels // vec)
+    return -(-vectors // -(-vectors // lanes))
 
 
 def choose(p: Problem, machine: Machine) -> Cut | None:
