@@ -27,10 +27,10 @@ from cgspn.ops.triton_scan import tile
 
 ARCHITECTURES = (80, 90, 100)
 SIZES = ("H", "W", "C", "D", "groups", "codes", "chunk")
-MAPS = ("x", "lam", "u", "logits", "y", "dy", "dx", "dlam", "du", "dlogits")
+MAPS = ("x", "lam", "u", "logits", "keep", "dkeep", "y", "dy", "dx", "dlam", "du", "dlogits")
 STATES = ("saved", "h")  # in the dtype of the state
-FORWARD = {"NORMALISE": True, "MASKED": True, "WRITE": True, "SAVE": True}
-BACKWARD = {"NORMALISE": True, "MASKED": True}
+FORWARD = {"NORMALISE": True, "KEEP": True, "MASKED": True, "WRITE": True, "SAVE": True}
+BACKWARD = {"NORMALISE": True, "KEEP": True, "MASKED": True}
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
 # kernels around the scan: tiles, warps, stages, as library.py launches them for bf16 tokens of 1152 channels
@@ -39,6 +39,9 @@ TOKENS += ("branch", "total", "dnormal", "d", "hidden", "student", "teacher")
 Piece = tuple[Any, dict[str, Any], int, int]
 TILE = {"ROWS": 128, "LATENT": 256, "CHANNELS": 64, "STAGES": 3, "NORM": True, "EVEN": True}
 LARGE: Piece = (fused.linear_residual_forward, TILE, 8, 3)  # more shared memory than an sm_80 has
+WIDE: Piece = (fused.norm_linear_forward, {"ROWS": 128, "LATENT": 256, "CHANNELS": 64, "EVEN": True}, 8, 4)
+MORE: dict[int, list[Piece]] = {80: [], 90: [LARGE, WIDE], 100: [LARGE]}
+LOCAL = {"SIDE": 3, "BIAS": True, "NORM": True, "MASKED": True, "FLIP": False}
 FUSED: list[Piece] = [
     (fused.norm_linear_fold, {"CHANNELS": 2048}, 4, 3),
     *(
@@ -63,11 +66,9 @@ FUSED: list[Piece] = [
     (fused.layer_norm_forward, {"ROWS": 2, "CHANNELS": 2048}, 4, 3),
     (fused.rms_backward, {"ROWS": 32, "LATENT": 256, "GAIN": False}, 8, 3),
     (fused.rms_backward, {"ROWS": 64, "LATENT": 64, "GAIN": True}, 8, 3),
-    (
-        fused.local_norm_forward,
-        {"COLUMNS": 32, "CHANNELS": 64, "SIDE": 3, "BIAS": True, "NORM": True, "MASKED": True, "FLIP": False},
-        4,
-        3,
+    *(
+        (fused.local_norm_forward, tile | LOCAL, 2, 3)
+        for tile in ({"COLUMNS": 16, "CHANNELS": 64}, {"COLUMNS": 4, "CHANNELS": 256}, {"COLUMNS": 2, "CHANNELS": 512})
     ),
     *(
         (over_rows.add_norm_forward, row | {"BRANCH": added, "KEEP": added, "AFTER": added, "SAVE": not added}, 4, 3)
@@ -161,7 +162,7 @@ def main() -> None:
                 for longest in (74, 147):
                     size = len(compiled(kernel, flags, architecture, dtype, longest, 64).asm["cubin"])
                     print(f"sm_{architecture} {kernel.fn.__name__} {dtype}, lines of {longest}: {size} bytes")
-        for kernel, constants, warps, stages in [*FUSED, *([LARGE] if architecture > 80 else [])]:
+        for kernel, constants, warps, stages in [*FUSED, *MORE[architecture]]:
             shared = fused_piece(kernel, constants, warps, stages, architecture).metadata.shared
             print(f"sm_{architecture} {kernel.fn.__name__} bf16: {shared} bytes of shared memory")
 

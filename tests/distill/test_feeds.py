@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from cgspn.data import Batch, LoaderConfig, TrainTransform, open_samples
-from cgspn.data.transforms import jitter_colors, jitter_factors
-from cgspn.distill import OptimConfig, SampleFeed, World
+from cgspn.data.transforms import blend, blend_factors, jitter_colors, jitter_factors
+from cgspn.distill import DistillConfig, LossConfig, OptimConfig, SampleFeed, World
 from cgspn.distill.taps import observe, tapped_forward
 from cgspn.distill.throughput import WARM, Throughput
 from cgspn.models import create_model
@@ -54,7 +54,7 @@ def test_images_are_normalised_as_the_encoder_wants_them(source):
 
 
 def test_two_processes_see_the_halves_of_what_one_sees_and_any_step_can_be_the_first(source):
-    optim = replace(OPTIM, jitter=0.4)
+    optim = replace(OPTIM, jitter=0.4, mixup=0.7)
     feed, start = stream(source, optim)
     alone = list(start(0))
     assert [batch.step for batch in alone] == list(range(6))
@@ -153,6 +153,25 @@ def test_color_jitter():
     plain, jittered = (TrainTransform(4, jitter=j)(images, torch.Generator().manual_seed(3)) for j in (0.0, 0.5))
     assert not torch.equal(plain, jittered)
     assert float((plain - jittered).abs().mean()) < 0.5
+
+
+def test_mixup():
+    images = torch.rand(5, 3, 6, 7)
+    assert torch.equal(blend(images, torch.ones(5)), images)
+    swapped = blend(images, torch.zeros(5))
+    assert torch.equal(swapped, images[[1, 0, 3, 2, 4]])
+    torch.testing.assert_close(blend(images, torch.full((5,), 0.25))[2], 0.25 * images[2] + 0.75 * images[3])
+    factors = blend_factors(1000, 0.3, torch.Generator().manual_seed(0))
+    assert 0.25 < float((factors < 1).float().mean()) < 0.35
+    assert float(factors.min()) >= 0
+    assert torch.equal(blend_factors(10, 0.0, torch.Generator()), torch.ones(10))
+
+
+def test_mixup_is_refused_beside_captions():
+    with pytest.raises(ValueError, match=r"mixup is on beside loss\.contrastive"):
+        DistillConfig(stage2=OptimConfig(mixup=0.5), loss=LossConfig(contrastive=1))
+    with pytest.raises(ValueError, match=r"mixup is 2; accepted: 0 to 1"):
+        OptimConfig(mixup=2)
 
 
 def test_the_wait_for_data_is_measured():

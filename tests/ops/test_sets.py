@@ -111,9 +111,7 @@ def test_any_shape(
     backend: Backend, size: tuple[int, int, int], share: int, sets: int, directions: list[str], own: bool, keep: bool
 ) -> None:
     shape = (*size, share * sets)
-    tensors = set_inputs(
-        shape, share, len(directions), dtype=torch.float32, device=backend.device, own=own, keep=keep
-    )
+    tensors = set_inputs(shape, share, len(directions), dtype=torch.float32, device=backend.device, own=own, keep=keep)
     check_propagate(backend, tensors, directions=directions, merge="none")
 
 

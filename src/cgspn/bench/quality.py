@@ -47,7 +47,10 @@ class QualityConfig:
         stage1_steps, stage2_steps, batch_size: the budget, the same for every row.
         optimizer, stage1_rate, stage2_rate: the recipe of the rows that do not name another. Stage 2 begins with what
             stage 1 has learned, and loses it at too high a rate.
-        embedding_rate: as in `OptimConfig`.
+        stage1_optimizer: of stage 1, None for the same. Muon gets further in the same steps where a sub-layer learns
+            alone.
+        embedding_rate, crop_scale, mixup: as in `OptimConfig`. The photographs are few: what a student makes of those
+            it has seen and of others differs less the more there is to see in each.
         output: weight of the pooled vector's error. A teacher that pools by a class token leaves the student with a
             fresh head, whose gradient, at a weight of 1, costs the tokens that are measured here.
         compile: compile the blocks, as in `ComputeConfig`; some minutes at the first row.
@@ -64,8 +67,11 @@ class QualityConfig:
     stage2_steps: int = 500
     batch_size: int = 128
     optimizer: Literal["adamw", "muon"] = "muon"
+    stage1_optimizer: Literal["adamw", "muon"] | None = None
     stage1_rate: float = 5e-3
     stage2_rate: float = 2e-4
+    crop_scale: tuple[float, float] = (0.6, 1.0)
+    mixup: float = 0.0
     embedding_rate: float = 0.0
     output: float = 0.05
     compile: bool = False
@@ -112,9 +118,7 @@ ROWS: dict[str, Row] = {
     "values 4": Row(propagation=replace(BASE, values=4, share=8, keep=True)),
     "values 6": Row(propagation=replace(BASE, values=6, share=8, keep=True)),
     "values 6, hybrid 3/12": Row(keep_attention=(3, 7, 11), propagation=replace(BASE, values=6, share=8, keep=True)),
-    "values 6, Muon in stage 1": Row(
-        propagation=replace(BASE, values=6, share=8, keep=True), first=(("optimizer", "muon"),), rates=(1e-2, 2.5e-4)
-    ),
+    "values 12": Row(propagation=replace(BASE, values=12, share=8, keep=True)),
     "values 6 - forget gate": Row(propagation=replace(BASE, values=6, share=8)),
     "- stage 1": Row(stage1=False),
     "- PP": Row(loss=LossConfig(alpha=0)),
@@ -247,11 +251,14 @@ def run_row(row: Row, teacher: Encoder, data: StudyData, config: QualityConfig, 
     steps = (config.stage1_steps, config.stage2_steps)
     if not row.stage1:
         steps = (0, sum(steps))
-    changes = ({**dict(row.optim), **dict(row.first)}, {**dict(row.optim), **dict(row.second)})
+    common = {"optimizer": config.optimizer, "embedding_rate": config.embedding_rate}
+    common |= {"crop_scale": config.crop_scale, "mixup": config.mixup}
+    of_first = {"optimizer": config.stage1_optimizer or config.optimizer}
+    changes = (common | of_first | dict(row.optim) | dict(row.first), common | dict(row.optim) | dict(row.second))
     stages = [
         replace(
             OptimConfig(steps=n, batch_size=config.batch_size, learning_rate=rate, seed=seed),
-            **{"optimizer": config.optimizer, "embedding_rate": config.embedding_rate, **change},
+            **change,
         )
         for n, rate, change in zip(steps, (first, second * row.faster), changes)
     ]

@@ -26,7 +26,7 @@ from .results import write
 
 Result = TypeVar("Result")
 
-WARM = 2  # steps before the clock starts: allocation, autotuning, compilation
+WARM = 4  # steps before the clock starts: allocation, autotuning, compilation, capture and its first replay
 TRIES = 2  # steps that a batch must last to fit: the second has the optimiser's state
 
 
@@ -40,7 +40,7 @@ class TrainBenchConfig:
         teacher_is: "original" is the teacher at the student's size; "previous" the student itself, frozen, at the size
             before, as in the curriculum, for all sizes but the first.
         largest: batch beyond which no larger one is tried.
-        steps: that are timed, after two that are not.
+        steps: that are timed, after four that are not.
         smallest: batch with which the search begins; if it does not fit, smaller ones are tried.
         loss: what is minimised.
         compute: precision, compilation, checkpointing.

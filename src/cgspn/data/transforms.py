@@ -182,6 +182,23 @@ def random_resized_crop(
     return resample(images, boxes, size, mirrored.to(images.device))
 
 
+def blend_factors(count: int, share: float, generator: torch.Generator) -> Tensor:
+    """Factors for `blend`, float32 [count]: uniform in 0 to 1 for a `share` of the images, 1 for the others."""
+    proportion, drawn = torch.rand(2, count, generator=generator)
+    return torch.where(drawn < share, proportion, 1.0)
+
+
+def blend(images: Tensor, factors: Tensor) -> Tensor:
+    """Each image with its neighbour, the first with the second and so on: factor * image + (1 - factor) * neighbour.
+
+    images: float [B, C, H, W]; factors: [B]. The last of an odd number stays. Source: mixup, without labels.
+    """
+    partner = torch.arange(len(images)) ^ 1
+    partner[partner == len(images)] = len(images) - 1
+    factors = factors.to(images.device, images.dtype)[:, None, None, None]
+    return factors * images + (1 - factors) * images[partner.to(images.device)]
+
+
 def jitter_factors(count: int, strength: float, generator: torch.Generator) -> Tensor:
     """Factors for `jitter_colors`, float32 [count, 3], uniform in 1 - strength to 1 + strength."""
     return 1 + strength * (2 * torch.rand(count, 3, generator=generator) - 1)

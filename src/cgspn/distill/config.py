@@ -26,6 +26,9 @@ class OptimConfig:
         augment: crop and flip at random; off, a run of an epoch or so sees just the images that it is judged on.
         crop_scale: smallest and largest share of an image's area that a random crop has.
         jitter: strength of random changes of brightness, contrast and saturation, 0 to 1; 0 for none.
+        mixup: share of the images that are blended with their neighbour in the batch, in random proportions. Teacher
+            and student look at the same blend, so that few images make many; not beside a contrastive loss, whose
+            captions would fit neither image.
         accumulate: parts that a batch is cut into, one after the other, to fit the memory.
         ema: decay of the moving average of the weights that the run ends with; 0 for the last weights.
         seed: of initialisation, order and augmentation.
@@ -43,6 +46,7 @@ class OptimConfig:
     augment: bool = True
     crop_scale: tuple[float, float] = (0.6, 1.0)
     jitter: float = 0.0
+    mixup: float = 0.0
     accumulate: int = 1
     ema: float = 0.0
     seed: int = 0
@@ -62,8 +66,9 @@ class OptimConfig:
             raise ValueError(
                 f"crop_scale is {self.crop_scale}; accepted: two shares of the area, 0 < first <= second <= 1"
             )
-        if not 0 <= self.jitter <= 1:
-            raise ValueError(f"jitter is {self.jitter}; accepted: 0 to 1")
+        for name in ("jitter", "mixup"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: 0 to 1")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; accepted: 0 to below 1")
         if self.accumulate < 1 or self.batch_size % self.accumulate:
@@ -167,7 +172,9 @@ class DistillConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a last stage that would minimise nothing, before the first one begins."""
+        """Raise ValueError for a stage that would minimise nothing, or blends what captions are for."""
+        if self.loss.contrastive and (self.stage2.mixup or self.highres.optim.mixup):
+            raise ValueError("mixup is on beside loss.contrastive; expected one of them to be 0")
         if self.highres.sizes and self.highres.teacher == "none" and not self.loss.contrastive:
             raise ValueError("highres.teacher is 'none' and loss.contrastive is 0; expected a contrastive loss")
 

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from torch import Tensor
+
 from ..data import (
     Batch,
     BatchPlan,
@@ -20,13 +22,13 @@ from ..data import (
     read_rows,
 )
 from ..data.loader import generator_of
-from ..data.transforms import jitter_colors, jitter_factors, normalize, to_float
+from ..data.transforms import blend, blend_factors, jitter_colors, jitter_factors, normalize, to_float
 from ..models.config import EncoderConfig
 from .config import OptimConfig
 from .parallel import World
 from .trainer import Stream, rows_of
 
-COLORS = 2  # the purpose of randomness, see `generator_of`
+COLORS, BLENDS = 2, 3  # purposes of randomness, see `generator_of`
 
 
 class Feed(Protocol):
@@ -77,7 +79,8 @@ class ImageSetFeed:
             )
             for batch in whole:
                 own = rows_of(batch, share) if world.size > 1 else batch
-                yield replace(own, images=own.images.to(world.device), labels=own.labels.to(world.device))
+                images = blended(own.images.to(world.device), optim, batch.step, share)
+                yield replace(own, images=images, labels=own.labels.to(world.device))
 
         return start_at
 
@@ -143,6 +146,7 @@ class SampleFeed:
                     factors = jitter_factors(optim.batch_size, optim.jitter, generator_of(optim.seed, COLORS, step))
                     images = jitter_colors(images, factors[share])
                 images = normalize(images, encoder.image_mean, encoder.image_std)
+                images = blended(images, optim, step, share)
                 yield Batch(step, rows.indices, images, rows.labels.to(world.device), tuple(rows.captions))
 
         return start_at
@@ -150,6 +154,14 @@ class SampleFeed:
     def captions(self, batch: Batch) -> list[str]:
         """As in `Feed`: those beside the images, or templates filled with their class names."""
         return list(batch.captions)
+
+
+def blended(images: Tensor, optim: OptimConfig, step: int, share: slice) -> Tensor:
+    """A process's share of a batch after mixup, which an even share has alike on any number of processes."""
+    if not optim.mixup:
+        return images
+    factors = blend_factors(optim.batch_size, optim.mixup, generator_of(optim.seed, BLENDS, step))
+    return blend(images, factors[share])
 
 
 def share_of(batch_size: int, world: World) -> slice:

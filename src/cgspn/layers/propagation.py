@@ -266,7 +266,8 @@ class PropagationMixer(Mixer):
         """Logits, lam, u and keep of what the projection makes: [B, H, W, D * made * own / share]."""
         if not self.config.keep:
             return *split_parameters(packed, len(self.config.directions)), None
-        lam, u, logits, keep = packed.unflatten(-1, (len(self.config.directions), self.made, -1)).split([1, 1, 3, 1], -2)
+        each = packed.unflatten(-1, (len(self.config.directions), self.made, -1))
+        lam, u, logits, keep = each.split([1, 1, 3, 1], -2)
         return logits, lam.squeeze(-2), u.squeeze(-2), keep.squeeze(-2)
 
     def as_merged(self, x: Tensor) -> Tensor:

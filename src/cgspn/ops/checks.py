@@ -48,11 +48,12 @@ def check_like(x: Tensor, **others: Tensor) -> None:
 
 
 def check_sets(lam: Tensor, channels: int) -> int:
-    """How many sets of parameters the channels have: the last size of `lam`. Raises ValueError unless it divides them."""
+    """How many sets of parameters the channels have, the last size of `lam`. Raises ValueError unless it divides."""
     sets = lam.shape[-1] if lam.ndim else 0
     if sets < 1 or channels % sets:
         raise ValueError(
-            f"lam has shape {tuple(lam.shape)}; expected [B, H, W, D, C] with the {channels} channels of x, or a divisor"
+            f"lam has shape {tuple(lam.shape)}; "
+            f"expected [B, H, W, D, C] with the {channels} channels of x, or a divisor"
         )
     return sets
 

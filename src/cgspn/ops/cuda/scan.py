@@ -228,12 +228,12 @@ def backward_saved(
     gradients = [None if t is None else empty(t.shape, x) for t in given]
     first = planes(x, directions) if merged else dx if x.dim() == 5 else dx.unsqueeze(3)
     dy = readable(dy)
-    maps, scores = "bhwdc", "bhwdkc"
+    maps = "bhwdc"
+    of_sets = (maps, maps, "bhwdkc", maps)
     done = _scan(
         "backward",
         (x, *given, dy, h, mask_bytes(mask), first, *gradients, dx if merged else None),
-        (features(x), maps, maps, scores, maps, "bhwc" if merge_sum else maps, maps, "bhw", maps, maps, maps, scores)
-        + (maps, "bhwc"),
+        (features(x), *of_sets, "bhwc" if merge_sum else maps, maps, "bhw", maps, *of_sets, "bhwc"),
         directions,
         True,
         planes=8 if merged else None,

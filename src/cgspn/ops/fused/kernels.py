@@ -228,32 +228,53 @@ def _near(x, mask, image, row, column, dy, dx, c, H, W, C, MASKED: tl.constexpr)
     return tl.load(x + place[:, None] * C + c[None, :], mask=there[:, None] & (c < C)[None, :], other=0).to(tl.float32)
 
 
+@triton.jit
+def _tap(kernel, dy: tl.constexpr, dx: tl.constexpr, c, C, SIDE: tl.constexpr, FLIP: tl.constexpr):
+    """The convolution's weights at (dy, dx) of its window, float32 [channels]; the middle one has the input's own."""
+    tap = (SIDE - 1 - dy) * SIDE + SIDE - 1 - dx if FLIP else dy * SIDE + dx
+    weight = tl.load(kernel + c * SIDE * SIDE + tap, mask=c < C, other=0).to(tl.float32)
+    if dy == SIDE // 2:  # noqa: SIM102 - of constants, one by one
+        if dx == SIDE // 2:
+            weight += 1.0
+    return weight
+
+
 @triton.jit(do_not_specialize=["H", "W", "eps"])
 def local_norm_forward(
     x, kernel, bias, gain, mask, out, H, W, C, eps,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, SIDE: tl.constexpr,
     BIAS: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of one row, all channels: x + depthwise convolution (its transpose if FLIP), then RMSNorm if NORM."""
-    row = tl.program_id(0).to(tl.int64)
-    image, row = row // H, row % H
+    """A stretch of two rows, all channels: x + depthwise convolution (its transpose if FLIP), then RMSNorm if NORM.
+
+    What both rows see is read once: twelve tiles instead of eighteen for a kernel of 3 x 3.
+    """
+    pairs = tl.cdiv(H, 2)
+    pair = tl.program_id(0).to(tl.int64)
+    image, row = pair // pairs, pair % pairs * 2
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     c = tl.arange(0, CHANNELS)
     half: tl.constexpr = SIDE // 2
-    total = _near(x, mask, image, row, column, 0, 0, c, H, W, C, MASKED)
+    upper = tl.zeros([COLUMNS, CHANNELS], tl.float32)
     if BIAS:
-        total += tl.load(bias + c, mask=c < C, other=0).to(tl.float32)[None, :]
-    for dy in tl.static_range(SIDE):
-        for dx in tl.static_range(SIDE):
-            tap = (SIDE - 1 - dy) * SIDE + SIDE - 1 - dx if FLIP else dy * SIDE + dx
-            weight = tl.load(kernel + c * SIDE * SIDE + tap, mask=c < C, other=0).to(tl.float32)
-            total += _near(x, mask, image, row, column, dy - half, dx - half, c, H, W, C, MASKED) * weight[None, :]
+        upper += tl.load(bias + c, mask=c < C, other=0).to(tl.float32)[None, :]
+    lower = upper
+    for dx in tl.static_range(SIDE):
+        for dy in tl.static_range(SIDE + 1):
+            near = _near(x, mask, image, row, column, dy - half, dx - half, c, H, W, C, MASKED)
+            if dy < SIDE:
+                upper += near * _tap(kernel, dy, dx, c, C, SIDE, FLIP)[None, :]
+            if dy > 0:
+                lower += near * _tap(kernel, dy - 1, dx, c, C, SIDE, FLIP)[None, :]
     if NORM:
-        inverse = tl.rsqrt(tl.sum(total * total, 1) / C + eps)
-        g = tl.load(gain + c, mask=c < C, other=0).to(tl.float32)
-        total = total * inverse[:, None] * g[None, :]
+        g = tl.load(gain + c, mask=c < C, other=0).to(tl.float32)[None, :]
+        upper = upper * tl.rsqrt(tl.sum(upper * upper, 1) / C + eps)[:, None] * g
+        lower = lower * tl.rsqrt(tl.sum(lower * lower, 1) / C + eps)[:, None] * g
     place = ((image * H + row) * W + column)[:, None] * C + c[None, :]
-    tl.store(out + place, total.to(out.dtype.element_ty), mask=(column < W)[:, None] & (c < C)[None, :])
+    inside = (column < W)[:, None] & (c < C)[None, :]
+    tl.store(out + place, upper.to(out.dtype.element_ty), mask=inside)
+    # a scalar condition and a tile's are wide in the interpreter
+    tl.store(out + place + W * C, lower.to(out.dtype.element_ty), mask=inside & (row + 1 + 0 * column < H)[:, None])
 
 
 @triton.jit(do_not_specialize=["images", "H", "W"])

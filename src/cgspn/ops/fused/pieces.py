@@ -12,6 +12,7 @@ from . import definition
 from .library import NormLinearPast, linear_residual_norm_op, linear_residual_op, local_norm_op, norm_linear_op
 
 LATENT_MOST = 512  # channels that stay on the chip for a tile of rows
+LATENT_BEST = 256  # beyond, "auto" leaves products to the libraries, which are then faster
 ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))  # GPUs with the 140 KB of shared memory that such a tile wants
 
 
@@ -24,7 +25,7 @@ def why_not(x: Tensor, latent: int) -> str | None:
     return backends.why_not("triton", x)
 
 
-def suits(x: Tensor, latent: int) -> bool:
+def suits(x: Tensor, latent: int, best: int = LATENT_BEST) -> bool:
     """Whether "auto" runs the kernels on tokens `x` and a latent of so many channels.
 
     In 16 bits on GPUs with the shared memory of data centres, as the tiles are made for those. Traced programs keep the
@@ -32,7 +33,7 @@ def suits(x: Tensor, latent: int) -> bool:
     """
     if not x.is_cuda or torch.compiler.is_compiling() or x.dtype not in (torch.float16, torch.bfloat16):
         return False
-    return _roomy(x.device) and why_not(x, latent) is None
+    return _roomy(x.device) and latent <= best and why_not(x, latent) is None
 
 
 @functools.cache
@@ -40,12 +41,12 @@ def _roomy(device: torch.device) -> bool:
     return torch.version.hip is None and torch.cuda.get_device_capability(device) in ROOMY
 
 
-def _fused(backend: str, x: Tensor, latent: int) -> bool:
+def _fused(backend: str, x: Tensor, latent: int, best: int = LATENT_BEST) -> bool:
     """Whether the kernels run. Raises ValueError for an unknown backend, RuntimeError for one that cannot run."""
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f"backend is {backend!r}; accepted: 'auto', 'triton', 'torch'")
     if backend != "triton":
-        return backend == "auto" and suits(x, latent)
+        return backend == "auto" and suits(x, latent, best)
     # a traced program cannot look for modules; what cannot run says so when it is called
     reason = None if torch.compiler.is_compiling() else why_not(x, latent)
     if reason is not None:
@@ -108,7 +109,7 @@ def local_norm(
 
     Raises as `norm_linear`.
     """
-    if kernel is None or not _fused(backend, x, x.shape[-1]):
+    if kernel is None or not _fused(backend, x, x.shape[-1], LATENT_MOST):
         return definition.local_norm(x, kernel, bias, gain, eps, mask)
     out: Tensor = local_norm_op(x, kernel, bias, gain, eps, mask)
     return out
