@@ -251,7 +251,7 @@ def run_row(row: Row, teacher: Encoder, data: StudyData, config: QualityConfig, 
     steps = (config.stage1_steps, config.stage2_steps)
     if not row.stage1:
         steps = (0, sum(steps))
-    common = {"optimizer": config.optimizer, "embedding_rate": config.embedding_rate}
+    common: dict[str, Any] = {"optimizer": config.optimizer, "embedding_rate": config.embedding_rate}
     common |= {"crop_scale": config.crop_scale, "mixup": config.mixup}
     of_first = {"optimizer": config.stage1_optimizer or config.optimizer}
     changes = (common | of_first | dict(row.optim) | dict(row.first), common | dict(row.optim) | dict(row.second))
