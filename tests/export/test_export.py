@@ -25,6 +25,7 @@ VIT = EncoderConfig(
 HYBRID = replace(VIT, mixers=("propagation", "attention"), positions=False)
 CONFIGS = {
     "hybrid": HYBRID,
+    "values": replace(HYBRID, propagation=PropagationConfig(2, values=3, share=2, keep=True)),
     "gspn": replace(HYBRID, mixers=("propagation",), propagation=replace(GSPN, expansion=1), pooling="mean"),
     "dinov2": replace(
         VIT, class_token=True, registers=2, pooling="cls", layer_scale=0.5, position_resize="bicubic_antialias"
@@ -63,7 +64,7 @@ def check(path, encoder, names):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hybrid", "dinov2"])
+@pytest.mark.parametrize("name", ["hybrid", "values", "dinov2"])
 @pytest.mark.parametrize("format", ["onnx", "torch"])
 def test_a_file_gives_what_the_encoder_gives_at_any_size(name, format, tmp_path):
     encoder, path = awake(CONFIGS[name]), tmp_path / f"{name}.{'onnx' if format == 'onnx' else 'pt2'}"

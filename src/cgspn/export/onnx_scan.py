@@ -23,6 +23,7 @@ def propagate_2d_onnx(
     logits: Any,
     lam: Any,
     u: Any,
+    keep: Any,
     mask: Any,
     directions: Sequence[int],
     merge_sum: bool,
@@ -34,13 +35,22 @@ def propagate_2d_onnx(
     """
     if mask is not None:
         raise NotImplementedError("the ONNX form of propagate_2d takes no mask; export an encoder without one")
+    channels, sets = x.shape[-1], lam.shape[-1]
+    sets_of = op.Constant(value_ints=[c * sets // channels for c in range(channels)])
     maps = []
     for d, code in enumerate(directions):
         vertical, ahead = DIRECTIONS[code] in ("down", "up"), DIRECTIONS[code] in ("down", "right")
-        index = op.Constant(value_ints=[d])
-        own = [op.Squeeze(op.Gather(t, index, axis=3), op.Constant(value_ints=[3])) for t in (logits, lam, u)]
-        drive = op.Mul(own[1], x)
+        index, axis = op.Constant(value_ints=[d]), op.Constant(value_ints=[3])
+        given = (logits, lam, u) if keep is None else (logits, lam, u, keep)
+        own = [op.Squeeze(op.Gather(t, index, axis=3), axis) for t in given]
+        if sets != channels:
+            own = [op.Gather(t, sets_of, axis=-1) for t in own]
+        features = op.Squeeze(op.Gather(x, index, axis=3), axis) if len(x.shape) == 5 else x
+        drive = op.Mul(own[1], features)
         weights = _weights(own[0], position_axis=2 if vertical else 1)
+        if keep is not None:
+            kept = op.Sigmoid(own[3])
+            weights = [op.Mul(weight, kept) for weight in weights]
         h = _scan(drive, weights, axis=1 if vertical else 2, ahead=ahead)
         maps.append(op.Mul(own[2], h))
     if not merge_sum:

@@ -249,10 +249,12 @@ class PropagationMixer(Mixer):
         if self.config.values is None:
             values, y = x, self.scan_latent(x, grid.mask)
         else:
-            maker, values = x.split([self.latent, channels - self.latent], -1)
-            own = values.unflatten(-1, (len(self.config.directions), self.own))
-            # as a matrix the slice is multiplied where it lies
-            made = self.parameters_of(maker.flatten(0, 2)).view(*maker.shape[:3], -1)
+            maker, values = x.flatten(0, 2).split([self.latent, channels - self.latent], -1)
+            if torch.compiler.is_exporting():  # which would ask of slices whether sizes are 1
+                maker, values = (t.clone(memory_format=torch.contiguous_format) for t in (maker, values))
+            own = values.unflatten(0, x.shape[:3]).unflatten(-1, (len(self.config.directions), self.own))
+            # a slice of a matrix is multiplied where it lies
+            made = self.parameters_of(maker).unflatten(0, x.shape[:3])
             y = self.propagate(own, *self.split(made), mask=grid.mask)
         return values.reshape(batch, count, -1), y.reshape(batch, count, -1)
 
