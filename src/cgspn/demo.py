@@ -16,6 +16,7 @@ from .distill.presets import EMBEDDED
 from .distill.stages import Watcher
 from .evaluate.suite import METRICS, evaluate_dual
 from .evaluate.table import Metric, SummaryTable
+from .layers import valued
 from .models.dual import DualEncoder
 from .models.encoder import Encoder
 from .report.demo import DemoResult
@@ -61,7 +62,10 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
 
     torch.manual_seed(config.distill.stage1.seed)
     untrained = convert(
-        teacher.image, compression=config.distill.compression, keep_attention=config.distill.keep_attention
+        teacher.image,
+        compression=config.distill.compression,
+        keep_attention=config.distill.keep_attention,
+        propagation=valued(config.distill.values),
     )
     students = {"C-GSPN": copy.deepcopy(untrained), "ViT": attention_student(teacher.image)}
     models: dict[str, DualEncoder] = {"teacher": teacher}

@@ -21,7 +21,7 @@ from ..data.locate import cache_folder
 from ..data.transforms import normalize, to_float
 from ..distill import ComputeConfig, DistillConfig, LossConfig, OptimConfig, distil
 from ..evaluate import cosine, relative_error, segment
-from ..layers import PropagationConfig
+from ..layers import PropagationConfig, valued
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..teachers import attention_student, convert
@@ -114,11 +114,11 @@ ROWS: dict[str, Row] = {
     "s = 4": Row(compression=4),
     "s = 18": Row(compression=18),
     "s = 2, 8 channels share": Row(compression=2, propagation=replace(BASE, share=8)),
-    "values 3": Row(propagation=replace(BASE, values=3, share=8, keep=True)),
-    "values 4": Row(propagation=replace(BASE, values=4, share=8, keep=True)),
-    "values 6": Row(propagation=replace(BASE, values=6, share=8, keep=True)),
-    "values 6, hybrid 3/12": Row(keep_attention=(3, 7, 11), propagation=replace(BASE, values=6, share=8, keep=True)),
-    "values 12": Row(propagation=replace(BASE, values=12, share=8, keep=True)),
+    "values 3": Row(propagation=valued(3)),
+    "values 4": Row(propagation=valued(4)),
+    "values 6": Row(propagation=valued(6)),
+    "values 6, hybrid 3/12": Row(keep_attention=(3, 7, 11), propagation=valued(6)),
+    "values 12": Row(propagation=valued(12)),
     "values 6 - forget gate": Row(propagation=replace(BASE, values=6, share=8)),
     "- stage 1": Row(stage1=False),
     "- PP": Row(loss=LossConfig(alpha=0)),

@@ -25,6 +25,7 @@ from ..distill.events import EventWatch, require_tensorboard
 from ..distill.presets import PRESETS
 from ..distill.stages import Watcher
 from ..distill.trainer import Watch
+from ..layers import valued
 from ..models.checkpoint import write_atomically
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
@@ -139,7 +140,13 @@ class Distill:
         """The student before training."""
         if self.student is not None:
             return load_encoder(self.student)
-        return convert(teacher, compression=self.config.compression, keep_attention=self.config.keep_attention)
+        config = self.config
+        return convert(
+            teacher,
+            compression=config.compression,
+            keep_attention=config.keep_attention,
+            propagation=valued(config.values),
+        )
 
 
 def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:

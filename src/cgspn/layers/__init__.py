@@ -8,7 +8,7 @@ from .mixer import Grid, Mixer
 from .mlp import Activation, Mlp
 from .norm import LayerNorm, RMSNorm
 from .pooling import ClassTokenPool, MapPool, MeanPool, Pooling
-from .propagation import GSPN, GSPN_WALK, PropagationConfig, PropagationMixer
+from .propagation import GSPN, GSPN_WALK, PropagationConfig, PropagationMixer, valued
 from .resize import PositionResize
 
 __all__ = [
@@ -35,4 +35,5 @@ __all__ = [
     "PropagationMixer",
     "RMSNorm",
     "quantize_mlps",
+    "valued",
 ]

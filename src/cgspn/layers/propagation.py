@@ -91,6 +91,14 @@ class PropagationConfig:
         return int(width / self.compression)
 
 
+def valued(values: float | None) -> PropagationConfig:
+    """C-GSPN with so many values for each channel of its latent, in sets of eight with a forget gate; None for none.
+
+    What came closest to attention in results/quality: values want channels, parameters do not.
+    """
+    return PropagationConfig() if values is None else PropagationConfig(values=values, share=8, keep=True)
+
+
 # The published GSPN layer: raw space, the whole shell, directions summed. And the changes that lead from it to C-GSPN.
 GSPN = PropagationConfig(
     compression=None, merge="sum", latent_norm=False, projections=True, expansion=2, inner_residual=True
