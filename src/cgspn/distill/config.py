@@ -109,11 +109,15 @@ class ComputeConfig:
     Args:
         precision: of the arithmetic; weights, optimiser state and losses are float32 either way.
         compile: compile the blocks of teacher and student, and the losses at their taps.
-        capture: on one GPU, replay forward and backward as one CUDA graph; for small models, whose kernels are shorter
-            than their launches.
+        capture: replay forward and backward as one CUDA graph, for steps whose kernels are shorter than their launches;
+            on several GPUs gradients are averaged after it. Not where parameters are sharded or blocks placed.
         checkpointing: recompute the student's activations block by block in backward.
         parallel: on several processes (torchrun), "ddp" copies the student, "fsdp" shards it; "placed" is as "ddp",
             but stage 1 gives each process the blocks that it alone trains. The frozen teacher is whole everywhere.
+        blocks_per_unit: of a sharded student, how many blocks are gathered and scattered at once: more make fewer and
+            larger exchanges, which hide worse.
+        reshard_after_forward: of a sharded student, let gathered weights go until backward, which gathers them again;
+            off, they stay, and only gradients and the optimiser's state are smaller than in a copied student.
         teacher_cache: GiB of host memory, a process, for the teacher's features from one epoch to the next, rounded to
             bfloat16; 0 for none. For images that look the same each time (`OptimConfig.augment` off); see `cache.py`.
         save_every: steps between checkpoints that a run can go on from; 0 for none.
@@ -124,8 +128,15 @@ class ComputeConfig:
     capture: bool = False
     checkpointing: bool = False
     parallel: Literal["ddp", "fsdp", "placed"] = "ddp"
+    blocks_per_unit: int = 3
+    reshard_after_forward: bool = False
     teacher_cache: float = 0
     save_every: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for units of no block."""
+        if self.blocks_per_unit < 1:
+            raise ValueError(f"blocks_per_unit is {self.blocks_per_unit}; accepted: 1 or more")
 
 
 @dataclass(frozen=True)
@@ -150,6 +161,8 @@ class DistillConfig:
 
     Args:
         compression: s of the student's propagation; its latent has floor(C / s) channels.
+        values: channels that carry values beside the latent, in units of it (`layers.valued`): 6 brought students
+            closer to their teachers, at more time for a sub-layer (results/quality). None for the latent alone.
         keep_attention: number of attention layers that stay, spread evenly.
         image_size: in pixels, of stages 1 and 2; None for the student's native size.
         stage1: sub-layers alone, each on the teacher's own features.
@@ -162,6 +175,7 @@ class DistillConfig:
     """
 
     compression: float = 18
+    values: float | None = None
     keep_attention: int = 0
     image_size: int | None = None
     stage1: OptimConfig = field(default_factory=lambda: OptimConfig(steps=60, learning_rate=3e-3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -51,7 +52,8 @@ class Gradients:
 class CapturedGradients(Gradients):
     """The same as one CUDA graph from the fourth call on, for models whose kernels are shorter than their launches.
 
-    Batches must keep their shape. On one process and one GPU, for losses that need nothing from the host.
+    Batches must keep their shape, and losses need nothing from the host. The graph holds what this process does alone:
+    on several, gradients are averaged after it (`average_gradients`).
     """
 
     graph: torch.cuda.CUDAGraph | None = None
@@ -83,8 +85,10 @@ class CapturedGradients(Gradients):
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         pending = [None if p.grad is None else p.grad.clone() for p in parameters]
         self.optimizer.zero_grad()
+        gc.collect()  # what cycles hold is memory that the graph needs
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # other threads, NCCL's among them, go on asking the device meanwhile
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.values = self.add_up(self.parts)
         for parameter, gradient in zip(parameters, pending, strict=True):
             if parameter.grad is not None and gradient is not None:

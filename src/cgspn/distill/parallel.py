@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from ..models.encoder import Encoder
 Item = TypeVar("Item")
 
 LET_GO = 0.25  # seconds
+BUCKET = 64 << 20  # bytes of gradients that travel together
 
 
 @dataclass(frozen=True)
@@ -121,11 +123,28 @@ def gather_rows(rows: Tensor) -> Tensor:
     return gathered
 
 
-def shard_encoder(encoder: Encoder) -> None:
-    """Shard the blocks of an encoder over all processes (FSDP2); what is around them belongs to the caller's root."""
-    for block in encoder.each_block():
-        fully_shard(block)
-        register_fsdp_forward_method(block, "tapped")
+def shard_encoder(encoder: Encoder, blocks_per_unit: int = 1, reshard: bool = True) -> None:
+    """Shard the blocks of an encoder over all processes (FSDP2); what is around them belongs to the caller's root.
+
+    From here on a block can only be called by `tapped`.
+
+    Args:
+        encoder: changed in place.
+        blocks_per_unit: blocks, one after the other, whose weights are gathered together.
+        reshard: let weights go after forward, to be gathered again in backward.
+    """
+    blocks = encoder.each_block()
+    units = [blocks[i : i + blocks_per_unit] for i in range(0, len(blocks), blocks_per_unit)]
+    for unit in units:
+        fully_shard([*unit], reshard_after_forward=reshard)
+        for block in unit:
+            # A unit's first block gathers and its last one reshards, by hooks around `__call__` alone: methods that
+            # `register_fsdp_forward_method` knows gather and reshard the whole unit at each of its blocks.
+            block.forward = block.tapped  # type: ignore[assignment, method-assign]
+            block.tapped = block.__call__  # type: ignore[method-assign]
+    for unit, following in pairwise(units):
+        # asked for before a unit is launched, not after: a host that is slower than the device hides nothing else
+        unit[0].set_modules_to_forward_prefetch([following[0]])  # type: ignore[operator]
 
 
 def spread_task(task: nn.Module, *, sharded: bool, find_unused: bool) -> nn.Module:
@@ -142,6 +161,47 @@ def spread_task(task: nn.Module, *, sharded: bool, find_unused: bool) -> nn.Modu
         register_fsdp_forward_method(task, "calibrate")
         return task
     return DistributedDataParallel(task, broadcast_buffers=False, find_unused_parameters=find_unused)
+
+
+def equalise(task: nn.Module) -> None:
+    """Give every process the first one's parameters and buffers, as DDP does when it is made."""
+    if world_size() > 1:
+        for tensor in (*task.parameters(), *task.buffers()):
+            dist.broadcast(tensor.detach(), 0)
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace gradients by their means over all processes: what DDP does, without its hooks.
+
+    They travel in flat buckets, one after the other, while the next is filled. The same parameters must have gradients
+    on every process.
+    """
+    if world_size() == 1:
+        return
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    under_way = []
+    for bucket in buckets(gradients):
+        flat = torch.cat([g.reshape(-1) for g in bucket])
+        under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+    for bucket, flat, work in under_way:
+        work.wait()
+        flat /= world_size()
+        parts = flat.split([g.numel() for g in bucket])
+        torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket)])
+
+
+def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Gradients of one dtype that follow one another, in parts of about `BUCKET` bytes."""
+    part: list[Tensor] = []
+    size = 0
+    for gradient in gradients:
+        if part and (size >= BUCKET or gradient.dtype != part[0].dtype):
+            yield part
+            part, size = [], 0
+        part.append(gradient)
+        size += gradient.numel() * gradient.element_size()
+    if part:
+        yield part
 
 
 def sync_gradients(module: nn.Module, wanted: bool) -> None:

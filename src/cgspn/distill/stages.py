@@ -225,7 +225,7 @@ def prepared(task: Task, teacher: Encoder, student: Encoder, compute: ComputeCon
     if compute.compile and isinstance(task, DistillTask):
         task.hold(tap=torch.compile(task.tap, dynamic=False))
     if task.sharded:
-        shard_encoder(working)
+        shard_encoder(working, compute.blocks_per_unit, compute.reshard_after_forward)
     try:
         yield
         if task.sharded:

@@ -15,9 +15,10 @@ from ..data import Batch
 from ..ops.checks import NonFiniteError
 from .config import ComputeConfig, OptimConfig
 from .flops import peak_of
+from .garbage import Garbage
 from .gradients import CapturedGradients, Gradients
 from .optimizers import Optimizers, build_optimizer
-from .parallel import over_ranks, spread_task, whole, world_size
+from .parallel import average_gradients, equalise, over_ranks, spread_task, whole, world_size
 from .snapshots import Snapshots
 from .tasks import Task
 from .throughput import Throughput
@@ -90,7 +91,14 @@ def train(
         SnapshotError: a snapshot could not be written.
     """
     compute = compute or ComputeConfig()
-    module = spread_task(task, sharded=task.sharded, find_unused=task.leaves_some) if task.reduction == "mean" else task
+    own = task.reduction == "sum"  # every process has parameters of its own
+    device = next(task.parameters()).device
+    captured = compute.capture and device.type == "cuda" and task.capturable and not task.sharded and not own
+    module: nn.Module = task
+    if captured:
+        equalise(task)
+    elif not own:
+        module = spread_task(task, sharded=task.sharded, find_unused=task.leaves_some)
     optimizer = build_optimizer(task, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     average = [p.detach().clone() for p in parameters] if config.ema else []
@@ -98,9 +106,7 @@ def train(
     if snapshots is not None and (start := snapshots.newest()):
         optimizer.make_state()
         history.steps = snapshots.load(start, _state(task, optimizer, average))
-    device = parameters[0].device
     lower = partial(torch.autocast, device.type, torch.bfloat16, enabled=compute.precision == "bfloat16")
-    captured = compute.capture and device.type == "cuda" and world_size() == 1 and task.capturable
     gradients = (CapturedGradients if captured else Gradients)(module, optimizer, lower)
 
     def keep(step: int) -> None:
@@ -109,43 +115,48 @@ def train(
             snapshots.save(step, _state(task, optimizer, average), history.steps)
 
     clock = Throughput(peak=peak_of(device, compute.precision))
-    for step, batch in zip(range(start, config.steps), clock.timed(stream(start))):
-        factor = learning_rate(config, step)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        parts = split_batch(batch, config.accumulate)
-        if step == start and clock.peak:
-            clock.flops = task.flops((batch.images.shape[-2], batch.images.shape[-1]))
-        try:
-            if step == start:
-                with lower():
-                    task.calibrate(parts)
-            values = gradients(parts)
-        except NonFiniteError as error:  # on a processor the scan looks at what it is given
-            if world_size() == 1:  # alone: others may be in the middle of the step
+    with Garbage(device.type == "cuda") as garbage:
+        for step, batch in zip(range(start, config.steps), clock.timed(stream(start))):
+            factor = learning_rate(config, step)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * factor
+            parts = split_batch(batch, config.accumulate)
+            if step == start and clock.peak:
+                clock.flops = task.flops((batch.images.shape[-2], batch.images.shape[-1]))
+            try:
+                if step == start:
+                    with lower():
+                        task.calibrate(parts)
+                values = gradients(parts)
+                if captured:
+                    average_gradients(parameters)
+            except NonFiniteError as error:  # on a processor the scan looks at what it is given
+                if world_size() == 1:  # alone: others may be in the middle of the step
+                    keep(step)
+                raise DivergedError(f"{title}: {error}, at step {step}") from error
+            norm = gradient_norm(parameters, task)
+            nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
+            garbage.after_launch()
+            # one wait for the device a step
+            *means, length = torch.cat([over_ranks(values, task.reduction), norm.reshape(1)]).tolist()
+            record = dict(zip(gradients.names, means, strict=True))
+            bad = [name for name, value in record.items() if not math.isfinite(value)]
+            if bad or not math.isfinite(length):
                 keep(step)
-            raise DivergedError(f"{title}: {error}, at step {step}") from error
-        norm = gradient_norm(parameters, task)
-        nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
-        # one wait for the device a step
-        *means, length = torch.cat([over_ranks(values, task.reduction), norm.reshape(1)]).tolist()
-        record = dict(zip(gradients.names, means, strict=True))
-        bad = [name for name, value in record.items() if not math.isfinite(value)]
-        if bad or not math.isfinite(length):
-            keep(step)
-            raise DivergedError(f"{title}: {', '.join(bad) or 'the gradient'} is not finite at step {step}")
-        optimizer.step()
-        if average:
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - config.ema)
-        record = {"step": step, "lr": config.learning_rate * factor, "gradient": length, **record}
-        history.steps.append(record if detailed(step, config.steps) else without_blocks(record))
-        if watch is not None:
-            rates = clock.recent()
-            if rates:
-                rates["images_per_second"] *= world_size()
-            watch(record | rates)
-        if snapshots is not None and snapshots.due(step + 1) and step + 1 < config.steps:
-            snapshots.save(step + 1, _state(task, optimizer, average), history.steps)
+                raise DivergedError(f"{title}: {', '.join(bad) or 'the gradient'} is not finite at step {step}")
+            optimizer.step()
+            if average:
+                torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - config.ema)
+            record = {"step": step, "lr": config.learning_rate * factor, "gradient": length, **record}
+            history.steps.append(record if detailed(step, config.steps) else without_blocks(record))
+            if watch is not None:
+                rates = clock.recent()
+                if rates:
+                    rates["images_per_second"] *= world_size()
+                watch(record | rates)
+            if snapshots is not None and snapshots.due(step + 1) and step + 1 < config.steps:
+                garbage.at_snapshot()
+                snapshots.save(step + 1, _state(task, optimizer, average), history.steps)
     history.throughput = clock.summary()
     with torch.no_grad():
         for parameter, mean in zip(parameters, average):

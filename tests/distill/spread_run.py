@@ -1,0 +1,96 @@
+"""What test_spread.py runs in two processes: gradients and collectives of one step, written by the first of them."""
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+from cgspn.data import Batch
+from cgspn.distill import ComputeConfig, LossConfig, World
+from cgspn.distill.gradients import Gradients
+from cgspn.distill.optimizers import Optimizers
+from cgspn.distill.parallel import average_gradients, equalise, spread_task, whole
+from cgspn.distill.stages import prepared
+from cgspn.distill.tasks import DistillTask
+from cgspn.layers import AttentionConfig
+from cgspn.models import model_config
+from cgspn.models.encoder import Encoder
+from cgspn.teachers import convert
+
+DEPTH = 5
+
+
+def enter(rank, size, folder, name, settings):
+    """One process of `size`: run the function of a name and let the first one save what it returns."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    result = globals()[name](rank, **settings)
+    if rank == 0:
+        torch.save(result, Path(folder) / "result.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def models(seed=0):
+    torch.manual_seed(seed)
+    config = model_config(
+        "vit_mini_patch4_28", width=24, mixers=("attention",) * DEPTH, mlp_hidden=48, attention=AttentionConfig(heads=2)
+    )
+    teacher = Encoder(config).eval().requires_grad_(False)
+    return teacher, convert(teacher, compression=4)
+
+
+def parts(rank, count):
+    """Other images on every process."""
+    random = torch.Generator().manual_seed(rank)
+    none = torch.zeros(2, dtype=torch.long)
+    return [Batch(0, none, torch.randn(2, 3, 28, 28, generator=random), none) for _ in range(count)]
+
+
+def backward(module, task, batches):
+    optimizer = Optimizers(torch.optim.AdamW(task.parameters()))
+    task.calibrate(batches)
+    return Gradients(module, optimizer, partial(torch.autocast, "cpu", enabled=False))(batches)
+
+
+def gradients_of(task):
+    return {name: None if p.grad is None else whole(p.grad).clone() for name, p in task.named_parameters()}
+
+
+def by_hand_and_by_ddp(rank, *, output, bucket):
+    """Gradients of two parts by `average_gradients`, from weights that only the first process has, and by DDP."""
+    import cgspn.distill.parallel as parallel
+
+    parallel.BUCKET = bucket
+    found = []
+    for by_hand in (True, False):
+        task = DistillTask(*models(rank if by_hand else 0), LossConfig(output=output))
+        if by_hand:
+            task.hold(teacher=models()[0])
+            equalise(task)
+            backward(task, task, parts(rank, 2))
+            average_gradients(task.parameters())
+        else:
+            backward(spread_task(task, sharded=False, find_unused=task.leaves_some), task, parts(rank, 2))
+        found.append(gradients_of(task))
+    return found
+
+
+def sharded(rank, **compute):
+    """Gradients of a sharded task and of a copied one, and how often the former's units are gathered and scattered."""
+    teacher, student = models()
+    world = World(rank, dist.get_world_size(), torch.device("cpu"), dist.get_world_size())
+    task = DistillTask(teacher, student, LossConfig())
+    with prepared(task, teacher, student, ComputeConfig(parallel="fsdp", **compute), world):
+        module = spread_task(task, sharded=task.sharded, find_unused=False)
+        backward(module, task, parts(rank, 1))
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            backward(module, task, parts(rank, 1))
+        found = gradients_of(task)
+    kinds = ("FSDP::all_gather (", "FSDP::post_backward_reduce (")  # the root has no name in brackets
+    counts = [sum(event.name.startswith(kind) for event in seen.events()) for kind in kinds]
+    task = DistillTask(*models(), LossConfig())
+    backward(spread_task(task, sharded=False, find_unused=False), task, parts(rank, 1))
+    return found, gradients_of(task), counts

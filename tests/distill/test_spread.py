@@ -1,0 +1,67 @@
+"""Two processes: gradients averaged by hand, and those of sharded units of blocks, against DDP's."""
+
+import multiprocessing
+
+import pytest
+import spread_run
+import torch
+
+from cgspn.distill import ComputeConfig
+from cgspn.distill.parallel import buckets
+
+fork = multiprocessing.get_context("forkserver")
+fork.set_forkserver_preload(["cgspn.distill", "cgspn.teachers", "cgspn.data"])
+
+
+def of_two(folder, name, **settings):
+    """What a function of spread_run returns in the first of two processes."""
+    running = [fork.Process(target=spread_run.enter, args=(rank, 2, str(folder), name, settings)) for rank in range(2)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in running] == [0, 0]
+    return torch.load(folder / "result.pt")
+
+
+def same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, gradient in theirs.items():
+        if gradient is None:
+            assert ours[name] is None, name
+        else:
+            torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_buckets_keep_order_size_and_dtype():
+    tensors = [torch.zeros(n) for n in (1, 2**25, 1, 1, 2**24)] + [torch.zeros(1, dtype=torch.float64)]
+    assert [len(bucket) for bucket in buckets(tensors)] == [2, 3, 1]
+    assert [id(t) for bucket in buckets(tensors) for t in bucket] == [id(t) for t in tensors]
+
+
+def test_units_have_blocks():
+    with pytest.raises(ValueError, match="blocks_per_unit is 0"):
+        ComputeConfig(blocks_per_unit=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("output", "bucket"), [(1.0, 2**26), (0.0, 4096)])
+def test_gradients_averaged_by_hand_are_those_of_ddp(tmp_path, output, bucket):
+    """With parts, in one bucket and in many, and with parameters that get no gradient."""
+    ours, theirs = of_two(tmp_path, "by_hand_and_by_ddp", output=output, bucket=bucket)
+    same(ours, theirs)
+    assert any(gradient is None for gradient in ours.values()) == (output == 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [1, 2, 9])
+@pytest.mark.parametrize("reshard", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_unit_of_blocks_is_gathered_once_a_pass(tmp_path, blocks, reshard, checkpointing):
+    compute = {"blocks_per_unit": blocks, "reshard_after_forward": reshard, "checkpointing": checkpointing}
+    ours, theirs, (gathers, reductions) = of_two(tmp_path, "sharded", **compute)
+    same(ours, theirs)
+    units = -(-spread_run.DEPTH // blocks)
+    assert gathers == units * (2 if reshard else 1)
+    assert reductions == units
