@@ -6,13 +6,23 @@ import functools
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..layers import GSPN, AttentionConfig, AttentionMixer, Block, Grid, Mixer, PropagationConfig, PropagationMixer
+from ..layers import (
+    GSPN,
+    AttentionConfig,
+    AttentionMixer,
+    Block,
+    Grid,
+    Mixer,
+    PropagationConfig,
+    PropagationMixer,
+    valued,
+)
 from ..ops import line_scan
 
 ATTENTION = {
@@ -25,6 +35,7 @@ FLASH_PACKAGE = "attention, flash-attn package"
 OURS = "C-GSPN"
 PAPER = "C-GSPN, the paper's sub-layer"
 PLAIN = "C-GSPN, plain pieces"
+VALUES = {"C-GSPN, values 3": 3.0, "C-GSPN, values 6": 6.0}
 EPILOGUES = ", fused MLP"
 
 
@@ -101,6 +112,10 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
         OURS: lambda: propagation(shape),
         PAPER: lambda: propagation(shape, paper_config(shape)),
         PLAIN: lambda: plain_pieces(shape),
+        **{
+            n: lambda v=v: propagation(shape, replace(valued(v), compression=shape.compression))  # type: ignore[misc]
+            for n, v in VALUES.items()
+        },
     }
     if kind not in mixers:
         raise ValueError(f"{name!r} is no contender; accepted: {', '.join(mixers)}")
@@ -121,7 +136,7 @@ def names(device: torch.device) -> list[str]:
     # the same MLP serves attention: what makes ours faster must not be what attention was denied
     same = ["attention, flash" + EPILOGUES] + (["attention, cuDNN" + EPILOGUES] if device.type == "cuda" else [])
     plain = [PLAIN] if device.type == "cuda" else []  # elsewhere ours is that
-    return [*found, *same, "GSPN", PAPER, *plain, OURS]
+    return [*found, *same, "GSPN", PAPER, *plain, *VALUES, OURS]
 
 
 class SeparateNormalisation(PropagationMixer):
