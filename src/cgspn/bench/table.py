@@ -1,8 +1,8 @@
 """The source's efficiency table on this machine: latency of the sub-layer and of the block, throughput and memory.
 
 Every contender has the same width, MLP and images; times of one size are taken interleaved, from CUDA graphs where
-kernels may be shorter than their launches (inference up to 2^18 tokens), so that they are the device's. What runs out of
-memory is a row that says so. Published figures (one A100) stand beside ours.
+kernels may be shorter than their launches (inference up to 2^18 tokens), so that they are the device's. What runs out
+of memory is a row that says so. Published figures (one A100) stand beside ours.
 """
 
 from __future__ import annotations
