@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -119,6 +120,35 @@ def test_memory_that_ends_halves_the_batch_of_one_process(tmp_path, monkeypatch)
         run_simulation(SimulationConfig(), tmp_path)
 
 
+def test_one_process_measures_captured_and_plain_steps_for_whom_it_may_concern(tmp_path, monkeypatch):
+    import cgspn.bench.scaling as bench
+
+    assert not bench.captured("stage 2 ddp", replace(TINY, compute=ComputeConfig(capture=True)), CPU)
+    monkeypatch.setattr(bench, "captured", lambda mode, config, device: mode.endswith("ddp"))
+    config = replace(TINY, modes=("stage 2 ddp", "stage 2 fsdp", "stage 1 ddp"))
+    saved = run(config, tmp_path, World(), say=lambda _: None)
+    kinds = [("stage 2", True), ("stage 2", False), ("stage 1", True)]
+    assert [(row["mode"], row["captured"]) for row in saved["rows"]] == kinds
+    assert [(row["mode"], row["captured"]) for row in saved["losses"]] == kinds
+    plain = settings_of(TINY, CPU)
+    assert settings_of(replace(TINY, compute=ComputeConfig(capture=True)), CPU) == plain  # of rows, not of the file
+
+
+def test_captured_steps_are_compared_with_captured_ones():
+    def row(mode, gpus, rate, **more):
+        times = {"step_ms": 1.0, "spread_ms": 0.0, "images/s": rate}
+        return {"mode": mode, "image": 378, "batch": 64, "gpus": gpus} | times | more
+
+    old = [row("stage 2", 1, 100.0), row("stage 2 fsdp", 2, 150.0)]  # of a file that does not know of captures
+    new = [row("stage 2", 1, 120.0, captured=True), row("stage 2 ddp", 2, 228.0, captured=True)]
+    rows = speed_rows({"rows": [*old, *new]})
+    assert [(r["mode"], r["captured"], r["GPUs"], r["efficiency"]) for r in rows] == [
+        *(("stage 2", "no", 1, 1.0), ("stage 2", "yes", 1, 1.0)),
+        *(("stage 2 ddp", "yes", 2, 0.95), ("stage 2 fsdp", "no", 2, 0.75)),
+    ]
+    assert "efficiency" not in speed_rows({"rows": [old[0], new[1]]})[1]
+
+
 @pytest.mark.slow
 def test_two_processes_are_measured_against_one(tmp_path):
     command = ["-m", "cgspn.cli", "bench", "scaling", "--out", str(tmp_path), "--commit", "abc"]
@@ -142,7 +172,7 @@ def test_two_processes_are_measured_against_one(tmp_path):
     assert all(row["efficiency"] == pytest.approx(row["speed-up"] / row["GPUs"]) for row in rows)
     assert all(row["communication"] is None for row in rows)  # no device to look at
     assert [row["equal"] for row in loss_rows(saved) if row["GPUs"] == 2] == ["yes"] * 4
-    assert all(len(row["totals"]) == 3 and row["totals"][-1] < row["totals"][0] for row in saved["losses"])
+    assert all(len(row["totals"]) == 5 and row["totals"][-1] < row["totals"][0] for row in saved["losses"])
     assert saved["links"][0]["all_reduce"] > 0
     text = (tmp_path / "scaling.md").read_text()
     assert "## links" in text
@@ -154,7 +184,12 @@ def test_two_processes_are_measured_against_one(tmp_path):
 def saved_of(step=400.0, spread=0.0, size=2.4e9):
     one = {"mode": "stage 2", "image": 378, "batch": 64, "gpus": 1, "step_ms": step, "spread_ms": spread}
     one |= {"bytes": size, "blocks": 27, "student": 0.75}
-    return {"rows": [one], "links": [{"gpus": 2, "all_reduce": 300e9, "all_gather": 250e9}]}
+    compute = {"blocks_per_unit": 3, "reshard_after_forward": False}
+    return {
+        "settings": {"compute": compute},
+        "rows": [one],
+        "links": [{"gpus": 2, "all_reduce": 300e9, "all_gather": 250e9}],
+    }
 
 
 def test_a_simulation_of_what_hides_is_perfect_and_of_what_does_not_is_not():
@@ -165,6 +200,23 @@ def test_a_simulation_of_what_hides_is_perfect_and_of_what_does_not_is_not():
     sent = 2 * 63 / 64 * 2.4e9 / 300e9  # eight cards of 50 GB/s are faster than the links within
     assert shown[0]["not hidden (ms)"] == pytest.approx(1e3 * sent)
     assert shown[0]["ms a step"] == pytest.approx(400 + 1e3 * sent)
+
+
+def test_a_simulation_knows_that_captured_steps_send_afterwards():
+    saved = saved_of()
+    saved["rows"].append(saved["rows"][0] | {"captured": True, "step_ms": 390.0})
+    rows = simulate(saved, SimulationConfig(gpus=(64,), hop=0))
+    assert [(row["mode"], row["captured"]) for row in rows] == [
+        *(("stage 2 ddp", "no"), ("stage 2 fsdp", "no"), ("stage 2 ddp", "yes")),
+    ]
+    assert [row["not hidden (ms)"] for row in rows[:2]] == [0, 0]
+    assert rows[2]["not hidden (ms)"] == pytest.approx(rows[2]["communication (ms)"])
+
+
+def test_a_simulation_of_units_that_stay_sends_less_and_less_often():
+    one = communication("stage 2 fsdp", 8, 1e9, 27, 300e9, SimulationConfig())
+    few = communication("stage 2 fsdp", 8, 1e9, 9, 300e9, SimulationConfig(), passes=2)
+    assert few < 2 / 3 * one
 
 
 def test_a_simulation_waits_for_the_slowest_and_for_slow_links():

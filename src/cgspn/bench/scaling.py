@@ -38,7 +38,7 @@ from .train import TrainBenchConfig, run_steps, unless_full
 Mode = Literal["stage 2 ddp", "stage 2 fsdp", "stage 1 ddp", "stage 1 placed"]
 MODES: tuple[Mode, ...] = ("stage 2 ddp", "stage 2 fsdp", "stage 1 ddp", "stage 1 placed")
 FILE = "scaling.json"
-WARM = 3  # steps before the clock starts: allocation, autotuning, compilation, buckets made anew
+WARM = 4  # steps before the clock starts: allocation, autotuning, compilation, new buckets, capture and first replay
 PROFILED = 2  # steps after those that are timed, on several GPUs
 INNER = ("bytes", "blocks", "student")  # what the simulation needs
 FULL = 0.92  # share of the memory beyond which a batch counts as too large: several GPUs need some that one does not
@@ -50,17 +50,18 @@ class ScalingConfig:
 
     Args:
         teacher, student: names of models of one depth and width.
-        modes: on one GPU those of a stage are the same.
+        modes: on one GPU those of a stage are the same, but for capture.
         sizes: of the images, in pixels.
         batches: images a GPU, one number for each size; halved on one GPU until they fit. Several GPUs take what one
             took, if that has been measured.
-        steps: that are timed, after three that are not.
+        steps: that are timed, after four that are not.
         check_size, check_batch, check_steps, check_rate: images in pixels, images a step on all GPUs together, steps
-            and learning rate of the run whose losses are compared.
+            and learning rate of the run whose losses are compared. A graph is replayed from the fourth step on.
         link: MiB of the buffers that links are measured with.
         seed: of weights and images.
         loss: what stage 2 minimises.
-        compute: precision, compilation, checkpointing.
+        compute: precision, compilation, checkpointing, units of FSDP2; with `capture`, DDP's steps are captured and
+            compared with captured ones of one GPU, and the others, which cannot be, with plain ones.
     """
 
     teacher: str = "vit_so400m_patch14_378"
@@ -71,7 +72,7 @@ class ScalingConfig:
     steps: int = 8
     check_size: int = 378
     check_batch: int = 16
-    check_steps: int = 3
+    check_steps: int = 5
     check_rate: float = 1e-4
     link: int = 256
     seed: int = 0
@@ -86,12 +87,18 @@ class ScalingConfig:
             raise ValueError(f"steps is {self.steps}; accepted: 2 or more")
 
 
+def captured(mode: str, config: ScalingConfig, device: torch.device) -> bool:
+    """Whether the steps of a mode are replayed as CUDA graphs: those of DDP, if that is wanted."""
+    return config.compute.capture and device.type == "cuda" and mode.endswith("ddp")
+
+
 def settings_of(config: ScalingConfig, device: torch.device) -> dict[str, Any]:
-    """What all rows of a file share, as JSON has it: not which modes, sizes and batches were measured so far."""
+    """What all rows of a file share, as JSON has it: not what was measured so far."""
     shared = asdict(config)
     for name in ("modes", "sizes", "batches"):
         shared.pop(name)
-    shared["compute"].pop("parallel")
+    for name in ("parallel", "capture"):  # each row says
+        shared["compute"].pop(name)
     shared["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     shared["torch"] = torch.__version__
     same: dict[str, Any] = json.loads(json.dumps(shared))
@@ -141,12 +148,12 @@ class Bench:
         return cls(config, world, teacher.eval().requires_grad_(False), student, start)
 
     @contextmanager
-    def ready(self, mode: str) -> Iterator[tuple[DistillTask | SublayerTask, ComputeConfig]]:
+    def ready(self, mode: str, replayed: bool) -> Iterator[tuple[DistillTask | SublayerTask, ComputeConfig]]:
         """The task of a mode at its beginning, spread over the processes for the time of the context."""
         torch.manual_seed(self.config.seed + 1)
         self.student.load_state_dict(self.start)
         parallel: Any = mode.split()[2] if self.world.size > 1 else "ddp"
-        compute = replace(self.config.compute, parallel=parallel)
+        compute = replace(self.config.compute, parallel=parallel, capture=replayed)
         task: DistillTask | SublayerTask
         with self.world.device:
             if mode.startswith("stage 2"):
@@ -158,7 +165,7 @@ class Bench:
         with prepared(task, self.teacher, self.student, compute, self.world):
             yield task, compute
 
-    def losses(self, mode: str) -> dict[str, Any]:
+    def losses(self, mode: str, replayed: bool) -> dict[str, Any]:
         """The total loss of each of some steps on a batch that is the same for any number of processes."""
         config, size = self.config, self.config.check_size
         random = torch.Generator().manual_seed(config.seed)
@@ -169,17 +176,17 @@ class Bench:
         optim = OptimConfig(
             steps=config.check_steps, batch_size=config.check_batch, learning_rate=config.check_rate, seed=config.seed
         )
-        with self.ready(mode) as (task, compute):
+        with self.ready(mode, replayed) as (task, compute):
             history = train(task, lambda _: repeat(own), optim, mode, compute=compute)
-        row = {"mode": mode, "gpus": self.world.size, "image": size, "batch": config.check_batch}
+        row = {"mode": mode, "gpus": self.world.size, "captured": replayed, "image": size, "batch": config.check_batch}
         return row | {"totals": history.curve("total")}
 
-    def speed(self, mode: str, size: int, batch: int) -> dict[str, Any] | None:
+    def speed(self, mode: str, replayed: bool, size: int, batch: int) -> dict[str, Any] | None:
         """A row: steps timed and, on several GPUs, profiled. On one GPU None if the memory does not suffice.
 
         On several GPUs raises ValueError for that: some may be in the middle of a step.
         """
-        with self.ready(mode) as (task, compute):
+        with self.ready(mode, replayed) as (task, compute):
             return self._speed(task, compute, mode, size, batch)
 
     def _speed(
@@ -207,6 +214,7 @@ class Bench:
         trained = [p for p in task.parameters() if p.requires_grad]
         sent = 4 * sum(p.numel() for p in trained)
         row: dict[str, Any] = {"mode": mode, "image": size, "batch": batch, "gpus": world.size}
+        row["captured"] = compute.capture
         row |= {"bytes": sent, "blocks": self.student.config.depth}
         if cuda:
             torch.cuda.reset_peak_memory_stats(world.device)
@@ -236,12 +244,13 @@ class Bench:
             row["student"] = 1 - forward_flops(self.teacher.config, (size, size)) / task.flops((size, size))
         return row
 
-    def fitting(self, mode: str, size: int, batch: int) -> dict[str, Any]:
+    def fitting(self, mode: str, replayed: bool, size: int, batch: int) -> dict[str, Any]:
         """As `speed`, with the batch halved until it fits; a row without times if one image does not."""
-        while (row := self.speed(mode, size, batch)) is None:
+        while (row := self.speed(mode, replayed, size, batch)) is None:
             free(self.world.device)
             if batch == 1:
-                return {"mode": mode, "image": size, "batch": 1, "gpus": self.world.size, "note": "out of memory"}
+                row = {"mode": mode, "image": size, "batch": 1, "gpus": self.world.size, "captured": replayed}
+                return row | {"note": "out of memory"}
             batch //= 2
         return row
 
@@ -272,25 +281,27 @@ def run(
     barrier()  # all have read the file before the first row changes it
     if world.size > 1:
         keep("links", {"gpus": world.size, **link_rates(world.device, config.link * 2**20)}, ("gpus",))
-    modes = config.modes if world.size > 1 else tuple(dict.fromkeys(stage_of(mode) for mode in config.modes))
-    for mode in modes:
-        keep("losses", bench.losses(mode), ("mode", "gpus"))
+    wanted: list[tuple[str, bool]] = [(mode, captured(mode, config, world.device)) for mode in config.modes]
+    if world.size == 1:
+        wanted = list(dict.fromkeys((stage_of(mode), replayed) for mode, replayed in wanted))
+    for mode, replayed in wanted:
+        keep("losses", bench.losses(mode, replayed), ("mode", "gpus", "captured"))
         if config.compute.compile:
             torch._dynamo.reset()
         for size, batch in zip(config.sizes, config.batches):
-            keys = {"mode": stage_of(mode), "image": size, "gpus": 1}
+            keys = {"mode": stage_of(mode), "image": size, "gpus": 1, "captured": replayed}
             alone = next((row for row in saved["rows"] if keys.items() <= row.items()), None)
             if world.size == 1:
-                row = bench.fitting(mode, size, batch)
+                row = bench.fitting(mode, replayed, size, batch)
             elif alone is not None and "step_ms" not in alone:
                 row = {**alone, "mode": mode, "gpus": world.size}
             else:
                 if alone and alone["batch"] != batch and world.rank == 0:
                     say(f"{mode}, {size} px: {alone['batch']} images a GPU, as one GPU took, not {batch}")
-                measured = bench.speed(mode, size, alone["batch"] if alone else batch)
+                measured = bench.speed(mode, replayed, size, alone["batch"] if alone else batch)
                 assert measured is not None
                 row = measured
             if config.compute.compile:
                 torch._dynamo.reset()  # every shape compiles for itself, and dynamo keeps only a few
-            keep("rows", row, ("mode", "image", "gpus"))
+            keep("rows", row, ("mode", "image", "gpus", "captured"))
     return saved

@@ -13,7 +13,9 @@ TOLERANCES = {"bfloat16": 1e-3, "float32": 1e-5}  # relative, of losses: sums ha
 WEAK, PLACED = 0.94, 0.9  # targets: efficiency on 2 GPUs, and that of placed blocks on any number
 
 HOW = """The batch of a GPU is constant. ms a step: mean, of the slowest process; ±: standard deviation of the first's.
-Efficiency: images/s over those of one GPU times their number, of the same stage, size and batch. Communication: share
+Captured: forward and backward are replayed as a CUDA graph, which FSDP2's and placed blocks' cannot be. Efficiency:
+images/s over those of one GPU times their number, of the same stage, size and batch, captured or not alike;
+communication of captured steps comes after backward and hides behind nothing. Communication: share
 of the wall time of two more steps, under a profiler, with a kernel of NCCL running, waiting for the slowest included;
 exposed: in which nothing else does; means over processes. Memory: the largest peak of a process; the frozen teacher is
 whole on every GPU, and so is, beside FSDP's shards, the student that they came from.
@@ -25,18 +27,29 @@ def stage_of(mode: str) -> str:
     return mode[:7]
 
 
+def is_captured(row: Mapping[str, Any]) -> bool:
+    """Whether a row's steps were replayed; files from before there was a choice do not say."""
+    return bool(row.get("captured", False))
+
+
 def speed_rows(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every measured row beside one GPU's of the same stage, size and batch."""
+    """Every measured row beside one GPU's of the same stage, size and batch, captured or not alike."""
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return stage_of(row["mode"]), row["image"], row["mode"], is_captured(row), row["gpus"]
+
     rows = []
-    for row in sorted(saved["rows"], key=lambda row: (stage_of(row["mode"]), row["image"], row["mode"], row["gpus"])):
-        shown = {"mode": row["mode"], "image": row["image"], "batch a GPU": row["batch"], "GPUs": row["gpus"]}
+    for row in sorted(saved["rows"], key=place):
+        shown = {"mode": row["mode"], "captured": "yes" if is_captured(row) else "no"}
+        shown |= {"image": row["image"], "batch a GPU": row["batch"], "GPUs": row["gpus"]}
         if "step_ms" not in row:
             rows.append(shown | {"note": row["note"]})
             continue
         rate = row["images/s"]
         shown |= {"ms a step": row["step_ms"], "± (ms)": row["spread_ms"], "images/s": rate}
         alone = {"mode": stage_of(row["mode"]), "image": row["image"], "batch": row["batch"], "gpus": 1}
-        base = next((one["images/s"] for one in saved["rows"] if alone.items() <= one.items() and "step_ms" in one), 0)
+        same = (one for one in saved["rows"] if alone.items() <= one.items() and is_captured(one) == is_captured(row))
+        base = next((one["images/s"] for one in same if "step_ms" in one), 0)
         if base:
             shown |= {"speed-up": rate / base, "efficiency": rate / base / row["gpus"]}
             target = target_of(row["mode"], row["gpus"])
@@ -58,11 +71,13 @@ def loss_rows(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The losses of every number of GPUs against one's: the largest relative difference, and whether it is allowed."""
     tolerance = TOLERANCES[saved["settings"]["compute"]["precision"]]
     rows = []
-    for row in sorted(saved["losses"], key=lambda row: (row["mode"], row["gpus"])):
-        shown = {"mode": row["mode"], "GPUs": row["gpus"], "image": row["image"], "batch of all": row["batch"]}
+    for row in sorted(saved["losses"], key=lambda row: (row["mode"], is_captured(row), row["gpus"])):
+        shown = {"mode": row["mode"], "captured": "yes" if is_captured(row) else "no", "GPUs": row["gpus"]}
+        shown |= {"image": row["image"], "batch of all": row["batch"]}
         shown["losses"] = ", ".join(f"{total:.6g}" for total in row["totals"])
         alone = {"mode": stage_of(row["mode"]), "gpus": 1}
-        base = next((one["totals"] for one in saved["losses"] if alone.items() <= one.items()), None)
+        same = (one for one in saved["losses"] if alone.items() <= one.items() and is_captured(one) == is_captured(row))
+        base = next((one["totals"] for one in same), None)
         if base is not None and row["gpus"] > 1:
             apart = max(abs(a - b) / abs(b) for a, b in zip(row["totals"], base, strict=True))
             shown |= {"relative difference": f"{apart:.1e}", "tolerance": f"{tolerance:.0e}"}
@@ -115,7 +130,8 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     lines: dict[str, dict[int, float]] = {}
     for row in rows:
         if "efficiency" in row and row["GPUs"] > 1:
-            lines.setdefault(f"{row['mode']}, {row['image']} px", {1: 1.0})[row["GPUs"]] = row["efficiency"]
+            name = f"{row['mode']}{', captured' if row['captured'] == 'yes' else ''}, {row['image']} px"
+            lines.setdefault(name, {1: 1.0})[row["GPUs"]] = row["efficiency"]
     for name, line in lines.items():
         axes.plot(list(line), list(line.values()), "o-", label=name)
     axes.axhline(WEAK, color="black", linestyle=":", linewidth=1)

@@ -7,12 +7,13 @@ A step on n GPUs takes
 - t(1), sigma: mean and standard deviation of a step on one GPU. The middle term is what the slowest of n normal times
   is later than their mean, for large n; every step waits for it.
 - c(n) = moved (n - 1) / n x bytes / bandwidth + collectives x hops x latency. "ddp" moves gradients by all-reduce,
-  2 x bytes, in buckets of 25 MiB; "fsdp" gathers weights in forward and in backward and scatters gradients, 3 x bytes,
-  three collectives a block. bytes: all trained weights in float32.
+  2 x bytes, in buckets of 25 MiB; "fsdp" gathers weights in forward, and in backward if they are let go, and scatters
+  gradients: 2 or 3 x bytes, as many collectives a unit of blocks. bytes: all trained weights in float32.
 - bandwidth: the bus bandwidth measured in a node or, if the GPUs fill several, at most what the network cards of a node
   make together, since a ring in each of its GPUs leaves a node by a card of its own.
 - hops: n - 1 in a ring (fsdp); two ways through a node and a binary tree over nodes (ddp).
-- window: the part of t(1) that a collective can hide behind: backward (ddp), all of the student's (fsdp).
+- window: the part of t(1) that a collective can hide behind: backward (ddp; nothing of a captured step, whose gradients
+  move after it), all of the student's (fsdp, which is never captured).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from .results import table, write
-from .scaling_report import report
+from .scaling_report import is_captured, report
 
 BUCKET = 25 * 2**20  # bytes, DistributedDataParallel's
 STAGE_2 = {"stage 2 ddp": "all_reduce", "stage 2 fsdp": "all_gather"}
@@ -61,8 +62,13 @@ class SimulationConfig:
             raise ValueError(f"gpus is {self.gpus}; accepted: 1 or more each")
 
 
-def communication(mode: str, n: int, size: float, blocks: int, bandwidth: float, config: SimulationConfig) -> float:
-    """Seconds of a step's collectives on n GPUs, c(n) above. size: bytes; bandwidth: bytes a second in a node."""
+def communication(
+    mode: str, n: int, size: float, units: int, bandwidth: float, config: SimulationConfig, passes: int = 3
+) -> float:
+    """Seconds of a step's collectives on n GPUs, c(n) above.
+
+    size: bytes; units: of blocks, and passes: how often they move, in FSDP2; bandwidth: bytes a second in a node.
+    """
     nodes = math.ceil(n / config.node)
     within = min(n, config.node)
     if nodes > 1:
@@ -71,7 +77,7 @@ def communication(mode: str, n: int, size: float, blocks: int, bandwidth: float,
         moved, collectives = 2, math.ceil(size / BUCKET)
         hops = 2 * (within - 1 + math.ceil(math.log2(nodes)))
     else:
-        moved, collectives, hops = 3, 3 * (blocks + 1), n - 1
+        moved, collectives, hops = passes, passes * (units + 1), n - 1
     return moved * (n - 1) / n * size / bandwidth + collectives * hops * config.hop * 1e-6
 
 
@@ -85,16 +91,26 @@ def simulate(saved: Mapping[str, Any], config: SimulationConfig) -> list[dict[st
     if not alone or not links:
         raise ValueError("scaling.json lacks steps of stage 2 on 1 GPU, or links of several; expected both measured")
     link = max(links, key=lambda link: link["gpus"])
+    compute = saved["settings"]["compute"]  # files from before there was a choice: single blocks, let go
+    per_unit, passes = compute.get("blocks_per_unit", 1), 3 if compute.get("reshard_after_forward", True) else 2
     rows = []
     for one in alone:
-        same = [row for row in saved["rows"] if (row["image"], row["batch"]) == (one["image"], one["batch"])]
+        replayed = is_captured(one)
+        same = [
+            row
+            for row in saved["rows"]
+            if (row["image"], row["batch"], is_captured(row)) == (one["image"], one["batch"], replayed)
+        ]
         for mode, collective in STAGE_2.items():
+            if replayed and mode != "stage 2 ddp":
+                continue
             measured = {row["gpus"]: row for row in same if row["mode"] == mode and "step_ms" in row}
             for n in sorted({*measured, *config.gpus} - {1}):
                 step, sent = one["step_ms"] * 1e-3, communication(
-                    mode, n, one["bytes"], one["blocks"], link[collective], config
+                    mode, n, one["bytes"], math.ceil(one["blocks"] / per_unit), link[collective], config, passes
                 )  # fmt: skip
-                window = step * one["student"] * (config.backward if mode == "stage 2 ddp" else 1)
+                share = config.backward if mode == "stage 2 ddp" else 1
+                window = 0 if replayed else step * one["student"] * share
                 exposed = max(0.0, sent - config.overlap * window)
                 jitter = one["spread_ms"] * 1e-3 * math.sqrt(2 * math.log(n))
                 then = step + jitter + exposed
@@ -102,6 +118,7 @@ def simulate(saved: Mapping[str, Any], config: SimulationConfig) -> list[dict[st
                 rows.append(
                     {
                         "mode": mode,
+                        "captured": "yes" if replayed else "no",
                         "image": one["image"],
                         "batch a GPU": one["batch"],
                         "GPUs": n,
@@ -128,7 +145,8 @@ def assumptions(saved: Mapping[str, Any], config: SimulationConfig) -> dict[str,
         "between nodes": f"{config.between:g} GB/s for each GPU, {config.node * config.between:g} GB/s a node, "
         f"{config.hop:g} us a hop",
         "hidden": f"communication behind {config.overlap:.0%} of backward, {config.backward:.0%} of the student's time "
-        "(ddp), or of all of the student's time (fsdp); the teacher's share of a step by FLOP hides nothing",
+        "(ddp), or of all of the student's time (fsdp); the teacher's share of a step by FLOP hides nothing, and "
+        "nothing hides what captured steps send",
         "waiting": "steps vary as one GPU's did, normally, each GPU for itself",
     }
 
