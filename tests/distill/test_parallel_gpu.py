@@ -83,3 +83,13 @@ def test_a_run_goes_on_with_the_gpu_that_is_left(alone, parallel, tmp_path):
     close(loaded(alone), loaded(out))
     lines = same_order(alone, out)
     assert [line["step"] for line in lines if line["of"] == 1 and line["size"] == 28] == [2, 3]
+
+
+@pytest.mark.parametrize("compute", [{"capture": True}, {"parallel": "fsdp", "blocks_per_unit": 2}])
+def test_two_gpus_learn_what_one_does(tmp_path, compute):
+    """Captured steps with gradients averaged after them, and units of blocks, in two parts a step without captions."""
+    settings = {"device": DEVICE, "steps": 8, "accumulate": 2}
+    for name, processes, more in (("one", 1, {}), ("two", 2, compute)):
+        done = start(tmp_path / f"{name}.json", processes, **settings, **more)
+        assert done.returncode == 0, done.stderr[-3000:]
+    close(loaded(tmp_path / "one.json"), loaded(tmp_path / "two.json"))

@@ -10,10 +10,24 @@ from torch import Tensor, nn
 
 from .config import OptimConfig
 from .muon import BatchedMuon
+from .parallel import own_parts
 from .tasks import Task
 
 BETAS = (0.9, 0.98)
 EMBEDDING = "patch_embed.projection.weight"
+
+
+class ShardedAdamW(torch.optim.AdamW):
+    """AdamW on each process's part of sharded parameters: the same, but for what a DTensor costs the host.
+
+    A step of 900 small ones took a processor 22 ms, and 8 ms by their parts; a device has nothing to do meanwhile.
+    """
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        complicated: bool = super()._init_group(group, *lists)  # type: ignore[misc, no-untyped-call]
+        for tensors in lists:  # parameters, gradients, state
+            tensors[:] = own_parts(tensors)
+        return complicated
 
 
 class Optimizers:
@@ -73,10 +87,10 @@ def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:
         raise ValueError("the task has no parameters to train")
     fused = (matrices or rest)[0]["params"][0].is_cuda
     if config.optimizer == "adamw":
-        return Optimizers(torch.optim.AdamW(matrices + rest, betas=BETAS, fused=fused))
+        return Optimizers(ShardedAdamW(matrices + rest, betas=BETAS, fused=fused))
     parts: list[torch.optim.Optimizer] = []
     if matrices:
         parts.append(BatchedMuon(matrices))
     if rest:
-        parts.append(torch.optim.AdamW(rest, betas=BETAS, fused=fused))
+        parts.append(ShardedAdamW(rest, betas=BETAS, fused=fused))
     return Optimizers(*parts)

@@ -212,6 +212,12 @@ def sync_gradients(module: nn.Module, wanted: bool) -> None:
         module.set_requires_gradient_sync(wanted)
 
 
+@torch.no_grad()
+def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """This process's parts of sharded tensors, in the same memory; others as they are. Without gradients."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor put together on every process; others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

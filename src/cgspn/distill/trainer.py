@@ -18,7 +18,7 @@ from .flops import peak_of
 from .garbage import Garbage
 from .gradients import CapturedGradients, Gradients
 from .optimizers import Optimizers, build_optimizer
-from .parallel import average_gradients, equalise, over_ranks, spread_task, whole, world_size
+from .parallel import average_gradients, equalise, over_ranks, own_parts, spread_task, world_size
 from .snapshots import Snapshots
 from .tasks import Task
 from .throughput import Throughput
@@ -134,8 +134,7 @@ def train(
                 if world_size() == 1:  # alone: others may be in the middle of the step
                     keep(step)
                 raise DivergedError(f"{title}: {error}, at step {step}") from error
-            norm = gradient_norm(parameters, task)
-            nn.utils.clip_grads_with_norm_(parameters, config.clip, norm)
+            norm = clip_gradients(parameters, task, config.clip)
             garbage.after_launch()
             # one wait for the device a step
             *means, length = torch.cat([over_ranks(values, task.reduction), norm.reshape(1)]).tolist()
@@ -146,7 +145,7 @@ def train(
                 raise DivergedError(f"{title}: {', '.join(bad) or 'the gradient'} is not finite at step {step}")
             optimizer.step()
             if average:
-                torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - config.ema)
+                torch._foreach_lerp_(own_parts(average), [p.detach() for p in own_parts(parameters)], 1 - config.ema)
             record = {"step": step, "lr": config.learning_rate * factor, "gradient": length, **record}
             history.steps.append(record if detailed(step, config.steps) else without_blocks(record))
             if watch is not None:
@@ -194,11 +193,16 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
     return replace(batch, **changed)
 
 
-def gradient_norm(parameters: list[nn.Parameter], task: Task) -> Tensor:
-    """The norm of the gradient of the whole run, wherever its parts are: a scalar on the parameters' device."""
-    norm = whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-    if task.reduction == "sum":  # every process has gradients of its own
+def clip_gradients(parameters: list[nn.Parameter], task: Task, most: float) -> Tensor:
+    """Scale the gradient of the whole run, wherever its parts are, to a norm of at most `most`.
+
+    Returns the norm before, a scalar on the parameters' device.
+    """
+    gradients = own_parts(p.grad for p in parameters if p.grad is not None)
+    norm = nn.utils.get_total_norm(gradients)
+    if task.sharded or task.reduction == "sum":  # every process has gradients of its own
         norm = over_ranks(norm.square(), "sum").sqrt()
+    torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1))
     return norm
 
 
