@@ -81,6 +81,21 @@ def test_sizes_between_the_measured_fill_the_machine_once(grid: int, batch: int,
     assert waves / -(-waves // 1) >= 0.7
 
 
+SETS = [
+    # backward, batch, grid: 4 x 96 channels in sets of eight with a forget gate
+    (False, 32, 74, Cut(8, 6, 1, 1)),
+    (False, 32, 147, Cut(8, 4, 1, 1)),
+    (True, 32, 74, Cut(8, 12, 1, 2, 2, halo=4)),
+    (True, 32, 147, Cut(8, 12, 1, 2, 4, halo=4)),
+    (True, 128, 16, Cut(8, 12, 1, 2)),
+]
+
+
+@pytest.mark.parametrize(("backward", "batch", "grid", "cut"), SETS, ids=str)
+def test_sets_of_parameters_are_cut_as_was_measured_fast(backward: bool, batch: int, grid: int, cut: Cut) -> None:
+    assert choose(Problem(backward, True, 2, batch, 96, 4, grid, 16, 8, True), HOPPER) == cut
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_line_scan_is_cut_as_was_measured_fastest(backward: bool) -> None:
     p = Problem(backward, False, 4, 16, 8, 1, 1024, 16)

@@ -135,10 +135,10 @@ def _vectors(p: Problem) -> Iterator[int]:
 
 def _lanes(p: Problem, vec: int, run: int) -> int:
     """Vectors that make runs of about `run` bytes, no more than the channels have and the same for all groups."""
-    lanes = 1
-    while lanes * 2 * vec * p.itemsize <= run and lanes * 2 * vec <= p.channels:
-        lanes *= 2
     vectors = -(-p.channels // vec)
+    lanes = 1
+    while lanes * 2 * vec * p.itemsize <= run and (lanes * 2 * vec <= p.channels or lanes < vectors and p.share > 1):
+        lanes *= 2
     return -(-vectors // -(-vectors // lanes))
 
 
@@ -153,7 +153,14 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
     wide = vectors[0]
     enough = machine.processors * 7 // 10
     clusters = machine.clusters and p.longest >= 64
-    for run in (128, 64, 32):
+    # Of sets of parameters a thread reads and writes single ones: its neighbours fill the sector, so backward wants them
+    # side by side, 0.57 ms instead of 0.79 at B = 32, 74x74, 4 x 96 channels; forward rather whole lines than such runs.
+    if p.share > 1 and not p.backward:
+        for run in (128, 64):
+            cut = _whole(p, machine, wide, run)
+            if cut is not None and cut.blocks(p) >= enough:
+                return cut
+    for run in (256, 128, 64, 32) if p.share > 1 and p.backward else (128, 64, 32):
         for split in (1, 2, 4, 8) if clusters else (1,):
             if split > 2 and p.longest // split < 25:
                 continue
