@@ -135,9 +135,9 @@ def train(
                     keep(step)
                 raise DivergedError(f"{title}: {error}, at step {step}") from error
             norm = clip_gradients(parameters, task, config.clip)
+            shown = torch.cat([over_ranks(values, task.reduction), norm.reshape(1)])
             garbage.after_launch()
-            # one wait for the device a step
-            *means, length = torch.cat([over_ranks(values, task.reduction), norm.reshape(1)]).tolist()
+            *means, length = shown.tolist()  # one wait for the device a step
             record = dict(zip(gradients.names, means, strict=True))
             bad = [name for name, value in record.items() if not math.isfinite(value)]
             if bad or not math.isfinite(length):
@@ -156,6 +156,7 @@ def train(
             if snapshots is not None and snapshots.due(step + 1) and step + 1 < config.steps:
                 garbage.at_snapshot()
                 snapshots.save(step + 1, _state(task, optimizer, average), history.steps)
+    optimizer.zero_grad()  # those of a graph would hold its memory
     history.throughput = clock.summary()
     with torch.no_grad():
         for parameter, mean in zip(parameters, average):
