@@ -80,5 +80,5 @@ def test_a_cache_of_images_that_change_is_refused():
     teacher = encoder()
     config = DistillConfig(compute=ComputeConfig(teacher_cache=1))
     images = load_embedded("train").subset(torch.arange(64))
-    with pytest.raises(ValueError, match="teacher_cache is on, but student, stage 1 crops at random"):
+    with pytest.raises(ValueError, match="teacher_cache is on, but student, stage 1 crops or blends at random"):
         distil(teacher, convert(teacher, compression=4), images, config)

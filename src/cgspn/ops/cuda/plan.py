@@ -137,7 +137,7 @@ def _lanes(p: Problem, vec: int, run: int) -> int:
     """Vectors that make runs of about `run` bytes, no more than the channels have and the same for all groups."""
     vectors = -(-p.channels // vec)
     lanes = 1
-    while lanes * 2 * vec * p.itemsize <= run and (lanes * 2 * vec <= p.channels or lanes < vectors and p.share > 1):
+    while lanes * 2 * vec * p.itemsize <= run and (lanes * 2 * vec <= p.channels or (p.share > 1 and lanes < vectors)):
         lanes *= 2
     return -(-vectors // -(-vectors // lanes))
 
@@ -153,8 +153,8 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
     wide = vectors[0]
     enough = machine.processors * 7 // 10
     clusters = machine.clusters and p.longest >= 64
-    # Of sets of parameters a thread reads and writes single ones: its neighbours fill the sector, so backward wants them
-    # side by side, 0.57 ms instead of 0.79 at B = 32, 74x74, 4 x 96 channels; forward rather whole lines than such runs.
+    # Of sets of parameters a thread reads and writes single ones: its neighbours fill the sector, so backward wants
+    # them side by side, 0.57 ms instead of 0.79 at B = 32, 74x74, 4 x 96 channels; forward rather wants whole lines.
     if p.share > 1 and not p.backward:
         for run in (128, 64):
             cut = _whole(p, machine, wide, run)
