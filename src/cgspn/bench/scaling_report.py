@@ -14,11 +14,12 @@ WEAK, PLACED = 0.94, 0.9  # targets: efficiency on 2 GPUs, and that of placed bl
 
 HOW = """The batch of a GPU is constant. ms a step: mean, of the slowest process; ±: standard deviation of the first's.
 Captured: forward and backward are replayed as a CUDA graph, which FSDP2's and placed blocks' cannot be. Efficiency:
-images/s over those of one GPU times their number, of the same stage, size and batch, captured or not alike;
-communication of captured steps comes after backward and hides behind nothing. Communication: share
-of the wall time of two more steps, under a profiler, with a kernel of NCCL running, waiting for the slowest included;
-exposed: in which nothing else does; means over processes. Memory: the largest peak of a process; the frozen teacher is
-whole on every GPU, and so is, beside FSDP's shards, the student that they came from.
+images/s over those of one GPU times their number, of the same stage, size and batch, captured or not alike; of the
+fastest: over the faster of captured and plain steps of one GPU, which the targets are held against. Communication of
+captured steps comes after backward and hides behind nothing. Communication: share of the wall time of two more steps,
+under a profiler, with a kernel of NCCL running, waiting for the slowest included; exposed: in which nothing else does;
+means over processes. Memory: the largest peak of a process; the frozen teacher is whole on every GPU, and so is,
+beside FSDP's shards, the student that they came from.
 Communication and memory are blank without GPUs. The targets are this project's, for SO400M on H100s."""
 
 
@@ -48,13 +49,17 @@ def speed_rows(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
         rate = row["images/s"]
         shown |= {"ms a step": row["step_ms"], "± (ms)": row["spread_ms"], "images/s": rate}
         alone = {"mode": stage_of(row["mode"]), "image": row["image"], "batch": row["batch"], "gpus": 1}
-        same = (one for one in saved["rows"] if alone.items() <= one.items() and is_captured(one) == is_captured(row))
-        base = next((one["images/s"] for one in same if "step_ms" in one), 0)
-        if base:
-            shown |= {"speed-up": rate / base, "efficiency": rate / base / row["gpus"]}
+        bases = {
+            is_captured(one): one["images/s"]
+            for one in saved["rows"]
+            if alone.items() <= one.items() and "step_ms" in one
+        }
+        if base := bases.get(is_captured(row)):
+            of_fastest = rate / max(bases.values()) / row["gpus"]
+            shown |= {"speed-up": rate / base, "efficiency": rate / base / row["gpus"], "of the fastest": of_fastest}
             target = target_of(row["mode"], row["gpus"])
             if target is not None:
-                shown["target"] = f"{target:.0%}: {'met' if shown['efficiency'] >= target else 'missed'}"
+                shown["target"] = f"{target:.0%}: {'met' if of_fastest >= target else 'missed'}"
         shown |= {"communication": row.get("communication"), "exposed": row.get("exposed")}
         rows.append(shown | {"peak memory (GiB)": row.get("peak memory (GiB)")})
     return rows
