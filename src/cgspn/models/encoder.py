@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -45,6 +45,14 @@ def build_mixer(config: EncoderConfig, layer: int) -> Mixer:
     if config.mixers[layer] == "attention":
         return AttentionMixer(config.width, config.attention)
     return PropagationMixer(config.width, config.propagation)
+
+
+def recomputed(function: Callable[[Tensor, Grid], Any], tokens: Tensor, grid: Grid) -> Any:
+    """What a block makes of tokens [B, N, C], its activations made again in backward.
+
+    Nothing in a block is random: generators are not asked for their state, which a CUDA graph could not tell.
+    """
+    return checkpoint(function, tokens, grid, use_reentrant=False, preserve_rng_state=False)
 
 
 class Encoder(TimmContract):
@@ -130,7 +138,7 @@ class Encoder(TimmContract):
     def run_block(self, block: Block, tokens: Tensor, grid: Grid) -> Tensor:
         """One block, with activation checkpointing if that is on."""
         if self.checkpointing and torch.is_grad_enabled():
-            out: Tensor = checkpoint(block, tokens, grid, use_reentrant=False)
+            out: Tensor = recomputed(block, tokens, grid)
             return out
         result: Tensor = block(tokens, grid)
         return result
@@ -138,7 +146,7 @@ class Encoder(TimmContract):
     def run_tapped(self, block: Block, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """One block's output and its mixing branch, with activation checkpointing if that is on."""
         if self.checkpointing and torch.is_grad_enabled():
-            out: tuple[Tensor, Tensor] = checkpoint(block.tapped, tokens, grid, use_reentrant=False)
+            out: tuple[Tensor, Tensor] = recomputed(block.tapped, tokens, grid)
             return out
         return block.tapped(tokens, grid)
 
