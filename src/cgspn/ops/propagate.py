@@ -72,10 +72,10 @@ def propagate_2d(
     checks.check_like(x, logits=logits, lam=lam, u=u, **gates)
     b, h, w, c = *x.shape[:3], x.shape[-1]
     sets = checks.check_sets(lam, c)
-    checks.check_shape("logits", logits, (b, h, w, len(codes), 3, sets), "[B, H, W, D, 3, C]")
-    checks.check_shape("lam", lam, (b, h, w, len(codes), sets), "[B, H, W, D, C]")
-    for name, t in {"u": u, **gates}.items():
-        checks.check_shape(name, t, (b, h, w, len(codes), sets), "[B, H, W, D, C]")
+    last = "C" if sets == c else "G"
+    checks.check_shape("logits", logits, (b, h, w, len(codes), 3, sets), f"[B, H, W, D, 3, {last}]")
+    for name, t in {"lam": lam, "u": u, **gates}.items():
+        checks.check_shape(name, t, (b, h, w, len(codes), sets), f"[B, H, W, D, {last}]")
     checks.check_mask(x, mask)
     if merge not in ("sum", "none"):
         raise ValueError(f"merge is {merge!r}; accepted: 'sum', 'none'")
