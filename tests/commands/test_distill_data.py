@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cgspn.commands.distill import Distill
+from cgspn.commands.distill import Distill, progress_of
 from cgspn.data import LoaderConfig, load_embedded
 from cgspn.distill import ComputeConfig, LossConfig, OptimConfig
 from cgspn.distill.presets import EMBEDDED
@@ -110,3 +110,12 @@ def test_a_run_without_captions_cannot_be_contrastive(tmp_path, shards):
         Image.new("RGB", (30, 30)).save(tmp_path / "flat" / f"{i}.png")
     with pytest.raises(ValueError, match=r"flat.*cannot be used.*no caption \(looked for \.txt"):
         distill("run", "flat")
+
+
+def test_a_run_that_goes_on_says_from_where(tmp_path):
+    assert progress_of(tmp_path) == ""
+    (tmp_path / "stages/0").mkdir(parents=True)
+    (tmp_path / "stages/0/losses.json").write_text("[]")
+    (tmp_path / "snapshots/1/00000040").mkdir(parents=True)
+    (tmp_path / "snapshots/1/00000044").mkdir()
+    assert progress_of(tmp_path) == "1 stage done, stage 2 from step 44"

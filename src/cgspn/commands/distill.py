@@ -23,6 +23,7 @@ from ..data.source import EMBEDDED
 from ..distill import DistillConfig, ImageSetFeed, SampleFeed, World, distil, gather_objects, join_world
 from ..distill.events import EventWatch, require_tensorboard
 from ..distill.presets import PRESETS
+from ..distill.snapshots import Snapshots
 from ..distill.stages import Watcher
 from ..distill.trainer import Watch
 from ..layers import valued
@@ -95,6 +96,8 @@ class Distill:
                 say_skipped(feed.source.problems, world)
                 settings["source"] = {"images": len(feed.source), "digest": feed.source.digest()}
             check_same_run(out, settings, world)
+            if world.rank == 0 and (begun := progress_of(out)):
+                console.print(f"going on with the run in {out}: {begun}", soft_wrap=True, markup=False)
             teacher = load_model(self.teacher).to(world.device)
             encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
             torch.manual_seed(self.config.stage1.seed)
@@ -161,8 +164,7 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
     wanted = json.loads(json.dumps(settings, default=str))
     wanted["config"].pop("compute")
     wanted.pop("loader")
-    begun = any((out / "stages").glob("*/losses.json")) or any((out / "snapshots").glob("*/*"))
-    if path.exists() and begun:
+    if path.exists() and progress_of(out):
         found = json.loads(path.read_text())
         if found != wanted:
             changed = ", ".join(sorted(differences(found, wanted)))
@@ -172,6 +174,15 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
             )
     elif world.rank == 0:
         write_atomically(path, json.dumps(wanted, indent=1) + "\n")
+
+
+def progress_of(out: Path) -> str:
+    """What an unfinished run in `out` has done, in words; "" if nothing that could be gone on with."""
+    done = sorted(int(path.parent.name) for path in (out / "stages").glob("*/losses.json"))
+    said = [f"{len(done)} {'stage' if len(done) == 1 else 'stages'} done"] if done else []
+    under_way = [folder for folder in sorted((out / "snapshots").glob("[0-9]*")) if int(folder.name) not in done]
+    newest = [(int(folder.name) + 1, Snapshots(folder, 0).newest()) for folder in under_way]
+    return ", ".join(said + [f"stage {stage} from step {step}" for stage, step in newest if step])
 
 
 def differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
