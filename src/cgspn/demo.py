@@ -16,7 +16,6 @@ from .distill.presets import EMBEDDED
 from .distill.stages import Watcher
 from .evaluate.suite import METRICS, evaluate_dual
 from .evaluate.table import Metric, SummaryTable
-from .layers import valued
 from .models.dual import DualEncoder
 from .models.encoder import Encoder
 from .report.demo import DemoResult
@@ -65,7 +64,7 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
         teacher.image,
         compression=config.distill.compression,
         keep_attention=config.distill.keep_attention,
-        propagation=valued(config.distill.values),
+        values=config.distill.values,
     )
     students = {"C-GSPN": copy.deepcopy(untrained), "ViT": attention_student(teacher.image)}
     models: dict[str, DualEncoder] = {"teacher": teacher}

@@ -96,7 +96,7 @@ def test_what_is_wrong_is_named(study, tmp_path):
     def tried(**changes):
         return run(QualityConfig(study / "photos.tar", **(SMALL | changes)), f"{study}/teacher", tmp_path, CPU)
 
-    with pytest.raises(ValueError, match="rows holds 'nothing'; accepted: ViT, C-GSPN"):
+    with pytest.raises(ValueError, match="rows holds 'nothing'; accepted: 'ViT', 'C-GSPN'"):
         tried(rows=("nothing",))
     with pytest.raises(ValueError, match="held_out is 9; accepted: 1 to 8, of 9 photographs"):
         tried(held_out=9)

@@ -1,12 +1,14 @@
 """What a conversion inherits, counts and writes, as the command's user meets it."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 import cgspn
 from cgspn.commands.convert import RECORD, Convert
+from cgspn.layers import PropagationConfig, valued
 from cgspn.models import load_dual
 from cgspn.teachers.convert import student_config, student_of
 from cgspn.teachers.parameters import parameter_table
@@ -99,3 +101,10 @@ def test_wrong_settings_are_refused_before_anything_is_written(arguments, messag
     with pytest.raises(ValueError, match=message):
         Convert("embedded", tmp_path, **arguments).run()
     assert not list(tmp_path.iterdir())
+
+
+def test_values_from_python_are_those_of_the_command_line():
+    student = cgspn.convert(small(), compression=4, values=6)
+    assert student.config.propagation == replace(valued(6), compression=4)
+    with pytest.raises(ValueError, match="values is 6 beside propagation"):
+        cgspn.convert(small(), values=6, propagation=PropagationConfig())

@@ -118,7 +118,7 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
         },
     }
     if kind not in mixers:
-        raise ValueError(f"{name!r} is no contender; accepted: {', '.join(mixers)}")
+        raise ValueError(f"{name!r} is no contender; accepted: {', '.join(map(repr, mixers))}")
     block = Block(shape.width, mixers[kind](), shape.hidden, "gelu_tanh", 1e-6, None).to(device, dtype)
     if name.endswith(EPILOGUES):
         block.epilogues = True

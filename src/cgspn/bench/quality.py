@@ -304,7 +304,7 @@ def run_study(
     """
     unknown = [name for name in config.rows if name not in ROWS]
     if unknown:
-        raise ValueError(f"rows holds {unknown[0]!r}; accepted: {', '.join(ROWS)}")
+        raise ValueError(f"rows holds {unknown[0]!r}; accepted: {', '.join(map(repr, ROWS))}")
     settings = budget(config)
     found: dict[str, dict[str, dict[str, float]]] = {}
     if out.exists():

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from .. import __version__
 from ..console import console, writable_folder
-from ..layers import valued
 from ..models.checkpoint import write_atomically
 from ..models.config import to_dict
 from ..models.dual import DualEncoder
@@ -69,9 +68,7 @@ class Convert:
         teacher = load(self.teacher, heads=self.heads)
         encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
         torch.manual_seed(self.seed)
-        config = student_config(
-            encoder.config, compression=self.compression, keep_attention=keep, propagation=valued(self.values)
-        )
+        config = student_config(encoder.config, compression=self.compression, values=self.values, keep_attention=keep)
         student, origin = student_of(encoder, config, share=True)
         table = parameter_table(encoder, student, origin.inherited)
         if isinstance(teacher, DualEncoder):

@@ -26,7 +26,6 @@ from ..distill.presets import PRESETS
 from ..distill.snapshots import Snapshots
 from ..distill.stages import Watcher
 from ..distill.trainer import Watch
-from ..layers import valued
 from ..models.checkpoint import write_atomically
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
@@ -84,6 +83,8 @@ class Distill:
         student_from = str(self.student) if self.student else None
         settings: dict[str, Any] = {"teacher": self.teacher, "student": student_from, "data": self.data}
         settings["config"], settings["loader"] = asdict(self.config), asdict(self.loader)
+        if self.student is not None:  # taken as it is
+            settings["config"] |= dict.fromkeys(("compression", "values", "keep_attention"))
         if self.show_config:
             console.print_json(json.dumps(settings, default=str))
             return
@@ -148,7 +149,7 @@ class Distill:
             teacher,
             compression=config.compression,
             keep_attention=config.keep_attention,
-            propagation=valued(config.values),
+            values=config.values,
         )
 
 

@@ -24,8 +24,8 @@ class OptimConfig:
         warmup: share of the steps.
         clip: largest norm of the gradient.
         augment: crop and flip at random; off, a run of an epoch or so sees just the images that it is judged on.
-        crop_scale: smallest and largest share of an image's area that a random crop has.
-        jitter: strength of random changes of brightness, contrast and saturation, 0 to 1; 0 for none.
+        crop_scale: smallest and largest share of an image's area that a random crop of `augment` has.
+        jitter: strength of random changes of brightness, contrast and saturation beside it, 0 to 1; 0 for none.
         mixup: share of the images that are blended with their neighbour in the batch, in random proportions. Teacher
             and student look at the same blend, so that few images make many; not beside a contrastive loss, whose
             captions would fit neither image.
@@ -110,8 +110,8 @@ class ComputeConfig:
         precision: of the arithmetic; weights, optimiser state and losses are float32 either way.
         compile: compile the blocks of teacher and student, and the losses at their taps.
         capture: replay forward and backward as one CUDA graph, for steps whose kernels are shorter than their launches;
-            on several GPUs gradients are averaged after it. Not where parameters are sharded or blocks placed, nor
-            with a contrastive loss or a teacher's cache.
+            on several GPUs gradients are averaged after it. CUDA alone; not where parameters are sharded or blocks
+            placed, nor with a contrastive loss or a teacher's cache.
         checkpointing: recompute the student's activations block by block in backward.
         parallel: on several processes (torchrun), "ddp" copies the student, "fsdp" shards it; "placed" is as "ddp",
             but stage 1 gives each process the blocks that it alone trains. The frozen teacher is whole everywhere.

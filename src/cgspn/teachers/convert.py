@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..layers import PropagationConfig
+from ..layers import PropagationConfig, valued
 from ..models.config import EncoderConfig
 from ..models.encoder import Encoder, build_mixer
 from ..models.registry import spread
@@ -26,6 +26,7 @@ def student_config(
     teacher: EncoderConfig,
     *,
     compression: float = 18,
+    values: float | None = None,
     keep_attention: int | Sequence[int] = 0,
     propagation: PropagationConfig | None = None,
 ) -> EncoderConfig:
@@ -35,7 +36,9 @@ def student_config(
     wrong = [i for i in kept if not 0 <= i < depth]
     if wrong:
         raise ValueError(f"keep_attention holds {wrong}; accepted: layer indices 0 to {depth - 1}")
-    propagation = replace(propagation or PropagationConfig(), compression=compression)
+    if values is not None and propagation is not None:
+        raise ValueError(f"values is {values} beside propagation; accepted: one of them, as propagation has values too")
+    propagation = replace(propagation or valued(values), compression=compression)
     propagation.latent_width(teacher.width)
     return replace(
         teacher,
@@ -53,6 +56,7 @@ def convert(
     encoder: Encoder,
     *,
     compression: float = 18,
+    values: float | None = None,
     keep_attention: int | Sequence[int] = 0,
     propagation: PropagationConfig | None = None,
 ) -> Encoder:
@@ -67,15 +71,21 @@ def convert(
     Args:
         encoder: the attention teacher; it is not changed.
         compression: s; the scan runs on floor(C / s) channels.
+        values: channels that carry values beside that latent, in units of it, as in `layers.valued`; None for none.
         keep_attention: how many attention layers stay, spread evenly (the last of each equal stretch: of 27 layers,
             3 are 8, 17 and 26; the source says how many, not which), or their indices from 0.
         propagation: other settings of the propagation sub-layer; its `compression` is overridden.
 
-    Raises ValueError for a compression that leaves no channel or a layer that does not exist.
+    Raises ValueError for a compression that leaves no channel, a layer that does not exist, and for values beside
+    propagation.
     Source: design, section 4 ("weights that have a twin in the teacher start from the teacher's").
     """
     config = student_config(
-        encoder.config, compression=compression, keep_attention=keep_attention, propagation=propagation
+        encoder.config,
+        compression=compression,
+        values=values,
+        keep_attention=keep_attention,
+        propagation=propagation,
     )
     return student_of(encoder, config)[0]
 
