@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .reference import DIRECTIONS, EPSILON
+from .sets import per_channel, per_set
 
 
 def _state_dtype(t: Tensor) -> torch.dtype:
@@ -130,16 +131,6 @@ def _spread(weights: Sequence[Tensor] | Tensor, q: Tensor) -> Tensor:
     return out
 
 
-def _channels(sets: Tensor, each: int) -> Tensor:
-    """[..., G], a value for each set of parameters, as one for each of the `each` channels of a set."""
-    return sets if each == 1 else sets.repeat_interleave(each, -1)
-
-
-def _sets(channels: Tensor, each: int) -> Tensor:
-    """The sum over the channels of a set: the adjoint of `_channels`."""
-    return channels if each == 1 else channels.unflatten(-1, (-1, each)).sum(-1)
-
-
 class _Slab(NamedTuple):
     """Some lines of `propagate_2d`, as forward and backward need them."""
 
@@ -163,8 +154,8 @@ def _scan(
         sigma = group.read_weights(scores, steps, dtype).sigmoid_()
         sigma[0, ..., 0, :] = 0.0
         sigma[2, ..., -1, :] = 0.0
-        drive = _channels(group.read(scales, steps, dtype), each) * group.read(xs, steps, dtype)
-        kept = None if keep is None else _channels(group.read(group.maps(keep), steps, dtype).sigmoid_(), each)
+        drive = per_channel(group.read(scales, steps, dtype), each) * group.read(xs, steps, dtype)
+        kept = None if keep is None else per_channel(group.read(group.maps(keep), steps, dtype).sigmoid_(), each)
         if mask is not None:
             inside = group.read(group.shared(mask), steps, torch.bool)[..., None]
             first = torch.zeros_like(inside[:1]) if outside is None else outside[-1:]
@@ -172,7 +163,7 @@ def _scan(
             sigma.masked_fill_(outside | _neighbours(_padded(torch.cat([first, outside[:-1]]))), 0.0)
             drive.masked_fill_(outside, 0.0)  # no neighbour and no drive: the state is zero there
             kept = None if kept is None else kept.masked_fill_(outside, 0.0)
-        sigma = _channels(sigma, each)
+        sigma = per_channel(sigma, each)
         total = (sigma[0] + sigma[1]).add_(sigma[2]).clamp_(min=EPSILON)
         states = drive.new_zeros((len(drive) + 1, *drive.shape[1:3], drive.shape[3] + 2, drive.shape[4]))
         if last is not None:
@@ -209,7 +200,7 @@ def forward(
     for group in _groups(directions, shape):
         gates = group.maps(u)
         for slab in _scan(group, x, logits, lam, keep, mask):
-            out = _gated(slab, _inner(slab.states)[1:], _channels(group.read(gates, slab.steps, dtype), each))
+            out = _gated(slab, _inner(slab.states)[1:], per_channel(group.read(gates, slab.steps, dtype), each))
             if merge_sum:
                 group.add(y, slab.steps, out)
             else:
@@ -242,8 +233,8 @@ def backward(
             slab = slabs.pop()
             steps, kept = slab.steps, slab.kept
             grad = group.read(dys, steps, dtype)
-            group.write(group.maps(du), steps, _sets(_gated(slab, _inner(slab.states)[1:], grad), each))
-            g = _gated(slab, grad, _channels(group.read(gates, steps, dtype), each))
+            group.write(group.maps(du), steps, per_set(_gated(slab, _inner(slab.states)[1:], grad), each))
+            g = _gated(slab, grad, per_channel(group.read(gates, steps, dtype), each))
             q = torch.empty_like(g)
             for k in range(len(steps) - 1, -1, -1):
                 if from_next is not None:
@@ -252,20 +243,20 @@ def backward(
                 if kept is not None:
                     q[k] *= kept[k]
                 from_next = _spread(slab.sigma[:, k], q[k])
-            group.write(group.maps(dlam), steps, _sets(_gated(slab, g, group.read(xs, steps, dtype)), each))
-            scaled = _gated(slab, g, _channels(group.read(scales, steps, dtype), each))
+            group.write(group.maps(dlam), steps, per_set(_gated(slab, g, group.read(xs, steps, dtype)), each))
+            scaled = _gated(slab, g, per_channel(group.read(scales, steps, dtype), each))
             if x.dim() == 5:
                 group.write(group.maps(dx), steps, scaled)
             else:
                 group.add(dx, steps, scaled)
             if dkeep is not None and kept is not None:
-                wanted = _sets(torch.ops.aten.sigmoid_backward(g * slab.mean, kept), each)
+                wanted = per_set(torch.ops.aten.sigmoid_backward(g * slab.mean, kept), each)
                 group.write(group.maps(dkeep), steps, wanted)
             # d(sigma_k / total) gives neighbour k minus the mean; where the total is clamped, the neighbour alone
             centre = slab.mean.masked_fill_(slab.total <= EPSILON, 0.0)
             before = _neighbours(slab.states[:-1])
             dsigma = torch.sub(before, centre, out=torch.empty_like(slab.sigma)).mul_(q)
-            wanted = torch.ops.aten.sigmoid_backward(_sets(dsigma, each), slab.sigma[..., ::each])
+            wanted = torch.ops.aten.sigmoid_backward(per_set(dsigma, each), slab.sigma[..., ::each])
             group.write_weights(group.maps(dlogits), steps, wanted)
     grads = (dx.to(x.dtype), dlogits, dlam, du)
     return grads if dkeep is None else (*grads, dkeep)

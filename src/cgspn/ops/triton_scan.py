@@ -16,6 +16,7 @@ import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
 from torch import Tensor
 
 from . import torch_scan
+from .sets import features, per_channel, per_set
 from .triton_kernels import scan_backward, scan_forward
 
 LONGEST = 2048  # positions of a line: beyond that a tile no longer fits in the registers of a program
@@ -86,14 +87,9 @@ def _planes(x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty((count, *x.shape[:3], x.shape[-1]), dtype=dtype).permute(1, 2, 3, 0, 4)
 
 
-def _features(x: Tensor) -> str:
-    """The dimensions of what is scanned: one map for all directions, or one each."""
-    return "bhwdc" if x.dim() == 5 else "bhwc"
-
-
 def _expanded(each: int, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
     """Parameters of sets of `each` channels for every channel: the kernels know no others."""
-    return tuple(t if t is None or each == 1 else t.repeat_interleave(each, -1) for t in parameters)
+    return tuple(None if t is None else per_channel(t, each) for t in parameters)
 
 
 def _summed(planes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,7 +118,7 @@ def _forward(
     _launch(
         scan_forward,
         (x, lam, u, logits, keep, _bytes(mask), y, state),
-        (_features(x), f"bhw{d}c", f"bhw{d}c", f"bhw{d}kc", "bhwdc", "bhw", f"bhw{d}c", f"bhw{d}c"),
+        (features(x), f"bhw{d}c", f"bhw{d}c", f"bhw{d}kc", "bhwdc", "bhw", f"bhw{d}c", f"bhw{d}c"),
         codes,
         chunk,
         NORMALISE=u is not None,
@@ -176,7 +172,7 @@ def backward(
     _launch(
         scan_backward,
         (x, lam, u, logits, keep, _bytes(mask), dy, state, dx, *gradients),
-        (_features(x), maps, maps, scores, maps, "bhw", "bhwc" if merge_sum else maps, *[maps] * 4, scores, maps),
+        (features(x), maps, maps, scores, maps, "bhw", "bhwc" if merge_sum else maps, *[maps] * 4, scores, maps),
         directions,
         0,
         NORMALISE=True,
@@ -184,11 +180,7 @@ def backward(
         MASKED=mask is not None,
     )
     # a set's gradient is the sum over its channels
-    found = [
-        t if t is None or each == 1 else t.unflatten(-1, (-1, each)).sum(-1, dtype=STATES[x.dtype][1]).to(x.dtype)
-        for t in gradients
-    ]
-    dlam, du, dlogits, dkeep = found
+    dlam, du, dlogits, dkeep = (None if t is None else per_set(t, each) for t in gradients)
     grads = (_summed(dx, x.dtype) if x.dim() == 4 else dx, dlogits, dlam, du)
     return grads if dkeep is None else (*grads, dkeep)  # type: ignore[return-value]
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import torch_scan
+from ..sets import features, per_channel, per_set
 from .compile import cuda_core
 from .launch import DTYPE_CODES, Call, Layout, alignment, launch, layout, prepare
 from .plan import Cut
@@ -97,11 +98,6 @@ def planes(x: Tensor, directions: Sequence[int]) -> Tensor:
     return empty((len(directions), *x.shape[:3], x.shape[-1]), x).permute(1, 2, 3, 0, 4)
 
 
-def features(x: Tensor) -> str:
-    """The dimensions of what is scanned: one map for all directions, or one each."""
-    return "bhwdc" if x.dim() == 5 else "bhwc"
-
-
 def together(x: Tensor, lam: Tensor) -> int:
     """How many channels of a set a thread can take: the largest power of two that they and the addresses of x allow."""
     each = x.shape[-1] // lam.shape[-1]
@@ -113,18 +109,6 @@ def together(x: Tensor, lam: Tensor) -> int:
         for offset in (x.data_ptr() // x.element_size(), *strides):
             bits |= offset
     return bits & -bits
-
-
-def repeated(times: int, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Parameters of sets as those of `times` smaller sets each."""
-    return tuple(t if t is None or times == 1 else t.repeat_interleave(times, -1) for t in parameters)
-
-
-def summed(times: int, gradients: Sequence[Tensor]) -> list[Tensor]:
-    """The adjoint of `repeated`, summed in float32."""
-    if times == 1:
-        return list(gradients)
-    return [g.unflatten(-1, (-1, times)).sum(-1, dtype=torch.float32).to(g.dtype) for g in gradients]
 
 
 def mask_bytes(mask: Tensor | None) -> Tensor | None:
@@ -152,7 +136,8 @@ def _forward(
     keep: Tensor | None,
 ) -> Tensor:
     share = together(x, lam)
-    given = repeated(x.shape[-1] // lam.shape[-1] // share, lam, u, logits, keep)
+    times = x.shape[-1] // lam.shape[-1] // share
+    given = [None if t is None else per_channel(t, times) for t in (lam, u, logits, keep)]
     merged = merge_sum and len(directions) > 1
     shape = (*x.shape[:3], x.shape[-1])
     y = empty(shape if merge_sum else (*shape[:3], len(directions), shape[3]), x)
@@ -222,7 +207,7 @@ def backward_saved(
     """Gradients of `forward` to x, logits, lam, u and, if it is there, keep, each in its input's dtype and shape."""
     share = together(x, lam)
     times = x.shape[-1] // lam.shape[-1] // share
-    given = repeated(times, lam, u, logits, keep)
+    given = [None if t is None else per_channel(t, times) for t in (lam, u, logits, keep)]
     merged = x.dim() == 4 and len(directions) > 1
     dx = empty(x.shape, x)
     gradients = [None if t is None else empty(t.shape, x) for t in given]
@@ -243,7 +228,7 @@ def backward_saved(
     )
     if not done:
         return torch_scan.backward(dy, x, logits, lam, u, mask, directions, merge_sum, keep)
-    dlam, du, dlogits, *dkeep = summed(times, [g for g in gradients if g is not None])
+    dlam, du, dlogits, *dkeep = (per_set(g, times) for g in gradients if g is not None)
     return dx, dlogits, dlam, du, *dkeep
 
 

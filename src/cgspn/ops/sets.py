@@ -1,0 +1,24 @@
+"""What every backend needs of sets of parameters, and of features of each direction's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def features(x: Tensor) -> str:
+    """The dimensions of what is scanned: one map for all directions, or one each."""
+    return "bhwdc" if x.dim() == 5 else "bhwc"
+
+
+def per_channel(sets: Tensor, each: int) -> Tensor:
+    """[..., G], a value for each set of parameters, as one for each of the `each` channels of a set."""
+    return sets if each == 1 else sets.repeat_interleave(each, -1)
+
+
+def per_set(channels: Tensor, each: int) -> Tensor:
+    """The adjoint of `per_channel`: the sum over the channels of a set, taken in float32 at least."""
+    if each == 1:
+        return channels
+    wide = torch.promote_types(channels.dtype, torch.float32)
+    return channels.unflatten(-1, (-1, each)).sum(-1, dtype=wide).to(channels.dtype)
