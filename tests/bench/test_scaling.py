@@ -120,18 +120,13 @@ def test_memory_that_ends_halves_the_batch_of_one_process(tmp_path, monkeypatch)
         run_simulation(SimulationConfig(), tmp_path)
 
 
-def test_one_process_measures_captured_and_plain_steps_for_whom_it_may_concern(tmp_path, monkeypatch):
-    import cgspn.bench.scaling as bench
-
-    assert not bench.captured("stage 2 ddp", replace(TINY, compute=ComputeConfig(capture=True)), CPU)
-    monkeypatch.setattr(bench, "captured", lambda mode, config, device: mode.endswith("ddp"))
-    config = replace(TINY, modes=("stage 2 ddp", "stage 2 fsdp", "stage 1 ddp"))
+def test_a_processor_captures_nothing_and_the_file_takes_both_kinds(tmp_path):
+    config = replace(TINY, modes=("stage 2 ddp", "stage 2 fsdp", "stage 1 ddp"), compute=ComputeConfig(capture=True))
     saved = run(config, tmp_path, World(), say=lambda _: None)
-    kinds = [("stage 2", True), ("stage 2", False), ("stage 1", True)]
+    kinds = [("stage 2", False), ("stage 1", False)]
     assert [(row["mode"], row["captured"]) for row in saved["rows"]] == kinds
     assert [(row["mode"], row["captured"]) for row in saved["losses"]] == kinds
-    plain = settings_of(TINY, CPU)
-    assert settings_of(replace(TINY, compute=ComputeConfig(capture=True)), CPU) == plain  # of rows, not of the file
+    assert settings_of(config, CPU) == settings_of(TINY, CPU)  # capture belongs to rows, not to the file
 
 
 def test_captured_steps_are_compared_with_captured_ones():
@@ -202,14 +197,14 @@ def test_a_simulation_of_what_hides_is_perfect_and_of_what_does_not_is_not():
     assert shown[0]["ms a step"] == pytest.approx(400 + 1e3 * sent)
 
 
-def test_a_simulation_knows_that_captured_steps_send_afterwards():
+def test_a_simulation_knows_that_captured_steps_of_ddp_send_afterwards():
     saved = saved_of()
     saved["rows"].append(saved["rows"][0] | {"captured": True, "step_ms": 390.0})
     rows = simulate(saved, SimulationConfig(gpus=(64,), hop=0))
     assert [(row["mode"], row["captured"]) for row in rows] == [
-        *(("stage 2 ddp", "no"), ("stage 2 fsdp", "no"), ("stage 2 ddp", "yes")),
+        *(("stage 2 ddp", "no"), ("stage 2 fsdp", "no"), ("stage 2 ddp", "yes"), ("stage 2 fsdp", "yes")),
     ]
-    assert [row["not hidden (ms)"] for row in rows[:2]] == [0, 0]
+    assert [rows[i]["not hidden (ms)"] for i in (0, 1, 3)] == [0, 0, 0]
     assert rows[2]["not hidden (ms)"] == pytest.approx(rows[2]["communication (ms)"])
 
 

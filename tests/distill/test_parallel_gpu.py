@@ -85,10 +85,19 @@ def test_a_run_goes_on_with_the_gpu_that_is_left(alone, parallel, tmp_path):
     assert [line["step"] for line in lines if line["of"] == 1 and line["size"] == 28] == [2, 3]
 
 
-@pytest.mark.parametrize("compute", [{"capture": True}, {"parallel": "fsdp", "blocks_per_unit": 2}])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        {"capture": True},
+        {"capture": True, "parallel": "placed"},
+        {"capture": True, "parallel": "fsdp"},
+        {"capture": True, "parallel": "fsdp", "blocks_per_unit": 2, "reshard_after_forward": True},
+        {"parallel": "fsdp", "blocks_per_unit": 2},
+    ],
+)
 def test_two_gpus_learn_what_one_does(tmp_path, compute):
-    """Captured steps with gradients averaged after them, and units of blocks, in two parts a step without captions."""
-    settings = {"device": DEVICE, "steps": 8, "accumulate": 2}
+    """Captured or not, in two parts a step without captions; ten steps are long enough for a few replays."""
+    settings = {"device": DEVICE, "steps": 10, "accumulate": 2}
     for name, processes, more in (("one", 1, {}), ("two", 2, compute)):
         done = start(tmp_path / f"{name}.json", processes, **settings, **more)
         assert done.returncode == 0, done.stderr[-3000:]

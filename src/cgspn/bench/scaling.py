@@ -50,7 +50,7 @@ class ScalingConfig:
 
     Args:
         teacher, student: names of models of one depth and width.
-        modes: on one GPU those of a stage are the same, but for capture.
+        modes: on one GPU those of a stage are the same.
         sizes: of the images, in pixels.
         batches: images a GPU, one number for each size; halved on one GPU until they fit. Several GPUs take what one
             took, if that has been measured.
@@ -60,8 +60,8 @@ class ScalingConfig:
         link: MiB of the buffers that links are measured with.
         seed: of weights and images.
         loss: what stage 2 minimises.
-        compute: precision, compilation, checkpointing, units of FSDP2; with `capture`, DDP's steps are captured and
-            compared with captured ones of one GPU, and the others, which cannot be, with plain ones.
+        compute: precision, compilation, checkpointing, units of FSDP2; with `capture`, steps on GPUs are replayed as
+            CUDA graphs, on one GPU too. Both kinds of a launch before stay in the file.
     """
 
     teacher: str = "vit_so400m_patch14_378"
@@ -85,11 +85,6 @@ class ScalingConfig:
             raise ValueError(f"batches is {self.batches}; expected one number for each of the sizes, {self.sizes}")
         if self.steps < 2:
             raise ValueError(f"steps is {self.steps}; accepted: 2 or more")
-
-
-def captured(mode: str, config: ScalingConfig, device: torch.device) -> bool:
-    """Whether the steps of a mode are replayed as CUDA graphs: those of DDP, if that is wanted."""
-    return config.compute.capture and device.type == "cuda" and mode.endswith("ddp")
 
 
 def settings_of(config: ScalingConfig, device: torch.device) -> dict[str, Any]:
@@ -281,10 +276,11 @@ def run(
     barrier()  # all have read the file before the first row changes it
     if world.size > 1:
         keep("links", {"gpus": world.size, **link_rates(world.device, config.link * 2**20)}, ("gpus",))
-    wanted: list[tuple[str, bool]] = [(mode, captured(mode, config, world.device)) for mode in config.modes]
+    replayed = config.compute.capture and world.device.type == "cuda"
+    modes: tuple[str, ...] = config.modes
     if world.size == 1:
-        wanted = list(dict.fromkeys((stage_of(mode), replayed) for mode, replayed in wanted))
-    for mode, replayed in wanted:
+        modes = tuple(dict.fromkeys(map(stage_of, modes)))
+    for mode in modes:
         keep("losses", bench.losses(mode, replayed), ("mode", "gpus", "captured"))
         if config.compute.compile:
             torch._dynamo.reset()

@@ -13,10 +13,10 @@ TOLERANCES = {"bfloat16": 1e-3, "float32": 1e-5}  # relative, of losses: sums ha
 WEAK, PLACED = 0.94, 0.9  # targets: efficiency on 2 GPUs, and that of placed blocks on any number
 
 HOW = """The batch of a GPU is constant. ms a step: mean, of the slowest process; ±: standard deviation of the first's.
-Captured: forward and backward are replayed as a CUDA graph, which FSDP2's and placed blocks' cannot be. Efficiency:
-images/s over those of one GPU times their number, of the same stage, size and batch, captured or not alike; of the
-fastest: over the faster of captured and plain steps of one GPU, which the targets are held against. Communication of
-captured steps comes after backward and hides behind nothing. Communication: share of the wall time of two more steps,
+Captured: forward and backward are replayed as a CUDA graph. Efficiency: images/s over those of one GPU times their
+number, of the same stage, size and batch, captured or not alike; of the fastest: over the faster of captured and plain
+steps of one GPU, which the targets are held against. Gradients of captured DDP travel after backward and hide behind
+nothing; what FSDP2 and placed blocks exchange is in the graph. Communication: share of the wall time of two more steps,
 under a profiler, with a kernel of NCCL running, waiting for the slowest included; exposed: in which nothing else does;
 means over processes. Memory: the largest peak of a process; the frozen teacher is whole on every GPU, and so is,
 beside FSDP's shards, the student that they came from.

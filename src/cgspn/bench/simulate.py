@@ -13,7 +13,7 @@ A step on n GPUs takes
   make together, since a ring in each of its GPUs leaves a node by a card of its own.
 - hops: n - 1 in a ring (fsdp); two ways through a node and a binary tree over nodes (ddp).
 - window: the part of t(1) that a collective can hide behind: backward (ddp; nothing of a captured step, whose gradients
-  move after it), all of the student's (fsdp, which is never captured).
+  move after it), all of the student's (fsdp).
 """
 
 from __future__ import annotations
@@ -102,15 +102,13 @@ def simulate(saved: Mapping[str, Any], config: SimulationConfig) -> list[dict[st
             if (row["image"], row["batch"], is_captured(row)) == (one["image"], one["batch"], replayed)
         ]
         for mode, collective in STAGE_2.items():
-            if replayed and mode != "stage 2 ddp":
-                continue
             measured = {row["gpus"]: row for row in same if row["mode"] == mode and "step_ms" in row}
             for n in sorted({*measured, *config.gpus} - {1}):
                 step, sent = one["step_ms"] * 1e-3, communication(
                     mode, n, one["bytes"], math.ceil(one["blocks"] / per_unit), link[collective], config, passes
                 )  # fmt: skip
-                share = config.backward if mode == "stage 2 ddp" else 1
-                window = 0 if replayed else step * one["student"] * share
+                ddp = mode == "stage 2 ddp"
+                window = 0 if replayed and ddp else step * one["student"] * (config.backward if ddp else 1)
                 exposed = max(0.0, sent - config.overlap * window)
                 jitter = one["spread_ms"] * 1e-3 * math.sqrt(2 * math.log(n))
                 then = step + jitter + exposed
@@ -146,7 +144,7 @@ def assumptions(saved: Mapping[str, Any], config: SimulationConfig) -> dict[str,
         f"{config.hop:g} us a hop",
         "hidden": f"communication behind {config.overlap:.0%} of backward, {config.backward:.0%} of the student's time "
         "(ddp), or of all of the student's time (fsdp); the teacher's share of a step by FLOP hides nothing, and "
-        "nothing hides what captured steps send",
+        "nothing hides the gradients of captured steps (ddp)",
         "waiting": "steps vary as one GPU's did, normally, each GPU for itself",
     }
 

@@ -110,8 +110,8 @@ class ComputeConfig:
         precision: of the arithmetic; weights, optimiser state and losses are float32 either way.
         compile: compile the blocks of teacher and student, and the losses at their taps.
         capture: replay forward and backward as one CUDA graph, for steps whose kernels are shorter than their launches;
-            on several GPUs gradients are averaged after it. CUDA alone; not where parameters are sharded or blocks
-            placed, nor with a contrastive loss or a teacher's cache.
+            on several GPUs what "fsdp" and "placed" exchange is in it, and gradients of "ddp" are averaged after it.
+            CUDA alone; not with a contrastive loss or a teacher's cache.
         checkpointing: recompute the student's activations block by block in backward.
         parallel: on several processes (torchrun), "ddp" copies the student, "fsdp" shards it; "placed" is as "ddp",
             but stage 1 gives each process the blocks that it alone trains. The frozen teacher is whole everywhere.

@@ -48,12 +48,15 @@ class Gradients:
             values.append(torch.stack([loss.detach().float() for loss in losses.values()]))
         return torch.stack(values).mean(0)
 
+    def close(self) -> None:
+        """Let go of what calls keep."""
+
 
 class CapturedGradients(Gradients):
     """The same as one CUDA graph from the fourth call on, for models whose kernels are shorter than their launches.
 
-    Batches must keep their shape, and losses need nothing from the host. The graph holds what this process does alone:
-    on several, gradients are averaged after it (`average_gradients`).
+    Batches must keep their shape, and losses need nothing from the host. What FSDP2 and placed blocks exchange with
+    other processes is in the graph; the gradients of a plain module are averaged after it (`average_gradients`).
     """
 
     graph: torch.cuda.CUDAGraph | None = None
@@ -75,6 +78,10 @@ class CapturedGradients(Gradients):
             own.images.copy_(given.images)
         self.graph.replay()
         return self.values.clone()
+
+    def close(self) -> None:
+        """Free the graph: a process group waits for those that hold its collectives before it goes."""
+        self.graph = None
 
     def capture(self, parts: list[Batch]) -> None:
         """Record forward and backward on copies of these parts; nothing is computed, the gradients become the graph's.

@@ -49,7 +49,6 @@ class PlacedSublayerTask(SublayerTask):
         """Needs an initialised process group. Arguments and errors as in `SublayerTask`."""
         super().__init__(teacher, student, learn_positions)
         self.owned = [self.learning[rank :: dist.get_world_size()] for rank in range(dist.get_world_size())]
-        self.capturable = False
         self.own = self.owned[dist.get_rank()]
         blocks = student.each_block()
         self.parts = nn.ModuleDict({str(i): sublayer_parts(blocks[i]) for i in self.own})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any
@@ -93,9 +94,10 @@ def train(
     compute = compute or ComputeConfig()
     own = task.reduction == "sum"  # every process has parameters of its own
     device = next(task.parameters()).device
-    captured = compute.capture and device.type == "cuda" and task.capturable and not task.sharded and not own
+    captured = compute.capture and device.type == "cuda" and task.capturable
+    averaged = captured and not task.sharded and not own  # after the graph; others exchange within it
     module: nn.Module = task
-    if captured:
+    if averaged:
         equalise(task)
     elif not own:
         module = spread_task(task, sharded=task.sharded, find_unused=task.leaves_some)
@@ -115,7 +117,7 @@ def train(
             snapshots.save(step, _state(task, optimizer, average), history.steps)
 
     clock = Throughput(peak=peak_of(device, compute.precision))
-    with Garbage(device.type == "cuda") as garbage:
+    with closing(gradients), Garbage(device.type == "cuda") as garbage:
         for step, batch in zip(range(start, config.steps), clock.timed(stream(start))):
             factor = learning_rate(config, step)
             for group in optimizer.param_groups:
@@ -128,7 +130,7 @@ def train(
                     with lower():
                         task.calibrate(parts)
                 values = gradients(parts)
-                if captured:
+                if averaged:
                     average_gradients(parameters)
             except NonFiniteError as error:  # on a processor the scan looks at what it is given
                 if world_size() == 1:  # alone: others may be in the middle of the step
