@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from ..layers import Grid, Mixer, quantize_mlps
 from ..layers.block import Block
 from ..models.encoder import Encoder
 from ..models.registry import create_model
-from .contenders import Shape
+from .contenders import OURS, Shape, build
 from .fp8 import block_rows, mlp_rows
 from .machine import ceilings, describe, free
 from .results import write
@@ -30,8 +31,15 @@ Row = dict[str, Any]
 Table = Literal["throughput", "one image", "very high resolution", "linear peers", "MLPs in fp8"]
 EVERY: tuple[Table, ...] = ("throughput", "one image", "very high resolution", "linear peers", "MLPs in fp8")
 FP8 = {"": None, "fp8": "library", "fp8-triton": "triton"}  # what may follow a model's name and "+"
-# layers of flash-linear-attention, of the same width and tokens, each a stand-in for a mixer
-PEERS = {"Mamba2": "Mamba2", "GLA": "GatedLinearAttention", "gated DeltaNet": "GatedDeltaNet"}
+# Layers of flash-linear-attention, of the same width and tokens, each a stand-in for a mixer: module, class, and what
+# is not theirs by default: heads that divide 1152. Their Mamba2 has no kernels without the mamba-ssm package; simple
+# GLA has the same recurrence, in Triton.
+PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "Mamba2": ("mamba2", "Mamba2", {"head_dim": 64}),
+    "simple GLA": ("simple_gla", "SimpleGatedLinearAttention", {}),
+    "GLA": ("gla", "GatedLinearAttention", {}),
+    "gated DeltaNet": ("gated_deltanet", "GatedDeltaNet", {"head_dim": 144, "num_heads": 6}),
+}
 
 
 @dataclass(frozen=True)
@@ -220,30 +228,42 @@ class PeerMixer(Mixer):
 
 
 def peer_rows(config: EncoderBenchConfig, shape: Shape, device: torch.device) -> list[Row]:
-    """Blocks around layers of flash-linear-attention where it is installed; else a row that says that it is not."""
+    """Sub-layers of flash-linear-attention, each interleaved with C-GSPN's; a row says where it is not installed."""
     if device.type != "cuda" or importlib.util.find_spec("fla") is None:
         return [{"peer": "flash-linear-attention", "note": "not installed here" if device.type == "cuda" else "no GPU"}]
-    layers = importlib.import_module("fla.layers")
     rows: list[Row] = []
     for pixels in config.sizes:
         side = pixels // shape.patch
         grid = Grid(side, side)
         tokens = torch.randn(config.batch, grid.tokens, shape.width, device=device, dtype=torch.bfloat16)
-        for name, kind in PEERS.items():
+        ours = build(OURS, shape, device, tokens.dtype).block
+        for name in PEERS:
             row: Row = {"peer": name, "px": pixels, "B": config.batch}
             try:
-                mixer = PeerMixer(getattr(layers, kind)(hidden_size=shape.width, num_heads=shape.heads))
-                block = Block(shape.width, mixer, shape.hidden, "gelu_tanh", 1e-6, None).to(device, torch.bfloat16)
-
-                def run(block: Block = block, tokens: Tensor = tokens, grid: Grid = grid) -> object:
-                    with torch.no_grad():
-                        return block.mixer.residual(tokens, block.norm1, block.scale1, grid)
-
-                rows.append(row | {"sub-layer ms": medians({name: run}, rounds=config.rounds, graph=False)[name]})
-            except (RuntimeError, ValueError, TypeError) as error:  # their versions differ: said, not left out
+                blocks = {name: peer_block(name, shape).to(device, tokens.dtype), OURS: ours}
+                calls: dict[str, Callable[[], object]] = {
+                    n: partial(sublayer, block, tokens, grid) for n, block in blocks.items()
+                }
+                ms = medians(calls, rounds=config.rounds, graph=False)
+                rows.append(row | {"sub-layer ms": ms[name], "C-GSPN ms": ms[OURS], "x C-GSPN": ms[name] / ms[OURS]})
+            except Exception as error:  # of any kind: their versions and compilers differ; said, not left out
                 rows.append(row | {"note": str(error).strip().splitlines()[0][:80]})
             free(device)
     return rows
+
+
+def peer_block(name: str, shape: Shape) -> Block:
+    """A block around one of `PEERS`."""
+    module, kind, arguments = PEERS[name]
+    layer = getattr(importlib.import_module(f"fla.layers.{module}"), kind)
+    mixer = PeerMixer(layer(hidden_size=shape.width, layer_idx=0, **arguments))
+    return Block(shape.width, mixer, shape.hidden, "gelu_tanh", 1e-6, None)
+
+
+@torch.no_grad()
+def sublayer(block: Block, tokens: Tensor, grid: Grid) -> Tensor:
+    """norm, mixer and residual of a block: [B, N, C] -> the same."""
+    return block.mixer.residual(tokens, block.norm1, block.scale1, grid)
 
 
 def run(
