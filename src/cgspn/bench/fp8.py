@@ -31,7 +31,7 @@ from ..models.encoder import Encoder
 from ..teachers import load_embedded_teacher, load_encoder
 from .contenders import EPILOGUES, OURS, Shape, build, names
 from .machine import describe, free
-from .quality import _square, read_tar
+from .quality import read_tar, square
 from .results import write
 from .timing import medians
 
@@ -84,7 +84,7 @@ def outputs(encoder: Encoder, images: Tensor, batch: int) -> tuple[Tensor, Tenso
 def feature_rows(config: Fp8QualityConfig, say: Callable[[str], object]) -> list[Row]:
     """Likeness of final features to those in float32, for every size and precision."""
     encoder = load_encoder(config.weights)
-    photos = read_tar(config.photos, "image", _square)
+    photos = read_tar(config.photos, "image", square)
     models = precisions(encoder)
     rows: list[Row] = []
     for pixels, count in config.sizes:

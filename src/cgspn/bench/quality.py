@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from PIL import Image
@@ -28,8 +28,10 @@ from ..teachers import attention_student, convert
 from .machine import describe
 from .results import write
 
+Item = TypeVar("Item")
+
 VOID, CLASSES = 11, 11  # CamVid's ignored label and the number of the others
-SHORT_SIDE = 256
+TESTED = 256  # side of the squares that held-out photographs are resized from, in pixels
 RUNS = "runs.json"
 WHERE = ("photos", "camvid", "rows", "seeds")  # settings that change what is run, not what a run is
 
@@ -43,6 +45,8 @@ class QualityConfig:
         camvid: folder with camvid-train.tar and camvid-test.tar (.jpg, .mask.png).
         size: of the photographs in training and testing, in pixels.
         probe_size: (height, width) of the street scenes; multiples of the patch size.
+        source_size: side of the squares that photographs for training are kept as, in pixels. A random crop that is
+            smaller than `size` is enlarged, and shows less detail than what is tested.
         held_out: photographs for testing, the last ones of a fixed shuffle.
         stage1_steps, stage2_steps, batch_size: the budget, the same for every row.
         optimizer, stage1_rate, stage2_rate: the recipe of the rows that do not name another. Stage 2 begins with what
@@ -62,6 +66,7 @@ class QualityConfig:
     camvid: Path | None = None
     size: int = 224
     probe_size: tuple[int, int] = (336, 448)
+    source_size: int = 256
     held_out: int = 200
     stage1_steps: int = 400
     stage2_steps: int = 500
@@ -142,7 +147,7 @@ ROWS: dict[str, Row] = {
 }
 
 
-def read_tar(path: Path, part: str, convert: Callable[[Image.Image], Tensor]) -> list[Tensor]:
+def read_tar(path: Path, part: str, convert: Callable[[Image.Image], Item]) -> list[Item]:
     """The pictures of a shard, in its order; part: "image" or "mask"."""
     shards = open_shards(str(path), cache_folder())
     encoded = (shards.read_parts(i, (part,))[part] for i in range(len(shards)))
@@ -154,11 +159,12 @@ def _pixels(image: Image.Image) -> Tensor:
     return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3).permute(2, 0, 1)
 
 
-def _square(image: Image.Image) -> Tensor:
+def square(image: Image.Image, size: int = TESTED) -> Tensor:
+    """The middle of a picture, uint8 [3, size, size]."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     box = (left, top, left + side, top + side)
-    return _pixels(image.convert("RGB").resize((SHORT_SIDE, SHORT_SIDE), Image.Resampling.BICUBIC, box))
+    return _pixels(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box))
 
 
 def _mask(image: Image.Image) -> Tensor:
@@ -178,19 +184,21 @@ class StudyData:
 def load_study(config: QualityConfig, teacher: Encoder, device: torch.device) -> StudyData:
     """Read photographs and scenes. Raises OSError for files that are not there, ValueError for too few photographs."""
     settings = teacher.config
-    photos = torch.stack(read_tar(config.photos, "image", _square)).to(device)
+    sides = (config.source_size, TESTED)
+    photos = read_tar(config.photos, "image", lambda image: [square(image, side) for side in sides])
     if not 0 < config.held_out < len(photos):
         raise ValueError(
             f"held_out is {config.held_out}; accepted: 1 to {len(photos) - 1}, of {len(photos)} photographs"
         )
     order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(0))
     kept, held = order[: -config.held_out], order[-config.held_out :]
-    train = ImageSet(photos[kept.to(device)], torch.zeros(len(kept), dtype=torch.int64), ("photograph",))
+    large, tested = torch.stack([photos[i][0] for i in kept]), torch.stack([photos[i][1] for i in held])
+    train = ImageSet(large.to(device), torch.zeros(len(kept), dtype=torch.int64), ("photograph",))
 
     def prepared(images: Tensor, size: tuple[int, int]) -> Tensor:
         return normalize(resize(to_float(images), size), settings.image_mean, settings.image_std)
 
-    test = prepared(photos[held.to(device)], (config.size, config.size))
+    test = prepared(tested.to(device), (config.size, config.size))
     scenes = None
     if config.camvid is not None:
         train_scenes, test_scenes = (
