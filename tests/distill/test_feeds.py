@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cgspn.data import Batch, LoaderConfig, TrainTransform, open_samples
-from cgspn.data.transforms import blend, blend_factors, jitter_colors, jitter_factors
+from cgspn.data.transforms import blend, blend_factors, jitter_colors, jitter_factors, paste, paste_boxes
 from cgspn.distill import DistillConfig, LossConfig, OptimConfig, SampleFeed, World
 from cgspn.distill.taps import observe, tapped_forward
 from cgspn.distill.throughput import WARM, Throughput
@@ -54,7 +54,7 @@ def test_images_are_normalised_as_the_encoder_wants_them(source):
 
 
 def test_two_processes_see_the_halves_of_what_one_sees_and_any_step_can_be_the_first(source):
-    optim = replace(OPTIM, jitter=0.4, mixup=0.7)
+    optim = replace(OPTIM, jitter=0.4, mixup=0.7, cutmix=0.7)
     feed, start = stream(source, optim)
     alone = list(start(0))
     assert [batch.step for batch in alone] == list(range(6))
@@ -167,9 +167,26 @@ def test_mixup():
     assert torch.equal(blend_factors(10, 0.0, torch.Generator()), torch.ones(10))
 
 
-def test_mixup_is_refused_beside_captions():
-    with pytest.raises(ValueError, match=r"mixup is on beside loss\.contrastive"):
-        DistillConfig(stage2=OptimConfig(mixup=0.5), loss=LossConfig(contrastive=1))
+def test_cutmix():
+    images = torch.rand(5, 3, 6, 7)
+    box = torch.tensor([1, 2, 4, 3]).expand(5, 4)
+    cut = paste(images, box)
+    where = torch.zeros(6, 7, dtype=torch.bool)
+    where[1:5, 2:5] = True
+    assert torch.equal(cut, torch.where(where, images[[2, 3, 0, 1, 4]], images))
+    assert torch.equal(paste(images, box * 0), images)
+    boxes = paste_boxes(1000, 0.3, 20, 30, torch.Generator().manual_seed(0))
+    assert 0.25 < float(boxes.any(1).float().mean()) < 0.35
+    assert int((boxes[:, 0] + boxes[:, 2]).max()) <= 20
+    assert int((boxes[:, 1] + boxes[:, 3]).max()) <= 30
+    area = boxes[:, 2] * boxes[:, 3] / 600
+    assert float(area.max()) > 0.8
+
+
+@pytest.mark.parametrize("name", ["mixup", "cutmix"])
+def test_blends_are_refused_beside_captions(name):
+    with pytest.raises(ValueError, match=rf"{name} is on beside loss\.contrastive"):
+        DistillConfig(stage2=OptimConfig(**{name: 0.5}), loss=LossConfig(contrastive=1))
     with pytest.raises(ValueError, match=r"mixup is 2; accepted: 0 to 1"):
         OptimConfig(mixup=2)
 

@@ -32,8 +32,7 @@ Table = Literal["throughput", "one image", "very high resolution", "linear peers
 EVERY: tuple[Table, ...] = ("throughput", "one image", "very high resolution", "linear peers", "MLPs in fp8")
 FP8 = {"": None, "fp8": "library", "fp8-triton": "triton"}  # what may follow a model's name and "+"
 # Layers of flash-linear-attention, of the same width and tokens, each a stand-in for a mixer: module, class, and what
-# is not theirs by default: heads that divide 1152. Their Mamba2 has no kernels without the mamba-ssm package; simple
-# GLA has the same recurrence, in Triton.
+# is not theirs by default: heads that divide 1152. Simple GLA has Mamba2's recurrence.
 PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "Mamba2": ("mamba2", "Mamba2", {"head_dim": 64}),
     "simple GLA": ("simple_gla", "SimpleGatedLinearAttention", {}),
@@ -239,6 +238,9 @@ def peer_rows(config: EncoderBenchConfig, shape: Shape, device: torch.device) ->
         ours = build(OURS, shape, device, tokens.dtype).block
         for name in PEERS:
             row: Row = {"peer": name, "px": pixels, "B": config.batch}
+            if name == "Mamba2" and importlib.util.find_spec("mamba_ssm") is None:
+                rows.append(row | {"note": "needs mamba-ssm: without it, steps of PyTorch, minutes each"})
+                continue
             try:
                 blocks = {name: peer_block(name, shape).to(device, tokens.dtype), OURS: ours}
                 calls: dict[str, Callable[[], object]] = {

@@ -53,8 +53,8 @@ class QualityConfig:
             stage 1 has learned, and loses it at too high a rate.
         stage1_optimizer: of stage 1, None for the same. Muon gets further in the same steps where a sub-layer learns
             alone.
-        embedding_rate, crop_scale, mixup: as in `OptimConfig`. The photographs are few: what a student makes of those
-            it has seen and of others differs less the more there is to see in each.
+        embedding_rate, crop_scale, mixup, cutmix: as in `OptimConfig`. The photographs are few: what a student makes of
+            those it has seen and of others differs less the more there is to see in each.
         output: weight of the pooled vector's error. A teacher that pools by a class token leaves the student with a
             fresh head, whose gradient, at a weight of 1, costs the tokens that are measured here.
         compile: compile the blocks, as in `ComputeConfig`; some minutes at the first row.
@@ -77,6 +77,7 @@ class QualityConfig:
     stage2_rate: float = 2e-4
     crop_scale: tuple[float, float] = (0.6, 1.0)
     mixup: float = 0.0
+    cutmix: float = 0.0
     embedding_rate: float = 0.0
     output: float = 0.05
     compile: bool = False
@@ -260,7 +261,7 @@ def run_row(row: Row, teacher: Encoder, data: StudyData, config: QualityConfig, 
     if not row.stage1:
         steps = (0, sum(steps))
     common: dict[str, Any] = {"optimizer": config.optimizer, "embedding_rate": config.embedding_rate}
-    common |= {"crop_scale": config.crop_scale, "mixup": config.mixup}
+    common |= {"crop_scale": config.crop_scale, "mixup": config.mixup, "cutmix": config.cutmix}
     of_first = {"optimizer": config.stage1_optimizer or config.optimizer}
     changes = (common | of_first | dict(row.optim) | dict(row.first), common | dict(row.optim) | dict(row.second))
     stages = [

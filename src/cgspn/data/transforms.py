@@ -20,6 +20,7 @@ Size = int | tuple[int, int]
 MEAN = (0.5, 0.5, 0.5)
 STD = (0.5, 0.5, 0.5)
 SCALE, RATIO = (0.6, 1.0), (3 / 4, 4 / 3)  # of random boxes: share of the area, width / height
+PASTED = (0.05, 0.95)  # share of the area that a box of `paste_boxes` has
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what Pillow's "L" mode uses
 
 
@@ -193,10 +194,35 @@ def blend(images: Tensor, factors: Tensor) -> Tensor:
 
     images: float [B, C, H, W]; factors: [B]. The last of an odd number stays. Source: mixup, without labels.
     """
-    partner = torch.arange(len(images)) ^ 1
-    partner[partner == len(images)] = len(images) - 1
     factors = factors.to(images.device, images.dtype)[:, None, None, None]
-    return factors * images + (1 - factors) * images[partner.to(images.device)]
+    return factors * images + (1 - factors) * images[_partners(images, 1)]
+
+
+def _partners(images: Tensor, bit: int) -> Tensor:
+    """Each image's other one, whose number differs in one bit; itself where there is none. int64 [B]."""
+    own = torch.arange(len(images), device=images.device)
+    return torch.where(own ^ bit < len(images), own ^ bit, own)
+
+
+def paste_boxes(count: int, share: float, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """Boxes for `paste`, int64 [count, 4] (top, left, height, width): random ones for a `share` of the images, of
+    nearly any area and twice as wide as high at most or the reverse, and empty ones for the others."""
+    uniform = torch.rand(5, count, generator=generator, dtype=torch.float64)
+    boxes = boxes_from(uniform[:4], height, width, PASTED, (1 / 2, 2))
+    return boxes * (uniform[4] < share)[:, None]
+
+
+def paste(images: Tensor, boxes: Tensor) -> Tensor:
+    """Each image with a box of another one, the first with the third and so on, in the place where it was.
+
+    images: float [B, C, H, W]; boxes: as of `paste_boxes`. Images without another one stay. Source: CutMix, without
+    labels.
+    """
+    top, left, height, width = boxes.to(images.device)[:, :, None, None, None].unbind(1)
+    y = torch.arange(images.shape[2], device=images.device)[:, None]
+    x = torch.arange(images.shape[3], device=images.device)
+    inside = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
+    return torch.where(inside, images[_partners(images, 2)], images)
 
 
 def jitter_factors(count: int, strength: float, generator: torch.Generator) -> Tensor:

@@ -29,6 +29,7 @@ class OptimConfig:
         mixup: share of the images that are blended with their neighbour in the batch, in random proportions. Teacher
             and student look at the same blend, so that few images make many; not beside a contrastive loss, whose
             captions would fit neither image.
+        cutmix: share of the images of which a random box shows another one of the batch, after `mixup` and like it.
         accumulate: parts that a batch is cut into, one after the other, to fit the memory.
         ema: decay of the moving average of the weights that the run ends with; 0 for the last weights.
         seed: of initialisation, order and augmentation.
@@ -47,6 +48,7 @@ class OptimConfig:
     crop_scale: tuple[float, float] = (0.6, 1.0)
     jitter: float = 0.0
     mixup: float = 0.0
+    cutmix: float = 0.0
     accumulate: int = 1
     ema: float = 0.0
     seed: int = 0
@@ -66,7 +68,7 @@ class OptimConfig:
             raise ValueError(
                 f"crop_scale is {self.crop_scale}; accepted: two shares of the area, 0 < first <= second <= 1"
             )
-        for name in ("jitter", "mixup"):
+        for name in ("jitter", "mixup", "cutmix"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: 0 to 1")
         if not 0 <= self.ema < 1:
@@ -188,8 +190,9 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a stage that would minimise nothing, or blends what captions are for."""
-        if self.loss.contrastive and (self.stage2.mixup or self.highres.optim.mixup):
-            raise ValueError("mixup is on beside loss.contrastive; expected one of them to be 0")
+        for name in ("mixup", "cutmix") if self.loss.contrastive else ():
+            if getattr(self.stage2, name) or getattr(self.highres.optim, name):
+                raise ValueError(f"{name} is on beside loss.contrastive; expected one of them to be 0")
         if self.highres.sizes and self.highres.teacher == "none" and not self.loss.contrastive:
             raise ValueError("highres.teacher is 'none' and loss.contrastive is 0; expected a contrastive loss")
 

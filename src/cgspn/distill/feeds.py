@@ -22,13 +22,22 @@ from ..data import (
     read_rows,
 )
 from ..data.loader import generator_of
-from ..data.transforms import blend, blend_factors, jitter_colors, jitter_factors, normalize, to_float
+from ..data.transforms import (
+    blend,
+    blend_factors,
+    jitter_colors,
+    jitter_factors,
+    normalize,
+    paste,
+    paste_boxes,
+    to_float,
+)
 from ..models.config import EncoderConfig
 from .config import OptimConfig
 from .parallel import World
 from .trainer import Stream, rows_of
 
-COLORS, BLENDS = 2, 3  # purposes of randomness, see `generator_of`
+COLORS, BLENDS, BOXES = 2, 3, 4  # purposes of randomness, see `generator_of`
 
 
 class Feed(Protocol):
@@ -157,11 +166,15 @@ class SampleFeed:
 
 
 def blended(images: Tensor, optim: OptimConfig, step: int, share: slice) -> Tensor:
-    """A process's share of a batch after mixup, which an even share has alike on any number of processes."""
-    if not optim.mixup:
-        return images
-    factors = blend_factors(optim.batch_size, optim.mixup, generator_of(optim.seed, BLENDS, step))
-    return blend(images, factors[share])
+    """A process's share of a batch after mixup and CutMix, alike on any number of processes with multiples of four."""
+    if optim.mixup:
+        factors = blend_factors(optim.batch_size, optim.mixup, generator_of(optim.seed, BLENDS, step))
+        images = blend(images, factors[share])
+    if optim.cutmix:
+        random = generator_of(optim.seed, BOXES, step)
+        boxes = paste_boxes(optim.batch_size, optim.cutmix, images.shape[2], images.shape[3], random)
+        images = paste(images, boxes[share])
+    return images
 
 
 def share_of(batch_size: int, world: World) -> slice:

@@ -139,9 +139,10 @@ def distil(
 
 def attach(cache: TeacherCache, task: Task, stage: Stage) -> None:
     """Let a stage keep its teacher's features. Raises ValueError if its images change from epoch to epoch."""
-    if stage.optim.augment or stage.optim.mixup:
+    if stage.optim.augment or stage.optim.mixup or stage.optim.cutmix:
         raise ValueError(
-            f"teacher_cache is on, but {stage.title} crops or blends at random; expected augment and mixup to be off"
+            f"teacher_cache is on, but {stage.title} crops or blends at random; "
+            "expected augment, mixup and cutmix to be off"
         )
     cache.belongs_to((getattr(task, "teacher", None), stage.size))
     task.hold(cache=cache)
