@@ -55,7 +55,7 @@ def mixed_number(seed: int, purpose: int, number: int) -> int:
 
 
 def generator_of(seed: int, purpose: int, number: int) -> torch.Generator:
-    """Randomness for one purpose (0 order, 1 augmentation, 2 colours, 3 blends, 4 boxes) at one step or epoch, on the CPU."""
+    """Randomness for one purpose at one step or epoch, on the CPU: 0 order, 1 crops, 2 colours, 3 blends, 4 boxes."""
     return torch.Generator().manual_seed(mixed_number(seed, purpose, number))
 
 
