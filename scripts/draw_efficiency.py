@@ -20,7 +20,7 @@ def main() -> None:
     measured = json.loads((FOLDER / "encoder" / "encoder.json").read_text())
     graphs = [row for row in measured["one image"] if row["way"] == "CUDA graph"]
     panels = (
-        ("images / s, B = 8", "images / s", measured["throughput"], "{:.0f}", "x the first"),
+        (f"images / s, B = {measured['throughput'][0]['B']}", "images / s", measured["throughput"], "{:.0f}", "x the first"),
         ("ms for one image, CUDA graph", "ms", graphs, "{:.1f}", "the first / this"),
     )
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
