@@ -12,17 +12,18 @@ EMBEDDED = DistillConfig(
     stage1=OptimConfig(steps=60, batch_size=64, optimizer="muon", learning_rate=1e-2, augment=False),
     stage2=OptimConfig(steps=360, batch_size=64, optimizer="muon", learning_rate=1e-2, augment=False),
 )
-# a ViT-S/14 and some hundred photographs: the recipe of results/quality. Blends and small crops, as what students made
-# of other photographs fell behind what they made of those they had seen
-FEW = OptimConfig(batch_size=128, crop_scale=(0.08, 1.0), mixup=1.0, embedding_rate=0)
+# a ViT-S/14 and some hundred photographs: the recipe of results/quality. Blends, pasted boxes and small crops, as what
+# students made of other photographs fell behind what they made of those they had seen; and small batches, as more steps
+# get further with the same images
+FEW = OptimConfig(batch_size=64, crop_scale=(0.08, 1.0), mixup=1.0, cutmix=0.5, embedding_rate=0)
 VIT_S14_STUDY = DistillConfig(
     compression=6,
     values=6,
     image_size=224,
-    stage1=replace(FEW, steps=300, optimizer="muon", learning_rate=1e-2),
+    stage1=replace(FEW, steps=800, optimizer="muon", learning_rate=1e-2),
     # stage 2 begins with what stage 1 has learned: at 1e-3 the loss after blocks rose to four times its start, most of
     # it from the patch embedding
-    stage2=replace(FEW, steps=600, learning_rate=2.5e-4),
+    stage2=replace(FEW, steps=2800, learning_rate=2.5e-4),
     # a teacher that pools by a class token leaves a fresh head, whose gradient at full weight costs the tokens
     loss=LossConfig(output=0.05),
     compute=ComputeConfig(precision="bfloat16", save_every=100),
