@@ -209,6 +209,13 @@ void copy_async(void* to, const char* from) {
   else
     emulation::fiber->groups.back().push_back(copy);
 }
+template <int N>
+void copy_around(void* to, const char* from) { copy_async<N>(to, from); }
+template <int N>
+void load_around(u32 (&w)[N], const char* p) {
+  if ((u64)p % (4 * N)) abort();
+  memcpy(w, p, 4 * N);
+}
 inline void copies_commit() { emulation::fiber->groups.emplace_back(); }
 template <int N>
 void copies_wait() {  // the last group is the one that is still open

@@ -115,6 +115,8 @@ def current_stream(device: int) -> Iterator[int]:
         yield torch.cuda.current_stream(device).cuda_stream
 
 
+RIGHT = 2  # the first direction whose lines are columns
+
 # The macros of common.cuh for a kernel that uses only its types and arithmetic, so that they make no variants of it.
 PLAIN = {"POS": 1, "NORMALISE": 1, "MERGE": 0, "SPLIT": 1, "HALO": 0, "NARROW": 0, "MASKED": 0, "SHARE": 0, "FORGET": 0}
 
@@ -139,7 +141,7 @@ def scan_defines(cut: Cut, p: Problem, dtype: int, *, masked: bool, merged: bool
         "SPLIT": cut.split,
         "HALO": cut.beyond(),
         "MERGE": int(merged),
-        "NARROW": int(cut.lanes * cut.vec * p.itemsize < 32 and cut.groups(p) > 1),
+        "NARROW": int(cut.narrow(p)),
     }
     return defines if save is None else defines | {"SAVE": int(save)}
 
@@ -159,6 +161,7 @@ def problem(call: Call) -> Problem:
         call.alignment,
         call.share,
         call.keep,
+        any(code >= RIGHT for code in call.codes),
     )
 
 

@@ -28,7 +28,7 @@ class Problem:
     """What a plan has to know about the call.
 
     alignment: bytes that divide every address and stride. share: channels that have one set of parameters between them;
-    more than one is the number that a thread takes. keep: a forget gate.
+    more than one is the number that a thread takes. keep: a forget gate. sideways: some direction walks right or left.
     """
 
     backward: bool
@@ -41,6 +41,7 @@ class Problem:
     alignment: int
     share: int = 1
     keep: bool = False
+    sideways: bool = True
 
     @property
     def name(self) -> str:
@@ -103,6 +104,14 @@ class Cut:
         if p.backward:
             return state + self.stages * p.maps * rows * self.pos * vectors * p.itemsize
         return state  # the forward's stages are in registers
+
+    def narrow(self, p: Problem) -> bool:
+        """Whether what lies beside a block's run of channels is read by other blocks, or a line later.
+
+        The next line of a direction that walks sideways lies in the same 128 bytes, which memory should give at once.
+        """
+        run = self.lanes * self.vec * p.itemsize
+        return (run < 32 and self.groups(p) > 1) or (run <= 32 and p.sideways)
 
     def thread_bound(self, p: Problem) -> int:
         """The block size the kernel is compiled for, in few steps so that image sizes share kernels."""

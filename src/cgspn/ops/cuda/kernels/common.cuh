@@ -13,7 +13,8 @@
 //   HALO       positions beyond its own part, on either side, that such a block scans too: one fewer of them is right
 //              after every line, so that blocks exchange states only every HALO lines; 0 without SPLIT
 //   MERGE      1: the planes of the directions will be read again by merge.cu; 0: outputs are final
-//   NARROW     1: a block's run of channels is shorter than a sector of 32 bytes: caches must keep what they hold
+//   NARROW     1: a block's run of channels is short, and its neighbours in memory are read a line later or by other
+//              blocks: memory gives 128 bytes at once, and caches must keep them
 // Shape letters as in reference.py. All strides are in bytes and 64 bits wide.
 
 #include "hardware.cuh"
@@ -110,7 +111,7 @@ struct Walk {
 // Global to shared. Asynchronous, except for single 16-bit elements, which the hardware cannot copy that way.
 __device__ __forceinline__ void copy_in(void* to, const char* from) {
   if constexpr (BYTES >= 4)
-    copy_async<BYTES>(to, from);
+    NARROW ? copy_around<BYTES>(to, from) : copy_async<BYTES>(to, from);
   else
     *(unsigned short*)to = *(const unsigned short*)from;
 }
@@ -129,11 +130,13 @@ __device__ __forceinline__ Vec load(const void* p) {
 }
 
 // What one thread of the machine reads once: it should leave the caches first, so that x, which every direction
-// reads, can stay. Not where several blocks share a sector.
+// reads, can stay. Not where its surroundings are read later.
 __device__ __forceinline__ Vec load_once(const char* p) {
-  if constexpr (NARROW || BYTES < 4) return load(p);
+  if constexpr (BYTES < 4) return load(p);
   Vec v;
-  if constexpr (BYTES == 16)
+  if constexpr (NARROW)
+    load_around(v.w, p);
+  else if constexpr (BYTES == 16)
     *(uint4*)v.w = __ldcs((const uint4*)p);
   else if constexpr (BYTES == 8)
     *(uint2*)v.w = __ldcs((const uint2*)p);
@@ -144,7 +147,9 @@ __device__ __forceinline__ Vec load_once(const char* p) {
 
 __device__ __forceinline__ Vec load_shared_by_directions(const char* p) {
   Vec v;
-  if constexpr (BYTES == 16)
+  if constexpr (NARROW && BYTES >= 4)
+    load_around(v.w, p);
+  else if constexpr (BYTES == 16)
     *(uint4*)v.w = __ldg((const uint4*)p);
   else if constexpr (BYTES == 8)
     *(uint2*)v.w = __ldg((const uint2*)p);

@@ -20,6 +20,24 @@ __device__ __forceinline__ void copy_async(void* to, const char* from) {
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(s), "l"(from), "n"(N) : "memory");
 }
+// Load words, or copy them to shared memory, and have the L2 fetch the 128 bytes around them.
+__device__ __forceinline__ void load_around(u32 (&w)[4], const char* p) {
+  asm volatile("ld.global.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "l"(p) : "memory");
+}
+__device__ __forceinline__ void load_around(u32 (&w)[2], const char* p) {
+  asm volatile("ld.global.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(w[0]), "=r"(w[1]) : "l"(p) : "memory");
+}
+__device__ __forceinline__ void load_around(u32 (&w)[1], const char* p) {
+  asm volatile("ld.global.L2::128B.u32 %0, [%1];" : "=r"(w[0]) : "l"(p) : "memory");
+}
+template <int N>
+__device__ __forceinline__ void copy_around(void* to, const char* from) {
+  u32 s = (u32)__cvta_generic_to_shared(to);
+  if constexpr (N == 16)
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(s), "l"(from) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global.L2::128B [%0], [%1], %2;" ::"r"(s), "l"(from), "n"(N) : "memory");
+}
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
 __device__ __forceinline__ void copies_wait() {  // until at most N groups of this thread are under way
