@@ -99,7 +99,13 @@ def test_convert_distill_and_eval_on_a_folder_with_a_damaged_image(tmp_path):
 def test_an_interrupted_demo_leaves_no_half_written_file_and_runs_again(tmp_path):
     environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     running = subprocess.Popen(
-        [sys.executable, "-m", "cgspn.cli", "demo"], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-m", "cgspn.cli", "demo"],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        # a shell that runs the tests in the background has them, and so this, ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not (tmp_path / "demo").exists():  # it is made just before the work starts
         assert running.poll() is None
