@@ -107,12 +107,15 @@ def test_an_interrupted_demo_leaves_no_half_written_file_and_runs_again(tmp_path
         # a shell that runs the tests in the background has them, and so this, ignore it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while not (tmp_path / "demo").exists():  # it is made just before the work starts
-        assert running.poll() is None
-        time.sleep(0.1)
-    time.sleep(2)
-    running.send_signal(signal.SIGINT)
-    output, _ = running.communicate(timeout=60)
+    try:
+        while not (tmp_path / "demo").exists():  # it is made just before the work starts
+            assert running.poll() is None
+            time.sleep(0.1)
+        time.sleep(2)
+        running.send_signal(signal.SIGINT)
+        output, _ = running.communicate(timeout=60)
+    finally:
+        running.kill()  # where it did not end, it would go on for minutes beside the other tests
     assert running.returncode == 130
     assert "interrupted" in output
     assert list((tmp_path / "demo").iterdir()) == []
