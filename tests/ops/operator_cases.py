@@ -111,13 +111,14 @@ def with_gradients(
     return y.detach(), list(torch.autograd.grad(y, leaves, dy.to(y.dtype))), dy
 
 
-def relative_error(a: Tensor, b: Tensor) -> float:
-    """||a - b|| / ||b||, where b counts as at least 0.01 an element.
+def relative_error(a: Tensor, b: Tensor, terms: int = 1) -> float:
+    """||a - b|| / ||b||, where b counts as at least 0.01 an element and term.
 
     The floor is for gradients that cancel: with one neighbour the weight is 1 whatever its logit, and what the
-    reference holds there is the rounding error of a zero.
+    reference holds there is the rounding error of a zero. terms: how many channels each element is a sum over, each of
+    which brings its rounding errors.
     """
-    floor = 0.01 * max(b.numel(), 1) ** 0.5
+    floor = 0.01 * terms * max(b.numel(), 1) ** 0.5
     return (a.double() - b.double()).norm().item() / max(b.double().norm().item(), floor)
 
 
@@ -143,8 +144,9 @@ def assert_close(
     dtype: torch.dtype,
     backend: str = "",
     more: float = 1.0,
+    share: int = 1,
 ) -> None:
-    """Output (first) and gradients against the reference, all finite and in `dtype`."""
+    """Output (first) and gradients against the reference, all finite and in `dtype`. share: channels of a set."""
     for name, a, b in zip(("output", *(f"gradient of {n}" for n in names)), got, want, strict=True):
         assert a.dtype == dtype, name
         assert a.shape == b.shape, name
@@ -152,7 +154,7 @@ def assert_close(
         tolerance = (OUTPUT_TOLERANCE if name == "output" else GRADIENT_TOLERANCE)[dtype]
         if backend in LOOSER:
             tolerance *= LOOSER[backend].get(name, 3.0) * (more if name == "gradient of logits" else 1.0)
-        error = relative_error(a, b)
+        error = relative_error(a, b, 1 if name in ("output", "gradient of x") else share)
         assert error <= tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}"
 
 
@@ -172,7 +174,9 @@ def check_propagate(backend: Backend, tensors: Sequence[Tensor], *, more: float 
     options.setdefault("directions", DIRECTIONS[: tensors[2].shape[3]])
     y, grads, dy = with_gradients(with_keep(propagate_2d, backend=backend.name, **options), tensors)
     want, want_grads, _ = with_gradients(with_keep(propagate_2d_reference, **options), doubles(tensors), dy)
-    assert_close(NAMES[: len(tensors)], [y, *grads], [want, *want_grads], tensors[0].dtype, backend.name, more)
+    share = tensors[0].shape[-1] // tensors[2].shape[-1]
+    names = NAMES[: len(tensors)]
+    assert_close(names, [y, *grads], [want, *want_grads], tensors[0].dtype, backend.name, more, share)
 
 
 def with_keep(function: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
