@@ -18,9 +18,10 @@ COLOURS = {"attention": "#8a8f98", "C-GSPN": "#d1495b", "hybrid 3/27": "#30638e"
 def main() -> None:
     """One panel for the throughput of whole encoders, one for the latency of one image."""
     measured = json.loads((FOLDER / "encoder" / "encoder.json").read_text())
+    rows = measured["throughput"]
     graphs = [row for row in measured["one image"] if row["way"] == "CUDA graph"]
     panels = (
-        (f"images / s, B = {measured['throughput'][0]['B']}", "images / s", measured["throughput"], "{:.0f}", "x the first"),
+        (f"images / s, B = {rows[0]['B']}", "images / s", rows, "{:.0f}", "x the first"),
         ("ms for one image, CUDA graph", "ms", graphs, "{:.1f}", "the first / this"),
     )
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
