@@ -154,7 +154,7 @@ def assert_close(
         tolerance = (OUTPUT_TOLERANCE if name == "output" else GRADIENT_TOLERANCE)[dtype]
         if backend in LOOSER:
             tolerance *= LOOSER[backend].get(name, 3.0) * (more if name == "gradient of logits" else 1.0)
-        error = relative_error(a, b, 1 if name in ("output", "gradient of x") else share)
+        error = relative_error(a, b, share if name == "gradient of logits" else 1)
         assert error <= tolerance, f"{name}: relative error {error:.2e} above {tolerance:.0e}"
 
 
