@@ -1,4 +1,4 @@
-"""LayerNorm with the sum before it, and GELU's gradient with its sums, against the plain layers in float64.
+"""LayerNorm with the sum before it, and the gradients of RMSNorm and GELU with their sums, against float64.
 
 The kernels run on a GPU, or on the CPU under Triton's interpreter (TRITON_INTERPRET=1).
 """
@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from torch.nn.functional import gelu, layer_norm
+from torch.nn.functional import gelu, layer_norm, rms_norm
 
 from cgspn.ops.fused import rows
 
@@ -73,6 +73,25 @@ def test_what_is_added_after_the_sum_is_not_normalised():
     assert relative(normal.cpu(), layer_norm(x + branch, (72,), gain, shift)) < 2e-5
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm(shape, dtype):
+    torch.manual_seed(0)
+    c = shape[-1]
+    x, gain = (torch.randn(shape) + 2).to(DEVICE, dtype), (1 + torch.randn(c) / 4).to(DEVICE)
+    mine = [t.clone().requires_grad_() for t in (x, gain)]
+    exact = [t.double().requires_grad_() for t in (x, gain.to(dtype))]
+    normal, wanted = rows.RmsNorm.apply(*mine, 1e-6), rms_norm(exact[0], (c,), exact[1], 1e-6)
+    assert normal.dtype == dtype
+    assert relative(normal, wanted) < DTYPES[dtype]
+    dn = torch.randn(shape).to(DEVICE, dtype)
+    got, true = torch.autograd.grad(normal, mine, dn), torch.autograd.grad(wanted, exact, dn.double())
+    assert [t.dtype for t in got] == [dtype, torch.float32]
+    # of one channel the gradient is 0 but for eps
+    assert relative(got[0], true[0]) < DTYPES[dtype] or c == 1
+    assert relative(got[1], true[1]) < DTYPES[dtype]
+
+
 def test_gradients_of_gradients_go_through_the_plain_norm():
     torch.manual_seed(0)
     x, gain, shift = (t.to(DEVICE).requires_grad_() for t in (torch.randn(5, 24), torch.randn(24), torch.randn(24)))
@@ -84,11 +103,14 @@ def test_gradients_of_gradients_go_through_the_plain_norm():
     mine = second(lambda x: rows.AddNorm.apply(x, None, gain, shift, 1e-6)[0])
     plain = second(lambda x: layer_norm(x, (24,), gain, shift, 1e-6))
     assert all(relative(a, b) < 1e-4 for a, b in zip(mine, plain))
+    mine = second(lambda x: rows.RmsNorm.apply(x, gain, 1e-6))
+    plain = second(lambda x: rms_norm(x, (24,), gain, 1e-6))
+    assert all(relative(a, b) < 1e-4 for a, b in zip(mine, plain))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", ["none", "tanh", None])
-@pytest.mark.parametrize("shape", [(37, 96), (1, 5), (130, 200), (600, 16)])
+@pytest.mark.parametrize("shape", [(37, 96), (1, 5), (130, 200), (600, 16), (70, 1152)])
 def test_column_sums_and_the_gradient_of_a_gelu(shape, mode, dtype):
     torch.manual_seed(0)
     hidden, d = (3 * torch.randn(shape)).to(DEVICE, dtype), torch.randn(shape).to(DEVICE, dtype)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE = 4096  # elements of a program
+TILE = 1024  # elements of a row's head that a warp takes: its reductions then need no shared memory
 NUMBERS = ["rows", "kl_weight", "energy", "upstream"]  # no kernel of their own for a value or an alignment
 
 
@@ -136,7 +136,7 @@ def split_row(channels: int) -> tuple[int, int]:
 
 
 def _tile(channels: int) -> int:
-    """Rows of a program."""
+    """Rows of a program, which is one warp unless a row is long."""
     return max(1, TILE // split_row(channels)[0])
 
 
@@ -147,7 +147,7 @@ def _launch(kernel, student: Tensor, teacher: Tensor, energy: Tensor, weight: fl
     (s, s_image, s_row), (t, t_image, t_row) = _rows(student), _rows(teacher)
     kernel[(triton.cdiv(rows, tile),)](
         s, t, energy, *outputs, rows, s.shape[1], channels, s_image, s_row, t_image, t_row, weight,
-        ROWS=tile, HEAD=head, TAIL=tail, KL=bool(weight), num_warps=4,
+        ROWS=tile, HEAD=head, TAIL=tail, KL=bool(weight), num_warps=max(1, head // TILE),
     )  # fmt: skip
 
 

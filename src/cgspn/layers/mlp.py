@@ -144,9 +144,17 @@ class _KeepingOne(torch.autograd.Function):
                 return None, None, None, dweight2, dbias2, None
             dhidden = d @ weight2
             dbias1 = _through_gelu(dhidden, hidden, approximate)
-            dweight1 = dhidden.T @ rows if needed[1] else None
+            dweight1 = _crossed(dhidden, rows) if needed[1] else None
             dx = (dhidden @ weight1).view_as(x) if needed[0] else None
         return dx, dweight1, dbias1 if needed[2] else None, dweight2, dbias2, None
+
+
+def _crossed(d: Tensor, x: Tensor) -> Tensor:
+    """d^T x of d [M, K] and x [M, C]: [K, C].
+
+    As the transpose of x^T d where K is the larger: an H100's library has a kernel for that a quarter faster.
+    """
+    return d.T @ x if d.shape[1] <= x.shape[1] else (x.T @ d).T.contiguous()
 
 
 def _sum(d: Tensor) -> Tensor:

@@ -41,10 +41,22 @@ class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Any dtype."""
         dtype = lowered(x)
+        if self._in_one_pass(x, dtype):
+            with torch.autocast(x.device.type, enabled=False):
+                trained: Tensor = rows.RmsNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+                return trained
         if dtype is None:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
             return rms_norm(x.to(dtype), self.normalized_shape, cast(self.weight, dtype), self.eps)
+
+    def _in_one_pass(self, x: Tensor, dtype: torch.dtype | None) -> bool:
+        """Whether gradients will be wanted that the kernels can give; dtype: as of autocast, None without."""
+        if not torch.is_grad_enabled() or self.weight is None or self.eps is None:
+            return False
+        kept = dtype in (None, x.dtype) and (dtype is not None or self.weight.dtype == x.dtype)
+        small = len(self.normalized_shape) == 1 and x.shape[-1] <= rows.CHANNELS_MOST
+        return kept and small and rows.serves(x)
 
 
 def add_norm(

@@ -84,7 +84,9 @@ def norm_backward(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def column_sums(d, hidden, parts, rows, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr, GELU: tl.constexpr):
+def column_sums(
+    d, hidden, parts, rows, C, ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, GELU: tl.constexpr
+):
     """parts [programs, C]: sums over each program's rows of d [M, C].
 
     GELU 1 (exact) or 2 (tanh): d becomes, in place, the gradient to what the GELU was given, hidden [M, C], and that is
@@ -92,9 +94,9 @@ def column_sums(d, hidden, parts, rows, C, ROWS: tl.constexpr, CHANNELS: tl.cons
     """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
-    first = tl.program_id(1).to(tl.int64) * ROWS
-    while first < rows:
-        m = first + tl.arange(0, ROWS)
+    # with its own number of stages a loop fetches ahead
+    for first in tl.range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS, num_stages=STAGES):
+        m = first + tl.arange(0, ROWS).to(tl.int64)
         at, inside = m[:, None] * C + c[None, :], (m < rows)[:, None] & (c < C)[None, :]
         value = tl.load(d + at, mask=inside, other=0)
         if GELU:
@@ -109,5 +111,4 @@ def column_sums(d, hidden, parts, rows, C, ROWS: tl.constexpr, CHANNELS: tl.cons
             value = (value.to(tl.float32) * slope).to(value.dtype)
             tl.store(d + at, value, mask=inside)
         total += value.to(tl.float32)
-        first += tl.num_programs(1) * ROWS
     tl.store(parts + tl.program_id(1).to(tl.int64) * C + c, tl.sum(total, 0), mask=c < C)
