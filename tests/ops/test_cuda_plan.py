@@ -55,11 +55,11 @@ MEASURED = [
     (True, 8, 74, Cut(8, 4, 1, 3, 2, halo=16)),
     (False, 8, 147, Cut(8, 4, 1, 3, 2, halo=16)),
     (True, 8, 147, Cut(8, 4, 1, 2, 2, halo=4)),
-    (False, 1, 74, Cut(4, 2, 1, 3, 2, halo=16)),
+    (False, 1, 74, Cut(2, 4, 1, 4, 2, halo=16)),
     (True, 1, 74, Cut(4, 2, 1, 3, 2, halo=16)),
-    (False, 1, 147, Cut(4, 4, 1, 3, 4, halo=8)),
+    (False, 1, 147, Cut(2, 8, 1, 4, 8, halo=8)),
     (True, 1, 147, Cut(4, 4, 1, 3, 4, halo=8)),
-    (False, 1, 294, Cut(4, 4, 1, 3, 4, halo=8)),
+    (False, 1, 294, Cut(2, 8, 1, 4, 8, halo=4)),
     (True, 1, 294, Cut(4, 4, 1, 3, 4, halo=8)),
 ]
 

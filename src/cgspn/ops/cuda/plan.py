@@ -159,6 +159,8 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
     runs would be shorter than a sector. Short lines are not worth a cluster and want narrow vectors instead.
     """
     vectors = list(_vectors(p))
+    if (cut := _alone(p, machine, vectors)) is not None:
+        return cut
     wide = vectors[0]
     enough = machine.processors * 7 // 10
     clusters = machine.clusters and p.longest >= 64
@@ -200,6 +202,25 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
                 for stages in (3, 2) if p.backward else (3, 2, 1):
                     if (cut := Cut(vec, 1, pos, stages, split)).fits(p, machine):
                         return cut
+    return None
+
+
+def _alone(p: Problem, machine: Machine, vectors: list[int]) -> Cut | None:
+    """Lines cut into the most parts of two channels a thread, where each block has a processor; None elsewhere.
+
+    From sweeps over 320 cuts at B = 1 (results/operator), 16 bits and the forward alone: 3 to 13% less time than wider
+    threads in fewer parts.
+    """
+    if p.backward or not machine.clusters or not p.normalise or p.keep or p.share > 1 or p.itemsize != 2:
+        return None
+    if p.longest < 64 or 2 not in vectors:
+        return None
+    lanes, split, halos = (4, 2, (16,)) if p.longest < 80 else (8, 8, (8, 4))
+    for halo in halos:
+        cut = Cut(2, min(lanes, max(1, p.channels // 2)), 1, 4, split, halo)
+        # of more threads a wide halo costs more than it spares; a narrow one was not measured
+        if cut.fits(p, machine) and cut.threads(p) <= 384:
+            return cut if cut.blocks(p) <= machine.processors else None
     return None
 
 
