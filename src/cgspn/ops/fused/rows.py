@@ -20,7 +20,7 @@ PROGRAMS = 528  # that share the sums over rows: four for each multiprocessor of
 # programs. The fastest on an H100 for 47 thousand rows of 1152 and 4304 channels.
 TILES: dict[str | None, tuple[tuple[int, ...], int, int, int, int]] = {
     None: ((128,), 2048, 2, 3, 2 * PROGRAMS),
-    "none": ((256, 128), 4096, 8, 1, 4 * PROGRAMS),
+    "none": ((128,), 1024, 2, 3, 2 * PROGRAMS),
     "tanh": ((512, 256, 128), 8192, 8, 3, 4 * PROGRAMS),
 }
 
