@@ -108,8 +108,62 @@ def test_a_run_without_captions_cannot_be_contrastive(tmp_path, shards):
     (tmp_path / "flat").mkdir()
     for i in range(20):
         Image.new("RGB", (30, 30)).save(tmp_path / "flat" / f"{i}.png")
-    with pytest.raises(ValueError, match=r"flat.*cannot be used.*no caption \(looked for \.txt"):
+    with pytest.raises(ValueError, match=r"flat: none of the images can be used that were read: .*no caption \(look"):
         distill("run", "flat")
+    assert not Path("run").exists()
+
+
+def test_what_a_later_stage_cannot_do_is_refused_before_the_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def refused(message, config, **more):
+        with pytest.raises(ValueError, match=message):
+            Distill("embedded", Path("new/run"), config=config, **more).run()
+        assert not Path("new").exists()
+
+    plain = replace(CONFIG, loss=LossConfig())
+    refused(r"highres\.sizes has 30; accepted: multiples of the student's patch, 4", with_sizes(plain, 56, 30))
+    refused("image_size has 30", replace(plain, image_size=30))
+    cached = replace(plain, stage1=replace(OPTIM, steps=1, augment=False), compute=ComputeConfig(teacher_cache=1))
+    refused("teacher_cache is on, but student, stage 2 crops", cached)
+    refused("compute.capture is on, on device 'cpu'", replace(plain, compute=ComputeConfig(capture=True)))
+    for name, least in (("mixup", 2), ("cutmix", 3)):
+        alone = replace(plain, stage2=replace(OPTIM, steps=1, batch_size=least - 1, **{name: 0.5}))
+        refused(f"{name} is 0.5, with {least - 1} images a process; expected {least} or more", alone)
+    taken = replace(plain, compression=6)
+    refused("config.compression is 6 beside student", taken, student=Path("student"))
+
+
+def with_sizes(config, *sizes):
+    return replace(config, highres=replace(config.highres, sizes=sizes))
+
+
+def test_a_step_that_waits_for_the_host_is_not_captured():
+    with pytest.raises(ValueError, match="capture is on beside teacher_cache"):
+        ComputeConfig(capture=True, teacher_cache=1)
+    with pytest.raises(ValueError, match=r"compute\.capture is on beside loss\.contrastive"):
+        replace(CONFIG, compute=ComputeConfig(capture=True))
+
+
+@pytest.mark.slow
+def test_a_run_may_change_what_has_not_begun_and_writes_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = replace(CONFIG, loss=LossConfig(), stage2=replace(OPTIM, steps=1))
+
+    def again(config):
+        (tmp_path / "run" / "distill.json").unlink(missing_ok=True)
+        Distill("embedded", Path("run"), config=config).run()
+        return json.loads((tmp_path / "run/distill.json").read_text())
+
+    assert len(again(settings)["losses"]) == 2
+    (tmp_path / "run/report.html").unlink()  # as if the run was killed before it
+    higher = replace(settings.highres, sizes=(56,), optim=settings.stage2)
+    more = again(replace(settings, highres=higher))
+    assert list(more["losses"]) == ["student, stage 1", "student, stage 2", "student, 56 px"]
+    assert more["config"]["highres"]["sizes"] == [56]
+    assert (tmp_path / "run/report.html").exists()
+    with pytest.raises(ValueError, match=r"other settings \(.*config\.highres\.sizes, config\.stage2\.steps\)"):
+        again(replace(settings, stage2=replace(OPTIM, steps=3)))
 
 
 def test_a_run_that_goes_on_says_from_where(tmp_path):

@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from ..report.run import run_report
 from ..teachers import convert, load_encoder, load_model
 
 Preset = Literal["embedded", "vit-s14-study", "so400m-378", "so400m-highres"]
+CONVERTED = ("compression", "values", "keep_attention")  # settings that a converted student already has
 RUN, RECORD, REPORT, EVENTS = "run.json", "distill.json", "report.html", "events"
 
 
@@ -41,7 +42,8 @@ RUN, RECORD, REPORT, EVENTS = "run.json", "distill.json", "report.html", "events
 class Distill:
     """Convert a teacher and distil it: stage 1 on its sub-layers, stage 2 end to end, then higher resolutions.
 
-    A run that was interrupted goes on from its last snapshot when the same command is given again.
+    A run that was interrupted goes on from its last snapshot when the same command is given again; settings of stages
+    that have not begun may be other ones then.
 
     Examples:
         cgspn distill embedded runs/student --config.compression 3
@@ -83,14 +85,15 @@ class Distill:
         student_from = str(self.student) if self.student else None
         settings: dict[str, Any] = {"teacher": self.teacher, "student": student_from, "data": self.data}
         settings["config"], settings["loader"] = asdict(self.config), asdict(self.loader)
-        if self.student is not None:  # taken as it is
-            settings["config"] |= dict.fromkeys(("compression", "values", "keep_attention"))
+        if self.student is not None:
+            self.check_taken()
+            settings["config"] |= dict.fromkeys(CONVERTED)
         if self.show_config:
             console.print_json(json.dumps(settings, default=str))
             return
         if self.tensorboard and (lack := needed(require_tensorboard)):
             raise ValueError(lack)
-        with join_world(self.device) as world:
+        with join_world(self.device) as world, left_clean(self.out, world):
             out = writable_folder(self.out, "out")
             feed = self.feed()
             if isinstance(feed, SampleFeed):
@@ -125,13 +128,14 @@ class Distill:
                 "throughput": {history.title: of_run(list(each)) for history, *each in zip(histories, *throughput)},
                 "losses": {history.title: history.steps for history in histories},
             }
-            write_atomically(out / RECORD, json.dumps(record, default=str) + "\n")
-            console.print(f"student saved in {out}; losses in {out / RECORD}", soft_wrap=True)
+            # the record comes last: while it is not there, the same command does again what is missing
             if self.report and (lack := needed(require_matplotlib)):
                 console.print(f"no report: {lack}", soft_wrap=True, markup=False)
             elif self.report:
                 write_atomically(out / REPORT, run_report(json.loads(json.dumps(record, default=str))))
                 console.print(f"report in {out / REPORT}", soft_wrap=True)
+            write_atomically(out / RECORD, json.dumps(record, default=str) + "\n")
+            console.print(f"student saved in {out}; losses in {out / RECORD}", soft_wrap=True)
 
     def feed(self) -> ImageSetFeed | SampleFeed:
         """What `data` names. Raises OSError or ValueError."""
@@ -139,6 +143,12 @@ class Distill:
             return ImageSetFeed(load_embedded("train"))
         source = open_samples(self.data, cache=self.loader.cache, max_skipped=self.loader.max_skipped)
         return SampleFeed(source, self.loader, captioned=self.config.loss.contrastive > 0)
+
+    def check_taken(self) -> None:
+        """Raise ValueError for settings of a conversion beside a student that is converted already."""
+        for name in CONVERTED:
+            if (given := getattr(self.config, name)) != getattr(PRESETS[self.preset], name):
+                raise ValueError(f"config.{name} is {given} beside student, which is taken as it is; leave one out")
 
     def start(self, teacher: Encoder) -> Encoder:
         """The student before training."""
@@ -153,10 +163,26 @@ class Distill:
         )
 
 
+@contextmanager
+def left_clean(out: Path, world: World) -> Iterator[None]:
+    """Take a folder away again that was made for a run which was refused before it left anything in it."""
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    try:
+        yield
+    except (ValueError, OSError):
+        if world.rank == 0 and missing and out.exists() and {path.name for path in out.iterdir()} <= {RUN}:
+            (out / RUN).unlink(missing_ok=True)
+            with suppress(OSError):
+                for folder in missing:
+                    folder.rmdir()
+        raise
+
+
 def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
     """Note the settings of the run in `out`.
 
-    Raises ValueError if it holds a finished run, or an unfinished one of other settings.
+    Raises ValueError if it holds a finished run, or an unfinished one of other settings. Those of stages that have not
+    begun may change.
     """
     path = out / RUN
     if (out / RECORD).exists():
@@ -167,23 +193,43 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
     wanted.pop("loader")
     if path.exists() and progress_of(out):
         found = json.loads(path.read_text())
+        ahead = ahead_of(out, found["config"])
+        for name in ahead:  # nothing was made of them yet
+            found["config"][name] = wanted["config"].get(name)
         if found != wanted:
             changed = ", ".join(sorted(differences(found, wanted)))
             raise ValueError(
                 f"out is {out}, which holds an unfinished run with other settings ({changed}); "
                 "give those again to go on with it, or another folder"
             )
-    elif world.rank == 0:
+    if world.rank == 0:
         write_atomically(path, json.dumps(wanted, indent=1) + "\n")
+
+
+def begun_in(out: Path) -> tuple[list[int], dict[int, int]]:
+    """The stages of an unfinished run in `out` that are done, and the last step of those that have a snapshot."""
+    done = sorted(int(path.parent.name) for path in (out / "stages").glob("*/losses.json"))
+    under_way = [folder for folder in sorted((out / "snapshots").glob("[0-9]*")) if int(folder.name) not in done]
+    newest = {int(folder.name): Snapshots(folder, 0).newest() for folder in under_way}
+    return done, {stage: step for stage, step in newest.items() if step}
 
 
 def progress_of(out: Path) -> str:
     """What an unfinished run in `out` has done, in words; "" if nothing that could be gone on with."""
-    done = sorted(int(path.parent.name) for path in (out / "stages").glob("*/losses.json"))
+    done, under_way = begun_in(out)
     said = [f"{len(done)} {'stage' if len(done) == 1 else 'stages'} done"] if done else []
-    under_way = [folder for folder in sorted((out / "snapshots").glob("[0-9]*")) if int(folder.name) not in done]
-    newest = [(int(folder.name) + 1, Snapshots(folder, 0).newest()) for folder in under_way]
-    return ", ".join(said + [f"stage {stage} from step {step}" for stage, step in newest if step])
+    return ", ".join(said + [f"stage {stage + 1} from step {step}" for stage, step in under_way.items()])
+
+
+def ahead_of(out: Path, config: dict[str, Any]) -> list[str]:
+    """The settings, of a run's `config`, that only stages read which have not begun in `out`."""
+    done, under_way = begun_in(out)
+    order = ("stage1", "stage2", "highres")
+    stages = [name for name in order[:2] if config[name]["steps"]] + ["highres"] * len(config["highres"]["sizes"])
+    begun = stages[: max([*done, *under_way]) + 1]
+    ahead = list(order[max(map(order.index, begun)) + 1 :])
+    # a contrastive loss tells which images a stage can use, the one under way included
+    return [*ahead, "loss"] if "stage2" in ahead and not under_way else ahead
 
 
 def differences(one: Any, other: Any, name: str = "") -> Iterator[str]:

@@ -43,12 +43,14 @@ class Tally:
         source: what is read, for messages.
         size: number of its images.
         limit: largest share of unreadable ones that is put up with, 0 to 1.
+        read: how many were tried. used: how many could be read. bad: the others, name and reason by number.
     """
 
     source: str
     size: int
     limit: float
     read: int = 0
+    used: int = 0
     bad: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def add(self, read: int, bad: Sequence[tuple[int, str, str]]) -> None:
@@ -57,11 +59,15 @@ class Tally:
         Raises ValueError if these are more than the limit.
         """
         self.read += read + len(bad)
+        self.used += read
         self.bad |= {number: (name, reason) for number, name, reason in bad}
         if len(self.bad) > self.limit * min(self.size, max(self.read, FIRST)):
+            count, reasons = min(self.read, self.size), {reason for _, reason in self.bad.values()}
+            if not self.used and len(reasons) == 1:
+                raise ValueError(f"{self.source}: none of the images can be used that were read: {reasons.pop()}")
             shown = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.values())[:3])
             raise ValueError(
-                f"{self.source}: {len(self.bad)} of the {min(self.read, self.size)} images read so far cannot be "
+                f"{self.source}: {len(self.bad)} of the {count} images read so far cannot be "
                 f"used, more than {self.limit:.0%} (max_skipped); among them {shown}"
             )
 

@@ -137,9 +137,11 @@ class ComputeConfig:
     save_every: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for units of no block."""
+        """Raise ValueError for units of no block, or a captured step that would wait for the host."""
         if self.blocks_per_unit < 1:
             raise ValueError(f"blocks_per_unit is {self.blocks_per_unit}; accepted: 1 or more")
+        if self.capture and self.teacher_cache:
+            raise ValueError("capture is on beside teacher_cache; expected one of them to be off")
 
 
 @dataclass(frozen=True)
@@ -189,12 +191,14 @@ class DistillConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a stage that would minimise nothing, or blends what captions are for."""
+        """Raise ValueError for stages that minimise nothing, blend what captions are for, or cannot be captured."""
         for name in ("mixup", "cutmix") if self.loss.contrastive else ():
             if getattr(self.stage2, name) or getattr(self.highres.optim, name):
                 raise ValueError(f"{name} is on beside loss.contrastive; expected one of them to be 0")
         if self.highres.sizes and self.highres.teacher == "none" and not self.loss.contrastive:
             raise ValueError("highres.teacher is 'none' and loss.contrastive is 0; expected a contrastive loss")
+        if self.compute.capture and self.loss.contrastive:
+            raise ValueError("compute.capture is on beside loss.contrastive; expected one of them to be off")
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,8 @@ class ImageSetFeed:
     images: ImageSet
 
     def stream(self, encoder: EncoderConfig, size: tuple[int, int], optim: OptimConfig, world: World) -> Stream:
-        """As in `Feed`. Raises ValueError if the batch does not divide by the number of processes."""
-        share = share_of(optim.batch_size, world)
+        """As in `Feed`. Raises ValueError as `blended_share`, and for a wrong size."""
+        share = blended_share(optim, world)
         transform: Transform = eval_transform(encoder, size)
         if optim.augment:
             transform = replace(train_transform(encoder, size), scale=optim.crop_scale, jitter=optim.jitter)
@@ -121,11 +121,11 @@ class SampleFeed:
     def stream(self, encoder: EncoderConfig, size: tuple[int, int], optim: OptimConfig, world: World) -> Stream:
         """As in `Feed`. The stream raises ValueError when too much is skipped, WorkerError when workers keep dying.
 
-        Raises ValueError for a batch that does not divide by the number of processes, or an encoder of grey images.
+        Raises ValueError as `blended_share`, or for an encoder of grey images.
         """
         if encoder.channels != 3:
             raise ValueError(f"the encoder takes {encoder.channels} channels; accepted for files of images: 3")
-        share = share_of(optim.batch_size, world)
+        share = blended_share(optim, world)
         plan = BatchPlan(
             optim.batch_size,
             (share.start, share.stop),
@@ -183,3 +183,14 @@ def share_of(batch_size: int, world: World) -> slice:
         raise ValueError(f"batch_size is {batch_size}; expected a multiple of the {world.size} processes")
     share = batch_size // world.size
     return slice(world.rank * share, (world.rank + 1) * share)
+
+
+def blended_share(optim: OptimConfig, world: World) -> slice:
+    """`share_of` an optimisation's batches. Raises ValueError also for shares in which no image has another to blend
+    with."""
+    share = share_of(optim.batch_size, world)
+    own = share.stop - share.start
+    for name, least in (("mixup", 2), ("cutmix", 3)):  # the second and the third image are the first one's partners
+        if getattr(optim, name) and own < least:
+            raise ValueError(f"{name} is {getattr(optim, name)}, with {own} images a process; expected {least} or more")
+    return share

@@ -102,15 +102,20 @@ def distil(
     histories = []
     cache = TeacherCache(config.compute.teacher_cache * 2**30) if config.compute.teacher_cache else None
     torch.manual_seed(config.stage1.seed)
+    stages = plan(teacher, student, feed, config, name, world)
+    # what a stage cannot do is said before the first begins, which may take days
+    streams = [feed.stream(student.config, stage.size, stage.optim, world) for stage in stages]
+    if cache is not None:
+        for stage in stages:
+            check_cacheable(stage)
     with frozen(teacher):
-        for number, stage in enumerate(plan(teacher, student, feed, config, name, world)):
+        for number, (stage, stream) in enumerate(zip(stages, streams, strict=True)):
             done = folder / "stages" / str(number) if folder else None
             if done is not None and (done / "losses.json").exists():
                 student.load_state_dict(read_model(done)[1])
                 losses, throughput = (json.loads((done / name).read_text()) for name in ("losses.json", THROUGHPUT))
                 histories.append(History(stage.title, losses, throughput))
                 continue
-            stream = feed.stream(student.config, stage.size, stage.optim, world)
             if not histories:
                 # of a stream of one step, which starts no more workers than that needs
                 first = next(iter(feed.stream(student.config, stage.size, replace(stage.optim, steps=1), world)(0)))
@@ -137,22 +142,42 @@ def distil(
     return histories
 
 
-def attach(cache: TeacherCache, task: Task, stage: Stage) -> None:
-    """Let a stage keep its teacher's features. Raises ValueError if its images change from epoch to epoch."""
+def check_cacheable(stage: Stage) -> None:
+    """Raise ValueError if a stage's images change from epoch to epoch, so that no teacher's features can be kept."""
     if stage.optim.augment or stage.optim.mixup or stage.optim.cutmix:
         raise ValueError(
             f"teacher_cache is on, but {stage.title} crops or blends at random; "
             "expected augment, mixup and cutmix to be off"
         )
+
+
+def attach(cache: TeacherCache, task: Task, stage: Stage) -> None:
+    """Let a stage keep its teacher's features."""
     cache.belongs_to((getattr(task, "teacher", None), stage.size))
     task.hold(cache=cache)
     task.capturable = False
 
 
+def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: DistillConfig, world: World) -> None:
+    """Raise ValueError for sizes that the student's patches do not tile, a CUDA graph on a processor, and a contrastive
+    loss without a text tower: at the start of a run, and not of the stage that is days away."""
+    if config.compute.capture and world.device.type != "cuda":
+        raise ValueError(f"compute.capture is on, on device {world.device.type!r}; accepted: 'cuda' alone")
+    if config.loss.contrastive and not isinstance(teacher, DualEncoder):
+        raise ValueError("loss.contrastive is on; expected a teacher with a text tower")
+    patch, cropped = student.config.patch_size, student.config.crop_remainder
+    sizes = {"image_size": [config.image_size] if config.image_size else [], "highres.sizes": config.highres.sizes}
+    for name, each in sizes.items():
+        for pixels in each:
+            if pixels < patch or (pixels % patch and not cropped):
+                raise ValueError(f"{name} has {pixels}; accepted: multiples of the student's patch, {patch} pixels")
+
+
 def plan(
     teacher: DualEncoder | Encoder, student: Encoder, feed: Feed, config: DistillConfig, name: str, world: World
 ) -> list[Stage]:
-    """The stages of a run, in order; those of 0 steps are left out."""
+    """The stages of a run, in order; those of 0 steps are left out. Raises ValueError as `check_possible`."""
+    check_possible(teacher, student, config, world)
     dual = teacher if isinstance(teacher, DualEncoder) else None
     encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
     high = config.highres
