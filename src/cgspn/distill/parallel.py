@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -160,7 +161,11 @@ def spread_task(task: nn.Module, *, sharded: bool, find_unused: bool) -> nn.Modu
         # it embeds images, with weights that are gathered for forward only
         register_fsdp_forward_method(task, "calibrate")
         return task
-    return DistributedDataParallel(task, broadcast_buffers=False, find_unused_parameters=find_unused)
+    # the name since PyTorch 2.13 warns about the one before
+    known = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {"find_unused_parameters": find_unused, buffers: False}
+    return DistributedDataParallel(task, **options)
 
 
 def equalise(task: nn.Module) -> None:
