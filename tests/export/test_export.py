@@ -58,6 +58,9 @@ def check(path, encoder, names):
         for got, wanted in zip(out, expected, strict=False):
             assert got.shape == wanted.shape
             assert (got - wanted).norm() < 1e-4 * wanted.norm()
+    for shape in [(1, 1, 8, 8), (3, 8, 8)]:
+        with pytest.raises(ValueError, match=r"expected \[B, 3, H, W\]"):
+            run(torch.zeros(shape))
     for shape in [(1, 3, 52, 8), (5, 3, 8, 8), (1, 3, 8, 10)]:
         with pytest.raises(ValueError, match="exported for batches of 1 to 4 and sides of 4 to 48 pixels"):
             run(torch.zeros(shape))

@@ -290,3 +290,10 @@ def test_auto_explains_itself(backend: Backend) -> None:
     choice = explain_backend(torch.zeros(1, 2, 2, 1, device=backend.device))
     assert choice.backend not in choice.passed_over
     assert all(isinstance(reason, str) and reason for reason in choice.passed_over.values())
+
+
+def test_an_explanation_is_of_what_an_operator_takes():
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor, got list"):
+        explain_backend([1.0])
+    with pytest.raises(TypeError, match=r"x has dtype torch\.int64; accepted: torch\.float16"):
+        explain_backend(torch.zeros(1, 2, 2, 1, dtype=torch.int64))

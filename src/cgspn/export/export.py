@@ -109,14 +109,18 @@ def export_model(
 def load_exported(path: str | Path) -> Runner:
     """What `export_model` wrote, as a function: images [B, channels, H, W] -> outputs in the order of its description.
 
-    It raises ValueError for images outside the bounds, which ONNX and AOTInductor themselves do not look at.
+    It raises ValueError for images of other channels or outside the bounds, at which ONNX and AOTInductor themselves do
+    not look.
     Raises OSError or ValueError if the file or the description beside it is missing or damaged.
     """
     path = Path(path)
     description = json.loads(_description_of(path).read_text())
     bounds, runner = Bounds(**description["bounds"]), open_file(path, description["format"])
+    channels = description["inputs"]["images"]["shape"][1]
 
     def run(images: Tensor) -> Sequence[Tensor]:
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(f"images has shape {tuple(images.shape)}; expected [B, {channels}, H, W]")
         bounds.check(images)
         with torch.no_grad():
             return runner(images)

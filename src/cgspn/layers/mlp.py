@@ -10,6 +10,7 @@ from torch.nn.functional import gelu, linear, silu
 
 from ..ops.autocast import lowered
 from ..ops.fused import rows as over_rows
+from ..ops.transforms import transformed
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 
@@ -61,7 +62,8 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C] (or `out`)."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not x.is_meta and self.bare():
+        eager = not torch.compiler.is_compiling() and not transformed()
+        if torch.is_grad_enabled() and eager and not x.is_meta and self.bare():
             dtype = None if x.dtype == torch.float64 else lowered(x)
             tensors = (x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
             with torch.autocast(x.device.type, enabled=False):

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .checks import check_tensor
+
 # In the order in which "auto" tries them; the PyTorch backend runs everywhere, so it is the last.
 PREFERENCE: dict[str, str] = {"cuda": "cuda", "triton": "triton_scan", "torch": "torch_scan"}
 
@@ -44,8 +46,10 @@ def why_not(name: str, x: Tensor) -> str | None:
 def explain_backend(x: Tensor) -> Choice:
     """What `backend="auto"` runs for features `x` [B, H, W, C], and why the faster ones were passed over.
 
-    Raises nothing. Source: design, section 5 (an explicit backend that cannot run raises, "auto" explains).
+    Raises TypeError for what is no tensor or of a dtype that no backend takes. Source: design, section 5 (an explicit
+    backend that cannot run raises, "auto" explains).
     """
+    check_tensor(x)
     passed_over: dict[str, str] = {}
     for name in PREFERENCE:
         reason = why_not(name, x)

@@ -18,15 +18,20 @@ def check_shape(name: str, t: Tensor, expected: tuple[int, ...], letters: str) -
         raise ValueError(f"{name} has shape {tuple(t.shape)}; expected {letters} = {expected}")
 
 
+def check_tensor(x: Tensor) -> None:
+    """Raise TypeError unless `x` is a tensor of a dtype that the operators take."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if x.dtype not in DTYPES:
+        raise TypeError(f"x has dtype {x.dtype}; accepted: {', '.join(str(d) for d in DTYPES)}")
+
+
 def check_features(x: Tensor, directions: int | None = None) -> None:
     """Raise TypeError or ValueError unless `x` is a non-empty [B, H, W, C] floating-point tensor.
 
     With `directions` it may also be [B, H, W, D, C].
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"x has dtype {x.dtype}; accepted: {', '.join(str(d) for d in DTYPES)}")
+    check_tensor(x)
     if x.ndim != 4 and (directions is None or x.ndim != 5):
         also = "" if directions is None else ", or 5 [B, H, W, D, C]"
         raise ValueError(f"x has shape {tuple(x.shape)}; expected 4 dimensions [B, H, W, C]{also}")

@@ -15,6 +15,7 @@ from .backends import check_backend
 from .projected_library import check_chip, projected_op, split_parameters
 from .propagate import _look_at_values, propagate_2d
 from .reference import DIRECTIONS
+from .transforms import check_plain, transformed
 
 PARAMETERS = ("auto", "memory", "chip")
 
@@ -74,6 +75,8 @@ def propagate_2d_projected(
 
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if parameters == "chip":
+        if transformed():
+            check_plain("cuda")
         if backend not in ("auto", "cuda"):
             raise ValueError(f"backend is {backend!r}; parameters='chip' accepts 'auto', 'cuda'")
         if not recompute:
@@ -81,9 +84,9 @@ def propagate_2d_projected(
         if trained and not torch.compiler.is_compiling():  # rather than in the backward
             check_chip(x, backward=True)
         inside = True
-    else:  # an exported program knows projections and scans, and nothing of this operator
+    else:  # an exported or transformed program knows projections and scans, and nothing of this operator
         inside = recompute if trained else parameters == "auto" and x.is_cuda
-        inside = inside and not torch.compiler.is_exporting()
+        inside = inside and not torch.compiler.is_exporting() and not transformed()
     if not inside:
         logits, lam, u = split_parameters(linear(x, weight, bias), len(codes))
         return propagate_2d(x, logits, lam, u, directions=directions, merge=merge, mask=mask, backend=backend)

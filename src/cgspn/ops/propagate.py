@@ -10,12 +10,13 @@ from torch import Tensor
 from . import checks
 from .backends import check_backend
 from .library import line_scan_op, propagate_2d_op, propagate_2d_saving_op
-from .reference import DIRECTIONS
+from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
+from .transforms import check_plain, transformed
 
 
 def _look_at_values(x: Tensor) -> bool:
-    # On an accelerator the look would stall the queue; in a traced program there are no values.
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+    # On an accelerator the look would stall the queue; in a traced or transformed program there are no values.
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
 
 
 def propagate_2d(
@@ -56,7 +57,8 @@ def propagate_2d(
 
     Returns:
         [B, H, W, C] for merge="sum", [B, H, W, D, C] for merge="none", in the dtype of x.
-        State, normalisation and sums are float32 inside (float64 for float64 inputs).
+        State, normalisation and sums are float32 inside (float64 for float64 inputs). Under torch.func's transforms and
+        in forward-mode AD the reference runs instead, in float64: right, and slow.
 
     Raises:
         TypeError: not a tensor, a dtype that is not accepted, or dtypes that differ.
@@ -82,6 +84,11 @@ def propagate_2d(
     check_backend(backend)
     if _look_at_values(x):
         checks.check_finite(mask, x=x, logits=logits, lam=lam, u=u, **gates)
+    if transformed():
+        check_plain(backend)
+        return propagate_2d_reference(x, logits, lam, u, keep=keep, directions=directions, merge=merge, mask=mask).to(
+            x.dtype
+        )
     arguments = (x, logits, lam, u, keep, mask, codes, merge == "sum", backend)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, logits, lam, u, *gates.values())):
         trained: Tensor = propagate_2d_saving_op(*arguments)[0]
@@ -124,5 +131,8 @@ def line_scan(
     check_backend(backend)
     if _look_at_values(x):
         checks.check_finite(x=x, weights=weights, lam=lam)
+    if transformed():
+        check_plain(backend)
+        return line_scan_reference(x, weights, lam, direction, chunk).to(x.dtype)
     out: Tensor = line_scan_op(x, weights, lam, code, chunk, backend)
     return out

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..transforms import transformed
 from . import definition
 from .library import NormLinearPast, linear_residual_norm_op, linear_residual_op, local_norm_op, norm_linear_op
 
@@ -22,6 +23,8 @@ def why_not(x: Tensor, latent: int) -> str | None:
         return f"{latent} channels; it takes at most {LATENT_MOST}"
     if x.dtype == torch.float64:
         return "float64 has no kernel here; its sums would be float32"
+    if transformed():
+        return "under torch.func and forward-mode AD the definition runs"
     return backends.why_not("triton", x)
 
 

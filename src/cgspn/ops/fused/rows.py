@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
 from ..backends import why_not
+from ..transforms import transformed
 from .library import _rms_backward, _tile
 
 CHANNELS_MOST = 4096  # of a row that stays on the chip
@@ -31,7 +32,7 @@ def serves(*tensors: Tensor | None) -> bool:
     Those over whole rows take at most `CHANNELS_MOST` channels.
     """
     given = [t for t in tensors if t is not None]
-    if torch.compiler.is_compiling() or not all(t.is_cuda and t.numel() for t in given):
+    if torch.compiler.is_compiling() or transformed() or not all(t.is_cuda and t.numel() for t in given):
         return False
     if any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16) for t in given):
         return False

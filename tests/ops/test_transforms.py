@@ -1,0 +1,85 @@
+"""torch.func and forward-mode AD: derivatives that agree with the reference's, not silent zeros."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import cgspn
+from cgspn.ops import line_scan, propagate_2d, propagate_2d_projected
+from cgspn.ops.reference import line_scan_reference, propagate_2d_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def drawn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE)
+
+
+LOGITS, LAM, U = drawn(2, 3, 4, 4, 3, 5), drawn(2, 3, 4, 4, 5), drawn(2, 3, 4, 4, 5) / 2
+WEIGHT, BIAS = drawn(100, 5) / 4, drawn(100)
+THIRDS = torch.full((2, 3, 4, 3, 5), 1 / 3, device=DEVICE)
+
+
+def projected(x):
+    packed = torch.nn.functional.linear(x, WEIGHT.to(x.dtype), BIAS.to(x.dtype)).unflatten(-1, (4, 5, 5))
+    return propagate_2d_reference(x, packed[..., 2:, :], packed[..., 0, :], packed[..., 1, :])
+
+
+CASES = {
+    "propagate_2d": (lambda x: propagate_2d(x, LOGITS, LAM, U), lambda x: propagate_2d_reference(x, LOGITS, LAM, U)),
+    "line_scan": (
+        lambda x: line_scan(x, THIRDS, LAM[:, :, :, 0], "left", 2),
+        lambda x: line_scan_reference(x, THIRDS, LAM[:, :, :, 0], "left", 2),
+    ),
+    "projected": (lambda x: propagate_2d_projected(x, WEIGHT, BIAS), projected),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_transforms_see_derivatives(name):
+    mine, wanted = CASES[name]
+    x, tangent = drawn(2, 3, 4, 5), drawn(2, 3, 4, 5) + 1
+    exact = jvp(wanted, (x.double(),), (tangent.double(),))[1]
+    for found in (jvp(mine, (x,), (tangent,))[1], by_forward_ad(mine, x, tangent)):
+        assert found.dtype == x.dtype
+        torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+    total = grad(lambda x: mine(x).square().sum())(x)
+    leaf = x.double().requires_grad_()
+    wanted(leaf).square().sum().backward()
+    torch.testing.assert_close(total.double(), leaf.grad, rtol=1e-5, atol=1e-5)
+    many = vmap(mine)(torch.stack([x, 2 * x]))
+    torch.testing.assert_close(many[1].double(), wanted(2 * x.double()), rtol=1e-5, atol=1e-5)
+
+
+def by_forward_ad(function, x, tangent):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
+
+
+def test_a_backend_that_cannot_be_transformed_says_so():
+    x = drawn(2, 3, 4, 5)
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run here: under torch"):
+        jvp(lambda x: propagate_2d(x, LOGITS, LAM, U, backend="triton"), (x,), (x,))
+
+
+def test_an_encoder_can_be_transformed():
+    model = cgspn.create_model("cgspn_mini_patch4_28").to(DEVICE).eval()
+    images = drawn(2, model.config.channels, 28, 28)
+    weights = dict(model.named_parameters())
+
+    def loss(weights, images):
+        with sdpa_kernel(SDPBackend.MATH):  # of the pooling; no other has forward-mode derivatives
+            return functional_call(model, weights, (images,)).tokens.square().mean()
+
+    loss(weights, images).backward()
+    for name, found in grad(loss)({k: v.detach() for k, v in weights.items()}, images).items():
+        torch.testing.assert_close(found, torch.zeros_like(found) if weights[name].grad is None else weights[name].grad)
+    _, along = jvp(lambda images: loss(weights, images), (images,), (images,))
+    step = 1e-2
+    with torch.no_grad():
+        ahead, behind = (loss(weights, images * (1 + sign * step)) for sign in (1, -1))
+    torch.testing.assert_close(along, (ahead - behind) / (2 * step), rtol=1e-2, atol=1e-3)
