@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..layers import GSPN_WALK, Grid, PropagationConfig, PropagationMixer
 from ..layers.block import Block
+from .checks import at_least, not_empty, tiled
 from .contenders import OURS, PLAIN, CompiledNormalisation, SeparateNormalisation, Shape, build, names, paper_config
 from .machine import ceilings, describe, free
 from .results import write
@@ -38,6 +39,12 @@ class AblationConfig:
     widths: tuple[int, ...] = (288, 576, 1152, 2304)
     shape: Shape = field(default_factory=Shape)
     rounds: int = 7
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be measured."""
+        not_empty(self, "batches", "widths")
+        at_least(self, 1, "batch", "batches", "widths", "rounds")
+        tiled("pixels", self.pixels, self.shape.patch)
 
 
 def layers_of_the_walk(shape: Shape) -> dict[str, PropagationMixer]:

@@ -24,6 +24,7 @@ from ..layers import (
     valued,
 )
 from ..ops import line_scan
+from .checks import at_least
 
 ATTENTION = {
     "attention, math": SDPBackend.MATH,
@@ -48,6 +49,11 @@ class Shape:
     hidden: int = 4304
     patch: int = 14
     compression: float = 18
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no block has."""
+        at_least(self, 1, "width", "heads", "hidden", "patch")
+        PropagationConfig(compression=self.compression).latent_width(self.width)
 
 
 class FlashPackageMixer(AttentionMixer):

@@ -20,6 +20,7 @@ from ..layers import Grid, Mixer, quantize_mlps
 from ..layers.block import Block
 from ..models.encoder import Encoder
 from ..models.registry import create_model
+from .checks import at_least, not_empty, tiled_by
 from .contenders import OURS, Shape, build
 from .fp8 import block_rows, mlp_rows
 from .machine import ceilings, describe, free
@@ -65,6 +66,23 @@ class EncoderBenchConfig:
     compile: bool = False
     largest: tuple[tuple[int, int], ...] = ((4116, 1), (4116, 4))
     rounds: int = 3
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be measured, or a model that does not exist."""
+        not_empty(self, "models", "sizes", "modes", "tables")
+        at_least(self, 1, "batch", "largest", "rounds")
+        models = [plain_and_products(name)[0] for name in self.models]
+        tiled_by("sizes", self.sizes, models)
+        tiled_by("largest", tuple(pixels for pixels, _ in self.largest), models)
+
+
+def plain_and_products(name: str) -> tuple[str, str | None]:
+    """A model's name without its "+fp8", and which products of its MLPs are in 8 bits. Raises ValueError for another
+    ending."""
+    base, _, kind = name.partition("+")
+    if kind not in FP8:
+        raise ValueError(f"{name!r} ends in {kind!r}; accepted after a model and '+': 'fp8', 'fp8-triton'")
+    return base, FP8[kind]
 
 
 def encoder_step(encoder: Encoder, images: Tensor, mode: Mode) -> Callable[[], object]:
@@ -141,13 +159,10 @@ def make(name: str, pixels: int, device: torch.device) -> Encoder:
 
     Raises ValueError for a name that does not exist, with or without its "+fp8".
     """
-    base, _, kind = name.partition("+")
-    if kind not in FP8:
-        raise ValueError(f"{name!r} ends in {kind!r}; accepted after a model and '+': 'fp8', 'fp8-triton'")
+    base, products = plain_and_products(name)
     with torch.device(device):
         encoder = create_model(base, image_size=(pixels, pixels))
     encoder = encoder.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
-    products = FP8[kind]
     return encoder if products is None else quantize_mlps(encoder, products=products)  # type: ignore[arg-type]
 
 

@@ -13,10 +13,12 @@ import torch
 
 from ..models.encoder import Encoder
 from ..models.registry import create_model, model_config
+from .checks import at_least, not_empty, tiled_by
 from .machine import describe
 from .results import write
 
 Row = dict[str, Any]
+KINDS = ("vit", "cgspn")  # teacher and student
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,21 @@ class InferenceConfig:
     blocks: int = 4
     rounds: int = 5
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be measured, or a model that does not exist."""
+        not_empty(self, "models", "sizes")
+        at_least(self, 1, "blocks", "rounds")
+        tiled_by("sizes", self.sizes, [name_of(kind, size) for size in self.models for kind in KINDS])
+
+
+def name_of(kind: str, size: str) -> str:
+    """The model of one of `KINDS` and a size."""
+    return f"{kind}_{size}_patch14_378"
+
 
 def build(kind: str, size: str, blocks: int) -> Encoder:
     """The first blocks of a model with its patch embedding and pooling. Raises ValueError for an unknown one."""
-    name = f"{kind}_{size}_patch14_378"
+    name = name_of(kind, size)
     return create_model(name, mixers=model_config(name).mixers[:blocks]).eval()
 
 
@@ -72,7 +85,7 @@ def run(config: InferenceConfig, out: Path, *, commit: str = "", say: Callable[[
     tables: dict[str, list[Row]] = {}
     found: dict[str, str] = {}
     for size in config.models:
-        models = [build(kind, size, config.blocks) for kind in ("vit", "cgspn")]
+        models = [build(kind, size, config.blocks) for kind in KINDS]
         rows: list[Row] = []
         for pixels in config.sizes:
             patch = models[0].config.patch_size

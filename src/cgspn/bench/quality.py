@@ -25,6 +25,7 @@ from ..layers import PropagationConfig, valued
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..teachers import attention_student, convert
+from .checks import at_least, not_empty, tiled
 from .machine import describe
 from .results import write
 
@@ -83,6 +84,17 @@ class QualityConfig:
     compile: bool = False
     seeds: tuple[int, ...] = (0, 1)
     rows: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no study can have."""
+        not_empty(self, "seeds")
+        at_least(self, 1, "size", "probe_size", "source_size", "held_out", "stage1_steps", "stage2_steps")
+        for name in ("stage1_rate", "stage2_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: more than 0")
+        OptimConfig(batch_size=self.batch_size, crop_scale=self.crop_scale, mixup=self.mixup, cutmix=self.cutmix)
+        if unknown := [name for name in self.rows if name not in ROWS]:
+            raise ValueError(f"rows holds {unknown[0]!r}; accepted: {', '.join(map(repr, ROWS))}")
 
 
 @dataclass(frozen=True)
@@ -308,12 +320,12 @@ def run_study(
 ) -> dict[str, list[dict[str, float]]]:
     """Every row with every seed; `out` (JSON) holds all finished runs after each, and those in it are not repeated.
 
-    after: called with all of them after each. Raises ValueError for a row that does not exist, or for runs in `out`
-    that were made with other settings.
+    after: called with all of them after each. Raises ValueError for sizes that the teacher's patches do not tile, or
+    for runs in `out` that were made with other settings.
     """
-    unknown = [name for name in config.rows if name not in ROWS]
-    if unknown:
-        raise ValueError(f"rows holds {unknown[0]!r}; accepted: {', '.join(map(repr, ROWS))}")
+    tiled("size", config.size, teacher.config.patch_size)
+    if config.camvid is not None:
+        tiled("probe_size", config.probe_size, teacher.config.patch_size)
     settings = budget(config)
     found: dict[str, dict[str, dict[str, float]]] = {}
     if out.exists():

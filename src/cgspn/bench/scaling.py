@@ -30,6 +30,7 @@ from ..distill.trainer import rows_of, train
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..models.registry import create_model
+from .checks import at_least, not_empty, tiled_by
 from .communication import Watched, link_rates
 from .machine import describe, free
 from .scaling_report import report, stage_of
@@ -80,11 +81,15 @@ class ScalingConfig:
     compute: ComputeConfig = field(default_factory=lambda: ComputeConfig(precision="bfloat16"))
 
     def __post_init__(self) -> None:
-        """Raise ValueError for sizes without a batch, and for fewer than two steps, which have no spread."""
+        """Raise ValueError for sizes without a batch, for fewer than two steps, which have no spread, and for what
+        cannot be measured; for a model that does not exist, too."""
         if len(self.sizes) != len(self.batches):
             raise ValueError(f"batches is {self.batches}; expected one number for each of the sizes, {self.sizes}")
-        if self.steps < 2:
-            raise ValueError(f"steps is {self.steps}; accepted: 2 or more")
+        not_empty(self, "modes", "sizes")
+        at_least(self, 2, "steps")
+        at_least(self, 1, "batches", "check_batch", "check_steps", "link")
+        for name in ("sizes", "check_size"):
+            tiled_by(name, getattr(self, name), (self.teacher, self.student))
 
 
 def settings_of(config: ScalingConfig, device: torch.device) -> dict[str, Any]:

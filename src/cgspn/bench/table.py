@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..layers import Grid
+from .checks import at_least, not_empty, tiled
 from .contenders import OURS, Contender, Shape, build, names
 from .machine import ceilings, describe, free
 from .results import write
@@ -56,6 +57,12 @@ class TableConfig:
     contenders: tuple[str, ...] = ()
     shape: Shape = field(default_factory=Shape)
     rounds: int = 7
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be measured."""
+        not_empty(self, "sizes", "batches", "modes")
+        at_least(self, 1, "batches", "rounds")
+        tiled("sizes", self.sizes, self.shape.patch)
 
 
 def steps(contender: Contender, tokens: Tensor, grid: Grid, mode: Mode) -> dict[str, Callable[[], object]]:
@@ -224,8 +231,11 @@ def run(
 ) -> list[Row]:
     """Measure and write table.json, table.md and table.png to `out`; finished sizes are written as they come.
 
-    Raises ValueError for a contender that does not exist, OSError if `out` cannot be written.
+    Raises ValueError for a contender that does not exist or cannot have the shape, OSError if `out` cannot be written.
     """
+    for name in config.contenders or names(device):
+        with torch.device("meta"):  # what cannot be built is refused before anything is measured
+            build(name, config.shape, torch.device("meta"), torch.float32)
     machine = describe(commit) | ceilings(device)
     rows: list[Row] = []
     for pixels in config.sizes:

@@ -21,6 +21,7 @@ from ..distill.tasks import DistillTask, SublayerTask, Task
 from ..distill.trainer import train
 from ..models.encoder import Encoder
 from ..models.registry import create_model
+from .checks import at_least, not_empty, tiled_by
 from .machine import describe, free
 from .results import write
 
@@ -55,6 +56,12 @@ class TrainBenchConfig:
     smallest: int = 1
     loss: LossConfig = field(default_factory=LossConfig)
     compute: ComputeConfig = field(default_factory=lambda: ComputeConfig(precision="bfloat16"))
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be measured, or a model that does not exist."""
+        not_empty(self, "sizes")
+        at_least(self, 1, "largest", "steps", "smallest")
+        tiled_by("sizes", self.sizes, (self.teacher, self.student))
 
 
 def largest_fitting(fits: Callable[[int], bool], largest: int, smallest: int = 1) -> int:
