@@ -12,13 +12,14 @@ import tyro
 from rich.table import Table
 
 from .. import __version__
-from ..console import console, writable_folder
+from ..console import console
 from ..models.checkpoint import write_atomically
 from ..models.config import to_dict
 from ..models.dual import DualEncoder
 from ..teachers import load_encoder, load_model
 from ..teachers.convert import student_config, student_of
 from ..teachers.parameters import Part, parameter_table
+from .results_folder import check_folder
 
 RECORD = "conversion.json"
 
@@ -63,7 +64,7 @@ class Convert:
         if self.keep_attention and self.keep_layers:
             raise ValueError("keep_attention and keep_layers are both given; accepted: a number or indices, not both")
         keep: int | Sequence[int] = self.keep_layers or self.keep_attention
-        out = writable_folder(self.out, "out")
+        out = check_folder(self.out, "out")
         load = load_encoder if self.image_only else load_model
         teacher = load(self.teacher, heads=self.heads)
         encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher

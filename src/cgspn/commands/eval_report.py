@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..bench.machine import describe
-from ..console import console, progress_watcher, writable_folder
+from ..console import console, progress_watcher
 from ..data.skipped import Skipped
 from ..evaluate.measure import Watch
 from ..evaluate.table import Metric, SummaryTable
 from ..models.checkpoint import write_atomically
+from .results_folder import check_folder
 
 NOT_PRINTED = ("@10", "top5")  # in JSON alone, for the width of terminals
 
@@ -71,7 +72,7 @@ class Report:
         if self.out is not None:
             if self.out.is_dir():
                 raise ValueError(f"out is {self.out}, a folder; expected the name of a JSON file")
-            writable_folder(self.out.parent, "out")
+            check_folder(self.out.parent, "out")
 
     @contextmanager
     def progress(self, title: str, steps: int) -> Iterator[Watch]:

@@ -13,11 +13,12 @@ import torch
 import tyro
 
 from .. import __version__
-from ..console import console, progress_watcher, writable_folder
+from ..console import console, progress_watcher
 from ..data import load_embedded
 from ..distill import PretrainConfig, eval_transform, pretrain
 from ..evaluate.suite import evaluate_zeroshot
 from ..models.checkpoint import write_atomically
+from .results_folder import check_folder
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Pretrain:
 
     def run(self) -> None:
         """Train, evaluate on the validation split, save. Raises ValueError, OSError or DivergedError."""
-        writable_folder(self.out, "out")
+        check_folder(self.out, "out")
         with progress_watcher() as watcher:
             model, history = pretrain(load_embedded("train"), self.config, watcher, self.device)
         model.cpu()
