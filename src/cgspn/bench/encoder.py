@@ -22,6 +22,7 @@ from ..models.encoder import Encoder
 from ..models.registry import create_model
 from .checks import at_least, not_empty, tiled_by
 from .contenders import OURS, Shape, build
+from .drawing import draw, over_sizes
 from .fp8 import block_rows, mlp_rows
 from .machine import ceilings, describe, free
 from .results import write
@@ -291,7 +292,7 @@ def run(
     commit: str = "",
     say: Callable[[str], object] = print,
 ) -> dict[str, list[Row]]:
-    """Measure and write encoder.json and .md to `out`; finished tables are written as they come.
+    """Measure and write encoder.json, .md and, of the throughput, .png to `out`; finished tables as they come.
 
     Raises ValueError for an unknown model, OSError for `out`.
     """
@@ -317,4 +318,28 @@ def run(
             tables[title] = measure()
             free(device)
             write(out, "encoder", machine, tables)
+    if "throughput" in tables:
+        plot(tables["throughput"], out / "encoder.png")
     return tables
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Images a second over the image size, a panel for each mode and a line for each model."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+
+    def paint(axes: Any) -> None:
+        for ax, mode in zip(axes[0], modes):
+            for model in dict.fromkeys(row["model"] for row in rows):
+                points = [
+                    (row["px"], row["images / s"])
+                    for row in rows
+                    if (row["mode"], row["model"]) == (mode, model) and "images / s" in row
+                ]
+                if points:
+                    ax.plot(*zip(*points), "o-", label=model)
+            over_sizes(ax, (row["px"] for row in rows), "images / s")
+            ax.set_title(mode)
+            if ax.lines:
+                ax.legend(fontsize=8)
+
+    draw(path, paint, columns=len(modes), figsize=(5 * len(modes), 4))

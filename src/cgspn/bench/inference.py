@@ -14,6 +14,7 @@ import torch
 from ..models.encoder import Encoder
 from ..models.registry import create_model, model_config
 from .checks import at_least, not_empty, tiled_by
+from .drawing import draw, over_sizes
 from .machine import describe
 from .results import write
 
@@ -80,7 +81,7 @@ def crossover(rows: list[Row]) -> str:
 
 
 def run(config: InferenceConfig, out: Path, *, commit: str = "", say: Callable[[str], None] = print) -> None:
-    """Measure, and write inference.json and .md to `out`. Raises ValueError for an unknown model."""
+    """Measure, and write inference.json, .md and .png to `out`. Raises ValueError for an unknown model."""
     torch.manual_seed(0)
     tables: dict[str, list[Row]] = {}
     found: dict[str, str] = {}
@@ -102,3 +103,18 @@ def run(config: InferenceConfig, out: Path, *, commit: str = "", say: Callable[[
         tables[f"{size}, {models[0].config.depth} blocks, C = {models[0].config.width}: {found[size]}"] = rows
     about = describe(commit) | {"images": "B = 1, float32", "threads": str(torch.get_num_threads())}
     write(out, "inference", about, tables)
+    plot(tables, out / "inference.png")
+
+
+def plot(tables: dict[str, list[Row]], path: Path) -> None:
+    """Milliseconds an image over its size, a panel for each size of model."""
+
+    def paint(axes: Any) -> None:
+        for ax, (title, rows) in zip(axes[0], tables.items()):
+            for kind in ("teacher", "student"):
+                ax.plot([row["pixels"] for row in rows], [row[f"{kind} ms"] for row in rows], "o-", label=kind)
+            over_sizes(ax, (row["pixels"] for row in rows), "ms")
+            ax.set_title(title, fontsize=8)
+            ax.legend(fontsize=8)
+
+    draw(path, paint, columns=len(tables), figsize=(5 * len(tables), 4))

@@ -26,6 +26,7 @@ from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..teachers import attention_student, convert
 from .checks import at_least, not_empty, tiled
+from .drawing import draw
 from .machine import describe
 from .results import write
 
@@ -393,33 +394,27 @@ def run(
 
 
 def plot(found: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Cosine and, where scenes were given, mIoU of every row: the mean as a bar, the runs on it. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    """Cosine and, where scenes were given, mIoU of every row: the mean as a bar, the runs on it."""
     names = [name for name in found if name != "teacher"]
     keys = [key for key in ("cosine", "mIoU") if names and key in found[names[0]][0]]
-    figure, axes = plt.subplots(
-        1, max(1, len(keys)), figsize=(1 + 5 * len(keys), 1.2 + 0.28 * len(names)), layout="constrained", sharey=True,
-        squeeze=False,
-    )  # fmt: skip
-    for ax, key in zip(axes[0], keys):
-        runs = [[run[key] for run in found[name]] for name in names]
-        ax.barh(range(len(names)), [statistics.mean(values) for values in runs], color="#9bb8d3")
-        for place, values in enumerate(runs):
-            ax.plot(values, [place] * len(values), "k|-", markersize=8)
-        low, high = min(map(min, runs)), max(map(max, runs))
-        if key == "mIoU" and "teacher" in found:
-            ax.axvline(found["teacher"][0][key], color="black", linestyle=":", label="teacher")
-            ax.legend(fontsize=8)
-        ax.set(xlabel={"cosine": "cosine to the teacher's tokens", "mIoU": "mIoU of a linear probe, %"}[key])
-        ax.set_xlim(left=max(0.0, low - (high - low)) if high > low else None)
-    axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
-    axes[0][0].invert_yaxis()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+    def paint(axes: Any) -> None:
+        for ax, key in zip(axes[0], keys):
+            runs = [[run[key] for run in found[name]] for name in names]
+            ax.barh(range(len(names)), [statistics.mean(values) for values in runs], color="#9bb8d3")
+            for place, values in enumerate(runs):
+                ax.plot(values, [place] * len(values), "k|-", markersize=8)
+            low, high = min(map(min, runs)), max(map(max, runs))
+            if key == "mIoU" and "teacher" in found:
+                ax.axvline(found["teacher"][0][key], color="black", linestyle=":", label="teacher")
+                ax.legend(fontsize=8)
+            ax.set(xlabel={"cosine": "cosine to the teacher's tokens", "mIoU": "mIoU of a linear probe, %"}[key])
+            ax.set_xlim(left=max(0.0, low - (high - low)) if high > low else None)
+        axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
+        axes[0][0].invert_yaxis()
+
+    size = (1 + 5 * len(keys), 1.2 + 0.28 * len(names))
+    draw(path, paint, columns=max(1, len(keys)), figsize=size, sharey=True)
 
 
 DIGITS = {"cosine": 4, "relative error": 4, "stage 1 error": 3, "cosine after stage 1": 4, "stage 2 rise": 2}

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..layers import Grid
 from .checks import at_least, not_empty, tiled
 from .contenders import OURS, Contender, Shape, build, names
+from .drawing import draw, over_sizes
 from .machine import ceilings, describe, free
 from .results import write
 from .timing import medians
@@ -258,26 +259,22 @@ def run(
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Block and sub-layer latency against the image size, one panel for each batch and mode. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    """Block and sub-layer latency against the image size, one panel for each batch and mode."""
     panels = [(mode, batch) for mode, batch in dict.fromkeys((r["mode"], r["B"]) for r in rows)]
-    figure, axes = plt.subplots(2, len(panels), figsize=(4.6 * len(panels), 8), layout="constrained", squeeze=False)
-    for column, (mode, batch) in enumerate(panels):
-        for ax, part in zip(axes[:, column], ("sub-layer", "block")):
-            for name in dict.fromkeys(r["mixer"] for r in rows):
-                points = [
-                    (r["px"], r[f"{part} ms"])
-                    for r in rows
-                    if (r["mode"], r["B"], r["mixer"]) == (mode, batch, name) and r[f"{part} ms"]
-                ]
-                if points:
-                    ax.plot(*zip(*points), "o-", label=name, linewidth=2.4 if name == OURS else 1.2)
-            ax.set(xscale="log", yscale="log", xlabel="image size (px)", ylabel="ms")
-            ax.set_title(f"{part}, {mode}, B = {batch}")
-            ax.legend(fontsize=6)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+    def paint(axes: Any) -> None:
+        for column, (mode, batch) in enumerate(panels):
+            for ax, part in zip(axes[:, column], ("sub-layer", "block")):
+                for name in dict.fromkeys(r["mixer"] for r in rows):
+                    points = [
+                        (r["px"], r[f"{part} ms"])
+                        for r in rows
+                        if (r["mode"], r["B"], r["mixer"]) == (mode, batch, name) and r[f"{part} ms"]
+                    ]
+                    if points:
+                        ax.plot(*zip(*points), "o-", label=name, linewidth=2.4 if name == OURS else 1.2)
+                over_sizes(ax, (r["px"] for r in rows), "ms")
+                ax.set_title(f"{part}, {mode}, B = {batch}")
+                ax.legend(fontsize=6)
+
+    draw(path, paint, 2, len(panels), figsize=(4.6 * len(panels), 8))

@@ -27,7 +27,7 @@ from .results_folder import check_folder
 @dataclass(frozen=True)
 class _Measurement:
     out: Path = Path("runs/bench")
-    """Folder for the results: JSON, a table and a plot."""
+    """Folder for the results: JSON, a table and, where matplotlib is installed, a plot."""
     commit: str = ""
     """The commit to note in the results; by default that of the working tree."""
 
