@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,16 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (EncoderBenchConfig, {"sizes": (1000,)}, f"sizes holds 1000; {TILES}"),
     (EncoderBenchConfig, {"largest": ((4116, 0),)}, f"largest is ((4116, 0),); {EACH}"),
     (EncoderBenchConfig, {"largest": ((4117, 1),)}, f"largest holds 4117; {TILES}"),
-    (EncoderBenchConfig, {"models": ("vit_mni_patch4_28",)}, "model is 'vit_mni_patch4_28', which does not exist"),
+    (
+        EncoderBenchConfig,
+        {"models": ("vit_mni_patch4_28",)},
+        "models: model is 'vit_mni_patch4_28', which does not",
+    ),
     (EncoderBenchConfig, {"models": ("vit_mini_patch4_28+int8",)}, "ends in 'int8'"),
     (InferenceConfig, {"blocks": 0}, f"blocks is 0; {ONE}"),
     (InferenceConfig, {"rounds": 0}, f"rounds is 0; {ONE}"),
     (InferenceConfig, {"sizes": (225,)}, f"sizes holds 225; {TILES}"),
-    (InferenceConfig, {"models": ("huge",)}, "model is 'vit_huge_patch14_378', which does not exist"),
+    (InferenceConfig, {"models": ("huge",)}, "models: model is 'vit_huge_patch14_378', which does not"),
     (ScalingConfig, {"steps": 1}, "steps is 1; accepted: 2 or more"),
     (ScalingConfig, {"batches": (64, 0)}, f"batches is (64, 0); {EACH}"),
     (ScalingConfig, {"check_batch": 0}, f"check_batch is 0; {ONE}"),
@@ -58,6 +63,12 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (SimulationConfig, {"node": 0}, f"node is 0; {ONE}"),
     (SimulationConfig, {"gpus": (0,)}, f"gpus is (0,); {EACH}"),
     (SimulationConfig, {"overlap": 1.5}, "overlap is 1.5; accepted: 0 to 1"),
+    (
+        ScalingConfig,
+        {"student": "cgspn_mni_patch4_28"},
+        "student: model is 'cgspn_mni_patch4_28', which does not",
+    ),
+    (TrainBenchConfig, {"teacher": "vit_mni_patch4_28"}, "teacher: model is 'vit_mni_patch4_28', which does not"),
     (TrainBenchConfig, {"steps": 0}, f"steps is 0; {ONE}"),
     (TrainBenchConfig, {"largest": 0}, f"largest is 0; {ONE}"),
     (TrainBenchConfig, {"smallest": 0}, f"smallest is 0; {ONE}"),
@@ -78,6 +89,12 @@ def test_what_cannot_be_measured_is_refused_by_name(kind: type, given: dict[str,
     photos = {"photos": Path("photos.tar")} if kind is QualityConfig else {}
     with pytest.raises(ValueError, match=re.escape(message)):
         kind(**photos, **given)
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(kind for kind, _, _ in WRONG))
+def test_help_has_words_for_every_setting(kind: type) -> None:
+    for field in fields(kind):
+        assert re.search(rf"^ {{8}}{field.name}: ", kind.__doc__ or "", re.MULTILINE), field.name
 
 
 @pytest.mark.parametrize(

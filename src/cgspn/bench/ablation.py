@@ -29,7 +29,8 @@ class AblationConfig:
     Args:
         pixels: of the square images.
         batch: B of the walk; halved until its first step fits.
-        batches, widths: what the sweeps run over.
+        batches: B of the sweep over the batch.
+        widths: C of the sweep over the width, at the same latent.
         shape: of the layers.
         rounds: interleaved timings of each.
     """

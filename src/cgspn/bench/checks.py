@@ -40,9 +40,18 @@ def tiled(name: str, pixels: int | tuple[int, ...], patch: int) -> None:
 
 
 def tiled_by(name: str, pixels: int | tuple[int, ...], models: Iterable[str]) -> None:
-    """`tiled` by the patches of each of these models. Raises ValueError for a model that does not exist, too."""
+    """`tiled` by the patches of each of these models."""
     for model in models:
         tiled(name, pixels, model_config(model).patch_size)
+
+
+def known(name: str, models: Iterable[str]) -> None:
+    """Raise ValueError for a model that does not exist."""
+    for model in models:
+        try:
+            model_config(model)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def _numbers(value: Any) -> list[float]:

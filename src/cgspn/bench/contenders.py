@@ -42,7 +42,15 @@ EPILOGUES = ", fused MLP"
 
 @dataclass(frozen=True)
 class Shape:
-    """width C, heads, hidden width of the MLP and patch size of the blocks; SO400M/14 by default."""
+    """Of blocks; SO400M/14 by default.
+
+    Args:
+        width: C, channels of a token.
+        heads: of attention.
+        hidden: width of the MLP.
+        patch: pixels of a side of a patch.
+        compression: s; C-GSPN scans floor(C / s) channels.
+    """
 
     width: int = 1152
     heads: int = 16

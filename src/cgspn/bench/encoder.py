@@ -20,7 +20,7 @@ from ..layers import Grid, Mixer, quantize_mlps
 from ..layers.block import Block
 from ..models.encoder import Encoder
 from ..models.registry import create_model
-from .checks import at_least, not_empty, tiled_by
+from .checks import at_least, known, not_empty, tiled_by
 from .contenders import OURS, Shape, build
 from .drawing import draw, over_sizes
 from .fp8 import block_rows, mlp_rows
@@ -73,6 +73,7 @@ class EncoderBenchConfig:
         not_empty(self, "models", "sizes", "modes", "tables")
         at_least(self, 1, "batch", "largest", "rounds")
         models = [plain_and_products(name)[0] for name in self.models]
+        known("models", models)
         tiled_by("sizes", self.sizes, models)
         tiled_by("largest", tuple(pixels for pixels, _ in self.largest), models)
 
@@ -336,7 +337,7 @@ def plot(rows: list[Row], path: Path) -> None:
                     if (row["mode"], row["model"]) == (mode, model) and "images / s" in row
                 ]
                 if points:
-                    ax.plot(*zip(*points), "o-", label=model)
+                    ax.plot(*zip(*sorted(points)), "o-", label=model)
             over_sizes(ax, (row["px"] for row in rows), "images / s")
             ax.set_title(mode)
             if ax.lines:

@@ -13,7 +13,7 @@ import torch
 
 from ..models.encoder import Encoder
 from ..models.registry import create_model, model_config
-from .checks import at_least, not_empty, tiled_by
+from .checks import at_least, known, not_empty, tiled_by
 from .drawing import draw, over_sizes
 from .machine import describe
 from .results import write
@@ -42,7 +42,9 @@ class InferenceConfig:
         """Raise ValueError for what cannot be measured, or a model that does not exist."""
         not_empty(self, "models", "sizes")
         at_least(self, 1, "blocks", "rounds")
-        tiled_by("sizes", self.sizes, [name_of(kind, size) for size in self.models for kind in KINDS])
+        models = [name_of(kind, size) for size in self.models for kind in KINDS]
+        known("models", models)
+        tiled_by("sizes", self.sizes, models)
 
 
 def name_of(kind: str, size: str) -> str:
@@ -110,7 +112,8 @@ def plot(tables: dict[str, list[Row]], path: Path) -> None:
     """Milliseconds an image over its size, a panel for each size of model."""
 
     def paint(axes: Any) -> None:
-        for ax, (title, rows) in zip(axes[0], tables.items()):
+        for ax, (title, found) in zip(axes[0], tables.items()):
+            rows = sorted(found, key=lambda row: row["pixels"])
             for kind in ("teacher", "student"):
                 ax.plot([row["pixels"] for row in rows], [row[f"{kind} ms"] for row in rows], "o-", label=kind)
             over_sizes(ax, (row["pixels"] for row in rows), "ms")

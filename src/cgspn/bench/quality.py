@@ -50,17 +50,23 @@ class QualityConfig:
         source_size: side of the squares that photographs for training are kept as, in pixels. A random crop that is
             smaller than `size` is enlarged, and shows less detail than what is tested.
         held_out: photographs for testing, the last ones of a fixed shuffle.
-        stage1_steps, stage2_steps, batch_size: the budget, the same for every row.
-        optimizer, stage1_rate, stage2_rate: the recipe of the rows that do not name another. Stage 2 begins with what
-            stage 1 has learned, and loses it at too high a rate.
+        stage1_steps: of each sub-layer alone, the same for every row.
+        stage2_steps: end to end, the same for every row.
+        batch_size: photographs a step.
+        optimizer: of the rows that do not name another, as stage1_rate and stage2_rate.
+        stage1_rate: peak learning rate of stage 1.
+        stage2_rate: that of stage 2, which begins with what stage 1 has learned, and loses it at too high a rate.
         stage1_optimizer: of stage 1, None for the same. Muon gets further in the same steps where a sub-layer learns
             alone.
-        embedding_rate, crop_scale, mixup, cutmix: as in `OptimConfig`. The photographs are few: what a student makes of
-            those it has seen and of others differs less the more there is to see in each.
+        crop_scale: smallest and largest share of a photograph's area that a random crop has.
+        mixup: share of the photographs that are blended with another. They are few: what a student makes of those it
+            has seen and of others differs less the more there is to see in each.
+        cutmix: share of the photographs of which a random box shows another one.
+        embedding_rate: factor on the rate of the patch embedding in stage 2; 0 leaves it as it is.
         output: weight of the pooled vector's error. A teacher that pools by a class token leaves the student with a
             fresh head, whose gradient, at a weight of 1, costs the tokens that are measured here.
         compile: compile the blocks, as in `ComputeConfig`; some minutes at the first row.
-        seeds: how many runs of each row.
+        seeds: of the runs of each row, one each.
         rows: which rows; empty for all.
     """
 

@@ -30,7 +30,7 @@ from ..distill.trainer import rows_of, train
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..models.registry import create_model
-from .checks import at_least, not_empty, tiled_by
+from .checks import at_least, known, not_empty, tiled_by
 from .communication import Watched, link_rates
 from .machine import describe, free
 from .scaling_report import report, stage_of
@@ -50,14 +50,17 @@ class ScalingConfig:
     """What is measured.
 
     Args:
-        teacher, student: names of models of one depth and width.
+        teacher: name of a model.
+        student: name of one of the same depth and width.
         modes: on one GPU those of a stage are the same.
         sizes: of the images, in pixels.
         batches: images a GPU, one number for each size; halved on one GPU until they fit. Several GPUs take what one
             took, if that has been measured.
         steps: that are timed, after four that are not.
-        check_size, check_batch, check_steps, check_rate: images in pixels, images a step on all GPUs together, steps
-            and learning rate of the run whose losses are compared. A graph is replayed from the fourth step on.
+        check_size: of the images of the run whose losses are compared, in pixels.
+        check_batch: its images a step on all GPUs together.
+        check_steps: its steps. A graph is replayed from the fourth on.
+        check_rate: its learning rate.
         link: MiB of the buffers that links are measured with.
         seed: of weights and images.
         loss: what stage 2 minimises.
@@ -88,6 +91,8 @@ class ScalingConfig:
         not_empty(self, "modes", "sizes")
         at_least(self, 2, "steps")
         at_least(self, 1, "batches", "check_batch", "check_steps", "link")
+        for name in ("teacher", "student"):
+            known(name, [getattr(self, name)])
         for name in ("sizes", "check_size"):
             tiled_by(name, getattr(self, name), (self.teacher, self.student))
 

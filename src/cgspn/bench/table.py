@@ -272,7 +272,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                         if (r["mode"], r["B"], r["mixer"]) == (mode, batch, name) and r[f"{part} ms"]
                     ]
                     if points:
-                        ax.plot(*zip(*points), "o-", label=name, linewidth=2.4 if name == OURS else 1.2)
+                        ax.plot(*zip(*sorted(points)), "o-", label=name, linewidth=2.4 if name == OURS else 1.2)
                 over_sizes(ax, (r["px"] for r in rows), "ms")
                 ax.set_title(f"{part}, {mode}, B = {batch}")
                 ax.legend(fontsize=6)

@@ -21,7 +21,7 @@ from ..distill.tasks import DistillTask, SublayerTask, Task
 from ..distill.trainer import train
 from ..models.encoder import Encoder
 from ..models.registry import create_model
-from .checks import at_least, not_empty, tiled_by
+from .checks import at_least, known, not_empty, tiled_by
 from .drawing import draw, over_sizes
 from .machine import describe, free
 from .results import write
@@ -37,7 +37,8 @@ class TrainBenchConfig:
     """What is measured.
 
     Args:
-        teacher, student: names of models of one depth and width.
+        teacher: name of a model.
+        student: name of one of the same depth and width.
         sizes: of the images, in pixels.
         teacher_is: "original" is the teacher at the student's size; "previous" the student itself, frozen, at the size
             before, as in the curriculum, for all sizes but the first.
@@ -62,6 +63,8 @@ class TrainBenchConfig:
         """Raise ValueError for what cannot be measured, or a model that does not exist."""
         not_empty(self, "sizes")
         at_least(self, 1, "largest", "steps", "smallest")
+        for name in ("teacher", "student"):
+            known(name, [getattr(self, name)])
         tiled_by("sizes", self.sizes, (self.teacher, self.student))
 
 
@@ -195,7 +198,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     def paint(axes: Any) -> None:
         for ax, key in zip(axes[0], panels):
             points = [(row["image"], row[key]) for row in rows if row.get(key)]
-            ax.plot(*zip(*points), "o-")
+            ax.plot(*zip(*sorted(points)), "o-")
             over_sizes(ax, (row["image"] for row in rows), key)
             if key == "MFU":  # shares of one ceiling, which do not differ by powers
                 ax.set(yscale="linear", ylim=(0, 1))
