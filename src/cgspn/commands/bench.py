@@ -21,7 +21,7 @@ from ..bench.table import TableConfig
 from ..bench.train import TrainBenchConfig
 from ..console import console
 from ..distill import join_world
-from .results_folder import check_folder
+from .checks import check_folder
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
-"""Where commands put what they find."""
+"""What several commands check before they begin."""
 
 from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+
+import torch
 
 from ..console import writable_folder
 
@@ -22,3 +24,9 @@ def check_folder(path: Path, name: str) -> Path:
         for folder in missing:
             with suppress(OSError):  # never made, or another process has begun to write there
                 folder.rmdir()
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but PyTorch finds no CUDA GPU here; accepted: cpu")

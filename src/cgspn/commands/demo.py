@@ -9,7 +9,7 @@ from pathlib import Path
 from ..console import console, progress_watcher
 from ..demo import DemoConfig, run_demo
 from ..models.checkpoint import write_atomically
-from .results_folder import check_folder
+from .checks import check_folder
 
 
 @dataclass(frozen=True)

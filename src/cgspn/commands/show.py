@@ -21,7 +21,7 @@ from ..report.pictures import png_bytes
 from ..report.show import PLACES, STUDENT, TEACHER, check_show, even_layers, look_at, show_picture
 from ..report.show_page import show_page
 from ..teachers import load_encoder
-from .results_folder import check_folder
+from .checks import check_device, check_folder
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ class Show:
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but PyTorch finds no CUDA GPU here; accepted: cpu")
+        check_device(self.device)
         for name, path in (("out", self.out), ("picture", self.picture)):
             if path is not None and path.is_dir():
                 raise ValueError(f"{name} is {path}, a folder; expected a file name")
