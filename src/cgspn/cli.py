@@ -1,4 +1,4 @@
-"""The `cgspn` program."""
+"""Attention encoders to C-GSPN students: convert, distil, evaluate, show, export, measure."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def as_typed(message: str, arguments: list[str]) -> str:
         stated = [option for option, value in same if message.startswith(f"{name[0]} is {value};")]
         return (stated or [option for option, _ in same] or [name[0]])[0]
 
-    names = re.match(r"\w+(, \w+)*( and \w+)?(?= (is|are|holds)\b)", message)
+    names = re.match(r"\w+(, \w+)*( and \w+)?(?= (is|are|holds)\b|: )", message)
     return re.sub(r"\w+", typed, names[0]) + message[names.end() :] if names else message
 
 

@@ -8,9 +8,12 @@ import sys
 import time
 
 import pytest
+import torch
 from PIL import Image
 
 from cgspn.cli import main
+from cgspn.commands.export import Export
+from cgspn.commands.pretrain import Pretrain
 from cgspn.console import console
 from cgspn.data import load_embedded
 
@@ -45,6 +48,8 @@ def test_help_shows_examples(tmp_path):
         (["convert", "nowhere", "new/student"], "nowhere"),
         (["convert", "embedded", "new/student", "--compression", "0"], "compression is 0"),
         (["eval", "zeroshot", "nowhere", "--out", "new/table.json"], "nowhere"),
+        (["eval", "zeroshot", "embedded", "--data"], "data is empty; expected one or more data sets"),
+        (["export", "embedded", "new/x.onnx", "--device", "tpu"], "invalid choice 'tpu'"),
         (["show", "embedded", "--images", "[red]", "--out", "new/page.html"], "images is [red]: no such folder"),
         (["bench", "inference", "--threads", "0", "--out", "new/results"], "threads is 0; accepted: 1 or more"),
         (["bench", "table", "--contenders", "Mamba", "--out", "new/results"], "'Mamba' is no contender"),
@@ -186,6 +191,7 @@ def test_a_preset_is_where_the_other_settings_start_from(tmp_path):
             ["distill", "a", "b", *(f"--config.loss.{name}=0" for name in ("alpha", "beta", "output"))],
             "--config.loss.alpha, --config.loss.beta, --config.loss.output and contrastive are all 0",
         ),
+        (["bench", "train", "--teacher", "x"], "--teacher: model is 'x', which does not exist"),
         (["bench", "scaling", "--batches", "1"], "--batches is (1,); expected one number for each of the sizes"),
     ],
 )
@@ -208,3 +214,10 @@ def test_words_that_are_no_numbers_are_named_by_tyro_itself(monkeypatch, capsys)
     with pytest.raises(SystemExit):
         main()
     assert "Error parsing --steps" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", [Export("embedded", "x.onnx", device="cuda"), Pretrain("x", device="cuda")])
+def test_a_gpu_that_is_not_there_is_asked_for_in_vain(command):
+    with pytest.raises(ValueError, match="device is cuda, but PyTorch finds no CUDA GPU here; accepted: cpu"):
+        command.run()
