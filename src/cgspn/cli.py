@@ -1,13 +1,18 @@
-"""The `cgspn` program."""
+"""Attention encoders to C-GSPN students: convert, distil, evaluate, show, export, measure."""
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import sys
+from contextlib import redirect_stderr
 from inspect import getdoc
+from traceback import walk_tb
 from typing import Annotated, Any, Union
 
 import tyro
+from rich.markup import escape
 
 from .commands.bench import Bench
 from .commands.convert import Convert
@@ -20,6 +25,8 @@ from .commands.show import Show
 from .console import console
 from .distill import DivergedError, ParityError, SnapshotError
 from .distill.presets import PRESETS
+
+Command = Demo | Convert | Distill | Eval | Show | Pretrain | Bench | Export
 
 
 def command_type(arguments: list[str]) -> Any:
@@ -55,21 +62,65 @@ def main() -> None:
 
 def run() -> None:
     """`main`, but for a broken pipe."""
-    command: Demo | Convert | Distill | Eval | Show | Pretrain | Bench | Export = tyro.cli(
-        command_type(sys.argv[1:]),
-        prog="cgspn",
-        description=__doc__,
-    )
     try:
-        command.run()
+        parsed(sys.argv[1:]).run()
     except BrokenPipeError:
         raise
     except (ValueError, OSError, DivergedError, ParityError, SnapshotError) as error:
-        console.print(f"[bold red]cgspn: error:[/] {error}", soft_wrap=True)
+        # escaped: what a user typed may hold brackets
+        console.print(f"[bold red]cgspn: error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("cgspn: interrupted; files that were being written are left as they were before")
         sys.exit(130)
+
+
+def parsed(arguments: list[str]) -> Command:
+    """The command of a command line. Raises ValueError for settings that refuse themselves, SystemExit for others."""
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            command: Command = tyro.cli(command_type(arguments), args=arguments, prog="cgspn", description=__doc__)
+            return command
+    except SystemExit as end:
+        error = refusal(end)
+        if error is None:
+            raise
+        said.truncate(0)  # tyro names an argument by its place in our classes, which nobody types
+        raise ValueError(as_typed(str(error), arguments)) from error
+    finally:
+        sys.stderr.write(said.getvalue())
+
+
+def refusal(end: BaseException) -> ValueError | None:
+    """The ValueError of this package, such as that of a config's `__post_init__`, for which tyro ended the program."""
+    cause: BaseException | None = end
+    while cause is not None:
+        frames = [frame for frame, _ in walk_tb(cause.__traceback__)]
+        if isinstance(cause, ValueError) and frames and frames[-1].f_globals["__name__"].startswith("cgspn."):
+            return cause
+        cause = cause.__context__
+    return None
+
+
+def as_typed(message: str, arguments: list[str]) -> str:
+    """A message that begins with names of settings, which become the options that were typed for them.
+
+    Of several options that end alike, the one whose value the message states.
+    """
+    options = [
+        (argument.partition("=")[0], argument.partition("=")[2] or following)
+        for argument, following in zip(arguments, [*arguments[1:], ""])
+        if argument.startswith("--")
+    ]
+
+    def typed(name: re.Match[str]) -> str:
+        same = [each for each in options if re.split(r"--|\.", each[0])[-1].replace("-", "_") == name[0]]
+        stated = [option for option, value in same if message.startswith(f"{name[0]} is {value};")]
+        return (stated or [option for option, _ in same] or [name[0]])[0]
+
+    names = re.match(r"\w+(, \w+)*( and \w+)?(?= (is|are|holds)\b|: )", message)
+    return re.sub(r"\w+", typed, names[0]) + message[names.end() :] if names else message
 
 
 if __name__ == "__main__":

@@ -84,4 +84,5 @@ def test_tables_run_whole(tmp_path):
     )
     tables = encoder.run(whole, tmp_path, CPU, say=lambda _: None)
     assert [r["B"] for r in tables["throughput"]] == [2] * 4
+    assert (tmp_path / "encoder.png").stat().st_size > 1000
     assert all(r["fits"] for r in tables["one pass at very high resolution"])

@@ -21,6 +21,7 @@ def test_the_crossover_is_where_it_stays(ratios, expected):
 
 def test_rows_say_what_was_timed(tmp_path):
     run(InferenceConfig(models=("tiny",), sizes=(28, 56), blocks=1, rounds=1), tmp_path, say=lambda _: None)
+    assert (tmp_path / "inference.png").stat().st_size > 1000
     (rows,) = [value for key, value in json.loads((tmp_path / "inference.json").read_text()).items() if "tiny" in key]
     assert [row["tokens"] for row in rows] == [4, 16]
     assert all(row["teacher / student"] == pytest.approx(row["teacher ms"] / row["student ms"]) for row in rows)

@@ -98,6 +98,10 @@ def test_what_is_wrong_is_named(study, tmp_path):
 
     with pytest.raises(ValueError, match="rows holds 'nothing'; accepted: 'ViT', 'C-GSPN'"):
         tried(rows=("nothing",))
+    with pytest.raises(ValueError, match="size is 30; accepted: multiples of the patch size 4"):
+        tried(size=30)
+    with pytest.raises(ValueError, match=r"probe_size holds 30; accepted: multiples of the patch size 4"):
+        tried(probe_size=(28, 30), camvid=study)
     with pytest.raises(ValueError, match="held_out is 9; accepted: 1 to 8, of 9 photographs"):
         tried(held_out=9)
 

@@ -81,7 +81,9 @@ def test_rows_of_other_settings_are_not_mixed(tmp_path):
     path = tmp_path / "scaling.json"
     settings = settings_of(TINY, CPU)
     path.write_text(json.dumps(load(path, settings)))
-    other = ScalingConfig(*MODELS, modes=("stage 1 ddp",), sizes=(56,), batches=(2,), compute=TINY.compute)
+    other = ScalingConfig(
+        *MODELS, modes=("stage 1 ddp",), sizes=(56,), batches=(2,), check_size=56, compute=TINY.compute
+    )
     same = {"steps": 2, "check_size": 28, "check_batch": 4, "link": 1}
     assert load(path, settings_of(other, CPU) | same)["rows"] == []
     with pytest.raises(ValueError, match="holds rows with steps 2, not 8"):

@@ -55,3 +55,4 @@ def test_a_tiny_pair_is_measured_and_memory_that_ends_is_put_up_with(tmp_path, m
     assert saved["machine"]["commit"] == "abc"
     assert saved["stage 2, one step"] == rows
     assert len(said) == 3
+    assert (tmp_path / "train.png").stat().st_size > 1000

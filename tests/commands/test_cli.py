@@ -8,8 +8,13 @@ import sys
 import time
 
 import pytest
+import torch
 from PIL import Image
 
+from cgspn.cli import main
+from cgspn.commands.export import Export
+from cgspn.commands.pretrain import Pretrain
+from cgspn.console import console
 from cgspn.data import load_embedded
 
 SMALL = ["--config.distill.stage1.steps", "1", "--config.distill.stage2.steps", "1"]
@@ -38,8 +43,17 @@ def test_help_shows_examples(tmp_path):
         (["demo", "--config.test-images", "0"], "test_images is 0; accepted: 1 to 4000"),
         (["demo", "--config.distill.compression", "97"], "compression is 97"),
         (["pretrain", "x", "--config.model", "vit_mni_patch4_28"], "did you mean"),
-        (["pretrain", "x", "--config.optim.batch-size", "0"], "batch_size is 0"),
+        (["pretrain", "x", "--config.optim.batch-size", "0"], "--config.optim.batch-size is 0"),
         (["nothing"], "nothing"),
+        (["convert", "nowhere", "new/student"], "nowhere"),
+        (["convert", "embedded", "new/student", "--compression", "0"], "compression is 0"),
+        (["eval", "zeroshot", "nowhere", "--out", "new/table.json"], "nowhere"),
+        (["eval", "zeroshot", "embedded", "--data"], "data is empty; expected one or more data sets"),
+        (["export", "embedded", "new/x.onnx", "--device", "tpu"], "invalid choice 'tpu'"),
+        (["show", "embedded", "--images", "[red]", "--out", "new/page.html"], "images is [red]: no such folder"),
+        (["bench", "inference", "--threads", "0", "--out", "new/results"], "threads is 0; accepted: 1 or more"),
+        (["bench", "table", "--contenders", "Mamba", "--out", "new/results"], "'Mamba' is no contender"),
+        (["bench", "scaling", "--simulate", "--out", "new/results"], "new/results has no scaling.json"),
     ],
 )
 def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, tmp_path):
@@ -49,6 +63,7 @@ def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, tmp_path
     assert result.returncode == 2, output
     assert message in output
     assert "Traceback" not in output
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.slow
@@ -108,9 +123,7 @@ def test_an_interrupted_demo_leaves_no_half_written_file_and_runs_again(tmp_path
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
-        while not (tmp_path / "demo").exists():  # it is made just before the work starts
-            assert running.poll() is None
-            time.sleep(0.1)
+        assert "results will be in demo" in running.stdout.readline()  # just before the work starts
         time.sleep(2)
         running.send_signal(signal.SIGINT)
         output, _ = running.communicate(timeout=60)
@@ -118,7 +131,7 @@ def test_an_interrupted_demo_leaves_no_half_written_file_and_runs_again(tmp_path
         running.kill()  # where it did not end, it would go on for minutes beside the other tests
     assert running.returncode == 130
     assert "interrupted" in output
-    assert list((tmp_path / "demo").iterdir()) == []
+    assert not (tmp_path / "demo").exists()
     again = cgspn("demo", *SMALL, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     assert (tmp_path / "demo" / "report.html").exists()
@@ -161,3 +174,50 @@ def test_a_preset_is_where_the_other_settings_start_from(tmp_path):
     assert settings["highres"]["sizes"] == [518, 756, 1036]
     assert settings["stage1"]["steps"] == 7
     assert settings["stage2"]["steps"] == 56_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["bench", "train", "--steps", "0"], "--steps is 0; accepted: 1 or more"),
+        (["bench", "encoder", "--batch=0"], "--batch is 0; accepted: 1 or more"),
+        (["bench", "table", "--batches", "1", "0"], "--batches is (1, 0); accepted: 1 or more each"),
+        (["bench", "ablation", "--hidden", "0"], "--hidden is 0; accepted: 1 or more"),
+        (
+            ["distill", "a", "b", "--config.stage1.steps", "3", "--config.stage2.steps", "-1"],
+            "--config.stage2.steps is -1; accepted: 0 or more",
+        ),
+        (
+            ["distill", "a", "b", *(f"--config.loss.{name}=0" for name in ("alpha", "beta", "output"))],
+            "--config.loss.alpha, --config.loss.beta, --config.loss.output and contrastive are all 0",
+        ),
+        (["bench", "train", "--teacher", "x"], "--teacher: model is 'x', which does not exist"),
+        (["bench", "scaling", "--batches", "1"], "--batches is (1,); expected one number for each of the sizes"),
+    ],
+)
+def test_settings_that_refuse_themselves_are_named_as_typed(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["cgspn", *arguments])
+    monkeypatch.setattr(console, "width", 200)
+    with pytest.raises(SystemExit) as end:
+        main()
+    shown = capsys.readouterr()
+    assert end.value.code == 2
+    assert shown.out.startswith(f"cgspn: error: {message}")
+    assert shown.out.count("\n") == 1
+    assert shown.err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_words_that_are_no_numbers_are_named_by_tyro_itself(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["cgspn", "bench", "train", "--steps", "few"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "Error parsing --steps" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", [Export("embedded", "x.onnx", device="cuda"), Pretrain("x", device="cuda")])
+def test_a_gpu_that_is_not_there_is_asked_for_in_vain(command):
+    with pytest.raises(ValueError, match="device is cuda, but PyTorch finds no CUDA GPU here; accepted: cpu"):
+        command.run()

@@ -95,12 +95,24 @@ def test_of_an_image_text_model_the_text_tower_comes_along(tmp_path):
         ({"keep_attention": 1, "keep_layers": (2,)}, "both given"),
         ({"keep_layers": (4,)}, r"keep_attention holds \[4\]; accepted: layer indices 0 to 3"),
         ({"compression": 97}, "compression is 97"),
+        ({"values": 0.0}, "values is 0; accepted: a number above 0, or None"),
+        ({"values": float("inf")}, "values is inf; accepted: a number above 0"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(arguments, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         Convert("embedded", tmp_path, **arguments).run()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_student_is_replaced_only_if_that_is_asked_for(tmp_path):
+    Convert("embedded", tmp_path, compression=4).run()
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match=r"which holds config.json, .*; give another folder, or --overwrite"):
+        Convert("embedded", tmp_path, compression=3).run()
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    Convert("embedded", tmp_path, compression=3, overwrite=True).run()
+    assert json.loads((tmp_path / "conversion.json").read_text())["compression"] == 3
 
 
 def test_values_from_python_are_those_of_the_command_line():

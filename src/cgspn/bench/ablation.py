@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ..layers import GSPN_WALK, Grid, PropagationConfig, PropagationMixer
 from ..layers.block import Block
+from .checks import at_least, not_empty, tiled
 from .contenders import OURS, PLAIN, CompiledNormalisation, SeparateNormalisation, Shape, build, names, paper_config
+from .drawing import draw
 from .machine import ceilings, describe, free
 from .results import write
 from .timing import medians
@@ -27,7 +29,8 @@ class AblationConfig:
     Args:
         pixels: of the square images.
         batch: B of the walk; halved until its first step fits.
-        batches, widths: what the sweeps run over.
+        batches: B of the sweep over the batch.
+        widths: C of the sweep over the width, at the same latent.
         shape: of the layers.
         rounds: interleaved timings of each.
     """
@@ -38,6 +41,12 @@ class AblationConfig:
     widths: tuple[int, ...] = (288, 576, 1152, 2304)
     shape: Shape = field(default_factory=Shape)
     rounds: int = 7
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be measured."""
+        not_empty(self, "batches", "widths")
+        at_least(self, 1, "batch", "batches", "widths", "rounds")
+        tiled("pixels", self.pixels, self.shape.patch)
 
 
 def layers_of_the_walk(shape: Shape) -> dict[str, PropagationMixer]:
@@ -162,23 +171,19 @@ def run(
 
 
 def plot(tables: dict[str, list[Row]], path: Path) -> None:
-    """The walk as bars, the sweeps as curves. Needs matplotlib."""
-    import matplotlib
+    """The walk as bars, the sweeps as curves."""
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    def paint(axes: Any) -> None:
+        steps = tables["GSPN to C-GSPN"]
+        axes[0, 0].barh([row["layer"] for row in steps][::-1], [row["ms"] for row in steps][::-1])
+        axes[0, 0].set(xscale="log", xlabel="ms, sub-layer")
+        for ax, (over, key) in zip(axes[0, 1:], (("batch", "B"), ("width", "C"))):
+            rows = tables[f"sweep over {over}"]
+            for name in (k for k in dict.fromkeys(k for row in rows for k in row) if k.endswith(": ms")):
+                points = [(row[key], row[name]) for row in rows if isinstance(row.get(name), float)]
+                if points:
+                    ax.plot(*zip(*points), "o-", label=name.removesuffix(": ms"))
+            ax.set(xscale="log", yscale="log", xlabel=key, ylabel="ms, sub-layer")
+            ax.legend(fontsize=8)
 
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    steps = tables["GSPN to C-GSPN"]
-    axes[0].barh([row["layer"] for row in steps][::-1], [row["ms"] for row in steps][::-1])
-    axes[0].set(xscale="log", xlabel="ms, sub-layer")
-    for ax, (over, key) in zip(axes[1:], (("batch", "B"), ("width", "C"))):
-        rows = tables[f"sweep over {over}"]
-        for name in (k for k in dict.fromkeys(k for row in rows for k in row) if k.endswith(": ms")):
-            points = [(row[key], row[name]) for row in rows if isinstance(row.get(name), float)]
-            if points:
-                ax.plot(*zip(*points), "o-", label=name.removesuffix(": ms"))
-        ax.set(xscale="log", yscale="log", xlabel=key, ylabel="ms, sub-layer")
-        ax.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    draw(path, paint, columns=3, figsize=(15, 4.5))

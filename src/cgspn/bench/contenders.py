@@ -24,6 +24,7 @@ from ..layers import (
     valued,
 )
 from ..ops import line_scan
+from .checks import at_least
 
 ATTENTION = {
     "attention, math": SDPBackend.MATH,
@@ -41,13 +42,26 @@ EPILOGUES = ", fused MLP"
 
 @dataclass(frozen=True)
 class Shape:
-    """width C, heads, hidden width of the MLP and patch size of the blocks; SO400M/14 by default."""
+    """Of blocks; SO400M/14 by default.
+
+    Args:
+        width: C, channels of a token.
+        heads: of attention.
+        hidden: width of the MLP.
+        patch: pixels of a side of a patch.
+        compression: s; C-GSPN scans floor(C / s) channels.
+    """
 
     width: int = 1152
     heads: int = 16
     hidden: int = 4304
     patch: int = 14
     compression: float = 18
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no block has."""
+        at_least(self, 1, "width", "heads", "hidden", "patch")
+        PropagationConfig(compression=self.compression).latent_width(self.width)
 
 
 class FlashPackageMixer(AttentionMixer):

@@ -20,7 +20,9 @@ from ..layers import Grid, Mixer, quantize_mlps
 from ..layers.block import Block
 from ..models.encoder import Encoder
 from ..models.registry import create_model
+from .checks import at_least, known, not_empty, tiled_by
 from .contenders import OURS, Shape, build
+from .drawing import draw, over_sizes
 from .fp8 import block_rows, mlp_rows
 from .machine import ceilings, describe, free
 from .results import write
@@ -65,6 +67,24 @@ class EncoderBenchConfig:
     compile: bool = False
     largest: tuple[tuple[int, int], ...] = ((4116, 1), (4116, 4))
     rounds: int = 3
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be measured, or a model that does not exist."""
+        not_empty(self, "models", "sizes", "modes", "tables")
+        at_least(self, 1, "batch", "largest", "rounds")
+        models = [plain_and_products(name)[0] for name in self.models]
+        known("models", models)
+        tiled_by("sizes", self.sizes, models)
+        tiled_by("largest", tuple(pixels for pixels, _ in self.largest), models)
+
+
+def plain_and_products(name: str) -> tuple[str, str | None]:
+    """A model's name without its "+fp8", and which products of its MLPs are in 8 bits. Raises ValueError for another
+    ending."""
+    base, _, kind = name.partition("+")
+    if kind not in FP8:
+        raise ValueError(f"{name!r} ends in {kind!r}; accepted after a model and '+': 'fp8', 'fp8-triton'")
+    return base, FP8[kind]
 
 
 def encoder_step(encoder: Encoder, images: Tensor, mode: Mode) -> Callable[[], object]:
@@ -141,13 +161,10 @@ def make(name: str, pixels: int, device: torch.device) -> Encoder:
 
     Raises ValueError for a name that does not exist, with or without its "+fp8".
     """
-    base, _, kind = name.partition("+")
-    if kind not in FP8:
-        raise ValueError(f"{name!r} ends in {kind!r}; accepted after a model and '+': 'fp8', 'fp8-triton'")
+    base, products = plain_and_products(name)
     with torch.device(device):
         encoder = create_model(base, image_size=(pixels, pixels))
     encoder = encoder.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
-    products = FP8[kind]
     return encoder if products is None else quantize_mlps(encoder, products=products)  # type: ignore[arg-type]
 
 
@@ -276,7 +293,7 @@ def run(
     commit: str = "",
     say: Callable[[str], object] = print,
 ) -> dict[str, list[Row]]:
-    """Measure and write encoder.json and .md to `out`; finished tables are written as they come.
+    """Measure and write encoder.json, .md and, of the throughput, .png to `out`; finished tables as they come.
 
     Raises ValueError for an unknown model, OSError for `out`.
     """
@@ -302,4 +319,28 @@ def run(
             tables[title] = measure()
             free(device)
             write(out, "encoder", machine, tables)
+    if "throughput" in tables:
+        plot(tables["throughput"], out / "encoder.png")
     return tables
+
+
+def plot(rows: list[Row], path: Path) -> None:
+    """Images a second over the image size, a panel for each mode and a line for each model."""
+    modes = list(dict.fromkeys(row["mode"] for row in rows))
+
+    def paint(axes: Any) -> None:
+        for ax, mode in zip(axes[0], modes):
+            for model in dict.fromkeys(row["model"] for row in rows):
+                points = [
+                    (row["px"], row["images / s"])
+                    for row in rows
+                    if (row["mode"], row["model"]) == (mode, model) and "images / s" in row
+                ]
+                if points:
+                    ax.plot(*zip(*sorted(points)), "o-", label=model)
+            over_sizes(ax, (row["px"] for row in rows), "images / s")
+            ax.set_title(mode)
+            if ax.lines:
+                ax.legend(fontsize=8)
+
+    draw(path, paint, columns=len(modes), figsize=(5 * len(modes), 4))

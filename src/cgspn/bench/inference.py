@@ -13,10 +13,13 @@ import torch
 
 from ..models.encoder import Encoder
 from ..models.registry import create_model, model_config
+from .checks import at_least, known, not_empty, tiled_by
+from .drawing import draw, over_sizes
 from .machine import describe
 from .results import write
 
 Row = dict[str, Any]
+KINDS = ("vit", "cgspn")  # teacher and student
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,23 @@ class InferenceConfig:
     blocks: int = 4
     rounds: int = 5
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be measured, or a model that does not exist."""
+        not_empty(self, "models", "sizes")
+        at_least(self, 1, "blocks", "rounds")
+        models = [name_of(kind, size) for size in self.models for kind in KINDS]
+        known("models", models)
+        tiled_by("sizes", self.sizes, models)
+
+
+def name_of(kind: str, size: str) -> str:
+    """The model of one of `KINDS` and a size."""
+    return f"{kind}_{size}_patch14_378"
+
 
 def build(kind: str, size: str, blocks: int) -> Encoder:
     """The first blocks of a model with its patch embedding and pooling. Raises ValueError for an unknown one."""
-    name = f"{kind}_{size}_patch14_378"
+    name = name_of(kind, size)
     return create_model(name, mixers=model_config(name).mixers[:blocks]).eval()
 
 
@@ -67,12 +83,12 @@ def crossover(rows: list[Row]) -> str:
 
 
 def run(config: InferenceConfig, out: Path, *, commit: str = "", say: Callable[[str], None] = print) -> None:
-    """Measure, and write inference.json and .md to `out`. Raises ValueError for an unknown model."""
+    """Measure, and write inference.json, .md and .png to `out`. Raises ValueError for an unknown model."""
     torch.manual_seed(0)
     tables: dict[str, list[Row]] = {}
     found: dict[str, str] = {}
     for size in config.models:
-        models = [build(kind, size, config.blocks) for kind in ("vit", "cgspn")]
+        models = [build(kind, size, config.blocks) for kind in KINDS]
         rows: list[Row] = []
         for pixels in config.sizes:
             patch = models[0].config.patch_size
@@ -89,3 +105,19 @@ def run(config: InferenceConfig, out: Path, *, commit: str = "", say: Callable[[
         tables[f"{size}, {models[0].config.depth} blocks, C = {models[0].config.width}: {found[size]}"] = rows
     about = describe(commit) | {"images": "B = 1, float32", "threads": str(torch.get_num_threads())}
     write(out, "inference", about, tables)
+    plot(tables, out / "inference.png")
+
+
+def plot(tables: dict[str, list[Row]], path: Path) -> None:
+    """Milliseconds an image over its size, a panel for each size of model."""
+
+    def paint(axes: Any) -> None:
+        for ax, (title, found) in zip(axes[0], tables.items()):
+            rows = sorted(found, key=lambda row: row["pixels"])
+            for kind in ("teacher", "student"):
+                ax.plot([row["pixels"] for row in rows], [row[f"{kind} ms"] for row in rows], "o-", label=kind)
+            over_sizes(ax, (row["pixels"] for row in rows), "ms")
+            ax.set_title(title, fontsize=8)
+            ax.legend(fontsize=8)
+
+    draw(path, paint, columns=len(tables), figsize=(5 * len(tables), 4))

@@ -20,6 +20,7 @@ from ..ops import DIRECTIONS, propagate_2d
 from ..ops.backends import backend_module, why_not
 from ..ops.cuda import projected
 from ..ops.projected import propagate_2d_projected
+from .drawing import draw
 from .machine import copy_bandwidth, describe, matmul_rate
 from .results import write
 from .timing import medians
@@ -247,23 +248,19 @@ SWEEPS: dict[str, tuple[str, list[tuple[int, int, int]]]] = {
 
 def plot(sweeps: dict[str, list[Row]], path: Path) -> None:
     """Times of every sweep against what is swept, beside the time the bytes need at the copy bandwidth."""
-    import matplotlib
 
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    def paint(axes: Any) -> None:
+        for ax, (title, rows) in zip(axes.flat, sweeps.items()):
+            over = SWEEPS[title][0]
+            for kind in dict.fromkeys(row["pass"] for row in rows):
+                points = [row for row in rows if row["pass"] == kind]
+                (line,) = ax.plot([r[over] for r in points], [r["ms"] for r in points], "o-", label=kind)
+                floor = [r["ms"] * r["share of copy"] for r in points]
+                ax.plot([r[over] for r in points], floor, ":", color=line.get_color(), label=f"{kind}: bytes / copy")
+            ax.set(xscale="log", yscale="log", xlabel=over, ylabel="ms", title=title)
+            ax.legend(fontsize=7)
 
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for ax, (title, rows) in zip(axes.flat, sweeps.items()):
-        over = SWEEPS[title][0]
-        for kind in dict.fromkeys(row["pass"] for row in rows):
-            points = [row for row in rows if row["pass"] == kind]
-            (line,) = ax.plot([r[over] for r in points], [r["ms"] for r in points], "o-", label=kind)
-            floor = [r["ms"] * r["share of copy"] for r in points]
-            ax.plot([r[over] for r in points], floor, ":", color=line.get_color(), label=f"{kind}: bytes / copy")
-        ax.set(xscale="log", yscale="log", xlabel=over, ylabel="ms", title=title)
-        ax.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    draw(path, paint, 2, 2, figsize=(11, 8))
 
 
 def run(out: Path, *, quick: bool = False, commit: str = "", say: Callable[[str], None] = print) -> None:

@@ -25,6 +25,8 @@ from ..layers import PropagationConfig, valued
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..teachers import attention_student, convert
+from .checks import at_least, not_empty, tiled
+from .drawing import draw
 from .machine import describe
 from .results import write
 
@@ -48,17 +50,23 @@ class QualityConfig:
         source_size: side of the squares that photographs for training are kept as, in pixels. A random crop that is
             smaller than `size` is enlarged, and shows less detail than what is tested.
         held_out: photographs for testing, the last ones of a fixed shuffle.
-        stage1_steps, stage2_steps, batch_size: the budget, the same for every row.
-        optimizer, stage1_rate, stage2_rate: the recipe of the rows that do not name another. Stage 2 begins with what
-            stage 1 has learned, and loses it at too high a rate.
+        stage1_steps: of each sub-layer alone, the same for every row.
+        stage2_steps: end to end, the same for every row.
+        batch_size: photographs a step.
+        optimizer: of the rows that do not name another, as stage1_rate and stage2_rate.
+        stage1_rate: peak learning rate of stage 1.
+        stage2_rate: that of stage 2, which begins with what stage 1 has learned, and loses it at too high a rate.
         stage1_optimizer: of stage 1, None for the same. Muon gets further in the same steps where a sub-layer learns
             alone.
-        embedding_rate, crop_scale, mixup, cutmix: as in `OptimConfig`. The photographs are few: what a student makes of
-            those it has seen and of others differs less the more there is to see in each.
+        crop_scale: smallest and largest share of a photograph's area that a random crop has.
+        mixup: share of the photographs that are blended with another. They are few: what a student makes of those it
+            has seen and of others differs less the more there is to see in each.
+        cutmix: share of the photographs of which a random box shows another one.
+        embedding_rate: factor on the rate of the patch embedding in stage 2; 0 leaves it as it is.
         output: weight of the pooled vector's error. A teacher that pools by a class token leaves the student with a
             fresh head, whose gradient, at a weight of 1, costs the tokens that are measured here.
         compile: compile the blocks, as in `ComputeConfig`; some minutes at the first row.
-        seeds: how many runs of each row.
+        seeds: of the runs of each row, one each.
         rows: which rows; empty for all.
     """
 
@@ -83,6 +91,17 @@ class QualityConfig:
     compile: bool = False
     seeds: tuple[int, ...] = (0, 1)
     rows: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what no study can have."""
+        not_empty(self, "seeds")
+        at_least(self, 1, "size", "probe_size", "source_size", "held_out", "stage1_steps", "stage2_steps")
+        for name in ("stage1_rate", "stage2_rate"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: more than 0")
+        OptimConfig(batch_size=self.batch_size, crop_scale=self.crop_scale, mixup=self.mixup, cutmix=self.cutmix)
+        if unknown := [name for name in self.rows if name not in ROWS]:
+            raise ValueError(f"rows holds {unknown[0]!r}; accepted: {', '.join(map(repr, ROWS))}")
 
 
 @dataclass(frozen=True)
@@ -308,12 +327,12 @@ def run_study(
 ) -> dict[str, list[dict[str, float]]]:
     """Every row with every seed; `out` (JSON) holds all finished runs after each, and those in it are not repeated.
 
-    after: called with all of them after each. Raises ValueError for a row that does not exist, or for runs in `out`
-    that were made with other settings.
+    after: called with all of them after each. Raises ValueError for sizes that the teacher's patches do not tile, or
+    for runs in `out` that were made with other settings.
     """
-    unknown = [name for name in config.rows if name not in ROWS]
-    if unknown:
-        raise ValueError(f"rows holds {unknown[0]!r}; accepted: {', '.join(map(repr, ROWS))}")
+    tiled("size", config.size, teacher.config.patch_size)
+    if config.camvid is not None:
+        tiled("probe_size", config.probe_size, teacher.config.patch_size)
     settings = budget(config)
     found: dict[str, dict[str, dict[str, float]]] = {}
     if out.exists():
@@ -381,33 +400,27 @@ def run(
 
 
 def plot(found: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Cosine and, where scenes were given, mIoU of every row: the mean as a bar, the runs on it. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    """Cosine and, where scenes were given, mIoU of every row: the mean as a bar, the runs on it."""
     names = [name for name in found if name != "teacher"]
     keys = [key for key in ("cosine", "mIoU") if names and key in found[names[0]][0]]
-    figure, axes = plt.subplots(
-        1, max(1, len(keys)), figsize=(1 + 5 * len(keys), 1.2 + 0.28 * len(names)), layout="constrained", sharey=True,
-        squeeze=False,
-    )  # fmt: skip
-    for ax, key in zip(axes[0], keys):
-        runs = [[run[key] for run in found[name]] for name in names]
-        ax.barh(range(len(names)), [statistics.mean(values) for values in runs], color="#9bb8d3")
-        for place, values in enumerate(runs):
-            ax.plot(values, [place] * len(values), "k|-", markersize=8)
-        low, high = min(map(min, runs)), max(map(max, runs))
-        if key == "mIoU" and "teacher" in found:
-            ax.axvline(found["teacher"][0][key], color="black", linestyle=":", label="teacher")
-            ax.legend(fontsize=8)
-        ax.set(xlabel={"cosine": "cosine to the teacher's tokens", "mIoU": "mIoU of a linear probe, %"}[key])
-        ax.set_xlim(left=max(0.0, low - (high - low)) if high > low else None)
-    axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
-    axes[0][0].invert_yaxis()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+    def paint(axes: Any) -> None:
+        for ax, key in zip(axes[0], keys):
+            runs = [[run[key] for run in found[name]] for name in names]
+            ax.barh(range(len(names)), [statistics.mean(values) for values in runs], color="#9bb8d3")
+            for place, values in enumerate(runs):
+                ax.plot(values, [place] * len(values), "k|-", markersize=8)
+            low, high = min(map(min, runs)), max(map(max, runs))
+            if key == "mIoU" and "teacher" in found:
+                ax.axvline(found["teacher"][0][key], color="black", linestyle=":", label="teacher")
+                ax.legend(fontsize=8)
+            ax.set(xlabel={"cosine": "cosine to the teacher's tokens", "mIoU": "mIoU of a linear probe, %"}[key])
+            ax.set_xlim(left=max(0.0, low - (high - low)) if high > low else None)
+        axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
+        axes[0][0].invert_yaxis()
+
+    size = (1 + 5 * len(keys), 1.2 + 0.28 * len(names))
+    draw(path, paint, columns=max(1, len(keys)), figsize=size, sharey=True)
 
 
 DIGITS = {"cosine": 4, "relative error": 4, "stage 1 error": 3, "cosine after stage 1": 4, "stage 2 rise": 2}

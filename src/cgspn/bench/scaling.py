@@ -30,6 +30,7 @@ from ..distill.trainer import rows_of, train
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..models.registry import create_model
+from .checks import at_least, known, not_empty, tiled_by
 from .communication import Watched, link_rates
 from .machine import describe, free
 from .scaling_report import report, stage_of
@@ -49,14 +50,17 @@ class ScalingConfig:
     """What is measured.
 
     Args:
-        teacher, student: names of models of one depth and width.
+        teacher: name of a model.
+        student: name of one of the same depth and width.
         modes: on one GPU those of a stage are the same.
         sizes: of the images, in pixels.
         batches: images a GPU, one number for each size; halved on one GPU until they fit. Several GPUs take what one
             took, if that has been measured.
         steps: that are timed, after four that are not.
-        check_size, check_batch, check_steps, check_rate: images in pixels, images a step on all GPUs together, steps
-            and learning rate of the run whose losses are compared. A graph is replayed from the fourth step on.
+        check_size: of the images of the run whose losses are compared, in pixels.
+        check_batch: its images a step on all GPUs together.
+        check_steps: its steps. A graph is replayed from the fourth on.
+        check_rate: its learning rate.
         link: MiB of the buffers that links are measured with.
         seed: of weights and images.
         loss: what stage 2 minimises.
@@ -80,11 +84,17 @@ class ScalingConfig:
     compute: ComputeConfig = field(default_factory=lambda: ComputeConfig(precision="bfloat16"))
 
     def __post_init__(self) -> None:
-        """Raise ValueError for sizes without a batch, and for fewer than two steps, which have no spread."""
+        """Raise ValueError for sizes without a batch, for fewer than two steps, which have no spread, and for what
+        cannot be measured; for a model that does not exist, too."""
         if len(self.sizes) != len(self.batches):
             raise ValueError(f"batches is {self.batches}; expected one number for each of the sizes, {self.sizes}")
-        if self.steps < 2:
-            raise ValueError(f"steps is {self.steps}; accepted: 2 or more")
+        not_empty(self, "modes", "sizes")
+        at_least(self, 2, "steps")
+        at_least(self, 1, "batches", "check_batch", "check_steps", "link")
+        for name in ("teacher", "student"):
+            known(name, [getattr(self, name)])
+        for name in ("sizes", "check_size"):
+            tiled_by(name, getattr(self, name), (self.teacher, self.student))
 
 
 def settings_of(config: ScalingConfig, device: torch.device) -> dict[str, Any]:

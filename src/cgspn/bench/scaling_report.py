@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.checkpoint import write_atomically
+from .drawing import draw
 from .results import table
 
 TOLERANCES = {"bfloat16": 1e-3, "float32": 1e-5}  # relative, of losses: sums have another order
@@ -101,7 +102,7 @@ def link_rows(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def report(saved: Mapping[str, Any], out: Path) -> None:
-    """Write scaling.md and, where matplotlib is there and several numbers of GPUs are, scaling.png."""
+    """Write scaling.md and, where several numbers of GPUs are, scaling.png, which --simulate draws anew anywhere."""
     rows = speed_rows(saved)
     parts = ["# scaling", "\n".join(f"- {name}: {value}" for name, value in saved["settings"].items())]
     for gpus, machine in sorted(saved["machines"].items(), key=lambda item: int(item[0])):
@@ -123,28 +124,23 @@ def report(saved: Mapping[str, Any], out: Path) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Efficiency over the number of GPUs, a line for each mode and size. Nothing without matplotlib."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError:  # a machine of GPUs may lack it; --simulate draws anew anywhere
-        return
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
+    """Efficiency over the number of GPUs, a line for each mode and size."""
 
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    lines: dict[str, dict[int, float]] = {}
-    for row in rows:
-        if "efficiency" in row and row["GPUs"] > 1:
-            name = f"{row['mode']}{', captured' if row['captured'] == 'yes' else ''}, {row['image']} px"
-            lines.setdefault(name, {1: 1.0})[row["GPUs"]] = row["efficiency"]
-    for name, line in lines.items():
-        axes.plot(list(line), list(line.values()), "o-", label=name)
-    axes.axhline(WEAK, color="black", linestyle=":", linewidth=1)
-    axes.set_xscale("log", base=2)
-    ticks = sorted({n for line in lines.values() for n in line})
-    axes.set_xticks(ticks, list(map(str, ticks)))
-    axes.set(xlabel="GPUs", ylabel="images/s over one GPU's times their number")
-    axes.set_ylim(min(0.8, *(v for line in lines.values() for v in line.values())) - 0.02, 1.05)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    def paint(axes: Any) -> None:
+        ax = axes[0, 0]
+        lines: dict[str, dict[int, float]] = {}
+        for row in rows:
+            if "efficiency" in row and row["GPUs"] > 1:
+                name = f"{row['mode']}{', captured' if row['captured'] == 'yes' else ''}, {row['image']} px"
+                lines.setdefault(name, {1: 1.0})[row["GPUs"]] = row["efficiency"]
+        for name, line in lines.items():
+            ax.plot(list(line), list(line.values()), "o-", label=name)
+        ax.axhline(WEAK, color="black", linestyle=":", linewidth=1)
+        ax.set_xscale("log", base=2)
+        ticks = sorted({n for line in lines.values() for n in line})
+        ax.set_xticks(ticks, list(map(str, ticks)))
+        ax.set(xlabel="GPUs", ylabel="images/s over one GPU's times their number")
+        ax.set_ylim(min(0.8, *(v for line in lines.values() for v in line.values())) - 0.02, 1.05)
+        ax.legend(fontsize=8)
+
+    draw(path, paint, figsize=(6, 3.6))

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .checks import at_least, not_empty, shares
 from .results import table, write
 from .scaling_report import is_captured, report
 
@@ -55,11 +56,12 @@ class SimulationConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for what no cluster is."""
-        for name in ("node", "between"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted: more than 0")
-        if any(n < 1 for n in self.gpus):
-            raise ValueError(f"gpus is {self.gpus}; accepted: 1 or more each")
+        not_empty(self, "gpus")
+        at_least(self, 1, "gpus", "node")
+        at_least(self, 0, "hop")
+        shares(self, "backward", "overlap")
+        if not self.between > 0:
+            raise ValueError(f"between is {self.between}; accepted: more than 0")
 
 
 def communication(

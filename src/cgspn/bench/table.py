@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from ..layers import Grid
+from .checks import at_least, not_empty, tiled
 from .contenders import OURS, Contender, Shape, build, names
+from .drawing import draw, over_sizes
 from .machine import ceilings, describe, free
 from .results import write
 from .timing import medians
@@ -56,6 +58,12 @@ class TableConfig:
     contenders: tuple[str, ...] = ()
     shape: Shape = field(default_factory=Shape)
     rounds: int = 7
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be measured."""
+        not_empty(self, "sizes", "batches", "modes")
+        at_least(self, 1, "batches", "rounds")
+        tiled("sizes", self.sizes, self.shape.patch)
 
 
 def steps(contender: Contender, tokens: Tensor, grid: Grid, mode: Mode) -> dict[str, Callable[[], object]]:
@@ -224,8 +232,11 @@ def run(
 ) -> list[Row]:
     """Measure and write table.json, table.md and table.png to `out`; finished sizes are written as they come.
 
-    Raises ValueError for a contender that does not exist, OSError if `out` cannot be written.
+    Raises ValueError for a contender that does not exist or cannot have the shape, OSError if `out` cannot be written.
     """
+    for name in config.contenders or names(device):
+        with torch.device("meta"):  # what cannot be built is refused before anything is measured
+            build(name, config.shape, torch.device("meta"), torch.float32)
     machine = describe(commit) | ceilings(device)
     rows: list[Row] = []
     for pixels in config.sizes:
@@ -248,26 +259,22 @@ def run(
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Block and sub-layer latency against the image size, one panel for each batch and mode. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    import matplotlib.pyplot as plt
-
+    """Block and sub-layer latency against the image size, one panel for each batch and mode."""
     panels = [(mode, batch) for mode, batch in dict.fromkeys((r["mode"], r["B"]) for r in rows)]
-    figure, axes = plt.subplots(2, len(panels), figsize=(4.6 * len(panels), 8), layout="constrained", squeeze=False)
-    for column, (mode, batch) in enumerate(panels):
-        for ax, part in zip(axes[:, column], ("sub-layer", "block")):
-            for name in dict.fromkeys(r["mixer"] for r in rows):
-                points = [
-                    (r["px"], r[f"{part} ms"])
-                    for r in rows
-                    if (r["mode"], r["B"], r["mixer"]) == (mode, batch, name) and r[f"{part} ms"]
-                ]
-                if points:
-                    ax.plot(*zip(*points), "o-", label=name, linewidth=2.4 if name == OURS else 1.2)
-            ax.set(xscale="log", yscale="log", xlabel="image size (px)", ylabel="ms")
-            ax.set_title(f"{part}, {mode}, B = {batch}")
-            ax.legend(fontsize=6)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+    def paint(axes: Any) -> None:
+        for column, (mode, batch) in enumerate(panels):
+            for ax, part in zip(axes[:, column], ("sub-layer", "block")):
+                for name in dict.fromkeys(r["mixer"] for r in rows):
+                    points = [
+                        (r["px"], r[f"{part} ms"])
+                        for r in rows
+                        if (r["mode"], r["B"], r["mixer"]) == (mode, batch, name) and r[f"{part} ms"]
+                    ]
+                    if points:
+                        ax.plot(*zip(*sorted(points)), "o-", label=name, linewidth=2.4 if name == OURS else 1.2)
+                over_sizes(ax, (r["px"] for r in rows), "ms")
+                ax.set_title(f"{part}, {mode}, B = {batch}")
+                ax.legend(fontsize=6)
+
+    draw(path, paint, 2, len(panels), figsize=(4.6 * len(panels), 8))

@@ -21,6 +21,8 @@ from ..distill.tasks import DistillTask, SublayerTask, Task
 from ..distill.trainer import train
 from ..models.encoder import Encoder
 from ..models.registry import create_model
+from .checks import at_least, known, not_empty, tiled_by
+from .drawing import draw, over_sizes
 from .machine import describe, free
 from .results import write
 
@@ -35,7 +37,8 @@ class TrainBenchConfig:
     """What is measured.
 
     Args:
-        teacher, student: names of models of one depth and width.
+        teacher: name of a model.
+        student: name of one of the same depth and width.
         sizes: of the images, in pixels.
         teacher_is: "original" is the teacher at the student's size; "previous" the student itself, frozen, at the size
             before, as in the curriculum, for all sizes but the first.
@@ -55,6 +58,14 @@ class TrainBenchConfig:
     smallest: int = 1
     loss: LossConfig = field(default_factory=LossConfig)
     compute: ComputeConfig = field(default_factory=lambda: ComputeConfig(precision="bfloat16"))
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be measured, or a model that does not exist."""
+        not_empty(self, "sizes")
+        at_least(self, 1, "largest", "steps", "smallest")
+        for name in ("teacher", "student"):
+            known(name, [getattr(self, name)])
+        tiled_by("sizes", self.sizes, (self.teacher, self.student))
 
 
 def largest_fitting(fits: Callable[[int], bool], largest: int, smallest: int = 1) -> int:
@@ -160,7 +171,7 @@ def run(
     commit: str = "",
     say: Callable[[str], object] = print,
 ) -> list[dict[str, Any]]:
-    """Measure every size and write train.json and train.md after each. Raises ValueError for an unknown model."""
+    """Measure every size and write train.json, .md and .png after each. Raises ValueError for an unknown model."""
     rows: list[dict[str, Any]] = []
     before: int | None = None
     teacher, student = (create_model(name).to(device) for name in (config.teacher, config.student))
@@ -176,7 +187,24 @@ def run(
             + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items())
         )
         write(out, "train", machine, {"stage 2, one step": rows})
+        plot(rows, out / "train.png")
     return rows
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Images a second and, where the device's peak is known, MFU over the image size."""
+    panels = [key for key in ("images/s", "MFU") if any(row.get(key) for row in rows)]
+
+    def paint(axes: Any) -> None:
+        for ax, key in zip(axes[0], panels):
+            points = [(row["image"], row[key]) for row in rows if row.get(key)]
+            ax.plot(*zip(*sorted(points)), "o-")
+            over_sizes(ax, (row["image"] for row in rows), key)
+            if key == "MFU":  # shares of one ceiling, which do not differ by powers
+                ax.set(yscale="linear", ylim=(0, 1))
+
+    if panels:
+        draw(path, paint, columns=len(panels), figsize=(5 * len(panels), 4))
 
 
 def task_of(teacher: Encoder, student: Encoder, config: TrainBenchConfig, before: int | None) -> DistillTask:

@@ -19,20 +19,21 @@ from ..bench.scaling import ScalingConfig
 from ..bench.simulate import SimulationConfig
 from ..bench.table import TableConfig
 from ..bench.train import TrainBenchConfig
-from ..console import console, writable_folder
+from ..console import console
 from ..distill import join_world
+from .checks import check_folder
 
 
 @dataclass(frozen=True)
 class _Measurement:
     out: Path = Path("runs/bench")
-    """Folder for the results: JSON, a table and a plot."""
+    """Folder for the results: JSON, a table and, where matplotlib is installed, a plot."""
     commit: str = ""
     """The commit to note in the results; by default that of the working tree."""
 
     def _measure(self, run: Callable[[], object]) -> None:
         """Raises ValueError for what this machine lacks."""
-        writable_folder(self.out, "--out")
+        check_folder(self.out, "--out")
         try:
             run()
         except RuntimeError as error:
@@ -174,7 +175,8 @@ class Scaling(_Measurement):
         from ..bench.scaling import run
 
         with join_world(device().type) as world:
-            writable_folder(self.out, "--out")
+            if world.rank == 0:  # the one that writes
+                check_folder(self.out, "--out")
             run(self.config, self.out, world, commit=self.commit, say=console.print)
             if world.rank == 0:
                 console.print(f"wrote the results to {self.out}")

@@ -12,13 +12,14 @@ import tyro
 from rich.table import Table
 
 from .. import __version__
-from ..console import console, writable_folder
-from ..models.checkpoint import write_atomically
+from ..console import console
+from ..models.checkpoint import CONFIG, WEIGHTS, write_atomically
 from ..models.config import to_dict
 from ..models.dual import DualEncoder
 from ..teachers import load_encoder, load_model
 from ..teachers.convert import student_config, student_of
 from ..teachers.parameters import Part, parameter_table
+from .checks import check_folder
 
 RECORD = "conversion.json"
 
@@ -55,6 +56,8 @@ class Convert:
     """Of attention, where a foreign file is of no known width and no config lies beside it."""
     image_only: bool = False
     """Leave the text tower of an image-text model out."""
+    overwrite: bool = False
+    """Replace the model that the folder may hold."""
     seed: int = 0
     """Of the fresh weights."""
 
@@ -63,7 +66,10 @@ class Convert:
         if self.keep_attention and self.keep_layers:
             raise ValueError("keep_attention and keep_layers are both given; accepted: a number or indices, not both")
         keep: int | Sequence[int] = self.keep_layers or self.keep_attention
-        out = writable_folder(self.out, "out")
+        out = check_folder(self.out, "out")
+        held = [name for name in (CONFIG, WEIGHTS, RECORD) if (out / name).exists()]
+        if held and not self.overwrite:
+            raise ValueError(f"out is {out}, which holds {', '.join(held)}; give another folder, or --overwrite")
         load = load_encoder if self.image_only else load_model
         teacher = load(self.teacher, heads=self.heads)
         encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher

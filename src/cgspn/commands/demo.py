@@ -6,9 +6,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..console import console, progress_watcher, writable_folder
+from ..console import console, progress_watcher
 from ..demo import DemoConfig, run_demo
 from ..models.checkpoint import write_atomically
+from .checks import check_folder
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Demo:
         from ..report.demo import demo_report
 
         began = time.monotonic()
-        out = writable_folder(self.out, "out")
+        out = check_folder(self.out, "out")
+        console.print(f"results will be in {out}", soft_wrap=True)
         with progress_watcher() as watcher:
             result = run_demo(self.config, watcher)
         with console.status("writing the report"):

@@ -39,7 +39,11 @@ class _ImageText:
     def measure(self, title: str, jobs: list[Job]) -> None:
         if not self.models:
             raise ValueError("models is empty; expected one or more image-text models")
-        report = Report(title, self.device, self.batch_size, self.out, {"captions": 0, "galleries": 0})
+        if not jobs:
+            raise ValueError("data is empty; expected one or more data sets")
+        report = Report(
+            title, self.device, self.batch_size, self.max_skipped, self.out, {"captions": 0, "galleries": 0}
+        )
         names = distinct([job.name for job in jobs])
         for source in self.models:
             model = require_text(load_model(source), f"models names {source}, which").to(self.device)
@@ -157,7 +161,9 @@ class Segment:
         if not self.encoders:
             raise ValueError("encoders is empty; expected one or more")
         pairs = [(train.limited(self.train_images), test.limited(self.test_images)) for train, test in self.sets()]
-        report = Report("Segmentation by a linear probe", self.device, self.batch_size, self.out, {"held_out": 0})
+        report = Report(
+            "Segmentation by a linear probe", self.device, self.batch_size, self.max_skipped, self.out, {"held_out": 0}
+        )
         names = distinct([train.name for train, _ in pairs])
         tables = [SummaryTable(f"IoU of each class of {name}", percents(self.encoders)) for name in names]
         for source in self.encoders:

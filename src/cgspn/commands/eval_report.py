@@ -10,16 +10,16 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 
 from ..bench.machine import describe
-from ..console import console, progress_watcher, writable_folder
+from ..console import console, progress_watcher
 from ..data.skipped import Skipped
 from ..evaluate.measure import Watch
 from ..evaluate.table import Metric, SummaryTable
 from ..models.checkpoint import write_atomically
+from .checks import check_device, check_folder
 
 NOT_PRINTED = ("@10", "top5")  # in JSON alone, for the width of terminals
 
@@ -50,12 +50,13 @@ def check_metrics() -> None:
 class Report:
     """What an evaluation shows and writes: progress, what was skipped, the table, JSON.
 
-    Raises ValueError for a device that is not there or a place where `out` cannot be written.
+    Raises ValueError for a device that is not there, settings out of range, or where `out` cannot be written.
     """
 
     title: str
     device: str
     batch_size: int
+    max_skipped: float
     out: Path | None
     seeds: dict[str, int]
     measured: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
@@ -64,14 +65,15 @@ class Report:
 
     def __post_init__(self) -> None:
         check_metrics()
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but PyTorch sees no GPU here; accepted: cpu")
+        check_device(self.device)
         if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; must be at least 1")
+            raise ValueError(f"batch_size is {self.batch_size}; accepted: 1 or more")
+        if not 0 <= self.max_skipped <= 1:
+            raise ValueError(f"max_skipped is {self.max_skipped}; accepted: 0 to 1")
         if self.out is not None:
             if self.out.is_dir():
                 raise ValueError(f"out is {self.out}, a folder; expected the name of a JSON file")
-            writable_folder(self.out.parent, "out")
+            check_folder(self.out.parent, "out")
 
     @contextmanager
     def progress(self, title: str, steps: int) -> Iterator[Watch]:

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..console import console
 from ..teachers import load_model
+from .checks import check_device
 
 
 @dataclass(frozen=True)
@@ -39,13 +40,14 @@ class Export:
     """Largest height and width; twice the native size by default."""
     max_batch: int = 32
     """Largest batch."""
-    device: str = "cpu"
-    """"cpu" or "cuda": where a torch or aot program runs. ONNX is the same for both."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where a torch or aot program runs. ONNX is the same for both."""
 
     def run(self) -> None:
         """Raises ValueError (ExportError if the file does not give what the encoder gives) or OSError."""
         from ..export import export_model
 
+        check_device(self.device)
         model = load_model(self.source).to(self.device)
         with console.status(f"exporting {self.source}") as status:
             found = export_model(

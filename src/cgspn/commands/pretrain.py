@@ -8,16 +8,18 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
 
 from .. import __version__
-from ..console import console, progress_watcher, writable_folder
+from ..console import console, progress_watcher
 from ..data import load_embedded
 from ..distill import PretrainConfig, eval_transform, pretrain
 from ..evaluate.suite import evaluate_zeroshot
 from ..models.checkpoint import write_atomically
+from .checks import check_device, check_folder
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,15 @@ class Pretrain:
     """Folder for config.json, model.safetensors and pretrain.json (command, versions, losses)."""
     config: PretrainConfig = field(default_factory=PretrainConfig)
     """What is trained, and how."""
-    device: str = "cpu"
-    """"cpu" or "cuda"."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to compute."""
     half: bool = False
     """Store the weights as float16."""
 
     def run(self) -> None:
         """Train, evaluate on the validation split, save. Raises ValueError, OSError or DivergedError."""
-        writable_folder(self.out, "out")
+        check_device(self.device)
+        check_folder(self.out, "out")
         with progress_watcher() as watcher:
             model, history = pretrain(load_embedded("train"), self.config, watcher, self.device)
         model.cpu()

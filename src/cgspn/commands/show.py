@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from .. import __version__
-from ..console import console, progress_watcher, writable_folder
+from ..console import console, progress_watcher
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..report.photographs import COLUMNS, load_photographs
@@ -21,6 +21,7 @@ from ..report.pictures import png_bytes
 from ..report.show import PLACES, STUDENT, TEACHER, check_show, even_layers, look_at, show_picture
 from ..report.show_page import show_page
 from ..teachers import load_encoder
+from .checks import check_device, check_folder
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,12 @@ class Show:
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device is cuda, but PyTorch finds no CUDA GPU here; accepted: cpu")
+        check_device(self.device)
         for name, path in (("out", self.out), ("picture", self.picture)):
             if path is not None and path.is_dir():
                 raise ValueError(f"{name} is {path}, a folder; expected a file name")
             if path is not None:
-                writable_folder(path.parent, name)
+                check_folder(path.parent, name)
         models = {STUDENT: self.student} if self.teacher is None else {TEACHER: self.teacher, STUDENT: self.student}
         with console.status("loading"):
             loaded = {name: self.load(source) for name, source in models.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -38,6 +39,8 @@ def student_config(
         raise ValueError(f"keep_attention holds {wrong}; accepted: layer indices 0 to {depth - 1}")
     if values is not None and propagation is not None:
         raise ValueError(f"values is {values} beside propagation; accepted: one of them, as propagation has values too")
+    if values is not None and not 0 < values < math.inf:
+        raise ValueError(f"values is {values:g}; accepted: a number above 0, or None for none beside the latent")
     propagation = replace(propagation or valued(values), compression=compression)
     propagation.latent_width(teacher.width)
     return replace(

@@ -1,0 +1,39 @@
+"""Plots of measurements, all drawn alike."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ..report.charts import require_matplotlib
+
+
+def draw(path: Path, paint: Callable[[Any], object], rows: int = 1, columns: int = 1, **options: Any) -> None:
+    """Save as PNG what `paint` draws on the axes [rows, columns] of a figure; options as in `pyplot.subplots`.
+
+    Warns where matplotlib is missing, as it may be on a machine of GPUs: the numbers, which took long, are in JSON.
+    """
+    try:
+        require_matplotlib()
+    except ModuleNotFoundError as error:
+        warnings.warn(f"{path} is not drawn: {error}", stacklevel=2)
+        return
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(rows, columns, layout="constrained", squeeze=False, **options)
+    paint(axes)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def over_sizes(ax: Any, sizes: Iterable[int], ylabel: str) -> None:
+    """Logarithmic axes over image sizes in pixels, each of which is named."""
+    named = sorted(set(sizes))
+    ax.set(xscale="log", yscale="log", xlabel="image size (px)", ylabel=ylabel)
+    ax.set_xticks(named, list(map(str, named)), fontsize=8)
+    ax.set_xticks([], minor=True)

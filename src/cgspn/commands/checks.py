@@ -1,0 +1,32 @@
+"""What several commands check before they begin."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from ..console import writable_folder
+
+
+def check_folder(path: Path, name: str) -> Path:
+    """Try out whether results can be written in a folder, before the long work starts; what they are written with makes
+    it.
+
+    A folder that is not there is not there afterwards: a command that is refused leaves nothing behind. Raises
+    ValueError, naming the argument `name`.
+    """
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    try:
+        return writable_folder(path, name)
+    finally:
+        for folder in missing:
+            with suppress(OSError):  # never made, or another process has begun to write there
+                folder.rmdir()
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError for a GPU that is not there."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device is cuda, but PyTorch finds no CUDA GPU here; accepted: cpu")
