@@ -85,7 +85,8 @@ class LossConfig:
         alpha: weight of the taps after sub-layers (PP), mean over blocks.
         beta: weight of the taps after blocks (PB), mean over blocks.
         output: weight of the pooled vector's relative error.
-        kl_pp, kl_pb: weight of the KL term in each tap.
+        kl_pp: weight of the KL term in the taps after sub-layers.
+        kl_pb: the same after blocks.
         adapters: learnable bridges before the taps.
         contrastive: weight of an image-text loss against the teacher's text tower; 0 for none.
     """
