@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from cgspn.distill import losses_triton as losses
 from cgspn.ops.fused import kernels as fused
 from cgspn.ops.fused import row_kernels as over_rows
+from cgspn.ops.fused.rows import TILES
 from cgspn.ops.triton_kernels import scan_backward, scan_forward
 from cgspn.ops.triton_scan import tile
 
@@ -65,7 +66,7 @@ FUSED: list[Piece] = [
     ),
     (fused.layer_norm_forward, {"ROWS": 2, "CHANNELS": 2048}, 4, 3),
     (fused.rms_backward, {"ROWS": 32, "LATENT": 256, "GAIN": False}, 8, 3),
-    (fused.rms_backward, {"ROWS": 64, "LATENT": 64, "GAIN": True}, 8, 3),
+    *((fused.rms_backward, {"ROWS": rows, "LATENT": 8192 // rows, "GAIN": True}, 8, 3) for rows in (64, 32, 2)),
     *(
         (fused.local_norm_forward, tile | LOCAL, 2, 3)
         for tile in ({"COLUMNS": 16, "CHANNELS": 64}, {"COLUMNS": 4, "CHANNELS": 256}, {"COLUMNS": 2, "CHANNELS": 512})
@@ -80,10 +81,13 @@ FUSED: list[Piece] = [
         for wide in (2048, 4096)
         for past in (True, False)
     ),
-    (over_rows.column_sums, {"ROWS": 32, "CHANNELS": 128, "GELU": 0}, 4, 3),
-    *((over_rows.column_sums, {"ROWS": 16, "CHANNELS": 256, "GELU": mode}, 8, 3) for mode in (1, 2)),
     *(
-        (kernel, {"ROWS": 4, "HEAD": 1024, "TAIL": tail, "KL": kl}, 4, 3)
+        (over_rows.column_sums, {"ROWS": size // wide, "CHANNELS": wide, "STAGES": stages, "GELU": mode}, warps, 3)
+        for mode, (widths, size, warps, stages, _) in enumerate(TILES.values())
+        for wide in widths
+    ),
+    *(
+        (kernel, {"ROWS": 1, "HEAD": 1024, "TAIL": tail, "KL": kl}, 1, 3)
         for kernel in (losses.tap_loss_forward, losses.tap_loss_backward)
         for tail in (128, 0)
         for kl in (True, False)
