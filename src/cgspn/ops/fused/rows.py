@@ -17,8 +17,8 @@ from .library import _rms_backward, _tile
 CHANNELS_MOST = 4096  # of a row that stays on the chip
 SMALL = 1 << 23  # elements below which rows are few, and tiles smaller
 PROGRAMS = 528  # that share the sums over rows: four for each multiprocessor of the largest GPUs
-# Of sums alone and through the gradient of each GELU: widths of a tile, its elements in 16 bits, warps, loops fetched ahead, and
-# programs. The fastest on an H100 for 47 thousand rows of 1152 and 4304 channels.
+# Of sums alone and through the gradient of each GELU: widths of a tile, its elements in 16 bits, warps, loops fetched
+# ahead, and programs. The fastest on an H100 for 47 thousand rows of 1152 and 4304 channels.
 TILES: dict[str | None, tuple[tuple[int, ...], int, int, int, int]] = {
     None: ((128,), 2048, 2, 3, 2 * PROGRAMS),
     "none": ((128,), 1024, 2, 3, 2 * PROGRAMS),
