@@ -60,6 +60,51 @@ def by_forward_ad(function, x, tangent):
         return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_transforms_see_derivatives(name):
+    mine, x, tangent = CASES[name][0], drawn(2, 3, 4, 5), drawn(2, 3, 4, 5) + 1
+
+    def along(x, tangent):
+        return jvp(mine, (x,), (tangent,))[1]
+
+    def slope(x):
+        return grad(lambda x: mine(x).square().sum())(x)
+
+    for function, arguments in ((along, (x, tangent)), (slope, (x,))):
+        torch._dynamo.reset()
+        whole = torch.compile(function, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(whole(*arguments), function(*arguments))
+    torch._dynamo.reset()
+    inner = torch.compile(mine, backend="aot_eager", fullgraph=True)
+    inner(x)  # what was compiled outside of a level is not for one
+    torch.testing.assert_close(by_forward_ad(inner, x, tangent), by_forward_ad(mine, x, tangent))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_compiled_program_without_transforms_keeps_its_op(name):
+    torch._dynamo.reset()
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph.code)
+        return graph
+
+    torch.compile(CASES[name][0], backend=keep, fullgraph=True)(drawn(2, 3, 4, 5))
+    assert len(graphs) == 1
+    assert "ops.cgspn." in graphs[0]
+
+
+@pytest.mark.parametrize("op", ["propagate_2d", "propagate_2d_saving", "line_scan", "propagate_2d_projected"])
+def test_ops_of_a_program_refuse_forward_mode(op):
+    x = drawn(2, 3, 4, 5)
+    rest = {
+        "line_scan": (THIRDS, LAM[:, :, :, 0], 0, None, "auto"),
+        "propagate_2d_projected": (WEIGHT, BIAS, None, [0, 1, 2, 3], True, "auto", "auto"),
+    }.get(op, (LOGITS, LAM, U, None, None, [0, 1, 2, 3], True, "auto"))
+    with pytest.raises(RuntimeError, match=f"{op.removesuffix('_saving')} has no forward-mode derivative"):
+        by_forward_ad(lambda x: getattr(torch.ops.cgspn, op)(x, *rest), x, x)
+
+
 def test_a_backend_that_cannot_be_transformed_says_so():
     x = drawn(2, 3, 4, 5)
     with pytest.raises(RuntimeError, match="backend 'triton' cannot run here: under torch"):

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backends import backend_for
 from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
+from .transforms import check_reverse
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -34,6 +35,7 @@ def propagate_2d_op(
     backend: str,
 ) -> Tensor:
     """Checked arguments in, tensors out: see `cgspn.ops.propagate_2d`."""
+    check_reverse("propagate_2d")
     out: Tensor = backend_for(backend, x).forward(x, logits, lam, u, mask, directions, merge_sum, keep)
     return out
 
@@ -65,6 +67,7 @@ def propagate_2d_saving_op(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """`propagate_2d_op` in training: also the state [B, H, W, D, C] if the backend's backward wants it, else [0]."""
+    check_reverse("propagate_2d")
     module = backend_for(backend, x)
     if hasattr(module, "forward_saving"):
         out: tuple[Tensor, Tensor] = module.forward_saving(x, logits, lam, u, mask, directions, merge_sum, keep)
@@ -114,6 +117,7 @@ def _(dy, x, logits, lam, u, keep, mask, directions, merge_sum, backend, state=N
 @torch.library.custom_op("cgspn::line_scan", mutates_args=())
 def line_scan_op(x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None, backend: str) -> Tensor:
     """Checked arguments in, tensors out: see `cgspn.ops.line_scan`."""
+    check_reverse("line_scan")
     out: Tensor = backend_for(backend, x).line_scan_forward(x, weights, lam, direction, chunk)
     return out
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import register_flop_formula
 from .backends import backend_for
 from .library import FLOPS_BACKWARD, FLOPS_FORWARD
 from .reference import DIRECTIONS, propagate_2d_reference
+from .transforms import check_reverse
 
 PARAMETERS = 5  # maps a direction: lam, u, three logits
 
@@ -59,6 +60,7 @@ def projected_op(
     backend: str,
 ) -> Tensor:
     """Checked arguments in, tensors out: see `cgspn.ops.propagate_2d_projected`. Saves no more than its arguments."""
+    check_reverse("propagate_2d_projected")
     out: Tensor
     if _on_chip(parameters, backend, x, directions):
         from .cuda import projected

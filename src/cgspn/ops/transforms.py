@@ -8,9 +8,10 @@ from torch.autograd import forward_ad
 
 def transformed() -> bool:
     """Whether the caller is under vmap, grad, jvp or another transform, or in a level of forward-mode AD."""
-    if torch.compiler.is_compiling():  # what is traced is transformed by the tracer, which knows the ops
-        return False
-    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+    # Of a type rather than not None, which a tracer takes for true; and before the level, which a traced jvp enters and
+    # leaves before the tracer's guards look at it.
+    under = isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
+    return under or forward_ad._current_level >= 0
 
 
 def check_plain(backend: str) -> None:
@@ -19,4 +20,13 @@ def check_plain(backend: str) -> None:
         raise RuntimeError(
             f"backend {backend!r} cannot run here: under torch.func and forward-mode AD the reference does; "
             "accepted: 'auto'"
+        )
+
+
+def check_reverse(name: str) -> None:
+    """Raise RuntimeError in a level of forward-mode AD: for the ops themselves, as an exported program holds them."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError(
+            f"{name} has no forward-mode derivative as an op of a program; use torch.autograd.grad, or transform "
+            f"cgspn.ops.{name} before it is exported"
         )
