@@ -19,7 +19,7 @@ def check_plain(backend: str) -> None:
     if backend not in ("auto", "torch"):
         raise RuntimeError(
             f"backend {backend!r} cannot run here: under torch.func and forward-mode AD the reference does; "
-            "accepted: 'auto'"
+            "accepted: 'auto', 'torch'"
         )
 
 
