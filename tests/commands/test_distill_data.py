@@ -10,13 +10,14 @@ import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from PIL import Image
 
 from cgspn.commands.distill import Distill, progress_of
 from cgspn.data import LoaderConfig, load_embedded
-from cgspn.distill import ComputeConfig, LossConfig, OptimConfig
+from cgspn.distill import ComputeConfig, LossConfig, OptimConfig, ParityError
 from cgspn.distill.presets import EMBEDDED
 
 OPTIM = OptimConfig(batch_size=8)
@@ -132,6 +133,37 @@ def test_what_a_later_stage_cannot_do_is_refused_before_the_first(tmp_path, monk
         refused(f"{name} is 0.5, with {least - 1} images a process; expected {least} or more", alone)
     taken = replace(plain, compression=6)
     refused("config.compression is 6 beside student", taken, student=Path("student"))
+
+
+def test_what_ends_before_the_first_step_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plain = replace(CONFIG, loss=LossConfig())
+    for error in (ParityError("damaged"), KeyboardInterrupt()):
+        monkeypatch.setattr("cgspn.commands.distill.distil", Mock(side_effect=error))
+        with pytest.raises(type(error)):
+            Distill("embedded", Path("new/run"), config=plain).run()
+        assert not Path("new").exists()
+    Path("old").mkdir()  # not ours to take away
+    with pytest.raises(KeyboardInterrupt):
+        Distill("embedded", Path("old"), config=plain).run()
+    assert Path("old").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("late", [0, 1])
+def test_processes_that_are_refused_leave_no_folder_whichever_is_late(tmp_path, late):
+    """What the slower one makes, or sees when it comes, does not keep the folder."""
+    program = (
+        "import os, time, cgspn.commands.distill as c, cgspn.cli;"
+        f"slow = int(os.environ['RANK']) == {late}; make = c.writable_folder;"
+        "c.writable_folder = lambda *a: (time.sleep(slow), make(*a))[1]; cgspn.cli.main()"
+    )
+    (tmp_path / "refused.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "refused.py"]
+    command += ["distill", "embedded", "new/run", "--config.highres.sizes", "30"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert "highres.sizes has 30" in ended.stdout
+    assert not (tmp_path / "new").exists()
 
 
 def with_sizes(config, *sizes):

@@ -22,6 +22,7 @@ from ..data import LoaderConfig, Skipped, load_embedded, open_samples
 from ..data.source import EMBEDDED
 from ..distill import DistillConfig, ImageSetFeed, SampleFeed, World, distil, gather_objects, join_world
 from ..distill.events import EventWatch, require_tensorboard
+from ..distill.parallel import barrier
 from ..distill.presets import PRESETS
 from ..distill.snapshots import Snapshots
 from ..distill.stages import Watcher
@@ -93,13 +94,15 @@ class Distill:
             return
         if self.tensorboard and (lack := needed(require_tensorboard)):
             raise ValueError(lack)
-        with join_world(self.device) as world, left_clean(self.out, world):
+        with left_clean(self.out), join_world(self.device) as world:
             out = writable_folder(self.out, "out")
+            barrier()  # a process that is refused takes the folder away, which no other may make again after that
             feed = self.feed()
             if isinstance(feed, SampleFeed):
                 say_skipped(feed.source.problems, world)
                 settings["source"] = {"images": len(feed.source), "digest": feed.source.digest()}
             check_same_run(out, settings, world)
+            barrier()  # as above, for what the first process writes
             if world.rank == 0 and (begun := progress_of(out)):
                 console.print(f"going on with the run in {out}: {begun}", soft_wrap=True, markup=False)
             teacher = load_model(self.teacher).to(world.device)
@@ -164,15 +167,19 @@ class Distill:
 
 
 @contextmanager
-def left_clean(out: Path, world: World) -> Iterator[None]:
-    """Take a folder away again that was made for a run which was refused before it left anything in it."""
+def left_clean(out: Path) -> Iterator[None]:
+    """Take a folder away again that was made for a run which ended before it left anything in it.
+
+    Entered before the processes of a run meet, so that each sees what was there before any of them made the folder; and
+    each takes it away, since torchrun ends the others when one is refused.
+    """
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
         yield
-    except (ValueError, OSError):
-        if world.rank == 0 and missing and out.exists() and {path.name for path in out.iterdir()} <= {RUN}:
-            (out / RUN).unlink(missing_ok=True)
-            with suppress(OSError):
+    except BaseException:  # a refusal, a teacher that is damaged, an interruption
+        with suppress(OSError):  # another process was first
+            if missing and {path.name for path in out.iterdir()} <= {RUN}:
+                (out / RUN).unlink(missing_ok=True)
                 for folder in missing:
                     folder.rmdir()
         raise
