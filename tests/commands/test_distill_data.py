@@ -150,6 +150,27 @@ def test_what_ends_before_the_first_step_leaves_no_folder(tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
+def test_a_finished_run_without_its_report_gets_it_from_the_record(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    once = replace(CONFIG, loss=LossConfig(), stage1=replace(OPTIM, steps=1), stage2=replace(OPTIM, steps=1))
+    run = Distill("embedded", Path("run"), config=once)
+    monkeypatch.setattr("cgspn.commands.distill.run_report", Mock(side_effect=OSError("no space is left")))
+    with pytest.raises(OSError, match="no space"):
+        run.run()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("cgspn.commands.distill.distil", Mock(side_effect=AssertionError("it was trained again")))
+    with pytest.raises(ValueError, match="holds a finished run"):  # of other settings
+        replace(run, config=replace(once, compression=2)).run()
+    record = Path("run/distill.json").read_text()
+    run.run()
+    assert Path("run/report.html").exists()
+    assert Path("run/distill.json").read_text() == record
+    with pytest.raises(ValueError, match="holds a finished run"):
+        run.run()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [0, 1])
 def test_processes_that_are_refused_leave_no_folder_whichever_is_late(tmp_path, late):
     """What the slower one makes, or sees when it comes, does not keep the folder."""

@@ -101,6 +101,11 @@ class Distill:
             if isinstance(feed, SampleFeed):
                 say_skipped(feed.source.problems, world)
                 settings["source"] = {"images": len(feed.source), "digest": feed.source.digest()}
+            if self.report and lacks_report(out, settings):
+                barrier()  # the others look before the first one writes
+                if world.rank == 0:
+                    write_report(out, json.loads((out / RECORD).read_text()))
+                return
             check_same_run(out, settings, world)
             barrier()  # as above, for what the first process writes
             if world.rank == 0 and (begun := progress_of(out)):
@@ -131,14 +136,10 @@ class Distill:
                 "throughput": {history.title: of_run(list(each)) for history, *each in zip(histories, *throughput)},
                 "losses": {history.title: history.steps for history in histories},
             }
-            # the record comes last: while it is not there, the same command does again what is missing
-            if self.report and (lack := needed(require_matplotlib)):
-                console.print(f"no report: {lack}", soft_wrap=True, markup=False)
-            elif self.report:
-                write_atomically(out / REPORT, run_report(json.loads(json.dumps(record, default=str))))
-                console.print(f"report in {out / REPORT}", soft_wrap=True)
             write_atomically(out / RECORD, json.dumps(record, default=str) + "\n")
             console.print(f"student saved in {out}; losses in {out / RECORD}", soft_wrap=True)
+            if self.report:
+                write_report(out, json.loads(json.dumps(record, default=str)))
 
     def feed(self) -> ImageSetFeed | SampleFeed:
         """What `data` names. Raises OSError or ValueError."""
@@ -185,6 +186,31 @@ def left_clean(out: Path) -> Iterator[None]:
         raise
 
 
+def identity(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings that make a run the same: what does not change the result may change between two attempts."""
+    wanted: dict[str, Any] = json.loads(json.dumps(settings, default=str))  # JSON has no tuples
+    wanted["config"].pop("compute")
+    wanted.pop("loader")
+    return wanted
+
+
+def lacks_report(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether `out` holds a finished run of these settings without its report: it was killed in between, or had not
+    what reports need."""
+    if not (out / RECORD).exists() or (out / REPORT).exists() or not (out / RUN).exists():
+        return False
+    return bool(json.loads((out / RUN).read_text()) == identity(settings))
+
+
+def write_report(out: Path, record: dict[str, Any]) -> None:
+    """Write the report of a finished run, or say what that needs."""
+    if lack := needed(require_matplotlib):
+        console.print(f"no report: {lack}", soft_wrap=True, markup=False)
+        return
+    write_atomically(out / REPORT, run_report(record))
+    console.print(f"report in {out / REPORT}", soft_wrap=True)
+
+
 def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
     """Note the settings of the run in `out`.
 
@@ -194,10 +220,7 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
     path = out / RUN
     if (out / RECORD).exists():
         raise ValueError(f"out is {out}, which holds a finished run; give another folder, or remove it to begin again")
-    # through JSON, which has no tuples; what does not change the result may change between two attempts
-    wanted = json.loads(json.dumps(settings, default=str))
-    wanted["config"].pop("compute")
-    wanted.pop("loader")
+    wanted = identity(settings)
     if path.exists() and progress_of(out):
         found = json.loads(path.read_text())
         ahead = ahead_of(out, found["config"])
