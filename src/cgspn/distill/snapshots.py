@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import suppress
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,8 @@ class Snapshots:
             failure = str(error)
         if not _any(failure):
             try:
-                save(dict(tensors), checkpoint_id=partial, no_dist=not dist.is_initialized())
+                with _alone_unwarned():
+                    save(dict(tensors), checkpoint_id=partial, no_dist=not dist.is_initialized())
             except (OSError, RuntimeError, CheckpointException) as error:
                 failure = _cause(error)
         if _any(failure):
@@ -94,7 +97,8 @@ class Snapshots:
         Raises RuntimeError if the snapshot does not hold one of them.
         """
         folder = self.folder / f"{done:08d}"
-        load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        with _alone_unwarned():
+            load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
         return json.loads((folder / "record.json").read_text())
 
     def clear(self) -> None:
@@ -104,6 +108,14 @@ class Snapshots:
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):  # other stages may still need it
                 self.folder.parent.rmdir()
+
+
+@contextmanager
+def _alone_unwarned() -> Iterator[None]:
+    """Without the warning that a process is taken to be alone, which PyTorch gives even to those that say so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
 
 
 def _any(failure: str) -> bool:
