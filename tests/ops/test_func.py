@@ -55,6 +55,16 @@ def test_transforms_see_derivatives(name):
     torch.testing.assert_close(many[1].double(), wanted(2 * x.double()), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_product_with_the_hessian_is_no_silent_zero(name):
+    """autograd.functional.hvp differentiates second derivatives once more, to what they were multiplied with."""
+    mine, wanted = CASES[name]
+    x, tangent = drawn(2, 3, 4, 5), drawn(2, 3, 4, 5) + 1
+    exact = torch.autograd.functional.hvp(lambda x: wanted(x).square().sum(), x.double(), tangent.double())[1]
+    found = torch.autograd.functional.hvp(lambda x: mine(x).square().sum(), x, tangent)[1]
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+
+
 def by_forward_ad(function, x, tangent):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(function(forward_ad.make_dual(x, tangent))).tangent

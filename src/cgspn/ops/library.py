@@ -175,24 +175,34 @@ def _register_first(forward_op: Any, backward_op: Any, tensors: int) -> None:
     forward_op.register_autograd(backward, setup_context=setup)
 
 
+def leaf_of(t: Tensor, graph: bool) -> Tensor:
+    """`t` to take derivatives to; with `graph`, what is made of it has derivatives to what `t` is made of, too."""
+    return t.view_as(t) if graph and t.requires_grad else t.detach().requires_grad_()
+
+
 def _register_second(backward_op: Any, tensors: int, reference: Callable[..., Tensor]) -> None:
-    """Second derivatives through the reference: right on every backend, if slow."""
+    """Second and higher derivatives through the reference: right on every backend, if slow."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[: tensors + 1])
         ctx.rest = inputs[tensors + 1 :]
 
     def backward(ctx: Any, *cotangents: Tensor | None) -> Gradients:
+        graph = torch.is_grad_enabled()  # create_graph of the caller: without it third derivatives would lack terms
         with torch.enable_grad():
-            saved: list[Any] = [t if t is None else t.detach() for t in ctx.saved_tensors]
-            dy, *inputs = saved  # keep and mask may be None, and a mask has no gradient
+            dy, *inputs = ctx.saved_tensors  # keep and mask may be None, and a mask has no gradient
             wanted = [k for k, t in enumerate(inputs[: len(cotangents)]) if t is not None]
-            leaves: list[Tensor] = [leaf.requires_grad_() for leaf in (dy, *(inputs[k] for k in wanted))]
+            dy = leaf_of(dy, graph)
+            for k in wanted:
+                inputs[k] = leaf_of(inputs[k], graph)
+            leaves: list[Tensor] = [dy, *(inputs[k] for k in wanted)]
             y = reference(*inputs, *ctx.rest[:-1])  # all but the state, which is a function of the others
             first = torch.autograd.grad(y, leaves[1:], dy.to(y.dtype), create_graph=True)
             asked = [cotangents[k] for k in wanted]
             pairs = [(g, c.to(g.dtype)) for g, c in zip(first, asked, strict=True) if c is not None]
-            second = torch.autograd.grad([g for g, _ in pairs], leaves, [c for _, c in pairs], allow_unused=True)
+            second = torch.autograd.grad(
+                [g for g, _ in pairs], leaves, [c for _, c in pairs], create_graph=graph, allow_unused=True
+            )
         found: list[Tensor | None] = [None] * (len(ctx.rest) + tensors + 1)
         for place, gradient in zip([0, *(k + 1 for k in wanted)], second, strict=True):
             found[place] = gradient

@@ -14,7 +14,7 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
 from .backends import backend_for
-from .library import FLOPS_BACKWARD, FLOPS_FORWARD
+from .library import FLOPS_BACKWARD, FLOPS_FORWARD, leaf_of
 from .reference import DIRECTIONS, propagate_2d_reference
 from .transforms import check_reverse
 
@@ -165,11 +165,12 @@ def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 
 def _second_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Second derivatives through the reference: right, if slow."""
+    """Second and higher derivatives through the reference: right, if slow."""
     directions, merge_sum, *_ = ctx.rest
+    graph = torch.is_grad_enabled()
     with torch.enable_grad():
         dy, x, weight, bias, mask = ctx.saved_tensors
-        leaves = [t.detach().requires_grad_() for t in (dy, x, weight) + (() if bias is None else (bias,))]
+        leaves = [leaf_of(t, graph) for t in (dy, x, weight) + (() if bias is None else (bias,))]
         features = leaves[1].double()
         if mask is not None:
             features = features.where(mask[..., None], 0.0)
@@ -188,7 +189,9 @@ def _second_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | Non
         )
         first = torch.autograd.grad(y, leaves[1:], leaves[0].double(), create_graph=True)
         pairs = [(g, c.to(g.dtype)) for g, c in zip(first, cotangents) if c is not None]
-        second = torch.autograd.grad([g for g, _ in pairs], leaves, [c for _, c in pairs], allow_unused=True)
+        second = torch.autograd.grad(
+            [g for g, _ in pairs], leaves, [c for _, c in pairs], create_graph=graph, allow_unused=True
+        )
     return *second, *[None] * (9 - len(second))
 
 
