@@ -129,7 +129,8 @@ def test_an_interrupted_demo_leaves_no_half_written_file_and_runs_again(tmp_path
         output, _ = running.communicate(timeout=60)
     finally:
         running.kill()  # where it did not end, it would go on for minutes beside the other tests
-    assert running.returncode == 130
+    # a shell shows both as 130: CPython ends by the signal itself if it came within an exec of a string, as in imports
+    assert running.returncode in (130, -signal.SIGINT)
     assert "interrupted" in output
     assert not (tmp_path / "demo").exists()
     again = cgspn("demo", *SMALL, cwd=tmp_path)

@@ -187,11 +187,23 @@ def test_processes_that_are_refused_leave_no_folder_whichever_is_late(tmp_path, 
     assert not (tmp_path / "new").exists()
 
 
+def test_a_model_that_is_of_no_run_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("old").mkdir()
+    Path("old/model.safetensors").write_text("precious")
+    with pytest.raises(ValueError, match=r"out is old, which holds model\.safetensors of something else"):
+        Distill("embedded", Path("old"), config=replace(CONFIG, loss=LossConfig())).run()
+    assert Path("old/model.safetensors").read_text() == "precious"
+    assert [path.name for path in Path("old").iterdir()] == ["model.safetensors"]
+
+
 def with_sizes(config, *sizes):
     return replace(config, highres=replace(config.highres, sizes=sizes))
 
 
 def test_a_step_that_waits_for_the_host_is_not_captured():
+    with pytest.raises(ValueError, match="teacher_cache is -1; accepted: 0 or more GiB"):
+        ComputeConfig(teacher_cache=-1)
     with pytest.raises(ValueError, match="capture is on beside teacher_cache"):
         ComputeConfig(capture=True, teacher_cache=1)
     with pytest.raises(ValueError, match=r"compute\.capture is on beside loss\.contrastive"):

@@ -27,7 +27,7 @@ from ..distill.presets import PRESETS
 from ..distill.snapshots import Snapshots
 from ..distill.stages import Watcher
 from ..distill.trainer import Watch
-from ..models.checkpoint import write_atomically
+from ..models.checkpoint import CONFIG, WEIGHTS, write_atomically
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
 from ..report.charts import require_matplotlib
@@ -44,7 +44,7 @@ class Distill:
     """Convert a teacher and distil it: stage 1 on its sub-layers, stage 2 end to end, then higher resolutions.
 
     A run that was interrupted goes on from its last snapshot when the same command is given again; settings of stages
-    that have not begun may be other ones then.
+    that have not begun may be other ones then, where all high resolutions count as one stage.
 
     Examples:
         cgspn distill embedded runs/student --config.compression 3
@@ -214,12 +214,14 @@ def write_report(out: Path, record: dict[str, Any]) -> None:
 def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
     """Note the settings of the run in `out`.
 
-    Raises ValueError if it holds a finished run, or an unfinished one of other settings. Those of stages that have not
-    begun may change.
+    Raises ValueError if it holds a finished run, a model that is of no run, or an unfinished run of other settings.
+    Those of stages that have not begun may change.
     """
     path = out / RUN
     if (out / RECORD).exists():
         raise ValueError(f"out is {out}, which holds a finished run; give another folder, or remove it to begin again")
+    if not path.exists() and (held := [name for name in (CONFIG, WEIGHTS) if (out / name).exists()]):
+        raise ValueError(f"out is {out}, which holds {', '.join(held)} of something else; give another folder")
     wanted = identity(settings)
     if path.exists() and progress_of(out):
         found = json.loads(path.read_text())

@@ -141,6 +141,8 @@ class ComputeConfig:
         """Raise ValueError for units of no block, or a captured step that would wait for the host."""
         if self.blocks_per_unit < 1:
             raise ValueError(f"blocks_per_unit is {self.blocks_per_unit}; accepted: 1 or more")
+        if self.teacher_cache < 0:
+            raise ValueError(f"teacher_cache is {self.teacher_cache}; accepted: 0 or more GiB")
         if self.capture and self.teacher_cache:
             raise ValueError("capture is on beside teacher_cache; expected one of them to be off")
 
