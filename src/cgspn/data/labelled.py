@@ -11,6 +11,7 @@ from PIL import Image
 
 from .captions import TEMPLATES
 from .clip_benchmark import is_clip_benchmark, open_benchmark_shards, read_lines
+from .decode import read_bytes
 from .embedded import load_embedded
 from .folder import SUFFIXES, list_folder
 from .locate import cache_folder
@@ -138,7 +139,7 @@ def open_captioned(source: str | Path) -> CaptionedPictures:
     else:
         files = [file for file, _ in list_folder(root)[1]]
         beside = [file.with_suffix(".txt") for file in files]
-        texts = [text.read_bytes() if text.is_file() else b"" for text in beside]
+        texts = [read_bytes(text) if text.is_file() else b"" for text in beside]
         pictures = list(files)
     captions = [
         tuple(line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()) for text in texts

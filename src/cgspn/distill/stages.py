@@ -17,6 +17,7 @@ from ..models.config import TextConfig
 from ..models.dual import DualEncoder, build_dual
 from ..models.encoder import Encoder
 from ..models.registry import model_config
+from ..models.weights import read_state
 from .batches import Feed, ImageSetFeed
 from .block_parallel import PlacedSublayerTask
 from .cache import TeacherCache
@@ -112,7 +113,7 @@ def distill(
         for number, (stage, stream) in enumerate(zip(stages, streams, strict=True)):
             done = folder / "stages" / str(number) if folder else None
             if done is not None and (done / "losses.json").exists():
-                student.load_state_dict(read_model(done)[1])
+                student.load_state_dict(read_state(student, read_model(done)[1], str(done)))
                 losses, throughput = (json.loads((done / name).read_text()) for name in ("losses.json", THROUGHPUT))
                 histories.append(History(stage.title, losses, throughput))
                 continue

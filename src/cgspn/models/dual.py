@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from .checkpoint import CheckpointError, read_model, save_model
-from .config import EncoderConfig, TextConfig, encoder_config_from_dict, text_config_from_dict, to_dict
+from .checkpoint import CONFIG, CheckpointError, read_model, save_model
+from .config import WIDEST, EncoderConfig, TextConfig, encoder_config_from_dict, text_config_from_dict, to_dict
 from .encoder import Encoder
+from .reading import checked
 from .text import TextTower, tokenize
+from .weights import check_depth, fill
 
 Loss = Literal["clip", "sigmoid"]
 """CLIP judges an image's texts against each other (softmax), SigLIP each pair of image and text alone (sigmoid)."""
@@ -84,17 +86,21 @@ def load_dual(folder: str | Path) -> DualEncoder:
 
     Raises CheckpointError if the folder holds none, or weights that do not fit its config.
     """
-    config, state = read_model(folder)
+    config, weights = read_model(folder)
     if config.get("model") != "dual":
         raise CheckpointError(f"{folder} holds a {config.get('model')!r} model; expected an image-text model, 'dual'")
-    model = build_dual(
-        encoder_config_from_dict(config["encoder"]),
-        text_config_from_dict(config["text"]),
-        config["embed_dim"],
-        config.get("loss", "clip"),
-    )
+    where = f"{Path(folder) / CONFIG}: "
+    encoder = encoder_config_from_dict(config.get("encoder"), f"{where}encoder")
+    text = text_config_from_dict(config.get("text"), f"{where}text")
+    embed_dim = checked(config.get("embed_dim"), int, f"{where}embed_dim")
+    if not 1 <= embed_dim <= WIDEST:
+        raise CheckpointError(f"{where}embed_dim is {embed_dim}; accepted: 1 to {WIDEST}")
+    loss = checked(config.get("loss", "clip"), Loss, f"{where}loss")
+    check_depth(encoder.depth + text.depth, weights, str(folder))
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {folder} do not fit its config: {error}") from error
+        with torch.device("meta"):
+            model = build_dual(encoder, text, embed_dim, loss)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{where}{error}") from error
+    fill(model, weights, str(folder))
     return model.eval()

@@ -13,7 +13,8 @@ from ..models.checkpoint import CheckpointError, read_model
 from ..models.config import MODEL_TYPE, encoder_config_from_dict
 from ..models.dual import DualEncoder, load_dual
 from ..models.encoder import Encoder
-from .files import read_json
+from ..models.reading import read_json, shown
+from ..models.weights import check_depth, fill
 from .formats import read_encoder
 from .source import locate, open_source
 from .text import load_own_pretrained, missing_for_text, with_text
@@ -74,19 +75,22 @@ def _load(
 
 
 def _load_own(folder: Path) -> Encoder | DualEncoder:
-    config, state = read_model(folder)
-    if config.get("model") == "dual":
+    config, weights = read_model(folder)
+    kind, where = config.get("model"), str(folder / "config.json")
+    if kind == "dual":
         return load_dual(folder)
-    if config.get("model") not in OWN:
-        raise CheckpointError(f"{folder} holds a {config.get('model')!r} model; expected {' or '.join(map(repr, OWN))}")
-    if config["model"] == "pretrained_dual":
-        return load_own_pretrained(folder, config, state)
-    with torch.device("meta"):
-        encoder = Encoder(encoder_config_from_dict(config["encoder"]))
+    if kind not in OWN:
+        raise CheckpointError(f"{folder} holds a {shown(kind)} model; expected {' or '.join(map(repr, OWN))}")
+    image = encoder_config_from_dict(config.get("encoder"), f"{where}: encoder")
+    check_depth(image.depth, weights, str(folder))
     try:
-        encoder.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {folder} do not fit its config: {error}") from error
+        with torch.device("meta"):
+            encoder = Encoder(image)
+    except (ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+    if kind == "pretrained_dual":
+        return load_own_pretrained(folder, encoder, weights)
+    fill(encoder, weights, str(folder))
     return encoder.eval()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ..models.checkpoint import CheckpointError, save_model
-from ..models.config import encoder_config_from_dict, to_dict
+from ..models.config import to_dict
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
+from ..models.weights import Weights, fill
 from .source import Source
 
 _CLASSES = {
@@ -126,7 +127,9 @@ def load_text(folder: str | Path) -> PretrainedText:
     except ImportError as error:
         raise CheckpointError("text towers need transformers; install cgspn[text]") from error
     try:
-        config: Any = transformers.AutoConfig.from_pretrained(folder)
+        # a folder may name code of its own, which is neither run nor asked about
+        plain = {"trust_remote_code": False, "local_files_only": True}
+        config: Any = transformers.AutoConfig.from_pretrained(folder, **plain)
         kind = config.model_type
         if kind not in _CLASSES:
             raise CheckpointError(f"{folder} holds a {kind!r} model; text towers are of clip, siglip or siglip2")
@@ -139,9 +142,12 @@ def load_text(folder: str | Path) -> PretrainedText:
             model = getattr(transformers, _CLASSES[kind]).from_pretrained(folder, config=inner, dtype=torch.float32)
         finally:
             transformers.logging.set_verbosity(level)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ImportError) as error:
-        raise CheckpointError(f"the text tower in {folder} cannot be read: {error}") from error
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **plain)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises all kinds of errors for configs and vocabularies that are damaged
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"the text tower in {folder} cannot be read: {reason}") from error
     return PretrainedText(model, tokenizer).eval()
 
 
@@ -155,15 +161,13 @@ def with_text(image: Encoder, source: Source) -> PretrainedDual:
     return dual.to(dtype).eval()
 
 
-def load_own_pretrained(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PretrainedDual:
-    """What `PretrainedDual.save_pretrained` wrote. Raises CheckpointError."""
-    with torch.device("meta"):
-        image = Encoder(encoder_config_from_dict(config["encoder"]))
+def load_own_pretrained(folder: Path, image: Encoder, weights: Weights) -> PretrainedDual:
+    """What `PretrainedDual.save_pretrained` wrote; image: its encoder, on the meta device. Raises CheckpointError."""
+    parts = {k.removeprefix("image."): v for k, v in weights.items() if k.startswith("image.")}
+    fill(image, parts, str(folder))
+    dual = PretrainedDual(image, load_text(folder / "text"), 0.0, 0.0)
+    rest = {k: v.read() for k, v in weights.items() if not k.startswith("image.")}
     try:
-        weights = {k.removeprefix("image."): v for k, v in state.items() if k.startswith("image.")}
-        image.load_state_dict(weights, assign=True)
-        dual = PretrainedDual(image, load_text(folder / "text"), 0.0, 0.0)
-        rest = {k: v for k, v in state.items() if not k.startswith("image.")}
         dual.load_state_dict(rest, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"the weights in {folder} do not fit its config: {error}") from error
