@@ -10,6 +10,7 @@ import torch
 from ...models.checkpoint import CheckpointError
 from ...models.encoder import Encoder
 from ..source import Source
+from .choice import find_tower
 from .family import Family, build, listed
 from .openclip import OPENCLIP
 from .timm import TIMM
@@ -18,15 +19,17 @@ from .transformers import CLIP, DINOV2, SIGLIP
 FAMILIES: tuple[Family, ...] = (TIMM, OPENCLIP, CLIP, SIGLIP, DINOV2)  # SigLIP's anchors are CLIP's too: CLIP first
 
 
-def read_encoder(source: Source, dtype: torch.dtype, heads: int | None, overrides: dict[str, Any]) -> Encoder:
-    """The image encoder of a foreign checkpoint, in eval mode.
+def read_encoder(
+    source: Source, dtype: torch.dtype, heads: int | None, submodel: str | None, overrides: dict[str, Any]
+) -> Encoder:
+    """The image encoder of a foreign checkpoint, in eval mode. submodel: as in `find_tower`.
 
-    Raises CheckpointError for an unknown or incomplete one, naming the nearest family and the keys that differ.
+    Raises CheckpointError for an unknown, ambiguous or incomplete one, naming the nearest family and the keys that
+    differ.
     """
-    for family in FAMILIES:
-        tower = family.find(source, heads)
-        if tower is not None:
-            return build(family, tower, dtype, overrides)
+    tower = find_tower(FAMILIES, source, heads, submodel)
+    if tower is not None:
+        return build(tower, dtype, overrides)
     keys = [re.sub(r"\.\d+\.", ".{i}.", key) for key in source.weights]
     nearest = max(FAMILIES, key=lambda family: _likeness(family, keys))
     known = ", ".join(family.name for family in FAMILIES)
