@@ -18,7 +18,7 @@ $(VENV)/.ready: pyproject.toml
 	$(BIN)/pip install --quiet -e '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.ready  ## the whole job on embedded images: distil, evaluate, write demo/report.html
+demo: $(VENV)/.ready  ## the whole job on embedded images: distill, evaluate, write demo/report.html
 	$(BIN)/cgspn demo
 
 test: $(VENV)/.ready  ## every test that this machine can run

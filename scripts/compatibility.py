@@ -122,7 +122,7 @@ def mixed() -> list[Row]:
             encoder = shaken(name)
             sizes = ((28, 28), (12, 44), (4, 20), (60, 8))
             images = [torch.randn(3, h, w, requires_grad=True) for h, w in sizes]
-            together, alone = encoder.forward_mixed(images, method=method), [encoder(x[None]) for x in images]
+            together, alone = encoder.forward_variable_size(images, method=method), [encoder(x[None]) for x in images]
             features += [relative(a.tokens, b.tokens[0]) for a, b in zip(together, alone)]
             features += [relative(a.pooled, b.pooled[0]) for a, b in zip(together, alone)]
             wanted = [*encoder.parameters(), *images]

@@ -288,7 +288,7 @@ def measure(case: Case) -> list[dict[str, Any]]:
         rows = []
         results = [(f"{images.shape[2]}x{images.shape[3]}", encoder(images), pair) for images, pair in batches]
         if mixed:
-            outs = encoder.forward_mixed(mixed, method="pad", max_shapes=1)
+            outs = encoder.forward_variable_size(mixed, method="pad", max_shapes=1)
             joined = cgspn.EncoderOutput(
                 torch.cat([out.tokens.flatten(0, 1) for out in outs])[None, :, None],
                 torch.stack([o.pooled for o in outs]),

@@ -1,4 +1,4 @@
-"""Attention encoders to C-GSPN students: convert, distil, evaluate, show, export, measure."""
+"""Attention encoders to C-GSPN students: convert, distill, evaluate, show, export, measure."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 
 from . import __version__
 from .data import ImageSet, load_embedded
-from .distill import DistillConfig, distil, eval_transform
+from .distill import DistillConfig, distill, eval_transform
 from .distill.presets import EMBEDDED
 from .distill.stages import Watcher
 from .evaluate.suite import METRICS, evaluate_dual
@@ -64,13 +64,13 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
         teacher.image,
         compression=config.distill.compression,
         keep_attention=config.distill.keep_attention,
-        values=config.distill.values,
+        value_expansion=config.distill.value_expansion,
     )
     students = {"C-GSPN": copy.deepcopy(untrained), "ViT": attention_student(teacher.image)}
     models: dict[str, DualEncoder] = {"teacher": teacher}
     histories = {}
     for name, student in students.items():
-        histories[name] = distil(teacher, student, train, config.distill, watcher, name)
+        histories[name] = distill(teacher, student, train, config.distill, watcher, name)
         models[name] = teacher.with_image(student).eval()
     models["untrained"] = teacher.with_image(untrained).eval()
 

@@ -118,7 +118,7 @@ def test_a_row_changes_the_stage_that_it_names(study, monkeypatch):
         weights.append(settings.loss.output)
         return [SimpleNamespace(steps=[{"block 0": 0.5, "total": 2.0}], curve=lambda _: [2.0, 3.0])]
 
-    monkeypatch.setattr(quality, "distil", untrained)
+    monkeypatch.setattr(quality, "distill", untrained)
     for name in ("C-GSPN", "C-GSPN, AdamW", "stage 2 rate x 3", "inherited rate / 3", "- stage 1", "pooled x 20"):
         found = run_row(ROWS[name], teacher, data, config, 0)
         assert found["stage 2 rise"] == 1.5

@@ -139,7 +139,7 @@ def test_what_ends_before_the_first_step_leaves_no_folder(tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     plain = replace(CONFIG, loss=LossConfig())
     for error in (ParityError("damaged"), KeyboardInterrupt()):
-        monkeypatch.setattr("cgspn.commands.distill.distil", Mock(side_effect=error))
+        monkeypatch.setattr("cgspn.commands.distill.distill", Mock(side_effect=error))
         with pytest.raises(type(error)):
             Distill("embedded", Path("new/run"), config=plain).run()
         assert not Path("new").exists()
@@ -159,7 +159,7 @@ def test_a_finished_run_without_its_report_gets_it_from_the_record(tmp_path, mon
         run.run()
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("cgspn.commands.distill.distil", Mock(side_effect=AssertionError("it was trained again")))
+    monkeypatch.setattr("cgspn.commands.distill.distill", Mock(side_effect=AssertionError("it was trained again")))
     with pytest.raises(ValueError, match="holds a finished run"):  # of other settings
         replace(run, config=replace(once, compression=2)).run()
     record = Path("run/distill.json").read_text()

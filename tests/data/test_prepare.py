@@ -8,7 +8,7 @@ from PIL import Image
 from cgspn.data.locate import cache_folder
 from cgspn.data.prepare import Member, Prepare, open_picture, read_each
 from cgspn.data.shards import open_shards
-from cgspn.data.skipped import Tally
+from cgspn.data.skipped import SkipCounter
 from layouts import picture, write_tar
 
 SIZES = [(40, 60), (61, 33), (56, 56), (300, 77), (20, 90)]
@@ -59,7 +59,7 @@ def test_reading_ahead_keeps_the_order_and_leaves_out_what_fails():
             raise SyntaxError("broken PNG")
         return number * number
 
-    tally = Tally("set", 100, 0.1)
+    tally = SkipCounter("set", 100, 0.1)
     got = list(read_each(range(100), read, lambda n: f"picture {n}", tally))
     assert got == [(n, n * n) for n in range(100) if n not in (3, 40)]
     assert tally.report().files == (
@@ -67,4 +67,4 @@ def test_reading_ahead_keeps_the_order_and_leaves_out_what_fails():
         ("picture 40", "SyntaxError: broken PNG"),
     )
     with pytest.raises(ValueError, match=r"2 of the .* cannot be used"):
-        list(read_each(range(100), read, str, Tally("set", 100, 0.01)))
+        list(read_each(range(100), read, str, SkipCounter("set", 100, 0.01)))

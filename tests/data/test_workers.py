@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from shard_files import members, picture, write_shards, write_tar
 
-from cgspn.data import BatchPlan, LoaderConfig, Tally, WorkerError, open_samples, read_rows
+from cgspn.data import BatchPlan, LoaderConfig, SkipCounter, WorkerError, open_samples, read_rows
 from cgspn.data import workers as workers_module
 
 PLAN = BatchPlan(batch_size=8, rows=(0, 8), size=(10, 14), seed=3)
@@ -207,7 +207,7 @@ def test_class_names_become_captions(tmp_path):
 
 
 def test_the_limit_is_a_share_of_what_was_read():
-    tally = Tally("photos", 50, 0.1)
+    tally = SkipCounter("photos", 50, 0.1)
     for epoch in range(3):  # the same five pictures, epoch after epoch: 10%, not more
         for i in range(5):
             tally.add(9, [(i, f"name {i}", "OSError: torn")])
@@ -216,7 +216,7 @@ def test_the_limit_is_a_share_of_what_was_read():
     with pytest.raises(ValueError, match=r"photos: 6 of the 50 images.*more than 10% \(max_skipped\).*name 0: OSError"):
         tally.add(0, [(5, "name 5", "gone")])
     # a large source that went bad stops soon, not after a tenth of it
-    large = Tally("x", 10**8, 0.1)
+    large = SkipCounter("x", 10**8, 0.1)
     large.add(10_000, [])
     with pytest.raises(ValueError, match="x: "):
         large.add(0, [(i, str(i), "gone") for i in range(1200)])

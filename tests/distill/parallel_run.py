@@ -17,7 +17,6 @@ from cgspn.distill import (
     ImageSetFeed,
     LossConfig,
     OptimConfig,
-    distil,
     join_world,
 )
 from cgspn.layers import AttentionConfig
@@ -85,7 +84,7 @@ def run(out, *, folder=None, steps=4, hazards=None, only_once=None, device="cpu"
     with join_world(device) as world:
         folder = Path(folder) if folder else None
         teacher, student = teacher.to(world.device), student.to(world.device)
-        histories = distil(teacher, student, feed, distill, watcher, folder=folder, world=world)
+        histories = distill(teacher, student, feed, distill, watcher, folder=folder, world=world)
         if world.rank == 0:
             Path(out).write_text(json.dumps([history.steps for history in histories]))
             torch.save(student.cpu().state_dict(), Path(out).with_suffix(".pt"))

@@ -9,9 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from cgspn.data import Batch
 from cgspn.distill import ComputeConfig, LossConfig, World
-from cgspn.distill.gradients import Gradients
+from cgspn.distill.backward_step import Gradients
 from cgspn.distill.optimizers import Optimizers
-from cgspn.distill.parallel import average_gradients, equalise, spread_task, whole
+from cgspn.distill.parallel import average_gradients, broadcast_params, full_tensor, wrap_distributed
 from cgspn.distill.stages import prepared
 from cgspn.distill.tasks import DistillTask
 from cgspn.layers import AttentionConfig
@@ -56,7 +56,7 @@ def backward(module, task, batches):
 
 
 def gradients_of(task):
-    return {name: None if p.grad is None else whole(p.grad).clone() for name, p in task.named_parameters()}
+    return {name: None if p.grad is None else full_tensor(p.grad).clone() for name, p in task.named_parameters()}
 
 
 def by_hand_and_by_ddp(rank, *, output, bucket):
@@ -68,12 +68,12 @@ def by_hand_and_by_ddp(rank, *, output, bucket):
     for by_hand in (True, False):
         task = DistillTask(*models(rank if by_hand else 0), LossConfig(output=output))
         if by_hand:
-            task.hold(teacher=models()[0])
-            equalise(task)
+            task.set_unregistered(teacher=models()[0])
+            broadcast_params(task)
             backward(task, task, parts(rank, 2))
             average_gradients(task.parameters())
         else:
-            backward(spread_task(task, sharded=False, find_unused=task.leaves_some), task, parts(rank, 2))
+            backward(wrap_distributed(task, sharded=False, find_unused=task.has_unused_params), task, parts(rank, 2))
         found.append(gradients_of(task))
     return found
 
@@ -84,7 +84,7 @@ def sharded(rank, **compute):
     world = World(rank, dist.get_world_size(), torch.device("cpu"), dist.get_world_size())
     task = DistillTask(teacher, student, LossConfig())
     with prepared(task, teacher, student, ComputeConfig(parallel="fsdp", **compute), world):
-        module = spread_task(task, sharded=task.sharded, find_unused=False)
+        module = wrap_distributed(task, sharded=task.sharded, find_unused=False)
         backward(module, task, parts(rank, 1))
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             backward(module, task, parts(rank, 1))
@@ -92,5 +92,5 @@ def sharded(rank, **compute):
     kinds = ("FSDP::all_gather (", "FSDP::post_backward_reduce (")  # the root has no name in brackets
     counts = [sum(event.name.startswith(kind) for event in seen.events()) for kind in kinds]
     task = DistillTask(*models(), LossConfig())
-    backward(spread_task(task, sharded=False, find_unused=False), task, parts(rank, 1))
+    backward(wrap_distributed(task, sharded=False, find_unused=False), task, parts(rank, 1))
     return found, gradients_of(task), counts

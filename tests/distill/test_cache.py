@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cgspn.data import load_embedded
-from cgspn.distill import ComputeConfig, DistillConfig, HighResConfig, OptimConfig, distil
+from cgspn.distill import ComputeConfig, DistillConfig, HighResConfig, OptimConfig, distill
 from cgspn.distill.cache import TeacherCache, pack, unpack
 from cgspn.distill.taps import tapped_forward
 from cgspn.layers import AttentionConfig
@@ -66,7 +66,7 @@ def test_training_from_the_cache_is_training_and_its_teacher_is_asked_once(monke
         torch.manual_seed(0)
         student = convert(teacher, compression=4)
         compute = ComputeConfig(teacher_cache=gigabytes)
-        histories = distil(teacher, student, images, replace(config, compute=compute))
+        histories = distill(teacher, student, images, replace(config, compute=compute))
         losses.append(torch.tensor([h.curve("total") for h in histories]))
         weights.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
         calls.append(len(asked))
@@ -81,4 +81,4 @@ def test_a_cache_of_images_that_change_is_refused():
     config = DistillConfig(compute=ComputeConfig(teacher_cache=1))
     images = load_embedded("train").subset(torch.arange(64))
     with pytest.raises(ValueError, match="teacher_cache is on, but student, stage 1 crops or blends at random"):
-        distil(teacher, convert(teacher, compression=4), images, config)
+        distill(teacher, convert(teacher, compression=4), images, config)

@@ -17,10 +17,10 @@ from cgspn.distill import (
     LossConfig,
     OptimConfig,
     PretrainConfig,
-    distil,
+    distill,
     pretrain,
 )
-from cgspn.distill.feeds import eval_transform
+from cgspn.distill.batches import eval_transform
 from cgspn.distill.optimizers import build_optimizer
 from cgspn.distill.taps import tapped_forward
 from cgspn.distill.tasks import DistillTask, SublayerTask
@@ -62,8 +62,8 @@ def test_taps_are_the_forward_pass(teacher, images):
     assert torch.equal(taps.pooled, out.pooled)
     assert torch.equal(taps.tokens, out.tokens.flatten(1, 2))
     for i, block in enumerate(teacher.image.blocks):
-        assert torch.equal(taps.sublayers[i], block.sublayer(taps.entries[i], taps.grid))
-        after = taps.entries[i] + taps.sublayers[i]
+        assert torch.equal(taps.sublayers[i], block.sublayer(taps.block_inputs[i], taps.grid))
+        after = taps.block_inputs[i] + taps.sublayers[i]
         assert torch.equal(taps.blocks[i], block.mlp_half(after))
 
 
@@ -75,7 +75,7 @@ def test_taps_compare_grid_tokens_only(images):
     assert student.config.pooling == "map"
     b = batch(images, config, 4)
     taps = tapped_forward(teacher, b.images)
-    assert taps.entries[0].shape[1] == 52
+    assert taps.block_inputs[0].shape[1] == 52
     assert taps.blocks[0].shape[1] == 49
     losses = SublayerTask(teacher, student).losses(b)
     assert all(0.9 < losses[f"block {i}"] < 1.2 for i in range(3))  # a student that adds nothing has error 1
@@ -143,7 +143,7 @@ def test_both_stages_learn(teacher, images):
     config = DistillConfig(stage1=optim, stage2=replace(optim, learning_rate=1e-3))
     before = [p.clone() for p in teacher.parameters()]
     student = convert(teacher.image, compression=3)
-    histories = distil(teacher, student, images, config)
+    histories = distill(teacher, student, images, config)
     model = teacher.with_image(student)
     for history in histories:
         assert history.curve("total")[-1] < 0.9 * history.curve("total")[0], history.title
@@ -163,7 +163,7 @@ def test_the_first_steps_do_not_explode(images, compression, optimizer):
     stage1 = OptimConfig(steps=12, batch_size=32, learning_rate=3e-3, optimizer=optimizer, warmup=0.5)
     stage2 = replace(stage1, learning_rate={"adamw": 1.5e-4, "muon": 2e-4}[optimizer])
     student = convert(teacher.image, compression=compression)
-    histories = distil(teacher, student, images, DistillConfig(stage1=stage1, stage2=stage2))
+    histories = distill(teacher, student, images, DistillConfig(stage1=stage1, stage2=stage2))
     for history in histories:
         # batches of 32 differ by some tenths among themselves; an explosion is tens to hundreds
         assert max(history.curve("total")) < 1.3 * history.curve("total")[0], history.title
@@ -178,7 +178,7 @@ def test_the_same_seed_gives_the_same_student(teacher, images, optimizer):
     for _ in range(2):
         torch.manual_seed(1)
         model = convert(teacher.image, compression=4)
-        distil(teacher, model, images, config)
+        distill(teacher, model, images, config)
         weights.append(torch.cat([p.flatten() for p in model.parameters()]))
     assert torch.equal(*weights)
 
@@ -234,7 +234,7 @@ def test_divergence_stops_before_it_touches_a_weight(teacher, images):
         student.blocks[0].mixer.up.bias.fill_(float("nan"))
     before = student.blocks[1].mixer.up.weight.clone()
     with pytest.raises(DivergedError, match=r"block 0, total is not finite at step 0|total, block 0 is not finite"):
-        distil(teacher, student, images, DistillConfig(stage1=OptimConfig(steps=3, batch_size=8)))
+        distill(teacher, student, images, DistillConfig(stage1=OptimConfig(steps=3, batch_size=8)))
     assert torch.equal(before, student.blocks[1].mixer.up.weight)
 
 
@@ -260,11 +260,11 @@ def test_divergence_keeps_the_last_good_state_and_the_run_goes_on_from_it(teache
     torch.manual_seed(0)
     student = convert(teacher.image, compression=4)
     whole, begun = copy.deepcopy(student), copy.deepcopy(student)
-    distil(teacher, whole, images, config)
+    distill(teacher, whole, images, config)
     with pytest.raises(DivergedError, match=r"stage 2: .* not finite.* at step 3"):
-        distil(teacher, begun, Poisoned(images), config, folder=tmp_path)
+        distill(teacher, begun, Poisoned(images), config, folder=tmp_path)
     assert (tmp_path / "snapshots/0/00000003").is_dir()
-    distil(teacher, student, images, config, folder=tmp_path)
+    distill(teacher, student, images, config, folder=tmp_path)
     saved = load_file(tmp_path / "stages/0/model.safetensors")
     assert saved.keys() == student.state_dict().keys()  # no adapters
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), student.parameters(), strict=True))
@@ -276,7 +276,7 @@ def test_recomputed_activations_change_nothing_and_bf16_rounds(teacher, images):
     for compute in (ComputeConfig(), ComputeConfig(checkpointing=True), ComputeConfig(precision="bfloat16")):
         torch.manual_seed(0)
         student = convert(teacher.image, compression=4)
-        histories = distil(teacher, student, images, DistillConfig(stage1=stage, stage2=stage, compute=compute))
+        histories = distill(teacher, student, images, DistillConfig(stage1=stage, stage2=stage, compute=compute))
         curves.append(torch.tensor([history.curve("total") for history in histories]))
         weights.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
         assert not student.checkpointing
@@ -313,7 +313,7 @@ def test_without_augmentation_training_sees_the_images_it_is_judged_on(teacher, 
     step = OptimConfig(steps=1, batch_size=64, augment=augment)
     student = convert(teacher.image, compression=4)
     student.patch_embed.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    distil(teacher, student, images, DistillConfig(stage1=replace(step, steps=0), stage2=step))
+    distill(teacher, student, images, DistillConfig(stage1=replace(step, steps=0), stage2=step))
     known = batch(images, teacher.image.config, 256).images.flatten(1)
     apart = torch.cdist(seen[-1].flatten(1), known, p=torch.inf).amin(1)
     assert (float(apart.max()) == 0) is not augment

@@ -7,7 +7,7 @@ import torch
 
 from cgspn.bench.train import TrainBenchConfig, run
 from cgspn.data import load_embedded
-from cgspn.distill import ComputeConfig, DistillConfig, OptimConfig, distil
+from cgspn.distill import ComputeConfig, DistillConfig, OptimConfig, distill
 from cgspn.distill.flops import peak_of
 from cgspn.teachers import convert, load_embedded_teacher
 
@@ -20,7 +20,7 @@ def distilled(compute, accumulate=1):
     student = convert(teacher.image, compression=4).cuda()
     stage = OptimConfig(steps=12, batch_size=32, learning_rate=1e-3, accumulate=accumulate)
     images = load_embedded("train").subset(torch.arange(512))
-    return distil(teacher, student, images, DistillConfig(stage1=stage, stage2=stage, compute=compute))
+    return distill(teacher, student, images, DistillConfig(stage1=stage, stage2=stage, compute=compute))
 
 
 def losses(compute, accumulate=1):

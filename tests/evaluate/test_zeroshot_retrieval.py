@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cgspn.data import fill, load_embedded
-from cgspn.distill.feeds import eval_transform
+from cgspn.distill.batches import eval_transform
 from cgspn.evaluate import class_embeddings, retrieve, top1
 from cgspn.evaluate.measure import class_retrieval
 from cgspn.evaluate.suite import embed_images

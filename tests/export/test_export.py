@@ -25,7 +25,9 @@ VIT = EncoderConfig(
 HYBRID = replace(VIT, mixers=("propagation", "attention"), positions=False)
 CONFIGS = {
     "hybrid": HYBRID,
-    "values": replace(HYBRID, propagation=PropagationConfig(2, values=3, share=2, keep=True)),
+    "values": replace(
+        HYBRID, propagation=PropagationConfig(2, value_expansion=3, channels_per_group=2, forget_gate=True)
+    ),
     "gspn": replace(HYBRID, mixers=("propagation",), propagation=replace(GSPN, expansion=1), pooling="mean"),
     "dinov2": replace(
         VIT, class_token=True, registers=2, pooling="cls", layer_scale=0.5, position_resize="bicubic_antialias"

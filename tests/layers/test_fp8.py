@@ -12,7 +12,7 @@ import torch
 from cgspn.layers import Block, Fp8Mlp, Mlp, fp8, quantize_mlps
 from cgspn.models import create_model
 
-GPU = torch.cuda.is_available() and fp8.why_not(torch.device("cuda")) is None
+GPU = torch.cuda.is_available() and fp8.unsupported_reason(torch.device("cuda")) is None
 DEVICE = "cuda" if GPU else "cpu"
 kernels = pytest.mark.skipif(
     not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU with float8 or TRITON_INTERPRET=1"

@@ -22,11 +22,13 @@ CONFIGS = {
     "sum": PropagationConfig(compression=4, merge="sum"),
     "bare": PropagationConfig(4, merge="sum", latent_norm=False, merge_norm=False, local_kernel=0),
     "two directions": PropagationConfig(4, directions=("right", "up")),
-    "shared": PropagationConfig(compression=4, share=3),
-    "forgetting": PropagationConfig(compression=4, keep=True),
-    "values": PropagationConfig(compression=4, values=3, share=2, keep=True),
-    "values, summed": PropagationConfig(compression=4, values=2, merge="sum", inner_residual=True),
-    "values, two directions": PropagationConfig(4, directions=("up", "left"), values=1, share=3, inner_residual=True),
+    "shared": PropagationConfig(compression=4, channels_per_group=3),
+    "forgetting": PropagationConfig(compression=4, forget_gate=True),
+    "values": PropagationConfig(compression=4, value_expansion=3, channels_per_group=2, forget_gate=True),
+    "values, summed": PropagationConfig(compression=4, value_expansion=2, merge="sum", inner_residual=True),
+    "values, two directions": PropagationConfig(
+        4, directions=("up", "left"), value_expansion=1, channels_per_group=3, inner_residual=True
+    ),
     **GSPN_WALK,
 }
 
@@ -54,14 +56,14 @@ def test_propagation_equals_its_definition(name):
     if mixer.local is not None:
         x = x + mixer.local(x.movedim(-1, 1)).movedim(1, -1)
     x = mixer.norm(x)
-    weight, bias = (t.unflatten(0, (len(config.directions), -1)) for t in mixer.parameters_of.parameters())
+    weight, bias = (t.unflatten(0, (len(config.directions), -1)) for t in mixer.param_proj.parameters())
     latent, values = x[..., : mixer.latent], x[..., mixer.latent :]
     scanned, entered = [], []
     for d, direction in enumerate(config.directions):  # each with its own rows of the projection, over its own values
-        own = x if config.values is None else values.chunk(len(config.directions), -1)[d]
-        p = (latent @ weight[d].T + bias[d]).unflatten(-1, (mixer.made, -1)).unsqueeze(3)
-        p = p.repeat_interleave(config.share, -1)
-        keep = p[..., 5, :] if config.keep else None
+        own = x if config.value_expansion is None else values.chunk(len(config.directions), -1)[d]
+        p = (latent @ weight[d].T + bias[d]).unflatten(-1, (mixer.params_per_direction, -1)).unsqueeze(3)
+        p = p.repeat_interleave(config.channels_per_group, -1)
+        keep = p[..., 5, :] if config.forget_gate else None
         made = p[..., 2:5, :], p[..., 0, :], p[..., 1, :]
         scanned.append(propagate_2d_reference(own, *made, keep=keep, directions=(direction,)))
         entered.append(own)
@@ -70,7 +72,7 @@ def test_propagation_equals_its_definition(name):
     if config.inner_residual and config.merge == "concat":
         y = y + torch.cat(entered, -1)
     elif config.inner_residual:
-        y = y + (entered[0] if config.values is None else sum(entered))
+        y = y + (entered[0] if config.value_expansion is None else sum(entered))
     expected = mixer.project_out(mixer.up(y)).flatten(1, 2)
     assert relative(mixer(tokens, grid), expected) < 1e-12
 
@@ -78,10 +80,10 @@ def test_propagation_equals_its_definition(name):
 @pytest.mark.parametrize(
     ("settings", "wrong"),
     [
-        ({"share": 0}, "share is 0"),
-        ({"share": 4, "compression": 4}, "share is 4; a latent of 6"),
-        ({"values": 2, "compression": None}, "values is 2; accepted"),
-        ({"values": 0}, "values is 0; accepted"),
+        ({"channels_per_group": 0}, "channels_per_group is 0"),
+        ({"channels_per_group": 4, "compression": 4}, "channels_per_group is 4; a latent of 6"),
+        ({"value_expansion": 2, "compression": None}, "value_expansion is 2; accepted"),
+        ({"value_expansion": 0}, "value_expansion is 0; accepted"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, wrong):
@@ -166,8 +168,8 @@ def test_latent_width_is_the_floor_of_width_over_compression(compression, latent
 
 @pytest.mark.parametrize(("values", "share", "own"), [(6, 8, 96), (3, 8, 48), (1, 8, 16), (0.1, 8, 8), (2.5, 1, 40)])
 def test_values_are_dealt_out_in_whole_sets(values, share, own):
-    mixer = PropagationMixer(1152, PropagationConfig(18, values=values, share=share))
-    assert mixer.own == own
+    mixer = PropagationMixer(1152, PropagationConfig(18, value_expansion=values, channels_per_group=share))
+    assert mixer.value_width == own
     assert mixer.down.out_features == 64 + 4 * own
     assert mixer.up.in_features == 4 * own
 

@@ -11,7 +11,7 @@ from hypothesis import assume, currently_in_test_context
 from torch import Tensor
 
 from cgspn.ops import DIRECTIONS, PREFERENCE, line_scan, line_scan_reference, propagate_2d, propagate_2d_reference
-from cgspn.ops.backends import why_not
+from cgspn.ops.backends import unsupported_reason
 
 NAMES = ("x", "logits", "lam", "u", "keep")
 LINE_NAMES = ("x", "weights", "lam")
@@ -31,7 +31,7 @@ def runnable_backends() -> list[Any]:
         found += [
             pytest.param(Backend(name, device), marks=marks, id=f"{name}-{device}")
             for name in PREFERENCE
-            if why_not(name, x) is None
+            if unsupported_reason(name, x) is None
         ]
     return found
 
@@ -160,7 +160,7 @@ def assert_close(
 
 def skip_unless_supported(backend: Backend, x: Tensor) -> None:
     """Skip the test, or the example of hypothesis, where a backend has no kernel for a dtype."""
-    reason = why_not(backend.name, x)
+    reason = unsupported_reason(backend.name, x)
     if reason is None:
         return
     if currently_in_test_context():

@@ -249,13 +249,13 @@ def test_projected_saves_its_inputs_only() -> None:
 def test_a_mixer_scans_through_the_projected_operator(batch: int, compiled: bool) -> None:
     """The same as with its parameters shown, which a hook asks for; also under autocast and torch.compile."""
     mixer = PropagationMixer(144, PropagationConfig(compression=4.5)).cuda()
-    torch.nn.init.normal_(mixer.parameters_of.weight, std=0.5)
+    torch.nn.init.normal_(mixer.param_proj.weight, std=0.5)
     mask = draw(batch, 40, 33, seed=3) > -1.5
     tokens, grid = draw(batch, 40 * 33, 144), Grid(40, 33, mask=mask)
     run = torch.compile(mixer, fullgraph=True, backend="aot_eager") if compiled else mixer
     found = []
     for shown in (False, True):
-        handle = mixer.parameters_of.register_forward_pre_hook(lambda *_: None) if shown else None
+        handle = mixer.param_proj.register_forward_pre_hook(lambda *_: None) if shown else None
         with torch.autocast("cuda", torch.bfloat16):
             y = (mixer if shown else run)(tokens, grid)
             with torch.no_grad():

@@ -178,7 +178,7 @@ def test_projected_cuts_cover_lines_and_channels(batch, longest, channels, direc
             cut = choose_backward(batch, longest, channels, directions, machine)
         else:
             cut = choose_projected(batch, longest, channels, directions, machine)
-        if cut is None:  # what why_not says no to
+        if cut is None:  # what unsupported_reason says no to
             reach = {HOPPER: (448, 192), AMPERE: (320, 128)}[machine][backward]  # 1036 and 2058 px are lines of 74, 147
             assert channels > 64 or longest > reach
             continue

@@ -192,7 +192,7 @@ def test_projected_by_default(merge: str, fits: bool, monkeypatch: pytest.Monkey
         monkeypatch.setattr(projected_library, "_backward_in_memory", lambda *_: pytest.fail("the one in memory"))
     else:
         monkeypatch.setattr(projected, "backward", lambda *_: pytest.fail("the chip's backward"))
-        monkeypatch.setattr(projected, "why_not", lambda x, backward=False: "too long" if backward else None)
+        monkeypatch.setattr(projected, "unsupported_reason", lambda x, backward=False: "too long" if backward else None)
     tensors = [t.bfloat16() for t in (draw(2, 7, 5, 8), draw(80, 8, seed=1) / 3, draw(80, seed=2))]
     mask = draw(2, 7, 5, seed=3) > -0.8
     options = {"directions": ("left", "down"), "merge": merge, "mask": mask}

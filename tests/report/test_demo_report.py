@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cgspn.data import load_embedded
-from cgspn.distill import DistillConfig, OptimConfig, distil
+from cgspn.distill import DistillConfig, OptimConfig, distill
 from cgspn.evaluate.suite import METRICS
 from cgspn.evaluate.table import SummaryTable
 from cgspn.report.demo import DemoResult, demo_report
@@ -43,7 +43,7 @@ def html():
     images = load_embedded("test").subset(torch.arange(200))
     student = convert(teacher.image, compression=4)
     one = OptimConfig(steps=2, batch_size=8)
-    histories = distil(teacher, student, images, DistillConfig(stage1=one, stage2=one))
+    histories = distill(teacher, student, images, DistillConfig(stage1=one, stage2=one))
     models = {"teacher": teacher, "C-GSPN": teacher.with_image(student).eval()}
     table = SummaryTable("Demo", METRICS)
     for name in models:

@@ -25,7 +25,7 @@ def lively_mixer(seed=0, **settings):
     """A propagation mixer whose weights are large enough for every path to carry something."""
     torch.manual_seed(seed)
     mixer = PropagationMixer(12, PropagationConfig(**{"compression": 2, **settings})).double()
-    torch.nn.init.normal_(mixer.parameters_of.weight, std=0.8)
+    torch.nn.init.normal_(mixer.param_proj.weight, std=0.8)
     return mixer
 
 
@@ -35,9 +35,9 @@ def lively_mixer(seed=0, **settings):
         {},
         {"merge": "sum", "directions": ("left", "up")},
         {"latent_norm": False},
-        {"share": 3},
-        {"keep": True},
-        {"values": 2, "share": 3, "keep": True, "compression": 4},
+        {"channels_per_group": 3},
+        {"forget_gate": True},
+        {"value_expansion": 2, "channels_per_group": 3, "forget_gate": True, "compression": 4},
     ],
 )
 def test_scan_maps_are_the_norms_of_the_whole_jacobian(settings):
@@ -46,7 +46,7 @@ def test_scan_maps_are_the_norms_of_the_whole_jacobian(settings):
     positions = [(2, 3), (0, 0)]
     maps = scan_maps(mixer, entry, grid, positions)
     latent, values = scanned(mixer, entry, grid)
-    apart = mixer.config.values is not None
+    apart = mixer.config.value_expansion is not None
     x = torch.cat([latent, values], -1) if apart else latent
     total = torch.zeros(2, 4, 5, dtype=torch.float64)
     for d, name in enumerate(mixer.config.directions):
@@ -55,9 +55,9 @@ def test_scan_maps_are_the_norms_of_the_whole_jacobian(settings):
             config, count = mixer.config, len(mixer.config.directions)
             maker, rest = x[..., : mixer.latent], x[..., mixer.latent :]
             own = rest.chunk(count, -1)[d] if apart else x
-            weight, bias = (t.unflatten(0, (count, -1))[d] for t in mixer.parameters_of.parameters())
-            made = torch.nn.functional.linear(maker, weight, bias).unflatten(-1, (1, mixer.made, -1))
-            lam, u, l0, l1, l2, *keep = made.repeat_interleave(config.share, -1).unbind(-2)
+            weight, bias = (t.unflatten(0, (count, -1))[d] for t in mixer.param_proj.parameters())
+            made = torch.nn.functional.linear(maker, weight, bias).unflatten(-1, (1, mixer.params_per_direction, -1))
+            lam, u, l0, l1, l2, *keep = made.repeat_interleave(config.channels_per_group, -1).unbind(-2)
             gate = keep[0] if keep else None
             y = propagate_2d_reference(own, torch.stack([l0, l1, l2], -2), lam, u, keep=gate, directions=(name,))
             return torch.stack([y[0, r, c] for r, c in positions])

@@ -8,7 +8,7 @@ import torch
 
 import cgspn
 from cgspn.commands.convert import RECORD, Convert
-from cgspn.layers import PropagationConfig, valued
+from cgspn.layers import PropagationConfig, value_config
 from cgspn.models import load_dual
 from cgspn.teachers.convert import student_config, student_of
 from cgspn.teachers.parameters import parameter_table
@@ -95,8 +95,8 @@ def test_of_an_image_text_model_the_text_tower_comes_along(tmp_path):
         ({"keep_attention": 1, "keep_layers": (2,)}, "both given"),
         ({"keep_layers": (4,)}, r"keep_attention holds \[4\]; accepted: layer indices 0 to 3"),
         ({"compression": 97}, "compression is 97"),
-        ({"values": 0.0}, "values is 0; accepted: a number above 0, or None"),
-        ({"values": float("inf")}, "values is inf; accepted: a number above 0"),
+        ({"value_expansion": 0.0}, "value_expansion is 0; accepted: a number above 0, or None"),
+        ({"value_expansion": float("inf")}, "value_expansion is inf; accepted: a number above 0"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_written(arguments, message, tmp_path):
@@ -116,7 +116,7 @@ def test_a_student_is_replaced_only_if_that_is_asked_for(tmp_path):
 
 
 def test_values_from_python_are_those_of_the_command_line():
-    student = cgspn.convert(small(), compression=4, values=6)
-    assert student.config.propagation == replace(valued(6), compression=4)
-    with pytest.raises(ValueError, match="values is 6 beside propagation"):
-        cgspn.convert(small(), values=6, propagation=PropagationConfig())
+    student = cgspn.convert(small(), compression=4, value_expansion=6)
+    assert student.config.propagation == replace(value_config(6), compression=4)
+    with pytest.raises(ValueError, match="value_expansion is 6 beside propagation"):
+        cgspn.convert(small(), value_expansion=6, propagation=PropagationConfig())

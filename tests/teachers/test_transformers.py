@@ -223,7 +223,7 @@ def test_a_padded_batch_of_naflex_equals_the_original(tmp_path):
         mask[i, : h * w] = 1
     with torch.no_grad():
         theirs = model(patches, mask, torch.tensor(grids))
-        ours = encoder.forward_mixed(images, method="pad", max_shapes=1)
+        ours = encoder.forward_variable_size(images, method="pad", max_shapes=1)
     for i, (h, w) in enumerate(grids):
         assert relative(ours[i].tokens.flatten(0, 1), theirs.last_hidden_state[i, : h * w]) < 1e-5
         assert relative(ours[i].pooled, theirs.pooler_output[i]) < 1e-5

@@ -21,7 +21,7 @@ from ..layers import (
     Mixer,
     PropagationConfig,
     PropagationMixer,
-    valued,
+    value_config,
 )
 from ..ops import line_scan
 from .checks import at_least
@@ -127,7 +127,7 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
         PAPER: lambda: propagation(shape, paper_config(shape)),
         PLAIN: lambda: plain_pieces(shape),
         **{
-            n: lambda v=v: propagation(shape, replace(valued(v), compression=shape.compression))  # type: ignore[misc]
+            n: lambda v=v: propagation(shape, replace(value_config(v), compression=shape.compression))  # type: ignore[misc]
             for n, v in VALUES.items()
         },
     }

@@ -145,7 +145,7 @@ def quality(config: Fp8QualityConfig, say: Callable[[str], object] = print) -> d
     tables = {"features": feature_rows(config, say), "the embedded image-text model": zeroshot_rows(config, say)}
     machine = describe(config.commit) | {
         "command": shlex.join(["python", "-m", "cgspn.bench.fp8", *sys.argv[1:]]),
-        "products of 8 bits": fp8.why_not(torch.device("cpu")) or "",
+        "products of 8 bits": fp8.unsupported_reason(torch.device("cpu")) or "",
     }
     write(config.out, "quality", machine, tables)
     return tables
@@ -155,7 +155,7 @@ def mlp_rows(shape: Shape, pixels: int, batch: int, device: torch.device, rounds
     """The MLP half after its norm, and what it consists of, at `batch` images: in 16 bits and in 8, interleaved."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     plain = Mlp(shape.width, shape.hidden, "gelu_tanh").to(device, dtype)
-    ways = {way: Fp8Mlp(plain, way) for way in WAYS if way == "library" or fp8.why_not(device) is None}
+    ways = {way: Fp8Mlp(plain, way) for way in WAYS if way == "library" or fp8.unsupported_reason(device) is None}
     tokens = batch * (pixels // shape.patch) ** 2
     x, residual = (torch.randn(tokens, shape.width, device=device, dtype=dtype) for _ in range(2))
     mlp = ways["library"]

@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..ops import DIRECTIONS, propagate_2d
-from ..ops.backends import backend_module, why_not
+from ..ops.backends import backend_module, unsupported_reason
 from ..ops.cuda import projected
 from ..ops.projected import propagate_2d_projected
 from .drawing import draw
@@ -66,7 +66,9 @@ def operator_rows(
     """Forward (merged and not) and backward of one size on the CUDA backend; `with_torch`: the others beside it."""
     cuda, plain = backend_module("cuda"), backend_module("torch")
     triton = (
-        backend_module("triton") if with_torch and why_not("triton", torch.empty(0, device="cuda")) is None else None
+        backend_module("triton")
+        if with_torch and unsupported_reason("triton", torch.empty(0, device="cuda")) is None
+        else None
     )
     t = inputs(b, n, c, dtype, len(codes))
     x, u = t[0], t[3]
@@ -146,9 +148,9 @@ def projected_rows(b: int, n: int, c: int = 64) -> list[Row]:
     apart: dict[str, Any] = {"parameters": "memory", "recompute": False}
     forwards: dict[str, dict[str, Any]] = {"projection + scan apart": apart, "auto": {}}
     trained = forwards | {"all in memory, made again": {"parameters": "memory"}}
-    if projected.why_not(x) is None:
+    if projected.unsupported_reason(x) is None:
         forwards["chip"] = {"parameters": "chip"}
-        if projected.why_not(x, backward=True) is None:
+        if projected.unsupported_reason(x, backward=True) is None:
             trained["chip in both passes"] = {"parameters": "chip"}
     calls: dict[str, Callable[[], object]] = {"projection alone": projection}
     calls |= {f"forward: {name}": partial(forward, options) for name, options in forwards.items()}
@@ -270,7 +272,7 @@ def run(out: Path, *, quick: bool = False, commit: str = "", say: Callable[[str]
     """
     if not torch.cuda.is_available():
         raise RuntimeError("cgspn bench operator needs a CUDA GPU, and PyTorch sees none")
-    reason = backend_module("cuda").why_not(torch.zeros(1, 1, 1, 1, device="cuda"))
+    reason = backend_module("cuda").unsupported_reason(torch.zeros(1, 1, 1, 1, device="cuda"))
     if reason is not None:
         raise RuntimeError(f"the CUDA backend cannot run here: {reason}")
     copy, matmul = copy_bandwidth(), matmul_rate()

@@ -19,9 +19,9 @@ from torch import Tensor
 from ..data import ImageSet, open_shards, resize
 from ..data.locate import cache_folder
 from ..data.transforms import normalize, to_float
-from ..distill import ComputeConfig, DistillConfig, LossConfig, OptimConfig, distil
+from ..distill import ComputeConfig, DistillConfig, LossConfig, OptimConfig, distill
 from ..evaluate import cosine, relative_error, segment
-from ..layers import PropagationConfig, valued
+from ..layers import PropagationConfig, value_config
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..teachers import attention_student, convert
@@ -138,13 +138,13 @@ ROWS: dict[str, Row] = {
     "hybrid 3/12": Row(keep_attention=(3, 7, 11)),
     "s = 4": Row(compression=4),
     "s = 18": Row(compression=18),
-    "s = 2, 8 channels share": Row(compression=2, propagation=replace(BASE, share=8)),
-    "values 3": Row(propagation=valued(3)),
-    "values 4": Row(propagation=valued(4)),
-    "values 6": Row(propagation=valued(6)),
-    "values 6, hybrid 3/12": Row(keep_attention=(3, 7, 11), propagation=valued(6)),
-    "values 12": Row(propagation=valued(12)),
-    "values 6 - forget gate": Row(propagation=replace(BASE, values=6, share=8)),
+    "s = 2, 8 channels share": Row(compression=2, propagation=replace(BASE, channels_per_group=8)),
+    "values 3": Row(propagation=value_config(3)),
+    "values 4": Row(propagation=value_config(4)),
+    "values 6": Row(propagation=value_config(6)),
+    "values 6, hybrid 3/12": Row(keep_attention=(3, 7, 11), propagation=value_config(6)),
+    "values 12": Row(propagation=value_config(12)),
+    "values 6 - forget gate": Row(propagation=replace(BASE, value_expansion=6, channels_per_group=8)),
     "- stage 1": Row(stage1=False),
     "- PP": Row(loss=LossConfig(alpha=0)),
     "- stage 1 - PP": Row(stage1=False, loss=LossConfig(alpha=0)),
@@ -301,11 +301,11 @@ def run_row(row: Row, teacher: Encoder, data: StudyData, config: QualityConfig, 
     )
     after: dict[str, float] = {}
     if row.stage1:
-        last = distil(teacher, student, data.train, settings)[0].steps[-1]
+        last = distill(teacher, student, data.train, settings)[0].steps[-1]
         after["stage 1 error"] = statistics.mean(value for key, value in last.items() if key.startswith("block"))
         after["cosine after stage 1"] = cosine(features(student, data.test), features(teacher, data.test))
     settings = replace(settings, stage1=replace(stages[0], steps=0), stage2=stages[1])
-    curve = distil(teacher, student, data.train, settings)[0].curve("total")
+    curve = distill(teacher, student, data.train, settings)[0].curve("total")
     if config.compile:
         torch._dynamo.reset()  # it keeps only a few graphs, and every row brings some
     return {

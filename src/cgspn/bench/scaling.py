@@ -20,10 +20,10 @@ import torch
 
 from ..data import Batch
 from ..distill import ComputeConfig, LossConfig, OptimConfig, World, gather_objects
-from ..distill.feeds import share_of
+from ..distill.batches import share_of
+from ..distill.block_parallel import PlacedSublayerTask
 from ..distill.flops import forward_flops
 from ..distill.parallel import barrier
-from ..distill.placed import PlacedSublayerTask
 from ..distill.stages import prepared
 from ..distill.tasks import DistillTask, SublayerTask
 from ..distill.trainer import rows_of, train

@@ -210,7 +210,7 @@ def run(out: Path, *, commit: str = "", say: Callable[[str], None] = print) -> N
     """
     if not torch.cuda.is_available():
         raise RuntimeError("cgspn bench operator --variants needs a CUDA GPU, and PyTorch sees none")
-    reason = scan.why_not(torch.zeros(1, 1, 1, 1, device="cuda"))
+    reason = scan.unsupported_reason(torch.zeros(1, 1, 1, 1, device="cuda"))
     if reason is not None:
         raise RuntimeError(f"the CUDA backend cannot run here: {reason}")
     device = torch.cuda.current_device()

@@ -33,7 +33,7 @@ class Convert:
 
     Examples:
         cgspn convert embedded runs/student --compression 3
-        cgspn convert embedded runs/closer --compression 3 --values 6
+        cgspn convert embedded runs/closer --compression 3 --value-expansion 6
         cgspn convert ViT-SO400M-14-SigLIP2-378/open_clip_model.safetensors runs/hybrid --keep-attention 3
         cgspn convert vit_small_dinov2.safetensors runs/last --keep-layers 10 11 --heads 6
     """
@@ -45,7 +45,7 @@ class Convert:
     """Folder for the student. Of an image-text model, the text tower is copied along."""
     compression: float = 18
     """s: the scan runs on floor(C / s) channels."""
-    values: float | None = None
+    value_expansion: float | None = None
     """Channels that carry values beside the latent, in units of it, dealt out to the directions; 6 brings students
     closer to their teachers at more time for a sub-layer."""
     keep_attention: int = 0
@@ -74,7 +74,9 @@ class Convert:
         teacher = load(self.teacher, heads=self.heads)
         encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
         torch.manual_seed(self.seed)
-        config = student_config(encoder.config, compression=self.compression, values=self.values, keep_attention=keep)
+        config = student_config(
+            encoder.config, compression=self.compression, value_expansion=self.value_expansion, keep_attention=keep
+        )
         student, origin = student_of(encoder, config, share=True)
         table = parameter_table(encoder, student, origin.inherited)
         if isinstance(teacher, DualEncoder):
@@ -88,7 +90,7 @@ class Convert:
             "teacher": to_dict(encoder.config),
             "student": config.name,
             "compression": self.compression,
-            "values": self.values,
+            "value_expansion": self.value_expansion,
             "latent channels": config.propagation.latent_width(config.width),
             "attention layers": layers,
             "seed": self.seed,

@@ -20,7 +20,7 @@ from .. import __version__
 from ..console import console, progress_watcher, writable_folder
 from ..data import LoaderConfig, Skipped, load_embedded, open_samples
 from ..data.source import EMBEDDED
-from ..distill import DistillConfig, ImageSetFeed, SampleFeed, World, distil, gather_objects, join_world
+from ..distill import DistillConfig, ImageSetFeed, SampleFeed, World, distill, gather_objects, join_world
 from ..distill.events import EventWatch, require_tensorboard
 from ..distill.parallel import barrier
 from ..distill.presets import PRESETS
@@ -82,7 +82,7 @@ class Distill:
     """Print the settings and stop."""
 
     def run(self) -> None:
-        """Raises ValueError, OSError, or what `distil` raises."""
+        """Raises ValueError, OSError, or what `distill` raises."""
         student_from = str(self.student) if self.student else None
         settings: dict[str, Any] = {"teacher": self.teacher, "student": student_from, "data": self.data}
         settings["config"], settings["loader"] = asdict(self.config), asdict(self.loader)
@@ -115,7 +115,7 @@ class Distill:
             torch.manual_seed(self.config.stage1.seed)
             student = self.start(encoder).to(world.device)
             with shown(world, out / EVENTS if self.tensorboard else None) as watcher:
-                histories = distil(teacher, student, feed, self.config, watcher, folder=out, world=world)
+                histories = distill(teacher, student, feed, self.config, watcher, folder=out, world=world)
             skipped, problems = Skipped(), Skipped()
             if isinstance(feed, SampleFeed):
                 problems = feed.source.problems
@@ -163,7 +163,7 @@ class Distill:
             teacher,
             compression=config.compression,
             keep_attention=config.keep_attention,
-            values=config.values,
+            value_expansion=config.value_expansion,
         )
 
 

@@ -7,7 +7,7 @@ from .image_set import ImageSet
 from .loader import Batch, ImageSource, Transform, batch_indices, batches, one_pass
 from .samples import Sample, SampleFolder, SampleSource, open_folder
 from .shards import ShardSet, open_shards
-from .skipped import Skipped, Tally
+from .skipped import SkipCounter, Skipped
 from .source import load_images, open_samples
 from .transforms import EvalTransform, TrainTransform, center_crop, normalize, random_resized_crop, resize, to_float
 from .workers import BatchPlan, LoaderConfig, WorkerError, read_rows
@@ -24,8 +24,8 @@ __all__ = [
     "SampleFolder",
     "SampleSource",
     "ShardSet",
+    "SkipCounter",
     "Skipped",
-    "Tally",
     "TrainTransform",
     "Transform",
     "WorkerError",

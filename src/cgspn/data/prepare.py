@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .decode import to_rgb
 from .shards import ShardSet
-from .skipped import Tally
+from .skipped import SkipCounter
 from .transforms import MEAN, STD
 
 THREADS = 4  # that decode ahead: Pillow lets go of the interpreter while it decodes and resizes
@@ -118,7 +118,7 @@ class Prepare:
 
 
 def read_each(
-    indices: Sequence[int], read: Callable[[int], T], name: Callable[[int], str], tally: Tally
+    indices: Sequence[int], read: Callable[[int], T], name: Callable[[int], str], tally: SkipCounter
 ) -> Iterator[tuple[int, T]]:
     """(index, read(index)) in order, read ahead by threads; what raises is left out and counted in `tally`.
 

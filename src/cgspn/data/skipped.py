@@ -36,7 +36,7 @@ class Skipped:
 
 
 @dataclass
-class Tally:
+class SkipCounter:
     """Counts what a run skips. An image that is met again in a later epoch counts once.
 
     Attributes:

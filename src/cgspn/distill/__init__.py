@@ -1,11 +1,11 @@
 """Training: taps, adapters, losses, tasks, the loop, and the recipe made of them."""
 
+from .batches import Feed, ImageSetFeed, SampleFeed, eval_transform, train_transform
 from .config import ComputeConfig, DistillConfig, HighResConfig, LossConfig, OptimConfig, PretrainConfig
-from .feeds import Feed, ImageSetFeed, SampleFeed, eval_transform, train_transform
 from .parallel import World, gather_objects, join_world
 from .parity import ParityError
 from .snapshots import SnapshotError
-from .stages import distil, pretrain
+from .stages import distill, pretrain
 from .taps import Taps, tapped_forward
 from .trainer import DivergedError, History
 
@@ -25,7 +25,7 @@ __all__ = [
     "SnapshotError",
     "Taps",
     "World",
-    "distil",
+    "distill",
     "eval_transform",
     "gather_objects",
     "join_world",

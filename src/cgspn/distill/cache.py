@@ -64,7 +64,7 @@ def pack(taps: Taps) -> list[Tensor]:
     """All of the taps, each feature once: what leaves a block is what enters the next, but for the last."""
     return [
         *taps.sublayers,
-        *(taps.entries + taps.blocks[-1:] if taps.entries else taps.blocks),
+        *(taps.block_inputs + taps.blocks[-1:] if taps.block_inputs else taps.blocks),
         taps.tokens,
         taps.pooled,
     ]
@@ -72,8 +72,10 @@ def pack(taps: Taps) -> list[Tensor]:
 
 def nothing_of(taps: Taps) -> Taps:
     """Taps of no image, of the same shapes, dtypes, device and grid."""
-    entries, sublayers, blocks = ([f[:0] for f in features] for features in (taps.entries, taps.sublayers, taps.blocks))
-    return Taps(entries, sublayers, blocks, taps.tokens[:0], taps.pooled[:0], taps.grid)
+    block_inputs, sublayers, blocks = (
+        [f[:0] for f in features] for features in (taps.block_inputs, taps.sublayers, taps.blocks)
+    )
+    return Taps(block_inputs, sublayers, blocks, taps.tokens[:0], taps.pooled[:0], taps.grid)
 
 
 def unpack(rows: list[Tensor], like: Taps) -> Taps:
@@ -81,9 +83,9 @@ def unpack(rows: list[Tensor], like: Taps) -> Taps:
     depth, device = len(like.blocks), like.tokens.device
     sublayers, stream = rows[:depth], [row.to(device, like.blocks[0].dtype) for row in rows[depth:-2]]
     return Taps(
-        entries=stream[:-1] if like.entries else [],
+        block_inputs=stream[:-1] if like.block_inputs else [],
         sublayers=[row.to(device, one.dtype) for row, one in zip(sublayers, like.sublayers)],
-        blocks=[entry[:, like.grid.prefix :] for entry in stream[1:-1]] + stream[-1:] if like.entries else stream,
+        blocks=[entry[:, like.grid.prefix :] for entry in stream[1:-1]] + stream[-1:] if like.block_inputs else stream,
         tokens=rows[-2].to(device, like.tokens.dtype),
         pooled=rows[-1].to(device, like.pooled.dtype),
         grid=like.grid,

@@ -169,21 +169,21 @@ class DistillConfig:
 
     Args:
         compression: s of the student's propagation; its latent has floor(C / s) channels.
-        values: channels that carry values beside the latent, in units of it (`layers.valued`): 6 brought students
-            closer to their teachers, at more time for a sub-layer (results/quality). None for the latent alone.
+        value_expansion: channels that carry values beside the latent, in units of it (`layers.value_config`): 6 brought
+            students closer to their teachers, at more time a sub-layer (results/quality). None for the latent alone.
         keep_attention: number of attention layers that stay, spread evenly.
         image_size: in pixels, of stages 1 and 2; None for the student's native size.
         stage1: sub-layers alone, each on the teacher's own features.
         stage2: the whole student, end to end.
         learn_positions: the first sub-layer of a student without positions also learns what the teacher's positions
-            add to its tokens (`taps.from_entry`).
+            add to its tokens (`taps.retarget_first_block`).
         loss: what stage 2 minimises, and the stages after it.
         highres: the curriculum after stage 2.
         compute: precision, compilation, processes.
     """
 
     compression: float = 18
-    values: float | None = None
+    value_expansion: float | None = None
     keep_attention: int = 0
     image_size: int | None = None
     stage1: OptimConfig = field(default_factory=lambda: OptimConfig(steps=60, learning_rate=3e-3))

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, logsigmoid
 
-from ..ops.backends import why_not
-from ..ops.transforms import transformed
+from ..ops.backends import unsupported_reason
+from ..ops.functorch import transformed
 
 CHANNELS_MOST = 2048  # of a row that the kernels keep on the chip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,7 +24,11 @@ def fused_loss(student: Tensor, teacher: Tensor, energy: Tensor | None, kl_weigh
         return None
     if student.shape != teacher.shape or student.ndim < 2 or not 0 < student.shape[-1] <= CHANNELS_MOST:
         return None
-    if {student.dtype, teacher.dtype} - set(DTYPES) or not len(student) or why_not("triton", student) is not None:
+    if (
+        {student.dtype, teacher.dtype} - set(DTYPES)
+        or not len(student)
+        or unsupported_reason("triton", student) is not None
+    ):
         return None
     from .losses_triton import fused_tap_loss
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .config import OptimConfig
 from .muon import BatchedMuon
-from .parallel import own_parts
+from .parallel import local_shards
 from .tasks import Task
 
 BETAS = (0.9, 0.98)
@@ -26,7 +26,7 @@ class ShardedAdamW(torch.optim.AdamW):
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
         complicated: bool = super()._init_group(group, *lists)  # type: ignore[misc, no-untyped-call]
         for tensors in lists:  # parameters, gradients, state
-            tensors[:] = own_parts(tensors)
+            tensors[:] = local_shards(tensors)
         return complicated
 
 

@@ -82,7 +82,7 @@ def barrier() -> None:
         dist.barrier()
 
 
-def over_ranks(values: Tensor, reduction: str = "mean") -> Tensor:
+def all_reduce(values: Tensor, reduction: str = "mean") -> Tensor:
     """The mean or sum of a tensor over all processes, without a gradient."""
     if world_size() == 1:
         return values
@@ -148,7 +148,7 @@ def shard_encoder(encoder: Encoder, blocks_per_unit: int = 1, reshard: bool = Tr
         unit[0].set_modules_to_forward_prefetch([following[0]])  # type: ignore[operator]
 
 
-def spread_task(task: nn.Module, *, sharded: bool, find_unused: bool) -> nn.Module:
+def wrap_distributed(task: nn.Module, *, sharded: bool, find_unused: bool) -> nn.Module:
     """What to call instead of the task so that gradients are means over all processes; the task itself if alone.
 
     Raises nothing. sharded: FSDP2, in place; its encoder comes first (`shard_encoder`). find_unused: some parameters
@@ -168,7 +168,7 @@ def spread_task(task: nn.Module, *, sharded: bool, find_unused: bool) -> nn.Modu
     return DistributedDataParallel(task, **options)
 
 
-def equalise(task: nn.Module) -> None:
+def broadcast_params(task: nn.Module) -> None:
     """Give every process the first one's parameters and buffers, as DDP does when it is made."""
     if world_size() > 1:
         for tensor in (*task.parameters(), *task.buffers()):
@@ -218,11 +218,11 @@ def sync_gradients(module: nn.Module, wanted: bool) -> None:
 
 
 @torch.no_grad()
-def own_parts(tensors: Iterable[Tensor]) -> list[Tensor]:
+def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
     """This process's parts of sharded tensors, in the same memory; others as they are. Without gradients."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor put together on every process; others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -18,7 +18,7 @@ EMBEDDED = DistillConfig(
 FEW = OptimConfig(batch_size=64, crop_scale=(0.08, 1.0), mixup=1.0, cutmix=0.5, embedding_rate=0)
 VIT_S14_STUDY = DistillConfig(
     compression=6,
-    values=6,
+    value_expansion=6,
     image_size=224,
     stage1=replace(FEW, steps=800, optimizer="muon", learning_rate=1e-2),
     # stage 2 begins with what stage 1 has learned: at 1e-3 the loss after blocks rose to four times its start, most of

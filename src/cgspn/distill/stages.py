@@ -17,12 +17,12 @@ from ..models.config import TextConfig
 from ..models.dual import DualEncoder, build_dual
 from ..models.encoder import Encoder
 from ..models.registry import model_config
+from .batches import Feed, ImageSetFeed
+from .block_parallel import PlacedSublayerTask
 from .cache import TeacherCache
 from .config import ComputeConfig, DistillConfig, LossConfig, OptimConfig, PretrainConfig
-from .feeds import Feed, ImageSetFeed
-from .parallel import World, barrier, shard_encoder, whole
+from .parallel import World, barrier, full_tensor, shard_encoder
 from .parity import check_parity
-from .placed import PlacedSublayerTask
 from .snapshots import Snapshots
 from .tasks import ContrastiveTask, DistillTask, SublayerTask, Task
 from .trainer import History, Watch, train
@@ -63,7 +63,7 @@ def pretrain(
     return model.eval(), train(task, stream, config.optim, title, watch)
 
 
-def distil(
+def distill(
     teacher: DualEncoder | Encoder,
     student: Encoder,
     images: ImageSet | Feed,
@@ -154,7 +154,7 @@ def check_cacheable(stage: Stage) -> None:
 def attach(cache: TeacherCache, task: Task, stage: Stage) -> None:
     """Let a stage keep its teacher's features."""
     cache.belongs_to((getattr(task, "teacher", None), stage.size))
-    task.hold(cache=cache)
+    task.set_unregistered(cache=cache)
     task.capturable = False
 
 
@@ -249,13 +249,13 @@ def prepared(task: Task, teacher: Encoder, student: Encoder, compute: ComputeCon
         if not isinstance(task, DistillTask):
             block.sublayer = torch.compile(block.sublayer, dynamic=False)  # type: ignore[method-assign]
     if compute.compile and isinstance(task, DistillTask):
-        task.hold(tap=torch.compile(task.tap, dynamic=False))
+        task.set_unregistered(tap=torch.compile(task.tap, dynamic=False))
     if task.sharded:
         shard_encoder(working, compute.blocks_per_unit, compute.reshard_after_forward)
     try:
         yield
         if task.sharded:
-            student.load_state_dict({key: whole(value) for key, value in working.state_dict().items()})
+            student.load_state_dict({key: full_tensor(value) for key, value in working.state_dict().items()})
         if isinstance(task, PlacedSublayerTask):
             task.share()
     finally:

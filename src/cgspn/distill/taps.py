@@ -16,13 +16,13 @@ from ..models.encoder import Encoder
 class Taps(NamedTuple):
     """What one forward pass shows, grid tokens only, in the order of the blocks.
 
-    entries: tokens [B, N, C] entering each block, prefix tokens included.
+    block_inputs: tokens [B, N, C] entering each block, prefix tokens included.
     sublayers: PP, the branch of each mixing sub-layer before the residual, [B, h*w, C].
     blocks: PB, the output of each block, [B, h*w, C].
-    tokens: after the last norm, [B, h*w, C]. pooled: [B, C]. grid: the grid of the entries.
+    tokens: after the last norm, [B, h*w, C]. pooled: [B, C]. grid: the grid of the block_inputs.
     """
 
-    entries: list[Tensor]
+    block_inputs: list[Tensor]
     sublayers: list[Tensor]
     blocks: list[Tensor]
     tokens: Tensor
@@ -36,18 +36,18 @@ def tapped_forward(encoder: Encoder, images: Tensor) -> Taps:
     Raises ValueError for an image size that the patches do not tile. Source: "Key Designs" 3.
     """
     tokens, grid = encoder.embed(images)
-    entries, sublayers, blocks = [], [], []
+    block_inputs, sublayers, blocks = [], [], []
     for block in encoder.each_block():
-        entries.append(tokens)
+        block_inputs.append(tokens)
         tokens, branch = encoder.run_tapped(block, tokens, grid)
         sublayers.append(branch[:, grid.prefix :])
         blocks.append(tokens[:, grid.prefix :])
     tokens = encoder.norm(tokens)
     pooled = encoder.forward_head(tokens, pre_logits=True)
-    return Taps(entries, sublayers, blocks, tokens[:, grid.prefix :], pooled, grid)
+    return Taps(block_inputs, sublayers, blocks, tokens[:, grid.prefix :], pooled, grid)
 
 
-def from_entry(taps: Taps, entry: Tensor) -> Taps:
+def retarget_first_block(taps: Taps, entry: Tensor) -> Taps:
     """A teacher's taps as a student can reach them whose grid tokens enter the first block as `entry` [B, h*w, C].
 
     A student without positions starts elsewhere than its teacher, and what is missing would be missing in the stream
@@ -55,10 +55,10 @@ def from_entry(taps: Taps, entry: Tensor) -> Taps:
     student starts to where the teacher is after its own first sub-layer. The scan can find positions: it starts at
     the borders. Not in the source.
     """
-    gap = taps.entries[0][:, taps.grid.prefix :] - entry
-    prefix = taps.entries[0][:, : taps.grid.prefix]
+    gap = taps.block_inputs[0][:, taps.grid.prefix :] - entry
+    prefix = taps.block_inputs[0][:, : taps.grid.prefix]
     return taps._replace(
-        entries=[torch.cat([prefix, entry], 1), *taps.entries[1:]],
+        block_inputs=[torch.cat([prefix, entry], 1), *taps.block_inputs[1:]],
         sublayers=[taps.sublayers[0] + gap, *taps.sublayers[1:]],
     )
 
@@ -95,7 +95,7 @@ def observe(teacher: Encoder, images: Tensor, student: EncoderConfig, size: tupl
         return interpolate(grid.float(), (h, w), mode="bilinear").to(tokens.dtype).flatten(2).transpose(1, 2)
 
     return taps._replace(
-        entries=[],
+        block_inputs=[],
         sublayers=[up(t) for t in taps.sublayers],
         blocks=[up(t) for t in taps.blocks],
         tokens=up(taps.tokens),

@@ -19,8 +19,8 @@ from .cache import TeacherCache
 from .config import LossConfig
 from .flops import forward_flops, sublayer_flops, training_flops
 from .losses import clip_loss, relative_error, sigmoid_loss, tap_loss
-from .parallel import gather_rows, over_ranks
-from .taps import Taps, from_entry, observe, tapped_forward
+from .parallel import all_reduce, gather_rows
+from .taps import Taps, observe, retarget_first_block, tapped_forward
 
 Losses = dict[str, Tensor]
 Captions = Callable[[Batch], list[str]]
@@ -31,14 +31,14 @@ class Task(nn.Module):
 
     Attributes:
         reduction: how the losses of several processes become those of the run.
-        leaves_some: whether some of its parameters may get no gradient.
+        has_unused_params: whether some of its parameters may get no gradient.
         cache: keeps the teacher's features, if there is one.
         capturable: whether its losses need nothing from the host, so that a CUDA graph can hold them.
         sharded: whether its parameters are spread over the processes (FSDP2) instead of copied.
     """
 
     reduction: Literal["mean", "sum"] = "mean"
-    leaves_some: bool = False
+    has_unused_params: bool = False
     sharded: bool = False
     capturable: bool = False
     cache: TeacherCache | None = None
@@ -66,13 +66,13 @@ class Task(nn.Module):
         """The losses: what wrappers for several processes call."""
         return self.losses(batch)
 
-    def hold(self, **models: object) -> None:
+    def set_unregistered(self, **models: object) -> None:
         """Set attributes without registering them: what a task looks at, but neither trains nor saves."""
         for name, model in models.items():
             object.__setattr__(self, name, model)
 
 
-class Energies(nn.Module):
+class TargetScales(nn.Module):
     """Mean squares of the teacher's features, measured once on the first batch of a run, over all processes.
 
     Losses are divided by these and not by those of each batch, so that the loss of a batch is the mean of the losses
@@ -91,7 +91,7 @@ class Energies(nn.Module):
         values = self.get_buffer("values")
         if not self.known and not bool(values.any()):
             means = [torch.stack([f.float().square().mean() for f in features]) for features in parts]
-            values.copy_(over_ranks(torch.stack(means).mean(0)))
+            values.copy_(all_reduce(torch.stack(means).mean(0)))
         self.known = True
 
     def of(self, features: list[Tensor]) -> Tensor:
@@ -134,11 +134,11 @@ class SublayerTask(Task):
                 for name, value in block.mixer.state_dict().items()
             )
         ]
-        self.hold(teacher=teacher, student=student)
+        self.set_unregistered(teacher=teacher, student=student)
         self.capturable = True
         self.learn_positions = learn_positions and lacks_positions(student, teacher)
         self.parts = nn.ModuleDict({str(i): sublayer_parts(student.each_block()[i]) for i in self.learning})
-        self.energies = Energies(len(self.learning)).to(next(student.parameters()).device)
+        self.energies = TargetScales(len(self.learning)).to(next(student.parameters()).device)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Mixers are fresh; the norm and scale around them are inherited."""
@@ -159,23 +159,23 @@ class SublayerTask(Task):
     def observed(self, batch: Batch) -> Taps:
         """The teacher's taps, the first of them from where the student starts."""
         taps = self.seen(batch, partial(observe, self.teacher, batch.images, self.student.config))
-        return from_entry(taps, self.student.embed(batch.images)[0]) if self.learn_positions else taps
+        return retarget_first_block(taps, self.student.embed(batch.images)[0]) if self.learn_positions else taps
 
     def losses(self, batch: Batch) -> Losses:
         """The relative error of each sub-layer, "block i", and their sum."""
         taps = self.observed(batch)
         energies = self.energies.of([taps.sublayers[i] for i in self.learning])
         losses: Losses = {
-            f"block {i}": self.sublayer_error(i, taps.entries[i], taps.sublayers[i], taps, energy)
+            f"block {i}": self.sublayer_error(i, taps.block_inputs[i], taps.sublayers[i], taps, energy)
             for i, energy in zip(self.learning, energies, strict=True)
         }
         total = torch.stack(list(losses.values())).sum() if losses else taps.pooled.new_zeros(())
         return {"total": total, **losses}
 
-    def sublayer_error(self, i: int, entries: Tensor, wanted: Tensor, taps: Taps, energy: Tensor) -> Tensor:
-        """Block i on the teacher's entries [B, N, C], against the teacher's branch [B, h*w, C]."""
+    def sublayer_error(self, i: int, block_inputs: Tensor, wanted: Tensor, taps: Taps, energy: Tensor) -> Tensor:
+        """Block i on the teacher's block_inputs [B, N, C], against the teacher's branch [B, h*w, C]."""
         grid = taps.grid._replace(prefix=self.student.config.prefix)
-        branch = self.student.each_block()[i].sublayer(entries[:, taps.grid.prefix - grid.prefix :], grid)
+        branch = self.student.each_block()[i].sublayer(block_inputs[:, taps.grid.prefix - grid.prefix :], grid)
         return relative_error(branch[:, grid.prefix :], wanted, energy)
 
 
@@ -227,20 +227,20 @@ class DistillTask(Task):
         if config.contrastive and (dual is None or captions is None):
             raise ValueError("contrastive is on; expected a teacher with a text tower, and captions")
         self.config, self.captions, self.teacher_size = config, captions, teacher_size
-        self.hold(teacher=teacher, dual=dual)
+        self.set_unregistered(teacher=teacher, dual=dual)
         self.student = student
         self.compares = bool(config.alpha or config.beta or config.output)
         self.capturable = not config.contrastive
         self.learn_positions = learn_positions and lacks_positions(student, teacher)
-        self.leaves_some = not (config.output or config.contrastive)
+        self.has_unused_params = not (config.output or config.contrastive)
         self.inherited = inherited_names(student, teacher)
         device = next(student.parameters()).device
         depth, width = student.config.depth, student.config.width
         self.adapters = Adapters(
             depth, width, sublayers=config.adapters and bool(config.alpha), blocks=config.adapters and bool(config.beta)
         ).to(device)
-        self.energies = Energies(2 * depth + 1).to(device)
-        self.hold(tap=adapted_tap_loss)  # a compiled one may take its place
+        self.energies = TargetScales(2 * depth + 1).to(device)
+        self.set_unregistered(tap=adapted_tap_loss)  # a compiled one may take its place
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Adapters are fresh, and what stage 1 has changed counts as fresh too."""
@@ -271,7 +271,7 @@ class DistillTask(Task):
         """The teacher's taps, the first of them from where the student starts: `entry` [B, h*w, C]."""
         look = partial(observe, self.teacher, batch.images, self.student.config, self.teacher_size)
         taps = self.seen(batch, look)
-        return from_entry(taps, entry) if self.learn_positions else taps
+        return retarget_first_block(taps, entry) if self.learn_positions else taps
 
     def losses(self, batch: Batch) -> Losses:
         """Mean PP and PB losses over blocks, the pooled vector's, the contrastive one, and their weighted sum "total".
@@ -284,7 +284,7 @@ class DistillTask(Task):
         each: Losses = {}
         weights = {"PP": config.alpha, "PB": config.beta, "pooled": config.output, "contrastive": config.contrastive}
         if self.compares:
-            theirs = self.observed(batch, mine.entries[0])
+            theirs = self.observed(batch, mine.block_inputs[0])
             energies = self.energies.of([*theirs.sublayers, *theirs.blocks, theirs.pooled])
             at_sublayers, at_blocks, at_pooled = energies.split([len(mine.blocks), len(mine.blocks), 1])
             if config.alpha:

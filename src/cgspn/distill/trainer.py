@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from ..ops.checks import NonFiniteError
+from .backward_step import CapturedGradients, Gradients
 from .config import ComputeConfig, OptimConfig
 from .flops import peak_of
 from .garbage import Garbage
-from .gradients import CapturedGradients, Gradients
 from .optimizers import Optimizers, build_optimizer
-from .parallel import average_gradients, equalise, over_ranks, own_parts, spread_task, world_size
+from .parallel import all_reduce, average_gradients, broadcast_params, local_shards, world_size, wrap_distributed
 from .snapshots import Snapshots
 from .tasks import Task
 from .throughput import Throughput
@@ -98,9 +98,9 @@ def train(
     averaged = captured and not task.sharded and not own  # after the graph; others exchange within it
     module: nn.Module = task
     if averaged:
-        equalise(task)
+        broadcast_params(task)
     elif not own:
-        module = spread_task(task, sharded=task.sharded, find_unused=task.leaves_some)
+        module = wrap_distributed(task, sharded=task.sharded, find_unused=task.has_unused_params)
     optimizer = build_optimizer(task, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     average = [p.detach().clone() for p in parameters] if config.ema else []
@@ -137,7 +137,7 @@ def train(
                     keep(step)
                 raise DivergedError(f"{title}: {error}, at step {step}") from error
             norm = clip_gradients(parameters, task, config.clip)
-            shown = torch.cat([over_ranks(values, task.reduction), norm.reshape(1)])
+            shown = torch.cat([all_reduce(values, task.reduction), norm.reshape(1)])
             garbage.after_launch()
             *means, length = shown.tolist()  # one wait for the device a step
             record = dict(zip(gradients.names, means, strict=True))
@@ -147,7 +147,9 @@ def train(
                 raise DivergedError(f"{title}: {', '.join(bad) or 'the gradient'} is not finite at step {step}")
             optimizer.step()
             if average:
-                torch._foreach_lerp_(own_parts(average), [p.detach() for p in own_parts(parameters)], 1 - config.ema)
+                torch._foreach_lerp_(
+                    local_shards(average), [p.detach() for p in local_shards(parameters)], 1 - config.ema
+                )
             record = {"step": step, "lr": config.learning_rate * factor, "gradient": length, **record}
             history.steps.append(record if detailed(step, config.steps) else without_blocks(record))
             if watch is not None:
@@ -201,10 +203,10 @@ def clip_gradients(parameters: list[nn.Parameter], task: Task, most: float) -> T
 
     Returns the norm before, a scalar on the parameters' device.
     """
-    gradients = own_parts(p.grad for p in parameters if p.grad is not None)
+    gradients = local_shards(p.grad for p in parameters if p.grad is not None)
     norm = nn.utils.get_total_norm(gradients)
     if task.sharded or task.reduction == "sum":  # every process has gradients of its own
-        norm = over_ranks(norm.square(), "sum").sqrt()
+        norm = all_reduce(norm.square(), "sum").sqrt()
     torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1))
     return norm
 

@@ -11,7 +11,7 @@ from ..data.captions import class_captions
 from ..data.labelled import CaptionedPictures, LabelledPictures, labels_of
 from ..data.prepare import Picture, Prepare, open_picture, picture_name, read_each
 from ..data.segmentation_sets import IGNORE, SegmentationSet
-from ..data.skipped import Skipped, Tally
+from ..data.skipped import SkipCounter, Skipped
 from ..models.config import EncoderConfig
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
@@ -44,7 +44,7 @@ def embed_pictures(
     Raises ValueError if a larger share than `max_skipped` cannot be read.
     """
     prepare = prepare_for(model.image.config)
-    tally = Tally(name, len(pictures), max_skipped)
+    tally = SkipCounter(name, len(pictures), max_skipped)
     found = read_each(
         range(len(pictures)), lambda n: prepare(open_picture(pictures[n])), lambda n: picture_name(pictures[n]), tally
     )
@@ -136,7 +136,8 @@ def segmentation(
     check_size(encoder.config, size)
     classes = len(train.class_names)
     tallies = [
-        Tally(f"{part.name} ({what})", len(part), max_skipped) for what, part in (("train", train), ("test", test))
+        SkipCounter(f"{part.name} ({what})", len(part), max_skipped)
+        for what, part in (("train", train), ("test", test))
     ]
     read_train, read_test = (
         _reader(encoder, part, size, batch_size, tally, watch) for part, tally in zip((train, test), tallies)
@@ -174,7 +175,7 @@ def _reader(
     pictures: SegmentationSet,
     size: tuple[int, ...],
     batch_size: int,
-    tally: Tally,
+    tally: SkipCounter,
     watch: Watch | None,
 ) -> Reader:
     config, weight = encoder.config, encoder.patch_embed.projection.weight

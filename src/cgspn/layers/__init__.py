@@ -8,7 +8,7 @@ from .mixer import Grid, Mixer
 from .mlp import Activation, Mlp
 from .norm import LayerNorm, RMSNorm
 from .pooling import ClassTokenPool, MapPool, MeanPool, Pooling
-from .propagation import GSPN, GSPN_WALK, PropagationConfig, PropagationMixer, valued
+from .propagation import GSPN, GSPN_WALK, PropagationConfig, PropagationMixer, value_config
 from .resize import PositionResize
 
 __all__ = [
@@ -35,5 +35,5 @@ __all__ = [
     "PropagationMixer",
     "RMSNorm",
     "quantize_mlps",
-    "valued",
+    "value_config",
 ]

@@ -30,7 +30,7 @@ Products = Literal["library", "triton"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def why_not(device: torch.device) -> str | None:
+def unsupported_reason(device: torch.device) -> str | None:
     """Why products on `device` are computed in float32 from the rounded numbers; None if in 8 bits."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"{device.type!r} has no products of float8_e4m3fn in PyTorch that scale rows"
@@ -55,7 +55,7 @@ def activated(x: Tensor, act: Activation) -> Tensor:
 
 
 def _no_kernels(x: Tensor) -> str | None:
-    return why_not(x.device) or backends.why_not("triton", x.new_empty(0, dtype=torch.float32))
+    return unsupported_reason(x.device) or backends.unsupported_reason("triton", x.new_empty(0, dtype=torch.float32))
 
 
 @torch.library.custom_op("cgspn::fp8_rows", mutates_args=())
@@ -114,7 +114,7 @@ def fp8_linear(
     x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """x [M, K] times weight [N, K] transposed, both 8 bits with the scales of their rows [M, 1] and [N, 1]."""
-    if why_not(x.device) is not None:
+    if unsupported_reason(x.device) is not None:
         out = (x.float() @ weight.float().T) * scales * weight_scales.T
         return (out if bias is None else out + bias.float()).to(dtype)
     short = torch.bfloat16  # the one dtype that every version scales rows into
@@ -296,8 +296,8 @@ class Fp8Mlp(nn.Module):
 def quantize_mlps(model: Model, *, products: Products = "library") -> Model:
     """Put the MLP of every block of an encoder into 8 bits, in place; returns it. For inference, not to be saved.
 
-    Attention and C-GSPN blocks alike; the MLP of a MAP head, which sees one token, stays as it is. `why_not(device)`
-    says where nothing becomes faster.
+    Attention and C-GSPN blocks alike; the MLP of a MAP head, which sees one token, stays as it is.
+    `unsupported_reason(device)` says where nothing becomes faster.
 
     Args:
         model: an encoder, or anything that holds blocks.

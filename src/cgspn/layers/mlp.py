@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
 
 from ..ops.autocast import lowered
+from ..ops.functorch import transformed
 from ..ops.fused import rows as over_rows
-from ..ops.transforms import transformed
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 

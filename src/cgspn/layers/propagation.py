@@ -36,10 +36,11 @@ class PropagationConfig:
         merge: "sum" adds the directions before P_up (the source); "concat" gives P_up all of them.
         latent_norm: RMSNorm on the latent, before the parameters and the scan.
         merge_norm: RMSNorm on the merged scan; keeps features bounded however long the lines are.
-        values: channels that carry values beside the latent, in units of Cc, dealt out to the directions: each scans
-            its own, and the latent is left to make their parameters. None: all directions scan the latent (the source).
-        share: channels that have one set of parameters between them: 1 for a set each (the source).
-        keep: a forget gate: how much stays of the line before, for each position and set.
+        value_expansion: channels that carry values beside the latent, in units of Cc, dealt out to the directions: each
+            scans its own, and the latent is left to make their parameters. None: all directions scan the latent (the
+            source).
+        channels_per_group: channels that have one set of parameters between them: 1 for a set each (the source).
+        forget_gate: a forget gate: how much stays of the line before, for each position and set.
         local_kernel: size of a depthwise convolution on the latent, added to it; 0 for none.
         projections: GSPN's linear projections C -> C around everything.
         expansion: GSPN's channel expansion before propagation; 1 for none.
@@ -49,9 +50,9 @@ class PropagationConfig:
     compression: float | None = 18
     directions: tuple[str, ...] = DIRECTIONS
     merge: Literal["sum", "concat"] = "concat"
-    values: float | None = None
-    share: int = 1
-    keep: bool = False
+    value_expansion: float | None = None
+    channels_per_group: int = 1
+    forget_gate: bool = False
     latent_norm: bool = True
     merge_norm: bool = True
     local_kernel: int = 3
@@ -61,24 +62,30 @@ class PropagationConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that no width could have."""
-        if self.share < 1:
-            raise ValueError(f"share is {self.share}; accepted: 1 or more")
-        if self.values is not None and (self.compression is None or not self.values > 0):
-            raise ValueError(f"values is {self.values}; accepted: None, or with a compression more than 0")
+        if self.channels_per_group < 1:
+            raise ValueError(f"channels_per_group is {self.channels_per_group}; accepted: 1 or more")
+        if self.value_expansion is not None and (self.compression is None or not self.value_expansion > 0):
+            raise ValueError(
+                f"value_expansion is {self.value_expansion}; accepted: None, or with a compression more than 0"
+            )
 
     def latent_width(self, width: int) -> int:
-        """Cc for tokens of `width` channels. Raises ValueError if nothing is left, or `share` does not divide it."""
+        """Cc for tokens of `width` channels. Raises ValueError if nothing is left, or `channels_per_group` does not
+        divide it."""
         latent = self._latent_width(width)
-        if self.values is None and latent % self.share:
-            raise ValueError(f"share is {self.share}; a latent of {latent} channels accepts its divisors")
+        if self.value_expansion is None and latent % self.channels_per_group:
+            raise ValueError(
+                f"channels_per_group is {self.channels_per_group}; a latent of {latent} channels accepts its divisors"
+            )
         return latent
 
     def own_width(self, width: int) -> int:
         """Channels that a direction scans, for tokens of `width`: of values of its own, as many as whole sets need."""
         latent = self.latent_width(width)
-        if self.values is None:
+        if self.value_expansion is None:
             return latent
-        return math.ceil(self.values * latent / len(self.directions) / self.share) * self.share
+        group = self.channels_per_group
+        return math.ceil(self.value_expansion * latent / len(self.directions) / group) * group
 
     def _latent_width(self, width: int) -> int:
         expanded = int(width * self.expansion)
@@ -91,12 +98,14 @@ class PropagationConfig:
         return int(width / self.compression)
 
 
-def valued(values: float | None) -> PropagationConfig:
+def value_config(values: float | None) -> PropagationConfig:
     """C-GSPN with so many values for each channel of its latent, in sets of eight with a forget gate; None for none.
 
     What came closest to attention in results/quality: values want channels, parameters do not.
     """
-    return PropagationConfig() if values is None else PropagationConfig(values=values, share=8, keep=True)
+    if values is None:
+        return PropagationConfig()
+    return PropagationConfig(value_expansion=values, channels_per_group=8, forget_gate=True)
 
 
 # The published GSPN layer: raw space, the whole shell, directions summed. And the changes that lead from it to C-GSPN.
@@ -140,9 +149,9 @@ class PropagationMixer(Mixer):
         self.latent = latent
         self.project_in = nn.Linear(width, width) if config.projections else nn.Identity()
         self.expand = nn.Linear(width, expanded) if config.expansion != 1 else nn.Identity()
-        self.own = own = config.own_width(width)
+        self.value_width = own = config.own_width(width)
         count = len(config.directions)
-        narrow = latent if config.values is None else latent + count * own
+        narrow = latent if config.value_expansion is None else latent + count * own
         self.down = nn.Linear(expanded, narrow) if config.compression is not None else nn.Identity()
         self.local = (
             nn.Conv2d(narrow, narrow, config.local_kernel, padding=config.local_kernel // 2, groups=narrow)
@@ -151,8 +160,8 @@ class PropagationMixer(Mixer):
         )
         self.norm = RMSNorm(narrow, eps=EPS) if config.latent_norm else nn.Identity()
         # per position: [D, 5 or 6, own / share] = lam, u, the three logits and the forget gate of each direction
-        self.made = 5 + config.keep
-        self.parameters_of = nn.Linear(latent, count * self.made * (own // config.share))
+        self.params_per_direction = 5 + config.forget_gate
+        self.param_proj = nn.Linear(latent, count * self.params_per_direction * (own // config.channels_per_group))
         merged = own * (count if config.merge == "concat" else 1)
         self.merge_norm = RMSNorm(merged, eps=EPS) if config.merge_norm else nn.Identity()
         self.up = nn.Linear(merged, width)
@@ -175,12 +184,12 @@ class PropagationMixer(Mixer):
             nn.init.normal_(self.local.weight, std=0.02)
             if self.local.bias is not None:
                 nn.init.zeros_(self.local.bias)
-        nn.init.normal_(self.parameters_of.weight, std=0.1 * self.latent**-0.5)
+        nn.init.normal_(self.param_proj.weight, std=0.1 * self.latent**-0.5)
         with torch.no_grad():
-            bias = self.parameters_of.bias.view(len(self.config.directions), self.made, -1)
+            bias = self.param_proj.bias.view(len(self.config.directions), self.params_per_direction, -1)
             bias.zero_()
             bias[:, :2] = 0.5
-            if self.config.keep:  # sets that forget after a line beside sets that keep fifty
+            if self.config.forget_gate:  # sets that forget after a line beside sets that keep fifty
                 bias[:, 5] = torch.linspace(4, -1, bias.shape[-1])
         nn.init.normal_(self.up.weight, std=0.02 * self.up.in_features**-0.5)
         nn.init.zeros_(self.up.bias)
@@ -254,44 +263,44 @@ class PropagationMixer(Mixer):
         batch, count, channels = latent.shape
         x = latent.view(batch, grid.height, grid.width, channels)
         x = self.localise(x, grid.mask)
-        if self.config.values is None:
+        if self.config.value_expansion is None:
             values, y = x, self.scan_latent(x, grid.mask)
         else:
             maker, values = x.flatten(0, 2).split([self.latent, channels - self.latent], -1)
             if torch.compiler.is_exporting():  # which would ask of slices whether sizes are 1
                 maker, values = (t.clone(memory_format=torch.contiguous_format) for t in (maker, values))
-            own = values.unflatten(0, x.shape[:3]).unflatten(-1, (len(self.config.directions), self.own))
+            own = values.unflatten(0, x.shape[:3]).unflatten(-1, (len(self.config.directions), self.value_width))
             # a slice of a matrix is multiplied where it lies
-            made = self.parameters_of(maker).unflatten(0, x.shape[:3])
+            made = self.param_proj(maker).unflatten(0, x.shape[:3])
             y = self.propagate(own, *self.split(made), mask=grid.mask)
         return values.reshape(batch, count, -1), y.reshape(batch, count, -1)
 
     def scan_latent(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """All directions over x [B, H, W, Cc]: [B, H, W, D, Cc], or their sum [B, H, W, Cc]."""
         if self.shows_parameters(x):
-            return self.propagate(x, *self.split(self.parameters_of(x)), mask=mask)
-        return propagate_2d_projected(x, self.parameters_of.weight, self.parameters_of.bias, mask=mask, **self.scans())
+            return self.propagate(x, *self.split(self.param_proj(x)), mask=mask)
+        return propagate_2d_projected(x, self.param_proj.weight, self.param_proj.bias, mask=mask, **self.scans())
 
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Logits, lam, u and keep of what the projection makes: [B, H, W, D * made * own / share]."""
-        if not self.config.keep:
+        if not self.config.forget_gate:
             return *split_parameters(packed, len(self.config.directions)), None
-        each = packed.unflatten(-1, (len(self.config.directions), self.made, -1))
+        each = packed.unflatten(-1, (len(self.config.directions), self.params_per_direction, -1))
         lam, u, logits, keep = each.split([1, 1, 3, 1], -2)
         return logits, lam.squeeze(-2), u.squeeze(-2), keep.squeeze(-2)
 
     def as_merged(self, x: Tensor) -> Tensor:
         """What was scanned, [B, N, Cc or D * own], laid out as the merged directions."""
         count = len(self.config.directions)
-        if self.config.values is not None:
-            return x if self.config.merge == "concat" else x.unflatten(-1, (count, self.own)).sum(-2)
+        if self.config.value_expansion is not None:
+            return x if self.config.merge == "concat" else x.unflatten(-1, (count, self.value_width)).sum(-2)
         return torch.cat([x] * count, -1) if self.config.merge == "concat" else x
 
     def shows_parameters(self, x: Tensor) -> bool:
-        """Whether `parameters_of` has to be called: for a hook on it, a subclass with a `propagate` of its own, an
+        """Whether `param_proj` has to be called: for a hook on it, a subclass with a `propagate` of its own, an
         exported program, and where x is not on a GPU, which alone can keep them from memory."""
-        hooked = self.parameters_of._forward_pre_hooks or self.parameters_of._forward_hooks
-        plain = not x.is_cuda or self.scans_itself or self.config.share > 1 or self.config.keep
+        hooked = self.param_proj._forward_pre_hooks or self.param_proj._forward_hooks
+        plain = not x.is_cuda or self.scans_itself or self.config.channels_per_group > 1 or self.config.forget_gate
         return plain or bool(hooked) or torch.compiler.is_exporting()
 
     def localise(self, x: Tensor, mask: Tensor | None) -> Tensor:

@@ -1,14 +1,14 @@
 """Encoders, text tower, the two side by side, and models by name."""
 
-from .captured import CapturedEncoder
 from .checkpoint import CheckpointError
 from .config import EncoderConfig, TextConfig
+from .cuda_graphs import CapturedEncoder
 from .dual import DualEncoder, build_dual, load_dual
 from .encoder import Encoder, EncoderOutput
-from .mixed import Packing, choose_shapes, encode_mixed, pack
 from .pyramid import FeaturePyramid
 from .registry import create_model, list_models, model_config
 from .text import TextTower, tokenize
+from .variable_size import Packing, choose_shapes, encode_variable_size, pack
 
 __all__ = [
     "CapturedEncoder",
@@ -24,7 +24,7 @@ __all__ = [
     "build_dual",
     "choose_shapes",
     "create_model",
-    "encode_mixed",
+    "encode_variable_size",
     "list_models",
     "load_dual",
     "model_config",

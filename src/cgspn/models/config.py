@@ -149,22 +149,15 @@ def encoder_config_from_dict(values: Mapping[str, Any]) -> EncoderConfig:
     Raises ValueError naming keys that this version does not know.
     """
     return _build(
-        EncoderConfig, values, {"attention": lambda v: _build(AttentionConfig, v), "propagation": _propagation}
+        EncoderConfig,
+        values,
+        {"attention": lambda v: _build(AttentionConfig, v), "propagation": lambda v: _build(PropagationConfig, v)},
     )
 
 
 def text_config_from_dict(values: Mapping[str, Any]) -> TextConfig:
     """The inverse of `to_dict` for a TextConfig. Raises ValueError naming unknown keys."""
     return _build(TextConfig, values)
-
-
-def _propagation(values: Mapping[str, Any]) -> PropagationConfig:
-    if "latents" in values:  # a name of before directions could have values of their own
-        kept = {key: value for key, value in values.items() if key != "latents"}
-        if values["latents"] != 1:
-            raise ValueError(f"PropagationConfig has no latents any more; accepted: 1, not {values['latents']}")
-        values = {"values": None, "keep": False, **kept}
-    return _build(PropagationConfig, values)
 
 
 def _build(cls: type, values: Mapping[str, Any], nested: Mapping[str, Any] | None = None) -> Any:

@@ -26,8 +26,8 @@ from ..layers import (
 )
 from .checkpoint import PREPROCESSING, save_model, write_atomically
 from .config import MODEL_TYPE, EncoderConfig, preprocessing, to_dict
-from .contract import TimmContract, build_head
-from .mixed import encode_mixed
+from .timm_api import TimmContract, build_head
+from .variable_size import encode_variable_size
 
 
 class EncoderOutput(NamedTuple):
@@ -166,12 +166,12 @@ class Encoder(TimmContract):
         tokens, grid = self._features(images, mask)
         return EncoderOutput(to_map(tokens, grid), self.forward_head(tokens, pre_logits=True, mask=mask))
 
-    def forward_mixed(self, images: Sequence[Tensor], **options: Any) -> list[EncoderOutput]:
+    def forward_variable_size(self, images: Sequence[Tensor], **options: Any) -> list[EncoderOutput]:
         """Images [channels, H, W] of different sizes -> what each gives alone: tokens [h, w, C] and pooled, in order.
 
-        options: `method`, `max_tokens`, `max_shapes`, `shapes` of `cgspn.models.encode_mixed`; errors as there.
+        options: `method`, `max_tokens`, `max_shapes`, `shapes` of `cgspn.models.encode_variable_size`; errors as there.
         """
-        return encode_mixed(self, images, **options)
+        return encode_variable_size(self, images, **options)
 
     def forward_intermediates(
         self,

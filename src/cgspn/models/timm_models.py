@@ -28,9 +28,9 @@ except ImportError as error:
     raise ImportError(f"cgspn.models.timm_models needs timm; run: pip install 'cgspn[timm]' ({error})") from error
 
 from .config import EncoderConfig
-from .contract import data_config
 from .encoder import Encoder
 from .registry import list_models, model_config
+from .timm_api import data_config
 
 __all__ = ["TimmEncoder", "default_cfgs", "from_encoder"]
 POOLINGS = {"map": "map", "avg": "mean", "token": "cls"}

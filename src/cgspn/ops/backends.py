@@ -1,8 +1,9 @@
 """Which implementation runs, and why.
 
 A backend is a module with the functions `forward`, `backward`, `line_scan_forward`, `line_scan_backward` (signatures
-of torch_scan.py) and, unless it runs everywhere, `why_not(x) -> str | None`: the reason it cannot run on these
-inputs. A backend whose backward wants more than the inputs also has `forward_saving` (returns the output and a state
+of torch_scan.py) and, unless it runs everywhere, `unsupported_reason(x) -> str | None`: the reason it cannot run on
+these inputs. A backend whose backward wants more than the inputs also has `forward_saving` (returns the output and a
+state
 of the shape of lam), `backward_saved` (takes that state last) and `line_scan_backward_saved` (takes the output last).
 Adding one = a module here and a line in PREFERENCE; the tests pick it up from there.
 """
@@ -33,13 +34,13 @@ def backend_module(name: str) -> ModuleType:
     return importlib.import_module(f".{PREFERENCE[name]}", __package__)
 
 
-def why_not(name: str, x: Tensor) -> str | None:
+def unsupported_reason(name: str, x: Tensor) -> str | None:
     """The reason why backend `name` cannot run on `x` ([B, H, W, C]), or None if it can."""
     try:
         module = backend_module(name)
     except ImportError as error:
         return f"not importable here: {error}"
-    reason: str | None = getattr(module, "why_not", lambda _: None)(x)
+    reason: str | None = getattr(module, "unsupported_reason", lambda _: None)(x)
     return reason
 
 
@@ -52,7 +53,7 @@ def explain_backend(x: Tensor) -> Choice:
     check_tensor(x)
     passed_over: dict[str, str] = {}
     for name in PREFERENCE:
-        reason = why_not(name, x)
+        reason = unsupported_reason(name, x)
         if reason is None:
             return Choice(name, passed_over)
         passed_over[name] = reason
@@ -72,7 +73,7 @@ def backend_for(backend: str, x: Tensor) -> ModuleType:
     """
     if backend == "auto":
         return backend_module(explain_backend(x).backend)
-    reason = why_not(backend, x)
+    reason = unsupported_reason(backend, x)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")
     return backend_module(backend)

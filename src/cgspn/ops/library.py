@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from .backends import backend_for
+from .functorch import check_reverse
 from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
-from .transforms import check_reverse
 
 Gradients = tuple[Tensor | None, ...]
 

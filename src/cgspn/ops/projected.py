@@ -12,10 +12,10 @@ from torch.nn.functional import linear
 from . import checks
 from .autocast import lowered
 from .backends import check_backend
+from .functorch import check_plain, transformed
 from .projected_library import check_chip, projected_op, split_parameters
 from .propagate import _look_at_values, propagate_2d
 from .reference import DIRECTIONS
-from .transforms import check_plain, transformed
 
 PARAMETERS = ("auto", "memory", "chip")
 

@@ -14,9 +14,9 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
 from .backends import backend_for
+from .functorch import check_reverse
 from .library import FLOPS_BACKWARD, FLOPS_FORWARD, leaf_of
 from .reference import DIRECTIONS, propagate_2d_reference
-from .transforms import check_reverse
 
 PARAMETERS = 5  # maps a direction: lam, u, three logits
 
@@ -32,7 +32,7 @@ def check_chip(x: Tensor, *, backward: bool) -> None:
     """Raise RuntimeError, with the reason, where the kernels of a pass cannot run on `x`."""
     from .cuda import projected
 
-    reason = projected.why_not(x, backward)
+    reason = projected.unsupported_reason(x, backward)
     if reason is not None:
         raise RuntimeError(f"parameters='chip' cannot run here: {reason}")
 
@@ -100,7 +100,7 @@ def projected_backward_op(
 
         if parameters == "chip":
             check_chip(x, backward=True)
-        if parameters == "chip" or projected.why_not(x, backward=True) is None:
+        if parameters == "chip" or projected.unsupported_reason(x, backward=True) is None:
             grads: tuple[Tensor, Tensor, Tensor] = projected.backward(dy, x, weight, bias, mask, directions, merge_sum)
             return grads
     return _backward_in_memory(dy, x, weight, bias, mask, directions, merge_sum, backend, chip)

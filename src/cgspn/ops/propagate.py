@@ -9,9 +9,9 @@ from torch import Tensor
 
 from . import checks
 from .backends import check_backend
+from .functorch import check_plain, transformed
 from .library import line_scan_op, propagate_2d_op, propagate_2d_saving_op
 from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
-from .transforms import check_plain, transformed
 
 
 def _look_at_values(x: Tensor) -> bool:

@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .param_groups import per_channel, per_set
 from .reference import DIRECTIONS, EPSILON
-from .sets import per_channel, per_set
 
 
 def _state_dtype(t: Tensor) -> torch.dtype:

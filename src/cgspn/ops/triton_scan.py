@@ -16,7 +16,7 @@ import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
 from torch import Tensor
 
 from . import torch_scan
-from .sets import features, per_channel, per_set
+from .param_groups import features, per_channel, per_set
 from .triton_kernels import scan_backward, scan_forward
 
 LONGEST = 2048  # positions of a line: beyond that a tile no longer fits in the registers of a program
@@ -29,7 +29,7 @@ STATES = {
 }
 
 
-def why_not(x: Tensor) -> str | None:
+def unsupported_reason(x: Tensor) -> str | None:
     """The reason this backend cannot run on `x`, or None."""
     if x.device.type not in ("cuda", "xpu") and not (INTERPRETED and x.device.type == "cpu"):
         return f"x is on {x.device.type!r}, which Triton does not serve"

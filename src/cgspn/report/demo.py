@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data import ImageSet, one_pass
-from ..distill.feeds import eval_transform
+from ..distill.batches import eval_transform
 from ..distill.taps import tapped_forward
 from ..distill.trainer import History
 from ..evaluate import BlockAlignment, SummaryTable, align

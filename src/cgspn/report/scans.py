@@ -24,28 +24,28 @@ class Look(NamedTuple):
     """What one pass of an image leaves to be shown.
 
     tokens: after the last norm, float32 [h, w, C], on the CPU.
-    entries: by index of the block, the normalised tokens [1, N, C] that enter its mixer.
+    block_inputs: by index of the block, the normalised tokens [1, N, C] that enter its mixer.
     grid: of the tokens.
     """
 
     tokens: Tensor
-    entries: dict[int, Tensor]
+    block_inputs: dict[int, Tensor]
     grid: Grid
 
 
 @torch.no_grad()
 def look(encoder: Encoder, image: Tensor, layers: Collection[int]) -> Look:
-    """One pass over one normalised image [1, channels, H, W], keeping no more than the entries of `layers`.
+    """One pass over one normalised image [1, channels, H, W], keeping no more than the block_inputs of `layers`.
 
     Raises ValueError for a size that the patches do not tile.
     """
     tokens, grid = encoder.embed(image)
-    entries = {}
+    block_inputs = {}
     for index, block in enumerate(encoder.each_block()):
         if index in layers:
-            entries[index] = block.norm1(tokens)
+            block_inputs[index] = block.norm1(tokens)
         tokens = encoder.run_block(block, tokens, grid)
-    return Look(to_map(encoder.norm(tokens), grid)[0].float().cpu(), entries, grid)
+    return Look(to_map(encoder.norm(tokens), grid)[0].float().cpu(), block_inputs, grid)
 
 
 def layer_maps(encoder: Encoder, seen: Look, layer: int, positions: Positions) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ def layer_maps(encoder: Encoder, seen: Look, layer: int, positions: Positions) -
         Maps [P, h, w] on the CPU, not negative: of an attention layer "attention", of a propagation layer one for
         each of its directions and "together".
     """
-    mixer, entry = encoder.each_block()[layer].mixer, seen.entries[layer]
+    mixer, entry = encoder.each_block()[layer].mixer, seen.block_inputs[layer]
     if isinstance(mixer, AttentionMixer):
         return {ATTENTION: attention_rows(mixer, entry, seen.grid, positions)}
     if isinstance(mixer, PropagationMixer):
@@ -93,13 +93,13 @@ def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Pos
     Returns:
         By direction, and "together": [P, h, w] on the CPU, exactly 0 where a scan cannot have come from.
     """
-    config, width, made = mixer.config, mixer.own, mixer.made
+    config, width, made = mixer.config, mixer.value_width, mixer.params_per_direction
     directions, latent, values = config.directions, *scanned(mixer, entry, grid)
-    apart = config.values is not None
+    apart = config.value_expansion is not None
     # channels that share parameters each have them
     weight, bias = (
-        t.detach().unflatten(0, (len(directions), made, -1)).repeat_interleave(config.share, 2)
-        for t in (mixer.parameters_of.weight, mixer.parameters_of.bias)
+        t.detach().unflatten(0, (len(directions), made, -1)).repeat_interleave(config.channels_per_group, 2)
+        for t in (mixer.param_proj.weight, mixer.param_proj.bias)
     )
     count = range(len(positions))
     rows, columns = [list(index) for index in zip(*positions)]
@@ -107,12 +107,12 @@ def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Pos
     for d, (name, direction_weight, direction_bias) in enumerate(zip(directions, weight, bias)):
         x = values[..., d * width : (d + 1) * width] if apart else values
         packed = linear(latent, direction_weight.flatten(0, 1), direction_bias.flatten())
-        lam, u, logits, *keep = packed.unflatten(-1, (1, made, width)).split([1, 1, 3, 1][: 3 + config.keep], -2)
+        lam, u, logits, *keep = packed.unflatten(-1, (1, made, width)).split([1, 1, 3, 1][: 3 + config.forget_gate], -2)
         # the positions are a batch of equal images, each asked about one of them
         maps_in = (x, lam.squeeze(-2), u.squeeze(-2), logits, *(t.squeeze(-2) for t in keep))
         inputs = [t.expand(len(positions), *t.shape[1:]).contiguous().requires_grad_() for t in maps_in]
         with torch.enable_grad():
-            gate = inputs[4] if config.keep else None
+            gate = inputs[4] if config.forget_gate else None
             y = propagate_2d(inputs[0], inputs[3], inputs[1], inputs[2], keep=gate, directions=(name,))
             asked = y[list(count), rows, columns].sum()
         in_x, in_lam, in_u, in_logits, *in_keep = torch.autograd.grad(asked, inputs)
@@ -137,4 +137,4 @@ def scanned(mixer: PropagationMixer, entry: Tensor, grid: Grid) -> tuple[Tensor,
     values [1, h, w, D * own]."""
     narrow = mixer.down(mixer.expand(mixer.project_in(entry))).unflatten(1, (grid.height, grid.width))
     x = mixer.localise(narrow, grid.mask)
-    return x[..., : mixer.latent], x if mixer.config.values is None else x[..., mixer.latent :]
+    return x[..., : mixer.latent], x if mixer.config.value_expansion is None else x[..., mixer.latent :]

@@ -67,7 +67,7 @@ def sublayer_view(
     """
     block, grid = encoder.each_block()[layer], taps.grid
     with torch.no_grad():
-        entry = block.norm1(taps.entries[layer])
+        entry = block.norm1(taps.block_inputs[layer])
     mixer = block.mixer
     if isinstance(mixer, AttentionMixer):
         row = mixer.weights(entry, grid).mean(1)[0, grid.prefix + position[0] * grid.width + position[1]]
@@ -93,16 +93,16 @@ def encoder_view(encoder: Encoder, taps: Taps, position: tuple[int, int], *, pro
         [h, w], not negative.
     """
     grid: Grid = taps.grid
-    prefix, entry = taps.entries[0][:, : grid.prefix], taps.entries[0][:, grid.prefix :]
+    prefix, entry = taps.block_inputs[0][:, : grid.prefix], taps.block_inputs[0][:, grid.prefix :]
 
-    def whole(x: Tensor) -> Tensor:
+    def run_blocks(x: Tensor) -> Tensor:
         tokens = torch.cat([prefix, x.flatten(1, 2)], 1)
         for block in encoder.each_block():
             tokens = block(tokens, grid)
         out: Tensor = encoder.norm(tokens)
         return out[:, grid.prefix :].unflatten(1, (grid.height, grid.width))
 
-    return influence_map(whole, entry.unflatten(1, (grid.height, grid.width)), position, probes=probes)
+    return influence_map(run_blocks, entry.unflatten(1, (grid.height, grid.width)), position, probes=probes)
 
 
 def reach(values: Tensor, position: tuple[int, int], share: float = 0.5) -> float:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..layers import PropagationConfig, valued
+from ..layers import PropagationConfig, value_config
 from ..models.config import EncoderConfig
 from ..models.encoder import Encoder, build_mixer
 from ..models.registry import spread
@@ -27,7 +27,7 @@ def student_config(
     teacher: EncoderConfig,
     *,
     compression: float = 18,
-    values: float | None = None,
+    value_expansion: float | None = None,
     keep_attention: int | Sequence[int] = 0,
     propagation: PropagationConfig | None = None,
 ) -> EncoderConfig:
@@ -37,11 +37,15 @@ def student_config(
     wrong = [i for i in kept if not 0 <= i < depth]
     if wrong:
         raise ValueError(f"keep_attention holds {wrong}; accepted: layer indices 0 to {depth - 1}")
-    if values is not None and propagation is not None:
-        raise ValueError(f"values is {values} beside propagation; accepted: one of them, as propagation has values too")
-    if values is not None and not 0 < values < math.inf:
-        raise ValueError(f"values is {values:g}; accepted: a number above 0, or None for none beside the latent")
-    propagation = replace(propagation or valued(values), compression=compression)
+    if value_expansion is not None and propagation is not None:
+        raise ValueError(
+            f"value_expansion is {value_expansion} beside propagation; accepted: one of them, as propagation has one"
+        )
+    if value_expansion is not None and not 0 < value_expansion < math.inf:
+        raise ValueError(
+            f"value_expansion is {value_expansion:g}; accepted: a number above 0, or None for none beside the latent"
+        )
+    propagation = replace(propagation or value_config(value_expansion), compression=compression)
     propagation.latent_width(teacher.width)
     return replace(
         teacher,
@@ -59,7 +63,7 @@ def convert(
     encoder: Encoder,
     *,
     compression: float = 18,
-    values: float | None = None,
+    value_expansion: float | None = None,
     keep_attention: int | Sequence[int] = 0,
     propagation: PropagationConfig | None = None,
 ) -> Encoder:
@@ -74,7 +78,8 @@ def convert(
     Args:
         encoder: the attention teacher; it is not changed.
         compression: s; the scan runs on floor(C / s) channels.
-        values: channels that carry values beside that latent, in units of it, as in `layers.valued`; None for none.
+        value_expansion: channels that carry values beside that latent, in units of it, as in `layers.value_config`;
+            None for none.
         keep_attention: how many attention layers stay, spread evenly (the last of each equal stretch: of 27 layers,
             3 are 8, 17 and 26; the source says how many, not which), or their indices from 0.
         propagation: other settings of the propagation sub-layer; its `compression` is overridden.
@@ -86,7 +91,7 @@ def convert(
     config = student_config(
         encoder.config,
         compression=compression,
-        values=values,
+        value_expansion=value_expansion,
         keep_attention=keep_attention,
         propagation=propagation,
     )

@@ -92,8 +92,8 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, "current_stream", no_stream)
         monkeypatch.setattr(module, "machine", lambda device: SMALL_HOPPER)
         monkeypatch.setattr(module, "architecture", lambda device: "host")
-    monkeypatch.setattr(scan, "why_not", lambda x: None)
-    monkeypatch.setattr("cgspn.ops.cuda.why_not", lambda x: None)
+    monkeypatch.setattr(scan, "unsupported_reason", lambda x: None)
+    monkeypatch.setattr("cgspn.ops.cuda.unsupported_reason", lambda x: None)
     monkeypatch.setattr(scan, "empty", lambda shape, like: torch.full(tuple(shape), float("nan"), dtype=like.dtype))
     launch.prepare.cache_clear()
     yield

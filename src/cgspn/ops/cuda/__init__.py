@@ -8,7 +8,7 @@ from .scan import (
     line_scan_backward,
     line_scan_backward_saved,
     line_scan_forward,
-    why_not,
+    unsupported_reason,
 )
 
 __all__ = [
@@ -19,5 +19,5 @@ __all__ = [
     "line_scan_backward",
     "line_scan_backward_saved",
     "line_scan_forward",
-    "why_not",
+    "unsupported_reason",
 ]

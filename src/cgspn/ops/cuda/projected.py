@@ -37,9 +37,9 @@ MOST_CHANNELS = 256
 Directions = Sequence[int]
 
 
-def why_not(x: Tensor, backward: bool = False) -> str | None:
+def unsupported_reason(x: Tensor, backward: bool = False) -> str | None:
     """The reason the projected forward, or the backward, cannot run on features `x` [B, H, W, C], or None."""
-    reason = scan.why_not(x)
+    reason = scan.unsupported_reason(x)
     if reason is not None:
         return reason
     if x.dtype == torch.float32:
@@ -57,7 +57,7 @@ def why_not(x: Tensor, backward: bool = False) -> str | None:
 def wins(x: Tensor, directions: Directions) -> bool:
     """Whether the projected forward runs on `x` and beats a projection and a scan apart."""
     b, h, w, c = x.shape
-    return why_not(x) is None and plan_wins(b, max(h, w), c, len(directions), machine(x.get_device()))
+    return unsupported_reason(x) is None and plan_wins(b, max(h, w), c, len(directions), machine(x.get_device()))
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _run(
 def _cut_for(x: Tensor, codes: Directions, backward: bool = False) -> ProjectedCut:
     b, h, w, c = x.shape
     cut = (choose_backward if backward else choose)(b, max(h, w), c, len(codes), machine(x.get_device()))
-    assert cut is not None  # why_not said that there is one
+    assert cut is not None  # unsupported_reason said that there is one
     return cut
 
 

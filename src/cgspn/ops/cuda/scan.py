@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import torch_scan
-from ..sets import features, per_channel, per_set
+from ..param_groups import features, per_channel, per_set
 from .compile import cuda_core
 from .launch import DTYPE_CODES, Call, Layout, alignment, launch, layout, prepare
 from .plan import Cut
@@ -20,7 +20,7 @@ from .plan import Cut
 MIN_CAPABILITY = (8, 0)
 
 
-def why_not(x: Tensor) -> str | None:
+def unsupported_reason(x: Tensor) -> str | None:
     """The reason this backend cannot run on `x`, or None."""
     if x.device.type != "cuda":
         return f"x is on {x.device.type!r}, not on a CUDA device"

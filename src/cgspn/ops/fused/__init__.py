@@ -4,7 +4,15 @@ What layers call (pieces.py), definitions in plain PyTorch (definition.py), Trit
 registration (library.py).
 """
 
-from .pieces import linear_residual, linear_residual_norm, local_norm, norm_linear, norm_linear_past, suits, why_not
+from .pieces import (
+    linear_residual,
+    linear_residual_norm,
+    local_norm,
+    norm_linear,
+    norm_linear_past,
+    suits,
+    unsupported_reason,
+)
 
 __all__ = [
     "linear_residual",
@@ -13,5 +21,5 @@ __all__ = [
     "norm_linear",
     "norm_linear_past",
     "suits",
-    "why_not",
+    "unsupported_reason",
 ]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..transforms import transformed
+from ..functorch import transformed
 from . import definition
 from .library import NormLinearPast, linear_residual_norm_op, linear_residual_op, local_norm_op, norm_linear_op
 
@@ -17,7 +17,7 @@ LATENT_BEST = 256  # beyond, "auto" leaves products to the libraries, which are 
 ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))  # GPUs with the 140 KB of shared memory that such a tile wants
 
 
-def why_not(x: Tensor, latent: int) -> str | None:
+def unsupported_reason(x: Tensor, latent: int) -> str | None:
     """Why the kernels cannot run on tokens `x` and a latent of so many channels; None if they can."""
     if latent > LATENT_MOST:
         return f"{latent} channels; it takes at most {LATENT_MOST}"
@@ -25,7 +25,7 @@ def why_not(x: Tensor, latent: int) -> str | None:
         return "float64 has no kernel here; its sums would be float32"
     if transformed():
         return "under torch.func and forward-mode AD the definition runs"
-    return backends.why_not("triton", x)
+    return backends.unsupported_reason("triton", x)
 
 
 def suits(x: Tensor, latent: int, best: int = LATENT_BEST) -> bool:
@@ -36,7 +36,7 @@ def suits(x: Tensor, latent: int, best: int = LATENT_BEST) -> bool:
     """
     if not x.is_cuda or torch.compiler.is_compiling() or x.dtype not in (torch.float16, torch.bfloat16):
         return False
-    return _roomy(x.device) and latent <= best and why_not(x, latent) is None
+    return _roomy(x.device) and latent <= best and unsupported_reason(x, latent) is None
 
 
 @functools.cache
@@ -51,7 +51,7 @@ def _fused(backend: str, x: Tensor, latent: int, best: int = LATENT_BEST) -> boo
     if backend != "triton":
         return backend == "auto" and suits(x, latent, best)
     # a traced program cannot look for modules; what cannot run says so when it is called
-    reason = None if torch.compiler.is_compiling() else why_not(x, latent)
+    reason = None if torch.compiler.is_compiling() else unsupported_reason(x, latent)
     if reason is not None:
         raise RuntimeError(f"backend 'triton' cannot run here: {reason}")
     return True

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
-from ..backends import why_not
-from ..transforms import transformed
+from ..backends import unsupported_reason
+from ..functorch import transformed
 from .library import _rms_backward, _tile
 
 CHANNELS_MOST = 4096  # of a row that stays on the chip
@@ -36,7 +36,7 @@ def serves(*tensors: Tensor | None) -> bool:
         return False
     if any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16) for t in given):
         return False
-    return why_not("triton", given[0]) is None
+    return unsupported_reason("triton", given[0]) is None
 
 
 def forward(

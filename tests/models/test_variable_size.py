@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cgspn.layers import GSPN, AttentionConfig, PropagationConfig
-from cgspn.models import Encoder, EncoderConfig, choose_shapes, encode_mixed, pack
+from cgspn.models import Encoder, EncoderConfig, choose_shapes, encode_variable_size, pack
 
 BASE = EncoderConfig(
     image_size=(16, 20),
@@ -74,7 +74,7 @@ def gradients(encoder, images, outputs):
 def test_each_image_gets_what_it_gets_alone(name, method):
     encoder, images = awake(CONFIGS[name]), pictures(CONFIGS[name])
     alone = [encoder(image[None]) for image in images]
-    mixed = encoder.forward_mixed(images, method=method, max_shapes=3)
+    mixed = encoder.forward_variable_size(images, method=method, max_shapes=3)
     for one, other in zip(mixed, alone, strict=True):
         assert one.tokens.shape == other.tokens.shape[1:]
         assert relative(one.tokens, other.tokens[0]) < 1e-5
@@ -134,7 +134,7 @@ def test_sizes_that_an_image_may_not_have_alone_it_may_not_have_among_others(siz
     with pytest.raises(ValueError, match="images are") as alone:
         encoder(images[-1][None])
     with pytest.raises(ValueError, match="images are") as mixed:
-        encoder.forward_mixed(images)
+        encoder.forward_variable_size(images)
     assert str(mixed.value) == f"images[{len(sizes) - 1}]: {alone.value}"
 
 
@@ -147,13 +147,13 @@ def test_wrong_input_is_named():
         ({"shapes": [(1, 9)]}, r"images\[0\] has 2 x 2 patches, which fit into none"),
     ]:
         with pytest.raises(ValueError, match=message):
-            encode_mixed(encoder, images, **options)
+            encode_variable_size(encoder, images, **options)
     with pytest.raises(ValueError, match="images is empty"):
-        encode_mixed(encoder, [])
+        encode_variable_size(encoder, [])
     with pytest.raises(ValueError, match=r"images\[1\] is torch.float64 on cpu"):
-        encode_mixed(encoder, [images[0], images[1].double()])
+        encode_variable_size(encoder, [images[0], images[1].double()])
     with pytest.raises(ValueError, match=r"images\[1\]: images has shape"):
-        encode_mixed(encoder, [images[0], torch.zeros(1, 4, 4)])
+        encode_variable_size(encoder, [images[0], torch.zeros(1, 4, 4)])
 
 
 def photographs(count, spread):
@@ -211,7 +211,7 @@ def test_a_batch_without_padding_has_no_mask():
             seen.append(mask)
             return super().forward(images, mask)
 
-    Watching(CGSPN).forward_mixed(pictures(CGSPN, [(8, 8), (8, 8), (4, 4)]))
+    Watching(CGSPN).forward_variable_size(pictures(CGSPN, [(8, 8), (8, 8), (4, 4)]))
     assert seen == [None, None]
 
 
@@ -230,7 +230,7 @@ def test_a_compiled_encoder_compiles_once_for_each_shape(name):
     shapes = pack([(image.shape[1] // 4, image.shape[2] // 4) for image in images], max_shapes=3).shapes
     for _ in range(2):
         with torch.no_grad():
-            mixed = encode_mixed(fast, images, max_shapes=3)
+            mixed = encode_variable_size(fast, images, max_shapes=3)
         for out, image in zip(mixed, images, strict=True):
             assert relative(out.tokens, encoder(image[None]).tokens[0]) < 1e-5
     assert len(compiled) == len(shapes)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cgspn.models import CapturedEncoder, create_model, encode_mixed
+from cgspn.models import CapturedEncoder, create_model, encode_variable_size
 
 
 def test_elsewhere_it_says_why() -> None:
@@ -35,7 +35,7 @@ class TestOnTheGpu:
         channels = encoder.config.channels
         pictures = [torch.randn(channels, 4 * h, 4 * w, device="cuda") for h, w in ((5, 9), (8, 8), (3, 10), (7, 7))]
         shapes = [(8, 10)]
-        for mine, alone in zip(encode_mixed(captured, pictures, shapes=shapes), pictures, strict=True):
+        for mine, alone in zip(encode_variable_size(captured, pictures, shapes=shapes), pictures, strict=True):
             plain = encoder(alone[None])
             torch.testing.assert_close(mine.tokens, plain.tokens[0], rtol=1e-3, atol=1e-3)
         assert len(captured.recordings) <= 3

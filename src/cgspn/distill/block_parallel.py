@@ -60,10 +60,10 @@ class PlacedSublayerTask(SublayerTask):
         energy = dict(zip(self.learning, energies, strict=True))
         zero = energies.new_zeros(())
         losses: Losses = {f"block {i}": zero for i in self.learning}
-        features = [{i: each[i] for i in self.learning} for each in (taps.entries, taps.sublayers)]
-        taps = taps._replace(entries=[], sublayers=[], blocks=[])  # what is sent shall not be held here
-        for i, (entries, wanted) in self._arriving(features):
-            losses[f"block {i}"] = self.sublayer_error(i, entries, wanted, taps, energy[i])
+        features = [{i: each[i] for i in self.learning} for each in (taps.block_inputs, taps.sublayers)]
+        taps = taps._replace(block_inputs=[], sublayers=[], blocks=[])  # what is sent shall not be held here
+        for i, (block_inputs, wanted) in self._arriving(features):
+            losses[f"block {i}"] = self.sublayer_error(i, block_inputs, wanted, taps, energy[i])
         total = torch.stack([losses[f"block {i}"] for i in self.own]).sum() if self.own else zero
         return {"total": total, **losses}
 

@@ -15,7 +15,7 @@ from ..data import (
     ImageSet,
     LoaderConfig,
     SampleSource,
-    Tally,
+    SkipCounter,
     TrainTransform,
     Transform,
     batches,
@@ -112,11 +112,11 @@ class SampleFeed:
     source: SampleSource
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     captioned: bool = False
-    tally: Tally = field(init=False)
+    tally: SkipCounter = field(init=False)
 
     def __post_init__(self) -> None:
         """Begin to count."""
-        object.__setattr__(self, "tally", Tally(self.source.source, len(self.source), self.loader.max_skipped))
+        object.__setattr__(self, "tally", SkipCounter(self.source.source, len(self.source), self.loader.max_skipped))
 
     def stream(self, encoder: EncoderConfig, size: tuple[int, int], optim: OptimConfig, world: World) -> Stream:
         """As in `Feed`. The stream raises ValueError when too much is skipped, WorkerError when workers keep dying.

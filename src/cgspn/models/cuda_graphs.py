@@ -28,11 +28,11 @@ class CapturedEncoder:
 
     Call it as the encoder. The first call of a shape records it, in seconds; the next ones replay. Graphs share a pool
     of memory, and the one used longest ago goes where there would be more than `limit`. For images of any size, bound
-    the shapes: `encode_mixed(captured, images, shapes=choose_shapes(...))` pads each image up to one of a few.
+    the shapes: `encode_variable_size(captured, images, shapes=choose_shapes(...))` pads each image up to one of a few.
     Weights may change in place (`load_state_dict`) between calls; where they live must not.
 
     Attributes:
-        config, patch_embed: the encoder's, which `encode_mixed` reads.
+        config, patch_embed: the encoder's, which `encode_variable_size` reads.
     """
 
     def __init__(self, encoder: Encoder, *, limit: int = 16) -> None:

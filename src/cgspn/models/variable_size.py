@@ -1,7 +1,7 @@
 """Images of different sizes through one encoder: padded with a mask, a few shapes for all of them, results as if alone.
 
-`encoder.forward_mixed(images)` takes a list of [channels, H, W] and gives a list of EncoderOutput in the same order.
-"""
+`encoder.forward_variable_size(images)` takes a list of [channels, H, W] and gives a list of EncoderOutput in the same
+order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 if TYPE_CHECKING:
-    from .captured import CapturedEncoder
+    from .cuda_graphs import CapturedEncoder
     from .encoder import Encoder, EncoderOutput
 
 Shape = tuple[int, int]  # rows and columns of patches
@@ -55,9 +55,9 @@ def choose_shapes(grids: Sequence[Shape], count: int) -> list[Shape]:
     """At most `count` shapes, each image fitting into one of them, with little padding.
 
     Starts with every grid as a shape of its own and joins, one pair after another, the two that cost the least.
-    Give it the sizes of a whole data set once, and its result to `encode_mixed` for every batch. Of 2000 pictures of
-    one area with aspect ratios around 1 (standard deviation of the logarithm 0.35), 8 shapes leave 11% of the tokens
-    to padding and 16 leave 4%; where the sides vary too (0.3), 16 leave 28% and 64 leave 13%.
+    Give it the sizes of a whole data set once, and its result to `encode_variable_size` for every batch. Of 2000
+    pictures of one area with aspect ratios around 1 (standard deviation of the logarithm 0.35), 8 shapes leave 11% of
+    the tokens to padding and 16 leave 4%; where the sides vary too (0.3), 16 leave 28% and 64 leave 13%.
 
     Args:
         grids: rows and columns of patches of each image.
@@ -99,7 +99,7 @@ def pack(
     max_shapes: int = 16,
     shapes: Sequence[Shape] | None = None,
 ) -> Packing:
-    """How `encode_mixed` cuts images of these grids into batches. Arguments and errors as there."""
+    """How `encode_variable_size` cuts images of these grids into batches. Arguments and errors as there."""
     if method not in ("bucket", "pad"):
         raise ValueError(f"method is {method!r}; accepted: 'bucket', 'pad'")
     for name, value in (("max_tokens", max_tokens), ("max_shapes", max_shapes)):
@@ -114,7 +114,7 @@ def pack(
     return Packing(tuple(grids), tuple(batches))
 
 
-def encode_mixed(
+def encode_variable_size(
     encoder: Encoder | CapturedEncoder,
     images: Sequence[Tensor],
     *,

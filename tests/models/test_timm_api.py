@@ -9,7 +9,7 @@ from torch.nn.functional import interpolate
 import cgspn
 from cgspn.layers import AttentionConfig
 from cgspn.models import Encoder, model_config
-from cgspn.models.contract import resize_patches
+from cgspn.models.timm_api import resize_patches
 
 SMALL = {"width": 32, "mlp_hidden": 64, "attention": AttentionConfig(2)}
 
