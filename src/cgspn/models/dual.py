@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -87,14 +87,24 @@ def load_dual(folder: str | Path) -> DualEncoder:
     config, state = read_model(folder)
     if config.get("model") != "dual":
         raise CheckpointError(f"{folder} holds a {config.get('model')!r} model; expected an image-text model, 'dual'")
-    model = build_dual(
-        encoder_config_from_dict(config["encoder"]),
-        text_config_from_dict(config["text"]),
-        config["embed_dim"],
-        config.get("loss", "clip"),
-    )
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
+        return dual_of({**config, "encoder": encoder_config_from_dict(config["encoder"])}, state).eval()
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the weights in {folder} do not fit its config: {error}") from error
-    return model.eval()
+
+
+def dual_of(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> DualEncoder:
+    """The DualEncoder of a saved config, whose "encoder" is an EncoderConfig, and its weights.
+
+    Raises KeyError, TypeError or ValueError for a config that cannot be, RuntimeError for weights that do not fit it.
+    """
+    text = text_config_from_dict(config["text"])
+    with torch.device("meta"):  # no time or memory for random weights
+        model = build_dual(config["encoder"], text, config["embed_dim"], config.get("loss", "clip"))
+    model.load_state_dict(dict(state), assign=True)
+    return model
+
+
+def image_encoder(model: Encoder | DualEncoder) -> Encoder:
+    """The image encoder of an image-text model; an encoder is its own."""
+    return model.image if isinstance(model, DualEncoder) else model

@@ -30,7 +30,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read as a file of tensors alone: {_reason(error, path, zipped)}") from error
+        raise CheckpointError(
+            f"{path} cannot be read as a file of tensors alone: {_reason(error, path, zipped)}"
+        ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict")
     return dict(_flat(content, ""))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from ..models.checkpoint import CheckpointError, save_model
-from ..models.config import encoder_config_from_dict, to_dict
+from ..models.config import EncoderConfig, to_dict
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
 from .source import Source
@@ -155,16 +155,20 @@ def with_text(image: Encoder, source: Source) -> PretrainedDual:
     return dual.to(dtype).eval()
 
 
-def load_own_pretrained(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PretrainedDual:
-    """What `PretrainedDual.save_pretrained` wrote. Raises CheckpointError."""
+def pretrained_dual_of(folder: Path, config: EncoderConfig, state: Mapping[str, Tensor]) -> PretrainedDual:
+    """What `PretrainedDual.save_pretrained` wrote, in eval mode, from the folder around it, its image side's config and
+    its weights.
+
+    Raises CheckpointError for a text tower that cannot be read, RuntimeError for weights that do not fit the config.
+    """
     with torch.device("meta"):
-        image = Encoder(encoder_config_from_dict(config["encoder"]))
-    try:
-        weights = {k.removeprefix("image."): v for k, v in state.items() if k.startswith("image.")}
-        image.load_state_dict(weights, assign=True)
-        dual = PretrainedDual(image, load_text(folder / "text"), 0.0, 0.0)
-        rest = {k: v for k, v in state.items() if not k.startswith("image.")}
-        dual.load_state_dict(rest, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {folder} do not fit its config: {error}") from error
-    return dual.eval()
+        image = Encoder(config)
+    image.load_state_dict(
+        {k.removeprefix("image."): v for k, v in state.items() if k.startswith("image.")}, assign=True
+    )
+    dual = PretrainedDual(image, load_text(folder / "text"), 0.0, 0.0)
+    rest = dual.load_state_dict({k: v for k, v in state.items() if not k.startswith("image.")}, strict=False)
+    missing = [key for key in rest.missing_keys if not key.startswith(("image.", "text."))]
+    if missing or rest.unexpected_keys:
+        raise RuntimeError(f"missing {missing}, unexpected {rest.unexpected_keys}")
+    return dual.to(image.patch_embed.projection.weight.dtype).eval()

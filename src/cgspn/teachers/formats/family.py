@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,13 +14,11 @@ from ...models.checkpoint import CheckpointError
 from ...models.config import EncoderConfig, MixerName
 from ...models.encoder import Encoder
 from ..files import Stored, Weights
+from ..options import Options
 from ..source import Source
 from .names import heads_of
 
 Take = Callable[..., Tensor]
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
 _SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1152: "so400m", 1280: "huge", 1408: "giant"}
 _SIZES |= {1536: "giant", 1664: "gigantic"}
 
@@ -116,14 +114,14 @@ class Family:
         return [a for a in self.anchors if not any(prefix + name in keys for name in a.split("|"))]
 
 
-def build(tower: Tower, dtype: torch.dtype, overrides: dict[str, Any]) -> Encoder:
+def build(tower: Tower, options: Options) -> Encoder:
     """The encoder of a tower, in eval mode; each tensor is read, changed and let go before the next.
 
     Raises CheckpointError naming keys that are missing, left over, or of a shape that does not fit.
     """
     family = tower.family
     try:
-        config = replace(family.config(tower), **overrides)
+        config = options.apply(family.config(tower))
         with torch.device("meta"):  # no time or memory for random weights
             encoder = Encoder(config)
     except (ValueError, TypeError) as error:
@@ -155,7 +153,7 @@ def build(tower: Tower, dtype: torch.dtype, overrides: dict[str, Any]) -> Encode
             tensors.clear()
             if _trim(value.shape) != _trim(target.shape):
                 raise ValueError(f"{tuple(value.shape)} where {tuple(target.shape)} is expected")
-            state[ours] = value.to(dtype).reshape(target.shape).contiguous()
+            state[ours] = value.to(options.dtype).reshape(target.shape).contiguous()
         except (ValueError, RuntimeError, IndexError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -235,16 +233,19 @@ def sizes(tower: Tower, patch: int, side: int, native: Any) -> dict[str, Any]:
     return {"image_size": pair, "patch_size": patch, "crop_remainder": any(n % patch for n in pair)}
 
 
-def head_count(tower: Tower, width: int, stated: Any = None, name: str = "", *, sixteen: bool = False) -> int:
+def head_count(
+    tower: Tower, width: int, stated: Any = None, name: str = "", *, sixteen: bool = False, by_width: bool = True
+) -> int:
     """The number of heads, which no tensor shows: the user's, a config's, a name's, else that of published models.
 
-    Raises ValueError if none of them tells.
+    by_width: whether published models of this width and kind agree. Raises ValueError if nothing tells.
     """
-    known = tower.heads or (stated if isinstance(stated, int) else heads_of(name, width, sixteen=sixteen))
+    known = tower.heads or (stated if isinstance(stated, int) else None)
+    if known is None and (name or by_width):
+        known = heads_of(name, width, sixteen=sixteen)
     if known is None:
         raise ValueError(
-            f"its width is {width}, and neither a config nor its name states the number of heads; give it: "
-            "load_encoder(source, heads=...)"
+            f"width is {width}, and no config states the number of heads; give it: load_encoder(source, heads=...)"
         )
     return known
 

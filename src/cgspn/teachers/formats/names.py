@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from pathlib import Path
 from typing import Any
 
 # Encoders whose tensors may be those of a plain ViT, and which compute something else with them.
 UNSUPPORTED = (
-    (r"eva02|_rope_|dinov3|lingbot|sapiens2|_pe_(core|lang|spatial)_|^pe_", "rotary positions"),
+    (r"eva02|_rope_|dinov3|lingbot|sapiens2|(^|_)pe_(core|lang|spatial)|^mlcd", "rotary positions"),
     (r"_srelpos_|_relpos_|vit_relpos|vit_srelpos|^beit(v2)?_|^samvit", "relative position biases"),
     (r"^beit3", "norms inside of its branches"),
     (r"_rpn_|eva02_enormous|^swinv2", "norms after its branches"),
@@ -66,9 +65,3 @@ def heads_of(name: str, width: int, *, sixteen: bool = False) -> int | None:
     if width in _USUAL:
         return _USUAL[width]
     return width // 64 if _TIMM.match(base) and width % 64 == 0 else None
-
-
-def similar(name: str, accepted: list[str]) -> str:
-    """The end of a message about an unknown name: the nearest of those that are accepted, or all."""
-    near = difflib.get_close_matches(name, accepted, 1)
-    return f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(sorted(accepted))}"

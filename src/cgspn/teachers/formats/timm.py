@@ -32,7 +32,6 @@ _TELLTALE = {
     r"dist_token$": "a distillation token",
     r"rope|freqs_cis": "rotary positions",
     r"attn\.(q|k)_norm\.": "norms of queries and keys",
-    r"^visual\.head\.mlp\.": "an MLP as its projection",
 }
 
 
@@ -80,7 +79,7 @@ def config(tower: Tower) -> EncoderConfig:
         mlp_hidden=tower.shape("blocks.0.mlp.fc2.weight")[1],
         activation=_activation(tower, name, args, sigmoid, width, patch, side),
         attention=AttentionConfig(
-            head_count(tower, 0 if anonymous else width, args.get("num_heads"), name, sixteen=sigmoid),
+            head_count(tower, width, args.get("num_heads"), name, sixteen=sigmoid, by_width=not anonymous),
             tower.has("blocks.0.attn.qkv.bias"),
         ),
         layer_scale=1e-5 if scale else None,
@@ -106,6 +105,8 @@ def _refuse(tower: Tower, name: str, args: dict[str, Any]) -> None:
     argument = unsupported_argument(args)
     if reason or argument:
         raise ValueError(f"{name or 'its model_args'}: {reason or argument}, which this library does not compute")
+    if tower.find("/head.mlp.fc1.weight"):
+        raise ValueError("its projection is an MLP, which this library does not compute")
     tell = next((what for key, what in _TELLTALE.items() if any(re.search(key, k) for k in tower.weights)), None)
     if tell:
         raise ValueError(f"it has {tell}, which this library does not compute")
