@@ -135,7 +135,8 @@ class Prepare:
     crop_pct: float = 1.0
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """RGB in, float32 [channels, h, w] out. Raises ValueError for a picture without pixels."""
+        """A picture of any mode in, float32 [channels, h, w] out. Raises ValueError as `open_picture`."""
+        image = to_rgb(image)
         if self.channels == 1:
             image = image.convert("L")
         if self.size is not None and ((image.height, image.width) != self.size or self.crop_pct < 1):
@@ -149,7 +150,7 @@ class Prepare:
         if not (image.height and image.width):
             raise ValueError(f"a picture has {image.height} x {image.width} pixels; accepted: at least 1 x 1")
         filter_ = Image.Resampling[self.resample.upper()]
-        full = tuple(int(side / self.crop_pct + 1e-6) for side in (height, width))
+        full = int(height / self.crop_pct + 1e-6), int(width / self.crop_pct + 1e-6)
         if self.crop:
             # the longer side is rounded down and the crop too, as transformers and torchvision do
             scale = max(full[0] / image.height, full[1] / image.width)

@@ -100,6 +100,7 @@ def similarity(
 
 def require_text(model: DualEncoder | Encoder, name: str) -> DualEncoder:
     """The model, if it has a text tower. Raises ValueError otherwise, calling it `name`."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, which compiles `forward` alone
     if not isinstance(model, DualEncoder):
         raise ValueError(
             f"{name} is an image encoder without a text tower; expected an image-text model: a CLIP or SigLIP folder "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from importlib import resources
 from pathlib import Path
@@ -18,6 +19,7 @@ from .source import locate, open_source
 from .text import missing_for_text, with_text
 
 EMBEDDED = "embedded"
+_TEXT = re.compile(r"(^|\.)(text_model\.|text\.|token_embedding\.weight$)")  # keys of text towers
 
 
 def load_model(
@@ -71,7 +73,7 @@ def _load(source: str | Path, options: Options, text: bool) -> Encoder | DualEnc
     if is_own(found):
         return load_own(found, options, text)
     encoder = read_encoder(found, options)
-    if not text or not any("text_model." in key for key in found.weights):
+    if not text or not any(_TEXT.search(key) for key in found.weights):
         return encoder
     reason = missing_for_text(found)
     if reason:

@@ -21,7 +21,11 @@ UNSUPPORTED = (
     (r"^naflexvit|^eva_giant", "layers of its own"),
 )
 # Arguments of timm's models that change what is computed, and the values that change nothing.
-_PLAIN = {"qk_norm": (False, None), "scale_attn_norm": (False, None), "scale_mlp_norm": (False, None)}
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "qk_norm": (False, None),
+    "scale_attn_norm": (False, None),
+    "scale_mlp_norm": (False, None),
+}
 _PLAIN |= {"pool_include_prefix": (False, None), "embed_norm_layer": (None,), "use_rot_pos_emb": (False, None)}
 _PLAIN |= {"attn_layer": (None, "", "attn"), "block_fn": (None,), "use_post_norm": (False, None)}
 _PLAIN |= {"norm_layer": (None, "layernorm", "LayerNorm"), "use_abs_pos_emb": (True, None)}

@@ -63,8 +63,8 @@ def config(tower: Tower) -> EncoderConfig:
     )
 
 
-_OTHER = ("attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn")
-_OTHER += ("scale_fc", "input_patchnorm", "block_type")
+_OTHER: tuple[str, ...] = ("attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner")
+_OTHER += ("scale_attn", "scale_fc", "input_patchnorm", "block_type")
 _BLOCK = "transformer.resblocks.{i}"
 OPENCLIP = Family(
     "OpenCLIP's vision transformer",
