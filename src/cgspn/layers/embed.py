@@ -54,9 +54,6 @@ class PatchEmbed(nn.Module):
             raise ValueError(f"images has shape {tuple(images.shape)}; expected [B, {channels}, H, W]")
         if not images.is_floating_point():
             raise ValueError(f"images has dtype {images.dtype}; accepted: floating point, normalised")
-        dtype = self.projection.weight.dtype
-        if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
-            raise ValueError(f"images has dtype {images.dtype}; accepted: {dtype}, that of the weights, or autocast")
         height, width = images.shape[2:]
         if height < p or width < p or (not self.crop and (height % p or width % p)):
             nearest = tuple(max(p, round(side / p) * p) for side in (height, width))
@@ -73,6 +70,9 @@ class PatchEmbed(nn.Module):
         another grid.
         """
         height, width = self.grid_of(images)
+        dtype = self.projection.weight.dtype
+        if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(f"images has dtype {images.dtype}; accepted: {dtype}, that of the weights, or autocast")
         if mask is not None:
             p = self.patch_size[0]
             if mask.shape != (images.shape[0], height, width):

@@ -21,13 +21,11 @@ UNSUPPORTED = (
     (r"^naflexvit|^eva_giant", "layers of its own"),
 )
 # Arguments of timm's models that change what is computed, and the values that change nothing.
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "qk_norm": (False, None),
-    "scale_attn_norm": (False, None),
-    "scale_mlp_norm": (False, None),
-}
-_PLAIN |= {"pool_include_prefix": (False, None), "embed_norm_layer": (None,), "use_rot_pos_emb": (False, None)}
-_PLAIN |= {"attn_layer": (None, "", "attn"), "block_fn": (None,), "use_post_norm": (False, None)}
+_OFF = (False, None)
+_PLAIN: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    ("qk_norm", "scale_attn_norm", "scale_mlp_norm", "pool_include_prefix", "use_rot_pos_emb", "use_post_norm"), _OFF
+)
+_PLAIN |= {"embed_norm_layer": (None,), "block_fn": (None,), "attn_layer": (None, "", "attn")}
 _PLAIN |= {"norm_layer": (None, "layernorm", "LayerNorm"), "use_abs_pos_emb": (True, None)}
 _HEADS = {"vit_base_patch16_gap_224": 16, "test_vit": 2, "test_vit2": 2}
 _TIMM = re.compile(r"((vit|deit3?|eva)_\w*_?patch\d+_\w+|flexivit_\w+|test_vit\d?)$")
