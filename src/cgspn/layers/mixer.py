@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from .norm import add_norm
 
-
 Window = tuple[int, int]  # rows and columns of positions
 
 

@@ -26,6 +26,8 @@ class WindowAttentionMixer(AttentionMixer):
     Its weights have the names and shapes of `AttentionMixer`. Tokens come and go in the order that the grid names.
     """
 
+    window: Window
+
     def __init__(self, width: int, config: AttentionConfig | None = None, window: Window = (8, 8)) -> None:
         """width: C; window: rows and columns of positions. Raises ValueError for heads that do not divide C."""
         super().__init__(width, config)

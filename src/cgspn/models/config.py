@@ -92,7 +92,7 @@ class EncoderConfig:
             raise ValueError(f"window is {self.window}; accepted: a number of positions from 1 up, or (rows, columns)")
         if (self.class_token or self.registers) and set(self.mixers) - {"attention"}:
             raise ValueError(
-                "class_token and registers must be off beside propagation and window_attention, which know only the grid"
+                "class_token and registers must be off beside propagation and windows: they know only the grid"
             )
         if self.pooling not in ("map", "mean", "cls"):
             raise ValueError(f"pooling is {self.pooling!r}; accepted: 'map', 'mean', 'cls'")
