@@ -73,7 +73,8 @@ def open_image(file: Path | IO[bytes]) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half of our own limit
             image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError as error:  # its message would name an object in memory
-        raise OSError(f"no image, or of none of the kinds {', '.join(FORMATS)}") from error
+        name = f": {file}" if isinstance(file, Path) else ""
+        raise OSError(f"no image, or of none of the kinds {', '.join(FORMATS)}{name}") from error
     if image.width * image.height > MOST_PIXELS:
         raise OSError(f"{image.width} x {image.height} pixels; accepted: {MOST_PIXELS} in all")
     return image

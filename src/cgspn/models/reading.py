@@ -7,6 +7,7 @@ import json
 import math
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -78,8 +79,11 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     if get_origin(hint) in (Union, types.UnionType):
         if value is None and type(None) in get_args(hint):
             return None
-        (hint,) = (each for each in get_args(hint) if each is not type(None))
-        return checked(value, hint, where)
+        *others, last = (each for each in get_args(hint) if each is not type(None))
+        for each in others:
+            with suppress(CheckpointError):
+                return checked(value, each, where)
+        return checked(value, last, where)
     if get_origin(hint) is Literal:
         if isinstance(value, str) and value in get_args(hint):
             return value

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,6 +27,7 @@ class Stored:
 
 
 Weights = dict[str, Stored]
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def open_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
@@ -75,19 +77,35 @@ def finite(tensor: Tensor, path: Path, key: str) -> Tensor:
     return tensor
 
 
-def read_state(module: nn.Module, weights: Weights, where: str) -> dict[str, Tensor]:
-    """The state dict of a module, in float32, from a file's weights.
+def read_state(
+    module: nn.Module, weights: Weights, where: str, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The state dict of a module from a file's weights, which become `dtype` where they are floats.
 
     Names and shapes are compared before the first tensor is read. Raises CheckpointError naming those that differ.
     """
     check_fit(module, weights, where)
     tensors = ((key, stored.read()) for key, stored in weights.items())
-    return {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors}
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors}
 
 
-def fill(module: nn.Module, weights: Weights, where: str) -> None:
-    """Give a module that was built on the meta device the weights of a file. Raises as `read_state`."""
-    module.load_state_dict(read_state(module, weights, where), assign=True)
+def load(make: Callable[[], Model], weights: Weights, where: str, dtype: torch.dtype = torch.float32) -> Model:
+    """A module in eval mode with the weights of a file; `make` is called on the meta device, which allocates nothing.
+
+    Raises CheckpointError if it cannot be made, and as `read_state`.
+    """
+    try:
+        with torch.device("meta"):
+            module = make()
+    except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"{where}: its config cannot be used: {error}") from error
+    module.load_state_dict(read_state(module, weights, where, dtype), assign=True)
+    return module.eval()
+
+
+def below(weights: Weights, prefix: str) -> Weights:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def check_fit(module: nn.Module, weights: Weights, where: str) -> None:
