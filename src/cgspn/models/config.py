@@ -30,7 +30,8 @@ class EncoderConfig:
         activation: of the MLPs.
         attention, propagation: what each kind of mixer is made of.
         layer_scale: initial LayerScale of the residual branches, None for none.
-        positions: learned positions at the native grid, resized to others. C-GSPN needs none.
+        positions: learned positions, resized to the grid of each image. C-GSPN needs none.
+        position_grid: rows and columns of the table of positions; None for the grid of `image_size`.
         position_resize: how; checkpoints follow the library they come from.
         class_token: a class token before the grid. Its position, if it had one of its own, is part of it.
         registers: number of register tokens after the class token.
@@ -45,6 +46,8 @@ class EncoderConfig:
         image_mean, image_std: how pixel values in [0, 1] are normalised.
         image_crop: how a picture of another shape gets the native size: its middle cut out, or all of it squeezed.
         image_resample: how it is resized for that.
+        trained_sizes: at which a student was distilled, in pixels: sides of squares of the same area, ascending.
+            Empty if that is not known.
     """
 
     name: str = "encoder"
@@ -60,6 +63,7 @@ class EncoderConfig:
     propagation: PropagationConfig = field(default_factory=PropagationConfig)
     layer_scale: float | None = None
     positions: bool = True
+    position_grid: tuple[int, int] | None = None
     position_resize: PositionResize = "bicubic"
     class_token: bool = False
     registers: int = 0
@@ -76,6 +80,7 @@ class EncoderConfig:
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_crop: bool = True
     image_resample: Resample = "bilinear"
+    trained_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that no encoder can have."""

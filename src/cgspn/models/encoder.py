@@ -71,7 +71,7 @@ class Encoder(TimmContract):
         self.patch_embed = PatchEmbed(
             patch, config.channels, width, config.patch_bias, config.crop_remainder, config.image_size
         )
-        grid = self.patch_embed.grid_size
+        grid = config.position_grid or self.patch_embed.grid_size
         self.prefix = nn.Parameter(torch.randn(config.prefix, width) * 0.02) if config.prefix else None
         self.positions = LearnedPositions(grid, width, config.position_resize) if config.positions else None
         self.pre_norm = LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()

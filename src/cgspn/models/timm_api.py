@@ -157,7 +157,7 @@ class TimmContract(nn.Module):
         if patch != config.patch_size:
             self.patch_embed.projection = resize_patches(self.patch_embed.projection, patch)
         self.patch_embed.patch_size, self.patch_embed.img_size = (patch, patch), (height, width)
-        self.config = replace(config, image_size=(height, width), patch_size=patch)
+        self.config = replace(config, image_size=(height, width), patch_size=patch, position_grid=None)
         grid = self.patch_embed.grid_size
         if self.positions is not None and self.positions.grid != grid:
             table = self.positions.table

@@ -29,6 +29,7 @@ def student_config(
     compression: float = 18,
     value_expansion: float | None = None,
     keep_attention: int | Sequence[int] = 0,
+    keep_positions: bool = False,
     propagation: PropagationConfig | None = None,
 ) -> EncoderConfig:
     """The config of the student that `convert` makes. Arguments and errors as there."""
@@ -52,7 +53,8 @@ def student_config(
         name=f"cgspn_{teacher.name.removeprefix('vit_')}",
         mixers=tuple("attention" if i in kept else "propagation" for i in range(depth)),
         propagation=propagation,
-        positions=False,
+        positions=keep_positions and teacher.positions,
+        trained_sizes=(),
         class_token=False,
         registers=0,
         pooling="map" if teacher.pooling == "cls" else teacher.pooling,
@@ -65,6 +67,7 @@ def convert(
     compression: float = 18,
     value_expansion: float | None = None,
     keep_attention: int | Sequence[int] = 0,
+    keep_positions: bool = False,
     propagation: PropagationConfig | None = None,
 ) -> Encoder:
     """A C-GSPN student of `encoder`: attention sub-layers become propagation, the rest starts from the teacher's.
@@ -72,8 +75,8 @@ def convert(
     Inherited: patch embedding, norms, LayerScale, MLPs, pooling head, projection, and attention where it is kept.
     Fresh: the propagation mixers, and a pooling head if the teacher pools by a class token. Class and register tokens
     have no place in a pure grid and are dropped; the fresh MAP head is there to learn the class feature, and the taps
-    of distillation compare grid tokens only. Learned positions are dropped too; their mean goes into the bias of the
-    patch embedding, so that the first block sees tokens centred as before.
+    of distillation compare grid tokens only. Learned positions are dropped too, unless they are kept; their mean goes
+    into the bias of the patch embedding, so that the first block sees tokens centred as before.
 
     Args:
         encoder: the attention teacher; it is not changed.
@@ -82,6 +85,8 @@ def convert(
             None for none.
         keep_attention: how many attention layers stay, spread evenly (the last of each equal stretch: of 27 layers,
             3 are 8, 17 and 26; the source says how many, not which), or their indices from 0.
+        keep_positions: the teacher's learned positions stay, resized to the grid of each image. Without them the first
+            sub-layer finds positions by counting lines, and counts wrong on grids that it was not trained on.
         propagation: other settings of the propagation sub-layer; its `compression` is overridden.
 
     Raises ValueError for a compression that leaves no channel, a layer that does not exist, and for values beside
@@ -93,6 +98,7 @@ def convert(
         compression=compression,
         value_expansion=value_expansion,
         keep_attention=keep_attention,
+        keep_positions=keep_positions,
         propagation=propagation,
     )
     return student_of(encoder, config)[0]
@@ -104,7 +110,7 @@ def student_of(teacher: Encoder, config: EncoderConfig, *, share: bool = False) 
     share: the student takes the teacher's tensors themselves, no memory for a second copy. For those who only write
     the student down: training it would change the teacher. Raises ValueError for a config whose parts do not fit.
     """
-    if teacher.positions is not None:
+    if teacher.positions is not None and not config.positions:
         config = replace(config, patch_bias=True)
     device = next(teacher.parameters()).device
     with torch.device("meta"):  # what is inherited needs no random start
