@@ -15,7 +15,7 @@ POINTS = 200  # of the curve of a stage
 WARM = 10  # steps that compile, tune and allocate: in a stage of more, they are left out of the figures
 NEW = 2  # steps of each shape of batches that do so too
 
-Size = tuple[int, int]  # (height, width) of images in pixels
+Size = tuple[int, ...]  # (height, width) of images in pixels
 
 
 class Work(NamedTuple):
@@ -56,7 +56,7 @@ class Throughput:
             if batch is None:
                 return
             self.waits.append(time.perf_counter() - asked)
-            size = (batch.images.shape[-2], batch.images.shape[-1])
+            size = tuple(batch.images.shape[-2:])
             self.images.append(len(batch.indices))
             self.sizes.append(size)
             if size not in self.known:

@@ -117,7 +117,13 @@ def train(
             snapshots.save(step, _state(task, optimizer, average), history.steps)
 
     peak = peak_of(device, compute.precision)
-    clock = Throughput(work=lambda size: Work(task.tokens(size), task.flops(size) if peak else None), peak=peak)
+
+    def work(size: tuple[int, ...]) -> Work:
+        """What an image of `size`, (height, width) in pixels, is."""
+        height, width = size
+        return Work(task.tokens((height, width)), task.flops((height, width)) if peak else None)
+
+    clock = Throughput(work=work, peak=peak)
     with closing(gradients), Garbage(device.type == "cuda") as garbage:
         for step, batch in zip(range(start, config.steps), clock.timed(stream(start))):
             factor = learning_rate(config, step)
