@@ -36,12 +36,8 @@ from ..teachers import convert, load_encoder, load_model
 from .checks import mixed_sizes
 
 Preset = Literal["embedded", "vit-s14-study", "so400m-378", "so400m-highres"]
-CONVERTED = (
-    "compression",
-    "value_expansion",
-    "keep_attention",
-    "keep_positions",
-)  # settings that a converted student already has
+# settings that a converted student already has
+CONVERTED = ("compression", "value_expansion", "keep_attention", "window_attention", "window", "keep_positions")
 RUN, RECORD, REPORT, EVENTS = "run.json", "distill.json", "report.html", "events"
 
 
@@ -181,6 +177,8 @@ class Distill:
             teacher,
             compression=config.compression,
             keep_attention=config.keep_attention,
+            window_attention=config.window_attention,
+            window=config.window,
             keep_positions=config.keep_positions,
             value_expansion=config.value_expansion,
         )

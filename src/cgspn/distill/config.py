@@ -175,7 +175,10 @@ class DistillConfig:
         compression: s of the student's propagation; its latent has floor(C / s) channels.
         value_expansion: channels that carry values beside the latent, in units of it (`layers.value_config`): 6 brought
             students closer to their teachers, at more time a sub-layer (results/quality). None for the latent alone.
-        keep_attention: number of attention layers that stay, spread evenly.
+        keep_attention: number of attention layers that stay, spread evenly, or their indices.
+        window_attention: number of those that stay with windows in place of the whole grid, spread evenly over what is
+            left, or their indices.
+        window: side of a window, in positions of the grid.
         keep_positions: the student keeps the teacher's learned positions, interpolated to each grid; `learn_positions`
             has nothing to do then.
         image_size: in pixels, of stages 1 and 2; None for the student's native size.
@@ -192,7 +195,9 @@ class DistillConfig:
 
     compression: float = 18
     value_expansion: float | None = None
-    keep_attention: int = 0
+    keep_attention: int | tuple[int, ...] = 0
+    window_attention: int | tuple[int, ...] = 0
+    window: int = 8
     keep_positions: bool = False
     image_size: int | None = None
     sizes: SizeRange | None = None
