@@ -64,6 +64,8 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
         teacher.image,
         compression=config.distill.compression,
         keep_attention=config.distill.keep_attention,
+        window_attention=config.distill.window_attention,
+        window=config.distill.window,
         value_expansion=config.distill.value_expansion,
     )
     students = {"C-GSPN": copy.deepcopy(untrained), "ViT": attention_student(teacher.image)}

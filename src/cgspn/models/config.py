@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..layers import Activation, AttentionConfig, Pooling, PositionResize, PropagationConfig
 
-MixerName = Literal["attention", "propagation"]
+MixerName = Literal["attention", "window_attention", "propagation"]
 MODEL_TYPE = "cgspn"  # by which transformers recognises a folder
 Resample = Literal["bilinear", "bicubic"]
 
@@ -25,10 +25,11 @@ class EncoderConfig:
         patch_size: in pixels.
         channels: of the images.
         width: C.
-        mixers: one entry a block, "attention" or "propagation".
+        mixers: one entry a block, "attention", "window_attention" or "propagation".
         mlp_hidden: inner width of the MLPs.
         activation: of the MLPs.
-        attention, propagation: what each kind of mixer is made of.
+        attention, propagation: what each kind of mixer is made of; the first, of whole attention and in windows alike.
+        window: rows and columns of positions in a window of attention, or one number for both.
         layer_scale: initial LayerScale of the residual branches, None for none.
         positions: learned positions at the native grid, resized to others. C-GSPN needs none.
         position_resize: how; checkpoints follow the library they come from.
@@ -58,6 +59,7 @@ class EncoderConfig:
     activation: Activation = "gelu_tanh"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     propagation: PropagationConfig = field(default_factory=PropagationConfig)
+    window: tuple[int, int] | int = 8
     layer_scale: float | None = None
     positions: bool = True
     position_resize: PositionResize = "bicubic"
@@ -84,10 +86,14 @@ class EncoderConfig:
                 f"image_size is {tuple(self.image_size)}; accepted: multiples of the patch size {self.patch_size}"
             )
         for name in self.mixers:
-            if name not in ("attention", "propagation"):
-                raise ValueError(f"mixers holds {name!r}; accepted: 'attention', 'propagation'")
-        if (self.class_token or self.registers) and "propagation" in self.mixers:
-            raise ValueError("class_token and registers must be off beside propagation: the scan knows only the grid")
+            if name not in get_args(MixerName):
+                raise ValueError(f"mixers holds {name!r}; accepted: {', '.join(map(repr, get_args(MixerName)))}")
+        if len(self.window_size) != 2 or any(n < 1 for n in self.window_size):
+            raise ValueError(f"window is {self.window}; accepted: a number of positions from 1 up, or (rows, columns)")
+        if (self.class_token or self.registers) and set(self.mixers) - {"attention"}:
+            raise ValueError(
+                "class_token and registers must be off beside propagation and windows: they know only the grid"
+            )
         if self.pooling not in ("map", "mean", "cls"):
             raise ValueError(f"pooling is {self.pooling!r}; accepted: 'map', 'mean', 'cls'")
         if self.num_classes < 0:
@@ -99,6 +105,11 @@ class EncoderConfig:
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.mixers)
+
+    @property
+    def window_size(self) -> tuple[int, int]:
+        """Rows and columns of positions in a window of attention."""
+        return (self.window, self.window) if isinstance(self.window, int) else self.window
 
     @property
     def pooled_width(self) -> int:
