@@ -192,7 +192,7 @@ def test_a_student_records_its_sizes_and_keeps_its_positions(images, tmp_path):
     distill(teacher, student, images, settings)
     assert student.config.trained_sizes == (20, 40, 56)
     assert student.config.image_size == student.patch_embed.img_size == (56, 56)
-    assert student.config.position_grid == (7, 7)
+    assert student.config.position_table == (7, 7)
     student.save_pretrained(tmp_path)
     loaded = cgspn.load_encoder(tmp_path)
     assert loaded.config == student.config

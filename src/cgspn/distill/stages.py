@@ -184,7 +184,7 @@ def record_sizes(encoder: Encoder, shapes: Iterable[tuple[int, int]]) -> None:
     if max(sides) == trained[-1]:
         native = chosen[0] if len(chosen) == 1 else (trained[-1], trained[-1])
     grid = encoder.positions.grid if encoder.positions is not None else None
-    encoder.config = replace(config, trained_sizes=trained, image_size=native, position_grid=grid)
+    encoder.config = replace(config, trained_sizes=trained, image_size=native, position_table=grid)
     encoder.patch_embed.img_size = native
 
 

@@ -87,6 +87,8 @@ def student_config(
         class_token=False,
         registers=0,
         pooling="map" if teacher.pooling == "cls" else teacher.pooling,
+        summary_tokens=(0,),
+        embed_dim=None if teacher.pooled_width == teacher.width else teacher.pooled_width,
     )
 
 
