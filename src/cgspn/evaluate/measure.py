@@ -44,6 +44,27 @@ def embed_pictures(
     Raises ValueError if a larger share than `max_skipped` cannot be read.
     """
     prepare = prepare_for(model.image.config)
+    return encode_pictures(
+        model.image, lambda pixels: embed_batch(model, pixels), prepare, pictures, name, batch_size, watch, max_skipped
+    )
+
+
+@torch.inference_mode()
+def encode_pictures(
+    encoder: Encoder,
+    encode: Callable[[Tensor], Tensor],
+    prepare: Prepare,
+    pictures: Sequence[Picture],
+    name: str,
+    batch_size: int = 64,
+    watch: Watch | None = None,
+    max_skipped: float = MAX_SKIPPED,
+) -> tuple[Tensor, list[int], Skipped]:
+    """What `encode` makes of the pictures that can be read, in batches [B, channels, h, w] as the encoder wants them.
+
+    Returns and errors as `embed_pictures`: rows float32 [n, D] on the CPU, the numbers of the n pictures, the rest.
+    """
+    weight = encoder.patch_embed.projection.weight
     tally = SkipCounter(name, len(pictures), max_skipped)
     found = read_each(
         range(len(pictures)), lambda n: prepare(open_picture(pictures[n])), lambda n: picture_name(pictures[n]), tally
@@ -51,7 +72,8 @@ def embed_pictures(
     embeddings, kept = [], []
     for part in _batched(found, batch_size):
         kept += [number for number, _ in part]
-        embeddings.append(embed_batch(model, torch.stack([pixels for _, pixels in part])))
+        pixels = torch.stack([image for _, image in part])
+        embeddings.append(encode(pixels.to(weight.device, weight.dtype)).float().cpu())
         if watch:
             watch(len(part))
     if watch:
@@ -112,6 +134,7 @@ def segmentation(
     test: SegmentationSet,
     *,
     size: tuple[int, ...] = (),
+    scored: Sequence[int] = (),
     batch_size: int = 8,
     watch: Watch | None = None,
     max_skipped: float = MAX_SKIPPED,
@@ -125,6 +148,7 @@ def segmentation(
         train, test: data sets of the same classes.
         size: what pictures are resized to, in pixels: (height, width), (shorter side,), or () for the encoder's
             native shorter side. Where the aspect ratio is kept, both sides are rounded to multiples of the patch.
+        scored: classes whose IoU goes into the mean; all if empty. The probe learns all of them.
         batch_size: pictures at a time.
         watch: progress; each picture of both sets comes once.
         max_skipped: largest share of each set that may be unreadable.
@@ -142,8 +166,10 @@ def segmentation(
     read_train, read_test = (
         _reader(encoder, part, size, batch_size, tally, watch) for part, tally in zip((train, test), tallies)
     )
-    probe = fit_streamed(read_train, len(train), classes, ignore_index=IGNORE, held_out=_held_out(len(train)))
-    result = score_streamed(probe, read_test, len(test), classes, ignore_index=IGNORE)
+    probe = fit_streamed(
+        read_train, len(train), classes, ignore_index=IGNORE, held_out=_held_out(len(train)), scored=scored
+    )
+    result = score_streamed(probe, read_test, len(test), classes, ignore_index=IGNORE, scored=scored)
     return result, [tally.report() for tally in tallies]
 
 

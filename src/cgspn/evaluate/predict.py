@@ -16,6 +16,7 @@ from ..data.prepare import Member, Picture, Prepare, open_picture
 from ..models.config import EncoderConfig
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
+from .sizes import Size, size_in_pixels
 from .zeroshot import class_embeddings
 
 BATCH = 64
@@ -108,10 +109,13 @@ def require_text(model: DualEncoder | Encoder, name: str) -> DualEncoder:
     return model
 
 
-def prepare_for(config: EncoderConfig) -> Prepare:
-    """How pictures become what an encoder was trained on, at its native size."""
+def prepare_for(config: EncoderConfig, size: Size = None) -> Prepare:
+    """How pictures become what an encoder was trained on, at its native size or another one.
+
+    Raises ValueError for a size that patches do not tile.
+    """
     return Prepare(
-        config.image_size,
+        size_in_pixels(config, size),
         config.image_crop,
         config.image_resample,
         config.image_mean,
