@@ -5,7 +5,7 @@ Neither has rates, epochs or seeds: two encoders compared by them differ by thei
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor
 from torch.nn.functional import normalize, one_hot
 
 from ..data.labelled import LabelledPictures, labels_of
+from ..data.prepare import prepare_for
+from ..data.sizes import Size
 from ..data.skipped import Skipped
 from ..models.encoder import Encoder
 from .checks import check_ids, check_matrix
 from .measure import MAX_SKIPPED, Watch, encode_pictures
-from .predict import prepare_for
-from .sizes import Size
+from .predict import on_device, stacked
 
 PENALTIES = tuple(10.0**power for power in range(-6, 3))
 """Strengths of regularisation tried, relative to the variance of the features (which is 1 after scaling)."""
@@ -81,13 +82,16 @@ def picture_features(
     With `pooled` the pooled vector follows, both of length 1. Arguments and errors as `recognition`.
     """
 
-    def features(pixels: Tensor) -> Tensor:
-        out = encoder(pixels)
-        mean = out.tokens.float().mean((1, 2))
-        return torch.cat([normalize(mean, dim=-1), normalize(out.pooled.float(), dim=-1)], 1) if pooled else mean
+    def features(images: Iterator[Tensor]) -> Iterator[Tensor]:
+        for pixels in stacked(images, batch_size):
+            with torch.inference_mode():
+                out = encoder(on_device(encoder, pixels))
+                mean = out.tokens.float().mean((1, 2))
+                whole = [normalize(mean, dim=-1), normalize(out.pooled.float(), dim=-1)] if pooled else [mean]
+                yield torch.cat(whole, 1).cpu()
 
     prepare = prepare_for(encoder.config, size)
-    return encode_pictures(encoder, features, prepare, pictures.pictures, pictures.name, batch_size, watch, max_skipped)
+    return encode_pictures(features, prepare, pictures.pictures, pictures.name, watch, max_skipped)
 
 
 def linear_accuracy(

@@ -75,9 +75,9 @@ class Encoder(TimmContract):
         self.patch_embed = PatchEmbed(
             patch, config.channels, width, config.patch_bias, config.crop_remainder, config.image_size
         )
-        grid = self.patch_embed.grid_size
         self.prefix = nn.Parameter(torch.randn(config.prefix, width) * 0.02) if config.prefix else None
-        self.positions = LearnedPositions(grid, width, config.position_resize) if config.positions else None
+        table = LearnedPositions(config.position_grid, width, config.position_resize) if config.positions else None
+        self.positions = table
         self.pre_norm = LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             Block(
@@ -95,7 +95,7 @@ class Encoder(TimmContract):
         if config.pooling == "map":
             self.pool = MapPool(width, config.attention.heads, config.mlp_hidden, config.activation, config.norm_eps)
         else:
-            self.pool = MeanPool() if config.pooling == "mean" else ClassTokenPool()
+            self.pool = MeanPool() if config.pooling == "mean" else ClassTokenPool(config.summary_tokens)
         self.pool_norm = LayerNorm(width, eps=config.norm_eps) if config.pool_norm else nn.Identity()
         self.project: nn.Module = nn.Identity()
         if config.embed_dim is not None:
