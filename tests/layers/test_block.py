@@ -143,7 +143,7 @@ PARTS = [
     "mixer.up",
     "norm2",
 ]
-PARTS += ["mixer", "scale1", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2", "scale2"]
+PARTS += ["mixer", "scale1", "norm2", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2", "scale2"]
 
 
 @pytest.mark.parametrize("name", PARTS)
