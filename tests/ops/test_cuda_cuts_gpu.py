@@ -167,7 +167,7 @@ def test_projected_cuts() -> None:
     tensors = projected_case((2, 74, 70, 64), 4, torch.bfloat16)
     dy = draw(2, 74, 70, 64, seed=5).bfloat16()
     want = want_of(tensors, dy)
-    gpu = launch.machine(0)
+    gpu = launch.gpu_behind(tensors[0]).machine
     for cut in list(cuts(74, 64, gpu))[::3]:
         assert error(projected.forward(*tensors, None, FOUR, True, cut=cut), want[0]) < 1e-2, cut
     for cut in list(cuts(74, 64, gpu, True))[::3]:

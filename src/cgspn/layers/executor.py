@@ -7,7 +7,7 @@ exporter and counter knows.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +87,8 @@ def can_fuse_mixer(block: Block, tokens: Tensor) -> bool:
         return False
     if mixer.up.in_features > LATENT_MOST or mixer.down.bias is None or mixer.up.bias is None:
         return False
-    parts = is_plain(mixer.norm, RMSNorm, nn.Identity) and is_plain(mixer.merge_norm, RMSNorm, nn.Identity)
+    norms = (mixer.norm, mixer.merge_norm)
+    parts = all(is_plain(n, RMSNorm, nn.Identity) and getattr(n, "eps", 0.0) is not None for n in norms)
     local = mixer.local is None or is_plain(mixer.local, nn.Conv2d)
     return parts and local and can_read_scale(block.scale1)
 
@@ -123,19 +124,21 @@ def run_block(block: Block, tokens: Tensor, grid: Grid, tapped: bool = False) ->
 
 def run_branch(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion) -> tuple[Tensor, Tensor]:
     """The mixing branch of a block, and the tokens for what goes past it: [B, N, C] each."""
+    mixer: Any = block.mixer
     if fusion.mixer:
         scanned, past = fused_scan(block, tokens, grid)
-        branch = block.mixer.up(block.mixer.merge_norm(scanned))
+        branch = mixer.up(mixer.merge_norm(scanned))
     else:
         normal, past = add_norm(block.norm1, tokens, fused=fusion.norm1)
-        branch = block.mixer(normal, grid)
+        branch = mixer(normal, grid)
     return block.scale1(branch), past
 
 
 def fused_scan(block: Block, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """A C-GSPN sub-layer up to the merged directions [B, N, K], and the tokens for what goes past it."""
     check_grid(tokens, grid)
-    norm, mixer = block.norm1, block.mixer
+    mixer: Any = block.mixer
+    norm = block.norm1
     trained = torch.is_grad_enabled()
     arguments = (tokens, norm.weight, norm.bias, mixer.down.weight, mixer.down.bias, norm.eps)
     if trained:
@@ -157,7 +160,8 @@ def fused_residual(
 ) -> tuple[Tensor, Tensor]:
     """The second norm of t = tokens + the mixing branch, and t + `after` (in inference): [B, N, C] each."""
     scanned, past = fused_scan(block, tokens, grid)
-    mixer, norm = block.mixer, block.norm2
+    mixer: Any = block.mixer
+    norm = block.norm2
     gain, eps = gain_of(mixer.merge_norm)
     arguments = (past, scanned, gain, mixer.up.weight, mixer.up.bias, getattr(block.scale1, "gamma", None), eps)
     if after is not None and fusion.norm2:
@@ -180,4 +184,4 @@ def run_mixing_half(block: Block, tokens: Tensor, grid: Grid) -> Tensor:
 
 def gain_of(norm: nn.Module) -> tuple[Tensor | None, float]:
     """The gain and eps of an RMSNorm; no gain of a norm that is switched off."""
-    return (norm.weight, norm.eps) if isinstance(norm, nn.RMSNorm) else (None, 0.0)
+    return (norm.weight, norm.eps or 0.0) if isinstance(norm, nn.RMSNorm) else (None, 0.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ def propagate_2d_projected(
     if _look_at_values(x):
         checks.check_finite(mask, x=x)
         checks.check_finite(weight=weight, **({} if bias is None else {"bias": bias}))
-    scan = Projected.apply if is_eager(x, weight, bias, mask) else projected_op
+    scan: Any = Projected.apply if is_eager(x, weight, bias, mask) else projected_op
     out: Tensor = scan(x, weight, bias, mask, codes, merge == "sum", parameters, backend)
     return out
 

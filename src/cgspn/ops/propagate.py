@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -154,6 +155,6 @@ def line_scan(
     if in_functorch():
         check_plain(backend)
         return line_scan_reference(x, weights, lam, direction, chunk).to(x.dtype)
-    scan = LineScan.apply if is_eager(x, weights, lam) else line_scan_op
+    scan: Any = LineScan.apply if is_eager(x, weights, lam) else line_scan_op
     out: Tensor = scan(x, weights, lam, code, chunk, backend)
     return out

@@ -61,7 +61,8 @@ def prepare(
         for name in ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
     )
     kinds = list(compiled.src.signature.values())[: tensors + len(numbers)]
-    values, slots = [], []
+    values: list[bytes] = []
+    slots: list[tuple[int, int]] = []
     for place, kind in enumerate(kinds):
         if kind == "constexpr":  # what is not there, or 1
             slots += [(-1, 0)] if place < tensors else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from functools import partial
 from typing import Any
 
 import torch
@@ -179,6 +180,7 @@ class LinearResidual(torch.autograd.Function):
         """Differentiable again, by way of the definition."""
         saved = ctx.saved_tensors
         if torch.is_grad_enabled():  # the residual's own gradient is dout
-            grads = plain_gradients(lambda *t: plain(torch.zeros_like(dout), *t, ctx.eps), saved, dout)
+            grads = plain_gradients(partial(plain, torch.zeros_like(dout), eps=ctx.eps), saved, dout)
             return dout, *grads, None
-        return dout, *backward(dout, *saved, ctx.eps), None
+        y, gain, weight, bias, scale = saved
+        return dout, *backward(dout, y, gain, weight, bias, scale, ctx.eps), None

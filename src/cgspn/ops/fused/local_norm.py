@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,5 +127,6 @@ class LocalNorm(torch.autograd.Function):
         """Differentiable again, by way of the definition."""
         *inputs, mask = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *plain_gradients(lambda *t: plain(*t, ctx.eps, mask), inputs, dout), None, None
-        return *backward(dout, *inputs, ctx.eps, mask), None, None
+            return *plain_gradients(partial(plain, eps=ctx.eps, mask=mask), inputs, dout), None, None
+        x, kernel, bias, gain = inputs
+        return *backward(dout, x, kernel, bias, gain, ctx.eps, mask), None, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from functools import partial
 from typing import Any
 
 import torch
@@ -140,7 +141,7 @@ class NormLinear(torch.autograd.Function):
         if dout is None:
             return past, None, None, None, None, None
         if torch.is_grad_enabled():
-            dx, *grads = plain_gradients(lambda *t: plain(*t, ctx.eps), inputs, dout)
+            dx, *grads = plain_gradients(partial(plain, eps=ctx.eps), inputs, dout)
             return dx if past is None else past if dx is None else dx + past, *grads, None
         x, gain, shift, weight, bias = inputs
         return *backward(dout, past, x, out, gain, shift, weight, bias, statistics), None
