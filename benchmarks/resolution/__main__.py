@@ -109,8 +109,10 @@ def run(config: StudyConfig) -> None:
                     "images": images,
                     "seconds": round(seconds, 1),
                 }
-                for px in config.px:
-                    found.append({**shown, "px": px, **scores(student, teacher, held, px), "sublayers": errors[px]})
+                found += [
+                    {**shown, "px": px, **scores(student, teacher, held, px), "sublayers": errors[px]}
+                    for px in config.px
+                ]
                 print(
                     name,
                     trained,
