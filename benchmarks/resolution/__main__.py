@@ -16,6 +16,7 @@ import torch
 import tyro
 
 from cgspn import load_encoder
+from cgspn.bench.machine import describe
 from cgspn.distill import ComputeConfig, DistillConfig, LossConfig, OptimConfig, SizeRange, distill
 from cgspn.models.checkpoint import write_atomically
 
@@ -120,7 +121,11 @@ def run(config: StudyConfig) -> None:
                     [round(r["cosine"], 4) for r in found[-len(config.px) :]],
                     flush=True,
                 )
-                content = {"settings": json.loads(json.dumps(asdict(config), default=str)), "rows": found}
+                content = {
+                    "machine": describe(),
+                    "settings": json.loads(json.dumps(asdict(config), default=str)),
+                    "rows": found,
+                }
                 write_atomically(config.out / "rows.json", json.dumps(content, indent=1))
                 if config.save:
                     student.save_pretrained(
