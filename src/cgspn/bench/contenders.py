@@ -21,6 +21,7 @@ from ..layers import (
     Mixer,
     PropagationConfig,
     PropagationMixer,
+    WindowAttentionMixer,
     value_config,
 )
 from ..ops import line_scan
@@ -37,6 +38,9 @@ OURS = "C-GSPN"
 PAPER = "C-GSPN, the paper's sub-layer"
 PLAIN = "C-GSPN, plain pieces"
 VALUES = {"C-GSPN, values 3": 3.0, "C-GSPN, values 6": 6.0}
+# attention in windows of so many positions a side, through what PyTorch picks or through chosen kernels
+WINDOWS = {"windows 8x8": 8, "windows 18x18": 18}
+KERNELS = {f"{name}, {kind}": ATTENTION[f"attention, {kind}"] for name in WINDOWS for kind in ("flash", "cuDNN")}
 EPILOGUES = ", fused MLP"
 
 
@@ -86,12 +90,14 @@ class Contender:
     context: Callable[[], AbstractContextManager[object]]
 
     def sublayer(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Norm, mixer, residual: [B, N, C] -> [B, N, C]."""
+        """Norm, mixer, residual: [B, N, C] -> [B, N, C], in the order that the mixer wants."""
+        grid = grid._replace(window=self.block.mixer.window)
         with self.context():
             return self.block.mixer.residual(tokens, self.block.norm1, self.block.scale1, grid)
 
     def whole(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """The block: [B, N, C] -> [B, N, C]."""
+        """The block: [B, N, C] -> [B, N, C], in the order that the mixer wants."""
+        grid = grid._replace(window=self.block.mixer.window)
         with self.context():
             out: Tensor = self.block(tokens, grid)
             return out
@@ -100,6 +106,12 @@ class Contender:
 def propagation(shape: Shape, config: PropagationConfig | None = None) -> PropagationMixer:
     """A C-GSPN mixer of the shape's compression, or of any other settings."""
     return PropagationMixer(shape.width, config or PropagationConfig(compression=shape.compression))
+
+
+def windows(name: str, shape: Shape) -> WindowAttentionMixer:
+    """Attention in the windows of a name of `WINDOWS` or `KERNELS`."""
+    side = WINDOWS[name.split(",")[0]]
+    return WindowAttentionMixer(shape.width, AttentionConfig(shape.heads), (side, side))
 
 
 def plain_pieces(shape: Shape) -> PropagationMixer:
@@ -122,6 +134,7 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
     mixers: dict[str, Callable[[], Mixer]] = {
         **{n: lambda: AttentionMixer(shape.width, AttentionConfig(shape.heads)) for n in ATTENTION},
         FLASH_PACKAGE: lambda: FlashPackageMixer(shape.width, AttentionConfig(shape.heads)),
+        **{n: lambda n=n: windows(n, shape) for n in (*WINDOWS, *KERNELS)},  # type: ignore[misc]
         "GSPN": lambda: propagation(shape, GSPN),
         OURS: lambda: propagation(shape),
         PAPER: lambda: propagation(shape, paper_config(shape)),
@@ -138,7 +151,7 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
         block.epilogues = True
     elif name == PLAIN or name.startswith("attention"):
         block.epilogues = False
-    kernels = ATTENTION.get(kind)
+    kernels = (ATTENTION | KERNELS).get(kind)
     return Contender(name, block.eval(), (lambda: sdpa_kernel(kernels)) if kernels else nullcontext)
 
 
@@ -150,7 +163,8 @@ def names(device: torch.device) -> list[str]:
     # the same MLP serves attention: what makes ours faster must not be what attention was denied
     same = ["attention, flash" + EPILOGUES] + (["attention, cuDNN" + EPILOGUES] if device.type == "cuda" else [])
     plain = [PLAIN] if device.type == "cuda" else []  # elsewhere ours is that
-    return [*found, *same, "GSPN", PAPER, *plain, *VALUES, OURS]
+    windowed = [*WINDOWS, *KERNELS] if device.type == "cuda" else [*WINDOWS]
+    return [*found, *same, *windowed, "GSPN", PAPER, *plain, *VALUES, OURS]
 
 
 class SeparateNormalisation(PropagationMixer):

@@ -32,7 +32,7 @@ from .timing import medians
 Row = dict[str, Any]
 Table = Literal["throughput", "one image", "very high resolution", "linear peers", "MLPs in fp8"]
 EVERY: tuple[Table, ...] = ("throughput", "one image", "very high resolution", "linear peers", "MLPs in fp8")
-FP8 = {"": None, "fp8": "library", "fp8-triton": "triton"}  # what may follow a model's name and "+"
+FP8 = {"fp8": "library", "fp8-triton": "triton"}  # what may follow a model's name and "+", beside "window18"
 # Layers of flash-linear-attention, of the same width and tokens, each a stand-in for a mixer: module, class, and what
 # is not theirs by default: heads that divide 1152. Simple GLA has Mamba2's recurrence.
 PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -49,7 +49,7 @@ class EncoderBenchConfig:
 
     Args:
         models: names of `cgspn.list_models()`; ratios are to the first. With "+fp8" or "+fp8-triton" its MLPs are in
-            8 bits (`cgspn.layers.quantize_mlps`), for inference.
+            8 bits (`cgspn.layers.quantize_mlps`), for inference; with "+window18" windows have 18 positions a side.
         sizes: of the square images, in pixels.
         batch: images at once; halved for a model until it fits.
         modes: "inference", "training" (forward and backward, blocks checkpointed).
@@ -59,7 +59,13 @@ class EncoderBenchConfig:
         rounds: interleaved timings of each.
     """
 
-    models: tuple[str, ...] = ("vit_so400m_patch14_378", "cgspn_so400m_patch14_378", "hybrid_so400m_patch14_378")
+    models: tuple[str, ...] = (
+        "vit_so400m_patch14_378",
+        "window_so400m_patch14_378",
+        "window_so400m_patch14_378+window18",
+        "cgspn_so400m_patch14_378",
+        "hybrid_so400m_patch14_378",
+    )
     sizes: tuple[int, ...] = (1036, 2058)
     batch: int = 32
     modes: tuple[Mode, ...] = ("inference", "training")
@@ -72,19 +78,29 @@ class EncoderBenchConfig:
         """Raise ValueError for what cannot be measured, or a model that does not exist."""
         not_empty(self, "models", "sizes", "modes", "tables")
         at_least(self, 1, "batch", "largest", "rounds")
-        models = [plain_and_products(name)[0] for name in self.models]
+        models = [with_options(name)[0] for name in self.models]
         known("models", models)
         tiled_by("sizes", self.sizes, models)
         tiled_by("largest", tuple(pixels for pixels, _ in self.largest), models)
 
 
-def plain_and_products(name: str) -> tuple[str, str | None]:
-    """A model's name without its "+fp8", and which products of its MLPs are in 8 bits. Raises ValueError for another
-    ending."""
-    base, _, kind = name.partition("+")
-    if kind not in FP8:
-        raise ValueError(f"{name!r} ends in {kind!r}; accepted after a model and '+': 'fp8', 'fp8-triton'")
-    return base, FP8[kind]
+def with_options(name: str) -> tuple[str, dict[str, Any], str | None]:
+    """A model's name without what follows a "+", fields of its config, and which products of its MLPs are in 8 bits.
+
+    Raises ValueError for another ending.
+    """
+    base, *options = name.split("+")
+    fields: dict[str, Any] = {}
+    products = None
+    for option in options:
+        side = option.removeprefix("window")
+        if option in FP8:
+            products = FP8[option]
+        elif side != option and side.isdecimal():
+            fields["window"] = int(side)
+        else:
+            raise ValueError(f"{name!r} ends in {option!r}; accepted after '+': 'fp8', 'fp8-triton', 'window18'")
+    return base, fields, products
 
 
 def encoder_step(encoder: Encoder, images: Tensor, mode: Mode) -> Callable[[], object]:
@@ -105,7 +121,7 @@ def encoder_step(encoder: Encoder, images: Tensor, mode: Mode) -> Callable[[], o
 def fitted(name: str, pixels: int, batch: int, mode: Mode, device: torch.device) -> Row:
     """The largest batch up to `batch` at which a step of one model fits, and the memory that the step adds."""
     row: Row = {"px": pixels, "mode": mode, "model": name}
-    if "+" in name and mode == "training":
+    if with_options(name)[2] and mode == "training":
         return row | {"note": "8 bits are for inference"}
     while batch:
         step = None
@@ -159,11 +175,11 @@ def free_memory(device: torch.device) -> float:
 def make(name: str, pixels: int, device: torch.device) -> Encoder:
     """A model with random weights and native size `pixels`, so that no table of positions is resized in the timing.
 
-    Raises ValueError for a name that does not exist, with or without its "+fp8".
+    Raises ValueError for a name that does not exist, with or without its options.
     """
-    base, products = plain_and_products(name)
+    base, fields, products = with_options(name)
     with torch.device(device):
-        encoder = create_model(base, image_size=(pixels, pixels))
+        encoder = create_model(base, image_size=(pixels, pixels), **fields)
     encoder = encoder.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     return encoder if products is None else quantize_mlps(encoder, products=products)  # type: ignore[arg-type]
 

@@ -21,9 +21,8 @@ from torch import Tensor
 
 from ..data import ImageSet, load_embedded, resize
 from ..data.transforms import normalize, to_float
-from ..distill import eval_transform
 from ..evaluate import cosine, relative_error
-from ..evaluate.suite import embed_images, evaluate_zeroshot
+from ..evaluate.suite import embed_set, evaluate_zeroshot
 from ..layers import Fp8Mlp, Grid, fp8, quantize_mlps
 from ..layers.mlp import Mlp
 from ..models.dual import DualEncoder
@@ -124,16 +123,15 @@ def zeroshot_rows(config: Fp8QualityConfig, say: Callable[[str], object]) -> lis
     """Zero-shot accuracy of the embedded image-text model, and how many of its images change their class."""
     teacher = load_embedded_teacher()
     test: ImageSet = load_embedded("test").subset(torch.arange(config.test_images))
-    transform = eval_transform(teacher.image.config)
     rows: list[Row] = []
     wanted = None
     for name, encoder in precisions(copy.deepcopy(teacher.image)).items():
         model: DualEncoder = copy.deepcopy(teacher)
         model.image = InDtype(encoder).eval()  # type: ignore[assignment]
-        embeddings, _ = embed_images(model, test, transform)
+        embeddings, _ = embed_set(model, test)
         wanted = embeddings if wanted is None else wanted
         row: Row = {"images": len(test), "precision": name}
-        row |= {"zero-shot top-1 (%)": f"{100 * evaluate_zeroshot(model, test, transform):.2f}"}
+        row |= {"zero-shot top-1 (%)": f"{100 * evaluate_zeroshot(model, test):.2f}"}
         row |= {"cosine of embeddings": f"{cosine(embeddings, wanted):.5f}"}
         rows.append(row)
         say(", ".join(f"{key} {value}" for key, value in row.items()))

@@ -35,7 +35,8 @@ from ..report.run import run_report
 from ..teachers import convert, load_encoder, load_model
 
 Preset = Literal["embedded", "vit-s14-study", "so400m-378", "so400m-highres"]
-CONVERTED = ("compression", "values", "keep_attention")  # settings that a converted student already has
+# settings that a converted student already has
+CONVERTED = ("compression", "value_expansion", "keep_attention", "window_attention", "window")
 RUN, RECORD, REPORT, EVENTS = "run.json", "distill.json", "report.html", "events"
 
 
@@ -163,6 +164,8 @@ class Distill:
             teacher,
             compression=config.compression,
             keep_attention=config.keep_attention,
+            window_attention=config.window_attention,
+            window=config.window,
             value_expansion=config.value_expansion,
         )
 

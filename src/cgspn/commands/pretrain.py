@@ -16,7 +16,7 @@ import tyro
 from .. import __version__
 from ..console import console, progress_watcher
 from ..data import load_embedded
-from ..distill import PretrainConfig, eval_transform, pretrain
+from ..distill import PretrainConfig, pretrain
 from ..evaluate.suite import evaluate_zeroshot
 from ..models.checkpoint import write_atomically
 from .checks import check_device, check_folder
@@ -47,7 +47,7 @@ class Pretrain:
         with progress_watcher() as watcher:
             model, history = pretrain(load_embedded("train"), self.config, watcher, self.device)
         model.cpu()
-        accuracy = evaluate_zeroshot(model, load_embedded("validation"), eval_transform(model.image.config))
+        accuracy = evaluate_zeroshot(model, load_embedded("validation"))
         model.save_pretrained(self.out, dtype=torch.float16 if self.half else torch.float32)
         record = {
             "command": shlex.join(["cgspn", *sys.argv[1:]]),

@@ -43,5 +43,5 @@ def read_lines(path: Path, what: str) -> list[str]:
     """The lines of a text file that are not empty. Raises FileNotFoundError saying `what` was expected there."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}; expected {what}")
-    lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     return [line for line in lines if line]

@@ -60,7 +60,8 @@ def open_image(file: Path | IO[bytes]) -> Image.Image:
     try:
         return Image.open(file)
     except UnidentifiedImageError as error:
-        raise OSError("no image, or of no kind that Pillow can read") from error
+        name = f": {file}" if isinstance(file, Path) else ""
+        raise OSError(f"no image, or of no kind that Pillow can read{name}") from error
 
 
 def whole(height: int, width: int) -> Box:

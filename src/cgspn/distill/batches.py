@@ -66,7 +66,7 @@ def eval_transform(config: EncoderConfig, size: tuple[int, int] | None = None) -
 
     Raises ValueError for a wrong size.
     """
-    return EvalTransform(size or config.image_size, mean=config.image_mean, std=config.image_std)
+    return EvalTransform(size or config.image_size, config.image_crop, config.image_mean, config.image_std)
 
 
 @dataclass(frozen=True)

@@ -171,7 +171,10 @@ class DistillConfig:
         compression: s of the student's propagation; its latent has floor(C / s) channels.
         value_expansion: channels that carry values beside the latent, in units of it (`layers.value_config`): 6 brought
             students closer to their teachers, at more time a sub-layer (results/quality). None for the latent alone.
-        keep_attention: number of attention layers that stay, spread evenly.
+        keep_attention: number of attention layers that stay, spread evenly, or their indices.
+        window_attention: number of those that stay with windows in place of the whole grid, spread evenly over what is
+            left, or their indices.
+        window: side of a window, in positions of the grid.
         image_size: in pixels, of stages 1 and 2; None for the student's native size.
         stage1: sub-layers alone, each on the teacher's own features.
         stage2: the whole student, end to end.
@@ -184,7 +187,9 @@ class DistillConfig:
 
     compression: float = 18
     value_expansion: float | None = None
-    keep_attention: int = 0
+    keep_attention: int | tuple[int, ...] = 0
+    window_attention: int | tuple[int, ...] = 0
+    window: int = 8
     image_size: int | None = None
     stage1: OptimConfig = field(default_factory=lambda: OptimConfig(steps=60, learning_rate=3e-3))
     stage2: OptimConfig = field(default_factory=lambda: OptimConfig(steps=120, learning_rate=1e-3, embedding_rate=0))

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..data.captions import class_captions
 from ..data.labelled import CaptionedPictures, LabelledPictures, labels_of
-from ..data.prepare import Picture, Prepare, open_picture, picture_name, read_each
+from ..data.prepare import Picture, open_picture, picture_name, prepare_for, read_each
 from ..data.segmentation_sets import IGNORE, SegmentationSet
 from ..data.skipped import SkipCounter, Skipped
 from ..models.config import EncoderConfig
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
-from .predict import embed_batch, embed_texts, prepare_for
+from .predict import embed_images, embed_texts, on_device
 from .retrieval import Retrieval, retrieve, retrieve_captions
 from .segmentation import Reader, Segmentation, fit_streamed, score_streamed
 from .zeroshot import Accuracy, accuracy, class_embeddings
@@ -48,10 +49,16 @@ def embed_pictures(
     found = read_each(
         range(len(pictures)), lambda n: prepare(open_picture(pictures[n])), lambda n: picture_name(pictures[n]), tally
     )
-    embeddings, kept = [], []
-    for part in _batched(found, batch_size):
-        kept += [number for number, _ in part]
-        embeddings.append(embed_batch(model, torch.stack([pixels for _, pixels in part])))
+    embeddings: list[Tensor] = []
+    kept: list[int] = []
+
+    def images() -> Iterator[Tensor]:
+        for number, pixels in found:
+            kept.append(number)
+            yield pixels
+
+    for part in embed_images(model, images(), batch_size):
+        embeddings.append(part)
         if watch:
             watch(len(part))
     if watch:
@@ -178,8 +185,8 @@ def _reader(
     tally: SkipCounter,
     watch: Watch | None,
 ) -> Reader:
-    config, weight = encoder.config, encoder.patch_embed.projection.weight
-    prepare = Prepare(None, False, config.image_resample, config.image_mean, config.image_std, config.channels)
+    config = encoder.config
+    prepare = replace(prepare_for(config), size=None, crop=False, crop_pct=1.0)
 
     def read_one(number: int) -> tuple[Tensor, Tensor]:
         image, mask = pictures.read(number)
@@ -190,8 +197,8 @@ def _reader(
         found, done = read_each(numbers, read_one, pictures.picture_name, tally), 0
         for images, masks in _by_shape((pair for _, pair in found), batch_size):
             with torch.inference_mode():
-                tokens = encoder(images.to(weight.device, weight.dtype)).tokens.float()
-            yield tokens, masks.to(weight.device)
+                tokens = encoder(on_device(encoder, images)).tokens.float()
+            yield tokens, masks.to(tokens.device)
             done += len(masks)
             if watch:
                 watch(len(masks))
@@ -215,14 +222,3 @@ def _by_shape(pairs: Iterable[tuple[Tensor, Tensor]], batch_size: int) -> Iterat
             yield torch.stack([image for image, _ in group]), torch.stack([mask for _, mask in group])
     for group in waiting.values():
         yield torch.stack([image for image, _ in group]), torch.stack([mask for _, mask in group])
-
-
-def _batched(items: Iterable[tuple[int, Tensor]], size: int) -> Iterator[list[tuple[int, Tensor]]]:
-    part: list[tuple[int, Tensor]] = []
-    for item in items:
-        part.append(item)
-        if len(part) == size:
-            yield part
-            part = []
-    if part:
-        yield part

@@ -45,7 +45,7 @@ class AttentionMixer(Mixer):
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """tokens [B, N, C] -> [B, N, C]; positions outside the grid's mask are not attended to."""
         q, k, v = self._split(tokens)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=_keys_inside(tokens, grid))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=self.visible(tokens, grid))
         result: Tensor = self.out(out.transpose(1, 2).flatten(2))
         return result
 
@@ -58,13 +58,12 @@ class AttentionMixer(Mixer):
         q, k, _ = self._split(tokens)
         q = q if rows is None else q[:, :, rows]
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        inside = _keys_inside(tokens, grid)
-        return (logits if inside is None else logits.masked_fill(~inside, -torch.inf)).softmax(-1)
+        visible = self.visible(tokens, grid, rows)
+        return (logits if visible is None else logits.masked_fill(~visible, -torch.inf)).softmax(-1)
 
-
-def _keys_inside(tokens: Tensor, grid: Grid) -> Tensor | None:
-    """[B, 1, 1, N] bool: which tokens may be attended to; None for all."""
-    if grid.mask is None:
-        return None
-    prefix = grid.mask.new_ones(tokens.shape[0], grid.prefix)
-    return torch.cat([prefix, grid.mask.flatten(1)], 1)[:, None, None]
+    def visible(self, tokens: Tensor, grid: Grid, rows: Tensor | None = None) -> Tensor | None:
+        """[B, 1, 1 or R, N] bool: which tokens each of `rows` (as in `weights`) may attend to; None for all."""
+        if grid.mask is None:
+            return None
+        prefix = grid.mask.new_ones(tokens.shape[0], grid.prefix)
+        return torch.cat([prefix, grid.mask.flatten(1)], 1)[:, None, None]

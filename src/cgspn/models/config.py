@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..layers import Activation, AttentionConfig, Pooling, PositionResize, PropagationConfig
 
-MixerName = Literal["attention", "propagation"]
+MixerName = Literal["attention", "window_attention", "propagation"]
 MODEL_TYPE = "cgspn"  # by which transformers recognises a folder
-Resample = Literal["bilinear", "bicubic"]
+Resample = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]  # Pillow's filters
 
 
 @dataclass(frozen=True)
@@ -25,25 +25,29 @@ class EncoderConfig:
         patch_size: in pixels.
         channels: of the images.
         width: C.
-        mixers: one entry a block, "attention" or "propagation".
+        mixers: one entry a block, "attention", "window_attention" or "propagation".
         mlp_hidden: inner width of the MLPs.
         activation: of the MLPs.
-        attention, propagation: what each kind of mixer is made of.
+        attention, propagation: what each kind of mixer is made of; the first, of whole attention and in windows alike.
+        window: rows and columns of positions in a window of attention, or one number for both.
         layer_scale: initial LayerScale of the residual branches, None for none.
         positions: learned positions at the native grid, resized to others. C-GSPN needs none.
         position_resize: how; checkpoints follow the library they come from.
+        position_table: rows and columns of their table; None for those of the native grid.
         class_token: a class token before the grid. Its position, if it had one of its own, is part of it.
         registers: number of register tokens after the class token.
         patch_bias, pre_norm, final_norm: a bias in the patch embedding, a LayerNorm before the blocks (CLIP), one
             after them.
         norm_eps: of every LayerNorm.
         pooling: "map" (attention pooling), "mean" or "cls".
+        summary_tokens: which tokens before the grid "cls" returns, one after the other; (0,) is the class token.
         pool_norm: a LayerNorm on the pooled vector (timm's fc_norm).
         embed_dim: width that the pooled vector is projected to, as in CLIP; None for no projection.
         embed_bias: a bias in that projection.
         num_classes: outputs of a classifier after that; 0 for none.
         image_mean, image_std: how pixel values in [0, 1] are normalised.
         image_crop: how a picture of another shape gets the native size: its middle cut out, or all of it squeezed.
+        image_crop_pct: share of the resized picture's side that is cut out, in (0, 1]; timm's crop_pct.
         image_resample: how it is resized for that.
     """
 
@@ -58,9 +62,11 @@ class EncoderConfig:
     activation: Activation = "gelu_tanh"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     propagation: PropagationConfig = field(default_factory=PropagationConfig)
+    window: tuple[int, int] | int = 8
     layer_scale: float | None = None
     positions: bool = True
     position_resize: PositionResize = "bicubic"
+    position_table: tuple[int, int] | None = None
     class_token: bool = False
     registers: int = 0
     patch_bias: bool = True
@@ -68,6 +74,7 @@ class EncoderConfig:
     final_norm: bool = True
     norm_eps: float = 1e-6
     pooling: Pooling = "map"
+    summary_tokens: tuple[int, ...] = (0,)
     pool_norm: bool = False
     embed_dim: int | None = None
     embed_bias: bool = False
@@ -75,25 +82,38 @@ class EncoderConfig:
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_crop: bool = True
+    image_crop_pct: float = 1.0
     image_resample: Resample = "bilinear"
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that no encoder can have."""
+        if not isinstance(self.image_size, tuple) or len(self.image_size) != 2:
+            raise ValueError(f"image_size is {self.image_size!r}; expected (height, width)")
         if self.patch_size < 1 or (not self.crop_remainder and any(n % self.patch_size for n in self.image_size)):
             raise ValueError(
                 f"image_size is {tuple(self.image_size)}; accepted: multiples of the patch size {self.patch_size}"
             )
         for name in self.mixers:
-            if name not in ("attention", "propagation"):
-                raise ValueError(f"mixers holds {name!r}; accepted: 'attention', 'propagation'")
-        if (self.class_token or self.registers) and "propagation" in self.mixers:
-            raise ValueError("class_token and registers must be off beside propagation: the scan knows only the grid")
+            if name not in get_args(MixerName):
+                raise ValueError(f"mixers holds {name!r}; accepted: {', '.join(map(repr, get_args(MixerName)))}")
+        if len(self.window_size) != 2 or any(n < 1 for n in self.window_size):
+            raise ValueError(f"window is {self.window}; accepted: a number of positions from 1 up, or (rows, columns)")
+        if (self.class_token or self.registers) and set(self.mixers) - {"attention"}:
+            raise ValueError(
+                "class_token and registers must be off beside propagation and windows: they know only the grid"
+            )
         if self.pooling not in ("map", "mean", "cls"):
             raise ValueError(f"pooling is {self.pooling!r}; accepted: 'map', 'mean', 'cls'")
         if self.num_classes < 0:
             raise ValueError(f"num_classes is {self.num_classes}; accepted: 0 for no classifier, or more")
         if self.pooling == "cls" and not self.class_token:
             raise ValueError("pooling is 'cls' without a class token; accepted: 'map', 'mean'")
+        if not self.summary_tokens or any(not 0 <= i < max(1, self.prefix) for i in self.summary_tokens):
+            raise ValueError(f"summary_tokens is {self.summary_tokens}; accepted: indices below {max(1, self.prefix)}")
+        if not 0 < self.image_crop_pct <= 1:
+            raise ValueError(f"image_crop_pct is {self.image_crop_pct}; accepted: above 0, at most 1")
+        if self.image_resample not in get_args(Resample):
+            raise ValueError(f"image_resample is {self.image_resample!r}; accepted: {', '.join(get_args(Resample))}")
 
     @property
     def depth(self) -> int:
@@ -101,9 +121,19 @@ class EncoderConfig:
         return len(self.mixers)
 
     @property
+    def window_size(self) -> tuple[int, int]:
+        """Rows and columns of positions in a window of attention."""
+        return (self.window, self.window) if isinstance(self.window, int) else self.window
+
+    @property
     def pooled_width(self) -> int:
         """Channels of the pooled vector."""
-        return self.embed_dim or self.width
+        return self.embed_dim or self.width * (len(self.summary_tokens) if self.pooling == "cls" else 1)
+
+    @property
+    def position_grid(self) -> tuple[int, int]:
+        """Rows and columns of the table of positions."""
+        return self.position_table or (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
 
     @property
     def prefix(self) -> int:
@@ -140,6 +170,7 @@ def preprocessing(config: EncoderConfig) -> dict[str, Any]:
         "patch_size": config.patch_size,
         "resample": config.image_resample,
         "aspect": "crop" if config.image_crop else "squash",
+        "crop_pct": config.image_crop_pct,
     }
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..models.checkpoint import CheckpointError
+from .pickles import read_pickle
 
 _DTYPES = {
     "F64": torch.float64,
@@ -28,8 +27,6 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_WRAPPERS = ("state_dict", "model", "model_state_dict", "teacher")
-_PREFIXES = ("module.", "_orig_mod.")
 
 
 @dataclass(frozen=True)
@@ -70,14 +67,12 @@ def open_weights(path: Path) -> tuple[Weights, dict[str, str]]:
     if path.suffix == ".safetensors":
         weights, metadata = _open_safetensors(path)
     elif path.suffix in (".pt", ".pth", ".bin"):
-        weights, metadata = _open_pickle(path), {}
+        tensors, metadata = read_pickle(path), {}
+        weights = {key: Stored(tuple(value.shape), partial(Tensor.clone, value)) for key, value in tensors.items()}
     else:
         raise CheckpointError(f"{path} is no weight file; expected .safetensors, .pt, .pth or .bin")
     if not weights:
         raise CheckpointError(f"{path} holds no tensors")
-    for prefix in _PREFIXES:
-        if all(key.startswith(prefix) for key in weights):
-            weights = {key.removeprefix(prefix): value for key, value in weights.items()}
     return weights, metadata
 
 
@@ -118,22 +113,3 @@ def _read(path: Path, start: int, entry: dict[str, Any]) -> Tensor:
         if file.readinto(room) != len(room):
             raise CheckpointError(f"{path} ended while it was read")
     return tensor
-
-
-def _open_pickle(path: Path) -> Weights:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        if not zipfile.is_zipfile(path):  # torch then speaks of mmap and zip files, whatever it is
-            reason = (
-                "it is no zip file as torch.save writes it; the file is damaged, older than torch 1.6 or no checkpoint"
-            )
-        raise CheckpointError(f"{path} cannot be read as a file of tensors alone: {reason}") from error
-    for name in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(name), dict):
-            content = content[name]
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict")
-    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    return {key: Stored(tuple(value.shape), partial(Tensor.clone, value)) for key, value in tensors.items()}
