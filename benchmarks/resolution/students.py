@@ -63,4 +63,26 @@ CAPACITY: dict[str, Student] = {
     "values 6 in fours, positions, normalised": Student({**values(6, channels_per_group=4, **NORMALISED), **POSITIONS}),
     "values 12, positions, normalised": Student({**values(12, **NORMALISED), **POSITIONS}),
 }
+
+
+def frontier(base: dict[str, Any]) -> dict[str, Student]:
+    """The students between attention and C-GSPN; `base`: settings of every sub-layer that propagates."""
+
+    def with_values(expansion: float) -> dict[str, Any]:
+        return {**POSITIONS, **values(expansion, **base)}
+
+    return {
+        "one latent": Student({**POSITIONS, "propagation": replace(LATENT, **base)}),
+        **{f"values {n}": Student(with_values(n)) for n in (3, 6, 12)},
+        **{f"values 6, attention in {k}": Student({**with_values(6), "keep_attention": k}) for k in (1, 2, 3, 4, 6)},
+        "windows in 12": Student({"window_attention": 12, "window": 8}),
+        "windows in 9, whole in 3": Student({"keep_attention": 3, "window_attention": 9, "window": 8}),
+        "windows in 9, values 6 in 3": Student({**with_values(6), "window_attention": 9, "window": 8}),
+        "windows in 6, values 6 in 6": Student({**with_values(6), "window_attention": 6, "window": 8}),
+        "windows in 6, whole in 3, values 6 in 3": Student(
+            {**with_values(6), "keep_attention": 3, "window_attention": 6, "window": 8}
+        ),
+    }
+
+
 STUDENTS = SIZE | CAPACITY
