@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -24,7 +23,6 @@ from ..layers import (
     WindowAttentionMixer,
     value_config,
 )
-from ..ops import line_scan
 from .checks import at_least
 
 ATTENTION = {
@@ -165,44 +163,3 @@ def names(device: torch.device) -> list[str]:
     plain = [PLAIN] if device.type == "cuda" else []  # elsewhere ours is that
     windowed = [*WINDOWS, *KERNELS] if device.type == "cuda" else [*WINDOWS]
     return [*found, *same, *windowed, "GSPN", PAPER, *plain, *VALUES, OURS]
-
-
-class SeparateNormalisation(PropagationMixer):
-    """The scan as it was before fusion: normalised weights in memory, then a scan and a gate for each direction."""
-
-    def propagate(
-        self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, keep: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        """As in `PropagationMixer`, without a mask and a forget gate."""
-        outs = []
-        for d, direction in enumerate(self.config.directions):
-            weights = self.weights(logits[..., d, :, :], direction in ("down", "up"))
-            outs.append(u[..., d, :] * line_scan(x, weights, lam[..., d, :], direction))
-        return torch.stack(outs, -2) if self.config.merge == "concat" else torch.stack(outs).sum(0)
-
-    def weights(self, logits: Tensor, vertical: bool) -> Tensor:
-        """Weights [B, H, W, 3, C] from logits of the same shape, a pass over memory for each step."""
-        return neighbour_weights(logits, vertical)
-
-
-class CompiledNormalisation(SeparateNormalisation):
-    """The same with the steps of the normalisation fused into one kernel, as the source does."""
-
-    def weights(self, logits: Tensor, vertical: bool) -> Tensor:
-        """As in `SeparateNormalisation`, in one pass."""
-        return compiled_weights()(logits, vertical)
-
-
-def neighbour_weights(logits: Tensor, vertical: bool) -> Tensor:
-    """Sigmoid, sum over the neighbours that exist, clamp, division: [B, H, W, 3, C] -> the same."""
-    length = logits.shape[2 if vertical else 1]
-    there = torch.ones(length, 3, device=logits.device, dtype=logits.dtype)
-    there[0, 0] = there[-1, 2] = 0
-    weights = logits.sigmoid() * there.view([1, 1, length, 3, 1] if vertical else [1, length, 1, 3, 1])
-    return weights / weights.sum(-2, keepdim=True).clamp(min=1e-7)
-
-
-@functools.cache
-def compiled_weights() -> Callable[[Tensor, bool], Tensor]:
-    """`neighbour_weights`, compiled."""
-    return torch.compile(neighbour_weights, dynamic=False)

@@ -1,46 +1,33 @@
-"""Whole encoders: images a second, memory, one image under CUDA graphs and torch.compile, MLPs in 8 bits, linear peers.
+"""Whole encoders: images a second, memory, one image under CUDA graphs and torch.compile, MLPs in 8 bits.
 
 Encoders are as `create_model` makes them, with random weights, in bfloat16 on a GPU.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..layers import Grid, Mixer, quantize_mlps
-from ..layers.block import Block
+from ..environment import describe
+from ..layers import quantize_mlps
 from ..models.encoder import Encoder
 from ..models.registry import create_model
 from .checks import at_least, known, not_empty, tiled_by
-from .contenders import OURS, Shape, build
 from .drawing import draw, over_sizes
-from .fp8 import block_rows, mlp_rows
-from .machine import ceilings, describe, free
+from .machine import ceilings, free
 from .results import write
 from .table import Mode, measured, peak_memory
 from .timing import medians
 
 Row = dict[str, Any]
-Table = Literal["throughput", "one image", "very high resolution", "linear peers", "MLPs in fp8"]
-EVERY: tuple[Table, ...] = ("throughput", "one image", "very high resolution", "linear peers", "MLPs in fp8")
-FP8 = {"fp8": "library", "fp8-triton": "triton"}  # what may follow a model's name and "+", beside "window18"
-# Layers of flash-linear-attention, of the same width and tokens, each a stand-in for a mixer: module, class, and what
-# is not theirs by default: heads that divide 1152. Simple GLA has Mamba2's recurrence.
-PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "Mamba2": ("mamba2", "Mamba2", {"head_dim": 64}),
-    "simple GLA": ("simple_gla", "SimpleGatedLinearAttention", {}),
-    "GLA": ("gla", "GatedLinearAttention", {}),
-    "gated DeltaNet": ("gated_deltanet", "GatedDeltaNet", {"head_dim": 144, "num_heads": 6}),
-}
+Table = Literal["throughput", "one image", "very high resolution"]
+EVERY: tuple[Table, ...] = ("throughput", "one image", "very high resolution")
+FP8 = {"fp8": "library", "fp8-triton": "triton"}  # what may follow a model\'s name and "+", beside "window18"
 
 
 @dataclass(frozen=True)
@@ -244,63 +231,6 @@ def largest_rows(config: EncoderBenchConfig, device: torch.device) -> list[Row]:
     return rows
 
 
-class PeerMixer(Mixer):
-    """A causal linear-attention layer over the tokens in raster order: what a linear peer costs at the same width."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        """layer: from [B, N, C] to [B, N, C], or to a tuple that begins with that."""
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """tokens [B, N, C] -> [B, N, C]."""
-        out = self.layer(tokens)
-        first: Tensor = out[0] if isinstance(out, tuple) else out
-        return first
-
-
-def peer_rows(config: EncoderBenchConfig, shape: Shape, device: torch.device) -> list[Row]:
-    """Sub-layers of flash-linear-attention, each interleaved with C-GSPN's; a row says where it is not installed."""
-    if device.type != "cuda" or importlib.util.find_spec("fla") is None:
-        return [{"peer": "flash-linear-attention", "note": "not installed here" if device.type == "cuda" else "no GPU"}]
-    rows: list[Row] = []
-    for pixels in config.sizes:
-        side = pixels // shape.patch
-        grid = Grid(side, side)
-        tokens = torch.randn(config.batch, grid.tokens, shape.width, device=device, dtype=torch.bfloat16)
-        ours = build(OURS, shape, device, tokens.dtype).block
-        for name in PEERS:
-            row: Row = {"peer": name, "px": pixels, "B": config.batch}
-            if name == "Mamba2" and importlib.util.find_spec("mamba_ssm") is None:
-                rows.append(row | {"note": "needs mamba-ssm: without it, steps of PyTorch, minutes each"})
-                continue
-            try:
-                blocks = {name: peer_block(name, shape).to(device, tokens.dtype), OURS: ours}
-                calls: dict[str, Callable[[], object]] = {
-                    n: partial(sublayer, block, tokens, grid) for n, block in blocks.items()
-                }
-                ms = medians(calls, rounds=config.rounds, graph=False)
-                rows.append(row | {"sub-layer ms": ms[name], "C-GSPN ms": ms[OURS], "x C-GSPN": ms[name] / ms[OURS]})
-            except Exception as error:  # of any kind: their versions and compilers differ; said, not left out
-                rows.append(row | {"note": str(error).strip().splitlines()[0][:80]})
-            free(device)
-    return rows
-
-
-def peer_block(name: str, shape: Shape) -> Block:
-    """A block around one of `PEERS`."""
-    module, kind, arguments = PEERS[name]
-    layer = getattr(importlib.import_module(f"fla.layers.{module}"), kind)
-    mixer = PeerMixer(layer(hidden_size=shape.width, layer_idx=0, **arguments))
-    return Block(shape.width, mixer, shape.hidden, "gelu_tanh", 1e-6, None)
-
-
-@torch.no_grad()
-def sublayer(block: Block, tokens: Tensor, grid: Grid) -> Tensor:
-    """norm, mixer and residual of a block: [B, N, C] -> the same."""
-    return block.mixer.residual(tokens, block.norm1, block.scale1, grid)
-
-
 def run(
     config: EncoderBenchConfig,
     out: Path,
@@ -314,27 +244,16 @@ def run(
     Raises ValueError for an unknown model, OSError for `out`.
     """
     machine = describe(commit) | ceilings(device)
-    shape = Shape()
-
-    def eight_bits(rows: Callable[..., list[Row]]) -> list[Row]:
-        return [row for px in config.sizes for row in rows(shape, px, config.batch, device, max(config.rounds, 5))]
-
-    parts: dict[Table, dict[str, Callable[[], list[Row]]]] = {
-        "throughput": {"throughput": lambda: throughput_rows(config, device, say)},
-        "one image": {"one image": lambda: single_rows(config, device)},
-        "very high resolution": {"one pass at very high resolution": lambda: largest_rows(config, device)},
-        "linear peers": {"linear peers": lambda: peer_rows(config, shape, device)},
-        "MLPs in fp8": {
-            "the MLP half in 16 and 8 bits": lambda: eight_bits(mlp_rows),
-            "blocks with MLPs in 16 and 8 bits": lambda: eight_bits(block_rows),
-        },
+    parts: dict[Table, Callable[[], list[Row]]] = {
+        "throughput": lambda: throughput_rows(config, device, say),
+        "one image": lambda: single_rows(config, device),
+        "very high resolution": lambda: largest_rows(config, device),
     }
     tables: dict[str, list[Row]] = {}
     for part in config.tables:
-        for title, measure in parts[part].items():
-            tables[title] = measure()
-            free(device)
-            write(out, "encoder", machine, tables)
+        tables[part] = parts[part]()
+        free(device)
+        write(out, "encoder", machine, tables)
     if "throughput" in tables:
         plot(tables["throughput"], out / "encoder.png")
     return tables

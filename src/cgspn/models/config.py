@@ -31,7 +31,7 @@ class EncoderConfig:
         attention, propagation: what each kind of mixer is made of; the first, of whole attention and in windows alike.
         window: rows and columns of positions in a window of attention, or one number for both.
         layer_scale: initial LayerScale of the residual branches, None for none.
-        positions: learned positions at the native grid, resized to others. C-GSPN needs none.
+        positions: learned positions, resized to the grid of each image. C-GSPN needs none.
         position_resize: how; checkpoints follow the library they come from.
         position_table: rows and columns of their table; None for those of the native grid.
         class_token: a class token before the grid. Its position, if it had one of its own, is part of it.
@@ -49,6 +49,8 @@ class EncoderConfig:
         image_crop: how a picture of another shape gets the native size: its middle cut out, or all of it squeezed.
         image_crop_pct: share of the resized picture's side that is cut out, in (0, 1]; timm's crop_pct.
         image_resample: how it is resized for that.
+        trained_sizes: at which a student was distilled, in pixels: sides of squares of the same area, ascending.
+            Empty if that is not known.
     """
 
     name: str = "encoder"
@@ -84,6 +86,7 @@ class EncoderConfig:
     image_crop: bool = True
     image_crop_pct: float = 1.0
     image_resample: Resample = "bilinear"
+    trained_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that no encoder can have."""

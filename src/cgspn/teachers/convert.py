@@ -61,6 +61,7 @@ def student_config(
     keep_attention: Layers = 0,
     window_attention: Layers = 0,
     window: int | tuple[int, int] = 8,
+    keep_positions: bool = False,
     propagation: PropagationConfig | None = None,
 ) -> EncoderConfig:
     """The config of the student that `convert` makes. Arguments and errors as there."""
@@ -81,7 +82,8 @@ def student_config(
         mixers=mixers,
         propagation=propagation,
         window=window,
-        positions=teacher.positions and "propagation" not in mixers,
+        positions=teacher.positions and (keep_positions or "propagation" not in mixers),
+        trained_sizes=(),
         class_token=False,
         registers=0,
         pooling="map" if teacher.pooling == "cls" else teacher.pooling,
@@ -98,6 +100,7 @@ def convert(
     keep_attention: Layers = 0,
     window_attention: Layers = 0,
     window: int | tuple[int, int] = 8,
+    keep_positions: bool = False,
     propagation: PropagationConfig | None = None,
 ) -> Encoder:
     """A C-GSPN student of `encoder`: attention sub-layers become propagation, the rest starts from the teacher's.
@@ -106,8 +109,8 @@ def convert(
     or in windows.
     Fresh: the propagation mixers, and a pooling head if the teacher pools by a class token. Class and register tokens
     have no place in a pure grid and are dropped; the fresh MAP head is there to learn the class feature, and the taps
-    of distillation compare grid tokens only. Learned positions are dropped too, if any layer propagates; their mean
-    goes into the bias of the patch embedding, so that the first block sees tokens centred as before.
+    of distillation compare grid tokens only. Learned positions are dropped too if any layer propagates, unless they are
+    kept; their mean goes into the bias of the patch embedding, so that the first block sees tokens centred as before.
 
     Args:
         encoder: the attention teacher; it is not changed.
@@ -119,6 +122,8 @@ def convert(
         window_attention: how many attention layers stay with windows in place of the whole grid, spread evenly over the
             layers that are left, or their indices. With all layers in one of the two, none propagates.
         window: rows and columns of positions in a window, or one number for both.
+        keep_positions: the teacher's learned positions stay, resized to the grid of each image. Without them the first
+            sub-layer finds positions by counting lines, and counts wrong on grids that it was not trained on.
         propagation: other settings of the propagation sub-layer; its `compression` is overridden.
 
     Raises ValueError for a compression that leaves no channel, a layer that does not exist or is named twice, a window
@@ -132,6 +137,7 @@ def convert(
         keep_attention=keep_attention,
         window_attention=window_attention,
         window=window,
+        keep_positions=keep_positions,
         propagation=propagation,
     )
     return student_of(encoder, config)[0]
