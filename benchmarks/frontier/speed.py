@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 import tyro
-from benchmarks.resolution.students import STUDENTS, Student
 
-from cgspn.bench.machine import ceilings, describe, free
+from benchmarks.resolution.students import STUDENTS, Student
+from cgspn.bench.machine import ceilings, free
 from cgspn.bench.timing import medians
+from cgspn.environment import describe
 from cgspn.models.checkpoint import write_atomically
 from cgspn.models.config import EncoderConfig
 from cgspn.models.encoder import Encoder

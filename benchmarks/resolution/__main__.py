@@ -16,8 +16,8 @@ import torch
 import tyro
 
 from cgspn import load_encoder
-from cgspn.bench.machine import describe
 from cgspn.distill import ComputeConfig, DistillConfig, LossConfig, OptimConfig, SizeRange, distill
+from cgspn.environment import describe
 from cgspn.models.checkpoint import write_atomically
 
 from .measure import scores, sublayer_errors
