@@ -18,6 +18,7 @@ from ..models.config import EncoderConfig, TextConfig
 from ..models.dual import DualEncoder, build_dual
 from ..models.encoder import Encoder
 from ..models.registry import model_config
+from ..models.weights import read_state
 from .batches import Feed, ImageSetFeed
 from .block_parallel import PlacedSublayerTask
 from .cache import TeacherCache
@@ -131,7 +132,7 @@ def distill(
         for number, (stage, stream) in enumerate(zip(stages, streams, strict=True)):
             done = folder / "stages" / str(number) if folder else None
             if done is not None and (done / "losses.json").exists():
-                student.load_state_dict(read_model(done)[1])
+                student.load_state_dict(read_state(student, read_model(done)[1], str(done)))
                 record_sizes(student, stage.shapes(student.config.patch_size))
                 losses, throughput = (json.loads((done / name).read_text()) for name in ("losses.json", THROUGHPUT))
                 histories.append(History(stage.title, losses, throughput))
