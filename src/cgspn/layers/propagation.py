@@ -361,7 +361,7 @@ def propagate_mean(
 
     Shapes as in `propagate_2d`.
     """
-    lam = softplus(lam)
+    lam = softplus(lam).to(x.dtype)  # autocast computes it in float32
     ones = torch.ones_like(lam)
     total = propagate_2d(ones, logits, lam, ones, keep=keep, mask=mask, directions=directions, merge="none")
     y = propagate_2d(x, logits, lam, u, keep=keep, mask=mask, directions=directions, merge="none")
