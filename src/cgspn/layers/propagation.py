@@ -340,7 +340,7 @@ class PropagationMixer(Mixer):
 
 def convex_input(keep: Tensor, directions: tuple[str, ...]) -> Tensor:
     """lam [B, H, W, D, G] = 1 - sigmoid(keep), and 1 where a scan starts."""
-    lam = torch.sigmoid(-keep)
+    lam = torch.sigmoid(-keep).clone()  # written to below, and sigmoid's gradient reads its output
     for d, direction in enumerate(directions):
         line = lam.select(1 if direction in ("down", "up") else 2, 0 if direction in ("down", "right") else -1)
         line[:, :, d] = 1
