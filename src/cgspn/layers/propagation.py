@@ -46,6 +46,7 @@ class PropagationConfig:
         forget_gate: a forget gate: how much stays of the line before, for each position and set.
         normalise_state: divide the state by the same scan of ones: y = u * h / n, a weighted mean of what the scan has
             seen in place of a sum, so that it does not grow with the number of lines. lam then passes a softplus.
+        convex_gate: lam = 1 - keep, and 1 on the first line: the state is a weighted mean of what the scan has seen.
         local_kernel: size of a depthwise convolution on the latent, added to it; 0 for none.
         projections: GSPN's linear projections C -> C around everything.
         expansion: GSPN's channel expansion before propagation; 1 for none.
@@ -61,6 +62,7 @@ class PropagationConfig:
     latent_norm: bool = True
     merge_norm: bool = True
     normalise_state: bool = False
+    convex_gate: bool = False
     local_kernel: int = 3
     projections: bool = False
     expansion: float = 1
@@ -279,6 +281,9 @@ class PropagationMixer(Mixer):
         self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, keep: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """`propagate_2d` in the config's directions, merged by its rule: [B, H, W, own] or [B, H, W, D, own]."""
+        if self.config.convex_gate:
+            assert keep is not None
+            lam = convex_input(keep, self.config.directions)
         if self.config.normalise_state:
             return propagate_mean(x, logits, lam, u, keep, mask, **self.scans())
         return propagate_2d(x, logits, lam, u, keep=keep, mask=mask, **self.scans())
@@ -286,6 +291,15 @@ class PropagationMixer(Mixer):
     def scans(self) -> Scans:
         """The config's directions, and how the operator merges them."""
         return {"directions": self.config.directions, "merge": "none" if self.config.merge == "concat" else "sum"}
+
+
+def convex_input(keep: Tensor, directions: tuple[str, ...]) -> Tensor:
+    """lam [B, H, W, D, G] = 1 - sigmoid(keep), and 1 where a scan starts."""
+    lam = torch.sigmoid(-keep).clone()  # written to below, and sigmoid's gradient reads its output
+    for d, direction in enumerate(directions):
+        line = lam.select(1 if direction in ("down", "up") else 2, 0 if direction in ("down", "right") else -1)
+        line[:, :, d] = 1
+    return lam
 
 
 def propagate_mean(
@@ -302,7 +316,7 @@ def propagate_mean(
 
     Shapes as in `propagate_2d`.
     """
-    lam = softplus(lam)
+    lam = softplus(lam).to(x.dtype)  # autocast computes it in float32
     ones = torch.ones_like(lam)
     total = propagate_2d(ones, logits, lam, ones, keep=keep, mask=mask, directions=directions, merge="none")
     y = propagate_2d(x, logits, lam, u, keep=keep, mask=mask, directions=directions, merge="none")
