@@ -17,7 +17,7 @@ from ..ops.backends import unsupported_reason
 from ..ops.eager import is_eager
 from ..ops.fused import linear_residual, local_norm, norm_linear
 from ..ops.fused.rows import CHANNELS_MOST, DTYPES
-from ..ops.gpu import gpu_of
+from ..ops.gpu import gpu_of, on_accelerator
 from .fp8 import Fp8Mlp
 from .mixer import Grid
 from .mlp import Mlp
@@ -28,7 +28,8 @@ from .propagation import PropagationMixer, check_grid
 if TYPE_CHECKING:
     from .block import Block
 
-LATENT_MOST = 256  # channels beyond which products are left to the libraries, which are then faster
+LATENT_BEST = 256  # channels beyond which products are left to the libraries, which are then faster
+LATENT_MOST = 512  # that stay on the chip for a tile of rows
 ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))  # GPUs with the 140 KB of shared memory that the latent's tiles want
 
 
@@ -50,7 +51,7 @@ def fusion_of(block: Block, tokens: Tensor) -> Fusion:
     Raises RuntimeError where `block.fusion_backend` asks for what cannot run.
     """
     wanted = block.fusion_backend
-    if wanted == "torch" or (wanted == "auto" and tokens.is_cpu) or not is_eager(tokens):
+    if wanted == "torch" or (wanted == "auto" and not on_accelerator(tokens)) or not is_eager(tokens):
         return NOTHING
     if tokens.dtype not in DTYPES or autocast_dtype(tokens) not in (None, tokens.dtype):
         return NOTHING  # nothing in more or less precision than the layers alone would have
@@ -85,12 +86,17 @@ def can_fuse_mixer(block: Block, tokens: Tensor) -> bool:
             return False
     if not is_plain(mixer.down, nn.Linear) or not is_plain(mixer.up, nn.Linear):
         return False
-    if mixer.up.in_features > LATENT_MOST or mixer.down.bias is None or mixer.up.bias is None:
+    if mixer.down.out_features > LATENT_MOST or mixer.down.bias is None or mixer.up.bias is None:
         return False
     norms = (mixer.norm, mixer.merge_norm)
     parts = all(is_plain(n, RMSNorm, nn.Identity) and getattr(n, "eps", 0.0) is not None for n in norms)
     local = mixer.local is None or is_plain(mixer.local, nn.Conv2d)
     return parts and local and can_read_scale(block.scale1)
+
+
+def can_fuse_up(block: Block, fusion: Fusion) -> bool:
+    """Whether P_up, narrow enough, joins the residual."""
+    return fusion.mixer and block.mixer.up.in_features <= LATENT_BEST  # type: ignore[union-attr, operator]
 
 
 def can_read_scale(scale: nn.Module) -> bool:
@@ -113,7 +119,7 @@ def run_block(block: Block, tokens: Tensor, grid: Grid, tapped: bool = False) ->
     fusion = fusion_of(block, tokens)
     after = block.mlp.fc2.bias if fusion.mlp else None
     branch = None
-    if fusion.mixer and not tapped:
+    if not tapped and can_fuse_up(block, fusion):
         normal, mixed = fused_residual(block, tokens, grid, fusion, after)
     else:
         branch, past = run_branch(block, tokens, grid, fusion)
@@ -141,7 +147,10 @@ def fused_scan(block: Block, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor
     norm = block.norm1
     trained = torch.is_grad_enabled()
     arguments = (tokens, norm.weight, norm.bias, mixer.down.weight, mixer.down.bias, norm.eps)
-    if trained:
+    if mixer.down.out_features > LATENT_BEST:
+        normal, tokens = add_norm(norm, tokens, fused=True)
+        latent = mixer.down(normal)
+    elif trained:
         latent, tokens = norm_linear.NormLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         latent, _ = norm_linear.forward(*arguments)
@@ -176,7 +185,7 @@ def fused_residual(
 def run_mixing_half(block: Block, tokens: Tensor, grid: Grid) -> Tensor:
     """tokens + the mixing branch, [B, N, C]: a block without its MLP."""
     fusion = fusion_of(block, tokens)
-    if fusion.mixer:
+    if can_fuse_up(block, fusion):
         return fused_residual(block, tokens, grid, fusion._replace(norm2=False), None)[1]
     branch, past = run_branch(block, tokens, grid, fusion)
     return past + branch

@@ -15,8 +15,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,14 @@ class Gpu:
             return str(error)
         return None if self.arch in known else f"the installed NVRTC does not compile for {self.arch}"
 
+    def through_triton(self, launch: Any, tensors: Sequence[Tensor | None], wanted: bool) -> Launch | None:
+        """Run a TritonLaunch by Triton's own launcher; if `wanted`, returns how to launch what it compiled without."""
+        from .triton_launch import prepare
+
+        with self.current():
+            compiled = launch.through_triton(tensors)
+            return prepare(compiled, self, launch, len(tensors)) if wanted else None
+
     def submit(self, launch: Launch) -> None:
         """Hand a launch to the driver."""
         stream = torch._C._cuda_getCurrentRawStream(self.index)
@@ -148,9 +158,14 @@ def gpu_of(device: torch.device) -> Gpu | None:
     return _gpus.setdefault(device, Gpu(device.index if device.index is not None else torch.cuda.current_device()))
 
 
+def on_accelerator(x: Tensor) -> bool:
+    """Whether a tensor is not on a CPU, or on one that a registered GPU stands for."""
+    return not x.is_cpu or x.device in _gpus
+
+
 @contextmanager
 def registered(device: torch.device, gpu: Gpu) -> Iterator[None]:
-    """Let `gpu` stand for a device, such as torch.device("meta"), for the time of the context."""
+    """Let `gpu` stand for a device, such as torch.device("cpu"), for the time of the context."""
     _gpus[device] = gpu
     try:
         yield
