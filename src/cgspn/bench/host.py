@@ -1,7 +1,7 @@
 """What the host does for a block besides the launches themselves: measured without a GPU.
 
-Tensors are a few numbers on the CPU, and a stand-in for a GPU takes launches and drops them. What is left is what has to
-happen before a device can work: Python, PyTorch's own dispatcher and products, memory, packed arguments.
+Tensors are a few numbers on the CPU, and a stand-in for a GPU takes launches and drops them. What is left is what has
+to happen before a device can work: Python, PyTorch's own dispatcher and products, memory, packed arguments.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class HostConfig:
 class DroppedLaunches:
     """Stands for a Hopper GPU: launches are counted and dropped."""
 
-    index, capability, arch, runs_triton = 0, (9, 0), "sm_90", True
+    index, capability, arch, runs_triton = -1, (9, 0), "sm_90", True
     machine = Machine(132, 227 * 1024, True)
 
     def __init__(self) -> None:

@@ -52,7 +52,7 @@ class Launch:
         for offset, value in zip(offsets, values):
             ctypes.memmove(base + offset, value, len(value))
         self.params = (ctypes.c_void_p * len(values))(*(base + offset for offset in offsets[:-1]))
-        self._slots = [(offsets[argument] + byte) // 8 for argument, byte in slots]
+        self.slots = [(offsets[argument] + byte) // 8 for argument, byte in slots]
         self._submit, self._lock = gpu.submit, threading.Lock()
         self.function = function
         self.shape = (*grid, *(1,) * (3 - len(grid)), threads, 1, 1, shared)
@@ -64,9 +64,11 @@ class Launch:
             return
         with self._lock:  # the driver reads the words before it returns
             words = self._words
-            for slot, address in zip(self._slots, addresses):
+            for slot, address in zip(self.slots, addresses):
                 words[slot] = address
             self._submit(self)
+        if _recording:
+            _recording.get(threading.get_ident(), []).append(self)
 
 
 class Gpu:
@@ -141,6 +143,7 @@ class Gpu:
 
 
 _thread = threading.local()
+_recording: dict[int, list[Launch]] = {}  # by thread
 _gpus: dict[torch.device, Gpu] = {}
 if hasattr(os, "register_at_fork"):  # a child has to ask again, and PyTorch then says why it cannot use CUDA
     os.register_at_fork(after_in_child=_gpus.clear)
@@ -161,6 +164,16 @@ def gpu_of(device: torch.device) -> Gpu | None:
 def on_accelerator(x: Tensor) -> bool:
     """Whether a tensor is not on a CPU, or on one that a registered GPU stands for."""
     return not x.is_cpu or x.device in _gpus
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches of this thread, but for those through Triton's own launcher, for the time of the context."""
+    launches = _recording[threading.get_ident()] = []
+    try:
+        yield launches
+    finally:
+        del _recording[threading.get_ident()]
 
 
 @contextmanager
