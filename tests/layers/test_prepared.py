@@ -1,7 +1,7 @@
 """Launches that are kept for a block in inference give what its layers give, whatever changes in between.
 
-On a GPU; or on the CPU with TRITON_INTERPRET=1, where a stand-in for a GPU runs kept launches from their addresses alone:
-Triton's kernels in its interpreter, the scans compiled for the host (tests/ops/emulation).
+On a GPU; or on the CPU with TRITON_INTERPRET=1, where a stand-in for a GPU runs kept launches from their addresses
+alone: Triton's kernels in its interpreter, the scans compiled for the host (tests/ops/emulation).
 """
 
 import copy
@@ -26,6 +26,11 @@ pytestmark = pytest.mark.skipif(
     not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or TRITON_INTERPRET=1"
 )
 GRID = Grid(4, 5)
+OTHERS = [
+    {"merge": "sum"},
+    {"value_expansion": 2, "channels_per_group": 4, "forget_gate": True},
+    {"directions": ("up",)},
+]
 
 
 @pytest.fixture(autouse=True)
@@ -159,9 +164,7 @@ def test_threads_share_a_block():
 
     def work(t, want):
         with torch.no_grad():
-            for _ in range(3 if not GPU else 200):
-                if not torch.equal(block(t, GRID), want):
-                    wrong.append(1)
+            wrong.extend(_ for _ in range(200 if GPU else 3) if not torch.equal(block(t, GRID), want))
 
     threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, wanted, strict=True)]
     for thread in threads:
@@ -172,10 +175,7 @@ def test_threads_share_a_block():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "options",
-    [{"merge": "sum"}, {"value_expansion": 2, "channels_per_group": 4, "forget_gate": True}, {"directions": ("up",)}],
-)
+@pytest.mark.parametrize("options", OTHERS)
 def test_other_settings_are_fused_call_by_call(options):
     block = block_of(**options)
     for seed in range(3):
