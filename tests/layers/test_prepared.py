@@ -98,11 +98,16 @@ def check(block, tokens, grid=GRID, *, kept=True):
         assert bool(block._state is not None and block._state.plans) == kept
 
 
+def warm(block):
+    """Run until launches are kept: the first call compiles, the second is recorded."""
+    for seed in range(3):
+        check(block, tokens_of(seed), kept=None if seed < 2 else True)
+    return block
+
+
 @torch.no_grad()
 def test_every_call_gives_what_the_layers_give():
-    block = block_of()
-    for seed in range(5):
-        check(block, tokens_of(seed), kept=None if seed < 2 else True)
+    block = warm(block_of())
     small = Grid(3, 2)
     for seed in range(3):
         check(block, tokens_of(seed, 1, small), small)
@@ -117,9 +122,7 @@ def test_every_call_gives_what_the_layers_give():
 
 @torch.no_grad()
 def test_what_changes_between_calls_counts():
-    block = block_of()
-    for seed in range(3):
-        check(block, tokens_of(seed))
+    block = warm(block_of())
     for parameter in block.parameters():
         parameter.add_(0.05)
     check(block, tokens_of(3))
@@ -144,9 +147,7 @@ def test_what_changes_between_calls_counts():
 
 @torch.no_grad()
 def test_copies_have_launches_of_their_own():
-    block = block_of()
-    for seed in range(3):
-        check(block, tokens_of(seed))
+    block = warm(block_of())
     for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         assert other._state is None
         other.mixer.up.weight.mul_(2)
@@ -156,9 +157,7 @@ def test_copies_have_launches_of_their_own():
 
 @torch.no_grad()
 def test_threads_share_a_block():
-    block, wrong = block_of(), []
-    for seed in range(3):
-        check(block, tokens_of(seed))
+    block, wrong = warm(block_of()), []
     inputs = [tokens_of(seed) for seed in range(4)]
     wanted = [block(t, GRID) for t in inputs]
 

@@ -83,12 +83,14 @@ def has_dtype_of(mlp: nn.Module, tokens: Tensor) -> bool:
 
 def can_fuse_down(block: Block) -> bool:
     """Whether the latent of a C-GSPN sub-layer is narrow enough for a tile of rows."""
-    return block.mixer.down.out_features <= LATENT_MOST  # type: ignore[union-attr, operator, return-value]
+    mixer: Any = block.mixer
+    return bool(mixer.down.out_features <= LATENT_MOST)
 
 
 def can_fuse_up(block: Block, fusion: Fusion) -> bool:
     """Whether P_up, narrow enough, joins the residual."""
-    return fusion.mixer and block.mixer.up.in_features <= LATENT_BEST  # type: ignore[union-attr, operator]
+    mixer: Any = block.mixer
+    return fusion.mixer and bool(mixer.up.in_features <= LATENT_BEST)
 
 
 def run_block(block: Block, tokens: Tensor, grid: Grid, tapped: bool = False) -> Tensor | tuple[Tensor, Tensor]:

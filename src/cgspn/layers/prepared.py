@@ -44,21 +44,23 @@ class PreparedBlock:
 
     def __init__(self, block: Block, tokens: Tensor, grid: Grid, launches: list[Launch]) -> None:
         """launches: those of a pass with the same tokens and grid."""
-        mixer, mlp = block.mixer, block.mlp
+        mixer: Any = block.mixer
+        mlp: Any = block.mlp
         self.launches, self.inside = launches, len(launches[3].slots) == INSIDE
-        latent, channels, merged = mixer.latent, tokens.shape[-1], mixer.up.in_features  # type: ignore[union-attr]
+        latent, channels, merged = int(mixer.latent), tokens.shape[-1], mixer.up.in_features
         rows, size = tokens.numel() // channels, tokens.element_size()
         self.shape, self.latent, self.step = tokens.shape, latent, latent * size
         sizes = [latent * channels * size, 8 * latent, rows * latent * size, rows * latent * size * self.inside]
         sizes += [rows * merged * size, channels * merged * size, 4 * channels]
-        self.offsets, self.bytes = [], 0
+        self.offsets: list[int] = []
+        self.bytes = 0
         for amount in sizes:
             self.offsets.append(self.bytes)
             self.bytes += -(-amount // 256) * 256
         modules = (block.norm1, mixer.down, mixer.local, mixer.norm, mixer.param_proj, mixer.merge_norm, mixer.up)
-        held = [[m.weight, m.bias] for m in (*modules, block.norm2, mlp.fc1, mlp.fc2) if not isinstance(m, RMSNorm)]  # type: ignore[union-attr]
+        held = [[m.weight, m.bias] for m in (*modules, block.norm2, mlp.fc1, mlp.fc2) if not isinstance(m, RMSNorm)]
         gamma = getattr(block.scale1, "gamma", None)
-        self.tensors: list[Any] = [*chain.from_iterable(held), mixer.norm.weight, mixer.merge_norm.weight]  # type: ignore[union-attr]
+        self.tensors: list[Any] = [*chain.from_iterable(held), mixer.norm.weight, mixer.merge_norm.weight]
         self.tensors += [] if gamma is None else [gamma]
         self.scaled, self.dtype, self.device = gamma is not None, tokens.dtype, tokens.device
         # what is in another dtype or place, or not contiguous, never looks like this
