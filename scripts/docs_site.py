@@ -31,6 +31,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links into the repository as links within the site; those to sources, which it does not hold, as text."""
+    if page.file.src_uri == "changelog.md":
+        markdown = (ROOT / "CHANGELOG.md").read_text()
     depth = page.file.src_uri.count("/")
     if page.file.src_uri.startswith(("results/", "examples/")):
         markdown = INSIDE.sub(rf"\1{'../' * depth}", markdown)
