@@ -14,6 +14,7 @@ from cgspn.distill import (
     DistillConfig,
     HighResConfig,
     ImageSetFeed,
+    LossConfig,
     OptimConfig,
     PretrainConfig,
     SampleFeed,
@@ -23,7 +24,9 @@ from cgspn.distill import (
     pretrain,
 )
 from cgspn.distill.batches import batch_shapes
+from cgspn.distill.plan import plan
 from cgspn.distill.sizes import tokens_of
+from cgspn.distill.stages import carried_from
 from cgspn.distill.throughput import Throughput, Work
 from cgspn.layers import AttentionConfig
 from cgspn.models import Encoder, model_config
@@ -236,3 +239,21 @@ def test_rates_count_what_each_step_did():
     )
     clock.sizes[12] = clock.sizes[15] = (12, 12)  # new there: it is captured or compiled
     assert clock.settled() == [i for i in range(10, 20) if i not in (12, 15)]
+
+
+def test_a_finished_student_goes_on_to_a_higher_resolution(images, tmp_path):
+    teacher, student = pair()
+    short = replace(OPTIM, steps=2, batch_size=8)
+    start = DistillConfig(sizes=SizeRange(16, 28, 2), stage1=short, stage2=short)
+    distill(teacher, student, images, start, folder=tmp_path)
+    carried = carried_from(tmp_path)
+    assert any("adapters" in name for name in carried)
+    none = replace(OPTIM, steps=0)
+    config = DistillConfig(stage1=none, stage2=none, highres=HighResConfig(sizes=(56,), optim=short))
+    [stage] = plan(teacher, student, ImageSetFeed(images), config, "student", World())
+    assert sorted(set(stage.shapes(4))) == [(16, 16), (28, 28), (56, 56)]
+    [history] = distill(teacher, student, images, config, carried=carried)
+    assert history.title == "student, 56 px"
+    assert student.config.image_size == (56, 56)
+    with pytest.raises(ValueError, match="carried holds"):
+        distill(teacher, student, images, replace(config, loss=LossConfig(adapters=False)), carried=carried)

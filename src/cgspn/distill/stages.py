@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -69,6 +69,7 @@ def distill(
     *,
     folder: Path | None = None,
     world: World | None = None,
+    carried: Mapping[str, Tensor] | None = None,
 ) -> list[History]:
     """Align each sub-layer alone, then the whole student end to end, then go to higher resolutions.
 
@@ -85,6 +86,8 @@ def distill(
         name: of the student, in titles.
         folder: where each stage leaves its student, losses and snapshots; a run that stopped goes on from them.
         world: the processes of the run (`join_world`); None for this one alone.
+        carried: adapters and scales of an earlier run of this student and teacher (`carried_from`), for higher
+            resolutions without another stage 2.
 
     Returns the record of each stage; the student is left in eval mode.
 
@@ -99,7 +102,7 @@ def distill(
     encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
     histories = []
     cache = TeacherCache(config.compute.teacher_cache * 2**30) if config.compute.teacher_cache else None
-    carried: dict[str, Tensor] = {}
+    carried = dict(carried or {})
     torch.manual_seed(config.stage1.seed)
     stages = plan(teacher, student, feed, config, name, world)
     # what a stage cannot do is said before the first begins, which may take days
@@ -153,6 +156,12 @@ def distill(
             barrier()
     student.eval()
     return histories
+
+
+def carried_from(folder: Path) -> dict[str, Tensor]:
+    """Adapters and scales that the last stage of the run in `folder` has left, on the CPU; empty if there are none."""
+    stages = sorted((folder / "stages").glob(f"*/{ADAPTERS}"), key=lambda path: int(path.parent.name))
+    return load_file(stages[-1]) if stages else {}
 
 
 def record_sizes(encoder: Encoder, shapes: Iterable[tuple[int, int]]) -> None:
