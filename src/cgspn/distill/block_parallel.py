@@ -53,7 +53,7 @@ class PlacedSublayerTask(SublayerTask):
         super().__init__(teacher, student, learn_positions)
         if 0 < len(self.learning) < dist.get_world_size():
             raise ValueError(
-                f"parallel is 'placed' with {dist.get_world_size()} processes, of which each needs a block that learns; "
+                f"parallel is 'placed' with {dist.get_world_size()} processes; each needs a block that learns, and "
                 f"the student has {len(self.learning)}"
             )
         self.owned = [self.learning[rank :: dist.get_world_size()] for rank in range(dist.get_world_size())]
