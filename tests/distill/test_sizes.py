@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import cgspn
+from cgspn.cli import parsed
 from cgspn.data import LoaderConfig, load_embedded, open_samples, scheduled
 from cgspn.distill import (
     ComputeConfig,
@@ -257,3 +258,24 @@ def test_a_finished_student_goes_on_to_a_higher_resolution(images, tmp_path):
     assert student.config.image_size == (56, 56)
     with pytest.raises(ValueError, match="carried holds"):
         distill(teacher, student, images, replace(config, loss=LossConfig(adapters=False)), carried=carried)
+
+
+def test_the_command_line_takes_sizes():
+    given = [
+        "distill",
+        "embedded",
+        "out",
+        "--preset",
+        "vit-s14-study",
+        "--sizes",
+        "112",
+        "448",
+        "--aspects",
+        "1",
+        "1.5",
+    ]
+    config = parsed(given).config
+    assert (config.sizes.smallest, config.sizes.largest, config.sizes.aspects) == (112, 448, (1.0, 1.5))
+    assert parsed(["pretrain", "out", "--sizes", "16", "32"]).config.sizes == SizeRange(16, 32)
+    with pytest.raises(ValueError, match="smallest is 448; accepted: 1 to largest, 112 pixels"):
+        parsed(["distill", "embedded", "out", "--sizes", "448", "112"])
