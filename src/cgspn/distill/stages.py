@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ import torch
 from rich.console import Console
 
 from ..data import ImageSet
-from ..models.checkpoint import read_model, write_atomically
+from ..models.checkpoint import read_model
 from ..models.config import EncoderConfig, TextConfig
 from ..models.dual import DualEncoder, build_dual
 from ..models.encoder import Encoder
@@ -25,12 +24,12 @@ from .cache import TeacherCache
 from .config import ComputeConfig, DistillConfig, LossConfig, OptimConfig, PretrainConfig
 from .parallel import World, barrier, full_tensor, shard_encoder
 from .parity import check_parity
+from .run_folder import finish_stage, finished_stage
 from .sizes import SizeRange, whole
 from .snapshots import Snapshots
 from .tasks import ContrastiveTask, DistillTask, SublayerTask, Task
 from .trainer import History, Stream, Watch, train
 
-THROUGHPUT = "throughput.json"
 COMPILED = 256  # graphs of a function: one for each shape of batches and kind of block, of which some tens are usual
 
 Watcher = Callable[[str, int], Watch]  # title and number of steps -> what the trainer calls after each
@@ -131,11 +130,10 @@ def distill(
     with frozen(teacher):
         for number, (stage, stream) in enumerate(zip(stages, streams, strict=True)):
             done = folder / "stages" / str(number) if folder else None
-            if done is not None and (done / "losses.json").exists():
+            if done is not None and (record := finished_stage(done, world)):
                 student.load_state_dict(read_state(student, read_model(done)[1], str(done)))
                 record_sizes(student, stage.shapes(student.config.patch_size))
-                losses, throughput = (json.loads((done / name).read_text()) for name in ("losses.json", THROUGHPUT))
-                histories.append(History(stage.title, losses, throughput))
+                histories.append(History(stage.title, *record))
                 continue
             if not histories:
                 # of a stream of one step, which starts no more workers than that needs
@@ -162,8 +160,7 @@ def distill(
             record_sizes(student, stage.shapes(student.config.patch_size))
             if done is not None and world.rank == 0:
                 student.save_pretrained(done)
-                write_atomically(done / THROUGHPUT, json.dumps(histories[-1].throughput))
-                write_atomically(done / "losses.json", json.dumps(histories[-1].steps))
+                finish_stage(done, histories[-1].steps, histories[-1].throughput)
             if snapshots is not None:
                 snapshots.clear()
             barrier()
