@@ -37,7 +37,7 @@ VIT_S14_STUDY = DistillConfig(
     loss=LossConfig(output=0.05),
     compute=ComputeConfig(precision="bfloat16", save_every=100),
 )
-# the paper's student: s = 18, Cc = 64. The paper trains it at 378 px alone, without positions; ours sees other sizes too
+# the paper's student: s = 18, Cc = 64. The paper trains it at 378 px alone, without positions; ours sees others too
 # and keeps positions (docs/distilling.md, "Sizes"). The paper names no steps or rates; these are for 1.3e8 images seen,
 # stage 2 at 2e-4 because a ViT-S's loss rose from 4e-4 on. The parts of a batch are for eight GPUs of 80 GB, by
 # arithmetic: what the taps keep is some 0.8 GB an image at 378 px and 6 GB at 1036 px. `cgspn bench train` finds what
