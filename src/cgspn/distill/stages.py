@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ..data import ImageSet
@@ -20,7 +19,7 @@ from ..models.config import TextConfig
 from ..models.dual import DualEncoder, build_dual
 from ..models.encoder import Encoder
 from ..models.registry import model_config
-from ..models.weights import read_state
+from ..models.weights import open_safetensors, read_state
 from .batches import Feed, ImageSetFeed
 from .block_parallel import PlacedSublayerTask
 from .cache import TeacherCache
@@ -28,12 +27,13 @@ from .config import ComputeConfig, DistillConfig, PretrainConfig
 from .parallel import World, barrier, full_tensor, shard_encoder
 from .parity import check_parity
 from .plan import Stage, plan
+from .run_folder import finish_stage, finished_stage
 from .sizes import whole
 from .snapshots import Snapshots
 from .tasks import ContrastiveTask, DistillTask, Task
 from .trainer import History, Watch, train
 
-THROUGHPUT, ADAPTERS = "throughput.json", "adapters.safetensors"
+ADAPTERS = "adapters.safetensors"
 COMPILED = 256  # graphs of a function: one for each shape of batches and kind of block, of which some tens are usual
 
 Watcher = Callable[[str, int], Watch]  # title and number of steps -> what the trainer calls after each
@@ -69,6 +69,7 @@ def distill(
     *,
     folder: Path | None = None,
     world: World | None = None,
+    carried: Mapping[str, Tensor] | None = None,
 ) -> list[History]:
     """Align each sub-layer alone, then the whole student end to end, then go to higher resolutions.
 
@@ -85,6 +86,8 @@ def distill(
         name: of the student, in titles.
         folder: where each stage leaves its student, losses and snapshots; a run that stopped goes on from them.
         world: the processes of the run (`join_world`); None for this one alone.
+        carried: adapters and scales of an earlier run of this student and teacher (`carried_from`), for higher
+            resolutions without another stage 2.
 
     Returns the record of each stage; the student is left in eval mode.
 
@@ -99,7 +102,7 @@ def distill(
     encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
     histories = []
     cache = TeacherCache(config.compute.teacher_cache * 2**30) if config.compute.teacher_cache else None
-    carried: dict[str, Tensor] = {}
+    carried = dict(carried or {})
     torch.manual_seed(config.stage1.seed)
     stages = plan(teacher, student, feed, config, name, world)
     # what a stage cannot do is said before the first begins, which may take days
@@ -110,12 +113,11 @@ def distill(
     with frozen(teacher):
         for number, (stage, stream) in enumerate(zip(stages, streams, strict=True)):
             done = folder / "stages" / str(number) if folder else None
-            if done is not None and (done / "losses.json").exists():
+            if done is not None and (record := finished_stage(done, world)):
                 student.load_state_dict(read_state(student, read_model(done)[1], str(done)))
                 record_sizes(student, stage.shapes(student.config.patch_size))
-                losses, throughput = (json.loads((done / name).read_text()) for name in ("losses.json", THROUGHPUT))
-                histories.append(History(stage.title, losses, throughput))
-                carried = load_file(done / ADAPTERS)
+                histories.append(History(stage.title, *record))
+                carried = read_tensors(done / ADAPTERS)
                 continue
             if not histories:
                 # of a stream of one step, which starts no more workers than that needs
@@ -146,13 +148,23 @@ def distill(
             if done is not None and world.rank == 0:
                 student.save_pretrained(done)
                 write_atomically(done / ADAPTERS, save(carried))
-                write_atomically(done / THROUGHPUT, json.dumps(histories[-1].throughput))
-                write_atomically(done / "losses.json", json.dumps(histories[-1].steps))
+                finish_stage(done, histories[-1].steps, histories[-1].throughput)
             if snapshots is not None:
                 snapshots.clear()
             barrier()
     student.eval()
     return histories
+
+
+def carried_from(folder: Path) -> dict[str, Tensor]:
+    """Adapters and scales that the last stage of the run in `folder` has left, on the CPU; empty if there are none."""
+    stages = sorted((folder / "stages").glob(f"[0-9]*/{ADAPTERS}"), key=lambda path: path.parent.name)
+    return read_tensors(stages[-1]) if stages else {}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, on the CPU. Raises OSError or CheckpointError for one that is damaged."""
+    return {name: stored.read() for name, stored in open_safetensors(path)[0].items()}
 
 
 def record_sizes(encoder: Encoder, shapes: Iterable[tuple[int, int]]) -> None:
