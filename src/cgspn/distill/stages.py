@@ -15,7 +15,7 @@ from rich.console import Console
 from ..data import ImageSet
 from ..models.checkpoint import read_model, write_atomically
 from ..models.config import EncoderConfig, TextConfig
-from ..models.dual import DualEncoder, build_dual
+from ..models.dual import DualEncoder, build_dual, image_encoder
 from ..models.encoder import Encoder
 from ..models.registry import model_config
 from .batches import Feed, ImageSetFeed
@@ -117,7 +117,7 @@ def distill(
     """
     feed = ImageSetFeed(images) if isinstance(images, ImageSet) else images
     world = world or World(device=next(student.parameters()).device)
-    encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
+    encoder = image_encoder(teacher)
     histories = []
     cache = TeacherCache(config.compute.teacher_cache * 2**30) if config.compute.teacher_cache else None
     torch.manual_seed(config.stage1.seed)
@@ -225,7 +225,7 @@ def plan(
     """The stages of a run, in order; those of 0 steps are left out. Raises ValueError as `check_possible`."""
     check_possible(teacher, student, config, world)
     dual = teacher if isinstance(teacher, DualEncoder) else None
-    encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
+    encoder = image_encoder(teacher)
     high = config.highres
     native = (config.image_size, config.image_size) if config.image_size else student.config.image_size
     placed = config.compute.parallel == "placed" and world.size > 1

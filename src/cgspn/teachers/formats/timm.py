@@ -55,7 +55,8 @@ def config(tower: Tower) -> EncoderConfig:
     native = args.get("img_size") or stated.get("pretrained_cfg", {}).get("input_size", [0])[-1]
     native = vision.get("image_size") or native
     # positions of all prefix tokens, of the class token alone, or of none
-    extra = next((e for e in (classes + registers, classes, 0) if round((rows - e) ** 0.5) ** 2 == rows - e), 0)
+    extras = (e for e in (classes + registers, classes, 0) if e <= rows)
+    extra = next((e for e in extras if round((rows - e) ** 0.5) ** 2 == rows - e), 0)
     side = tower.side(rows - extra) if rows else (native // patch if isinstance(native, int) else 16)
     pre_norm, scale = tower.has("norm_pre.weight"), tower.has("blocks.0.ls1.gamma")
     pooled_by_map = tower.has("attn_pool.latent")
@@ -134,6 +135,8 @@ def _activation(
         return _ACTIVATIONS[stated]
     if "quickgelu" in name or (not name and "quickgelu" in tower.source.name.lower()):
         return "quick_gelu"
+    if not name and tower.has("norm_pre.weight"):
+        tower.warn_of("activation", "no tensor shows which GELU this CLIP has; the exact one is taken")
     # timm's own choice for these; the other SigLIP models have the exact one
     if sigmoid and (patch == 32 or (patch == 16 and (width in (1152, 1536) or (width, side) == (1024, 32)))):
         return "gelu_tanh"
@@ -165,7 +168,7 @@ TIMM = Family(
     ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
     (
         *both("patch_embed.projection", "patch_embed.proj"),
-        Rule("prefix", ("?cls_token", "?reg_token|register_tokens", "pos_embed"), prefix_tokens),
+        Rule("prefix", ("?cls_token", "?reg_token|register_tokens", "?pos_embed"), prefix_tokens),
         Rule("positions.table", ("pos_embed",), grid_positions),
         *both("pre_norm", "norm_pre"),
         *both("blocks.{i}.norm1", "blocks.{i}.norm1"),
