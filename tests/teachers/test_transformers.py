@@ -233,7 +233,8 @@ def test_siglip_lower_cases_whatever_tokenizer_its_folder_names(tmp_path):
     transformers = pytest.importorskip("transformers")
     vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "\u2581": 4} | {chr(c): c - 28 for c in range(33, 127)}
     text = TEXT | {"vocab_size": len(vocab), "projection_size": VISION["hidden_size"]}
-    transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=VISION)).save_pretrained(
+    config = transformers.SiglipConfig(text_config=text, vision_config=VISION)
+    transformers.SiglipModel(config).save_pretrained(tmp_path)
         tmp_path
     )
     transformers.GemmaTokenizer(vocab=vocab, merges=[], padding_side="right").save_pretrained(tmp_path)
