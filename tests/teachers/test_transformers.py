@@ -235,8 +235,6 @@ def test_siglip_lower_cases_whatever_tokenizer_its_folder_names(tmp_path):
     text = TEXT | {"vocab_size": len(vocab), "projection_size": VISION["hidden_size"]}
     config = transformers.SiglipConfig(text_config=text, vision_config=VISION)
     transformers.SiglipModel(config).save_pretrained(tmp_path)
-        tmp_path
-    )
     transformers.GemmaTokenizer(vocab=vocab, merges=[], padding_side="right").save_pretrained(tmp_path)
     model = cgspn.load_model(tmp_path)
     assert torch.equal(model.tokenizer("A Cat"), model.tokenizer("a cat"))

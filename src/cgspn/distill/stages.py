@@ -18,6 +18,7 @@ from ..models.config import EncoderConfig, TextConfig
 from ..models.dual import DualEncoder, build_dual, image_encoder
 from ..models.encoder import Encoder
 from ..models.registry import model_config
+from ..models.weights import read_state
 from .batches import Feed, ImageSetFeed
 from .block_parallel import PlacedSublayerTask
 from .cache import TeacherCache
@@ -131,7 +132,7 @@ def distill(
         for number, (stage, stream) in enumerate(zip(stages, streams, strict=True)):
             done = folder / "stages" / str(number) if folder else None
             if done is not None and (done / "losses.json").exists():
-                student.load_state_dict(read_model(done)[1])
+                student.load_state_dict(read_state(student, read_model(done)[1], str(done)))
                 record_sizes(student, stage.shapes(student.config.patch_size))
                 losses, throughput = (json.loads((done / name).read_text()) for name in ("losses.json", THROUGHPUT))
                 histories.append(History(stage.title, losses, throughput))
@@ -293,7 +294,7 @@ def prepared(task: Task, teacher: Encoder, student: Encoder, compute: ComputeCon
     blocks = [*teacher.each_block(), *working.each_block()] if compute.compile else []
     recompiled = torch._dynamo.config.patch(recompile_limit=COMPILED) if compute.compile else nullcontext()
     for block in blocks:
-        block.tapped = torch.compile(block.tapped, dynamic=False)  # type: ignore[method-assign]
+        block.compile(dynamic=False)
         if not isinstance(task, DistillTask):
             block.sublayer = torch.compile(block.sublayer, dynamic=False)  # type: ignore[method-assign]
     if compute.compile and isinstance(task, DistillTask):
@@ -309,6 +310,6 @@ def prepared(task: Task, teacher: Encoder, student: Encoder, compute: ComputeCon
             task.share()
     finally:
         for block in blocks:
-            for name in ("tapped", "sublayer"):
+            for name in ("_compiled_call_impl", "sublayer"):
                 vars(block).pop(name, None)
         student.set_grad_checkpointing(checkpointing)

@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from .reading import CheckpointError, read_json
+from .weights import Weights, open_safetensors
+
+__all__ = ["CheckpointError", "read_model", "save_model", "write_atomically"]
+
 CONFIG, WEIGHTS, PREPROCESSING = "config.json", "model.safetensors", "preprocessor_config.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message says what was expected and what was found."""
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
@@ -27,7 +28,8 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            # names of files may hold bytes that are not UTF-8, which Python keeps as lone surrogates
+            file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
         _publish(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -60,8 +62,8 @@ def save_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[str
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and float32 weights of a checkpoint folder.
+def read_model(folder: str | Path) -> tuple[dict[str, Any], Weights]:
+    """The config of a checkpoint folder and its weights, which are not read yet.
 
     Raises CheckpointError if it is none, or if a file in it is truncated.
     """
@@ -70,8 +72,6 @@ def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if missing:
         raise CheckpointError(f"{folder} has no {' and no '.join(missing)}; expected a checkpoint folder with both")
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-        state = load_file(folder / WEIGHTS)
-    except (json.JSONDecodeError, SafetensorError) as error:
+        return read_json(folder / CONFIG), open_safetensors(folder / WEIGHTS)[0]
+    except CheckpointError as error:
         raise CheckpointError(f"{folder} is not a readable checkpoint: {error}") from error
-    return config, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
