@@ -41,7 +41,7 @@ def test_options_are_heeded_or_refused(folder):
     [
         ({"image_size": 28}, "image_size is 28"),
         ({"later_field": 1}, "has no later_field"),
-        ({"width": 65}, "own: its config.json and weights cannot be used"),
+        ({"width": 65}, "do not fit its config"),
         ({"image_crop_pct": 0}, "image_crop_pct is 0"),
         ({"image_resample": "sinc"}, "image_resample is 'sinc'"),
         ({"summary_tokens": [3]}, "summary_tokens is"),
@@ -56,11 +56,8 @@ def test_a_damaged_or_newer_config_is_one_kind_of_error(folder, change, message)
 
 def test_a_config_without_its_parts(folder):
     rewrite(folder, encoder=None)
-    with pytest.raises(CheckpointError, match="cannot be used"):
+    with pytest.raises(CheckpointError, match="encoder is None; accepted: an object"):
         cgspn.load_encoder(folder)
-    rewrite(folder, model="dual", encoder={})
-    with pytest.raises(CheckpointError, match="it lacks 'text'"):
-        cgspn.load_model(folder)
     rewrite(folder, model="triple")
     with pytest.raises(CheckpointError, match="holds a 'triple' model"):
         cgspn.load_model(folder)

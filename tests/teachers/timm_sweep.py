@@ -97,11 +97,12 @@ def relative(ours, theirs):
 @torch.no_grad()
 def compare(model, encoder):
     """Relative errors of the grid tokens and of the pooled vector, at the native size."""
-    config = encoder.config
-    images = torch.randn(1, config.channels, *config.image_size, generator=torch.Generator().manual_seed(1))
+    config, size = encoder.config, model.patch_embed.img_size
+    images = torch.randn(1, config.channels, *size, generator=torch.Generator().manual_seed(1))
     features = model.forward_features(images)
     pooled = model.forward_head(features, pre_logits=config.embed_dim is None)
-    ours = encoder(images)
+    whole = [side if config.crop_remainder else side // config.patch_size * config.patch_size for side in size]
+    ours = encoder(images[..., : whole[0], : whole[1]])
     tokens = relative(ours.tokens.flatten(1, 2), features[:, model.num_prefix_tokens :])
     return tokens, relative(ours.pooled, pooled)
 
@@ -111,12 +112,12 @@ def measure(name):
     model, given = build(name)
     row = {"name": name, "width": model.num_features, "tokens": None, "pooled": None}
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("error")  # a guess that a warning tells of is no wrong model in silence
         before = None
         for layout, source in write(name, model, given, Path(folder)).items():
             try:
                 encoder = cgspn.load_encoder(source)
-            except CheckpointError as error:
+            except (CheckpointError, UserWarning) as error:
                 row[layout] = str(error).replace(str(source), "it").removeprefix("it, recognised as ")
                 continue
             if layout == "folder" or encoder.config != before:
@@ -128,7 +129,7 @@ def measure(name):
     return row
 
 
-def main(out="results/teachers", only=""):
+def main(out="results/teachers", commit="", only=""):
     """Measure all, write timm.json and timm.md, and say whether none is wrong."""
     from cgspn.bench import machine
     from cgspn.bench.results import write as write_results
@@ -145,7 +146,7 @@ def main(out="results/teachers", only=""):
         | {"wrong": sum(row[layout].startswith("WRONG") for row in rows)}
         for layout in LAYOUTS
     ]
-    facts = machine.describe() | {"timm": version("timm"), "seconds": f"{time.monotonic() - began:.0f}"}
+    facts = machine.describe(commit) | {"timm": version("timm"), "seconds": f"{time.monotonic() - began:.0f}"}
     facts["command"] = "python tests/teachers/timm_sweep.py"
     write_results(Path(out), "timm", facts, {f"{len(rows)} names": counts, "each": rows})
     print(counts)
