@@ -26,7 +26,7 @@ from ..distill.parallel import barrier
 from ..distill.presets import PRESETS
 from ..distill.run_folder import locked
 from ..distill.snapshots import MOST_RECORD
-from ..distill.stages import Watcher
+from ..distill.stages import Watcher, carried_from
 from ..distill.trainer import Watch
 from ..models.checkpoint import write_atomically
 from ..models.dual import image_encoder, with_image
@@ -73,7 +73,8 @@ class Distill:
     shards, or "embedded". A caption is in the .txt or .json beside its image, or is made of the sub-folder's name.
     Unreadable images and shards are skipped, counted and named."""
     student: Path | None = None
-    """Start from this converted checkpoint instead of converting."""
+    """Start from this converted checkpoint instead of converting; with --config.stage1.steps 0 and
+    --config.stage2.steps 0, take the student of a finished run to higher resolutions, its adapters included."""
     config: tyro.conf.AvoidSubcommands[DistillConfig] = field(default_factory=lambda: PRESETS["embedded"])
     """Stages, rates, losses, precision, processes."""
     sizes: tuple[int, int] | None = None
@@ -134,7 +135,16 @@ class Distill:
             torch.manual_seed(self.config.stage1.seed)
             student = self.start(encoder).to(world.device)
             with shown(world, out / EVENTS if self.tensorboard else None) as watcher:
-                histories = distill(teacher, student, feed, self.config, watcher, folder=out, world=world)
+                histories = distill(
+                    teacher,
+                    student,
+                    feed,
+                    self.config,
+                    watcher,
+                    folder=out,
+                    world=world,
+                    carried=carried_from(self.student) if self.student else None,
+                )
             skipped, problems = Skipped(), Skipped()
             if isinstance(feed, SampleFeed):
                 problems = feed.source.problems

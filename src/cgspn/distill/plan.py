@@ -112,8 +112,8 @@ def plan(
         ),
         Stage(f"{name}, stage 2", config.stage2, native, distillation(config.loss), config.sizes),
     ]
-    side = round((native[0] * native[1]) ** 0.5)
-    smaller = config.sizes or SizeRange(side, side, count=1)
+    trained = student.config.trained_sizes or (round((native[0] * native[1]) ** 0.5),)
+    smaller = config.sizes or SizeRange(trained[0], trained[-1], count=len(trained))
     before = native
     if config.sizes:
         before = (config.sizes.sides(student.config.patch_size)[-1],) * 2
