@@ -49,6 +49,12 @@ class AttentionMixer(Mixer):
         result: Tensor = self.out(out.transpose(1, 2).flatten(2))
         return result
 
+    def with_map(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """`forward`, and the attention map behind it: [B, N, C] and [B, heads, N, N], both with gradients."""
+        q, k, v = self._split(tokens)
+        weights = _softmax(q, k, _keys_inside(tokens, grid))
+        return self.out((weights @ v).transpose(1, 2).flatten(2)), weights
+
     @torch.no_grad()
     def weights(self, tokens: Tensor, grid: Grid, rows: Tensor | None = None) -> Tensor:
         """The attention map itself, for pictures: [B, heads, N, N], rows sum to one.
@@ -56,10 +62,13 @@ class AttentionMixer(Mixer):
         rows: int64 [R], the tokens whose rows are wanted, which gives [B, heads, R, N]; None for all.
         """
         q, k, _ = self._split(tokens)
-        q = q if rows is None else q[:, :, rows]
-        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        inside = _keys_inside(tokens, grid)
-        return (logits if inside is None else logits.masked_fill(~inside, -torch.inf)).softmax(-1)
+        return _softmax(q if rows is None else q[:, :, rows], k, _keys_inside(tokens, grid))
+
+
+def _softmax(q: Tensor, k: Tensor, inside: Tensor | None) -> Tensor:
+    """[B, heads, R, d] and [B, heads, N, d] -> [B, heads, R, N], rows sum to one. inside: as `_keys_inside`."""
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return (logits if inside is None else logits.masked_fill(~inside, -torch.inf)).softmax(-1)
 
 
 def _keys_inside(tokens: Tensor, grid: Grid) -> Tensor | None:

@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 CONFIG, WEIGHTS, PREPROCESSING = "config.json", "model.safetensors", "preprocessor_config.json"
+INDEX = f"{WEIGHTS}.index.json"  # beside weights in several files, as transformers writes them
+HF_PREFIX = "encoder."  # of an encoder's weights in the models of transformers
 
 
 class CheckpointError(ValueError):
@@ -61,17 +63,25 @@ def save_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[str
 
 
 def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and float32 weights of a checkpoint folder.
+    """The config and float32 weights of a checkpoint folder, as this library or transformers wrote it.
 
-    Raises CheckpointError if it is none, or if a file in it is truncated.
+    Raises CheckpointError if it is none, or if a file in it is missing or truncated.
     """
     folder = Path(folder)
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{folder} has no {' and no '.join(missing)}; expected a checkpoint folder with both")
+    index = folder / INDEX
+    files = {CONFIG} if index.is_file() and not (folder / WEIGHTS).is_file() else {CONFIG, WEIGHTS}
     try:
+        if WEIGHTS not in files:
+            files |= set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(name for name in files if not (folder / name).is_file())
+        if missing:
+            raise CheckpointError(f"{folder} has no {' and no '.join(missing)}; expected a checkpoint folder with both")
         config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-        state = load_file(folder / WEIGHTS)
-    except (json.JSONDecodeError, SafetensorError) as error:
+        state: dict[str, Tensor] = {}
+        for name in sorted(files - {CONFIG}):
+            state |= load_file(folder / name)
+    except (json.JSONDecodeError, SafetensorError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} is not a readable checkpoint: {error}") from error
+    if all(key.startswith(HF_PREFIX) for key in state):
+        state = {key.removeprefix(HF_PREFIX): value for key, value in state.items()}
     return config, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
