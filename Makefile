@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint types docs kernels wheel-smoke demo-smoke check format clean
+.PHONY: help demo test test-fast test-gpu coverage lint types docs kernels wheel-smoke demo-smoke check format clean
 
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -26,6 +26,13 @@ test: $(VENV)/.ready  ## every test that this machine can run
 
 test-fast: $(VENV)/.ready  ## the tests that take seconds
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m 'not slow'
+
+test-gpu: $(VENV)/.ready  ## the tests that need a CUDA GPU
+	$(BIN)/pip install --quiet -e '.[cuda]'
+	$(BIN)/pytest -m gpu
+
+coverage: $(VENV)/.ready  ## which lines the fast tests reach; writes coverage.xml
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m 'not slow' --cov --cov-report=term --cov-report=xml
 
 lint: $(VENV)/.ready  ## style
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -6,3 +6,8 @@ import torch
 def one_thread():
     """Tests run side by side; more threads than cores make small ones ten times slower."""
     torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")

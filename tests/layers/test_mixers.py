@@ -25,6 +25,8 @@ CONFIGS = {
     "shared": PropagationConfig(compression=4, channels_per_group=3),
     "forgetting": PropagationConfig(compression=4, forget_gate=True),
     "values": PropagationConfig(compression=4, value_expansion=3, channels_per_group=2, forget_gate=True),
+    "normalised": PropagationConfig(4, value_expansion=3, channels_per_group=2, forget_gate=True, normalise_state=True),
+    "normalised latent, summed": PropagationConfig(compression=4, merge="sum", normalise_state=True),
     "values, summed": PropagationConfig(compression=4, value_expansion=2, merge="sum", inner_residual=True),
     "values, two directions": PropagationConfig(
         4, directions=("up", "left"), value_expansion=1, channels_per_group=3, inner_residual=True
@@ -64,8 +66,14 @@ def test_propagation_equals_its_definition(name):
         p = (latent @ weight[d].T + bias[d]).unflatten(-1, (mixer.params_per_direction, -1)).unsqueeze(3)
         p = p.repeat_interleave(config.channels_per_group, -1)
         keep = p[..., 5, :] if config.forget_gate else None
-        made = p[..., 2:5, :], p[..., 0, :], p[..., 1, :]
-        scanned.append(propagate_2d_reference(own, *made, keep=keep, directions=(direction,)))
+        logits, lam, u = p[..., 2:5, :], p[..., 0, :], p[..., 1, :]
+        if config.normalise_state:
+            lam = torch.nn.functional.softplus(lam)
+        h = propagate_2d_reference(own, logits, lam, u, keep=keep, directions=(direction,))
+        if config.normalise_state:  # by the weights of the sum: the same scan of ones
+            one = torch.ones_like(own)
+            h = h / propagate_2d_reference(one, logits, lam, torch.ones_like(u), keep=keep, directions=(direction,))
+        scanned.append(h)
         entered.append(own)
     y = torch.cat(scanned, -1) if config.merge == "concat" else sum(scanned)
     y = mixer.merge_norm(y)

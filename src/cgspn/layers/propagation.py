@@ -15,6 +15,7 @@ from typing import Literal, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from ..ops import DIRECTIONS, fused, propagate_2d, propagate_2d_projected
 from ..ops.autocast import lowered
@@ -41,6 +42,8 @@ class PropagationConfig:
             source).
         channels_per_group: channels that have one set of parameters between them: 1 for a set each (the source).
         forget_gate: a forget gate: how much stays of the line before, for each position and set.
+        normalise_state: divide the state by the same scan of ones: y = u * h / n, a weighted mean of what the scan has
+            seen in place of a sum, so that it does not grow with the number of lines. lam then passes a softplus.
         local_kernel: size of a depthwise convolution on the latent, added to it; 0 for none.
         projections: GSPN's linear projections C -> C around everything.
         expansion: GSPN's channel expansion before propagation; 1 for none.
@@ -55,6 +58,7 @@ class PropagationConfig:
     forget_gate: bool = False
     latent_norm: bool = True
     merge_norm: bool = True
+    normalise_state: bool = False
     local_kernel: int = 3
     projections: bool = False
     expansion: float = 1
@@ -300,8 +304,9 @@ class PropagationMixer(Mixer):
         """Whether `param_proj` has to be called: for a hook on it, a subclass with a `propagate` of its own, an
         exported program, and where x is not on a GPU, which alone can keep them from memory."""
         hooked = self.param_proj._forward_pre_hooks or self.param_proj._forward_hooks
-        plain = not x.is_cuda or self.scans_itself or self.config.channels_per_group > 1 or self.config.forget_gate
-        return plain or bool(hooked) or torch.compiler.is_exporting()
+        config = self.config
+        plain = not x.is_cuda or self.scans_itself or config.channels_per_group > 1 or config.forget_gate
+        return plain or config.normalise_state or bool(hooked) or torch.compiler.is_exporting()
 
     def localise(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The local convolution, added to its input, then the norm: [B, H, W, Cc] -> the same."""
@@ -312,11 +317,36 @@ class PropagationMixer(Mixer):
         self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, keep: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """`propagate_2d` in the config's directions, merged by its rule: [B, H, W, own] or [B, H, W, D, own]."""
+        if self.config.normalise_state:
+            return propagate_mean(x, logits, lam, u, keep, mask, **self.scans())
         return propagate_2d(x, logits, lam, u, keep=keep, mask=mask, **self.scans())
 
     def scans(self) -> Scans:
         """The config's directions, and how the operator merges them."""
         return {"directions": self.config.directions, "merge": "none" if self.config.merge == "concat" else "sum"}
+
+
+def propagate_mean(
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor,
+    u: Tensor,
+    keep: Tensor | None,
+    mask: Tensor | None,
+    directions: tuple[str, ...],
+    merge: str,
+) -> Tensor:
+    """u * h / n: h the scan of softplus(lam) * x, n that of softplus(lam) alone, with the same logits and gates.
+
+    Shapes as in `propagate_2d`.
+    """
+    lam = softplus(lam)
+    ones = torch.ones_like(lam)
+    total = propagate_2d(ones, logits, lam, ones, keep=keep, mask=mask, directions=directions, merge="none")
+    y = propagate_2d(x, logits, lam, u, keep=keep, mask=mask, directions=directions, merge="none")
+    # padding has no total; its y is 0 too
+    y = (y.unflatten(-1, (lam.shape[-1], -1)) / total.clamp(min=1e-6).unsqueeze(-1)).flatten(-2)
+    return y if merge == "none" else y.sum(-2)
 
 
 def gain_of(norm: nn.Module) -> Tensor | None:
