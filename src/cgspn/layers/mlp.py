@@ -62,7 +62,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C] (or `out`)."""
-        eager = not torch.compiler.is_compiling() and not transformed()
+        eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed())
         if torch.is_grad_enabled() and eager and not x.is_meta and self.bare():
             dtype = None if x.dtype == torch.float64 else lowered(x)
             tensors = (x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)

@@ -90,6 +90,12 @@ def propagate_2d(
             x.dtype
         )
     arguments = (x, logits, lam, u, keep, mask, codes, merge == "sum", backend)
+    if torch.jit.is_tracing():
+        # A trace keeps the op and where it was called; its program finds the gradients. torch.jit.trace compares it with
+        # a trace without gradients, in which another line calls the op.
+        with torch.no_grad():
+            traced: Tensor = propagate_2d_op(*arguments)
+        return traced
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, logits, lam, u, *gates.values())):
         trained: Tensor = propagate_2d_saving_op(*arguments)[0]
         return trained
