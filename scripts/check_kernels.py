@@ -1,8 +1,8 @@
 """Compile every kernel for every supported architecture, without a GPU, and fail on spills or too many registers.
 
-    pip install '.[cuda]' && python scripts/check_kernels.py [--rivals]
+    pip install '.[cuda]' && python scripts/check_kernels.py
 
-Prints one line per kernel and architecture. With `--rivals` also what `cgspn bench operator --variants` compares.
+Prints one line per kernel and architecture.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cgspn.ops.cuda.compile import compile_cubin, macros
 from cgspn.ops.cuda.launch import merge_defines, scan_defines
-from cgspn.ops.cuda.plan import Cut, Machine, Problem, choose
+from cgspn.ops.cuda.plan import Machine, Problem, choose
 from cgspn.ops.cuda.projected import projected_defines
 from cgspn.ops.cuda.projected_plan import choose as choose_projected
-from cgspn.ops.cuda.projected_plan import choose_backward, cuts
+from cgspn.ops.cuda.projected_plan import choose_backward
 
 ARCHITECTURES = {"sm_80": Machine(108, 163 * 1024, False), "sm_90": Machine(132, 227 * 1024, True)}
 ARCHITECTURES["sm_100"] = Machine(148, 227 * 1024, True)
-REGISTERS = 65536  # of a processor
+REGISTERS = 65536  # of an SM
 # Bytes that a kernel may spill: the wide backward holds more than the 96 registers of a 640-thread block, and spilling
 # some was measured faster than narrower vectors (results/operator).
 SPILLS = {"forward": 160, "backward": 400}
@@ -36,22 +36,16 @@ SETS = [(1, 74, 64), (32, 74, 64), (32, 74, 96), (32, 147, 96), (1, 294, 96)]
 Variant = tuple[str, dict[str, int]]
 
 
-def scans(machine: Machine, rivals: bool) -> Iterator[Variant]:
+def scans(machine: Machine) -> Iterator[Variant]:
     """The scans that the plan asks for at sizes people use, and line_scan's published one."""
     cases = [(*shape, 1, code, bw) for shape, code, bw in itertools.product(SHAPES, (0, 2), (False, True))]
     cases += [(16, 1024, 8, 0, 0, bw) for bw in (False, True)]
     for b, n, c, normalise, code, backward in cases:
         size = 4 if code == 0 else 2
         p = Problem(backward, bool(normalise), size, b, c, 4 if normalise else 1, n, 16 if c % 8 == 0 else size)
-        found = [choose(p, machine)]
-        if rivals and code == 2 and c == 64:
-            from cgspn.bench.variants import rival_cuts
-
-            found += rival_cuts(p, machine)
-        for cut in found:
-            if isinstance(cut, Cut):
-                save = None if backward else True
-                yield p.name, scan_defines(cut, p, code, masked=True, merged=bool(normalise), save=save)
+        if cut := choose(p, machine):
+            save = None if backward else True
+            yield p.name, scan_defines(cut, p, code, masked=True, merged=bool(normalise), save=save)
 
 
 def sets(machine: Machine) -> Iterator[Variant]:
@@ -63,14 +57,12 @@ def sets(machine: Machine) -> Iterator[Variant]:
             yield p.name, scan_defines(cut, p, 2, masked=True, merged=False, save=save)
 
 
-def projected(machine: Machine, rivals: bool) -> Iterator[Variant]:
+def projected(machine: Machine) -> Iterator[Variant]:
     """The projected scans that the plan asks for."""
     for b, n, c in PROJECTED:
         chosen = [(first, False)] if (first := choose_projected(b, n, c, 4, machine)) else []
         if last := choose_backward(b, n, c, 4, machine):
             chosen.append((last, True))
-        if rivals and (b, n) == (32, 74):
-            chosen += [(cut, backward) for backward in (False, True) for cut in cuts(n, c, machine, backward)]
         for (cut, backward), masked in itertools.product(chosen, (False, True)):
             yield (
                 "projected_backward" if backward else "projected_forward",
@@ -78,27 +70,26 @@ def projected(machine: Machine, rivals: bool) -> Iterator[Variant]:
             )
 
 
-def variants(machine: Machine, rivals: bool) -> list[Variant]:
+def variants(machine: Machine) -> list[Variant]:
     """Every kernel with its macros, each once."""
     import torch
 
     found = [("merge", dict(merge_defines(dtype, vec))) for dtype, vec in ((torch.bfloat16, 8), (torch.float32, 4))]
-    found += [*scans(machine, rivals), *sets(machine), *projected(machine, rivals)]
+    found += [*scans(machine), *sets(machine), *projected(machine)]
     return list({(name, macros(defines)): (name, defines) for name, defines in found}.values())
 
 
 def main() -> int:
     """Compile, print, and return the number of kernels over a limit."""
     failures = 0
-    rivals = "--rivals" in sys.argv[1:]
     for arch, machine in ARCHITECTURES.items():
-        found = variants(machine, rivals and arch == "sm_90")
+        found = variants(machine)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             reports = list(pool.map(lambda kernel: compile_cubin(kernel[0], macros(kernel[1]), arch)[1], found))  # noqa: B023
         for (name, defines), report in zip(found, reports, strict=True):
             spilled = sum(map(int, re.findall(r"(\d+) bytes spill stores", report)))
             registers = max(map(int, re.findall(r"Used (\d+) registers", report)))
-            bad = (spilled > SPILLS.get(name, 0) and not rivals) or registers * defines["THREADS"] > REGISTERS
+            bad = spilled > SPILLS.get(name, 0) or registers * defines["THREADS"] > REGISTERS
             failures += bad
             short = " ".join(f"{key}={value}" for key, value in defines.items())
             print(f"{arch} {name}: {registers} registers, {spilled} bytes spilled, {short}{' TOO MANY' if bad else ''}")

@@ -11,7 +11,7 @@ import torch
 
 from . import __version__
 from .data import ImageSet, load_embedded
-from .distill import DistillConfig, distill, eval_transform
+from .distill import DistillConfig, distill
 from .distill.presets import EMBEDDED
 from .distill.stages import Watcher
 from .evaluate.suite import METRICS, evaluate_dual
@@ -64,6 +64,8 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
         teacher.image,
         compression=config.distill.compression,
         keep_attention=config.distill.keep_attention,
+        window_attention=config.distill.window_attention,
+        window=config.distill.window,
         value_expansion=config.distill.value_expansion,
     )
     students = {"C-GSPN": copy.deepcopy(untrained), "ViT": attention_student(teacher.image)}
@@ -78,10 +80,9 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
         "Held-out images: teacher, students of equal budget, and a student before distillation",
         [*METRICS, Metric("parameters", "encoder", 1e-6, "M", digits=2, higher_is_better=False)],
     )
-    transform = eval_transform(teacher.image.config)
     watch = watcher("evaluation", len(models)) if watcher else None
     for name, model in models.items():
-        table.add(name, {**evaluate_dual(model, test, probe, transform), "parameters": parameters(model.image)})
+        table.add(name, {**evaluate_dual(model, test, probe), "parameters": parameters(model.image)})
         if watch:
             watch({})
     facts = {

@@ -51,9 +51,7 @@ def test_help_shows_examples(tmp_path):
         (["eval", "zeroshot", "embedded", "--data"], "data is empty; expected one or more data sets"),
         (["export", "embedded", "new/x.onnx", "--device", "tpu"], "invalid choice 'tpu'"),
         (["show", "embedded", "--images", "[red]", "--out", "new/page.html"], "images is [red]: no such folder"),
-        (["bench", "inference", "--threads", "0", "--out", "new/results"], "threads is 0; accepted: 1 or more"),
         (["bench", "table", "--contenders", "Mamba", "--out", "new/results"], "'Mamba' is no contender"),
-        (["bench", "scaling", "--simulate", "--out", "new/results"], "new/results has no scaling.json"),
     ],
 )
 def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, tmp_path):
@@ -183,7 +181,7 @@ def test_a_preset_is_where_the_other_settings_start_from(tmp_path):
         (["bench", "train", "--steps", "0"], "--steps is 0; accepted: 1 or more"),
         (["bench", "encoder", "--batch=0"], "--batch is 0; accepted: 1 or more"),
         (["bench", "table", "--batches", "1", "0"], "--batches is (1, 0); accepted: 1 or more each"),
-        (["bench", "ablation", "--hidden", "0"], "--hidden is 0; accepted: 1 or more"),
+        (["bench", "table", "--hidden", "0"], "--hidden is 0; accepted: 1 or more"),
         (
             ["distill", "a", "b", "--config.stage1.steps", "3", "--config.stage2.steps", "-1"],
             "--config.stage2.steps is -1; accepted: 0 or more",

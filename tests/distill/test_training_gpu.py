@@ -6,25 +6,27 @@ import pytest
 import torch
 
 from cgspn.bench.train import TrainBenchConfig, run
-from cgspn.data import load_embedded
-from cgspn.distill import ComputeConfig, DistillConfig, OptimConfig, distill
+from cgspn.data import Batch, load_embedded, scheduled
+from cgspn.distill import ComputeConfig, DistillConfig, OptimConfig, SizeRange, distill
+from cgspn.distill.batches import batch_shapes
 from cgspn.distill.flops import peak_of
+from cgspn.models import create_model
 from cgspn.teachers import convert, load_embedded_teacher
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
-def distilled(compute, accumulate=1):
+def distilled(compute, accumulate=1, sizes=None):
     torch.manual_seed(0)
     teacher = load_embedded_teacher().cuda()
     student = convert(teacher.image, compression=4).cuda()
-    stage = OptimConfig(steps=12, batch_size=32, learning_rate=1e-3, accumulate=accumulate)
+    stage = OptimConfig(steps=24 if sizes else 12, batch_size=32, learning_rate=1e-3, accumulate=accumulate)
     images = load_embedded("train").subset(torch.arange(512))
-    return distill(teacher, student, images, DistillConfig(stage1=stage, stage2=stage, compute=compute))
+    return distill(teacher, student, images, DistillConfig(stage1=stage, stage2=stage, sizes=sizes, compute=compute))
 
 
-def losses(compute, accumulate=1):
-    return torch.tensor([history.curve("total") for history in distilled(compute, accumulate)])
+def losses(compute, accumulate=1, sizes=None):
+    return torch.tensor([history.curve("total") for history in distilled(compute, accumulate, sizes)])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -33,6 +35,56 @@ def test_a_captured_step_is_the_plain_one(precision, accumulate):
     plain = ComputeConfig(precision=precision)
     ours, theirs = losses(replace(plain, capture=True), accumulate), losses(plain, accumulate)
     torch.testing.assert_close(ours, theirs, rtol=1e-4 if precision == "float32" else 2e-2, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_captured_steps_of_mixed_shapes_are_the_plain_ones(precision):
+    plain = ComputeConfig(precision=precision)
+    sizes = SizeRange(16, 44, 3, aspects=(1.0, 2.0))
+    ours, theirs = (losses(compute, 2, sizes) for compute in (replace(plain, capture=True), plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4 if precision == "float32" else 2e-2, atol=0)
+
+
+def test_compiled_steps_of_mixed_shapes_are_the_plain_ones():
+    sizes = SizeRange(16, 44, 3)
+    ours, theirs = (losses(ComputeConfig(compile=compiled), sizes=sizes) for compiled in (True, False))
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=0)
+
+
+@pytest.mark.slow
+def test_mixed_shapes_cost_little_throughput():
+    def rates(sizes):
+        torch.manual_seed(0)
+        teacher = create_model("vit_small_patch14_378", image_size=(224, 224)).cuda().eval()
+        student = convert(teacher, compression=6, value_expansion=6).cuda()
+        optim = OptimConfig(steps=0, batch_size=64)
+        stage = replace(optim, steps=120, augment=False)
+        compute = ComputeConfig(precision="bfloat16", capture=True)
+        config = DistillConfig(stage1=optim, stage2=stage, sizes=sizes, compute=compute)
+        [history] = distill(teacher, student, Ready(), config)
+        return history.throughput["tokens_per_second"]
+
+    fixed = rates(None)
+    assert rates(SizeRange()) > 0.9 * fixed
+
+
+class Ready:
+    """A feed whose images need no time."""
+
+    def stream(self, encoder, size, optim, world, sizes=None):
+        shapes = batch_shapes(encoder, size, optim, 1, sizes)
+        images = {shape: torch.randn(shape.images, 3, *shape.size, device="cuda") for shape in shapes}
+
+        def start_at(start):
+            for step in range(start, optim.steps):
+                shape, _ = scheduled(shapes, optim.seed, step)
+                rows = torch.arange(shape.images)
+                yield Batch(step, rows, images[shape], rows)
+
+        return start_at
+
+    def captions(self, batch):
+        return []
 
 
 def test_a_compiled_step_is_the_plain_one():

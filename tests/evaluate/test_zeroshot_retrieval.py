@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from cgspn.data import fill, load_embedded
-from cgspn.distill.batches import eval_transform
 from cgspn.evaluate import class_embeddings, retrieve, top1
 from cgspn.evaluate.measure import class_retrieval
-from cgspn.evaluate.suite import embed_images
+from cgspn.evaluate.suite import embed_set
 from cgspn.teachers import load_embedded_teacher
 
 
@@ -88,7 +87,7 @@ def test_captions_look_for_their_images_among_other_classes_whatever_the_order_o
     with torch.no_grad():
         for p in model.image.parameters():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
-    embeddings, _ = embed_images(model, images, eval_transform(model.image.config))
+    embeddings, _ = embed_set(model, images)
     spoilt = class_retrieval(model, embeddings, images.labels, images.class_names)
     assert spoilt["text_to_image"] < 0.4  # an image found by chance is right one time in ten
 

@@ -10,7 +10,7 @@ import cgspn
 from cgspn.commands.convert import RECORD, Convert
 from cgspn.layers import PropagationConfig, value_config
 from cgspn.models import load_dual
-from cgspn.teachers.convert import student_config, student_of
+from cgspn.teachers.convert import student_config, student_mixers, student_of
 from cgspn.teachers.parameters import parameter_table
 
 
@@ -120,3 +120,53 @@ def test_values_from_python_are_those_of_the_command_line():
     assert student.config.propagation == replace(value_config(6), compression=4)
     with pytest.raises(ValueError, match="value_expansion is 6 beside propagation"):
         cgspn.convert(small(), value_expansion=6, propagation=PropagationConfig())
+
+
+@pytest.mark.parametrize(
+    ("keep", "windows", "expected"),
+    [
+        (1, 3, "wwwa"),
+        (0, 4, "wwww"),
+        (2, 1, "pawa"),
+        ([0], [2, 3], "apww"),
+        (1, [3], "ppaw"),
+        ([1, 2], 1, "paaw"),
+        (0, 0, "pppp"),
+    ],
+)
+def test_whole_attention_and_windows_name_layers_or_counts(keep, windows, expected):
+    mixers = student_mixers(4, keep, windows)
+    assert "".join(mixer[0] for mixer in mixers) == expected
+
+
+def test_windows_inherit_the_weights_of_attention():
+    teacher = with_class_token()
+    student = cgspn.convert(teacher, compression=4, keep_attention=[3], window_attention=[1, 2], window=(3, 2))
+    assert student.config.mixers == ("propagation", "window_attention", "window_attention", "attention")
+    for i in (1, 2, 3):
+        own, theirs = student.blocks[i].mixer.state_dict(), teacher.blocks[i].mixer.state_dict()
+        assert all(torch.equal(own[name], theirs[name]) for name in theirs)
+    assert student.blocks[1].mixer.window == (3, 2)
+    assert student(torch.randn(1, 3, 20, 28)).pooled.isfinite().all()
+
+
+def test_where_nothing_propagates_positions_stay_and_large_windows_give_the_teacher():
+    teacher = small()
+    student = cgspn.convert(teacher, window_attention=4, window=7)
+    images = torch.randn(2, 3, 28, 28)
+    torch.testing.assert_close(student(images).tokens, teacher(images).tokens, atol=1e-5, rtol=1e-4)
+    assert student.config.name == "window_mini_patch4_28"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"keep_attention": [1], "window_attention": [1, 2]}, r"both hold \[1\]; accepted: each layer once"),
+        ({"keep_attention": 3, "window_attention": 2}, "window_attention is 2; accepted: 0 to 1"),
+        ({"window_attention": [4]}, r"window_attention holds \[4\]; accepted: layer indices 0 to 3"),
+        ({"window_attention": 1, "window": 0}, "window is 0; accepted: a number of positions from 1 up"),
+    ],
+)
+def test_layers_that_do_not_go_together_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cgspn.convert(small(), compression=4, **arguments)

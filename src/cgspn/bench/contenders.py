@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,9 +20,9 @@ from ..layers import (
     Mixer,
     PropagationConfig,
     PropagationMixer,
+    WindowAttentionMixer,
     value_config,
 )
-from ..ops import line_scan
 from .checks import at_least
 
 ATTENTION = {
@@ -37,6 +36,9 @@ OURS = "C-GSPN"
 PAPER = "C-GSPN, the paper's sub-layer"
 PLAIN = "C-GSPN, plain pieces"
 VALUES = {"C-GSPN, values 3": 3.0, "C-GSPN, values 6": 6.0}
+# attention in windows of so many positions a side, through what PyTorch picks or through chosen kernels
+WINDOWS = {"windows 8x8": 8, "windows 18x18": 18}
+KERNELS = {f"{name}, {kind}": ATTENTION[f"attention, {kind}"] for name in WINDOWS for kind in ("flash", "cuDNN")}
 EPILOGUES = ", fused MLP"
 
 
@@ -86,12 +88,14 @@ class Contender:
     context: Callable[[], AbstractContextManager[object]]
 
     def sublayer(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Norm, mixer, residual: [B, N, C] -> [B, N, C]."""
+        """Norm, mixer, residual: [B, N, C] -> [B, N, C], in the order that the mixer wants."""
+        grid = grid._replace(window=self.block.mixer.window)
         with self.context():
             return self.block.mixer.residual(tokens, self.block.norm1, self.block.scale1, grid)
 
     def whole(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """The block: [B, N, C] -> [B, N, C]."""
+        """The block: [B, N, C] -> [B, N, C], in the order that the mixer wants."""
+        grid = grid._replace(window=self.block.mixer.window)
         with self.context():
             out: Tensor = self.block(tokens, grid)
             return out
@@ -100,6 +104,12 @@ class Contender:
 def propagation(shape: Shape, config: PropagationConfig | None = None) -> PropagationMixer:
     """A C-GSPN mixer of the shape's compression, or of any other settings."""
     return PropagationMixer(shape.width, config or PropagationConfig(compression=shape.compression))
+
+
+def windows(name: str, shape: Shape) -> WindowAttentionMixer:
+    """Attention in the windows of a name of `WINDOWS` or `KERNELS`."""
+    side = WINDOWS[name.split(",")[0]]
+    return WindowAttentionMixer(shape.width, AttentionConfig(shape.heads), (side, side))
 
 
 def plain_pieces(shape: Shape) -> PropagationMixer:
@@ -122,6 +132,7 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
     mixers: dict[str, Callable[[], Mixer]] = {
         **{n: lambda: AttentionMixer(shape.width, AttentionConfig(shape.heads)) for n in ATTENTION},
         FLASH_PACKAGE: lambda: FlashPackageMixer(shape.width, AttentionConfig(shape.heads)),
+        **{n: lambda n=n: windows(n, shape) for n in (*WINDOWS, *KERNELS)},  # type: ignore[misc]
         "GSPN": lambda: propagation(shape, GSPN),
         OURS: lambda: propagation(shape),
         PAPER: lambda: propagation(shape, paper_config(shape)),
@@ -138,7 +149,7 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
         block.epilogues = True
     elif name == PLAIN or name.startswith("attention"):
         block.epilogues = False
-    kernels = ATTENTION.get(kind)
+    kernels = (ATTENTION | KERNELS).get(kind)
     return Contender(name, block.eval(), (lambda: sdpa_kernel(kernels)) if kernels else nullcontext)
 
 
@@ -150,45 +161,5 @@ def names(device: torch.device) -> list[str]:
     # the same MLP serves attention: what makes ours faster must not be what attention was denied
     same = ["attention, flash" + EPILOGUES] + (["attention, cuDNN" + EPILOGUES] if device.type == "cuda" else [])
     plain = [PLAIN] if device.type == "cuda" else []  # elsewhere ours is that
-    return [*found, *same, "GSPN", PAPER, *plain, *VALUES, OURS]
-
-
-class SeparateNormalisation(PropagationMixer):
-    """The scan as it was before fusion: normalised weights in memory, then a scan and a gate for each direction."""
-
-    def propagate(
-        self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, keep: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        """As in `PropagationMixer`, without a mask and a forget gate."""
-        outs = []
-        for d, direction in enumerate(self.config.directions):
-            weights = self.weights(logits[..., d, :, :], direction in ("down", "up"))
-            outs.append(u[..., d, :] * line_scan(x, weights, lam[..., d, :], direction))
-        return torch.stack(outs, -2) if self.config.merge == "concat" else torch.stack(outs).sum(0)
-
-    def weights(self, logits: Tensor, vertical: bool) -> Tensor:
-        """Weights [B, H, W, 3, C] from logits of the same shape, a pass over memory for each step."""
-        return neighbour_weights(logits, vertical)
-
-
-class CompiledNormalisation(SeparateNormalisation):
-    """The same with the steps of the normalisation fused into one kernel, as the source does."""
-
-    def weights(self, logits: Tensor, vertical: bool) -> Tensor:
-        """As in `SeparateNormalisation`, in one pass."""
-        return compiled_weights()(logits, vertical)
-
-
-def neighbour_weights(logits: Tensor, vertical: bool) -> Tensor:
-    """Sigmoid, sum over the neighbours that exist, clamp, division: [B, H, W, 3, C] -> the same."""
-    length = logits.shape[2 if vertical else 1]
-    there = torch.ones(length, 3, device=logits.device, dtype=logits.dtype)
-    there[0, 0] = there[-1, 2] = 0
-    weights = logits.sigmoid() * there.view([1, 1, length, 3, 1] if vertical else [1, length, 1, 3, 1])
-    return weights / weights.sum(-2, keepdim=True).clamp(min=1e-7)
-
-
-@functools.cache
-def compiled_weights() -> Callable[[Tensor, bool], Tensor]:
-    """`neighbour_weights`, compiled."""
-    return torch.compile(neighbour_weights, dynamic=False)
+    windowed = [*WINDOWS, *KERNELS] if device.type == "cuda" else [*WINDOWS]
+    return [*found, *same, *windowed, "GSPN", PAPER, *plain, *VALUES, OURS]

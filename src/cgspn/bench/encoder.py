@@ -1,46 +1,33 @@
-"""Whole encoders: images a second, memory, one image under CUDA graphs and torch.compile, MLPs in 8 bits, linear peers.
+"""Whole encoders: images a second, memory, one image under CUDA graphs and torch.compile, MLPs in 8 bits.
 
 Encoders are as `create_model` makes them, with random weights, in bfloat16 on a GPU.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..layers import Grid, Mixer, quantize_mlps
-from ..layers.block import Block
+from ..environment import describe
+from ..layers import quantize_mlps
 from ..models.encoder import Encoder
 from ..models.registry import create_model
 from .checks import at_least, known, not_empty, tiled_by
-from .contenders import OURS, Shape, build
 from .drawing import draw, over_sizes
-from .fp8 import block_rows, mlp_rows
-from .machine import ceilings, describe, free
+from .machine import ceilings, free
 from .results import write
 from .table import Mode, measured, peak_memory
 from .timing import medians
 
 Row = dict[str, Any]
-Table = Literal["throughput", "one image", "very high resolution", "linear peers", "MLPs in fp8"]
-EVERY: tuple[Table, ...] = ("throughput", "one image", "very high resolution", "linear peers", "MLPs in fp8")
-FP8 = {"": None, "fp8": "library", "fp8-triton": "triton"}  # what may follow a model's name and "+"
-# Layers of flash-linear-attention, of the same width and tokens, each a stand-in for a mixer: module, class, and what
-# is not theirs by default: heads that divide 1152. Simple GLA has Mamba2's recurrence.
-PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "Mamba2": ("mamba2", "Mamba2", {"head_dim": 64}),
-    "simple GLA": ("simple_gla", "SimpleGatedLinearAttention", {}),
-    "GLA": ("gla", "GatedLinearAttention", {}),
-    "gated DeltaNet": ("gated_deltanet", "GatedDeltaNet", {"head_dim": 144, "num_heads": 6}),
-}
+Table = Literal["throughput", "one image", "very high resolution"]
+EVERY: tuple[Table, ...] = ("throughput", "one image", "very high resolution")
+FP8 = {"fp8": "library", "fp8-triton": "triton"}  # what may follow a model\'s name and "+", beside "window18"
 
 
 @dataclass(frozen=True)
@@ -49,7 +36,7 @@ class EncoderBenchConfig:
 
     Args:
         models: names of `cgspn.list_models()`; ratios are to the first. With "+fp8" or "+fp8-triton" its MLPs are in
-            8 bits (`cgspn.layers.quantize_mlps`), for inference.
+            8 bits (`cgspn.layers.quantize_mlps`), for inference; with "+window18" windows have 18 positions a side.
         sizes: of the square images, in pixels.
         batch: images at once; halved for a model until it fits.
         modes: "inference", "training" (forward and backward, blocks checkpointed).
@@ -59,7 +46,13 @@ class EncoderBenchConfig:
         rounds: interleaved timings of each.
     """
 
-    models: tuple[str, ...] = ("vit_so400m_patch14_378", "cgspn_so400m_patch14_378", "hybrid_so400m_patch14_378")
+    models: tuple[str, ...] = (
+        "vit_so400m_patch14_378",
+        "window_so400m_patch14_378",
+        "window_so400m_patch14_378+window18",
+        "cgspn_so400m_patch14_378",
+        "hybrid_so400m_patch14_378",
+    )
     sizes: tuple[int, ...] = (1036, 2058)
     batch: int = 32
     modes: tuple[Mode, ...] = ("inference", "training")
@@ -72,19 +65,29 @@ class EncoderBenchConfig:
         """Raise ValueError for what cannot be measured, or a model that does not exist."""
         not_empty(self, "models", "sizes", "modes", "tables")
         at_least(self, 1, "batch", "largest", "rounds")
-        models = [plain_and_products(name)[0] for name in self.models]
+        models = [with_options(name)[0] for name in self.models]
         known("models", models)
         tiled_by("sizes", self.sizes, models)
         tiled_by("largest", tuple(pixels for pixels, _ in self.largest), models)
 
 
-def plain_and_products(name: str) -> tuple[str, str | None]:
-    """A model's name without its "+fp8", and which products of its MLPs are in 8 bits. Raises ValueError for another
-    ending."""
-    base, _, kind = name.partition("+")
-    if kind not in FP8:
-        raise ValueError(f"{name!r} ends in {kind!r}; accepted after a model and '+': 'fp8', 'fp8-triton'")
-    return base, FP8[kind]
+def with_options(name: str) -> tuple[str, dict[str, Any], str | None]:
+    """A model's name without what follows a "+", fields of its config, and which products of its MLPs are in 8 bits.
+
+    Raises ValueError for another ending.
+    """
+    base, *options = name.split("+")
+    fields: dict[str, Any] = {}
+    products = None
+    for option in options:
+        side = option.removeprefix("window")
+        if option in FP8:
+            products = FP8[option]
+        elif side != option and side.isdecimal():
+            fields["window"] = int(side)
+        else:
+            raise ValueError(f"{name!r} ends in {option!r}; accepted after '+': 'fp8', 'fp8-triton', 'window18'")
+    return base, fields, products
 
 
 def encoder_step(encoder: Encoder, images: Tensor, mode: Mode) -> Callable[[], object]:
@@ -105,7 +108,7 @@ def encoder_step(encoder: Encoder, images: Tensor, mode: Mode) -> Callable[[], o
 def fitted(name: str, pixels: int, batch: int, mode: Mode, device: torch.device) -> Row:
     """The largest batch up to `batch` at which a step of one model fits, and the memory that the step adds."""
     row: Row = {"px": pixels, "mode": mode, "model": name}
-    if "+" in name and mode == "training":
+    if with_options(name)[2] and mode == "training":
         return row | {"note": "8 bits are for inference"}
     while batch:
         step = None
@@ -159,11 +162,11 @@ def free_memory(device: torch.device) -> float:
 def make(name: str, pixels: int, device: torch.device) -> Encoder:
     """A model with random weights and native size `pixels`, so that no table of positions is resized in the timing.
 
-    Raises ValueError for a name that does not exist, with or without its "+fp8".
+    Raises ValueError for a name that does not exist, with or without its options.
     """
-    base, products = plain_and_products(name)
+    base, fields, products = with_options(name)
     with torch.device(device):
-        encoder = create_model(base, image_size=(pixels, pixels))
+        encoder = create_model(base, image_size=(pixels, pixels), **fields)
     encoder = encoder.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
     return encoder if products is None else quantize_mlps(encoder, products=products)  # type: ignore[arg-type]
 
@@ -228,63 +231,6 @@ def largest_rows(config: EncoderBenchConfig, device: torch.device) -> list[Row]:
     return rows
 
 
-class PeerMixer(Mixer):
-    """A causal linear-attention layer over the tokens in raster order: what a linear peer costs at the same width."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        """layer: from [B, N, C] to [B, N, C], or to a tuple that begins with that."""
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """tokens [B, N, C] -> [B, N, C]."""
-        out = self.layer(tokens)
-        first: Tensor = out[0] if isinstance(out, tuple) else out
-        return first
-
-
-def peer_rows(config: EncoderBenchConfig, shape: Shape, device: torch.device) -> list[Row]:
-    """Sub-layers of flash-linear-attention, each interleaved with C-GSPN's; a row says where it is not installed."""
-    if device.type != "cuda" or importlib.util.find_spec("fla") is None:
-        return [{"peer": "flash-linear-attention", "note": "not installed here" if device.type == "cuda" else "no GPU"}]
-    rows: list[Row] = []
-    for pixels in config.sizes:
-        side = pixels // shape.patch
-        grid = Grid(side, side)
-        tokens = torch.randn(config.batch, grid.tokens, shape.width, device=device, dtype=torch.bfloat16)
-        ours = build(OURS, shape, device, tokens.dtype).block
-        for name in PEERS:
-            row: Row = {"peer": name, "px": pixels, "B": config.batch}
-            if name == "Mamba2" and importlib.util.find_spec("mamba_ssm") is None:
-                rows.append(row | {"note": "needs mamba-ssm: without it, steps of PyTorch, minutes each"})
-                continue
-            try:
-                blocks = {name: peer_block(name, shape).to(device, tokens.dtype), OURS: ours}
-                calls: dict[str, Callable[[], object]] = {
-                    n: partial(sublayer, block, tokens, grid) for n, block in blocks.items()
-                }
-                ms = medians(calls, rounds=config.rounds, graph=False)
-                rows.append(row | {"sub-layer ms": ms[name], "C-GSPN ms": ms[OURS], "x C-GSPN": ms[name] / ms[OURS]})
-            except Exception as error:  # of any kind: their versions and compilers differ; said, not left out
-                rows.append(row | {"note": str(error).strip().splitlines()[0][:80]})
-            free(device)
-    return rows
-
-
-def peer_block(name: str, shape: Shape) -> Block:
-    """A block around one of `PEERS`."""
-    module, kind, arguments = PEERS[name]
-    layer = getattr(importlib.import_module(f"fla.layers.{module}"), kind)
-    mixer = PeerMixer(layer(hidden_size=shape.width, layer_idx=0, **arguments))
-    return Block(shape.width, mixer, shape.hidden, "gelu_tanh", 1e-6, None)
-
-
-@torch.no_grad()
-def sublayer(block: Block, tokens: Tensor, grid: Grid) -> Tensor:
-    """norm, mixer and residual of a block: [B, N, C] -> the same."""
-    return block.mixer.residual(tokens, block.norm1, block.scale1, grid)
-
-
 def run(
     config: EncoderBenchConfig,
     out: Path,
@@ -298,27 +244,16 @@ def run(
     Raises ValueError for an unknown model, OSError for `out`.
     """
     machine = describe(commit) | ceilings(device)
-    shape = Shape()
-
-    def eight_bits(rows: Callable[..., list[Row]]) -> list[Row]:
-        return [row for px in config.sizes for row in rows(shape, px, config.batch, device, max(config.rounds, 5))]
-
-    parts: dict[Table, dict[str, Callable[[], list[Row]]]] = {
-        "throughput": {"throughput": lambda: throughput_rows(config, device, say)},
-        "one image": {"one image": lambda: single_rows(config, device)},
-        "very high resolution": {"one pass at very high resolution": lambda: largest_rows(config, device)},
-        "linear peers": {"linear peers": lambda: peer_rows(config, shape, device)},
-        "MLPs in fp8": {
-            "the MLP half in 16 and 8 bits": lambda: eight_bits(mlp_rows),
-            "blocks with MLPs in 16 and 8 bits": lambda: eight_bits(block_rows),
-        },
+    parts: dict[Table, Callable[[], list[Row]]] = {
+        "throughput": lambda: throughput_rows(config, device, say),
+        "one image": lambda: single_rows(config, device),
+        "very high resolution": lambda: largest_rows(config, device),
     }
     tables: dict[str, list[Row]] = {}
     for part in config.tables:
-        for title, measure in parts[part].items():
-            tables[title] = measure()
-            free(device)
-            write(out, "encoder", machine, tables)
+        tables[part] = parts[part]()
+        free(device)
+        write(out, "encoder", machine, tables)
     if "throughput" in tables:
         plot(tables["throughput"], out / "encoder.png")
     return tables

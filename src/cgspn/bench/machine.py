@@ -1,59 +1,12 @@
-"""What a measurement ran on, and what that machine can do at best."""
+"""What a machine can do at best."""
 
 from __future__ import annotations
 
 import gc
-import platform
-import shlex
-import subprocess
-import sys
-from contextlib import suppress
-from datetime import UTC, datetime
-from pathlib import Path
 
 import torch
 
-from .. import __version__
 from .timing import medians
-
-
-def commit() -> str:
-    """The commit of the checkout this package runs from, "+" if it has changes, or "unknown" outside one."""
-
-    def git(*arguments: str) -> str:
-        here = Path(__file__).parent
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # a repository around an installed package is no source
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def describe(commit_name: str = "") -> dict[str, str]:
-    """Command, machine, versions, commit and time of a measurement."""
-    return {
-        "command": shlex.join(["cgspn", *sys.argv[1:]]),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "cpu": cpu_name(),
-        "torch": torch.__version__,
-        "cuda": str(torch.version.cuda),
-        "cudnn": str(torch.backends.cudnn.version()),
-        "python": platform.python_version(),
-        "cgspn": __version__,
-        "commit": commit_name or commit(),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def cpu_name() -> str:
-    """The processor's name and how many threads PyTorch uses."""
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def free(device: torch.device) -> None:

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..environment import describe
 from ..ops import DIRECTIONS, propagate_2d
 from ..ops.backends import backend_module, unsupported_reason
 from ..ops.cuda import projected
 from ..ops.projected import propagate_2d_projected
 from .drawing import draw
-from .machine import copy_bandwidth, describe, matmul_rate
+from .machine import copy_bandwidth, matmul_rate
 from .results import write
 from .timing import medians
 

@@ -27,12 +27,13 @@ from ..distill.parallel import barrier
 from ..distill.stages import prepared
 from ..distill.tasks import DistillTask, SublayerTask
 from ..distill.trainer import rows_of, train
+from ..environment import describe
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..models.registry import create_model
 from .checks import at_least, known, not_empty, tiled_by
 from .communication import Watched, link_rates
-from .machine import describe, free
+from .machine import free
 from .scaling_report import report, stage_of
 from .train import TrainBenchConfig, run_steps, unless_full
 

@@ -15,11 +15,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..environment import describe
 from ..layers import Grid
 from .checks import at_least, not_empty, tiled
 from .contenders import OURS, Contender, Shape, build, names
 from .drawing import draw, over_sizes
-from .machine import ceilings, describe, free
+from .machine import ceilings, free
 from .results import write
 from .timing import medians
 

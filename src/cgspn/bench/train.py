@@ -19,11 +19,12 @@ from ..distill.flops import peak_of
 from ..distill.stages import prepared
 from ..distill.tasks import DistillTask, SublayerTask, Task
 from ..distill.trainer import train
+from ..environment import describe
 from ..models.encoder import Encoder
 from ..models.registry import create_model
 from .checks import at_least, known, not_empty, tiled_by
 from .drawing import draw, over_sizes
-from .machine import describe, free
+from .machine import free
 from .results import write
 
 Result = TypeVar("Result")

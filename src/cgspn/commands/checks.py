@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..console import writable_folder
+from ..distill import SizeRange
 
 
 def check_folder(path: Path, name: str) -> Path:
@@ -30,3 +32,13 @@ def check_device(device: str) -> None:
     """Raise ValueError for a GPU that is not there."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch finds no CUDA GPU here; accepted: cpu")
+
+
+def mixed_sizes(start: SizeRange | None, sizes: tuple[int, int] | None, aspects: tuple[float, ...]) -> SizeRange:
+    """The range that `--sizes SMALLEST LARGEST` and `--aspects` ask for, the rest as in `start`.
+
+    Raises ValueError for an empty range.
+    """
+    start = start or SizeRange()
+    smallest, largest = sizes or (start.smallest, start.largest)
+    return replace(start, smallest=smallest, largest=largest, aspects=aspects or start.aspects)

@@ -35,6 +35,7 @@ class Convert:
         cgspn convert embedded runs/student --compression 3
         cgspn convert embedded runs/closer --compression 3 --value-expansion 6
         cgspn convert ViT-SO400M-14-SigLIP2-378/open_clip_model.safetensors runs/hybrid --keep-attention 3
+        cgspn convert vit_small_dinov2.safetensors runs/windows --keep-attention 3 --window-attention 9 --heads 6
         cgspn convert vit_small_dinov2.safetensors runs/last --keep-layers 10 11 --heads 6
     """
 
@@ -52,6 +53,12 @@ class Convert:
     """Number of attention layers that stay, spread evenly: of 27, 3 are layers 8, 17 and 26."""
     keep_layers: tuple[int, ...] = ()
     """Indices from 0 of the attention layers that stay, in place of a number."""
+    window_attention: int = 0
+    """Number of attention layers that stay with windows in place of the whole grid, spread evenly over what is left."""
+    window_layers: tuple[int, ...] = ()
+    """Indices from 0 of those layers, in place of a number."""
+    window: int = 8
+    """Side of a window, in positions of the grid."""
     heads: int | None = None
     """Of attention, where a foreign file is of no known width and no config lies beside it."""
     image_only: bool = False
@@ -63,9 +70,9 @@ class Convert:
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
-        if self.keep_attention and self.keep_layers:
-            raise ValueError("keep_attention and keep_layers are both given; accepted: a number or indices, not both")
-        keep: int | Sequence[int] = self.keep_layers or self.keep_attention
+        for number, indices in (("keep_attention", "keep_layers"), ("window_attention", "window_layers")):
+            if getattr(self, number) and getattr(self, indices):
+                raise ValueError(f"{number} and {indices} are both given; accepted: a number or indices, not both")
         out = check_folder(self.out, "out")
         held = [name for name in (CONFIG, WEIGHTS, RECORD) if (out / name).exists()]
         if held and not self.overwrite:
@@ -75,7 +82,12 @@ class Convert:
         encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
         torch.manual_seed(self.seed)
         config = student_config(
-            encoder.config, compression=self.compression, value_expansion=self.value_expansion, keep_attention=keep
+            encoder.config,
+            compression=self.compression,
+            value_expansion=self.value_expansion,
+            keep_attention=self.keep_layers or self.keep_attention,
+            window_attention=self.window_layers or self.window_attention,
+            window=self.window,
         )
         student, origin = student_of(encoder, config, share=True)
         table = parameter_table(encoder, student, origin.inherited)
@@ -84,7 +96,9 @@ class Convert:
             teacher.save_pretrained(out)
         else:
             student.save_pretrained(out)
-        layers = [i for i, mixer in enumerate(config.mixers) if mixer == "attention"]
+        layers, windows = (
+            [i for i, mixer in enumerate(config.mixers) if mixer == kind] for kind in ("attention", "window_attention")
+        )
         record = {
             "source": self.teacher,
             "teacher": to_dict(encoder.config),
@@ -93,6 +107,8 @@ class Convert:
             "value_expansion": self.value_expansion,
             "latent channels": config.propagation.latent_width(config.width),
             "attention layers": layers,
+            "window attention layers": windows,
+            "window": self.window,
             "seed": self.seed,
             "parameters": [asdict(row) for row in table],
             "inherited": origin.inherited,
@@ -103,8 +119,10 @@ class Convert:
         console.print(f"{encoder.config.name} -> {config.name}")
         console.print(_shown(table))
         kept = f"attention stays in layers {', '.join(map(str, layers))}" if layers else "no attention stays"
+        if windows:
+            kept += f", in windows of {self.window} x {self.window} in layers {', '.join(map(str, windows))}"
         console.print(
-            f"{config.depth - len(layers)} layers propagate, {kept}; wrote the student and {RECORD} to {out}",
+            f"{config.mixers.count('propagation')} layers propagate, {kept}; wrote the student and {RECORD} to {out}",
             soft_wrap=True,
         )
 

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,9 +33,11 @@ from ..models.encoder import Encoder
 from ..report.charts import require_matplotlib
 from ..report.run import run_report
 from ..teachers import convert, load_encoder, load_model
+from .checks import mixed_sizes
 
 Preset = Literal["embedded", "vit-s14-study", "so400m-378", "so400m-highres"]
-CONVERTED = ("compression", "values", "keep_attention")  # settings that a converted student already has
+# settings that a converted student already has
+CONVERTED = ("compression", "value_expansion", "keep_attention", "window_attention", "window", "keep_positions")
 RUN, RECORD, REPORT, EVENTS = "run.json", "distill.json", "report.html", "events"
 
 
@@ -52,6 +54,7 @@ class Distill:
         cgspn distill embedded runs/student --config.highres.sizes 56 84
         cgspn distill runs/vit runs/student --data 'shards/photos-{000000..000099}.tar' --loader.workers 8
         cgspn distill runs/vit runs/student --data 'https://example.org/photos-{000000..000009}.tar'
+        cgspn distill runs/vit runs/student --data photos/ --sizes 112 448 --aspects 1 1.33 0.75
         torchrun --nproc-per-node 8 -m cgspn.cli distill runs/vit runs/student --data photos/ --preset so400m-378
           --device cuda
     """
@@ -68,8 +71,13 @@ class Distill:
     Unreadable images and shards are skipped, counted and named."""
     student: Path | None = None
     """Start from this converted checkpoint instead of converting."""
-    config: DistillConfig = field(default_factory=lambda: PRESETS["embedded"])
+    config: tyro.conf.AvoidSubcommands[DistillConfig] = field(default_factory=lambda: PRESETS["embedded"])
     """Stages, rates, losses, precision, processes."""
+    sizes: tuple[int, int] | None = None
+    """Draw the size of each batch of stages 1 and 2 from this range, in pixels (config.sizes); a batch has about the
+    same number of tokens at each. Students trained so hold their features at all sizes."""
+    aspects: tuple[float, ...] = ()
+    """Draw aspect ratios, width / height, beside sizes."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """How files are read; the embedded images are in memory."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -80,6 +88,12 @@ class Distill:
     """Write report.html at the end: curves, blocks, speed, settings (pip install 'cgspn[report]')."""
     show_config: bool = False
     """Print the settings and stop."""
+
+    def __post_init__(self) -> None:
+        """Take sizes and aspects into the config."""
+        if self.sizes or self.aspects:
+            sizes = mixed_sizes(self.config.sizes, self.sizes, self.aspects)
+            object.__setattr__(self, "config", replace(self.config, sizes=sizes))
 
     def run(self) -> None:
         """Raises ValueError, OSError, or what `distill` raises."""
@@ -163,6 +177,9 @@ class Distill:
             teacher,
             compression=config.compression,
             keep_attention=config.keep_attention,
+            window_attention=config.window_attention,
+            window=config.window,
+            keep_positions=config.keep_positions,
             value_expansion=config.value_expansion,
         )
 
@@ -285,7 +302,7 @@ def of_run(each: list[dict[str, Any]]) -> dict[str, Any]:
         return {}
     worst = {key: max(one[key] for one in each) for key in each[0]}
     total = {
-        "images_per_second": sum(one["images_per_second"] for one in each),
+        **{name: sum(one[name] for one in each) for name in worst if name.endswith("per_second")},
         "curve": [sum(rates) for rates in zip(*(one["curve"] for one in each))],
     }
     shares = {"mfu": sum(one["mfu"] for one in each) / len(each)} if "mfu" in worst else {}

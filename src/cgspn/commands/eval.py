@@ -141,6 +141,8 @@ class Segment:
     """Number of classes of --train and --test; their ids are 0, 1, ..."""
     ignore_index: int = 255
     """Id of the pixels of --train and --test that do not count."""
+    scored: tuple[int, ...] = ()
+    """Classes whose IoU goes into the mean; all by default."""
     size: tuple[int, ...] = ()
     """Pixels: the shorter side, or height and width; by default the encoder's native shorter side."""
     train_images: int | None = None
@@ -176,6 +178,7 @@ class Segment:
                         train,
                         test,
                         size=self.size,
+                        scored=self.scored,
                         batch_size=self.batch_size,
                         watch=watch,
                         max_skipped=self.max_skipped,

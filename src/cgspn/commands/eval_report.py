@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from ..bench.machine import describe
 from ..console import console, progress_watcher
 from ..data.skipped import Skipped
+from ..environment import describe
 from ..evaluate.measure import Watch
 from ..evaluate.table import Metric, SummaryTable
 from ..models.checkpoint import write_atomically

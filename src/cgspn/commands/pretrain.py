@@ -6,7 +6,7 @@ import json
 import platform
 import shlex
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,10 +16,10 @@ import tyro
 from .. import __version__
 from ..console import console, progress_watcher
 from ..data import load_embedded
-from ..distill import PretrainConfig, eval_transform, pretrain
+from ..distill import PretrainConfig, pretrain
 from ..evaluate.suite import evaluate_zeroshot
 from ..models.checkpoint import write_atomically
-from .checks import check_device, check_folder
+from .checks import check_device, check_folder, mixed_sizes
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,22 @@ class Pretrain:
 
     out: tyro.conf.Positional[Path]
     """Folder for config.json, model.safetensors and pretrain.json (command, versions, losses)."""
-    config: PretrainConfig = field(default_factory=PretrainConfig)
+    config: tyro.conf.AvoidSubcommands[PretrainConfig] = field(default_factory=PretrainConfig)
     """What is trained, and how."""
+    sizes: tuple[int, int] | None = None
+    """Draw the size of each batch from this range, in pixels (config.sizes)."""
+    aspects: tuple[float, ...] = ()
+    """Draw aspect ratios, width / height, beside sizes."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
     half: bool = False
     """Store the weights as float16."""
+
+    def __post_init__(self) -> None:
+        """Take sizes and aspects into the config."""
+        if self.sizes or self.aspects:
+            sizes = mixed_sizes(self.config.sizes, self.sizes, self.aspects)
+            object.__setattr__(self, "config", replace(self.config, sizes=sizes))
 
     def run(self) -> None:
         """Train, evaluate on the validation split, save. Raises ValueError, OSError or DivergedError."""
@@ -47,7 +57,7 @@ class Pretrain:
         with progress_watcher() as watcher:
             model, history = pretrain(load_embedded("train"), self.config, watcher, self.device)
         model.cpu()
-        accuracy = evaluate_zeroshot(model, load_embedded("validation"), eval_transform(model.image.config))
+        accuracy = evaluate_zeroshot(model, load_embedded("validation"))
         model.save_pretrained(self.out, dtype=torch.float16 if self.half else torch.float32)
         record = {
             "command": shlex.join(["cgspn", *sys.argv[1:]]),

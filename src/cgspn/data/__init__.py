@@ -6,6 +6,7 @@ from .folder import load_folder
 from .image_set import ImageSet
 from .loader import Batch, ImageSource, Transform, batch_indices, batches, one_pass
 from .samples import Sample, SampleFolder, SampleSource, open_folder
+from .schedule import BatchShape, scheduled
 from .shards import ShardSet, open_shards
 from .skipped import SkipCounter, Skipped
 from .source import load_images, open_samples
@@ -16,6 +17,7 @@ __all__ = [
     "TEMPLATES",
     "Batch",
     "BatchPlan",
+    "BatchShape",
     "EvalTransform",
     "ImageSet",
     "ImageSource",
@@ -44,5 +46,6 @@ __all__ = [
     "random_resized_crop",
     "read_rows",
     "resize",
+    "scheduled",
     "to_float",
 ]

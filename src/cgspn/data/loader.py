@@ -55,7 +55,10 @@ def mixed_number(seed: int, purpose: int, number: int) -> int:
 
 
 def generator_of(seed: int, purpose: int, number: int) -> torch.Generator:
-    """Randomness for one purpose at one step or epoch, on the CPU: 0 order, 1 crops, 2 colours, 3 blends, 4 boxes."""
+    """Randomness for one purpose at one step or epoch, on the CPU.
+
+    Purposes: 0 order, 1 crops, 2 colours, 3 blends, 4 boxes, 5 shapes of batches.
+    """
     return torch.Generator().manual_seed(mixed_number(seed, purpose, number))
 
 
@@ -82,13 +85,21 @@ def batch_indices(size: int, batch_size: int, step: int, *, seed: int = 0, shuff
     Raises:
         ValueError: a size, batch size or step out of range.
     """
-    if size < 1:
-        raise ValueError(f"size is {size}; the source must hold at least 1 image")
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; must be at least 1")
     if step < 0:
         raise ValueError(f"step is {step}; must be at least 0")
-    begin, end = step * batch_size, (step + 1) * batch_size
+    return stream_indices(size, step * batch_size, batch_size, seed=seed, shuffle=shuffle)
+
+
+def stream_indices(size: int, begin: int, count: int, *, seed: int = 0, shuffle: bool = True) -> Tensor:
+    """`count` images from position `begin` of the endless stream of epochs of `size` images; int64 [count].
+
+    Raises ValueError for a source without images.
+    """
+    if size < 1:
+        raise ValueError(f"size is {size}; the source must hold at least 1 image")
+    end = begin + count
     parts = []
     for epoch in range(begin // size, (end - 1) // size + 1):
         first = epoch * size
@@ -124,7 +135,7 @@ def batches(
     """
     for step in range(start, steps):
         indices = batch_indices(len(source), batch_size, step, seed=seed, shuffle=shuffle)
-        yield _fetch(source, step, indices, transform, seed)
+        yield fetch(source, step, indices, transform, seed)
 
 
 def one_pass(
@@ -137,10 +148,11 @@ def one_pass(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; must be at least 1")
     for step, indices in enumerate(torch.split(torch.arange(len(source)), batch_size) if len(source) else ()):
-        yield _fetch(source, step, indices, transform, seed)
+        yield fetch(source, step, indices, transform, seed)
 
 
-def _fetch(source: ImageSource, step: int, indices: Tensor, transform: Transform | None, seed: int) -> Batch:
+def fetch(source: ImageSource, step: int, indices: Tensor, transform: Transform | None, seed: int) -> Batch:
+    """The batch of these images; the randomness of its transform depends on seed and step alone."""
     images, labels = source.fetch(indices)
     if transform is not None:
         images = transform(images, generator_of(seed, 1, step))

@@ -9,19 +9,24 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from .decode import to_rgb
+from ..models.config import EncoderConfig, Resample
+from .decode import open_image, to_rgb
 from .shards import ShardSet
+from .sizes import Size, size_in_pixels
 from .skipped import SkipCounter
 from .transforms import MEAN, STD
 
 THREADS = 4  # that decode ahead: Pillow lets go of the interpreter while it decodes and resizes
+
+LONGEST = 16384  # pixels of a side that is resized as a whole
+CHANNELS = (1, 3, 4)
 
 T = TypeVar("T")
 
@@ -48,30 +53,63 @@ class Member:
         return content
 
 
-Picture = str | Path | Image.Image | Member
-"""What `open_picture` takes: a path, a PIL image or a member of a tar."""
+Picture = str | Path | Image.Image | Member | np.ndarray | Tensor
+"""What `open_picture` takes: a path, a PIL image, a member of a tar, or an array or tensor of pixels."""
 
 
 def picture_name(picture: Picture) -> str:
     """For messages."""
-    return picture.shards.name(picture.number) if isinstance(picture, Member) else str(picture)
+    if isinstance(picture, Member):
+        return picture.shards.name(picture.number)
+    return str(picture) if isinstance(picture, (str, Path)) else type(picture).__name__
 
 
 def open_raw(picture: Picture) -> Image.Image:
     """The decoded picture in the mode that it was saved in. Raises what Pillow does for a damaged file."""
     if isinstance(picture, Image.Image):
         return picture
-    with Image.open(io.BytesIO(picture.read()) if isinstance(picture, Member) else picture) as opened:
+    if isinstance(picture, np.ndarray | Tensor):
+        return array_picture(picture)
+    with open_image(io.BytesIO(picture.read()) if isinstance(picture, Member) else Path(picture)) as opened:
         opened.load()
         return opened
 
 
 def open_picture(picture: Picture) -> Image.Image:
-    """The picture as RGB, turned as its Exif orientation says, transparent pixels white.
+    """The picture as RGB, turned as its Exif orientation says, transparent pixels white, 16 bits scaled to 8.
 
-    Raises OSError for a file that is missing, and all kinds of errors for a damaged one.
+    Arrays and tensors are as `array_picture` takes them. Raises OSError for a file that is missing, ValueError for
+    pixels whose range is not known or a picture without any, and all kinds of errors for a damaged file.
     """
     return to_rgb(ImageOps.exif_transpose(open_raw(picture)))
+
+
+def array_picture(pixels: np.ndarray | Tensor) -> Image.Image:
+    """Pixels in memory as a picture: [H, W], [C, H, W] or [H, W, C] with 1, 3 or 4 (alpha) channels.
+
+    bool; uint8; other integers from 0 to 255, or 0 to 65535 for uint16; floats from 0 to 1, which are rounded to
+    8 bits. Where both ends may be channels, the first is. Raises ValueError for other shapes and ranges.
+    """
+    if isinstance(pixels, Tensor):
+        pixels = pixels.detach().cpu()
+        pixels = pixels.float() if pixels.dtype.is_floating_point else pixels
+    values = np.asarray(pixels)
+    if values.ndim == 3 and values.shape[0] in CHANNELS:
+        values = np.moveaxis(values, 0, 2)
+    if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in CHANNELS) or not values.size:
+        raise ValueError(
+            f"a picture has shape {tuple(pixels.shape)}; accepted: [H, W], [C, H, W], [H, W, C], not empty"
+        )
+    if values.dtype == bool:
+        values = values.astype(np.uint8) * 255
+    top = 65535 if values.dtype == np.uint16 else 1 if values.dtype.kind == "f" else 255
+    if not (values.min() >= 0 and values.max() <= top):
+        raise ValueError(
+            f"a picture of {values.dtype} runs from {values.min():g} to {values.max():g}; accepted: 0 to {top}"
+        )
+    if values.dtype != np.uint8:
+        values = (values.astype(np.float64) * (255 / top)).round().astype(np.uint8)
+    return Image.fromarray(values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values)
 
 
 @dataclass(frozen=True)
@@ -86,35 +124,61 @@ class Prepare:
         resample: the filter.
         mean, std: per channel, of values in 0..1.
         channels: 3, or 1 for grey.
+        crop_pct: share of the resized picture's side that is cut out: at 0.875, 224 pixels of 256.
     """
 
     size: tuple[int, int] | None
     crop: bool = True
-    resample: Literal["bilinear", "bicubic"] = "bilinear"
+    resample: Resample = "bilinear"
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
     channels: int = 3
+    crop_pct: float = 1.0
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """RGB in, float32 [channels, h, w] out."""
+        """A picture of any mode in, float32 [channels, h, w] out. Raises ValueError as `open_picture`."""
+        image = to_rgb(image)
         if self.channels == 1:
             image = image.convert("L")
-        if self.size is not None and (image.height, image.width) != self.size:
+        if self.size is not None and ((image.height, image.width) != self.size or self.crop_pct < 1):
             image = self.resized(image, *self.size)
         pixels = torch.from_numpy(np.array(image)).view(image.height, image.width, self.channels).permute(2, 0, 1)
         mean, std = (torch.tensor(values[: self.channels])[:, None, None] for values in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
 
     def resized(self, image: Image.Image, height: int, width: int) -> Image.Image:
-        """The image at the size given."""
-        filter_ = Image.Resampling.BICUBIC if self.resample == "bicubic" else Image.Resampling.BILINEAR
-        if not self.crop:
-            return image.resize((width, height), filter_)
-        # the longer side is rounded down and the crop too, as transformers and torchvision do
-        scale = max(height / image.height, width / image.width)
-        new = max(height, int(image.height * scale + 1e-6)), max(width, int(image.width * scale + 1e-6))
-        top, left = (new[0] - height) // 2, (new[1] - width) // 2
-        return image.resize(new[::-1], filter_).crop((left, top, left + width, top + height))
+        """The image at the size given. Raises ValueError for a picture without pixels."""
+        if not (image.height and image.width):
+            raise ValueError(f"a picture has {image.height} x {image.width} pixels; accepted: at least 1 x 1")
+        filter_ = Image.Resampling[self.resample.upper()]
+        full = int(height / self.crop_pct + 1e-6), int(width / self.crop_pct + 1e-6)
+        if self.crop:
+            # the longer side is rounded down and the crop too, as transformers and torchvision do
+            scale = max(full[0] / image.height, full[1] / image.width)
+            full = max(full[0], int(image.height * scale + 1e-6)), max(full[1], int(image.width * scale + 1e-6))
+        top, left = (full[0] - height) // 2, (full[1] - width) // 2
+        if max(full) <= LONGEST:
+            return image.resize(full[::-1], filter_).crop((left, top, left + width, top + height))
+        # of a strip a few pixels wide, no more is resized than is kept
+        y, x = image.height / full[0], image.width / full[1]
+        box = (left * x, top * y, min(image.width, (left + width) * x), min(image.height, (top + height) * y))
+        return image.resize((width, height), filter_, box)
+
+
+def prepare_for(config: EncoderConfig, size: Size = None) -> Prepare:
+    """How pictures become what an encoder was trained on, at its native size or another.
+
+    Raises ValueError for a size that patches do not tile.
+    """
+    return Prepare(
+        size_in_pixels(config, size),
+        config.image_crop,
+        config.image_resample,
+        config.image_mean,
+        config.image_std,
+        config.channels,
+        config.image_crop_pct,
+    )
 
 
 def read_each(

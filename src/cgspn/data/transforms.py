@@ -116,6 +116,12 @@ def center_crop(images: Tensor, size: Size) -> Tensor:
     return scaled[:, :, top : top + h, left : left + w]
 
 
+def ratio_around(size: tuple[int, int]) -> tuple[float, float]:
+    """Smallest and largest width / height of random boxes that are resized to `size`: `RATIO` around its own one."""
+    aspect = size[1] / size[0]
+    return RATIO[0] * aspect, RATIO[1] * aspect
+
+
 def random_boxes(
     count: int,
     height: int,

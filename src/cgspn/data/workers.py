@@ -20,9 +20,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from .captions import TEMPLATES, fill
 from .decode import Box, middle, read_box
-from .loader import batch_indices, generator_of, mixed_number
+from .loader import generator_of, mixed_number, stream_indices
 from .samples import Sample, SampleSource
-from .transforms import RATIO, SCALE, boxes_from
+from .schedule import BatchShape, scheduled
+from .transforms import SCALE, boxes_from, ratio_around
 
 FLIP = 0.5
 SUBSTITUTES = 20  # unreadable ones in a row that end a run, whatever the limit
@@ -45,7 +46,7 @@ class LoaderConfig:
         workers: processes that read and decode, for each training process; None for one a core, at most 16; 0 reads
             between the steps.
         prefetch: batches that each worker reads ahead.
-        max_skipped: largest share of unreadable images, or of lost or damaged shards, that is put up with, 0 to 1.
+        max_skipped: largest share of unreadable images, or of lost or damaged shards, that is tolerated, 0 to 1.
         cache: folder for fetched shards and for indices; None for $XDG_CACHE_HOME/cgspn/data or ~/.cache/cgspn/data.
     """
 
@@ -76,13 +77,14 @@ class BatchPlan:
     """What a stream of batches is a function of, beside the source.
 
     Attributes:
-        batch_size: images in a batch.
-        rows: first and end row of the batch that this process reads.
+        batch_size: images in a batch of `size`.
+        rows: first and end row of such a batch that this process reads; of others it reads the same share.
         size: (height, width) in pixels.
         seed: of order and augmentation.
         augment: a random box of each image, mirrored or not; else the middle.
         scale: smallest and largest share of the image's area that a random box has.
         captioned: an image without a caption or class cannot be used.
+        shapes: what batches may look like (`scheduled`); empty for `batch_size` images of `size` every time.
     """
 
     batch_size: int
@@ -92,6 +94,13 @@ class BatchPlan:
     augment: bool = True
     scale: tuple[float, float] = SCALE
     captioned: bool = False
+    shapes: tuple[BatchShape, ...] = ()
+
+    def at(self, step: int) -> tuple[BatchShape, int, slice]:
+        """The shape of a batch, its position in the stream of epochs, and the rows that this process reads."""
+        shape, begin = scheduled(self.shapes or (BatchShape(self.size, self.batch_size),), self.seed, step)
+        first, end = (row * shape.images // self.batch_size for row in self.rows)
+        return shape, begin, slice(first, end)
 
 
 class Rows(NamedTuple):
@@ -117,11 +126,11 @@ class RowsReader(Dataset[Rows]):
     def __getitem__(self, key: tuple[int, list[int]]) -> Rows:
         """The rows of one step. Never raises for damaged data: what a worker raises loses its place in the stream."""
         step, numbers = key
-        plan = self.plan
-        generator = generator_of(plan.seed, AUGMENT, step)
+        shape, _, rows = self.plan.at(step)
+        generator = generator_of(self.plan.seed, AUGMENT, step)
         # of the whole batch, so that a row has its own whoever reads it
-        draws = torch.rand(plan.batch_size, 6, generator=generator, dtype=torch.float64)[slice(*plan.rows)]
-        images = torch.empty(len(numbers), *plan.size, 3, dtype=torch.uint8)
+        draws = torch.rand(shape.images, 6, generator=generator, dtype=torch.float64)[rows]
+        images = torch.empty(len(numbers), *shape.size, 3, dtype=torch.uint8)
         found, labels = list(numbers), list[int]()
         captions: list[str] = []
         failures: list[Failure] = []
@@ -152,17 +161,19 @@ class RowsReader(Dataset[Rows]):
             caption = fill(TEMPLATES[int(draw[5] * len(TEMPLATES))], sample.class_name)
         if plan.captioned and not caption:
             raise ValueError('no caption (looked for .txt, and .json with "caption" or "text")')
-        pixels = read_box(io.BytesIO(sample.encoded), plan.size, self.box(draw) if plan.augment else middle(plan.size))
+        size = (row.shape[0], row.shape[1])
+        pixels = read_box(io.BytesIO(sample.encoded), size, self.box(draw, size) if plan.augment else middle(size))
         row.copy_(torch.from_numpy(pixels))
         if plan.augment and draw[4] < FLIP:
             row.copy_(row.flip(1))
         return sample, caption
 
-    def box(self, draw: Tensor) -> Callable[[int, int], Box]:
-        """The random box of a picture of any size."""
+    def box(self, draw: Tensor, size: tuple[int, int]) -> Callable[[int, int], Box]:
+        """The random box of a picture of any size, of about the shape of `size`, (height, width)."""
+        ratio = ratio_around(size)
 
         def choose(height: int, width: int) -> Box:
-            top, left, box_height, box_width = boxes_from(draw[:4, None], height, width, self.plan.scale, RATIO)[0]
+            top, left, box_height, box_width = boxes_from(draw[:4, None], height, width, self.plan.scale, ratio)[0]
             return int(top), int(left), int(box_height), int(box_width)
 
         return choose
@@ -180,8 +191,9 @@ class Steps:
     def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         """Step and sample numbers of this process's rows."""
         for step in range(self.start, self.end):
-            whole = batch_indices(self.size, self.plan.batch_size, step, seed=self.plan.seed)
-            yield step, whole[slice(*self.plan.rows)].tolist()
+            shape, begin, rows = self.plan.at(step)
+            whole = stream_indices(self.size, begin, shape.images, seed=self.plan.seed)
+            yield step, whole[rows].tolist()
 
 
 def read_rows(

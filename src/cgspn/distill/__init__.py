@@ -4,6 +4,7 @@ from .batches import Feed, ImageSetFeed, SampleFeed, eval_transform, train_trans
 from .config import ComputeConfig, DistillConfig, HighResConfig, LossConfig, OptimConfig, PretrainConfig
 from .parallel import World, gather_objects, join_world
 from .parity import ParityError
+from .sizes import SizeRange
 from .snapshots import SnapshotError
 from .stages import distill, pretrain
 from .taps import Taps, tapped_forward
@@ -22,6 +23,7 @@ __all__ = [
     "ParityError",
     "PretrainConfig",
     "SampleFeed",
+    "SizeRange",
     "SnapshotError",
     "Taps",
     "World",

@@ -1,4 +1,4 @@
-"""The losses of a batch and their gradients: launched one by one, or replayed as one CUDA graph."""
+"""The losses of a batch and their gradients: launched one by one, or replayed as one CUDA graph for each shape."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..data import Batch
 from .optimizers import Optimizers
-from .parallel import sync_gradients
+from .parallel import local_shards, sync_gradients
 
-WARM = 3  # steps before a capture: allocations, autotuning and lazy set-up happen there
+WARM = 3  # steps before the first capture: allocations, autotuning and lazy set-up happen there
+
+Shapes = tuple[torch.Size, ...]  # of the images of the parts of a batch
 
 
 class Gradients:
@@ -52,51 +55,78 @@ class Gradients:
         """Let go of what calls keep."""
 
 
-class CapturedGradients(Gradients):
-    """The same as one CUDA graph from the fourth call on, for models whose kernels are shorter than their launches.
+class CapturedStep(NamedTuple):
+    """A recorded step. graph: it. parts: what it reads its images from. values: where it leaves the losses."""
 
-    Batches must keep their shape, and losses need nothing from the host. What FSDP2 and placed blocks exchange with
-    other processes is in the graph; the gradients of a plain module are averaged after it (`average_gradients`).
-    """
+    graph: torch.cuda.CUDAGraph
+    parts: list[Batch]
+    values: Tensor
 
-    graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, parts: list[Batch]) -> Tensor:
-        """As in `Gradients`."""
-        if self.graph is None:
-            self.calls = getattr(self, "calls", 0) + 1
-            # on a stream of its own, as capture wants its warm-up
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                values = super().__call__(parts)
-            torch.cuda.current_stream().wait_stream(side)
-            if self.calls == WARM:
-                self.capture(parts)
-            return values
+    def replay(self, parts: list[Batch]) -> Tensor:
+        """The losses of other images of the same shapes. The next replay of any step may overwrite its memory."""
         for own, given in zip(self.parts, parts, strict=True):
             own.images.copy_(given.images)
         self.graph.replay()
         return self.values.clone()
 
-    def close(self) -> None:
-        """Free the graph: a process group waits for those that hold its collectives before it goes."""
-        self.graph = None
 
-    def capture(self, parts: list[Batch]) -> None:
-        """Record forward and backward on copies of these parts; nothing is computed, the gradients become the graph's.
+class CapturedGradients(Gradients):
+    """The same as CUDA graphs, one for each shape of batches, for models whose kernels are shorter than their launches.
 
-        The gradients of the call before are kept: they have not been used yet.
-        """
-        self.parts = [replace(part, images=part.images.clone()) for part in parts]
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        pending = [None if p.grad is None else p.grad.clone() for p in parameters]
-        self.optimizer.zero_grad()
+    The first three steps are launched, and the first one of every shape; the second one of a shape is captured and
+    replayed. Graphs are never replayed at the same time, so that they share one pool of memory, and all write the same
+    gradients. Losses need nothing from the host. What FSDP2 and placed blocks exchange with other processes is in the
+    graphs; the gradients of a plain module are averaged after them (`average_gradients`).
+    """
+
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizers, lower: Callable[[], AbstractContextManager[object]]
+    ) -> None:
+        """As in `Gradients`."""
+        super().__init__(module, optimizer, lower)
+        self.steps: dict[Shapes, CapturedStep] = {}
+        self.seen: set[Shapes] = set()
+        self.calls = 0
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, parts: list[Batch]) -> Tensor:
+        """As in `Gradients`."""
+        shapes = tuple(part.images.shape for part in parts)
+        if shapes not in self.steps:
+            if self.calls < WARM or shapes not in self.seen:
+                return self.launch(parts, shapes)
+            self.steps[shapes] = self.capture(parts)
+        return self.steps[shapes].replay(parts)
+
+    def launch(self, parts: list[Batch], shapes: Shapes) -> Tensor:
+        """The step without a graph, on a stream of its own, as capture wants its warm-up."""
+        self.calls += 1
+        self.seen.add(shapes)
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self.clear()
+            values = self.add_up(parts)
+        torch.cuda.current_stream().wait_stream(side)
+        return values
+
+    def clear(self) -> None:
+        """Fill the gradients with zeros where they are: graphs write to their memory."""
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        if gradients := local_shards(p.grad for p in parameters if p.grad is not None):
+            torch._foreach_zero_(gradients)
+
+    def capture(self, parts: list[Batch]) -> CapturedStep:
+        """Record a step on copies of these parts; nothing is computed yet."""
+        parts = [replace(part, images=part.images.clone()) for part in parts]
         gc.collect()  # what cycles hold is memory that the graph needs
-        self.graph = torch.cuda.CUDAGraph()
+        graph = torch.cuda.CUDAGraph()
         # other threads, NCCL's among them, go on asking the device meanwhile
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.values = self.add_up(self.parts)
-        for parameter, gradient in zip(parameters, pending, strict=True):
-            if parameter.grad is not None and gradient is not None:
-                parameter.grad.copy_(gradient)
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            self.clear()
+            values = self.add_up(parts)
+        return CapturedStep(graph, parts, values)
+
+    def close(self) -> None:
+        """Free the graphs: a process group waits for those that hold its collectives before it goes."""
+        self.steps.clear()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -11,17 +12,17 @@ from torch import Tensor
 from ..data import (
     Batch,
     BatchPlan,
+    BatchShape,
     EvalTransform,
     ImageSet,
     LoaderConfig,
     SampleSource,
     SkipCounter,
     TrainTransform,
-    Transform,
-    batches,
     read_rows,
+    scheduled,
 )
-from ..data.loader import generator_of
+from ..data.loader import fetch, generator_of, stream_indices
 from ..data.transforms import (
     blend,
     blend_factors,
@@ -30,23 +31,39 @@ from ..data.transforms import (
     normalize,
     paste,
     paste_boxes,
+    ratio_around,
     to_float,
 )
 from ..models.config import EncoderConfig
 from .config import OptimConfig
 from .parallel import World
+from .sizes import SizeRange, tokens_of
 from .trainer import Stream, rows_of
 
 COLORS, BLENDS, BOXES = 2, 3, 4  # purposes of randomness, see `generator_of`
+EVEN = 8  # images of a batch are a multiple of it: kernels like that, and up to eight processes see the same batches
 
 
 class Feed(Protocol):
     """A source of training images for any stage."""
 
-    def stream(self, encoder: EncoderConfig, size: tuple[int, int], optim: OptimConfig, world: World) -> Stream:
+    def stream(
+        self,
+        encoder: EncoderConfig,
+        size: tuple[int, int],
+        optim: OptimConfig,
+        world: World,
+        sizes: SizeRange | None = None,
+    ) -> Stream:
         """From a step to this process's share of the batches from there on, on its device.
 
-        encoder: whose normalisation the images get; size: (height, width) in pixels.
+        Args:
+            encoder: whose normalisation the images get.
+            size: (height, width) in pixels.
+            optim: the optimisation.
+            world: the processes of the run.
+            sizes: what batches are drawn from; each has about the tokens of `optim.batch_size` images of `size`. A
+                feed that does not know mixed sizes may lack this argument.
         """
 
     def captions(self, batch: Batch) -> list[str]:
@@ -66,7 +83,7 @@ def eval_transform(config: EncoderConfig, size: tuple[int, int] | None = None) -
 
     Raises ValueError for a wrong size.
     """
-    return EvalTransform(size or config.image_size, mean=config.image_mean, std=config.image_std)
+    return EvalTransform(size or config.image_size, config.image_crop, config.image_mean, config.image_std)
 
 
 @dataclass(frozen=True)
@@ -75,20 +92,27 @@ class ImageSetFeed:
 
     images: ImageSet
 
-    def stream(self, encoder: EncoderConfig, size: tuple[int, int], optim: OptimConfig, world: World) -> Stream:
+    def stream(
+        self,
+        encoder: EncoderConfig,
+        size: tuple[int, int],
+        optim: OptimConfig,
+        world: World,
+        sizes: SizeRange | None = None,
+    ) -> Stream:
         """As in `Feed`. Raises ValueError as `blended_share`, and for a wrong size."""
-        share = blended_share(optim, world)
-        transform: Transform = eval_transform(encoder, size)
-        if optim.augment:
-            transform = replace(train_transform(encoder, size), scale=optim.crop_scale, jitter=optim.jitter)
+        blended_share(optim, world)
+        shapes = batch_shapes(encoder, size, optim, world.size, sizes)
+        transforms = {shape.size: transform_of(encoder, shape.size, optim) for shape in shapes}
 
         def start_at(start: int) -> Iterator[Batch]:
-            whole: Iterable[Batch] = batches(
-                self.images, optim.batch_size, steps=optim.steps, start=start, seed=optim.seed, transform=transform
-            )
-            for batch in whole:
-                own = rows_of(batch, share) if world.size > 1 else batch
-                images = blended(own.images.to(world.device), optim, batch.step, share)
+            for step in range(start, optim.steps):
+                shape, begin = scheduled(shapes, optim.seed, step)
+                indices = stream_indices(len(self.images), begin, shape.images, seed=optim.seed)
+                whole = fetch(self.images, step, indices, transforms[shape.size], optim.seed)
+                share = share_of(shape.images, world)
+                own = rows_of(whole, share) if world.size > 1 else whole
+                images = blended(own.images.to(world.device), optim, step, shape.images, share)
                 yield replace(own, images=images, labels=own.labels.to(world.device))
 
         return start_at
@@ -118,7 +142,14 @@ class SampleFeed:
         """Begin to count."""
         object.__setattr__(self, "tally", SkipCounter(self.source.source, len(self.source), self.loader.max_skipped))
 
-    def stream(self, encoder: EncoderConfig, size: tuple[int, int], optim: OptimConfig, world: World) -> Stream:
+    def stream(
+        self,
+        encoder: EncoderConfig,
+        size: tuple[int, int],
+        optim: OptimConfig,
+        world: World,
+        sizes: SizeRange | None = None,
+    ) -> Stream:
         """As in `Feed`. The stream raises ValueError when too much is skipped, WorkerError when workers keep dying.
 
         Raises ValueError as `blended_share`, or for an encoder of grey images.
@@ -134,6 +165,7 @@ class SampleFeed:
             augment=optim.augment,
             scale=optim.crop_scale,
             captioned=self.captioned,
+            shapes=batch_shapes(encoder, size, optim, world.size, sizes),
         )
         workers, cuda = self.loader.workers_for(world.local_size), world.device.type == "cuda"
 
@@ -148,14 +180,15 @@ class SampleFeed:
                         f"{self.source.source}: {len(rows.failures)} images in a row cannot be used, the last "
                         f"{rows.failures[-1][1]}: {rows.failures[-1][2]}"
                     )
+                shape, _, own = plan.at(step)
                 # bytes travel, and become floats on the device
                 pixels = rows.images.to(world.device, non_blocking=cuda).permute(0, 3, 1, 2).contiguous()
                 images = to_float(pixels)
                 if optim.augment and optim.jitter:
-                    factors = jitter_factors(optim.batch_size, optim.jitter, generator_of(optim.seed, COLORS, step))
-                    images = jitter_colors(images, factors[share])
+                    factors = jitter_factors(shape.images, optim.jitter, generator_of(optim.seed, COLORS, step))
+                    images = jitter_colors(images, factors[own])
                 images = normalize(images, encoder.image_mean, encoder.image_std)
-                images = blended(images, optim, step, share)
+                images = blended(images, optim, step, shape.images, own)
                 yield Batch(step, rows.indices, images, rows.labels.to(world.device), tuple(rows.captions))
 
         return start_at
@@ -165,14 +198,55 @@ class SampleFeed:
         return list(batch.captions)
 
 
-def blended(images: Tensor, optim: OptimConfig, step: int, share: slice) -> Tensor:
-    """A process's share of a batch after mixup and CutMix, alike on any number of processes with multiples of four."""
+def transform_of(encoder: EncoderConfig, size: tuple[int, int], optim: OptimConfig) -> TrainTransform | EvalTransform:
+    """What makes images of `size` out of those in memory. Raises ValueError for a wrong size."""
+    if not optim.augment:
+        return eval_transform(encoder, size)
+    return replace(
+        train_transform(encoder, size), scale=optim.crop_scale, ratio=ratio_around(size), jitter=optim.jitter
+    )
+
+
+def batch_shapes(
+    encoder: EncoderConfig, size: tuple[int, int], optim: OptimConfig, processes: int, sizes: SizeRange | None
+) -> tuple[BatchShape, ...]:
+    """What the batches of a stage look like: all with about the tokens of `batch_size` images of `size`.
+
+    Numbers of images are rounded to multiples of eight, and of what processes and accumulation steps divide. They are
+    the same for any number of processes whose product with `OptimConfig.accumulate` divides both eight and the batch.
+
+    Args:
+        encoder: whose patches tile the images.
+        size: (height, width) in pixels at which a batch has `OptimConfig.batch_size` images.
+        optim: the optimisation.
+        processes: that share each batch.
+        sizes: what else batches may look like; None for `size` alone.
+    """
+    if sizes is None:
+        return (BatchShape(size, optim.batch_size),)
+    patch, parts = encoder.patch_size, processes * optim.accumulate
+    step = math.lcm(math.gcd(EVEN, optim.batch_size), parts)
+    least = processes * (3 if optim.cutmix else 2 if optim.mixup else 1)
+    budget = optim.batch_size * tokens_of(size, patch)
+
+    def images(shape: tuple[int, int]) -> int:
+        """Images of a batch of this shape."""
+        return max(round(budget / tokens_of(shape, patch) / step), math.ceil(least / step), 1) * step
+
+    return tuple(BatchShape(shape, images(shape)) for shape in sizes.shapes(patch))
+
+
+def blended(images: Tensor, optim: OptimConfig, step: int, count: int, share: slice) -> Tensor:
+    """A process's share of a batch of `count` images after mixup and CutMix.
+
+    Alike on any number of processes whose shares are multiples of four.
+    """
     if optim.mixup:
-        factors = blend_factors(optim.batch_size, optim.mixup, generator_of(optim.seed, BLENDS, step))
+        factors = blend_factors(count, optim.mixup, generator_of(optim.seed, BLENDS, step))
         images = blend(images, factors[share])
     if optim.cutmix:
         random = generator_of(optim.seed, BOXES, step)
-        boxes = paste_boxes(optim.batch_size, optim.cutmix, images.shape[2], images.shape[3], random)
+        boxes = paste_boxes(count, optim.cutmix, images.shape[2], images.shape[3], random)
         images = paste(images, boxes[share])
     return images
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .sizes import SizeRange
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -12,7 +14,8 @@ class OptimConfig:
 
     Args:
         steps: optimiser steps.
-        batch_size: images a step.
+        batch_size: images a step; where sizes are mixed, at the size of the stage, and at others as many as have about
+            as many tokens.
         optimizer: "adamw", or "muon": matrices by Muon, its updates as large as AdamW's so that rates carry over, and
             the rest by AdamW. Muon gets further in the same steps; it costs a few matrix products a weight and step.
         learning_rate: peak, of fresh weights; reached by a linear warm-up, then a cosine to zero.
@@ -111,10 +114,11 @@ class ComputeConfig:
 
     Args:
         precision: of the arithmetic; weights, optimiser state and losses are float32 either way.
-        compile: compile the blocks of teacher and student, and the losses at their taps.
-        capture: replay forward and backward as one CUDA graph, for steps whose kernels are shorter than their launches;
-            on several GPUs what "fsdp" and "placed" exchange is in it, and gradients of "ddp" are averaged after it.
-            CUDA alone; not with a contrastive loss or a teacher's cache.
+        compile: compile the blocks of teacher and student, and the losses at their taps, once for each shape of batches
+            and when it first comes: kernels of a fixed shape are faster, and a long run has time to make them.
+        capture: replay forward and backward as one CUDA graph for each shape of batches, for steps whose kernels are
+            shorter than their launches; on several GPUs what "fsdp" and "placed" exchange is in it, and gradients of
+            "ddp" are averaged after it. CUDA alone; not with a contrastive loss or a teacher's cache.
         checkpointing: recompute the student's activations block by block in backward.
         parallel: on several processes (torchrun), "ddp" copies the student, "fsdp" shards it; "placed" is as "ddp",
             but stage 1 gives each process the blocks that it alone trains. The frozen teacher is whole everywhere.
@@ -171,8 +175,15 @@ class DistillConfig:
         compression: s of the student's propagation; its latent has floor(C / s) channels.
         value_expansion: channels that carry values beside the latent, in units of it (`layers.value_config`): 6 brought
             students closer to their teachers, at more time a sub-layer (results/quality). None for the latent alone.
-        keep_attention: number of attention layers that stay, spread evenly.
+        keep_attention: number of attention layers that stay, spread evenly, or their indices.
+        window_attention: number of those that stay with windows in place of the whole grid, spread evenly over what is
+            left, or their indices.
+        window: side of a window, in positions of the grid.
+        keep_positions: the student keeps the teacher's learned positions, interpolated to each grid; `learn_positions`
+            has nothing to do then.
         image_size: in pixels, of stages 1 and 2; None for the student's native size.
+        sizes: what the batches of stages 1 and 2 are drawn from, for teacher and student alike, `image_size` then only
+            setting how many tokens a batch has; None for `image_size` alone.
         stage1: sub-layers alone, each on the teacher's own features.
         stage2: the whole student, end to end.
         learn_positions: the first sub-layer of a student without positions also learns what the teacher's positions
@@ -184,8 +195,12 @@ class DistillConfig:
 
     compression: float = 18
     value_expansion: float | None = None
-    keep_attention: int = 0
+    keep_attention: int | tuple[int, ...] = 0
+    window_attention: int | tuple[int, ...] = 0
+    window: int = 8
+    keep_positions: bool = False
     image_size: int | None = None
+    sizes: SizeRange | None = None
     stage1: OptimConfig = field(default_factory=lambda: OptimConfig(steps=60, learning_rate=3e-3))
     stage2: OptimConfig = field(default_factory=lambda: OptimConfig(steps=120, learning_rate=1e-3, embedding_rate=0))
     learn_positions: bool = True
@@ -202,6 +217,8 @@ class DistillConfig:
             raise ValueError("highres.teacher is 'none' and loss.contrastive is 0; expected a contrastive loss")
         if self.compute.capture and self.loss.contrastive:
             raise ValueError("compute.capture is on beside loss.contrastive; expected one of them to be off")
+        if self.compute.teacher_cache and self.sizes:
+            raise ValueError("compute.teacher_cache is on beside sizes; expected one of them to be off")
 
 
 @dataclass(frozen=True)
@@ -212,10 +229,12 @@ class PretrainConfig:
         model: name of the image encoder, attention or propagation alike.
         loss: "clip" or "sigmoid".
         embed_dim: width of the shared space.
+        sizes: what batches are drawn from; None for the encoder's native size alone.
         optim: the optimisation.
     """
 
     model: str = "vit_mini_patch4_28"
     loss: Literal["clip", "sigmoid"] = "clip"
     embed_dim: int = 64
+    sizes: SizeRange | None = None
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(steps=1500, weight_decay=0.05))

@@ -52,7 +52,7 @@ class EventWatch:
 
 def group_of(name: str) -> str:
     """Where TensorBoard shows a value: "PP block 3" is beside the other blocks' PP."""
-    if name in ("images_per_second", "data_wait_share", "mfu"):
+    if name in ("images_per_second", "tokens_per_second", "data_wait_share", "mfu"):
         return f"speed/{name}"
     if name in ("lr", "gradient"):
         return f"optimisation/{name}"

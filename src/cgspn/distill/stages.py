@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from rich.console import Console
 
 from ..data import ImageSet
 from ..models.checkpoint import read_model, write_atomically
-from ..models.config import TextConfig
+from ..models.config import EncoderConfig, TextConfig
 from ..models.dual import DualEncoder, build_dual
 from ..models.encoder import Encoder
 from ..models.registry import model_config
+from ..models.weights import read_state
 from .batches import Feed, ImageSetFeed
 from .block_parallel import PlacedSublayerTask
 from .cache import TeacherCache
 from .config import ComputeConfig, DistillConfig, LossConfig, OptimConfig, PretrainConfig
 from .parallel import World, barrier, full_tensor, shard_encoder
 from .parity import check_parity
+from .sizes import SizeRange, whole
 from .snapshots import Snapshots
 from .tasks import ContrastiveTask, DistillTask, SublayerTask, Task
-from .trainer import History, Watch, train
+from .trainer import History, Stream, Watch, train
 
 THROUGHPUT = "throughput.json"
+COMPILED = 256  # graphs of a function: one for each shape of batches and kind of block, of which some tens are usual
 
 Watcher = Callable[[str, int], Watch]  # title and number of steps -> what the trainer calls after each
 
@@ -37,13 +41,24 @@ class Stage:
     """One part of a run.
 
     title: shown. optim: its optimisation. size: (height, width) of its images. task: makes what it minimises from
-    the state that the student is in when it begins.
+    the state that the student is in when it begins. sizes: what its batches are drawn from, if not of `size` alone.
     """
 
     title: str
     optim: OptimConfig
     size: tuple[int, int]
     task: Callable[[Encoder], Task]
+    sizes: SizeRange | None = None
+
+    def stream(self, feed: Feed, encoder: EncoderConfig, world: World) -> Stream:
+        """Its batches. Raises ValueError as feeds do."""
+        if self.sizes is None:  # a feed may not know mixed sizes
+            return feed.stream(encoder, self.size, self.optim, world)
+        return feed.stream(encoder, self.size, self.optim, world, self.sizes)
+
+    def shapes(self, patch: int) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of what its batches may look like."""
+        return (self.size,) if self.sizes is None else self.sizes.shapes(patch)
 
 
 def pretrain(
@@ -56,11 +71,14 @@ def pretrain(
     torch.manual_seed(config.optim.seed)
     model = build_dual(model_config(config.model), TextConfig(), config.embed_dim, config.loss).to(device)
     feed, encoder = ImageSetFeed(images), model.image.config
-    stream = feed.stream(encoder, encoder.image_size, config.optim, World(device=torch.device(device)))
-    task = ContrastiveTask(model, feed.captions, config.loss)
     title = "pretraining"
+    task = ContrastiveTask(model, feed.captions, config.loss)
+    stage = Stage(title, config.optim, encoder.image_size, lambda student: task, config.sizes)
     watch = watcher(title, config.optim.steps) if watcher else None
-    return model.eval(), train(task, stream, config.optim, title, watch)
+    history = train(task, stage.stream(feed, encoder, World(device=torch.device(device))), config.optim, title, watch)
+    if config.optim.steps:
+        record_sizes(model.image, stage.shapes(encoder.patch_size))
+    return model.eval(), history
 
 
 def distill(
@@ -76,7 +94,9 @@ def distill(
 ) -> list[History]:
     """Align each sub-layer alone, then the whole student end to end, then go to higher resolutions.
 
-    `student` is trained in place.
+    `student` is trained in place. Its config then names the sizes that it was trained at, and the largest of them is
+    its native one. A stage that has nothing to learn, such as stage 1 of a student that keeps all attention, is left
+    out and says so on standard error.
 
     Args:
         teacher: an encoder, or the image-text model whose image side is the teacher; it is not changed.
@@ -104,7 +124,7 @@ def distill(
     torch.manual_seed(config.stage1.seed)
     stages = plan(teacher, student, feed, config, name, world)
     # what a stage cannot do is said before the first begins, which may take days
-    streams = [feed.stream(student.config, stage.size, stage.optim, world) for stage in stages]
+    streams = [stage.stream(feed, student.config, world) for stage in stages]
     if cache is not None:
         for stage in stages:
             check_cacheable(stage)
@@ -112,25 +132,34 @@ def distill(
         for number, (stage, stream) in enumerate(zip(stages, streams, strict=True)):
             done = folder / "stages" / str(number) if folder else None
             if done is not None and (done / "losses.json").exists():
-                student.load_state_dict(read_model(done)[1])
+                student.load_state_dict(read_state(student, read_model(done)[1], str(done)))
+                record_sizes(student, stage.shapes(student.config.patch_size))
                 losses, throughput = (json.loads((done / name).read_text()) for name in ("losses.json", THROUGHPUT))
                 histories.append(History(stage.title, losses, throughput))
                 continue
             if not histories:
                 # of a stream of one step, which starts no more workers than that needs
-                first = next(iter(feed.stream(student.config, stage.size, replace(stage.optim, steps=1), world)(0)))
+                one = replace(stage, optim=replace(stage.optim, steps=1))
+                first = next(iter(one.stream(feed, student.config, world)(0)))
                 check_parity(encoder.eval(), first.images[:2], config.compute.precision)
             snapshots = None
             if folder is not None and config.compute.save_every:
                 snapshots = Snapshots(folder / "snapshots" / str(number), config.compute.save_every)
-            watch = watcher(stage.title, stage.optim.steps) if watcher else None
             task = stage.task(student)
+            if not task.learns:
+                if world.rank == 0:
+                    Console(stderr=True).print(
+                        f"{stage.title}: nothing to learn, left out", highlight=False, markup=False
+                    )
+                continue
+            watch = watcher(stage.title, stage.optim.steps) if watcher else None
             if cache is not None:
                 attach(cache, task, stage)
             with prepared(task, encoder, student, config.compute, world):
                 histories.append(
                     train(task, stream, stage.optim, stage.title, watch, compute=config.compute, snapshots=snapshots)
                 )
+            record_sizes(student, stage.shapes(student.config.patch_size))
             if done is not None and world.rank == 0:
                 student.save_pretrained(done)
                 write_atomically(done / THROUGHPUT, json.dumps(histories[-1].throughput))
@@ -140,6 +169,24 @@ def distill(
             barrier()
     student.eval()
     return histories
+
+
+def record_sizes(encoder: Encoder, shapes: Iterable[tuple[int, int]]) -> None:
+    """Note in an encoder's config that it was trained at these shapes, (height, width) in pixels.
+
+    Its native size becomes the largest that it was ever trained at: the only shape, or a square. Learned positions stay
+    as they are and go on being resized.
+    """
+    config, patch = encoder.config, encoder.config.patch_size
+    chosen = tuple(shapes)
+    sides = [height if height == width else whole((height * width) ** 0.5, patch) for height, width in chosen]
+    trained = tuple(sorted({*config.trained_sizes, *sides}))
+    native = config.image_size
+    if max(sides) == trained[-1]:
+        native = chosen[0] if len(chosen) == 1 else (trained[-1], trained[-1])
+    grid = encoder.positions.grid if encoder.positions is not None else None
+    encoder.config = replace(config, trained_sizes=trained, image_size=native, position_table=grid)
+    encoder.patch_embed.img_size = native
 
 
 def check_cacheable(stage: Stage) -> None:
@@ -203,8 +250,9 @@ def plan(
             config.stage1,
             native,
             lambda student: sublayer(encoder, student, config.learn_positions),
+            config.sizes,
         ),
-        Stage(f"{name}, stage 2", config.stage2, native, distillation(config.loss)),
+        Stage(f"{name}, stage 2", config.stage2, native, distillation(config.loss), config.sizes),
     ]
     before = native
     for pixels in high.sizes:
@@ -242,8 +290,9 @@ def prepared(task: Task, teacher: Encoder, student: Encoder, compute: ComputeCon
     working = task.student if isinstance(task, DistillTask) else student
     checkpointing = student.checkpointing
     working.set_grad_checkpointing(compute.checkpointing)
-    # block by block: the blocks of an encoder share one compiled graph, whatever its depth; a stage has one shape
+    # block by block: the blocks of an encoder share one compiled graph for each shape of batches, whatever its depth
     blocks = [*teacher.each_block(), *working.each_block()] if compute.compile else []
+    recompiled = torch._dynamo.config.patch(recompile_limit=COMPILED) if compute.compile else nullcontext()
     for block in blocks:
         block.tapped = torch.compile(block.tapped, dynamic=False)  # type: ignore[method-assign]
         if not isinstance(task, DistillTask):
@@ -253,7 +302,8 @@ def prepared(task: Task, teacher: Encoder, student: Encoder, compute: ComputeCon
     if task.sharded:
         shard_encoder(working, compute.blocks_per_unit, compute.reshard_after_forward)
     try:
-        yield
+        with recompiled:
+            yield
         if task.sharded:
             student.load_state_dict({key: full_tensor(value) for key, value in working.state_dict().items()})
         if isinstance(task, PlacedSublayerTask):

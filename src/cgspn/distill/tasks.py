@@ -20,6 +20,7 @@ from .config import LossConfig
 from .flops import forward_flops, sublayer_flops, training_flops
 from .losses import clip_loss, relative_error, sigmoid_loss, tap_loss
 from .parallel import all_reduce, gather_rows
+from .sizes import tokens_of
 from .taps import Taps, observe, retarget_first_block, tapped_forward
 
 Losses = dict[str, Tensor]
@@ -43,6 +44,11 @@ class Task(nn.Module):
     capturable: bool = False
     cache: TeacherCache | None = None
 
+    @property
+    def learns(self) -> bool:
+        """Whether there is anything to learn."""
+        return next(self.parameters(), None) is not None
+
     def calibrate(self, parts: list[Batch]) -> None:
         """Measure on the first batch of a run, in the parts it is accumulated from, what stays constant after."""
 
@@ -53,6 +59,10 @@ class Task(nn.Module):
     def seen(self, batch: Batch, observe: Callable[[], Taps]) -> Taps:
         """What the teacher makes of a batch: from the cache, or observed."""
         return observe() if self.cache is None else self.cache.taps(batch.indices, observe)
+
+    def tokens(self, size: tuple[int, int]) -> int | None:
+        """Grid tokens of an image of `size` (height, width) pixels; None if nobody counts them."""
+        return None
 
     def flops(self, size: tuple[int, int]) -> int | None:
         """FLOP an image of `size` (height, width) pixels, teacher and student together; None if nobody counts them."""
@@ -140,11 +150,20 @@ class SublayerTask(Task):
         self.parts = nn.ModuleDict({str(i): sublayer_parts(student.each_block()[i]) for i in self.learning})
         self.energies = TargetScales(len(self.learning)).to(next(student.parameters()).device)
 
+    @property
+    def learns(self) -> bool:
+        """As in `Task`; for placed blocks, whether any process has one."""
+        return bool(self.learning)
+
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Mixers are fresh; the norm and scale around them are inherited."""
         fresh = [p for name, p in self.named_parameters() if ".mixer." in name]
         inherited = [p for name, p in self.named_parameters() if ".mixer." not in name]
         return fresh, inherited
+
+    def tokens(self, size: tuple[int, int]) -> int:
+        """As in `Task`."""
+        return tokens_of(size, self.student.config.patch_size)
 
     def flops(self, size: tuple[int, int]) -> int:
         """As in `Task`."""
@@ -248,6 +267,10 @@ class DistillTask(Task):
         fresh = [p for name, p in named if name not in self.inherited]
         return fresh + list(self.adapters.parameters()), [p for name, p in named if name in self.inherited]
 
+    def tokens(self, size: tuple[int, int]) -> int:
+        """As in `Task`."""
+        return tokens_of(size, self.student.config.patch_size)
+
     def flops(self, size: tuple[int, int]) -> int:
         """As in `Task`; without the text tower of a contrastive loss."""
         config = self.config
@@ -327,6 +350,10 @@ class ContrastiveTask(Task):
         """captions: the captions of a batch; loss: "clip" or "sigmoid"."""
         super().__init__()
         self.model, self.captions, self.loss = model, captions, loss
+
+    def tokens(self, size: tuple[int, int]) -> int:
+        """As in `Task`."""
+        return tokens_of(size, self.model.image.config.patch_size)
 
     def losses(self, batch: Batch) -> Losses:
         """The contrastive loss over the images of all processes. Those of one class belong together."""

@@ -22,7 +22,7 @@ from .optimizers import Optimizers, build_optimizer
 from .parallel import all_reduce, average_gradients, broadcast_params, local_shards, world_size, wrap_distributed
 from .snapshots import Snapshots
 from .tasks import Task
-from .throughput import Throughput
+from .throughput import Throughput, Work
 
 DETAILS = 200  # steps of a stage, about, that leave the losses of every block in the record; others only their means
 
@@ -79,8 +79,8 @@ def train(
             the run.
         config: the optimisation.
         title: what the record is called.
-        watch: called after every step with its losses and the rates of the last steps (`Throughput`), images a second
-            those of all processes.
+        watch: called after every step with its losses and the rates of the last steps (`Throughput`), images and tokens
+            a second those of all processes.
         compute: precision and processes.
         snapshots: where to go on from and what to leave behind.
 
@@ -116,15 +116,20 @@ def train(
         if snapshots is not None and snapshots.every and step > start:
             snapshots.save(step, _state(task, optimizer, average), history.steps)
 
-    clock = Throughput(peak=peak_of(device, compute.precision))
+    peak = peak_of(device, compute.precision)
+
+    def work(size: tuple[int, ...]) -> Work:
+        """What an image of `size`, (height, width) in pixels, is."""
+        height, width = size
+        return Work(task.tokens((height, width)), task.flops((height, width)) if peak else None)
+
+    clock = Throughput(work=work, peak=peak)
     with closing(gradients), Garbage(device.type == "cuda") as garbage:
         for step, batch in zip(range(start, config.steps), clock.timed(stream(start))):
             factor = learning_rate(config, step)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
             parts = split_batch(batch, config.accumulate)
-            if step == start and clock.peak:
-                clock.flops = task.flops((batch.images.shape[-2], batch.images.shape[-1]))
             try:
                 if step == start:
                     with lower():
@@ -154,9 +159,9 @@ def train(
             history.steps.append(record if detailed(step, config.steps) else without_blocks(record))
             if watch is not None:
                 rates = clock.recent()
-                if rates:
-                    rates["images_per_second"] *= world_size()
-                watch(record | rates)
+                watch(
+                    record | {n: rate * world_size() if n.endswith("per_second") else rate for n, rate in rates.items()}
+                )
             if snapshots is not None and snapshots.due(step + 1) and step + 1 < config.steps:
                 garbage.at_snapshot()
                 snapshots.save(step + 1, _state(task, optimizer, average), history.steps)

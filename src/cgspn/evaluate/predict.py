@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -12,8 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..data.captions import TEMPLATES
-from ..data.prepare import Member, Picture, Prepare, open_picture
-from ..models.config import EncoderConfig
+from ..data.prepare import Member, Picture, open_picture, prepare_for
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
 from .zeroshot import class_embeddings
@@ -61,7 +61,7 @@ def classify(
 
     Args:
         model: of `load_model`, an image-text model, on any device.
-        images: paths or PIL images, of any size and mode, or one of them.
+        images: paths, PIL images, or arrays and tensors as of `data.prepare.array_picture`; or one of them.
         class_names: K names.
         templates: texts with one `{}` for the name (the article before it is made to fit), or `{c}` (it is not).
 
@@ -86,7 +86,7 @@ def similarity(
 
     Args:
         model: of `load_model`, an image-text model, on any device.
-        images: paths or PIL images, of any size and mode, or one of them.
+        images: paths, PIL images, or arrays and tensors as of `data.prepare.array_picture`; or one of them.
         texts: M texts, or one.
 
     Raises:
@@ -100,6 +100,7 @@ def similarity(
 
 def require_text(model: DualEncoder | Encoder, name: str) -> DualEncoder:
     """The model, if it has a text tower. Raises ValueError otherwise, calling it `name`."""
+    model = getattr(model, "_orig_mod", model)  # of torch.compile, which compiles `forward` alone
     if not isinstance(model, DualEncoder):
         raise ValueError(
             f"{name} is an image encoder without a text tower; expected an image-text model: a CLIP or SigLIP folder "
@@ -108,23 +109,27 @@ def require_text(model: DualEncoder | Encoder, name: str) -> DualEncoder:
     return model
 
 
-def prepare_for(config: EncoderConfig) -> Prepare:
-    """How pictures become what an encoder was trained on, at its native size."""
-    return Prepare(
-        config.image_size,
-        config.image_crop,
-        config.image_resample,
-        config.image_mean,
-        config.image_std,
-        config.channels,
-    )
+def embed_images(model: DualEncoder, images: Iterable[Tensor], batch_size: int = BATCH) -> Iterator[Tensor]:
+    """Prepared images, one [channels, H, W] at a time, to batches of unit vectors float32 [B, D] on the CPU.
+
+    All images have one size. An image is asked for only when its batch is due.
+    """
+    for pixels in stacked(images, batch_size):
+        with torch.inference_mode():
+            yield normalize(model.encode_image(on_device(model.image, pixels)).float(), dim=-1).cpu()
 
 
-@torch.inference_mode()
-def embed_batch(model: DualEncoder, pixels: Tensor) -> Tensor:
-    """Prepared images [B, channels, H, W] to unit vectors float32 [B, D] on the CPU."""
-    weight = model.image.patch_embed.projection.weight
-    return normalize(model.encode_image(pixels.to(weight.device, weight.dtype)).float(), dim=-1).cpu()
+def stacked(images: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
+    """Images [channels, H, W] of one size to batches [B, channels, H, W], the last one smaller."""
+    todo = iter(images)
+    while batch := list(islice(todo, batch_size)):
+        yield torch.stack(batch)
+
+
+def on_device(encoder: Encoder, images: Tensor) -> Tensor:
+    """Images where an encoder's weights are, in their dtype."""
+    weight = next(encoder.parameters())
+    return images.to(weight.device, weight.dtype)
 
 
 @torch.inference_mode()
@@ -135,16 +140,12 @@ def embed_texts(model: DualEncoder, texts: Sequence[str]) -> Tensor:
 
 
 def _embed(model: DualEncoder, images: Picture | Sequence[Picture]) -> Tensor:
-    pictures: list[Picture] = [images] if isinstance(images, str | Path | Image.Image | Member) else list(images)
+    one = isinstance(images, str | Path | Image.Image | Member) or getattr(images, "ndim", 4) < 4
+    pictures: list[Picture] = [images] if one else list(images)  # type: ignore[list-item,arg-type]
     if not pictures:
-        raise ValueError("images is empty; expected at least one path or PIL image")
+        raise ValueError("images is empty; expected at least one path or picture")
     prepare = prepare_for(model.image.config)
-
-    def batches() -> Iterator[Tensor]:
-        for i in range(0, len(pictures), BATCH):
-            yield torch.stack([prepare(open_picture(picture)) for picture in pictures[i : i + BATCH]])
-
-    return torch.cat([embed_batch(model, batch) for batch in batches()])
+    return torch.cat(list(embed_images(model, (prepare(open_picture(picture)) for picture in pictures))))
 
 
 def _compare(model: DualEncoder, images: Tensor, texts: Tensor) -> Similarity:

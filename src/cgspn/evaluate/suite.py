@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
-from ..data import EvalTransform, ImageSet, one_pass
+from ..data import ImageSet
+from ..data.prepare import open_picture, prepare_for
+from ..models.config import EncoderConfig
 from ..models.dual import DualEncoder
 from .measure import class_retrieval
-from .predict import embed_texts
+from .predict import embed_images, embed_texts, on_device, stacked
 from .segmentation import segment
 from .table import Metric
 from .zeroshot import class_embeddings, top1
@@ -22,35 +27,38 @@ METRICS = (
 
 
 @torch.inference_mode()
-def embed_images(model: DualEncoder, images: ImageSet, transform: EvalTransform) -> tuple[Tensor, Tensor]:
+def embed_set(model: DualEncoder, images: ImageSet) -> tuple[Tensor, Tensor]:
     """Embeddings [N, D] of unit length and grid tokens [N, h, w, C] of a whole image set, float32 on the CPU."""
-    device = model.logit_scale.device
     embeddings, tokens = [], []
-    for batch in one_pass(images, 250, transform=transform):
-        output = model.image(batch.images.to(device))
-        embeddings.append(torch.nn.functional.normalize(model.image_projection(output.pooled), dim=-1).float().cpu())
+    for batch in stacked(prepared(model.image.config, images), 250):
+        output = model.image(on_device(model.image, batch))
+        embeddings.append(normalize(model.image_projection(output.pooled).float(), dim=-1).cpu())
         tokens.append(output.tokens.float().cpu())
     return torch.cat(embeddings), torch.cat(tokens)
 
 
-def evaluate_zeroshot(model: DualEncoder, images: ImageSet, transform: EvalTransform) -> float:
+def prepared(config: EncoderConfig, images: ImageSet) -> Iterator[Tensor]:
+    """The images of a set, one [channels, h, w] at a time, as `eval` and `classify` prepare pictures."""
+    prepare = prepare_for(config)
+    return (prepare(open_picture(image)) for image in images.images)
+
+
+def evaluate_zeroshot(model: DualEncoder, images: ImageSet) -> float:
     """Zero-shot top-1 accuracy, 0 to 1, of a model on an image set whose classes have names."""
-    embeddings, _ = embed_images(model, images, transform)
+    embeddings = torch.cat(list(embed_images(model, prepared(model.image.config, images))))
     return top1(embeddings, _classes(model, images), images.labels)
 
 
-def evaluate_dual(model: DualEncoder, test: ImageSet, probe: ImageSet, transform: EvalTransform) -> dict[str, float]:
+def evaluate_dual(model: DualEncoder, test: ImageSet, probe: ImageSet) -> dict[str, float]:
     """The metrics of METRICS, each 0 to 1.
 
     Args:
         model: image and text encoder, in eval mode.
-        test: images that nothing was trained on.
-        probe: images on which the linear segmentation probe is fitted.
-        transform: how images become what the encoder takes; it must keep the frame of the image (no crop of a
-            rectangular image), since masks are compared pixel by pixel.
+        test: square images that nothing was trained on.
+        probe: square images on which the linear segmentation probe is fitted.
     """
-    embeddings, tokens = embed_images(model, test, transform)
-    _, probe_tokens = embed_images(model, probe, transform)
+    embeddings, tokens = embed_set(model, test)
+    _, probe_tokens = embed_set(model, probe)
     parts = segment(probe_tokens, probe.masks(), tokens, test.masks(), classes=len(test.class_names) + 1)
     return {
         "zeroshot": top1(embeddings, _classes(model, test), test.labels),

@@ -10,6 +10,7 @@ from .norm import LayerNorm, RMSNorm
 from .pooling import ClassTokenPool, MapPool, MeanPool, Pooling
 from .propagation import GSPN, GSPN_WALK, PropagationConfig, PropagationMixer, value_config
 from .resize import PositionResize
+from .window_attention import WindowAttentionMixer
 
 __all__ = [
     "GSPN",
@@ -34,6 +35,7 @@ __all__ = [
     "PropagationConfig",
     "PropagationMixer",
     "RMSNorm",
+    "WindowAttentionMixer",
     "quantize_mlps",
     "value_config",
 ]

@@ -45,14 +45,14 @@ class AttentionMixer(Mixer):
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """tokens [B, N, C] -> [B, N, C]; positions outside the grid's mask are not attended to."""
         q, k, v = self._split(tokens)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=_keys_inside(tokens, grid))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=self.visible(tokens, grid))
         result: Tensor = self.out(out.transpose(1, 2).flatten(2))
         return result
 
     def with_map(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """`forward`, and the attention map behind it: [B, N, C] and [B, heads, N, N], both with gradients."""
+        """Of tokens in rows, what `forward` gives and the map behind it: [B, N, C], [B, heads, N, N], with gradients."""
         q, k, v = self._split(tokens)
-        weights = _softmax(q, k, _keys_inside(tokens, grid))
+        weights = _softmax(q, k, self.visible(tokens, grid))
         return self.out((weights @ v).transpose(1, 2).flatten(2)), weights
 
     @torch.no_grad()
@@ -62,18 +62,17 @@ class AttentionMixer(Mixer):
         rows: int64 [R], the tokens whose rows are wanted, which gives [B, heads, R, N]; None for all.
         """
         q, k, _ = self._split(tokens)
-        return _softmax(q if rows is None else q[:, :, rows], k, _keys_inside(tokens, grid))
+        return _softmax(q if rows is None else q[:, :, rows], k, self.visible(tokens, grid, rows))
+
+    def visible(self, tokens: Tensor, grid: Grid, rows: Tensor | None = None) -> Tensor | None:
+        """[B, 1, 1 or R, N] bool: which tokens each of `rows` (as in `weights`) may attend to; None for all."""
+        if grid.mask is None:
+            return None
+        prefix = grid.mask.new_ones(tokens.shape[0], grid.prefix)
+        return torch.cat([prefix, grid.mask.flatten(1)], 1)[:, None, None]
 
 
-def _softmax(q: Tensor, k: Tensor, inside: Tensor | None) -> Tensor:
-    """[B, heads, R, d] and [B, heads, N, d] -> [B, heads, R, N], rows sum to one. inside: as `_keys_inside`."""
+def _softmax(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
+    """[B, heads, R, d] and [B, heads, N, d] -> [B, heads, R, N], rows sum to one. visible: as of `AttentionMixer`."""
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    return (logits if inside is None else logits.masked_fill(~inside, -torch.inf)).softmax(-1)
-
-
-def _keys_inside(tokens: Tensor, grid: Grid) -> Tensor | None:
-    """[B, 1, 1, N] bool: which tokens may be attended to; None for all."""
-    if grid.mask is None:
-        return None
-    prefix = grid.mask.new_ones(tokens.shape[0], grid.prefix)
-    return torch.cat([prefix, grid.mask.flatten(1)], 1)[:, None, None]
+    return (logits if visible is None else logits.masked_fill(~visible, -torch.inf)).softmax(-1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -68,6 +70,9 @@ class PatchEmbed(nn.Module):
         another grid.
         """
         height, width = self.grid_of(images)
+        dtype = self.projection.weight.dtype
+        if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(f"images has dtype {images.dtype}; accepted: {dtype}, that of the weights, or autocast")
         if mask is not None:
             p = self.patch_size[0]
             if mask.shape != (images.shape[0], height, width):
@@ -97,13 +102,14 @@ class LearnedPositions(nn.Module):
     """Positions [h0*w0, C] learned at one grid, resized to any other.
 
     Antialiasing matters only to smaller grids. Each family of checkpoints has its own way, and features follow it.
+    "square_..." resizes to a square of the longer side and takes its upper left part (RADIO).
     """
 
     def __init__(self, grid: tuple[int, int], width: int, resize: PositionResize = "bicubic") -> None:
         """grid: rows and columns that the table covers; width: C. Raises ValueError for an unknown `resize`."""
         super().__init__()
-        if resize not in ("bicubic", "bicubic_antialias", "bilinear_antialias"):
-            raise ValueError(f"resize is {resize!r}; accepted: 'bicubic', 'bicubic_antialias', 'bilinear_antialias'")
+        if resize not in get_args(PositionResize):
+            raise ValueError(f"resize is {resize!r}; accepted: {', '.join(map(repr, get_args(PositionResize)))}")
         self.grid, self.resize = grid, resize
         self.table = nn.Parameter(torch.randn(grid[0] * grid[1], width) * 0.02)
 
@@ -115,10 +121,7 @@ class LearnedPositions(nn.Module):
 
     def resized(self, height: int, width: int) -> Tensor:
         """`forward` by the same arithmetic for every size, the native one too: what an exported program holds."""
-        rows, columns = (
-            resize_matrix(torch.arange(1, wanted + 1, device=self.table.device), size, self.resize)
-            for wanted, size in zip((height, width), self.grid, strict=True)
-        )
+        rows, columns = (torch.arange(1, wanted + 1, device=self.table.device) for wanted in (height, width))
         return self._resized(rows, columns).flatten(0, 1)
 
     def of_images(self, mask: Tensor) -> Tensor:
@@ -126,11 +129,14 @@ class LearnedPositions(nn.Module):
 
         An image is the rows and columns in which its mask has a True; what stands in the padding means nothing.
         """
-        rows, columns = (
-            resize_matrix(mask.any(across).cumsum(1), size, self.resize)
-            for across, size in zip((2, 1), self.grid, strict=True)
-        )
+        rows, columns = (mask.any(across).cumsum(1) for across in (2, 1))
         return self._resized(rows, columns).flatten(1, 2)
 
     def _resized(self, rows: Tensor, columns: Tensor) -> Tensor:
-        return resize_table(self.table.unflatten(0, self.grid), rows, columns).to(self.table.dtype)
+        """[..., h, w, C] for the ranks of rows [..., h] and columns [..., w], as `resize_matrix` takes them."""
+        longer = torch.maximum(rows[..., -1:], columns[..., -1:]) if self.resize.startswith("square") else None
+        by_row, by_column = (
+            resize_matrix(ranks, size, self.resize, longer)
+            for ranks, size in zip((rows, columns), self.grid, strict=True)
+        )
+        return resize_table(self.table.unflatten(0, self.grid), by_row, by_column).to(self.table.dtype)

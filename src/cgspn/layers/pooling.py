@@ -28,13 +28,18 @@ class MeanPool(nn.Module):
 
 
 class ClassTokenPool(nn.Module):
-    """The class token: tokens [B, N, C] -> [B, C]."""
+    """The class token, or several summary tokens one after the other: tokens [B, N, C] -> [B, C * len(summary)]."""
+
+    def __init__(self, summary: tuple[int, ...] = (0,)) -> None:
+        """summary: indices of the tokens, all of them before the grid."""
+        super().__init__()
+        self.summary = summary
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """Raises ValueError if the tokens have no class token."""
         if not grid.prefix:
             raise ValueError("pooling is 'cls' but the tokens have no class token; accepted: 'map', 'mean'")
-        return tokens[:, 0]
+        return tokens[:, 0] if self.summary == (0,) else tokens[:, list(self.summary)].flatten(1)
 
 
 class MapPool(nn.Module):

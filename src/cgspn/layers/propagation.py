@@ -27,6 +27,9 @@ from .norm import RMSNorm
 EPS = 1e-6  # of the RMSNorms
 
 
+MOST_EXPANSION, MOST_KERNEL = 64, 63
+
+
 @dataclass(frozen=True)
 class PropagationConfig:
     """What a propagation sub-layer contains. The defaults are C-GSPN.
@@ -66,6 +69,10 @@ class PropagationConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that no width could have."""
+        if not 0 < self.expansion <= MOST_EXPANSION:
+            raise ValueError(f"expansion is {self.expansion}; accepted: more than 0, at most {MOST_EXPANSION}")
+        if not 0 <= self.local_kernel <= MOST_KERNEL:
+            raise ValueError(f"local_kernel is {self.local_kernel}; accepted: 0 to {MOST_KERNEL}")
         if self.channels_per_group < 1:
             raise ValueError(f"channels_per_group is {self.channels_per_group}; accepted: 1 or more")
         if self.value_expansion is not None and (self.compression is None or not self.value_expansion > 0):
@@ -95,9 +102,9 @@ class PropagationConfig:
         expanded = int(width * self.expansion)
         if self.compression is None:
             return expanded
-        if not self.compression > 0 or int(width / self.compression) < 1:
+        if not self.compression >= 1 / MOST_EXPANSION or int(width / self.compression) < 1:
             raise ValueError(
-                f"compression is {self.compression}; a width of {width} accepts more than 0 and at most {width}"
+                f"compression is {self.compression}; a width of {width} accepts {1 / MOST_EXPANSION} to {width}"
             )
         return int(width / self.compression)
 

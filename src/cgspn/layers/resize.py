@@ -13,23 +13,32 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-PositionResize = Literal["bicubic", "bicubic_antialias", "bilinear_antialias"]
+PositionResize = Literal[
+    "bicubic", "bicubic_antialias", "bilinear_antialias", "square_bilinear", "square_bilinear_corners"
+]
 
 
-def resize_matrix(ranks: Tensor, size: int, resize: PositionResize) -> Tensor:
+def resize_matrix(ranks: Tensor, size: int, resize: PositionResize, count: Tensor | None = None) -> Tensor:
     """What each of n target lines takes from `size` source lines: [..., n, size] float32, rows sum to one.
 
     Args:
         ranks: [..., n], 1, 2, ... for the target lines in order; the last one is how many there are. Lines of padding
             repeat the rank before them.
         size: of the source.
-        resize: as in `LearnedPositions`; pixel centres as with align_corners=False.
+        resize: as in `LearnedPositions`; pixel centres as with align_corners=False, but for "..._corners".
+        count: [..., 1], how many target lines there are in place of the last rank, where only the first are wanted.
 
     Source: the cubic of Keys (1981), with a = -0.75 as PyTorch's plain one and -0.5 as its antialiased one (Pillow's).
     """
     ranks = ranks.float()
-    ratio = size / ranks[..., -1:].clamp(min=1.0)
+    count = (ranks[..., -1:] if count is None else count.float()).clamp(min=1.0)
+    ratio = size / count
     centre = (ranks - 0.5) * ratio - 0.5
+    if resize.startswith("square_bilinear"):
+        if resize.endswith("corners"):
+            centre = (ranks - 1.0) * (size - 1) / (count - 1.0).clamp(min=1.0)
+        distance = torch.arange(size, device=ranks.device) - centre.clamp(0.0, size - 1.0)[..., None]
+        return (1.0 - distance.abs()).clamp(min=0.0)
     mode, _, antialias = resize.partition("_")
     if not antialias:
         # four neighbours, those beyond the border counted as the border

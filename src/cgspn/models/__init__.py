@@ -3,7 +3,7 @@
 from .checkpoint import CheckpointError
 from .config import EncoderConfig, TextConfig
 from .cuda_graphs import CapturedEncoder
-from .dual import DualEncoder, build_dual, load_dual
+from .dual import DualEncoder, build_dual, image_encoder, load_dual
 from .encoder import Encoder, EncoderOutput
 from .pyramid import FeaturePyramid
 from .registry import create_model, list_models, model_config
@@ -25,6 +25,7 @@ __all__ = [
     "choose_shapes",
     "create_model",
     "encode_variable_size",
+    "image_encoder",
     "list_models",
     "load_dual",
     "model_config",

@@ -10,16 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from .reading import CheckpointError, read_json
+from .weights import Weights, open_safetensors
+
+__all__ = ["CheckpointError", "read_model", "save_model", "write_atomically"]
+
 CONFIG, WEIGHTS, PREPROCESSING = "config.json", "model.safetensors", "preprocessor_config.json"
-INDEX = f"{WEIGHTS}.index.json"  # beside weights in several files, as transformers writes them
-HF_PREFIX = "encoder."  # of an encoder's weights in the models of transformers
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message says what was expected and what was found."""
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
@@ -29,7 +28,8 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            # names of files may hold bytes that are not UTF-8, which Python keeps as lone surrogates
+            file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
         _publish(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -62,26 +62,16 @@ def save_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[str
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and float32 weights of a checkpoint folder, as this library or transformers wrote it.
+def read_model(folder: str | Path) -> tuple[dict[str, Any], Weights]:
+    """The config of a checkpoint folder and its weights, which are not read yet.
 
-    Raises CheckpointError if it is none, or if a file in it is missing or truncated.
+    Raises CheckpointError if it is none, or if a file in it is truncated.
     """
     folder = Path(folder)
-    index = folder / INDEX
-    files = {CONFIG} if index.is_file() and not (folder / WEIGHTS).is_file() else {CONFIG, WEIGHTS}
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} has no {' and no '.join(missing)}; expected a checkpoint folder with both")
     try:
-        if WEIGHTS not in files:
-            files |= set(json.loads(index.read_text())["weight_map"].values())
-        missing = sorted(name for name in files if not (folder / name).is_file())
-        if missing:
-            raise CheckpointError(f"{folder} has no {' and no '.join(missing)}; expected a checkpoint folder with both")
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-        state: dict[str, Tensor] = {}
-        for name in sorted(files - {CONFIG}):
-            state |= load_file(folder / name)
-    except (json.JSONDecodeError, SafetensorError, KeyError, TypeError) as error:
+        return read_json(folder / CONFIG), open_safetensors(folder / WEIGHTS)[0]
+    except CheckpointError as error:
         raise CheckpointError(f"{folder} is not a readable checkpoint: {error}") from error
-    if all(key.startswith(HF_PREFIX) for key in state):
-        state = {key.removeprefix(HF_PREFIX): value for key, value in state.items()}
-    return config, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}

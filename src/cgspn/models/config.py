@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..layers import Activation, AttentionConfig, Pooling, PositionResize, PropagationConfig
+from .reading import build
 
-MixerName = Literal["attention", "propagation"]
+MixerName = Literal["attention", "window_attention", "propagation"]
 MODEL_TYPE = "cgspn"  # by which transformers recognises a folder
-Resample = Literal["bilinear", "bicubic"]
+Resample = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]  # Pillow's filters
+WIDEST, DEEPEST = 1 << 16, 1 << 12  # of what is built: beyond any model, and small enough to be refused in time
 
 
 @dataclass(frozen=True)
@@ -25,26 +26,32 @@ class EncoderConfig:
         patch_size: in pixels.
         channels: of the images.
         width: C.
-        mixers: one entry a block, "attention" or "propagation".
+        mixers: one entry a block, "attention", "window_attention" or "propagation".
         mlp_hidden: inner width of the MLPs.
         activation: of the MLPs.
-        attention, propagation: what each kind of mixer is made of.
+        attention, propagation: what each kind of mixer is made of; the first, of whole attention and in windows alike.
+        window: rows and columns of positions in a window of attention, or one number for both.
         layer_scale: initial LayerScale of the residual branches, None for none.
-        positions: learned positions at the native grid, resized to others. C-GSPN needs none.
+        positions: learned positions, resized to the grid of each image. C-GSPN needs none.
         position_resize: how; checkpoints follow the library they come from.
+        position_table: rows and columns of their table; None for those of the native grid.
         class_token: a class token before the grid. Its position, if it had one of its own, is part of it.
         registers: number of register tokens after the class token.
         patch_bias, pre_norm, final_norm: a bias in the patch embedding, a LayerNorm before the blocks (CLIP), one
             after them.
         norm_eps: of every LayerNorm.
         pooling: "map" (attention pooling), "mean" or "cls".
+        summary_tokens: which tokens before the grid "cls" returns, one after the other; (0,) is the class token.
         pool_norm: a LayerNorm on the pooled vector (timm's fc_norm).
         embed_dim: width that the pooled vector is projected to, as in CLIP; None for no projection.
         embed_bias: a bias in that projection.
         num_classes: outputs of a classifier after that; 0 for none.
         image_mean, image_std: how pixel values in [0, 1] are normalised.
         image_crop: how a picture of another shape gets the native size: its middle cut out, or all of it squeezed.
+        image_crop_pct: share of the resized picture's side that is cut out, in (0, 1]; timm's crop_pct.
         image_resample: how it is resized for that.
+        trained_sizes: at which a student was distilled, in pixels: sides of squares of the same area, ascending.
+            Empty if that is not known.
     """
 
     name: str = "encoder"
@@ -58,9 +65,11 @@ class EncoderConfig:
     activation: Activation = "gelu_tanh"
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     propagation: PropagationConfig = field(default_factory=PropagationConfig)
+    window: tuple[int, int] | int = 8
     layer_scale: float | None = None
     positions: bool = True
     position_resize: PositionResize = "bicubic"
+    position_table: tuple[int, int] | None = None
     class_token: bool = False
     registers: int = 0
     patch_bias: bool = True
@@ -68,6 +77,7 @@ class EncoderConfig:
     final_norm: bool = True
     norm_eps: float = 1e-6
     pooling: Pooling = "map"
+    summary_tokens: tuple[int, ...] = (0,)
     pool_norm: bool = False
     embed_dim: int | None = None
     embed_bias: bool = False
@@ -75,25 +85,57 @@ class EncoderConfig:
     image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
     image_crop: bool = True
+    image_crop_pct: float = 1.0
     image_resample: Resample = "bilinear"
+    trained_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that no encoder can have."""
-        if self.patch_size < 1 or (not self.crop_remainder and any(n % self.patch_size for n in self.image_size)):
+        if not isinstance(self.image_size, tuple) or len(self.image_size) != 2:
+            raise ValueError(f"image_size is {self.image_size!r}; expected (height, width)")
+        for name, least, most in (
+            ("width", 1, WIDEST),
+            ("mlp_hidden", 1, 16 * WIDEST),
+            ("channels", 1, WIDEST),
+            ("patch_size", 1, WIDEST),
+            ("registers", 0, DEEPEST),
+            ("num_classes", 0, 1 << 24),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: {least} to {most}")
+        if self.embed_dim is not None and not 1 <= self.embed_dim <= WIDEST:
+            raise ValueError(f"embed_dim is {self.embed_dim}; accepted: 1 to {WIDEST}, or None")
+        if not all(1 <= side <= WIDEST for side in self.image_size):
+            raise ValueError(f"image_size is {tuple(self.image_size)}; accepted: 1 to {WIDEST} pixels")
+        if self.depth > DEEPEST:
+            raise ValueError(f"mixers has {self.depth} entries; accepted: at most {DEEPEST}")
+        if not 0 <= self.norm_eps < 1:
+            raise ValueError(f"norm_eps is {self.norm_eps}; accepted: 0 to below 1")
+        if not all(std > 0 for std in self.image_std):
+            raise ValueError(f"image_std is {self.image_std}; accepted: numbers above 0")
+        if not self.crop_remainder and any(n % self.patch_size for n in self.image_size):
             raise ValueError(
                 f"image_size is {tuple(self.image_size)}; accepted: multiples of the patch size {self.patch_size}"
             )
         for name in self.mixers:
-            if name not in ("attention", "propagation"):
-                raise ValueError(f"mixers holds {name!r}; accepted: 'attention', 'propagation'")
-        if (self.class_token or self.registers) and "propagation" in self.mixers:
-            raise ValueError("class_token and registers must be off beside propagation: the scan knows only the grid")
+            if name not in get_args(MixerName):
+                raise ValueError(f"mixers holds {name!r}; accepted: {', '.join(map(repr, get_args(MixerName)))}")
+        if len(self.window_size) != 2 or any(n < 1 for n in self.window_size):
+            raise ValueError(f"window is {self.window}; accepted: a number of positions from 1 up, or (rows, columns)")
+        if (self.class_token or self.registers) and set(self.mixers) - {"attention"}:
+            raise ValueError(
+                "class_token and registers must be off beside propagation and windows: they know only the grid"
+            )
         if self.pooling not in ("map", "mean", "cls"):
             raise ValueError(f"pooling is {self.pooling!r}; accepted: 'map', 'mean', 'cls'")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes is {self.num_classes}; accepted: 0 for no classifier, or more")
         if self.pooling == "cls" and not self.class_token:
             raise ValueError("pooling is 'cls' without a class token; accepted: 'map', 'mean'")
+        if not self.summary_tokens or any(not 0 <= i < max(1, self.prefix) for i in self.summary_tokens):
+            raise ValueError(f"summary_tokens is {self.summary_tokens}; accepted: indices below {max(1, self.prefix)}")
+        if not 0 < self.image_crop_pct <= 1:
+            raise ValueError(f"image_crop_pct is {self.image_crop_pct}; accepted: above 0, at most 1")
+        if self.image_resample not in get_args(Resample):
+            raise ValueError(f"image_resample is {self.image_resample!r}; accepted: {', '.join(get_args(Resample))}")
 
     @property
     def depth(self) -> int:
@@ -101,9 +143,19 @@ class EncoderConfig:
         return len(self.mixers)
 
     @property
+    def window_size(self) -> tuple[int, int]:
+        """Rows and columns of positions in a window of attention."""
+        return (self.window, self.window) if isinstance(self.window, int) else self.window
+
+    @property
     def pooled_width(self) -> int:
         """Channels of the pooled vector."""
-        return self.embed_dim or self.width
+        return self.embed_dim or self.width * (len(self.summary_tokens) if self.pooling == "cls" else 1)
+
+    @property
+    def position_grid(self) -> tuple[int, int]:
+        """Rows and columns of the table of positions."""
+        return self.position_table or (self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size)
 
     @property
     def prefix(self) -> int:
@@ -124,6 +176,14 @@ class TextConfig:
     heads: int = 2
     context: int = 48
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings that no text tower can have."""
+        for name, least, most in (("width", 1, WIDEST), ("depth", 0, DEEPEST), ("context", 1, 16 * WIDEST)):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: {least} to {most}")
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"heads is {self.heads}; accepted: divisors of the width, {self.width}")
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass config as plain JSON values."""
@@ -140,33 +200,18 @@ def preprocessing(config: EncoderConfig) -> dict[str, Any]:
         "patch_size": config.patch_size,
         "resample": config.image_resample,
         "aspect": "crop" if config.image_crop else "squash",
+        "crop_pct": config.image_crop_pct,
     }
 
 
-def encoder_config_from_dict(values: Mapping[str, Any]) -> EncoderConfig:
-    """The inverse of `to_dict` for an EncoderConfig.
+def encoder_config_from_dict(values: Any, where: str = "encoder") -> EncoderConfig:
+    """The inverse of `to_dict` for an EncoderConfig; where: the file and key that it is from, for messages.
 
-    Raises ValueError naming keys that this version does not know.
+    Raises CheckpointError for unknown keys, values of another type, and settings that no encoder can have.
     """
-    return _build(
-        EncoderConfig,
-        values,
-        {"attention": lambda v: _build(AttentionConfig, v), "propagation": lambda v: _build(PropagationConfig, v)},
-    )
+    return build(EncoderConfig, values, where)
 
 
-def text_config_from_dict(values: Mapping[str, Any]) -> TextConfig:
-    """The inverse of `to_dict` for a TextConfig. Raises ValueError naming unknown keys."""
-    return _build(TextConfig, values)
-
-
-def _build(cls: type, values: Mapping[str, Any], nested: Mapping[str, Any] | None = None) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; accepted: {', '.join(sorted(known))}")
-    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for key, build in (nested or {}).items():
-        if key in plain:
-            plain[key] = build(plain[key])
-    return cls(**plain)
+def text_config_from_dict(values: Any, where: str = "text") -> TextConfig:
+    """The inverse of `to_dict` for a TextConfig. Arguments and errors as in `encoder_config_from_dict`."""
+    return build(TextConfig, values, where)

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize as unit
 
-from .checkpoint import CheckpointError, read_model, save_model
-from .config import EncoderConfig, TextConfig, encoder_config_from_dict, text_config_from_dict, to_dict
+from .checkpoint import CONFIG, CheckpointError, read_model, save_model
+from .config import WIDEST, EncoderConfig, TextConfig, encoder_config_from_dict, text_config_from_dict, to_dict
 from .encoder import Encoder
-from .text import TextTower, tokenize
+from .reading import checked
+from .text import TextTower
+from .weights import Weights, check_depth, load
 
 Loss = Literal["clip", "sigmoid"]
 """CLIP judges an image's texts against each other (softmax), SigLIP each pair of image and text alone (sigmoid)."""
@@ -37,14 +39,41 @@ class DualEncoder(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))
 
-    def encode_image(self, images: Tensor) -> Tensor:
-        """Normalised images [B, channels, H, W] -> unit vectors [B, embed_dim]."""
-        return normalize(self.image_projection(self.image(images).pooled), dim=-1)
+    @property
+    def tokenizer(self) -> Callable[..., Tensor]:
+        """Texts, or one, to token ids int64 [N, context_length], which `encode_text` takes in place of texts."""
+        return self.text.tokenize
 
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> unit vectors [len(texts), embed_dim]. Raises ValueError for an empty text."""
-        ids = tokenize(texts, self.text.config.context).to(self.logit_scale.device)
-        return normalize(self.text_projection(self.text(ids)), dim=-1)
+    @property
+    def context_length(self) -> int:
+        """The longest text in tokens; what is beyond is cut."""
+        return self.text.context_length
+
+    def encode_image(self, image: Tensor, normalize: bool = True) -> Tensor:
+        """Normalised images [B, channels, H, W] -> embeddings [B, embed_dim], of length one with `normalize`."""
+        embeddings: Tensor = self.image_projection(self.image(image).pooled)
+        return unit(embeddings, dim=-1) if normalize else embeddings
+
+    def encode_text(self, text: Sequence[str] | Tensor, normalize: bool = True) -> Tensor:
+        """Texts, or their token ids [N, T], -> embeddings [N, embed_dim], of length one with `normalize`.
+
+        Raises ValueError for an empty text.
+        """
+        ids = text if isinstance(text, Tensor) else self.tokenizer(text)
+        embeddings: Tensor = self.text_projection(self.text(ids.to(self.logit_scale.device)))
+        return unit(embeddings, dim=-1) if normalize else embeddings
+
+    def forward(
+        self, image: Tensor | None = None, text: Sequence[str] | Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        """Unit embeddings of images and texts, the scale of the loss, and for a sigmoid its bias, as open_clip has it.
+
+        image: [B, channels, H, W]; text: texts or token ids; what is left out comes back as None.
+        """
+        images = None if image is None else self.encode_image(image)
+        texts = None if text is None else self.encode_text(text)
+        scaled = (images, texts, self.logit_scale.exp())
+        return (*scaled, self.logit_bias) if self.loss == "sigmoid" else scaled
 
     def with_image(self, image: Encoder) -> DualEncoder:
         """A copy around another image encoder of the same width; text tower and projections are copied.
@@ -84,17 +113,29 @@ def load_dual(folder: str | Path) -> DualEncoder:
 
     Raises CheckpointError if the folder holds none, or weights that do not fit its config.
     """
-    config, state = read_model(folder)
+    config, weights = read_model(folder)
     if config.get("model") != "dual":
         raise CheckpointError(f"{folder} holds a {config.get('model')!r} model; expected an image-text model, 'dual'")
-    model = build_dual(
-        encoder_config_from_dict(config["encoder"]),
-        text_config_from_dict(config["text"]),
-        config["embed_dim"],
-        config.get("loss", "clip"),
-    )
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {folder} do not fit its config: {error}") from error
-    return model.eval()
+    encoder = encoder_config_from_dict(config.get("encoder"), f"{Path(folder) / CONFIG}: encoder")
+    return dual_of(config, encoder, weights, str(folder))
+
+
+def dual_of(
+    config: Mapping[str, Any], encoder: EncoderConfig, weights: Weights, where: str, dtype: torch.dtype = torch.float32
+) -> DualEncoder:
+    """The DualEncoder of a saved config, of which `encoder` was read already, and its weights, in eval mode.
+
+    Raises CheckpointError, beginning with `where`, for a config that cannot be or weights that do not fit it.
+    """
+    text = text_config_from_dict(config.get("text"), f"{where}: text")
+    embed_dim = checked(config.get("embed_dim"), int, f"{where}: embed_dim")
+    if not 1 <= embed_dim <= WIDEST:
+        raise CheckpointError(f"{where}: embed_dim is {embed_dim}; accepted: 1 to {WIDEST}")
+    loss = checked(config.get("loss", "clip"), Loss, f"{where}: loss")
+    check_depth(encoder.depth + text.depth, weights, where)
+    return load(lambda: build_dual(encoder, text, embed_dim, loss), weights, where, dtype)
+
+
+def image_encoder(model: Encoder | DualEncoder) -> Encoder:
+    """The image encoder of an image-text model; an encoder is its own."""
+    return model.image if isinstance(model, DualEncoder) else model

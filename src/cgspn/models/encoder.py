@@ -23,7 +23,9 @@ from ..layers import (
     Mixer,
     PatchEmbed,
     PropagationMixer,
+    WindowAttentionMixer,
 )
+from ..layers.window_attention import order
 from .card import write_card
 from .checkpoint import PREPROCESSING, save_model, write_atomically
 from .config import MODEL_TYPE, EncoderConfig, preprocessing, to_dict
@@ -45,6 +47,8 @@ def build_mixer(config: EncoderConfig, layer: int) -> Mixer:
     """The mixer of one block. Raises ValueError from the mixer for settings that do not fit the width."""
     if config.mixers[layer] == "attention":
         return AttentionMixer(config.width, config.attention)
+    if config.mixers[layer] == "window_attention":
+        return WindowAttentionMixer(config.width, config.attention, config.window_size)
     return PropagationMixer(config.width, config.propagation)
 
 
@@ -77,9 +81,9 @@ class Encoder(TimmContract):
         self.patch_embed = PatchEmbed(
             patch, config.channels, width, config.patch_bias, config.crop_remainder, config.image_size
         )
-        grid = self.patch_embed.grid_size
         self.prefix = nn.Parameter(torch.randn(config.prefix, width) * 0.02) if config.prefix else None
-        self.positions = LearnedPositions(grid, width, config.position_resize) if config.positions else None
+        table = LearnedPositions(config.position_grid, width, config.position_resize) if config.positions else None
+        self.positions = table
         self.pre_norm = LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
             self.block_type(
@@ -97,7 +101,7 @@ class Encoder(TimmContract):
         if config.pooling == "map":
             self.pool = MapPool(width, config.attention.heads, config.mlp_hidden, config.activation, config.norm_eps)
         else:
-            self.pool = MeanPool() if config.pooling == "mean" else ClassTokenPool()
+            self.pool = MeanPool() if config.pooling == "mean" else ClassTokenPool(config.summary_tokens)
         self.pool_norm = LayerNorm(width, eps=config.norm_eps) if config.pool_norm else nn.Identity()
         self.project: nn.Module = nn.Identity()
         if config.embed_dim is not None:
@@ -148,7 +152,9 @@ class Encoder(TimmContract):
     def _features(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Grid]:
         tokens, grid = self.embed(images, mask)
         for block in self.each_block():
+            tokens, grid = order(tokens, grid, block.mixer.window)
             tokens = self.run_block(block, tokens, grid)
+        tokens, grid = order(tokens, grid, None)
         return self.norm(tokens), grid
 
     def run_block(self, block: Block, tokens: Tensor, grid: Grid) -> Tensor:
@@ -223,15 +229,16 @@ class Encoder(TimmContract):
         taken: dict[int, Any] = {}
         last = max(wanted) + 1 if intermediates_only or stop_early else self.config.depth
         for i, block in enumerate(self.each_block()[:last]):
+            tokens, grid = order(tokens, grid, block.mixer.window)
             tokens = self.run_block(block, tokens, grid)
             if i not in wanted:
                 continue
-            seen = self.norm(tokens) if norm else tokens
+            seen = order(self.norm(tokens) if norm else tokens, grid, None)[0]
             taken[i] = to_map(seen, grid).permute(0, 3, 1, 2) if output_fmt == "NCHW" else seen[:, grid.prefix :]
             if return_prefix_tokens and grid.prefix:
                 taken[i] = (taken[i], seen[:, : grid.prefix])
         maps = [taken[i] for i in wanted]
-        return maps if intermediates_only else (self.norm(tokens), maps)
+        return maps if intermediates_only else (self.norm(order(tokens, grid, None)[0]), maps)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors into `folder`, each whole or not at all.

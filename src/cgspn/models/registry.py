@@ -34,8 +34,8 @@ def spread(keep: int, depth: int) -> tuple[int, ...]:
     return tuple((i + 1) * depth // keep - 1 for i in range(keep))
 
 
-def _mixers(depth: int, attention: tuple[int, ...]) -> tuple[MixerName, ...]:
-    return tuple("attention" if i in attention else "propagation" for i in range(depth))
+def _mixers(depth: int, attention: tuple[int, ...], others: MixerName = "propagation") -> tuple[MixerName, ...]:
+    return tuple("attention" if i in attention else others for i in range(depth))
 
 
 def _configs() -> dict[str, EncoderConfig]:
@@ -43,12 +43,14 @@ def _configs() -> dict[str, EncoderConfig]:
 
     def add(size: str, suffix: str, base: EncoderConfig, compression: float) -> None:
         depth = base.depth
+        ninth = spread(max(1, depth // 9), depth)
         cgspn = replace(base, positions=False, propagation=PropagationConfig(compression=compression))
         family: dict[str, EncoderConfig] = {
             "vit": base,
             "cgspn": replace(cgspn, mixers=_mixers(depth, ())),
             "gspn": replace(cgspn, mixers=_mixers(depth, ()), propagation=GSPN),
-            "hybrid": replace(cgspn, mixers=_mixers(depth, spread(max(1, depth // 9), depth))),
+            "hybrid": replace(cgspn, mixers=_mixers(depth, ninth)),
+            "window": replace(base, mixers=_mixers(depth, ninth, "window_attention")),
         }
         for kind, config in family.items():
             name = f"{kind}_{size}_{suffix}"
@@ -79,7 +81,8 @@ _CONFIGS = _configs()
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that `create_model` knows, sorted: `vit_*`, `cgspn_*`, `gspn_*` (the original), `hybrid_*` (1/9 kept).
+    """Names that `create_model` knows, sorted: `vit_*`, `cgspn_*`, `gspn_*` (the original), `hybrid_*` (1/9 kept),
+    `window_*` (attention, 1/9 of it whole and the rest in windows of 8 x 8 positions).
 
     pattern: which of them, with `*` and `?` as in file names. Raises nothing. Source: design, section 6.
     """

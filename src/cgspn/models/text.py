@@ -6,18 +6,26 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from ..layers import AttentionConfig, AttentionMixer, Block, Grid
 from .config import TextConfig
 
 
-def tokenize(texts: Sequence[str], context: int) -> Tensor:
+def text_list(texts: str | Sequence[str]) -> list[str]:
+    """Texts as a list, one text alone as a list of one. Raises ValueError for no texts or an empty one."""
+    found = [texts] if isinstance(texts, str) else list(texts)
+    if not found or not all(found):
+        raise ValueError(f"texts is {found!r}; expected at least one text, none of them empty")
+    return found
+
+
+def tokenize(texts: str | Sequence[str], context: int) -> Tensor:
     """UTF-8 bytes + 1, padded with 0 to the longest: [len(texts), at most context] int64; longer texts are cut.
 
     Raises ValueError for an empty sequence or an empty text.
     """
-    if not texts or not all(texts):
-        raise ValueError(f"texts is {list(texts)!r}; expected at least one text, none of them empty")
+    texts = text_list(texts)
     encoded = [list(text.lower().encode()[:context]) for text in texts]
     out = torch.zeros(len(texts), max(map(len, encoded)), dtype=torch.int64)
     for row, values in zip(out, encoded):
@@ -48,6 +56,17 @@ class TextTower(nn.Module):
         )
         self.norm = nn.LayerNorm(config.width, eps=1e-6)
 
+    @property
+    def context_length(self) -> int:
+        """The longest text in tokens, which are bytes."""
+        return self.config.context
+
+    def tokenize(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
+        """Texts -> ids int64 [len(texts), context_length], padded with 0. Raises ValueError for an empty text."""
+        width = context_length or self.context_length
+        ids = tokenize(texts, min(width, self.context_length))
+        return pad(ids, (0, width - ids.shape[1]))
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, T] int64 from `tokenize` -> [B, width]. Raises ValueError for T beyond the context."""
         if ids.shape[1] > self.config.context:
@@ -58,4 +77,4 @@ class TextTower(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, grid)
         weights = inside / inside.sum(1, keepdim=True)
-        return (self.norm(tokens) * weights[..., None]).sum(1)
+        return (self.norm(tokens) * weights[..., None]).sum(1).to(tokens.dtype)

@@ -132,7 +132,7 @@ class TimmContract(nn.Module):
             if pooling is None:
                 raise ValueError(f"global_pool is {global_pool!r}; accepted: 'avg', 'token', {self.global_pool!r}")
             self.config = replace(self.config, pooling=pooling)  # type: ignore[arg-type]
-            self.pool = MeanPool() if pooling == "mean" else ClassTokenPool()
+            self.pool = MeanPool() if pooling == "mean" else ClassTokenPool(self.config.summary_tokens)
         self.config = replace(self.config, num_classes=num_classes)
         weight = self.patch_embed.projection.weight
         self.head = build_head(self.config).to(weight.device, weight.dtype).train(self.training)
@@ -162,7 +162,7 @@ class TimmContract(nn.Module):
         if patch != config.patch_size:
             self.patch_embed.projection = resize_patches(self.patch_embed.projection, patch)
         self.patch_embed.patch_size, self.patch_embed.img_size = (patch, patch), (height, width)
-        self.config = replace(config, image_size=(height, width), patch_size=patch)
+        self.config = replace(config, image_size=(height, width), patch_size=patch, position_table=None)
         grid = self.patch_embed.grid_size
         if self.positions is not None and self.positions.grid != grid:
             table = self.positions.table
@@ -216,7 +216,7 @@ def data_config(config: EncoderConfig) -> dict[str, Any]:
         "fixed_input_size": False,
         "min_input_size": (config.channels, config.patch_size, config.patch_size),
         "interpolation": config.image_resample,
-        "crop_pct": 1.0,
+        "crop_pct": config.image_crop_pct,
         "crop_mode": "center" if config.image_crop else "squash",
         "mean": config.image_mean,
         "std": config.image_std,

@@ -37,7 +37,6 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: from a torchvision
     ) from error
 
 from ..layers import LearnedPositions
-from .checkpoint import HF_PREFIX
 from .config import EncoderConfig
 from .encoder import Encoder
 from .registry import list_models
@@ -216,7 +215,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Encoder) -> dict[
     """
     for wrapping in ("state_dict", "model"):
         state_dict = state_dict.get(wrapping, state_dict)
-    for prefix in ("module.", "_orig_mod.", HF_PREFIX):
+    for prefix in ("module.", "_orig_mod.", "encoder."):
         if all(key.startswith(prefix) for key in state_dict):
             state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
     table, positions = state_dict.get("positions.table"), model.positions

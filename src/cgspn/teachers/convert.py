@@ -1,4 +1,4 @@
-"""Teacher to student: the same encoder with propagation in place of attention, everything else inherited."""
+"""Teacher to student: the same encoder with propagation or windows in place of attention, all else inherited."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..layers import PropagationConfig, value_config
-from ..models.config import EncoderConfig
+from ..models.config import EncoderConfig, MixerName
 from ..models.encoder import Encoder, build_mixer
 from ..models.registry import spread
 
@@ -23,20 +23,49 @@ class Inherited:
     fresh: tuple[str, ...]
 
 
+Layers = int | Sequence[int]  # how many, or their indices from 0
+
+
+def student_mixers(depth: int, keep_attention: Layers = 0, window_attention: Layers = 0) -> tuple[MixerName, ...]:
+    """The mixer of each of `depth` blocks of a student. Indices come first; counts are spread over what they leave.
+
+    Raises ValueError for a layer that does not exist, that is named twice, or more layers than there are.
+    """
+    mixers: list[MixerName] = ["propagation"] * depth
+    wanted: dict[str, tuple[MixerName, Layers]] = {
+        "keep_attention": ("attention", keep_attention),
+        "window_attention": ("window_attention", window_attention),
+    }
+    for name, (mixer, layers) in sorted(wanted.items(), key=lambda item: isinstance(item[1][1], int)):
+        free = [i for i in range(depth) if mixers[i] == "propagation"]
+        if isinstance(layers, int):
+            if not 0 <= layers <= len(free):
+                raise ValueError(f"{name} is {layers}; accepted: 0 to {len(free)}, or a list of layer indices")
+            chosen = [free[i] for i in spread(layers, len(free))]
+        else:
+            if wrong := [i for i in layers if not 0 <= i < depth]:
+                raise ValueError(f"{name} holds {wrong}; accepted: layer indices 0 to {depth - 1}")
+            if twice := sorted(set(layers) - set(free)):
+                raise ValueError(f"keep_attention and window_attention both hold {twice}; accepted: each layer once")
+            chosen = list(layers)
+        for i in chosen:
+            mixers[i] = mixer
+    return tuple(mixers)
+
+
 def student_config(
     teacher: EncoderConfig,
     *,
     compression: float = 18,
     value_expansion: float | None = None,
-    keep_attention: int | Sequence[int] = 0,
+    keep_attention: Layers = 0,
+    window_attention: Layers = 0,
+    window: int | tuple[int, int] = 8,
+    keep_positions: bool = False,
     propagation: PropagationConfig | None = None,
 ) -> EncoderConfig:
     """The config of the student that `convert` makes. Arguments and errors as there."""
-    depth = teacher.depth
-    kept = spread(keep_attention, depth) if isinstance(keep_attention, int) else tuple(keep_attention)
-    wrong = [i for i in kept if not 0 <= i < depth]
-    if wrong:
-        raise ValueError(f"keep_attention holds {wrong}; accepted: layer indices 0 to {depth - 1}")
+    mixers = student_mixers(teacher.depth, keep_attention, window_attention)
     if value_expansion is not None and propagation is not None:
         raise ValueError(
             f"value_expansion is {value_expansion} beside propagation; accepted: one of them, as propagation has one"
@@ -49,13 +78,17 @@ def student_config(
     propagation.latent_width(teacher.width)
     return replace(
         teacher,
-        name=f"cgspn_{teacher.name.removeprefix('vit_')}",
-        mixers=tuple("attention" if i in kept else "propagation" for i in range(depth)),
+        name=f"{'cgspn' if 'propagation' in mixers else 'window'}_{teacher.name.removeprefix('vit_')}",
+        mixers=mixers,
         propagation=propagation,
-        positions=False,
+        window=window,
+        positions=teacher.positions and (keep_positions or "propagation" not in mixers),
+        trained_sizes=(),
         class_token=False,
         registers=0,
         pooling="map" if teacher.pooling == "cls" else teacher.pooling,
+        summary_tokens=(0,),
+        embed_dim=None if teacher.pooled_width == teacher.width else teacher.pooled_width,
     )
 
 
@@ -64,16 +97,20 @@ def convert(
     *,
     compression: float = 18,
     value_expansion: float | None = None,
-    keep_attention: int | Sequence[int] = 0,
+    keep_attention: Layers = 0,
+    window_attention: Layers = 0,
+    window: int | tuple[int, int] = 8,
+    keep_positions: bool = False,
     propagation: PropagationConfig | None = None,
 ) -> Encoder:
     """A C-GSPN student of `encoder`: attention sub-layers become propagation, the rest starts from the teacher's.
 
-    Inherited: patch embedding, norms, LayerScale, MLPs, pooling head, projection, and attention where it is kept.
+    Inherited: patch embedding, norms, LayerScale, MLPs, pooling head, projection, and attention where it stays, whole
+    or in windows.
     Fresh: the propagation mixers, and a pooling head if the teacher pools by a class token. Class and register tokens
     have no place in a pure grid and are dropped; the fresh MAP head is there to learn the class feature, and the taps
-    of distillation compare grid tokens only. Learned positions are dropped too; their mean goes into the bias of the
-    patch embedding, so that the first block sees tokens centred as before.
+    of distillation compare grid tokens only. Learned positions are dropped too if any layer propagates, unless they are
+    kept; their mean goes into the bias of the patch embedding, so that the first block sees tokens centred as before.
 
     Args:
         encoder: the attention teacher; it is not changed.
@@ -82,10 +119,15 @@ def convert(
             None for none.
         keep_attention: how many attention layers stay, spread evenly (the last of each equal stretch: of 27 layers,
             3 are 8, 17 and 26; the source says how many, not which), or their indices from 0.
+        window_attention: how many attention layers stay with windows in place of the whole grid, spread evenly over the
+            layers that are left, or their indices. With all layers in one of the two, none propagates.
+        window: rows and columns of positions in a window, or one number for both.
+        keep_positions: the teacher's learned positions stay, resized to the grid of each image. Without them the first
+            sub-layer finds positions by counting lines, and counts wrong on grids that it was not trained on.
         propagation: other settings of the propagation sub-layer; its `compression` is overridden.
 
-    Raises ValueError for a compression that leaves no channel, a layer that does not exist, and for values beside
-    propagation.
+    Raises ValueError for a compression that leaves no channel, a layer that does not exist or is named twice, a window
+    of nothing, and for values beside propagation.
     Source: design, section 4 ("weights that have a twin in the teacher start from the teacher's").
     """
     config = student_config(
@@ -93,6 +135,9 @@ def convert(
         compression=compression,
         value_expansion=value_expansion,
         keep_attention=keep_attention,
+        window_attention=window_attention,
+        window=window,
+        keep_positions=keep_positions,
         propagation=propagation,
     )
     return student_of(encoder, config)[0]
@@ -104,7 +149,7 @@ def student_of(teacher: Encoder, config: EncoderConfig, *, share: bool = False) 
     share: the student takes the teacher's tensors themselves, no memory for a second copy. For those who only write
     the student down: training it would change the teacher. Raises ValueError for a config whose parts do not fit.
     """
-    if teacher.positions is not None:
+    if teacher.positions is not None and not config.positions:
         config = replace(config, patch_bias=True)
     device = next(teacher.parameters()).device
     with torch.device("meta"):  # what is inherited needs no random start

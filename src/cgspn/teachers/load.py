@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from importlib import resources
 from pathlib import Path
@@ -9,21 +10,25 @@ from typing import Any
 
 import torch
 
-from ..models.checkpoint import CheckpointError, read_model
-from ..models.config import MODEL_TYPE, encoder_config_from_dict
-from ..models.dual import DualEncoder, load_dual
+from ..models.dual import DualEncoder, image_encoder
 from ..models.encoder import Encoder
-from .files import read_json
 from .formats import read_encoder
+from .options import Options
+from .own import is_own, load_own
 from .source import locate, open_source
-from .text import load_own_pretrained, missing_for_text, with_text
+from .text import missing_for_text, with_text
 
 EMBEDDED = "embedded"
-OWN = ("encoder", "dual", "pretrained_dual")
+_TEXT = re.compile(r"(^|\.)(text_model\.|text\.|token_embedding\.weight$)")  # keys of text towers
 
 
 def load_model(
-    source: str | Path, *, dtype: torch.dtype = torch.float32, heads: int | None = None, **overrides: Any
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    heads: int | None = None,
+    submodel: str | None = None,
+    **overrides: Any,
 ) -> Encoder | DualEncoder:
     """The encoder of a checkpoint, or the whole image-text model if it is one, in eval mode.
 
@@ -31,40 +36,44 @@ def load_model(
         source: a weight file (.safetensors; .pt, .pth, .bin with tensors alone), a folder (this library's,
             transformers', OpenCLIP's, timm's), a hub id (`org/name`, `hf-hub:org/name`, `org/name@revision`), or
             "embedded" for the teacher that comes with the package.
-        dtype: of the weights of a foreign checkpoint; this library's own come as float32.
-        heads: of attention, where no config lies beside a foreign file and its width is not of a known model.
+        dtype: of the weights.
+        heads: of attention, where neither a config beside a foreign file nor its name states them.
+        submodel: the beginning of the keys of one model, such as "student", where a file of a training run holds
+            several; None for the teacher or the moving average, which their authors evaluate.
         overrides: fields of `EncoderConfig` that a foreign file does not show, such as `activation="quick_gelu"`.
 
     Of transformers' CLIP and SigLIP the text tower comes along if transformers and the tokenizer's files are there;
     a warning says so if not. Raises CheckpointError, saying what was expected and what was found.
     """
-    return _load(source, dtype, heads, overrides, text=True)
+    return _load(source, Options(dtype, heads, submodel, overrides), text=True)
 
 
 def load_encoder(
-    source: str | Path, *, dtype: torch.dtype = torch.float32, heads: int | None = None, **overrides: Any
+    source: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    heads: int | None = None,
+    submodel: str | None = None,
+    **overrides: Any,
 ) -> Encoder:
     """The image encoder of a checkpoint, in eval mode; of an image-text model, its image side.
 
-    Its pooled output is the family's own: the image embedding of CLIP and SigLIP, the class token of DINOv2.
-    Arguments and errors as in `load_model`; no text tower is read. Source: design, section 6.
+    Its pooled output is the family's own: the image embedding of CLIP and SigLIP, the class token of DINOv2, the
+    summary tokens of RADIO. Arguments and errors as in `load_model`; no text tower is read.
     """
-    model = _load(source, dtype, heads, overrides, text=False)
-    return model.image if isinstance(model, DualEncoder) else model
+    return image_encoder(_load(source, Options(dtype, heads, submodel, overrides), text=False))
 
 
-def _load(
-    source: str | Path, dtype: torch.dtype, heads: int | None, overrides: dict[str, Any], text: bool
-) -> Encoder | DualEncoder:
+def _load(source: str | Path, options: Options, text: bool) -> Encoder | DualEncoder:
+    options.check()
     if str(source) == EMBEDDED:
-        return load_embedded_teacher()
-    path = locate(source)
-    own = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    if "model" in own and own.get("model_type", MODEL_TYPE) == MODEL_TYPE:
-        return _load_own(path)
-    found = open_source(path, str(source))
-    encoder = read_encoder(found, dtype, heads, overrides)
-    if not text or not any("text_model." in key for key in found.weights):
+        with resources.as_file(resources.files("cgspn.teachers") / "fashion_mnist_vit") as folder:
+            return load_own(open_source(folder, EMBEDDED), options, text)
+    found = open_source(locate(source), str(source))
+    if is_own(found):
+        return load_own(found, options, text)
+    encoder = read_encoder(found, options)
+    if not text or not any(_TEXT.search(key) for key in found.weights):
         return encoder
     reason = missing_for_text(found)
     if reason:
@@ -73,28 +82,12 @@ def _load(
     return with_text(encoder, found)
 
 
-def _load_own(folder: Path) -> Encoder | DualEncoder:
-    config, state = read_model(folder)
-    if config.get("model") == "dual":
-        return load_dual(folder)
-    if config.get("model") not in OWN:
-        raise CheckpointError(f"{folder} holds a {config.get('model')!r} model; expected {' or '.join(map(repr, OWN))}")
-    if config["model"] == "pretrained_dual":
-        return load_own_pretrained(folder, config, state)
-    with torch.device("meta"):
-        encoder = Encoder(encoder_config_from_dict(config["encoder"]))
-    try:
-        encoder.load_state_dict(state, assign=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {folder} do not fit its config: {error}") from error
-    return encoder.eval()
-
-
 def load_embedded_teacher() -> DualEncoder:
     """The small attention image-text model that comes with the package, in eval mode.
 
     Trained from scratch on the embedded images; pretrain.json beside its weights holds the command, seed and losses.
     Raises CheckpointError if the installation is damaged.
     """
-    with resources.as_file(resources.files("cgspn.teachers") / "fashion_mnist_vit") as folder:
-        return load_dual(folder)
+    model = load_model(EMBEDDED)
+    assert isinstance(model, DualEncoder)
+    return model

@@ -12,7 +12,7 @@ PARTS: dict[str, str] = {
     "patch embedding": r"patch_embed\.",
     "positions": r"positions\.",
     "class and registers": r"prefix$",
-    "attention": r"blocks\.\d+\.mixer\.",  # of blocks whose mixer that is
+    "attention": r"blocks\.\d+\.mixer\.",  # of blocks whose mixer that is, whole or in windows
     "propagation": r"blocks\.\d+\.mixer\.",
     "MLP": r"blocks\.\d+\.mlp\.",
     "norms and scales": r"blocks\.\d+\.(norm|scale)[12]\.|pre_norm\.|norm\.",
@@ -55,5 +55,5 @@ def _sizes(encoder: Encoder) -> dict[str, tuple[str, int]]:
 def _part(encoder: Encoder, name: str) -> str:
     layer = re.match(r"blocks\.(\d+)\.mixer\.", name)
     if layer:
-        return encoder.config.mixers[int(layer[1])]
+        return encoder.config.mixers[int(layer[1])].removeprefix("window_")
     return next(part for part, pattern in PARTS.items() if re.match(pattern, name))

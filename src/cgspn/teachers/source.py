@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..models.checkpoint import CheckpointError
-from .files import Weights, open_weights, read_json
+from ..models.reading import CheckpointError, read_json
+from .files import Weights, open_weights
 
-CONFIGS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
+CONFIGS = ("config.json", "open_clip_config.json", "processor_config.json", "preprocessor_config.json")
 # first found, first taken; safetensors before pickles, what the folder's config describes before copies of it
 WEIGHTS = (
     "open_clip_model.safetensors",

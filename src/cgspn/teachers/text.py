@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from ..models.checkpoint import CheckpointError, save_model
-from ..models.config import encoder_config_from_dict, to_dict
+from ..models.config import to_dict
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
+from ..models.text import text_list
+from ..models.weights import Weights, listed
 from .source import Source
 
 _CLASSES = {
@@ -36,25 +37,39 @@ class PretrainedText(nn.Module):
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
 
-    def forward(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> embeddings of any length. Longer texts are cut. Raises ValueError for an empty text or none."""
-        if not texts or not all(texts):
-            raise ValueError(f"texts is {list(texts)!r}; expected at least one text, none of them empty")
+    @property
+    def config(self) -> Any:
+        """transformers' config of the tower."""
         config: Any = self.model.config
-        config = getattr(config, "text_config", config)
+        return getattr(config, "text_config", config)
+
+    @property
+    def context_length(self) -> int:
+        """The longest text in tokens."""
+        return int(self.config.max_position_embeddings)
+
+    def tokenize(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
+        """Texts -> ids int64 [len(texts), context_length], padded and cut. Raises ValueError for an empty text.
+
+        SigLIP was trained on lower-cased texts; the tokenizer that SigLIP 2's folders name keeps capitals.
+        """
+        texts = text_list(texts)
+        if str(self.config.model_type).startswith("siglip"):
+            texts = [text.lower() for text in texts]
         # SigLIP takes the last position's state and was trained on padded texts: always pad to the full length
-        batch = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            truncation=True,
-            max_length=config.max_position_embeddings,
-            return_tensors="pt",
-        )
-        inputs = {"input_ids": batch["input_ids"]}
-        if str(config.model_type).startswith("clip"):
-            inputs["attention_mask"] = batch["attention_mask"]  # SigLIP attends to its padding
-        device = next(self.model.parameters()).device
-        out = self.model(**{name: value.to(device) for name, value in inputs.items()})
+        longest = context_length or self.context_length
+        batch = self.tokenizer(texts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt")
+        ids: Tensor = batch["input_ids"]
+        return ids
+
+    def forward(self, texts: Sequence[str] | Tensor) -> Tensor:
+        """Texts, or their ids [N, T], -> embeddings [N, embed_dim] of any length.
+
+        Longer texts are cut. No mask is needed: CLIP reads its texts from the left up to their end, SigLIP attends to
+        its padding. Raises ValueError for an empty text or none.
+        """
+        ids = texts if isinstance(texts, Tensor) else self.tokenize(texts)
+        out: Any = self.model(input_ids=ids.to(next(self.model.parameters()).device))
         embeds = getattr(out, "text_embeds", None)
         result: Tensor = out.pooler_output if embeds is None else embeds
         return result
@@ -77,10 +92,6 @@ class PretrainedDual(DualEncoder):
         self.text_projection = nn.Identity()  # type: ignore[assignment]
         self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
         self.logit_bias = nn.Parameter(torch.tensor(logit_bias))
-
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Texts -> unit vectors [len(texts), embed_dim]. Raises ValueError for an empty text."""
-        return normalize(self.text(texts), dim=-1)  # type: ignore[arg-type]
 
     def with_image(self, image: Encoder) -> PretrainedDual:
         """A copy around another image encoder; the text tower is copied. Raises ValueError if the widths differ."""
@@ -106,6 +117,9 @@ class PretrainedDual(DualEncoder):
 
 def missing_for_text(source: Source) -> str | None:
     """Why a source's text tower cannot be had; None if it can."""
+    kind = source.configs.get("config.json", {}).get("model_type")
+    if kind not in _CLASSES:
+        return f"only those of transformers' {', '.join(k for k in _CLASSES if '_' not in k)} are read"
     folder = source.folder
     if folder is None or not any((folder / name).is_file() for name in _TOKENIZERS):
         return "no tokenizer's files are beside the weights"
@@ -126,7 +140,9 @@ def load_text(folder: str | Path) -> PretrainedText:
     except ImportError as error:
         raise CheckpointError("text towers need transformers; install cgspn[text]") from error
     try:
-        config: Any = transformers.AutoConfig.from_pretrained(folder)
+        # a folder may name code of its own, which is neither run nor asked about
+        plain = {"trust_remote_code": False, "local_files_only": True}
+        config: Any = transformers.AutoConfig.from_pretrained(folder, **plain)
         kind = config.model_type
         if kind not in _CLASSES:
             raise CheckpointError(f"{folder} holds a {kind!r} model; text towers are of clip, siglip or siglip2")
@@ -139,9 +155,12 @@ def load_text(folder: str | Path) -> PretrainedText:
             model = getattr(transformers, _CLASSES[kind]).from_pretrained(folder, config=inner, dtype=torch.float32)
         finally:
             transformers.logging.set_verbosity(level)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ImportError) as error:
-        raise CheckpointError(f"the text tower in {folder} cannot be read: {error}") from error
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **plain)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises all kinds of errors for configs and vocabularies that are damaged
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"the text tower in {folder} cannot be read: {reason}") from error
     return PretrainedText(model, tokenizer).eval()
 
 
@@ -155,16 +174,15 @@ def with_text(image: Encoder, source: Source) -> PretrainedDual:
     return dual.to(dtype).eval()
 
 
-def load_own_pretrained(folder: Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> PretrainedDual:
-    """What `PretrainedDual.save_pretrained` wrote. Raises CheckpointError."""
-    with torch.device("meta"):
-        image = Encoder(encoder_config_from_dict(config["encoder"]))
-    try:
-        weights = {k.removeprefix("image."): v for k, v in state.items() if k.startswith("image.")}
-        image.load_state_dict(weights, assign=True)
-        dual = PretrainedDual(image, load_text(folder / "text"), 0.0, 0.0)
-        rest = {k: v for k, v in state.items() if not k.startswith("image.")}
-        dual.load_state_dict(rest, strict=False)
-    except RuntimeError as error:
-        raise CheckpointError(f"the weights in {folder} do not fit its config: {error}") from error
-    return dual.eval()
+def pretrained_dual_of(folder: Path, image: Encoder, rest: Weights) -> PretrainedDual:
+    """What `PretrainedDual.save_pretrained` wrote, in eval mode: from the folder around it, its image encoder and its
+    other weights.
+
+    Raises CheckpointError for a text tower that cannot be read, or weights that do not fit.
+    """
+    dual = PretrainedDual(image, load_text(folder / "text"), 0.0, 0.0)
+    wanted = {k: v for k, v in dual.state_dict().items() if not k.startswith(("image.", "text."))}
+    if {k: tuple(v.shape) for k, v in wanted.items()} != {k: v.shape for k, v in rest.items()}:
+        raise CheckpointError(f"{folder}: expected {', '.join(wanted)} beside the encoder; found {listed(rest)}")
+    dual.load_state_dict({k: v.read() for k, v in rest.items()}, strict=False)
+    return dual.to(image.patch_embed.projection.weight.dtype).eval()

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.utils import can_return_tuple
 
 from ...layers import AttentionMixer, Block, Grid
+from ...layers.window_attention import order
 from ..card import write_card
 from ..encoder import Encoder, to_map
 from ..timm_api import build_head
@@ -115,14 +116,19 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         recompute = self.gradient_checkpointing and not self.training and torch.is_grad_enabled()
         for block in encoder.each_block():
             if want_maps and isinstance(block.mixer, AttentionMixer):
+                tokens, grid = order(tokens, grid, None)
                 branch, attention = block.mixer.with_map(block.norm1(tokens), grid)
                 tokens = block.mlp_half(tokens + block.scale1(branch))
                 maps.append(attention)
-            elif recompute:  # by the function that transformers sets: it may also offload
-                tokens = self._gradient_checkpointing_func(block, tokens, grid)
             else:
-                tokens = block(tokens, grid)
-            states.append(tokens)
+                tokens, grid = order(tokens, grid, block.mixer.window)
+                if recompute:  # by the function that transformers sets: it may also offload
+                    tokens = self._gradient_checkpointing_func(block, tokens, grid)
+                else:
+                    tokens = block(tokens, grid)
+            if want_states:
+                states.append(order(tokens, grid, None)[0])
+        tokens, grid = order(tokens, grid, None)
         return Pass(encoder.norm(tokens), grid, tuple(states) if want_states else None, tuple(maps) or None)
 
 

@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 import re
-from typing import Any
-
-import torch
 
 from ...models.checkpoint import CheckpointError
 from ...models.encoder import Encoder
+from ..options import Options
 from ..source import Source
+from .choice import find_tower
 from .family import Family, build, listed
+from .names import unsupported_reason
 from .openclip import OPENCLIP
+from .radio import RADIO
 from .timm import TIMM
 from .transformers import CLIP, DINOV2, SIGLIP
 
-FAMILIES: tuple[Family, ...] = (TIMM, OPENCLIP, CLIP, SIGLIP, DINOV2)  # SigLIP's anchors are CLIP's too: CLIP first
+FAMILIES: tuple[Family, ...] = (
+    TIMM,
+    OPENCLIP,
+    RADIO,
+    CLIP,
+    SIGLIP,
+    DINOV2,
+)  # SigLIP's anchors are CLIP's too: CLIP first
 
 
-def read_encoder(source: Source, dtype: torch.dtype, heads: int | None, overrides: dict[str, Any]) -> Encoder:
+def read_encoder(source: Source, options: Options) -> Encoder:
     """The image encoder of a foreign checkpoint, in eval mode.
 
-    Raises CheckpointError for an unknown or incomplete one, naming the nearest family and the keys that differ.
+    Raises CheckpointError for an unknown, ambiguous or incomplete one, naming the nearest family and the keys that
+    differ.
     """
-    for family in FAMILIES:
-        tower = family.find(source, heads)
-        if tower is not None:
-            return build(family, tower, dtype, overrides)
+    for name in _stated_names(source):
+        if reason := unsupported_reason(name):
+            raise CheckpointError(f"{source.name} is a {name}: {reason}, which this library does not compute")
+    tower = find_tower(FAMILIES, source, options.heads, options.submodel)
+    if tower is not None:
+        return build(tower, options)
     keys = [re.sub(r"\.\d+\.", ".{i}.", key) for key in source.weights]
     nearest = max(FAMILIES, key=lambda family: _likeness(family, keys))
     known = ", ".join(family.name for family in FAMILIES)
@@ -42,6 +53,16 @@ def read_encoder(source: Source, dtype: torch.dtype, heads: int | None, override
         + (f"; and it has, unexpectedly, {listed(unknown)}" if unknown else "")
         + f" ({len(keys)} keys; known kinds: {known}, this library's own)"
     )
+
+
+def _stated_names(source: Source) -> list[str]:
+    """What the configs beside the weights call the architecture."""
+    config = source.configs.get("config.json", {})
+    inner = [config.get(key) for key in ("vision_config", "backbone_config")]
+    clip = source.configs.get("open_clip_config.json", {}).get("model_cfg", {}).get("vision_cfg", {})
+    names = [config.get("architecture"), config.get("model_type"), clip.get("timm_model_name")]
+    names += [part.get(key) for part in inner if isinstance(part, dict) for key in ("architecture", "model_type")]
+    return [name for name in names if isinstance(name, str)]
 
 
 def _known(family: Family, key: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,15 +14,13 @@ from ...models.checkpoint import CheckpointError
 from ...models.config import EncoderConfig, MixerName
 from ...models.encoder import Encoder
 from ..files import Stored, Weights
+from ..options import Options
 from ..source import Source
+from .names import heads_of
 
 Take = Callable[..., Tensor]
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-HALF = (0.5, 0.5, 0.5)
 _SIZES = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1152: "so400m", 1280: "huge", 1408: "giant"}
 _SIZES |= {1536: "giant", 1664: "gigantic"}
-_SIXTEEN = (1152, 1280, 1408, 1664)  # widths whose heads are not 64 wide
 
 
 @dataclass(frozen=True)
@@ -43,6 +41,7 @@ class Tower:
     """The image tower of a source: its tensors by their keys below `prefix`, and its heads if the user gave them."""
 
     source: Source
+    family: Family
     prefix: str
     weights: Weights
     heads: int | None = None
@@ -60,10 +59,23 @@ class Tower:
     def find(self, key: str) -> tuple[str, Stored] | None:
         """The full key and the tensor of one entry of `Rule.theirs`."""
         for name in key.removeprefix("?").split("|"):
-            full = name[1:] if name.startswith("/") else self.prefix + name
-            if full in self.source.weights:
-                return full, self.source.weights[full]
+            starts = self.around() if name.startswith("/") else (self.prefix,)
+            for full in (start + name.removeprefix("/") for start in starts):
+                if full in self.source.weights:
+                    return full, self.source.weights[full]
         return None
+
+    def around(self) -> tuple[str, ...]:
+        """The beginnings of keys that may be beside the tower: of what holds it, from the nearest to the file."""
+        parts = self.prefix.removesuffix(".").split(".")
+        return tuple("".join(f"{part}." for part in parts[:n]) for n in range(len(parts) - 1, -1, -1))
+
+    def patches(self, key: str) -> tuple[int, int, int]:
+        """Width, channels and patch size of a convolution over patches. Raises ValueError for patches of no square."""
+        shape = self.shape(key)
+        if len(shape) != 4 or shape[2] != shape[3]:
+            raise ValueError(f"{self.prefix}{key} has shape {shape}; expected [width, channels, patch, patch]")
+        return shape[0], shape[1], shape[2]
 
     def depth(self, pattern: str) -> int:
         """The number of blocks, from the highest index that `pattern` finds."""
@@ -91,28 +103,25 @@ class Family:
     config: Callable[[Tower], EncoderConfig]
     ignored: tuple[str, ...] = ()
 
-    def find(self, source: Source, heads: int | None = None) -> Tower | None:
-        """The tower of this family in a source, if it has one."""
+    def prefixes(self, keys: Collection[str]) -> list[str]:
+        """The beginnings of keys below which a tower of this family lies."""
         first = self.anchors[0]
-        for key in source.weights:
-            prefix = key.removesuffix(first)
-            if prefix != key and not self.absent(source.weights, prefix):
-                tower = {k.removeprefix(prefix): v for k, v in source.weights.items() if k.startswith(prefix)}
-                return Tower(source, prefix, tower, heads)
-        return None
+        found = [key.removesuffix(first) for key in keys if key == first or key.endswith("." + first)]
+        return [prefix for prefix in found if not self.absent(keys, prefix)]
 
     def absent(self, keys: Collection[str], prefix: str = "") -> list[str]:
         """The anchors below `prefix` that are not among the keys."""
         return [a for a in self.anchors if not any(prefix + name in keys for name in a.split("|"))]
 
 
-def build(family: Family, tower: Tower, dtype: torch.dtype, overrides: dict[str, Any]) -> Encoder:
+def build(tower: Tower, options: Options) -> Encoder:
     """The encoder of a tower, in eval mode; each tensor is read, changed and let go before the next.
 
     Raises CheckpointError naming keys that are missing, left over, or of a shape that does not fit.
     """
+    family = tower.family
     try:
-        config = replace(family.config(tower), **overrides)
+        config = options.apply(family.config(tower))
         with torch.device("meta"):  # no time or memory for random weights
             encoder = Encoder(config)
     except (ValueError, TypeError) as error:
@@ -134,7 +143,7 @@ def build(family: Family, tower: Tower, dtype: torch.dtype, overrides: dict[str,
         found = {name: tower.find(name) for name in names}
         absent = [name for name, entry in found.items() if entry is None and not name.startswith("?")]
         if absent:
-            missing += [tower.prefix + name if not name.startswith("/") else name[1:] for name in absent]
+            missing += [name[1:] if name.startswith("/") else tower.prefix + name for name in absent]
             continue
         entries = [entry for entry in found.values() if entry is not None]
         used.update(full for full, _ in entries)
@@ -144,7 +153,7 @@ def build(family: Family, tower: Tower, dtype: torch.dtype, overrides: dict[str,
             tensors.clear()
             if _trim(value.shape) != _trim(target.shape):
                 raise ValueError(f"{tuple(value.shape)} where {tuple(target.shape)} is expected")
-            state[ours] = value.to(dtype).reshape(target.shape).contiguous()
+            state[ours] = value.to(options.dtype).reshape(target.shape).contiguous()
         except (ValueError, RuntimeError, IndexError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -203,7 +212,8 @@ def linear_patches(config: EncoderConfig, weight: Tensor) -> Tensor:
 
 
 def _grid_rows(config: EncoderConfig) -> int:
-    return (config.image_size[0] // config.patch_size) * (config.image_size[1] // config.patch_size)
+    rows, columns = config.position_grid
+    return rows * columns
 
 
 def both(ours: str, theirs: str) -> tuple[Rule, Rule]:
@@ -223,22 +233,21 @@ def sizes(tower: Tower, patch: int, side: int, native: Any) -> dict[str, Any]:
     return {"image_size": pair, "patch_size": patch, "crop_remainder": any(n % patch for n in pair)}
 
 
-def head_count(tower: Tower, width: int, stated: Any = None, sixteen: bool = False) -> int:
-    """The number of heads, which no tensor shows: the user's, a config's, else what models of this width have.
+def head_count(
+    tower: Tower, width: int, stated: Any = None, name: str = "", *, sixteen: bool = False, by_width: bool = True
+) -> int:
+    """The number of heads, which no tensor shows: the user's, a config's, a name's, else that of published models.
 
-    Raises ValueError for a width of which no model is known.
+    by_width: whether published models of this width and kind agree. Raises ValueError if nothing tells.
     """
-    if tower.heads is not None:
-        return tower.heads
-    if isinstance(stated, int):
-        return stated
-    if width in _SIXTEEN or (sixteen and width == 1536):
-        return 16
-    if width % 64:
+    known = tower.heads or (stated if isinstance(stated, int) else None)
+    if known is None and (name or by_width):
+        known = heads_of(name, width, sixteen=sixteen)
+    if known is None:
         raise ValueError(
             f"width is {width}, and no config states the number of heads; give it: load_encoder(source, heads=...)"
         )
-    return width // 64
+    return known
 
 
 def attention_blocks(depth: int) -> tuple[MixerName, ...]:
@@ -250,29 +259,3 @@ def attention_blocks(depth: int) -> tuple[MixerName, ...]:
 def title(kind: str, width: int, patch: int, image: int) -> str:
     """A name like those of timm: vit_large_patch14_clip_224."""
     return f"vit_{_SIZES.get(width, f'w{width}')}_patch{patch}_{kind}_{image}"
-
-
-def normalisation(
-    source: Source, mean: tuple[float, ...], std: tuple[float, ...], *, squeeze: bool = False
-) -> dict[str, Any]:
-    """image_mean, image_std, image_crop and image_resample: from the config beside the weights, else the family's.
-
-    squeeze: whether the family squeezes pictures into its native size instead of cutting out their middle.
-    """
-    found = source.configs.get("preprocessor_config.json", {})
-    clip = source.configs.get("open_clip_config.json", {}).get("preprocess_cfg", {})
-    timm = source.configs.get("config.json", {}).get("pretrained_cfg", {})
-    chosen_mean = found.get("image_mean") or clip.get("mean") or timm.get("mean") or mean
-    chosen_std = found.get("image_std") or clip.get("std") or timm.get("std") or std
-    mode = clip.get("resize_mode") or timm.get("crop_mode")
-    if mode is not None:
-        squeeze = mode == "squash"
-    elif "do_center_crop" in found:
-        squeeze = not found["do_center_crop"]
-    resample = clip.get("interpolation") or timm.get("interpolation") or found.get("resample")
-    return {
-        "image_mean": tuple(chosen_mean),
-        "image_std": tuple(chosen_std),
-        "image_crop": not squeeze,
-        "image_resample": "bilinear" if resample in ("bilinear", 2) else "bicubic",  # 2: as Pillow numbers them
-    }

@@ -5,8 +5,6 @@ from __future__ import annotations
 from ...layers import AttentionConfig
 from ...models.config import EncoderConfig
 from .family import (
-    CLIP_MEAN,
-    CLIP_STD,
     Family,
     Rule,
     Tower,
@@ -14,24 +12,32 @@ from .family import (
     both,
     grid_positions,
     head_count,
-    normalisation,
     prefix_tokens,
     sizes,
     title,
     transposed,
 )
+from .preprocessing import CLIP_MEAN, CLIP_STD, normalisation
 
 
 def config(tower: Tower) -> EncoderConfig:
-    """From shapes and open_clip_config.json. No tensor shows which GELU was used; a file's name may (openai)."""
+    """From shapes and open_clip_config.json. No tensor shows which GELU was used; a file's name may (openai).
+
+    Raises ValueError for a stated option that `Encoder` does not compute.
+    """
     model = tower.source.configs.get("open_clip_config.json", {}).get("model_cfg", {})
     vision = model.get("vision_cfg", {})
-    width, channels, patch, _ = tower.shape("conv1.weight")
+    wrong = next((key for key in _OTHER if vision.get(key)), None)
+    if wrong or vision.get("pool_type", "tok") not in ("tok", "avg"):
+        wrong = wrong or "pool_type"
+        raise ValueError(f"its config states {wrong} = {vision[wrong]!r}, which this library does not compute")
+    width, channels, patch = tower.patches("conv1.weight")
     side = tower.side(tower.shape("positional_embedding")[0] - 1)
     named = any(word in tower.source.name.lower().replace("-", "") for word in ("openai", "quickgelu"))
     heads = width // vision["head_width"] if "head_width" in vision else None
     if model and heads is None:
         heads = width // 64  # OpenCLIP's default
+    by_tanh = (vision.get("act_kwargs") or {}).get("approximate") == "tanh"
     average = vision.get("pool_type") == "avg"
     after = bool(vision.get("final_ln_after_pool"))
     return EncoderConfig(
@@ -41,7 +47,7 @@ def config(tower: Tower) -> EncoderConfig:
         width=width,
         mixers=attention_blocks(vision.get("layers") or tower.depth(r"transformer\.resblocks\.(\d+)\.")),
         mlp_hidden=tower.shape("transformer.resblocks.0.mlp.c_fc.weight")[0],
-        activation="quick_gelu" if model.get("quick_gelu", named) else "gelu",
+        activation="quick_gelu" if model.get("quick_gelu", named) else "gelu_tanh" if by_tanh else "gelu",
         attention=AttentionConfig(head_count(tower, width, heads)),
         layer_scale=1e-5 if tower.has("transformer.resblocks.0.ls_1.gamma") else None,
         position_resize="bicubic_antialias",
@@ -57,6 +63,8 @@ def config(tower: Tower) -> EncoderConfig:
     )
 
 
+_OTHER: tuple[str, ...] = ("attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner")
+_OTHER += ("scale_attn", "scale_fc", "input_patchnorm", "block_type")
 _BLOCK = "transformer.resblocks.{i}"
 OPENCLIP = Family(
     "OpenCLIP's vision transformer",

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ...layers import Activation, AttentionConfig
 from ...models.config import EncoderConfig
 from .family import (
-    CLIP_MEAN,
-    CLIP_STD,
-    HALF,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Family,
     Rule,
     Tower,
@@ -19,24 +15,39 @@ from .family import (
     both,
     grid_positions,
     head_count,
-    normalisation,
     prefix_tokens,
     sizes,
     title,
 )
+from .names import name_in_file, unsupported_argument, unsupported_reason
+from .preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, normalisation
 
 CLASSIFIERS = (1000, 10450, 11221, 11821, 21841, 21843)  # labels of ImageNet in its editions: no image embedding
 _ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+_HEAD = "/head.proj.{p}|head.{p}"  # OpenCLIP's is beside the trunk
+_NAME_IT = "; give it its architecture's name, as of timm, or a config.json that states it"
+_TELLTALE = {
+    r"relative_position_bias_table|rel_pos_": "relative position biases",
+    r"\.gamma_1$|\.q_bias$|\.w12\.|fc1_g\.": "layers of EVA or BEiT",
+    r"dist_token$": "a distillation token",
+    r"rope|freqs_cis": "rotary positions",
+    r"attn\.(q|k)_norm\.": "norms of queries and keys",
+}
 
 
 def config(tower: Tower) -> EncoderConfig:
-    """From shapes, timm's config.json or OpenCLIP's where there is one, and file metadata."""
+    """From shapes, timm's config.json or OpenCLIP's where there is one, file metadata and the file's name.
+
+    Raises ValueError for what `Encoder` does not compute, and for files that may be of such a model.
+    """
     source = tower.source
     stated = source.configs.get("config.json", {})
     vision = source.configs.get("open_clip_config.json", {}).get("model_cfg", {}).get("vision_cfg", {})
     args: dict[str, Any] = stated.get("model_args") or {}
     name = str(stated.get("architecture") or vision.get("timm_model_name") or source.metadata.get("layout", ""))
-    width, channels, patch, _ = tower.shape("patch_embed.proj.weight")
+    name = (name or name_in_file(source.name)).split(".")[0]
+    _refuse(tower, name, args)
+    width, channels, patch = tower.patches("patch_embed.proj.weight")
     classes = int(tower.has("cls_token"))
     key = "reg_token" if tower.has("reg_token") else "register_tokens"
     registers = tower.shape(key)[-2] if tower.has(key) else 0
@@ -49,33 +60,27 @@ def config(tower: Tower) -> EncoderConfig:
     pre_norm, scale = tower.has("norm_pre.weight"), tower.has("blocks.0.ls1.gamma")
     pooled_by_map = tower.has("attn_pool.latent")
     sigmoid = pooled_by_map or "siglip" in name
-    packed = tower.shape("blocks.0.mlp.fc1.weight")[0]
-    hidden = tower.shape("blocks.0.mlp.fc2.weight")[1]
-    act: Activation = "gelu"
-    if packed == 2 * hidden:
-        act = "swiglu"
-    elif args.get("act_layer") in _ACTIVATIONS:
-        act = _ACTIVATIONS[args["act_layer"]]
-    elif "quickgelu" in name or (not name and "quickgelu" in source.name.lower()):
-        act = "quick_gelu"
-    elif sigmoid and (patch == 32 or (patch == 16 and (width in (1152, 1536) or (width, side) == (1024, 32)))):
-        act = "gelu_tanh"  # timm's own choice for these; the other SigLIP models have the exact one
-    embed = _embed_dim(tower, pre_norm)
+    embed = _embed_dim(tower, pre_norm, stated)
     mean, std = (CLIP_MEAN, CLIP_STD) if pre_norm else (HALF, HALF) if sigmoid else (IMAGENET_MEAN, IMAGENET_STD)
-    pooling = stated.get("global_pool") or ("token" if classes else "avg")
+    pooling = args.get("global_pool") or stated.get("global_pool") or vision.get("timm_pool")
+    if pooling not in ("token", "avg", "map"):  # a norm after the pooling is timm's sign of a mean
+        pooling = "avg" if tower.has("fc_norm.weight") or not classes else "token"
     kind = "clip" if pre_norm else "siglip" if sigmoid else "dinov2" if scale else "vit"
     # DINOv2's own files and copies of them say, by key or in words, that they resize as DINOv2 does
     plain = (tower.has("mask_token") and not registers) or "without antialias" in source.metadata.get("pos_embed", "")
+    # without positions of the class and without a class: either of two models of 768 channels, with 12 heads or 16
+    anonymous = not (name or stated or classes or registers or pooled_by_map) and width == 768
     return EncoderConfig(
         name=name if name.startswith("vit_") else title(kind, width, patch, side * patch),
         **sizes(tower, patch, side, native),
         channels=channels,
         width=width,
         mixers=attention_blocks(tower.depth(r"blocks\.(\d+)\.")),
-        mlp_hidden=hidden,
-        activation=act,
+        mlp_hidden=tower.shape("blocks.0.mlp.fc2.weight")[1],
+        activation=_activation(tower, name, args, sigmoid, width, patch, side),
         attention=AttentionConfig(
-            head_count(tower, width, args.get("num_heads"), sixteen=sigmoid), tower.has("blocks.0.attn.qkv.bias")
+            head_count(tower, width, args.get("num_heads"), name, sixteen=sigmoid, by_width=not anonymous),
+            tower.has("blocks.0.attn.qkv.bias"),
         ),
         layer_scale=1e-5 if scale else None,
         positions=rows > 0,
@@ -94,23 +99,65 @@ def config(tower: Tower) -> EncoderConfig:
     )
 
 
+def _refuse(tower: Tower, name: str, args: dict[str, Any]) -> None:
+    """Raise ValueError for encoders that compute something else with tensors like these, and for files that may."""
+    reason = unsupported_reason(name)
+    argument = unsupported_argument(args)
+    if reason or argument:
+        raise ValueError(f"{name or 'its model_args'}: {reason or argument}, which this library does not compute")
+    if tower.find("/head.mlp.fc1.weight"):
+        raise ValueError("its projection is an MLP, which this library does not compute")
+    tell = next((what for key, what in _TELLTALE.items() if any(re.search(key, k) for k in tower.weights)), None)
+    if tell:
+        raise ValueError(f"it has {tell}, which this library does not compute")
+    if not tower.has("pos_embed") and args.get("pos_embed") != "none":
+        raise ValueError("it has no table of positions; rotary or relative ones are not supported")
+    if name:
+        return
+    norm, classes = tower.has("norm_pre.weight"), tower.has("cls_token")
+    if norm and (tower.has("attn_pool.latent") or not (tower.has("norm.weight") or tower.has("fc_norm.weight"))):
+        raise ValueError("it may be a Perception Encoder, whose rotary positions no tensor shows" + _NAME_IT)
+    if not classes and not tower.has("blocks.0.attn.qkv.bias") and not tower.has("blocks.0.ls1.gamma"):
+        raise ValueError("its norms may come before its branches or after them (rpn)" + _NAME_IT)
+
+
+def _activation(
+    tower: Tower, name: str, args: dict[str, Any], sigmoid: bool, width: int, patch: int, side: int
+) -> Activation:
+    packed, hidden = tower.shape("blocks.0.mlp.fc1.weight")[0], tower.shape("blocks.0.mlp.fc2.weight")[1]
+    stated = args.get("act_layer")
+    if packed == 2 * hidden:
+        return "swiglu"
+    if stated is not None and stated not in _ACTIVATIONS:
+        raise ValueError(f"its config has act_layer {stated!r}; accepted: {', '.join(_ACTIVATIONS)}")
+    if stated is not None:
+        return _ACTIVATIONS[stated]
+    if "quickgelu" in name or (not name and "quickgelu" in tower.source.name.lower()):
+        return "quick_gelu"
+    # timm's own choice for these; the other SigLIP models have the exact one
+    if sigmoid and (patch == 32 or (patch == 16 and (width in (1152, 1536) or (width, side) == (1024, 32)))):
+        return "gelu_tanh"
+    return "gelu"
+
+
 def _head(tower: Tower) -> tuple[int, bool]:
     """Rows of the head, 0 for none, and whether it has a bias."""
-    outer = tower.source.weights
-    for weight, bias in (
-        ("visual.head.proj.weight", "visual.head.proj.bias"),
-        (tower.prefix + "head.weight", tower.prefix + "head.bias"),
-    ):
-        if weight in outer:
-            return outer[weight].shape[0], bias in outer
-    return 0, False
+    weight = tower.find(_HEAD.format(p="weight"))
+    return (weight[1].shape[0] if weight else 0), tower.find(_HEAD.format(p="bias")) is not None
 
 
-def _embed_dim(tower: Tower, pre_norm: bool) -> int | None:
-    """The width of the image embedding. A head of CLIP is its projection; other heads are classifiers, left out."""
-    rows = _head(tower)[0]
-    inside_clip = tower.prefix.endswith("trunk.")
-    return rows if rows and (inside_clip or (pre_norm and rows not in CLASSIFIERS)) else None
+def _embed_dim(tower: Tower, pre_norm: bool, stated: dict[str, Any]) -> int | None:
+    """The width of the image embedding. A head of CLIP is its projection; classifiers are left out.
+
+    Where no OpenCLIP model is around the tower, both are a linear layer called head. Embeddings are at least half as
+    wide as the tokens and in whole groups of 64; numbers of classes seldom are, and labels have names.
+    """
+    rows, width = _head(tower)[0], tower.shape("patch_embed.proj.weight")[0]
+    if tower.prefix.endswith("trunk."):
+        return rows or None
+    labels = stated.get("label_names") or stated.get("pretrained_cfg", {}).get("label_names")
+    shaped = rows >= width // 2 and rows % max(1, min(64, width // 4)) == 0
+    return rows if pre_norm and shaped and not labels and rows not in CLASSIFIERS else None
 
 
 TIMM = Family(
@@ -118,7 +165,7 @@ TIMM = Family(
     ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
     (
         *both("patch_embed.projection", "patch_embed.proj"),
-        Rule("prefix", ("cls_token", "?reg_token|register_tokens", "pos_embed"), prefix_tokens),
+        Rule("prefix", ("?cls_token", "?reg_token|register_tokens", "pos_embed"), prefix_tokens),
         Rule("positions.table", ("pos_embed",), grid_positions),
         *both("pre_norm", "norm_pre"),
         *both("blocks.{i}.norm1", "blocks.{i}.norm1"),
@@ -138,8 +185,8 @@ TIMM = Family(
         *both("pool.mlp.fc1", "attn_pool.mlp.fc1"),
         *both("pool.mlp.fc2", "attn_pool.mlp.fc2"),
         *both("pool_norm", "fc_norm"),
-        *both("project", "/visual.head.proj.{p}|head.{p}"),
+        *both("project", _HEAD),
     ),
     config,
-    (r"mask_token$", r"head\.(weight|bias)$"),
+    (r"mask_token$", r"head\.(weight|bias)$", r"decoder_"),
 )

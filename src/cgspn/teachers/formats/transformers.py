@@ -10,11 +10,6 @@ from torch import Tensor
 from ...layers import Activation, AttentionConfig
 from ...models.config import EncoderConfig
 from .family import (
-    CLIP_MEAN,
-    CLIP_STD,
-    HALF,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     Family,
     Rule,
     Tower,
@@ -23,11 +18,11 @@ from .family import (
     grid_positions,
     head_count,
     linear_patches,
-    normalisation,
     prefix_tokens,
     sizes,
     title,
 )
+from .preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, normalisation
 
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
@@ -39,7 +34,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 def _stated(tower: Tower) -> dict[str, Any]:
     config = tower.source.configs.get("config.json", {})
-    return dict(config.get("vision_config") or config)
+    return dict(config.get("vision_config") or config.get("backbone_config") or config)
 
 
 def _activation(stated: dict[str, Any], default: str) -> Activation:
@@ -52,9 +47,9 @@ def _activation(stated: dict[str, Any], default: str) -> Activation:
 def clip_config(tower: Tower) -> EncoderConfig:
     """From shapes and config.json."""
     stated = _stated(tower)
-    width, channels, patch, _ = tower.shape("embeddings.patch_embedding.weight")
+    width, channels, patch = tower.patches("embeddings.patch_embedding.weight")
     side = tower.side(tower.shape("embeddings.position_embedding.weight")[0] - 1)
-    projection = tower.source.weights.get("visual_projection.weight")
+    projection = tower.find("/visual_projection.weight")
     return EncoderConfig(
         name=title("clip", width, patch, side * patch),
         **sizes(tower, patch, side, stated.get("image_size")),
@@ -69,7 +64,7 @@ def clip_config(tower: Tower) -> EncoderConfig:
         pre_norm=True,
         norm_eps=stated.get("layer_norm_eps", 1e-5),
         pooling="cls",
-        embed_dim=projection.shape[0] if projection else None,
+        embed_dim=projection[1].shape[0] if projection else None,
         **normalisation(tower.source, CLIP_MEAN, CLIP_STD),
     )
 
@@ -105,7 +100,7 @@ _MLP = "encoder.layer.0.mlp.{}.weight"
 def dinov2_config(tower: Tower) -> EncoderConfig:
     """From shapes and config.json."""
     stated = _stated(tower)
-    width, channels, patch, _ = tower.shape("embeddings.patch_embeddings.projection.weight")
+    width, channels, patch = tower.patches("embeddings.patch_embeddings.projection.weight")
     side = tower.side(tower.shape("embeddings.position_embeddings")[-2] - 1)
     gated = tower.has("encoder.layer.0.mlp.weights_in.weight") or tower.has("encoder.layer.0.mlp.gate_proj.weight")
     registers = tower.has("embeddings.register_tokens")

@@ -2,7 +2,7 @@
 
 Needs the extras hub, text, hf and export. timm's rows are added where timm imports.
 
-    python scripts/compatibility.py --out results/compatibility
+    python -m benchmarks.compatibility --out results/compatibility
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import cgspn
-from cgspn.bench.machine import describe
 from cgspn.bench.results import write
+from cgspn.environment import describe
 from cgspn.export import export_model
 from cgspn.models import Encoder
 
@@ -43,7 +43,7 @@ def shaken(name: str) -> Encoder:
 
 
 def teachers(path: Path) -> list[Row]:
-    """Point 1, from the table that scripts/teacher_parity.py wrote."""
+    """Point 1, from the table that benchmarks/teacher_parity.py wrote."""
     worst: dict[str, list[float]] = defaultdict(list)
     for row in json.loads(path.read_text())["relative error of tokens and of the pooled output"]:
         worst[row["library"]] += [row["tokens"], row["pooled"]]
@@ -175,7 +175,7 @@ def main() -> None:
     ):
         rows += part()
         print(rows[-1], flush=True)
-        machine = describe() | {"command": "python scripts/compatibility.py --out results/compatibility"}
+        machine = describe(program="python -m benchmarks.compatibility")
         write(out, "compatibility", machine, {"rows": rows})
 
 

@@ -5,7 +5,7 @@ unless the row says otherwise, one after another so that one alone is in memory.
 transformers with a torchvision that imports:
 
     python -m venv parity && parity/bin/pip install torch torchvision timm open_clip_torch transformers . 'tyro>=0.9'
-    parity/bin/python scripts/teacher_parity.py --out results/teachers
+    parity/bin/python -m benchmarks.teacher_parity --out results/teachers
 
 Writes parity.json and parity.md after every model; exits 1 if a relative error is not below 1e-5.
 """
@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import cgspn
-from cgspn.bench import machine
+from cgspn import environment
 from cgspn.bench.results import write
 
 LIMIT = 1e-5
@@ -320,14 +320,14 @@ def main(out: Path = Path("results/teachers"), vit_s14: Path | None = None, only
         commit: to note in the results; by default that of the working tree.
     """
     about = {
-        "command": shlex.join(["python", "scripts/teacher_parity.py", *sys.argv[1:]]),
-        "machine": f"{machine.cpu_name()}, float32",
+        "command": shlex.join(["python", "-m", "benchmarks.teacher_parity", *sys.argv[1:]]),
+        "machine": f"{environment.cpu_name()}, float32",
         "torch": torch.__version__,
         "python": platform.python_version(),
         "cgspn": cgspn.__version__,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-    at, title = commit or machine.commit(), "relative error of tokens and of the pooled output"
+    at, title = commit or environment.commit(), "relative error of tokens and of the pooled output"
     path = out / "parity.json"
     rows: list[dict[str, Any]] = json.loads(path.read_text())[title] if only and path.exists() else []
     for case in cases(vit_s14):

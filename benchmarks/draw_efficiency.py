@@ -1,4 +1,7 @@
-"""Draw results/efficiency/efficiency.png, the README's picture, from the measurements beside it."""
+"""Draw results/efficiency/efficiency.png, the README's picture, from the measurements beside it.
+
+python -m benchmarks.draw_efficiency
+"""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from benchmarks.variants import LINE_SCAN, SCANS, best, jobs, rival_cuts
 
-from cgspn.bench.variants import LINE_SCAN, SCANS, best, jobs, rival_cuts
 from cgspn.ops.cuda.plan import Machine, Problem
 
 HOPPER, AMPERE = Machine(132, 227 * 1024, True), Machine(108, 163 * 1024, False)

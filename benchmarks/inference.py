@@ -1,4 +1,9 @@
-"""One image on the processor: teacher and student beside one another, and the size from which the student is faster."""
+"""One image on a CPU: teacher and student beside one another, and the size from which the student is faster.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.inference --models small --sizes 224 518 --out results/teachers
+
+Writes inference.json, .md and .png. `OMP_NUM_THREADS` sets the threads of PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 
-from ..models.encoder import Encoder
-from ..models.registry import create_model, model_config
-from .checks import at_least, known, not_empty, tiled_by
-from .drawing import draw, over_sizes
-from .machine import describe
-from .results import write
+from cgspn.bench.checks import at_least, known, not_empty, tiled_by
+from cgspn.bench.drawing import draw, over_sizes
+from cgspn.bench.results import write
+from cgspn.environment import describe
+from cgspn.models.encoder import Encoder
+from cgspn.models.registry import create_model, model_config
 
 Row = dict[str, Any]
 KINDS = ("vit", "cgspn")  # teacher and student
@@ -103,7 +109,10 @@ def run(config: InferenceConfig, out: Path, *, commit: str = "", say: Callable[[
         found[size] = crossover(rows)
         say(f"{size}: the student is {found[size]}")
         tables[f"{size}, {models[0].config.depth} blocks, C = {models[0].config.width}: {found[size]}"] = rows
-    about = describe(commit) | {"images": "B = 1, float32", "threads": str(torch.get_num_threads())}
+    about = describe(commit, "python -m benchmarks.inference") | {
+        "images": "B = 1, float32",
+        "threads": str(torch.get_num_threads()),
+    }
     write(out, "inference", about, tables)
     plot(tables, out / "inference.png")
 
@@ -121,3 +130,18 @@ def plot(tables: dict[str, list[Row]], path: Path) -> None:
             ax.legend(fontsize=8)
 
     draw(path, paint, columns=len(tables), figsize=(5 * len(tables), 4))
+
+
+def main(config: InferenceConfig = InferenceConfig(), out: Path = Path("runs/bench"), commit: str = "") -> None:
+    """Measure and write.
+
+    Args:
+        config: settings.
+        out: folder for the results: JSON, a table and a plot.
+        commit: to note in the results; by default that of the working tree.
+    """
+    run(config, out, commit=commit)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))

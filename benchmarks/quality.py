@@ -1,4 +1,11 @@
-"""What a student keeps of its teacher, row by row at equal budget: the table that settles the defaults."""
+"""How close students come to their teacher, row by row at equal budget: the table that settles the defaults.
+
+    python -m benchmarks.quality runs/vit-s14 --photos photos.tar --camvid scenes/ --out results/quality
+    python -m benchmarks.quality runs/vit-s14 --photos photos.tar --rows ViT C-GSPN 'stage 2 rate / 3' --seeds 0 1 2
+
+Runs that are finished are not repeated: give the same command again after an interruption, or with more rows or seeds.
+Minutes a run on a GPU. Writes runs.json, quality.json, .md and .png.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +20,23 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+import tyro
 from PIL import Image
 from torch import Tensor
 
-from ..data import ImageSet, open_shards, resize
-from ..data.locate import cache_folder
-from ..data.transforms import normalize, to_float
-from ..distill import ComputeConfig, DistillConfig, LossConfig, OptimConfig, distill
-from ..evaluate import cosine, relative_error, segment
-from ..layers import PropagationConfig, value_config
-from ..models.checkpoint import write_atomically
-from ..models.encoder import Encoder
-from ..teachers import attention_student, convert
-from .checks import at_least, not_empty, tiled
-from .drawing import draw
-from .machine import describe
-from .results import write
+from cgspn.bench.checks import at_least, not_empty, tiled
+from cgspn.bench.drawing import draw
+from cgspn.bench.results import write
+from cgspn.data import ImageSet, open_shards, resize
+from cgspn.data.locate import cache_folder
+from cgspn.data.transforms import normalize, to_float
+from cgspn.distill import ComputeConfig, DistillConfig, LossConfig, OptimConfig, distill
+from cgspn.environment import describe
+from cgspn.evaluate import cosine, relative_error, segment
+from cgspn.layers import PropagationConfig, value_config
+from cgspn.models.checkpoint import write_atomically
+from cgspn.models.encoder import Encoder
+from cgspn.teachers import attention_student, convert, load_encoder
 
 Item = TypeVar("Item")
 
@@ -379,9 +387,7 @@ def run(
 
     Raises ValueError as `run_study`, and OSError for files that are not there.
     """
-    from ..teachers import load_encoder
-
-    machine = describe(commit) | {
+    machine = describe(commit, "python -m benchmarks.quality") | {
         "teacher": Path(teacher).name,
         "photographs": config.photos.name,
         "scenes": config.camvid.resolve().name if config.camvid else "none",
@@ -439,3 +445,21 @@ def summary(found: dict[str, list[dict[str, float]]], names: Sequence[str] = ())
             row[key] = f"{statistics.mean(values):.{digits}f}" + (f" ± {spread:.{digits}f}" if len(runs) > 1 else "")
         rows.append(row)
     return rows
+
+
+def main(
+    teacher: tyro.conf.Positional[str], config: QualityConfig, out: Path = Path("runs/bench"), commit: str = ""
+) -> None:
+    """Train, measure and write.
+
+    Args:
+        teacher: a checkpoint (file, folder or hub id) or "embedded".
+        config: data, budget, rates, rows.
+        out: folder for the results.
+        commit: to note in the results; by default that of the working tree.
+    """
+    run(config, teacher, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"), commit=commit)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))

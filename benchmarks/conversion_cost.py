@@ -1,6 +1,6 @@
 """Time and peak memory of `cgspn convert` on files of SO400M/14 at 378 px with random weights, in its own process.
 
-    python scripts/measure_conversion.py --out results/teachers
+    python -m benchmarks.conversion_cost --out results/teachers
 
 Makes a file in OpenCLIP's layout (a trunk of timm's beside a few keys of a text tower) and one in timm's, in float32
 and float16, converts each with `cgspn convert --keep-attention 3`, and writes conversion_cost.json and .md.
@@ -21,8 +21,8 @@ import torch
 import tyro
 from safetensors.torch import save_file
 
-from cgspn.bench.machine import describe
 from cgspn.bench.results import write
+from cgspn.environment import describe
 from cgspn.models import create_model
 from cgspn.teachers.formats.timm import TIMM
 
@@ -85,10 +85,10 @@ def main(out: Path = Path("results/teachers"), commit: str = "") -> None:
                 }
             )
             print(rows[-1], flush=True)
-    about = describe(commit) | {"command": "python scripts/measure_conversion.py", "cores": str(os.cpu_count())}
+    about = describe(commit, "python -m benchmarks.conversion_cost") | {"cores": str(os.cpu_count())}
     write(out, "conversion_cost", about, {"SO400M/14, 378 px, three attention layers kept": rows})
 
 
 if __name__ == "__main__":
     # Unix alone: wait4 gives the peak memory of one process
-    tyro.cli(main)
+    tyro.cli(main, description=__doc__)

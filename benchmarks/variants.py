@@ -1,7 +1,9 @@
 """Every way to cut a scan, timed beside the plan's own: what ops/cuda/plan.py and projected_plan.py should choose.
 
-A variant's time counts only where its result agrees with that of the plan's own cut, which the tests compare with the
-reference. Kernels are compiled side by side first.
+    python -m benchmarks.variants --out results/operator
+
+Writes variants.json and .md. Needs a CUDA GPU. A variant's time counts only where its result agrees with that of the
+plan's own cut, which the tests compare with the reference. Kernels are compiled side by side first.
 """
 
 from __future__ import annotations
@@ -14,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from torch import Tensor
 
-from ..ops.cuda import launch, projected, scan
-from ..ops.cuda.compile import cubin, macros
-from ..ops.cuda.plan import Cut, Machine, Problem, choose
-from ..ops.cuda.projected_plan import ProjectedCut, choose_backward, cuts
-from ..ops.cuda.projected_plan import choose as choose_projected
-from .machine import copy_bandwidth, describe
-from .operator import FOUR, Row, inputs, size_of
-from .results import write
-from .timing import medians
+from cgspn.bench.machine import copy_bandwidth
+from cgspn.bench.operator import FOUR, Row, inputs, size_of
+from cgspn.bench.results import write
+from cgspn.bench.timing import medians
+from cgspn.environment import describe
+from cgspn.ops.cuda import launch, projected, scan
+from cgspn.ops.cuda.compile import cubin, macros
+from cgspn.ops.cuda.plan import Cut, Machine, Problem, choose
+from cgspn.ops.cuda.projected_plan import ProjectedCut, choose_backward, cuts
+from cgspn.ops.cuda.projected_plan import choose as choose_projected
 
 FLOAT32, BF16 = 0, 2  # of the kernels' DTYPE
 SCANS = [(32, 74, 64), (32, 147, 64), (8, 74, 64), (8, 147, 64), (1, 74, 64), (1, 147, 64), (1, 294, 64)]
@@ -209,7 +213,7 @@ def run(out: Path, *, commit: str = "", say: Callable[[str], None] = print) -> N
     Raises RuntimeError without a CUDA GPU or where the CUDA backend cannot run.
     """
     if not torch.cuda.is_available():
-        raise RuntimeError("cgspn bench operator --variants needs a CUDA GPU, and PyTorch sees none")
+        raise RuntimeError("benchmarks.variants needs a CUDA GPU, and PyTorch sees none")
     reason = scan.unsupported_reason(torch.zeros(1, 1, 1, 1, device="cuda"))
     if reason is not None:
         raise RuntimeError(f"the CUDA backend cannot run here: {reason}")
@@ -233,4 +237,23 @@ def run(out: Path, *, commit: str = "", say: Callable[[str], None] = print) -> N
         for row in rows:
             own = row["the plan's ms"]
             say(f"  {row['pass']} B {row['B']} {row['grid']}: {own:.4f} -> {row['ms']:.4f} ms, {row['cut']}")
-    write(out, "variants", describe(commit) | {"copy ceiling": f"{copy / 1e12:.3f} TB/s"}, summary | tables)
+    write(
+        out,
+        "variants",
+        describe(commit, "python -m benchmarks.variants") | {"copy ceiling": f"{copy / 1e12:.3f} TB/s"},
+        summary | tables,
+    )
+
+
+def main(out: Path = Path("runs/bench"), commit: str = "") -> None:
+    """Measure and write.
+
+    Args:
+        out: folder for the results.
+        commit: to note in the results; by default that of the working tree.
+    """
+    run(out, commit=commit)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -1,23 +1,32 @@
-"""From the original GSPN layer to C-GSPN, one change at a time, and how the sub-layer grows with batch and width."""
+"""From the original GSPN layer to C-GSPN, one change at a time, and how the sub-layer grows with batch and width.
+
+    python -m benchmarks.ablation --out results/efficiency/walk
+
+Writes ablation.json, .md and .png. On a GPU minutes, on a CPU for small images alone.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from torch import Tensor
 
-from ..layers import GSPN_WALK, Grid, PropagationConfig, PropagationMixer
-from ..layers.block import Block
-from .checks import at_least, not_empty, tiled
-from .contenders import OURS, PLAIN, CompiledNormalisation, SeparateNormalisation, Shape, build, names, paper_config
-from .drawing import draw
-from .machine import ceilings, describe, free
-from .results import write
-from .timing import medians
+from cgspn.bench.checks import at_least, not_empty, tiled
+from cgspn.bench.contenders import OURS, PLAIN, Shape, build, names, paper_config
+from cgspn.bench.drawing import draw
+from cgspn.bench.machine import ceilings, free
+from cgspn.bench.results import write
+from cgspn.bench.timing import medians
+from cgspn.environment import describe
+from cgspn.layers import GSPN_WALK, Grid, PropagationConfig, PropagationMixer
+from cgspn.layers.block import Block
+from cgspn.ops import line_scan
 
 Row = dict[str, Any]
 
@@ -47,6 +56,47 @@ class AblationConfig:
         not_empty(self, "batches", "widths")
         at_least(self, 1, "batch", "batches", "widths", "rounds")
         tiled("pixels", self.pixels, self.shape.patch)
+
+
+class SeparateNormalisation(PropagationMixer):
+    """The scan as it was before fusion: normalised weights in memory, then a scan and a gate for each direction."""
+
+    def propagate(
+        self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, keep: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        """As in `PropagationMixer`, without a mask and a forget gate."""
+        outs = []
+        for d, direction in enumerate(self.config.directions):
+            weights = self.weights(logits[..., d, :, :], direction in ("down", "up"))
+            outs.append(u[..., d, :] * line_scan(x, weights, lam[..., d, :], direction))
+        return torch.stack(outs, -2) if self.config.merge == "concat" else torch.stack(outs).sum(0)
+
+    def weights(self, logits: Tensor, vertical: bool) -> Tensor:
+        """Weights [B, H, W, 3, C] from logits of the same shape, a pass over memory for each step."""
+        return neighbour_weights(logits, vertical)
+
+
+class CompiledNormalisation(SeparateNormalisation):
+    """The same with the steps of the normalisation fused into one kernel, as the source does."""
+
+    def weights(self, logits: Tensor, vertical: bool) -> Tensor:
+        """As in `SeparateNormalisation`, in one pass."""
+        return compiled_weights()(logits, vertical)
+
+
+def neighbour_weights(logits: Tensor, vertical: bool) -> Tensor:
+    """Sigmoid, sum over the neighbours that exist, clamp, division: [B, H, W, 3, C] -> the same."""
+    length = logits.shape[2 if vertical else 1]
+    there = torch.ones(length, 3, device=logits.device, dtype=logits.dtype)
+    there[0, 0] = there[-1, 2] = 0
+    weights = logits.sigmoid() * there.view([1, 1, length, 3, 1] if vertical else [1, length, 1, 3, 1])
+    return weights / weights.sum(-2, keepdim=True).clamp(min=1e-7)
+
+
+@functools.cache
+def compiled_weights() -> Callable[[Tensor, bool], Tensor]:
+    """`neighbour_weights`, compiled."""
+    return torch.compile(neighbour_weights, dynamic=False)
 
 
 def layers_of_the_walk(shape: Shape) -> dict[str, PropagationMixer]:
@@ -160,7 +210,7 @@ def run(
     say: Callable[[str], object] = print,
 ) -> dict[str, list[Row]]:
     """Measure and write ablation.json, .md and .png to `out`. Raises OSError if it cannot be written."""
-    machine = describe(commit) | ceilings(device)
+    machine = describe(commit, "python -m benchmarks.ablation") | ceilings(device)
     tables = {"GSPN to C-GSPN": walk_rows(config, device)}
     for row in tables["GSPN to C-GSPN"]:
         say(f"{row['layer']}: {row['ms']:.3g} ms, {row['from the first']:.3g} x")
@@ -187,3 +237,18 @@ def plot(tables: dict[str, list[Row]], path: Path) -> None:
             ax.legend(fontsize=8)
 
     draw(path, paint, columns=3, figsize=(15, 4.5))
+
+
+def main(config: AblationConfig = AblationConfig(), out: Path = Path("runs/bench"), commit: str = "") -> None:
+    """Measure and write.
+
+    Args:
+        config: settings.
+        out: folder for the results: JSON, a table and a plot.
+        commit: to note in the results; by default that of the working tree.
+    """
+    run(config, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"), commit=commit)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))

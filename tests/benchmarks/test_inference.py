@@ -1,8 +1,7 @@
 import json
 
 import pytest
-
-from cgspn.bench.inference import InferenceConfig, crossover, run
+from benchmarks.inference import InferenceConfig, crossover, run
 
 
 @pytest.mark.parametrize(

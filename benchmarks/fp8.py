@@ -1,39 +1,40 @@
 """What an MLP in 8 bits costs in quality, on real features, and what it saves in time.
 
-    python -m cgspn.bench.fp8 --photos SHARD.tar --weights vit_s14.safetensors --out results/fp8
+    python -m benchmarks.fp8 quality --photos SHARD.tar --weights vit_s14.safetensors --out results/fp8
+    python -m benchmarks.fp8 speed --out results/fp8
 
-writes the quality, in minutes on a CPU: 8 bits are emulated there, number for number (the sums are float32, where
-Hopper's keep fewer bits). The times are rows of `cgspn bench encoder`.
+`quality` writes quality.json and .md, in minutes on a CPU: 8 bits are emulated there, number for number (the sums are
+float32, where Hopper's keep fewer bits). `speed` writes speed.json and .md; on a GPU.
 """
 
 from __future__ import annotations
 
 import copy
-import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from torch import Tensor
 
-from ..data import ImageSet, load_embedded, resize
-from ..data.transforms import normalize, to_float
-from ..distill import eval_transform
-from ..evaluate import cosine, relative_error
-from ..evaluate.suite import embed_images, evaluate_zeroshot
-from ..layers import Fp8Mlp, Grid, fp8, quantize_mlps
-from ..layers.mlp import Mlp
-from ..models.dual import DualEncoder
-from ..models.encoder import Encoder
-from ..teachers import load_embedded_teacher, load_encoder
-from .contenders import EPILOGUES, OURS, Shape, build, names
-from .machine import describe, free
+from cgspn.bench.contenders import EPILOGUES, OURS, Shape, build, names
+from cgspn.bench.machine import ceilings, free
+from cgspn.bench.results import write
+from cgspn.bench.timing import medians
+from cgspn.data import ImageSet, load_embedded, resize
+from cgspn.data.transforms import normalize, to_float
+from cgspn.environment import describe
+from cgspn.evaluate import cosine, relative_error
+from cgspn.evaluate.suite import embed_set, evaluate_zeroshot
+from cgspn.layers import Fp8Mlp, Grid, fp8, quantize_mlps
+from cgspn.layers.mlp import Mlp
+from cgspn.models.dual import DualEncoder
+from cgspn.models.encoder import Encoder
+from cgspn.teachers import load_embedded_teacher, load_encoder
+
 from .quality import read_tar, square
-from .results import write
-from .timing import medians
 
 Row = dict[str, Any]
 WAYS: tuple[fp8.Products, ...] = ("library", "triton")
@@ -46,20 +47,16 @@ class Fp8QualityConfig:
     Args:
         photos: image-text shard (tar with .jpg files).
         weights: of the encoder whose features are compared.
-        out: folder for quality.json and .md.
         sizes: pixels and how many photographs, the first ones of the shard.
         batch: images at once.
         test_images: of the embedded set, for zero-shot accuracy; at most 4000.
-        commit: to note in the results; by default that of the working tree.
     """
 
     photos: Path
     weights: Path
-    out: Path = Path("runs/bench")
     sizes: tuple[tuple[int, int], ...] = ((224, 100), (518, 8))
     batch: int = 4
     test_images: int = 4000
-    commit: str = ""
 
 
 def precisions(encoder: Encoder) -> dict[str, Encoder]:
@@ -124,30 +121,40 @@ def zeroshot_rows(config: Fp8QualityConfig, say: Callable[[str], object]) -> lis
     """Zero-shot accuracy of the embedded image-text model, and how many of its images change their class."""
     teacher = load_embedded_teacher()
     test: ImageSet = load_embedded("test").subset(torch.arange(config.test_images))
-    transform = eval_transform(teacher.image.config)
     rows: list[Row] = []
     wanted = None
     for name, encoder in precisions(copy.deepcopy(teacher.image)).items():
         model: DualEncoder = copy.deepcopy(teacher)
         model.image = InDtype(encoder).eval()  # type: ignore[assignment]
-        embeddings, _ = embed_images(model, test, transform)
+        embeddings, _ = embed_set(model, test)
         wanted = embeddings if wanted is None else wanted
         row: Row = {"images": len(test), "precision": name}
-        row |= {"zero-shot top-1 (%)": f"{100 * evaluate_zeroshot(model, test, transform):.2f}"}
+        row |= {"zero-shot top-1 (%)": f"{100 * evaluate_zeroshot(model, test):.2f}"}
         row |= {"cosine of embeddings": f"{cosine(embeddings, wanted):.5f}"}
         rows.append(row)
         say(", ".join(f"{key} {value}" for key, value in row.items()))
     return rows
 
 
-def quality(config: Fp8QualityConfig, say: Callable[[str], object] = print) -> dict[str, list[Row]]:
-    """Measure and write quality.json and .md. Raises OSError for files that are not there."""
+def quality(
+    config: Fp8QualityConfig,
+    out: Path = Path("runs/bench"),
+    commit: str = "",
+    say: tyro.conf.Suppress[Callable[[str], object]] = print,
+) -> dict[str, list[Row]]:
+    """What MLPs in 8 bits cost. Raises OSError for files that are not there.
+
+    Args:
+        config: photographs, weights, sizes.
+        out: folder for quality.json and .md.
+        commit: to note in the results; by default that of the working tree.
+        say: called with each line.
+    """
     tables = {"features": feature_rows(config, say), "the embedded image-text model": zeroshot_rows(config, say)}
-    machine = describe(config.commit) | {
-        "command": shlex.join(["python", "-m", "cgspn.bench.fp8", *sys.argv[1:]]),
+    machine = describe(commit, "python -m benchmarks.fp8") | {
         "products of 8 bits": fp8.unsupported_reason(torch.device("cpu")) or "",
     }
-    write(config.out, "quality", machine, tables)
+    write(out, "quality", machine, tables)
     return tables
 
 
@@ -224,7 +231,34 @@ def block_rows(shape: Shape, pixels: int, batch: int, device: torch.device, roun
     return list(rows.values())
 
 
-if __name__ == "__main__":
-    import tyro
+def speed(
+    out: Path = Path("runs/bench"),
+    sizes: tuple[int, ...] = (1036, 2058),
+    batch: int = 32,
+    rounds: int = 5,
+    shape: Shape = Shape(),  # noqa: B008 - frozen
+    commit: str = "",
+) -> dict[str, list[Row]]:
+    """What MLPs in 8 bits save: the MLP half of a block, and whole blocks.
 
-    quality(tyro.cli(Fp8QualityConfig))
+    Args:
+        out: folder for speed.json and .md.
+        sizes: of the square images, in pixels.
+        batch: images at once.
+        rounds: interleaved timings of each.
+        shape: of the blocks.
+        commit: to note in the results; by default that of the working tree.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    halves, blocks = (
+        [row for px in sizes for row in rows(shape, px, batch, device, rounds)] for rows in (mlp_rows, block_rows)
+    )
+    tables = {"the MLP half in 16 and 8 bits": halves, "blocks with MLPs in 16 and 8 bits": blocks}
+    write(out, "speed", describe(commit, "python -m benchmarks.fp8") | ceilings(device), tables)
+    return tables
+
+
+if __name__ == "__main__":
+    tyro.extras.subcommand_cli_from_dict(
+        {"quality": quality, "speed": speed}, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+    )

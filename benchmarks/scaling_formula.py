@@ -1,5 +1,9 @@
 """What more GPUs than were at hand would give: a short formula over measured steps and links, its assumptions stated.
 
+    python -m benchmarks.scaling_formula --out results/scaling --gpus 64 512
+
+Reads scaling.json of a `cgspn bench scaling` in that folder; writes simulation.json and simulation.md. Needs no GPU.
+
 A step on n GPUs takes
 
     t(n) = t(1) + sigma sqrt(2 ln n) + max(0, c(n) - overlap x window)
@@ -25,9 +29,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checks import at_least, not_empty, shares
-from .results import table, write
-from .scaling_report import is_captured, report
+import tyro
+
+from cgspn.bench.checks import at_least, not_empty, shares
+from cgspn.bench.results import table, write
+from cgspn.bench.scaling_report import is_captured, report
 
 BUCKET = 25 * 2**20  # bytes, DistributedDataParallel's
 STAGE_2 = {"stage 2 ddp": "all_reduce", "stage 2 fsdp": "all_gather"}
@@ -138,8 +144,8 @@ def assumptions(saved: Mapping[str, Any], config: SimulationConfig) -> dict[str,
     """The head of the table: what was measured, and what is assumed."""
     link = max((link for link in saved["links"] if link["gpus"] <= config.node), key=lambda link: link["gpus"])
     return {
-        "no measurement": "a formula (bench/simulate.py) over steps of stage 2 on one GPU and links within a node; "
-        "data and the host's launches come free",
+        "no measurement": "a formula (benchmarks/scaling_formula.py) over steps of stage 2 on one GPU and links within "
+        "a node; data and the host's launches come free",
         "links": f"all-reduce {link['all_reduce'] / 1e9:.3g} GB/s, all-gather {link['all_gather'] / 1e9:.3g} GB/s of "
         f"bus bandwidth, measured on {link['gpus']} GPUs and taken for any number in a node of {config.node}",
         "between nodes": f"{config.between:g} GB/s for each GPU, {config.node * config.between:g} GB/s a node, "
@@ -168,3 +174,17 @@ def run(config: SimulationConfig, out: Path, *, say: Callable[[str], object] = p
     write(out, "simulation", assumed | gpu, {"stage 2": rows})
     say("\n".join(f"{name}: {value}" for name, value in assumed.items()) + "\n\n" + table(rows))
     return rows
+
+
+def main(config: SimulationConfig = SimulationConfig(), out: Path = Path("runs/bench")) -> None:
+    """Measure and write.
+
+    Args:
+        config: settings.
+        out: folder with scaling.json.
+    """
+    run(config, out)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))

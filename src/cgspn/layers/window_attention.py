@@ -1,0 +1,169 @@
+"""Attention within windows of the grid, as in ViTDet and Qwen2.5-VL: linear in the number of tokens.
+
+Windows start at the upper left corner. Those at the right and lower edge hold what is left of the grid, and attend to
+that alone (as in Qwen2.5-VL; ViTDet pads them with zeros). Neither model has class or register tokens in such layers,
+and windows of a grid with tokens before it are refused here.
+
+In window order the tokens of a batch are sorted by window: whole windows of all images first, then the rests at the
+right edge, at the lower edge and in the corner. Consecutive layers with the same windows stay in that order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .attention import AttentionConfig, AttentionMixer
+from .mixer import Grid, Window
+
+MOST = 32768  # windows in one call: fused kernels count them in a grid dimension that ends at 65535
+
+
+class WindowAttentionMixer(AttentionMixer):
+    """Multi-head self-attention within windows: tokens [B, h*w, C] -> the same shape.
+
+    Its weights have the names and shapes of `AttentionMixer`. Tokens come and go in the order that the grid names.
+    """
+
+    window: Window
+
+    def __init__(self, width: int, config: AttentionConfig | None = None, window: Window = (8, 8)) -> None:
+        """width: C; window: rows and columns of positions. Raises ValueError for heads that do not divide C."""
+        super().__init__(width, config)
+        self.window = window
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """tokens [B, h*w, C] -> [B, h*w, C], in rows or in the order of this mixer's windows.
+
+        Raises ValueError for tokens before the grid.
+        """
+        if grid.prefix:
+            raise ValueError(
+                f"window attention got {grid.prefix} tokens before the grid; accepted: none, as windows have no place "
+                "for class and register tokens"
+            )
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return self._gathered(tokens, grid)
+        ordered, inside = order(tokens, grid, self.window)
+        return order(self._attend(ordered, inside), inside, grid.window)[0]
+
+    def _gathered(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """The same with every window whole and masked, by gathers: exported programs take any grid without a case."""
+        (down, across), (height, width), device = self.window, grid[:2], tokens.device
+        rows, columns, size = (height + down - 1) // down, (width + across - 1) // across, down * across
+        slot = torch.arange(rows * columns * size, device=device)
+        number, place = slot // size, slot % size
+        y, x = number // columns * down + place // across, number % columns * across + place % across
+        inside, into = (y < height) & (x < width), y.clamp(max=height - 1) * width + x.clamp(max=width - 1)
+        own = torch.arange(height * width, device=device)
+        y, x = own // width, own % width
+        back = (y // down * columns + x // across) * size + y % down * across + x % across
+        inside = inside.expand(tokens.shape[0], -1)
+        if grid.mask is not None:
+            inside = inside & grid.mask.flatten(1)[:, into]
+        q, k, v = self._split(tokens[:, into].reshape(-1, size, tokens.shape[-1]))
+        out = scaled_dot_product_attention(q, k, v, attn_mask=_seen(inside.reshape(-1, size)))
+        out = out.transpose(1, 2).reshape(tokens.shape[0], -1, tokens.shape[-1])
+        result: Tensor = self.out(out[:, back])
+        return result
+
+    def _attend(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """tokens [B, h*w, C] in window order -> [B, h*w, C] in window order."""
+        batch, count, width = tokens.shape
+        qkv = self.qkv(tokens).view(batch * count, 3, self.heads, -1)
+        keys = None if grid.mask is None else torch.cat([p.flatten() for p in _cut(grid.mask[..., None], self.window)])
+        outs, start = [], 0
+        for number, size in _groups(batch, grid, self.window):
+            end = start + number * size
+            q, k, v = qkv[start:end].view(number, size, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            seen = None if keys is None else _seen(keys[start:end].view(number, size))
+            for part in range(0, number, MOST):
+                here = slice(part, part + MOST)
+                mask = None if seen is None else seen[here]
+                out = scaled_dot_product_attention(q[here], k[here], v[here], attn_mask=mask)
+                outs.append(out.transpose(1, 2).reshape(-1, width))
+            start = end
+        together = outs[0] if len(outs) == 1 else torch.cat(outs)
+        result: Tensor = self.out(together.view(batch, count, width))
+        return result
+
+    def visible(self, tokens: Tensor, grid: Grid, rows: Tensor | None = None) -> Tensor | None:
+        """As in `AttentionMixer`: the tokens of the same window that are inside the mask. [B or 1, 1, R, N] bool."""
+        down, across = (torch.arange(n, device=tokens.device) // size for n, size in zip(grid[:2], self.window))
+        window = (down[:, None] * grid.width + across).flatten()
+        same = (window if rows is None else window[rows])[:, None] == window
+        inside = super().visible(tokens, grid, rows)
+        return same[None, None] if inside is None else same & inside
+
+
+def order(tokens: Tensor, grid: Grid, window: Window | None) -> tuple[Tensor, Grid]:
+    """Tokens [B, h*w, C] of a grid in the order of `window`, None for rows, and the grid that says so.
+
+    Nothing is moved where they already are in that order, nor in exported programs, which take grids of any size and
+    keep rows.
+    """
+    if grid.window == window or torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return tokens, grid
+    if grid.window is not None:
+        tokens = _in_rows(tokens, grid, grid.window)
+    if window is not None:
+        parts = [part.reshape(-1, part.shape[-1]) for part in _cut(tokens.unflatten(1, grid[:2]), window)]
+        tokens = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(tokens.shape)
+    return tokens, grid._replace(window=window)
+
+
+def _cut(maps: Tensor, window: Window) -> list[Tensor]:
+    """Maps [B, h, w, C] cut into windows [B, rows, columns, window rows, window columns, C], those of a size together.
+
+    Views, in window order.
+    """
+    cut = []
+    for rows, down in _spans(maps.shape[1], window[0]):
+        for columns, across in _spans(maps.shape[2], window[1]):
+            cut.append(maps[:, rows, columns].unflatten(2, (-1, across)).unflatten(1, (-1, down)).transpose(2, 3))
+    return cut
+
+
+def _in_rows(tokens: Tensor, grid: Grid, window: Window) -> Tensor:
+    """The inverse of cutting: tokens [B, h*w, C] in window order -> in rows."""
+    batch, _, width = tokens.shape
+    flat, start, bands = tokens.reshape(-1, width), 0, []
+    for rows, down in _spans(grid.height, window[0]):
+        band = []
+        for columns, across in _spans(grid.width, window[1]):
+            high, wide = rows.stop - rows.start, columns.stop - columns.start
+            part = flat[start : start + batch * high * wide]
+            shape = (batch, high // down, wide // across, down, across, width)
+            band.append(part.view(shape).transpose(2, 3).reshape(batch, high, wide, width))
+            start += len(part)
+        bands.append(band[0] if len(band) == 1 else torch.cat(band, 2))
+    return (bands[0] if len(bands) == 1 else torch.cat(bands, 1)).flatten(1, 2)
+
+
+def _spans(length: int, size: int) -> list[tuple[slice, int]]:
+    """A side of the grid in whole windows and the rest: where each lies, and the side of its windows."""
+    rest = length % size
+    spans = [(slice(0, length - rest), size)] if length >= size else []
+    return [*spans, (slice(length - rest, length), rest)] if rest else spans
+
+
+def _groups(batch: int, grid: Grid, window: Window) -> list[tuple[int, int]]:
+    """Windows that can go through one call, in window order: their number, and the tokens of each."""
+    groups: list[tuple[int, int]] = []
+    for rows, down in _spans(grid.height, window[0]):
+        for columns, across in _spans(grid.width, window[1]):
+            size = down * across
+            number = batch * (rows.stop - rows.start) * (columns.stop - columns.start) // size
+            if groups and groups[-1][1] == size:
+                number += groups.pop()[0]
+            groups.append((number, size))
+    return groups
+
+
+def _seen(inside: Tensor) -> Tensor:
+    """Which keys of each window are attended to: inside [W, n] bool -> [W, 1, 1, n].
+
+    A window of nothing but padding attends to all of itself: nobody reads it, and no softmax is over nothing.
+    """
+    return (inside | ~inside.any(1, keepdim=True))[:, None, None]

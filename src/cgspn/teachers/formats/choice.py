@@ -1,0 +1,51 @@
+"""Which image tower of a file is meant, where training has left more than one model in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from ...models.checkpoint import CheckpointError
+from ..source import Source
+from .family import Family, Tower, listed
+
+# What the authors of such files evaluate: the teacher (DINO, iBOT, DINOv2), the moving average (timm, DeiT), I-JEPA's.
+_USUAL = re.compile(r"(^|[._])(teacher|ema|target_encoder)([._]|$)")
+
+
+def find_tower(families: Sequence[Family], source: Source, heads: int | None, submodel: str | None) -> Tower | None:
+    """The image tower of a source with its family; None if it has none of these families.
+
+    submodel: the beginning of the tower's keys, such as "student"; None for the only tower, or for the one that is
+    usually evaluated. Raises CheckpointError, naming the models, if there are several and none is the usual one, or
+    if none has the keys that `submodel` names.
+    """
+    found: dict[str, Family] = {}
+    for family in families:
+        for prefix in family.prefixes(source.weights):
+            found.setdefault(prefix, family)
+    if not found:
+        return None
+    prefix = _chosen(source.name, list(found), submodel)
+    weights = {key.removeprefix(prefix): value for key, value in source.weights.items() if key.startswith(prefix)}
+    return Tower(source, found[prefix], prefix, weights, heads)
+
+
+def _chosen(name: str, prefixes: list[str], submodel: str | None) -> str:
+    chosen = prefixes
+    if submodel is not None:
+        start = submodel.rstrip(".") + "." if submodel else ""
+        chosen = [p for p in prefixes if p == start or (start and f".{p}".find(f".{start}") >= 0)]
+        if not chosen:
+            raise CheckpointError(f"{name} has no submodel {submodel!r}; accepted: {_names(prefixes)}")
+    elif len(prefixes) > 1:
+        chosen = [p for p in prefixes if _USUAL.search(p)] or prefixes
+    if len(chosen) > 1:
+        raise CheckpointError(
+            f"{name} holds {len(chosen)} models, {_names(chosen)}; choose one: load_encoder(source, submodel=...)"
+        )
+    return chosen[0]
+
+
+def _names(prefixes: Iterable[str]) -> str:
+    return listed([repr(prefix.rstrip(".")) for prefix in prefixes])

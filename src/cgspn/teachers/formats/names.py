@@ -1,0 +1,69 @@
+"""What the name of an architecture says that no tensor shows. timm's names, as in its config.json and file names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+# Encoders whose tensors may be those of a plain ViT, and which compute something else with them.
+UNSUPPORTED = (
+    (r"eva02|_rope_|dinov3|lingbot|sapiens2|(^|_)pe_(core|lang|spatial)|^mlcd", "rotary positions"),
+    (r"_srelpos_|_relpos_|vit_relpos|vit_srelpos|^beit(v2)?_|^samvit", "relative position biases"),
+    (r"^beit3", "norms inside of its branches"),
+    (r"_rpn_|eva02_enormous|^swinv2", "norms after its branches"),
+    (r"_xp_|_pwee_|_dpwee_|_18x2_", "attention and MLP side by side"),
+    (r"_dwee_|_dlittle_", "differential attention"),
+    (r"^aimv2|^test_vit4", "RMSNorm in place of LayerNorm"),
+    (r"^test_vit3", "a pooling over registers too"),
+    (r"_distilled_", "a distillation token, whose output is averaged with the class token's"),
+    (r"_r\d+_s\d+|_tiny_r_s16|_resnet\d+|_mci_", "a convolutional network in place of its patch embedding"),
+    (r"^naflexvit|^eva_giant", "layers of its own"),
+)
+# Arguments of timm's models that change what is computed, and the values that change nothing.
+_OFF = (False, None)
+_PLAIN: dict[str, tuple[Any, ...]] = dict.fromkeys(
+    ("qk_norm", "scale_attn_norm", "scale_mlp_norm", "pool_include_prefix", "use_rot_pos_emb", "use_post_norm"), _OFF
+)
+_PLAIN |= {"embed_norm_layer": (None,), "block_fn": (None,), "attn_layer": (None, "", "attn")}
+_PLAIN |= {"norm_layer": (None, "layernorm", "LayerNorm"), "use_abs_pos_emb": (True, None)}
+_HEADS = {"vit_base_patch16_gap_224": 16, "test_vit": 2, "test_vit2": 2}
+_TIMM = re.compile(r"((vit|deit3?|eva)_\w*_?patch\d+_\w+|flexivit_\w+|test_vit\d?)$")
+_SIXTEEN = (1152, 1280, 1408, 1664)  # widths whose heads are not 64 wide
+_USUAL = {192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24} | dict.fromkeys(_SIXTEEN, 16)
+
+
+def unsupported_reason(name: str) -> str | None:
+    """Why an encoder of this name is none that `Encoder` computes; None if nothing is known against it."""
+    return next((f"it has {what}" for pattern, what in UNSUPPORTED if re.search(pattern, name)), None)
+
+
+def unsupported_argument(arguments: dict[str, Any]) -> str | None:
+    """The argument of a timm model, as "name = value", that `Encoder` has no counterpart for; None if there is none."""
+    wrong = (key for key, plain in _PLAIN.items() if key in arguments and arguments[key] not in plain)
+    key = next(wrong, None)
+    return None if key is None else f"{key} = {arguments[key]!r}"
+
+
+def name_in_file(source: str) -> str:
+    """The architecture that a file or a hub id is named after, without timm's tag; "" if it is not."""
+    name = Path(source).name
+    for suffix in (".safetensors", ".pth", ".bin", ".pt"):
+        name = name.removesuffix(suffix)
+    name = name.split("@")[0].split(".")[0]
+    return name if _TIMM.match(name) or unsupported_reason(name) else ""
+
+
+def heads_of(name: str, width: int, *, sixteen: bool = False) -> int | None:
+    """The heads of attention of an architecture that timm knows, else of the published models of a width.
+
+    name: "" if there is none. sixteen: whether a width of 1536 has 16 heads, as in SigLIP. None if it is not known.
+    """
+    base = name.split(".")[0]
+    if base in _HEADS:
+        return _HEADS[base]
+    if sixteen and width == 1536:
+        return 16
+    if width in _USUAL:
+        return _USUAL[width]
+    return width // 64 if _TIMM.match(base) and width % 64 == 0 else None

@@ -1,0 +1,45 @@
+"""What a caller says about a checkpoint that is loaded."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+
+from ..models.checkpoint import CheckpointError
+from ..models.config import EncoderConfig
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `load_encoder` and `load_model`; see there."""
+
+    dtype: torch.dtype = torch.float32
+    heads: int | None = None
+    submodel: str | None = None
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> None:
+        """Raise CheckpointError for an option that does not exist, or a number of heads that cannot be."""
+        known = [f.name for f in fields(EncoderConfig)]
+        for name in self.overrides:
+            if name not in known:
+                raise CheckpointError(f"there is no option {name!r}; {_similar(name, [*known, 'dtype', 'heads'])}")
+        if self.heads is not None and self.heads < 1:
+            raise CheckpointError(f"heads is {self.heads}; accepted: 1 or more")
+
+    def apply(self, config: EncoderConfig) -> EncoderConfig:
+        """The config of a checkpoint with the fields that the caller gives in place of its own.
+
+        Raises ValueError or TypeError for values that cannot be.
+        """
+        if self.heads is not None:
+            config = replace(config, attention=replace(config.attention, heads=self.heads))
+        return replace(config, **self.overrides)
+
+
+def _similar(name: str, accepted: list[str]) -> str:
+    near = difflib.get_close_matches(name, accepted, 1)
+    return f"did you mean {near[0]!r}?" if near else f"accepted: {', '.join(sorted(accepted))}"

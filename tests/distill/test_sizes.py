@@ -1,0 +1,233 @@
+"""Training at mixed sizes: shapes, budget, the same stream everywhere, exact resumption, what a student records."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+import cgspn
+from cgspn.data import LoaderConfig, load_embedded, open_samples, scheduled
+from cgspn.distill import (
+    ComputeConfig,
+    DistillConfig,
+    HighResConfig,
+    ImageSetFeed,
+    OptimConfig,
+    PretrainConfig,
+    SampleFeed,
+    SizeRange,
+    World,
+    distill,
+    pretrain,
+)
+from cgspn.distill.batches import batch_shapes
+from cgspn.distill.sizes import tokens_of
+from cgspn.distill.throughput import Throughput, Work
+from cgspn.layers import AttentionConfig
+from cgspn.models import Encoder, model_config
+from cgspn.teachers import convert
+
+SMALL = {"width": 32, "mixers": ("attention",) * 2, "mlp_hidden": 64, "attention": AttentionConfig(heads=2)}
+SIZES = SizeRange(16, 40, count=3, aspects=(1.0, 2.0))
+OPTIM = OptimConfig(steps=9, batch_size=16, learning_rate=1e-3, seed=3)
+
+
+def config(**changes):
+    return model_config("vit_mini_patch4_28", **SMALL, **changes)
+
+
+@pytest.fixture
+def images():
+    return load_embedded("train").subset(torch.arange(200))
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(30):
+        Image.effect_noise((60, 48), 60).convert("RGB").save(folder / f"{i:02d}.png")
+    return open_samples(str(folder))
+
+
+def pair():
+    torch.manual_seed(0)
+    teacher = Encoder(config()).eval()
+    return teacher, convert(teacher, compression=4)
+
+
+def test_sides_are_even_in_log_scale_and_shapes_keep_the_area():
+    assert SizeRange().sides(14) == (112, 154, 196, 252, 336, 448)
+    assert SizeRange(200, 210, count=5).sides(14) == (196, 210)
+    assert SizeRange(5, 5, count=1).sides(14) == (14,)
+    shapes = SizeRange(112, 448, count=3, aspects=(1.0, 0.5, 2.0)).shapes(14)
+    assert len(set(shapes)) == len(shapes) == 9
+    for height, width in shapes:
+        assert height % 14 == width % 14 == 0
+        assert min(abs(math.log(height * width / side**2)) for side in (112, 224, 448)) < 0.1
+    assert (154, 322) in shapes  # 224 px twice as wide as high
+    with pytest.raises(ValueError, match=r"smallest is 300; accepted: 1 to largest, 200"):
+        SizeRange(300, 200)
+    with pytest.raises(ValueError, match="aspects is"):
+        SizeRange(aspects=(0.0,))
+
+
+def test_a_batch_has_the_same_tokens_at_every_size():
+    optim = OptimConfig(batch_size=64)
+    shapes = batch_shapes(config(patch_size=14, image_size=(224, 224)), (224, 224), optim, 1, SizeRange())
+    assert {shape.size[0]: shape.images for shape in shapes} == {112: 256, 154: 136, 196: 80, 252: 48, 336: 32, 448: 16}
+    for shape in shapes:
+        assert abs(shape.images * tokens_of(shape.size, 14) / (64 * 256) - 1) < 0.15
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+def test_any_number_of_processes_up_to_eight_takes_the_same_batches(processes):
+    for optim in (OPTIM, replace(OPTIM, batch_size=64, mixup=0.5)):
+        alone, together = (batch_shapes(config(), (28, 28), optim, count, SIZES) for count in (1, processes))
+        assert alone == together or (optim.mixup and processes == 8)
+        assert all(shape.images >= processes * (2 if optim.mixup else 1) for shape in together)
+
+
+def test_odd_numbers_of_processes_and_parts_divide_every_batch():
+    optim = OptimConfig(batch_size=24, accumulate=2)
+    assert all(shape.images % 6 == 0 for shape in batch_shapes(config(), (28, 28), optim, 3, SIZES))
+
+
+def test_each_shape_comes_once_a_turn_and_positions_add_up():
+    shapes = batch_shapes(config(), (28, 28), OPTIM, 1, SIZES)
+    found = [scheduled(shapes, 3, step) for step in range(5 * len(shapes))]
+    position = 0
+    for shape, begin in found:
+        assert begin == position
+        position += shape.images
+    turns = [[shape for shape, _ in found[i : i + len(shapes)]] for i in range(0, len(found), len(shapes))]
+    assert all(sorted(turn) == sorted(shapes) for turn in turns)
+    assert len({tuple(turn) for turn in turns}) > 1
+    assert scheduled(shapes, 3, 100_000_007)[1] > 0  # no sum over the steps before it
+
+
+@pytest.mark.parametrize("kind", ["memory", "files"])
+def test_processes_and_starts_see_parts_of_one_stream(kind, images, photos):
+    optim = replace(OPTIM, jitter=0.3, mixup=0.6, cutmix=0.6)
+    feed = ImageSetFeed(images) if kind == "memory" else SampleFeed(photos, LoaderConfig(workers=0))
+    encoder = config()
+
+    def stream(rank, size, start):
+        return list(feed.stream(encoder, (28, 28), optim, World(rank, size), SIZES)(start))
+
+    alone = stream(0, 1, 0)
+    assert len({batch.images.shape for batch in alone}) == len(SIZES.shapes(4)) > 3
+    for batch, *halves in zip(alone[4:], stream(0, 2, 4), stream(1, 2, 4), strict=True):
+        assert torch.equal(batch.images, torch.cat([half.images for half in halves]))
+        assert torch.equal(batch.indices, torch.cat([half.indices for half in halves]))
+
+
+def test_any_number_of_workers_reads_the_same(photos):
+    def read(workers):
+        feed = SampleFeed(photos, LoaderConfig(workers=workers))
+        return feed.stream(config(), (28, 28), replace(OPTIM, steps=5), World(), SIZES)(0)
+
+    for one, other in zip(read(0), read(2), strict=True):
+        assert one.step == other.step
+        assert torch.equal(one.images, other.images)
+
+
+def test_all_images_of_an_epoch_are_seen(images):
+    optim = replace(OPTIM, steps=40)
+    stream = ImageSetFeed(images).stream(config(), (28, 28), optim, World(), SIZES)(0)
+    seen = torch.cat([batch.indices for batch in stream])
+    assert torch.equal(seen[:200].sort().values, torch.arange(200))
+    assert torch.equal(seen[200:400].sort().values, torch.arange(200))
+
+
+class StopError(Exception):
+    pass
+
+
+def test_a_run_that_was_stopped_ends_bit_for_bit_the_same(images, tmp_path):
+    short = replace(OPTIM, steps=5, batch_size=8)
+    settings = DistillConfig(
+        sizes=SizeRange(16, 40, 3), stage1=short, stage2=replace(short, mixup=0.5), compute=ComputeConfig(save_every=2)
+    )
+    teacher, student = pair()
+    histories = distill(teacher, student, images, settings, folder=tmp_path / "whole")
+
+    def watcher(title, steps):
+        def watch(record):
+            if title.endswith("stage 2") and record["step"] == 3:
+                raise StopError
+
+        return watch
+
+    teacher, stopped = pair()
+    with pytest.raises(StopError):
+        distill(teacher, stopped, images, settings, watcher, folder=tmp_path / "stopped")
+    teacher, resumed = pair()
+    again = distill(teacher, resumed, images, settings, folder=tmp_path / "stopped")
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters(), resumed.parameters(), strict=True))
+    assert [h.steps for h in again] == [h.steps for h in histories]
+    assert resumed.config == student.config
+    assert student.config.trained_sizes == (16, 24, 40)
+    assert student.config.image_size == (40, 40)
+
+
+def test_a_student_records_its_sizes_and_keeps_its_positions(images, tmp_path):
+    torch.manual_seed(0)
+    teacher = Encoder(config()).eval()
+    student = convert(teacher, compression=4, keep_positions=True)
+    assert torch.equal(student.positions.table, teacher.positions.table)
+    assert student.config.patch_bias == teacher.config.patch_bias
+    pixels = torch.randn(1, 3, 20, 44)
+    assert torch.equal(student.embed(pixels)[0], teacher.embed(pixels)[0])
+    once = replace(OPTIM, steps=2)
+    settings = DistillConfig(
+        keep_positions=True,
+        sizes=SizeRange(20, 40, 2),
+        stage1=once,
+        stage2=once,
+        highres=HighResConfig((56,), optim=once),
+    )
+    distill(teacher, student, images, settings)
+    assert student.config.trained_sizes == (20, 40, 56)
+    assert student.config.image_size == student.patch_embed.img_size == (56, 56)
+    assert student.config.position_table == (7, 7)
+    student.save_pretrained(tmp_path)
+    loaded = cgspn.load_encoder(tmp_path)
+    assert loaded.config == student.config
+    assert torch.equal(loaded(pixels).tokens, student(pixels).tokens)
+    student.set_input_size((28, 44))
+    assert student.positions.grid == (7, 11)
+    assert Encoder(student.config).load_state_dict(student.state_dict())
+
+
+def test_stages_with_nothing_to_learn_are_left_out(images, capsys):
+    teacher = Encoder(config()).eval()
+    student = convert(teacher, compression=4, keep_attention=2, keep_positions=True)
+    [history] = distill(teacher, student, images, DistillConfig(stage1=OPTIM, stage2=replace(OPTIM, steps=2)))
+    assert history.title == "student, stage 2"
+    assert "student, stage 1: nothing to learn, left out" in capsys.readouterr().err
+
+
+def test_pretraining_takes_sizes(images):
+    model, history = pretrain(images, PretrainConfig(sizes=SizeRange(16, 32, 2), optim=replace(OPTIM, steps=4)))
+    assert len(history.steps) == 4
+    assert model.image.config.trained_sizes == (16, 32)
+
+
+def test_a_cache_of_the_teacher_is_refused():
+    with pytest.raises(ValueError, match=r"compute\.teacher_cache is on beside sizes"):
+        DistillConfig(sizes=SIZES, compute=ComputeConfig(teacher_cache=1))
+
+
+def test_rates_count_what_each_step_did():
+    clock = Throughput(work=lambda size: Work(tokens=size[0], flops=10 * size[0]), peak=1e3)
+    clock.known = {(4, 4): clock.work((4, 4)), (8, 8): clock.work((8, 8))}
+    clock.sizes = [(4, 4), (8, 8)] * 10
+    clock.images, clock.steps, clock.waits = [6, 2] * 10, [2.0, 1.0] * 10, [0.5, 0.25] * 10
+    assert clock.rates(range(2)) == pytest.approx(
+        {"images_per_second": 8 / 3, "data_wait_share": 0.25, "tokens_per_second": 40 / 3, "mfu": 400 / 3 / 1e3}
+    )
+    clock.sizes[12] = clock.sizes[15] = (12, 12)  # new there: it is captured or compiled
+    assert clock.settled() == [i for i in range(10, 20) if i not in (12, 15)]
