@@ -50,7 +50,7 @@ class AttentionMixer(Mixer):
         return result
 
     def with_map(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Of tokens in rows, what `forward` gives and the map behind it: [B, N, C], [B, heads, N, N], with gradients."""
+        """Of tokens in rows, what `forward` gives and its map: [B, N, C] and [B, heads, N, N], with gradients."""
         q, k, v = self._split(tokens)
         weights = _softmax(q, k, self.visible(tokens, grid))
         return self.out((weights @ v).transpose(1, 2).flatten(2)), weights

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
 
+from ..compat import is_tracing
 from ..ops.autocast import lowered
 from ..ops.functorch import transformed
 from ..ops.fused import rows as over_rows
@@ -62,7 +63,7 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C] (or `out`)."""
-        eager = not (torch.compiler.is_compiling() or torch.jit.is_tracing() or transformed())
+        eager = not (torch.compiler.is_compiling() or is_tracing() or transformed())
         if torch.is_grad_enabled() and eager and not x.is_meta and self.bare():
             dtype = None if x.dtype == torch.float64 else lowered(x)
             tensors = (x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm
 
+from ..compat import is_tracing
 from ..ops.autocast import lowered
 from ..ops.fused import rows
 from .mlp import unheard
@@ -52,7 +53,7 @@ class RMSNorm(nn.RMSNorm):
 
     def _in_one_pass(self, x: Tensor, dtype: torch.dtype | None) -> bool:
         """Whether gradients will be wanted that the kernels can give; dtype: as of autocast, None without."""
-        if not torch.is_grad_enabled() or torch.jit.is_tracing() or self.weight is None or self.eps is None:
+        if not torch.is_grad_enabled() or is_tracing() or self.weight is None or self.eps is None:
             return False
         kept = dtype in (None, x.dtype) and (dtype is not None or self.weight.dtype == x.dtype)
         small = len(self.normalized_shape) == 1 and x.shape[-1] <= rows.CHANNELS_MOST
@@ -79,7 +80,7 @@ def add_norm(
 
 
 def _in_one_pass(norm: nn.Module, x: Tensor, branch: Tensor | None) -> TypeGuard[nn.LayerNorm]:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if torch.compiler.is_compiling() or is_tracing():
         return False
     plain = isinstance(norm, nn.LayerNorm) and type(norm) in (LayerNorm, nn.LayerNorm)
     if not plain or norm.bias is None or norm.normalized_shape != x.shape[-1:] or x.shape[-1] > rows.CHANNELS_MOST:

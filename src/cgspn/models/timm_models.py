@@ -79,6 +79,7 @@ class TimmEncoder(Encoder):
         super().__init__(config)
         self.pooled, self.dynamic_img_pad, self.drop_path_rate = pooled, dynamic_img_pad, drop_path_rate
         for block, rate in zip(self.blocks, drop_path_rates(drop_path_rate, config.depth), strict=True):
+            assert isinstance(block, TimmBlock)
             block.drop_path = rate
         self.pretrained_cfg = self.default_cfg = {**data_config(config), "architecture": architecture(config)}
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..compat import is_tracing
 from . import checks
 from .backends import check_backend
 from .functorch import check_plain, transformed
@@ -90,9 +91,9 @@ def propagate_2d(
             x.dtype
         )
     arguments = (x, logits, lam, u, keep, mask, codes, merge == "sum", backend)
-    if torch.jit.is_tracing():
-        # A trace keeps the op and where it was called; its program finds the gradients. torch.jit.trace compares it with
-        # a trace without gradients, in which another line calls the op.
+    if is_tracing():
+        # A trace keeps the op and the line that called it; its program finds the gradients. torch.jit.trace compares it
+        # with a trace without gradients, in which another line would call the op.
         with torch.no_grad():
             traced: Tensor = propagate_2d_op(*arguments)
         return traced

@@ -122,10 +122,8 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
                 maps.append(attention)
             else:
                 tokens, grid = order(tokens, grid, block.mixer.window)
-                if recompute:  # by the function that transformers sets: it may also offload
-                    tokens = self._gradient_checkpointing_func(block, tokens, grid)
-                else:
-                    tokens = block(tokens, grid)
+                # the function is transformers' own: it may also offload
+                tokens = self._gradient_checkpointing_func(block, tokens, grid) if recompute else block(tokens, grid)
             if want_states:
                 states.append(order(tokens, grid, None)[0])
         tokens, grid = order(tokens, grid, None)
