@@ -294,7 +294,7 @@ def prepared(task: Task, teacher: Encoder, student: Encoder, compute: ComputeCon
     blocks = [*teacher.each_block(), *working.each_block()] if compute.compile else []
     recompiled = torch._dynamo.config.patch(recompile_limit=COMPILED) if compute.compile else nullcontext()
     for block in blocks:
-        block.tapped = torch.compile(block.tapped, dynamic=False)  # type: ignore[method-assign]
+        block.compile(dynamic=False)
         if not isinstance(task, DistillTask):
             block.sublayer = torch.compile(block.sublayer, dynamic=False)  # type: ignore[method-assign]
     if compute.compile and isinstance(task, DistillTask):
@@ -310,6 +310,6 @@ def prepared(task: Task, teacher: Encoder, student: Encoder, compute: ComputeCon
             task.share()
     finally:
         for block in blocks:
-            for name in ("tapped", "sublayer"):
+            for name in ("_compiled_call_impl", "sublayer"):
                 vars(block).pop(name, None)
         student.set_grad_checkpointing(checkpointing)
