@@ -108,13 +108,15 @@ def run(
 ) -> Tensor:
     """`propagate_2d` of arguments that fit one another: the functions where operations run at once, else the ops."""
     tensors = (x, logits, lam, u, keep)
-    # a trace keeps the op that has a backward of its own, not what that saves for it
-    training = torch.is_grad_enabled() and not is_tracing()
-    wanted = training and any(t is not None and t.requires_grad for t in tensors)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     arguments = (*tensors, mask, codes, merge_sum, backend)
     eager = is_eager(*tensors, mask)
     out: Tensor
-    if wanted:
+    if is_tracing():
+        # A trace keeps the op, and its program finds the gradients. torch.jit.trace compares it, names and line numbers
+        # too, with a trace without gradients.
+        out = propagate_2d_op(*arguments)
+    elif wanted:
         out, _ = Propagate.apply(*arguments) if eager else propagate_2d_saving_op(*arguments)  # type: ignore[no-untyped-call]
     else:
         out = (propagate_2d_now if eager else propagate_2d_op)(*arguments)
