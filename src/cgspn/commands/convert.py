@@ -59,6 +59,8 @@ class Convert:
     """Indices from 0 of those layers, in place of a number."""
     window: int = 8
     """Side of a window, in positions of the grid."""
+    keep_positions: bool = False
+    """Keep the teacher's learned positions, resized to each grid; without them the first layer has to count lines."""
     heads: int | None = None
     """Of attention, where a foreign file is of no known width and no config lies beside it."""
     image_only: bool = False
@@ -88,6 +90,7 @@ class Convert:
             keep_attention=self.keep_layers or self.keep_attention,
             window_attention=self.window_layers or self.window_attention,
             window=self.window,
+            keep_positions=self.keep_positions,
         )
         student, origin = student_of(encoder, config, share=True)
         table = parameter_table(encoder, student, origin.inherited)
