@@ -29,7 +29,7 @@ from ..distill.snapshots import MOST_RECORD
 from ..distill.stages import Watcher, carried_from
 from ..distill.trainer import Watch
 from ..models.checkpoint import write_atomically
-from ..models.dual import DualEncoder
+from ..models.dual import image_encoder, with_image
 from ..models.encoder import Encoder
 from ..models.reading import read_json_value
 from ..report.charts import require_matplotlib
@@ -131,7 +131,7 @@ class Distill:
             if world.rank == 0 and (begun := progress_of(out)):
                 console.print(f"going on with the run in {out}: {begun}", soft_wrap=True, markup=False)
             teacher = load_model(self.teacher).to(world.device)
-            encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
+            encoder = image_encoder(teacher)
             torch.manual_seed(self.config.stage1.seed)
             student = self.start(encoder).to(world.device)
             with shown(world, out / EVENTS if self.tensorboard else None) as watcher:
@@ -153,7 +153,7 @@ class Distill:
             throughput = gather_objects([history.throughput for history in histories])
             if world.rank:
                 return
-            (teacher.with_image(student) if isinstance(teacher, DualEncoder) else student).save_pretrained(out)
+            with_image(teacher, student).save_pretrained(out)
             record = {
                 "command": shlex.join(["cgspn", *sys.argv[1:]]),
                 "versions": {"cgspn": __version__, "torch": torch.__version__, "python": platform.python_version()},
