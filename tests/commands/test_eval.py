@@ -3,10 +3,9 @@
 import json
 
 import pytest
-import tyro
 from PIL import Image
 
-from cgspn.commands.eval import Eval
+from cgspn import cli
 from cgspn.console import console
 from cgspn.data import load_embedded
 from cgspn.models import create_model
@@ -22,7 +21,7 @@ def place(tmp_path, monkeypatch):
 
 
 def run(*arguments):
-    tyro.cli(Eval, args=[str(a) for a in arguments]).run()
+    cli.run(["eval", *map(str, arguments)])
 
 
 @pytest.fixture
