@@ -151,7 +151,7 @@ def sublayer_ms(mixer: PropagationMixer, tokens: Tensor, grid: Grid, rounds: int
 
     def run() -> Tensor:
         with torch.no_grad():
-            return block.mixer.residual(tokens, block.norm1, block.scale1, grid)
+            return block.mixing_half(tokens, grid)
 
     ms = medians({"layer": run}, rounds=rounds, graph=False)["layer"]
     free(tokens.device)

@@ -91,7 +91,7 @@ def peer_block(name: str, shape: Shape) -> Block:
 @torch.no_grad()
 def sublayer(block: Block, tokens: Tensor, grid: Grid) -> Tensor:
     """norm, mixer and residual of a block: [B, N, C] -> the same."""
-    return block.mixer.residual(tokens, block.norm1, block.scale1, grid)
+    return block.mixing_half(tokens, grid)
 
 
 def main(

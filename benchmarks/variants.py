@@ -24,11 +24,13 @@ from cgspn.bench.operator import FOUR, Row, inputs, size_of
 from cgspn.bench.results import write
 from cgspn.bench.timing import medians
 from cgspn.environment import describe
+from cgspn.ops.backends import unsupported_reason
 from cgspn.ops.cuda import launch, projected, scan
 from cgspn.ops.cuda.compile import cubin, macros
-from cgspn.ops.cuda.plan import Cut, Machine, Problem, choose
-from cgspn.ops.cuda.projected_plan import ProjectedCut, choose_backward, cuts
+from cgspn.ops.cuda.plan import Problem, TileConfig, choose
+from cgspn.ops.cuda.projected_plan import ProjectedTileConfig, choose_backward, cuts
 from cgspn.ops.cuda.projected_plan import choose as choose_projected
+from cgspn.ops.gpu import Machine, gpu_of
 
 FLOAT32, BF16 = 0, 2  # of the kernels' DTYPE
 SCANS = [(32, 74, 64), (32, 147, 64), (8, 74, 64), (8, 147, 64), (1, 74, 64), (1, 147, 64), (1, 294, 64)]
@@ -36,7 +38,7 @@ PROJECTED = [(32, 74, 64), (32, 147, 64), (8, 74, 64), (1, 74, 64)]
 AGREE = 2e-2  # relative difference of two roundings of sums to bfloat16
 
 
-def rival_cuts(p: Problem, machine: Machine) -> list[Cut]:
+def rival_cuts(p: Problem, machine: Machine) -> list[TileConfig]:
     """Cuts worth timing beside the plan's own, for 16-byte alignment: lines cut over clusters, with halos.
 
     Of large batches whole lines too, in narrower and wider runs; of small ones runs of all widths.
@@ -53,7 +55,7 @@ def rival_cuts(p: Problem, machine: Machine) -> list[Cut]:
     else:
         shapes, splits, stages = ((4, 2), (8, 2), (4, 4), (8, 4), (4, 8), (8, 8)), (2, 4, 8), (2, 3)
     found = [
-        Cut(vec, lanes, 1, depth, split, halo if split > 1 else 1)
+        TileConfig(vec, lanes, 1, depth, split, halo if split > 1 else 1)
         for vec, lanes in shapes
         for split in splits
         for halo in halos
@@ -180,7 +182,7 @@ def projected_rows(b: int, n: int, c: int, machine: Machine) -> list[Row]:
         else:
             function = partial(projected.forward, x, weight, bias, None, FOUR, True)
             own = choose_projected(b, n, c, 4, machine)
-        rivals: list[ProjectedCut] = list(cuts(n, c, machine, backward))
+        rivals: list[ProjectedTileConfig] = list(cuts(n, c, machine, backward))
         calls: dict[str, Callable[[], object]] = {f"the plan's, {own}": function}
         calls |= {describe_cut(cut): partial(function, cut=cut) for cut in rivals}
         for name, ms, difference in _timed(calls):
@@ -189,7 +191,7 @@ def projected_rows(b: int, n: int, c: int, machine: Machine) -> list[Row]:
     return rows
 
 
-def describe_cut(cut: Cut | ProjectedCut) -> str:
+def describe_cut(cut: TileConfig | ProjectedTileConfig) -> str:
     """The fields of a cut in a line of a table."""
     return " ".join(f"{name} {value}" for name, value in vars(cut).items())
 
@@ -214,12 +216,13 @@ def run(out: Path, *, commit: str = "", say: Callable[[str], None] = print) -> N
     """
     if not torch.cuda.is_available():
         raise RuntimeError("benchmarks.variants needs a CUDA GPU, and PyTorch sees none")
-    reason = scan.unsupported_reason(torch.zeros(1, 1, 1, 1, device="cuda"))
+    reason = unsupported_reason("cuda", torch.zeros(1, 1, 1, 1, device="cuda"))
     if reason is not None:
         raise RuntimeError(f"the CUDA backend cannot run here: {reason}")
-    device = torch.cuda.current_device()
-    gpu = launch.machine(device)
-    compile_all(jobs(gpu), launch.architecture(device))
+    found = gpu_of(torch.device(torch.cuda.current_device()))
+    assert found is not None
+    gpu = found.machine
+    compile_all(jobs(gpu), found.arch)
     copy = copy_bandwidth()
     say(f"kernels compiled; copy {copy / 1e12:.3f} TB/s")
     tables: dict[str, list[Row]] = {"scan": [], "projected": []}

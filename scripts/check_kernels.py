@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cgspn.ops.cuda.compile import compile_cubin, macros
 from cgspn.ops.cuda.launch import merge_defines, scan_defines
-from cgspn.ops.cuda.plan import Machine, Problem, choose
+from cgspn.ops.cuda.plan import Problem, choose
 from cgspn.ops.cuda.projected import projected_defines
 from cgspn.ops.cuda.projected_plan import choose as choose_projected
 from cgspn.ops.cuda.projected_plan import choose_backward
+from cgspn.ops.gpu import Machine
 
 ARCHITECTURES = {"sm_80": Machine(108, 163 * 1024, False), "sm_90": Machine(132, 227 * 1024, True)}
 ARCHITECTURES["sm_100"] = Machine(148, 227 * 1024, True)

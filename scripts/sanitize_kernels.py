@@ -13,8 +13,8 @@ from unittest import mock
 import torch
 
 from cgspn.ops.cuda import launch, projected, scan
-from cgspn.ops.cuda.plan import Cut
-from cgspn.ops.cuda.projected_plan import ProjectedCut
+from cgspn.ops.cuda.plan import TileConfig
+from cgspn.ops.cuda.projected_plan import ProjectedTileConfig
 
 FOUR = [0, 1, 2, 3]
 
@@ -33,7 +33,7 @@ def main() -> None:
         tensors = [torch.randn(s, device="cuda").bfloat16() for s in shapes]
         mask = torch.rand(b, h, w, device="cuda") < 0.8
         # The plan's own cut, lines over a cluster of four blocks, and two positions a thread over a cluster of two.
-        for cut in (None, Cut(1 if c % 8 else 8, 1, 1, 2, 4), Cut(1 if c % 2 else 2, 2, 2, 2, 2, halo=3)):
+        for cut in (None, TileConfig(1 if c % 8 else 8, 1, 1, 2, 4), TileConfig(1 if c % 2 else 2, 2, 2, 2, 2, halo=3)):
             launch.prepare.cache_clear()
             if cut is not None:
                 launch.choose = lambda p, m, cut=cut: cut  # type: ignore[misc]
@@ -44,7 +44,7 @@ def main() -> None:
     for b, h, w, c in ((2, 9, 13, 24), (1, 21, 18, 136), (1, 11, 19, 40)):
         x, weight = (torch.randn(s, device="cuda").bfloat16() for s in ((b, h, w, c), (20 * c, c)))
         # The plan's own cut for few blocks; and that for many, some of whose warps have no channels.
-        cut = None if c != 40 else ProjectedCut(2, 1, 3)
+        cut = None if c != 40 else ProjectedTileConfig(2, 1, 3)
         for inside in (None, torch.rand(b, h, w, device="cuda") < 0.8):
             for merge in (True, False):
                 y = projected.forward(x, weight, weight[:, 0], inside, FOUR, merge, cut=cut)

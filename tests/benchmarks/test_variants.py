@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from benchmarks.variants import LINE_SCAN, SCANS, best, jobs, rival_cuts
 
-from cgspn.ops.cuda.plan import Machine, Problem
+from cgspn.ops.cuda.plan import Problem
+from cgspn.ops.gpu import Machine
 
 HOPPER, AMPERE = Machine(132, 227 * 1024, True), Machine(108, 163 * 1024, False)
 
@@ -17,7 +18,7 @@ def test_rivals_fit_and_cover_the_lines(backward: bool) -> None:
         for cut in rival_cuts(p, HOPPER):
             assert cut.fits(p, HOPPER)
             assert cut.own(p) * cut.split >= p.longest
-            assert cut.rows(p) * cut.pos >= cut.own(p) + 2 * cut.beyond()
+            assert cut.rows(p) * cut.pos >= cut.own(p) + 2 * cut.halo_width()
             assert cut.groups(p) * cut.lanes * cut.vec >= p.channels
 
 

@@ -1,14 +1,19 @@
 """From patterns and URLs to local files."""
 
+import contextlib
 import http.server
+import os
+import signal
 import threading
 import time
 
 import pytest
 from shard_files import members, write_tar
 
-from cgspn.data import locate as locate_module
-from cgspn.data.locate import expand_braces, fetch, locate
+from cgspn.data import fetch as fetch_module
+from cgspn.data import open_samples
+from cgspn.data.fetch import fetch, fetch_all
+from cgspn.data.locate import expand_braces, locate
 
 
 @pytest.mark.parametrize(
@@ -28,6 +33,33 @@ def test_braces(pattern, names):
 def test_wrong_braces_are_named(pattern):
     with pytest.raises(ValueError, match=r"runs backwards|neither a range"):
         expand_braces(pattern)
+
+
+def test_a_slip_in_a_pattern_is_refused_before_names_are_made():
+    for pattern in ("{0..99999999}", "{0..999}{0..999}", "{0..9" + "9" * 4000 + "}"):
+        with pytest.raises(ValueError, match=r"accepted: at most 300000|limit"):
+            expand_braces(pattern)
+
+
+@pytest.mark.parametrize("name", ["run [1]", "run {a,b}", "x*y", "{0..3}"])
+def test_what_is_there_as_it_is_written_is_no_pattern(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    for number in range(2):
+        write_tar(folder / f"{number}.tar", members([number]))
+    for source in (folder / "1.tar", folder / "{1..1}.tar", folder / "[1].tar"):
+        assert [shard.path for shard in locate(str(source), tmp_path)] == [folder / "1.tar"]
+    assert len(open_samples(str(folder), cache=tmp_path / "cache")) == 2
+
+
+def test_patterns_find_files_alone_and_do_not_follow_links_to_folders(tmp_path):
+    (tmp_path / "a" / "dir.tar").mkdir(parents=True)
+    os.mkfifo(tmp_path / "a" / "fifo.tar")
+    write_tar(tmp_path / "a" / "0.tar", members([1]))
+    (tmp_path / "a" / "up").symlink_to("..")
+    assert [shard.path for shard in locate(f"{tmp_path}/**/*.tar", tmp_path)] == [tmp_path / "a" / "0.tar"]
+    (shard,) = locate(f"{tmp_path}/a/fifo.tar", tmp_path)
+    assert shard.problem == "no file"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -60,6 +92,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
             time.sleep(1.5)
             self.close_connection = True
+        elif "drip" in self.path:
+            with contextlib.suppress(OSError):
+                for _ in range(100):
+                    self.wfile.write(b"x")
+                    self.wfile.flush()
+                    time.sleep(0.05)
         elif "slow" in self.path:
             for start in range(0, len(content), 4096):
                 self.wfile.write(content[start : start + 4096])
@@ -74,8 +112,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    monkeypatch.setattr(locate_module, "WAIT", 0.01)
-    monkeypatch.setattr(locate_module, "TIMEOUT", 0.5)
+    monkeypatch.setattr(fetch_module, "WAIT", 0.01)
+    monkeypatch.setattr(fetch_module, "TIMEOUT", 0.5)
+    monkeypatch.setattr(fetch_module, "WINDOW", 0.4)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.content = write_tar(tmp_path / "served.tar", members(range(5))).read_bytes()
         server.asked = []
@@ -106,7 +145,8 @@ def test_a_server_in_trouble_is_asked_again(server, tmp_path, name):
         ("404", "404", 1),
         ("broken", "ended after", 3),
         ("chunked", "", 3),
-        ("silent", "timed out", 3),
+        ("silent", "timed out", 2),
+        ("drip", "less than 1024 bytes a second", 1),
     ],
 )
 def test_what_cannot_be_had_is_named_and_leaves_no_file(server, tmp_path, name, reason, tries):
@@ -119,11 +159,11 @@ def test_what_cannot_be_had_is_named_and_leaves_no_file(server, tmp_path, name, 
     assert reason in bad.problem
     assert server.asked.count(f"/{name}.tar") == tries
     assert [p.suffix for p in (tmp_path / "cache" / "shards").iterdir() if not p.name.startswith(".")] == [".tar"]
-    assert not list((tmp_path / "cache" / "shards").glob(".*tar.*[!k]"))
+    assert not list((tmp_path / "cache" / "shards").glob("*.part"))
 
 
 def test_a_server_that_is_not_there_and_a_scheme_that_nobody_knows(tmp_path, monkeypatch):
-    monkeypatch.setattr(locate_module, "WAIT", 0.01)
+    monkeypatch.setattr(fetch_module, "WAIT", 0.01)
     for url in ("http://127.0.0.1:9/x.tar", "nothing://x/y.tar"):
         (shard,) = locate(url, tmp_path)
         assert "cannot be fetched" in shard.problem
@@ -137,3 +177,20 @@ def test_many_at_once_fetch_one_file(server, tmp_path):
         thread.join(20)
     assert (tmp_path / "x").read_bytes() == server.content
     assert len(server.asked) == 1
+
+
+def test_an_interruption_ends_downloads_at_once(server, tmp_path):
+    urls = [f"{server.address}/drip-{number}.tar" for number in range(3)]
+    began = time.monotonic()
+    found = fetch_all(urls, tmp_path, 3)
+    threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,)).start()
+    with pytest.raises(KeyboardInterrupt):
+        list(found)
+    assert time.monotonic() - began < 3
+
+
+def test_once_too_many_have_failed_the_others_are_not_tried(server, tmp_path):
+    problems = [problem for _, problem in fetch_all([f"{server.address}/404-{n}.tar" for n in range(100)], tmp_path, 5)]
+    assert all(problems)
+    assert "not tried" in problems[-1]
+    assert len(server.asked) < 30

@@ -149,28 +149,33 @@ class StopError(Exception):
 def test_a_run_that_was_stopped_ends_bit_for_bit_the_same(images, tmp_path):
     short = replace(OPTIM, steps=5, batch_size=8)
     settings = DistillConfig(
-        sizes=SizeRange(16, 40, 3), stage1=short, stage2=replace(short, mixup=0.5), compute=ComputeConfig(save_every=2)
+        sizes=SizeRange(16, 40, 3),
+        stage1=short,
+        stage2=replace(short, mixup=0.5),
+        highres=HighResConfig(sizes=(56,), optim=replace(short, steps=3)),
+        compute=ComputeConfig(save_every=2),
     )
     teacher, student = pair()
     histories = distill(teacher, student, images, settings, folder=tmp_path / "whole")
 
-    def watcher(title, steps):
+    def stopping(stage, step):
         def watch(record):
-            if title.endswith("stage 2") and record["step"] == 3:
+            if record["step"] == step:
                 raise StopError
 
-        return watch
+        return lambda title, _: watch if title.endswith(stage) else lambda record: None
 
-    teacher, stopped = pair()
-    with pytest.raises(StopError):
-        distill(teacher, stopped, images, settings, watcher, folder=tmp_path / "stopped")
+    for stop in (stopping("stage 2", 3), stopping("56 px", 1)):
+        teacher, stopped = pair()
+        with pytest.raises(StopError):
+            distill(teacher, stopped, images, settings, stop, folder=tmp_path / "stopped")
     teacher, resumed = pair()
     again = distill(teacher, resumed, images, settings, folder=tmp_path / "stopped")
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), resumed.parameters(), strict=True))
     assert [h.steps for h in again] == [h.steps for h in histories]
     assert resumed.config == student.config
-    assert student.config.trained_sizes == (16, 24, 40)
-    assert student.config.image_size == (40, 40)
+    assert student.config.trained_sizes == (16, 24, 36, 40, 56)
+    assert student.config.image_size == (56, 56)
 
 
 def test_a_student_records_its_sizes_and_keeps_its_positions(images, tmp_path):

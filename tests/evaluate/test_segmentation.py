@@ -153,3 +153,21 @@ def test_wrong_arguments_are_named():
         fit_probe(tokens / 0, masks, 3)
     with pytest.raises(ValueError, match="prediction has shape"):
         PixelScore(3).update(masks, masks[:1])
+
+
+def test_scored_classes_make_the_mean_and_the_others_still_compete():
+    target = torch.tensor([[0, 0, 1, 2, 255, 3]])
+    prediction = torch.tensor([[0, 1, 1, 2, 0, 2]])
+    every, some = PixelScore(5, 255), PixelScore(5, 255, scored=(0, 2, 4))
+    for score in (every, some):
+        score.update(prediction, target)
+    mean, each, accuracy = every.compute()
+    assert mean == pytest.approx((0.5 + 0.5 + 0.5 + 0) / 4)
+    assert some.compute()[0] == pytest.approx(0.5)  # class 4 occurs nowhere
+    assert (each, accuracy) == some.compute()[1:]
+    with pytest.raises(ValueError, match=r"scored holds \[5\]; accepted: classes 0 to 4"):
+        PixelScore(5, scored=(5,))
+    lonely = PixelScore(5, 255, scored=(4,))
+    lonely.update(prediction, target)
+    with pytest.raises(ValueError, match=r"none of the scored classes \[4\] occurs"):
+        lonely.compute()

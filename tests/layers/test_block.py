@@ -1,88 +1,171 @@
-"""A block's defaults: when the fused pieces and the products that write onto the residual stand for plain layers."""
+"""How a block runs: what is fused when, that it gives what the layers give, and that nobody's hooks are skipped."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import layer_norm
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from cgspn.layers import AttentionConfig, AttentionMixer, Block, Grid, PropagationConfig, PropagationMixer
-from cgspn.ops.fused import pieces
+from cgspn.layers import AttentionConfig, AttentionMixer, Block, Grid, PropagationConfig, PropagationMixer, executor
+from cgspn.layers.executor import NOTHING, Fusion, fusion_of
+from cgspn.ops.fused import linear_residual, local_norm, norm_linear, rows
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 GRID = Grid(5, 6)
+needs_kernels = pytest.mark.skipif(
+    not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or TRITON_INTERPRET=1"
+)
 
 
-def block_of(kind="propagation", act="gelu_tanh", scale=None):
+def block_of(kind="propagation", act="gelu_tanh", scale=None, config=None):
     torch.manual_seed(0)
-    mixer = (
-        AttentionMixer(48, AttentionConfig(4)) if kind == "attention" else PropagationMixer(48, PropagationConfig(3))
-    )
+    config = config or PropagationConfig(3)
+    mixer = AttentionMixer(48, AttentionConfig(4)) if kind == "attention" else PropagationMixer(48, config)
     block = Block(48, mixer, 96, act, 1e-6, scale)
     for parameter in block.parameters():
         nn.init.normal_(parameter, std=0.3)
+    block.fusion_backend = "triton"
     return block
 
 
+def add_norm(x, branch, gain, shift, eps, after=None):
+    total = x if branch is None else x + branch
+    return layer_norm(total, gain.shape, gain, shift, eps), total if after is None else total + after
+
+
 @pytest.fixture
-def suiting(monkeypatch):
-    """As on a GPU that suits the kernels, which are then their definitions; notes which blocks ask for them."""
-    asked = []
-    monkeypatch.setattr("cgspn.ops.fused.suits", lambda x, latent: asked.append(latent) or True)
-    monkeypatch.setattr(pieces, "_fused", lambda *_: False)
-    return asked
+def defined(monkeypatch):
+    """Every kernel is its definition: what is tested is the way through the block. Notes what was called."""
+    called = []
+
+    def note(name, function):
+        return lambda *t: called.append(name) or function(*t)
+
+    monkeypatch.setattr(executor, "unsupported_reason", lambda *_: None)
+    for module, name in ((norm_linear, "NormLinear"), (linear_residual, "LinearResidual"), (local_norm, "LocalNorm")):
+        plain, linear = module.plain, module is norm_linear
+        trained = (lambda *t, f=plain: (f(*t), t[0])) if linear else plain
+        inferred = (lambda *t, f=plain: (f(*t), None)) if linear else plain
+        if module is local_norm:
+            inferred = lambda x, kernel, bias, gain, eps, mask: local_norm.plain(x, kernel, bias, gain, eps, mask)  # noqa: E731
+        monkeypatch.setattr(module, name, SimpleNamespace(apply=note(name, trained)))
+        monkeypatch.setattr(module, "forward", note(name, inferred))
+
+    def forward_norm(*t):
+        mixed = linear_residual.plain(*t[:7])
+        normal, total = add_norm(mixed, None, *t[7], t[8])
+        return normal, total
+
+    monkeypatch.setattr(linear_residual, "forward_norm", note("LinearResidual", forward_norm))
+    monkeypatch.setattr(rows, "AddNorm", SimpleNamespace(apply=note("AddNorm", add_norm)))
+    monkeypatch.setattr(rows, "forward", note("AddNorm", lambda *t: (*add_norm(*t), None)))
+    return called
 
 
+CONFIGS = [
+    PropagationConfig(3),
+    PropagationConfig(3, merge="sum", merge_norm=False),
+    PropagationConfig(3, local_kernel=0),
+    PropagationConfig(6, value_expansion=3, channels_per_group=2, forget_gate=True),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=range(4))
 @pytest.mark.parametrize("scale", [None, 0.5])
-def test_by_default_the_pieces_run_where_they_suit(suiting, scale):
-    block, tokens = block_of(scale=scale), torch.randn(2, 30, 48)
-    fused = block(tokens, GRID)
-    assert suiting == [64]
-    block.mixer.pieces = "torch"
-    assert torch.allclose(block(tokens, GRID), fused, atol=1e-5)
-    assert suiting == [64]
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_fused_block_gives_what_its_layers_give(defined, config, scale, trained):
+    block = block_of(scale=scale, config=config)
+    tokens, grid = torch.randn(2, 30, 48), Grid(5, 6, mask=torch.rand(2, 5, 6) > 0.2)
+    before, found = tokens.clone(), []
+    with torch.set_grad_enabled(trained):
+        for block.fusion_backend in ("torch", "triton"):
+            found.append([block(tokens, grid), *block.tapped(tokens, grid), block.mixing_half(tokens, grid)])
+            found[-1].append(block.sublayer(tokens, grid))
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(plain, fused, atol=1e-4, rtol=1e-4)
+    assert {"NormLinear", "LinearResidual"} <= set(defined)
+    assert ("LocalNorm" in defined) == (config.local_kernel > 0)
+    assert torch.equal(tokens, before)  # what goes in is not what is written to
 
 
-def test_layers_with_hooks_or_in_other_dtypes_stay_plain(suiting):
-    tokens = torch.randn(2, 30, 48)
+@pytest.mark.parametrize("trained", [False, True])
+def test_norms_and_mlp_of_an_attention_block_are_fused(defined, trained):
+    block, tokens, found = block_of("attention"), torch.randn(2, 30, 48), []
+    with torch.set_grad_enabled(trained):
+        for block.fusion_backend in ("torch", "triton"):
+            found.append([block(tokens, GRID), *block.tapped(tokens, GRID)])
+        assert fusion_of(block, tokens) == Fusion(norm1=True, norm2=True, mlp=not trained)
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(plain, fused, atol=1e-4, rtol=1e-4)
+    assert defined == ["AddNorm"] * 4
+
+
+def test_the_state_that_forbids_fusion(defined):
+    block, tokens = block_of(), torch.randn(2, 30, 48)
+    assert fusion_of(block, tokens) == Fusion(True, True, True, False)
+    with torch.no_grad():
+        assert fusion_of(block, tokens) == Fusion(True, True, True, True)
+        assert not fusion_of(block_of(act="gelu"), tokens).mlp
+        assert not fusion_of(block_of(scale=0.5), tokens).mlp
     with torch.autocast("cpu", torch.bfloat16):  # float32 tokens would be kept in float32
-        block_of()(tokens, GRID)
-    for name in ("mixer", "mixer.down", "mixer.up", "norm1"):
-        block, seen = block_of(), []
-        block.get_submodule(name).register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        block(tokens, GRID)
-        assert seen == [1], name
-    assert suiting == []
-    block = block_of()
-    block.scale1 = nn.Dropout(1.0)  # what is no LayerScale is not left out
-    mixed = block.mixer.residual(tokens, block.norm1, block.scale1, GRID)
-    assert torch.equal(mixed, tokens)
+        assert fusion_of(block, tokens) == NOTHING
+        assert fusion_of(block, tokens.bfloat16()).mixer
+    with FlopCounterMode(display=False):
+        assert fusion_of(block, tokens) == NOTHING
+    assert torch.func.vmap(lambda t: torch.tensor(fusion_of(block, t) == NOTHING))(tokens[None]).all()
+    assert fusion_of(block, tokens[:0]) == NOTHING
+    assert fusion_of(block, tokens.double()) == NOTHING
+    with nn.modules.module.register_module_forward_hook(lambda *_: None):
+        assert fusion_of(block, tokens) == NOTHING
+    block.fusion_backend = "auto"  # on a processor nothing is gained
+    assert fusion_of(block, tokens) == NOTHING
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["attention", "propagation"])
-def test_products_write_onto_the_residual_where_they_give_the_same(kind):
-    tokens = torch.randn(2, 30, 48)
-    block = block_of(kind)
-    assert not block.in_place(tokens)  # on a processor nothing is gained
-    block.epilogues = True
-    assert block.in_place(tokens)
-    with torch.enable_grad():
-        assert not block.in_place(tokens)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not block.in_place(tokens)
-        assert block(tokens.bfloat16(), GRID).dtype == torch.bfloat16
-        wide = block(tokens.bfloat16(), GRID).float()
-    plain = block_of(kind)
-    assert torch.allclose(wide, plain(tokens, GRID), atol=0.5, rtol=0.1)
-    for other in (block_of(kind, act="gelu"), block_of(kind, scale=0.5)):
-        other.epilogues = True
-        assert not other.in_place(tokens)
+def test_a_backend_that_cannot_run_says_so():
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("it can")
+    with pytest.raises(RuntimeError, match="fusion_backend is 'triton', which cannot run here"):
+        block_of()(torch.randn(1, 30, 48), GRID)
 
 
-@pytest.mark.skipif(not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or TRITON_INTERPRET=1")
+PARTS = [
+    "norm1",
+    "mixer.down",
+    "mixer.local",
+    "mixer.norm",
+    "mixer.param_proj",
+    "mixer.merge_norm",
+    "mixer.up",
+    "norm2",
+]
+PARTS += ["mixer", "scale1", "norm2", "mlp", "mlp.fc1", "mlp.act", "mlp.fc2", "scale2"]
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("trained", [False, True])
+def test_hooks_of_every_part_run(defined, name, trained):
+    for register in ("register_forward_hook", "register_forward_pre_hook"):
+        block, seen = block_of(scale=0.5 if "scale" in name else None), []
+        getattr(block.get_submodule(name), register)(lambda *_, seen=seen: seen.append(1))
+        with torch.set_grad_enabled(trained):
+            block(torch.randn(1, 30, 48), GRID)
+        assert seen == [1], register
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_backward_hooks_of_every_part_run(defined, name):
+    block, seen = block_of(scale=0.5 if "scale" in name else None), []
+    block.get_submodule(name).register_full_backward_hook(lambda *_: seen.append(1))
+    block(torch.randn(1, 30, 48, requires_grad=True), GRID).sum().backward()
+    assert seen == [1]
+
+
+@needs_kernels
 @pytest.mark.parametrize("scale", [None, 0.5])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_block_of_kernels_has_the_gradients_of_a_plain_one(scale, recompute):
@@ -90,44 +173,30 @@ def test_a_block_of_kernels_has_the_gradients_of_a_plain_one(scale, recompute):
     block = block_of(scale=scale).to(DEVICE)
     tokens, dy = (torch.randn(2, 30, 48, device=DEVICE) for _ in range(2))
     found = []
-    for way in ("torch", "triton"):
-        block.mixer.pieces = way
+    for block.fusion_backend in ("torch", "triton"):
         leaf = tokens.clone().requires_grad_()
         y = checkpoint(block, leaf, GRID, use_reentrant=False) if recompute else block(leaf, GRID)
         found.append([y, *torch.autograd.grad(y, [leaf, *block.parameters()], dy)])
     for a, b in zip(*found, strict=True):
         assert float((a - b).norm() / a.norm()) < 1e-4
     with torch.no_grad():
-        block.epilogues = True
         assert torch.allclose(block(tokens, GRID), found[0][0], atol=1e-3)
 
 
-@pytest.mark.skipif(not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or TRITON_INTERPRET=1")
+@needs_kernels
 @pytest.mark.parametrize("kind", ["attention", "propagation"])
 @pytest.mark.parametrize("scale", [None, 0.5])
-def test_norms_and_sums_of_a_block_in_one_pass_change_nothing(kind, scale, monkeypatch):
+def test_taps_of_a_fused_block_have_the_gradients_of_a_plain_one(kind, scale):
     pytest.importorskip("triton")
     block = block_of(kind, scale=scale).to(DEVICE)
-    if kind == "propagation":
-        block.mixer.pieces = "torch"
     tokens, *upstream = (torch.randn(2, 30, 48, device=DEVICE) for _ in range(3))
-    found, inferred, passes = [], [], []
-    for served in (False, True):
-        monkeypatch.setattr("cgspn.ops.fused.rows.serves", lambda *t, served=served: passes.append(served) or served)
+    found, inferred = [], []
+    for block.fusion_backend in ("torch", "triton"):
         leaf = tokens.clone().requires_grad_()
-        outputs = [*block.tapped(leaf, GRID), block(leaf, GRID)]
-        wanted = [leaf, *block.parameters()]
-        gradients = torch.autograd.grad(outputs[:2], wanted, upstream) + torch.autograd.grad(
-            outputs[2], wanted, upstream[0]
-        )
-        found.append([*outputs, *gradients])
+        outputs = block.tapped(leaf, GRID)
+        found.append([*outputs, *torch.autograd.grad(outputs, [leaf, *block.parameters()], upstream)])
         with torch.no_grad():
-            for epilogues in (False, True):
-                block.epilogues = epilogues
-                inferred.append([*block.tapped(tokens, GRID), block(tokens, GRID)])
-    assert True in passes
-    for a, b in zip(*found, strict=True):
-        assert float((a - b).norm() / a.norm()) < 1e-4
-    for outputs in inferred:
+            inferred.append(block.tapped(tokens, GRID))
+    for outputs in (found[1], *inferred):
         for a, b in zip(found[0], outputs, strict=False):
             assert float((a - b).norm() / a.norm()) < 1e-4

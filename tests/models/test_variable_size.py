@@ -29,6 +29,7 @@ CONFIGS = {
     "cgspn mean": replace(CGSPN, pooling="mean", propagation=PropagationConfig(4, merge="sum", local_kernel=5)),
     "gspn": replace(CGSPN, propagation=GSPN),
     "hybrid": replace(CGSPN, mixers=("propagation", "attention")),
+    "windows": replace(BASE, mixers=("window_attention", "window_attention"), window=(2, 3)),
     "cropping": replace(BASE, crop_remainder=True),
 }
 # squares, the native size, one patch, one patch wide or high, extreme aspect ratios, one much larger than the rest

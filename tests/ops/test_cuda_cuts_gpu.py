@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cgspn.layers import Grid, PropagationConfig, PropagationMixer
 from cgspn.ops import DIRECTIONS, propagate_2d_projected, propagate_2d_reference
 from cgspn.ops.cuda import launch, projected, scan
-from cgspn.ops.cuda.plan import Cut
+from cgspn.ops.cuda.plan import TileConfig
 from cgspn.ops.cuda.projected_plan import cuts
 
 pytestmark = [
@@ -44,7 +44,12 @@ def names(codes: list[int]) -> list[str]:
 
 
 def check_scan(
-    shape: tuple[int, int, int, int], codes: list[int], dtype: torch.dtype, cut: Cut, back: Cut | None, masked: bool
+    shape: tuple[int, int, int, int],
+    codes: list[int],
+    dtype: torch.dtype,
+    cut: TileConfig,
+    back: TileConfig | None,
+    masked: bool,
 ) -> None:
     b, h, w, c = shape
     d = len(codes)
@@ -67,15 +72,15 @@ def check_scan(
 @pytest.mark.parametrize(
     ("shape", "cut", "masked"),
     [
-        ((2, 74, 74, 16), Cut(4, 2, 1, 2, 2, halo=8), False),
-        ((1, 33, 147, 8), Cut(4, 1, 1, 2, 4, halo=16), True),
-        ((1, 294, 41, 8), Cut(2, 2, 1, 2, 8, halo=5), False),
-        ((1, 20, 23, 6), Cut(2, 1, 2, 2, 2, halo=3), True),
-        ((2, 9, 40, 3), Cut(1, 2, 1, 2, 4, halo=1), True),
+        ((2, 74, 74, 16), TileConfig(4, 2, 1, 2, 2, halo=8), False),
+        ((1, 33, 147, 8), TileConfig(4, 1, 1, 2, 4, halo=16), True),
+        ((1, 294, 41, 8), TileConfig(2, 2, 1, 2, 8, halo=5), False),
+        ((1, 20, 23, 6), TileConfig(2, 1, 2, 2, 2, halo=3), True),
+        ((2, 9, 40, 3), TileConfig(1, 2, 1, 2, 4, halo=1), True),
     ],
     ids=str,
 )
-def test_lines_cut_over_a_cluster(shape, cut: Cut, dtype: torch.dtype, masked: bool) -> None:
+def test_lines_cut_over_a_cluster(shape, cut: TileConfig, dtype: torch.dtype, masked: bool) -> None:
     if torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("clusters need compute capability 9.0")
     check_scan(shape, FOUR, dtype, cut, cut, masked)
@@ -112,7 +117,7 @@ def compare(got: list[Tensor], want: list[Tensor], dtype: torch.dtype) -> None:
 def test_projected_by_default(shape, inside: bool, merge: str) -> None:
     """On the chip where that is faster, else in memory; padding may hold anything."""
     tensors = projected_case(shape, 4, torch.bfloat16)
-    assert projected.wins(tensors[0], FOUR) == inside
+    assert projected.is_faster(tensors[0], FOUR) == inside
     mask = draw(*shape[:3], seed=3) > -0.5
     dy = draw(*shape[:3], *([4] if merge == "none" else []), shape[3], seed=5).bfloat16()
     want = want_of(tensors, dy, mask=mask, merge=merge)
@@ -162,7 +167,7 @@ def test_projected_cuts() -> None:
     tensors = projected_case((2, 74, 70, 64), 4, torch.bfloat16)
     dy = draw(2, 74, 70, 64, seed=5).bfloat16()
     want = want_of(tensors, dy)
-    gpu = launch.machine(0)
+    gpu = launch.gpu_behind(tensors[0]).machine
     for cut in list(cuts(74, 64, gpu))[::3]:
         assert error(projected.forward(*tensors, None, FOUR, True, cut=cut), want[0]) < 1e-2, cut
     for cut in list(cuts(74, 64, gpu, True))[::3]:
@@ -173,7 +178,7 @@ def test_projected_long_lines() -> None:
     """What the backward's blocks have no room for, the forward's have: "auto" takes it, "chip" says so."""
     tensors = projected_case((6, 5, 500, 32), 4, torch.bfloat16)
     dy = draw(6, 5, 500, 32, seed=5).bfloat16()
-    if not projected.wins(tensors[0], FOUR):
+    if not projected.is_faster(tensors[0], FOUR):
         pytest.skip("no block of this GPU holds such lines")
     compare(got_of(tensors, dy, parameters="auto"), want_of(tensors, dy), torch.bfloat16)
     with torch.no_grad():

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from cgspn.ops.cuda import compile as compiling
 from cgspn.ops.cuda.compile import compile_cubin, macros
 from cgspn.ops.cuda.launch import scan_defines
-from cgspn.ops.cuda.plan import MAX_THREADS, Cut, Machine, Problem, choose
+from cgspn.ops.cuda.plan import MAX_THREADS, Problem, TileConfig, choose
 from cgspn.ops.cuda.projected import projected_defines
-from cgspn.ops.cuda.projected_plan import ProjectedCut, choose_backward, images, wins
+from cgspn.ops.cuda.projected_plan import ProjectedTileConfig, choose_backward, images, is_faster
 from cgspn.ops.cuda.projected_plan import choose as choose_projected
+from cgspn.ops.gpu import Machine
 
 HOPPER, AMPERE = Machine(132, 227 * 1024, True), Machine(108, 163 * 1024, False)
 
@@ -47,25 +48,25 @@ def test_every_size_has_a_cut_that_covers_it(machine: Machine, itemsize: int, al
 
 MEASURED = [
     # pass, batch, grid, the fastest of an H100's sweep or within 4% of it; 64 channels, bfloat16, four directions
-    (False, 32, 74, Cut(8, 8, 1, 1)),
-    (True, 32, 74, Cut(8, 8, 1, 2)),
-    (False, 32, 147, Cut(8, 8, 1, 1, 2, halo=2)),
-    (True, 32, 147, Cut(8, 8, 1, 2, 4, halo=4)),
-    (False, 8, 74, Cut(4, 8, 1, 3, 2, halo=16)),
-    (True, 8, 74, Cut(8, 4, 1, 3, 2, halo=16)),
-    (False, 8, 147, Cut(8, 4, 1, 3, 2, halo=16)),
-    (True, 8, 147, Cut(8, 4, 1, 2, 2, halo=4)),
-    (False, 1, 74, Cut(2, 4, 1, 4, 2, halo=16)),
-    (True, 1, 74, Cut(4, 2, 1, 3, 2, halo=16)),
-    (False, 1, 147, Cut(2, 8, 1, 4, 8, halo=8)),
-    (True, 1, 147, Cut(4, 4, 1, 3, 4, halo=8)),
-    (False, 1, 294, Cut(2, 8, 1, 4, 8, halo=4)),
-    (True, 1, 294, Cut(4, 4, 1, 3, 4, halo=8)),
+    (False, 32, 74, TileConfig(8, 8, 1, 1)),
+    (True, 32, 74, TileConfig(8, 8, 1, 2)),
+    (False, 32, 147, TileConfig(8, 8, 1, 1, 2, halo=2)),
+    (True, 32, 147, TileConfig(8, 8, 1, 2, 4, halo=4)),
+    (False, 8, 74, TileConfig(4, 8, 1, 3, 2, halo=16)),
+    (True, 8, 74, TileConfig(8, 4, 1, 3, 2, halo=16)),
+    (False, 8, 147, TileConfig(8, 4, 1, 3, 2, halo=16)),
+    (True, 8, 147, TileConfig(8, 4, 1, 2, 2, halo=4)),
+    (False, 1, 74, TileConfig(2, 4, 1, 4, 2, halo=16)),
+    (True, 1, 74, TileConfig(4, 2, 1, 3, 2, halo=16)),
+    (False, 1, 147, TileConfig(2, 8, 1, 4, 8, halo=8)),
+    (True, 1, 147, TileConfig(4, 4, 1, 3, 4, halo=8)),
+    (False, 1, 294, TileConfig(2, 8, 1, 4, 8, halo=4)),
+    (True, 1, 294, TileConfig(4, 4, 1, 3, 4, halo=8)),
 ]
 
 
 @pytest.mark.parametrize(("backward", "batch", "grid", "cut"), MEASURED, ids=str)
-def test_the_plan_is_what_was_measured_fastest(backward: bool, batch: int, grid: int, cut: Cut) -> None:
+def test_the_plan_is_what_was_measured_fastest(backward: bool, batch: int, grid: int, cut: TileConfig) -> None:
     assert choose(Problem(backward, True, 2, batch, 64, 4, grid, 16), HOPPER) == cut
 
 
@@ -77,29 +78,31 @@ def test_sizes_between_the_measured_fill_the_machine_once(grid: int, batch: int,
     p = Problem(backward, True, 2, batch, channels, 4, grid, 16)
     cut = choose(p, HOPPER)
     assert cut is not None
-    waves = cut.blocks(p) / HOPPER.processors
+    waves = cut.blocks(p) / HOPPER.num_sms
     assert waves / -(-waves // 1) >= 0.7
 
 
 SETS = [
     # backward, batch, grid: 4 x 96 channels in sets of eight with a forget gate
-    (False, 32, 74, Cut(8, 6, 1, 1)),
-    (False, 32, 147, Cut(8, 4, 1, 1)),
-    (True, 32, 74, Cut(8, 12, 1, 2, 2, halo=4)),
-    (True, 32, 147, Cut(8, 12, 1, 2, 4, halo=4)),
-    (True, 128, 16, Cut(8, 12, 1, 2)),
+    (False, 32, 74, TileConfig(8, 6, 1, 1)),
+    (False, 32, 147, TileConfig(8, 4, 1, 1)),
+    (True, 32, 74, TileConfig(8, 12, 1, 2, 2, halo=4)),
+    (True, 32, 147, TileConfig(8, 12, 1, 2, 4, halo=4)),
+    (True, 128, 16, TileConfig(8, 12, 1, 2)),
 ]
 
 
 @pytest.mark.parametrize(("backward", "batch", "grid", "cut"), SETS, ids=str)
-def test_sets_of_parameters_are_cut_as_was_measured_fast(backward: bool, batch: int, grid: int, cut: Cut) -> None:
+def test_sets_of_parameters_are_cut_as_was_measured_fast(
+    backward: bool, batch: int, grid: int, cut: TileConfig
+) -> None:
     assert choose(Problem(backward, True, 2, batch, 96, 4, grid, 16, 8, True), HOPPER) == cut
 
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_line_scan_is_cut_as_was_measured_fastest(backward: bool) -> None:
     p = Problem(backward, False, 4, 16, 8, 1, 1024, 16)
-    assert choose(p, HOPPER) == Cut(4, 2, 1, 3 if backward else 2, 4, halo=8)
+    assert choose(p, HOPPER) == TileConfig(4, 2, 1, 3 if backward else 2, 4, halo=8)
 
 
 @pytest.mark.parametrize(
@@ -108,8 +111,8 @@ def test_line_scan_is_cut_as_was_measured_fastest(backward: bool) -> None:
 )
 def test_the_projected_plan_is_what_was_measured_fastest(batch: int, grid: int, cut: tuple, faster: bool) -> None:
     """`faster`: than a projection and a scan apart."""
-    assert choose_projected(batch, grid, 64, 4, HOPPER) == ProjectedCut(*cut)
-    assert wins(batch, grid, 64, 4, HOPPER) == faster
+    assert choose_projected(batch, grid, 64, 4, HOPPER) == ProjectedTileConfig(*cut)
+    assert is_faster(batch, grid, 64, 4, HOPPER) == faster
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
@@ -119,10 +122,10 @@ def test_compiles_without_a_gpu(name: str, arch: str) -> None:
     backward = name.endswith("backward")
     flag = None if backward else True
     if name.startswith("projected"):
-        defines = projected_defines(ProjectedCut(1, 2, 2, 2), 64, 2, masked=True, gated=flag)
+        defines = projected_defines(ProjectedTileConfig(1, 2, 2, 2), 64, 2, masked=True, gated=flag)
     else:
         p = Problem(backward, True, 2, 1, 64, 4, 74, 16)
-        cut = Cut(4, 1, 1, 2) if arch == "sm_80" else Cut(4, 1, 1, 2, 2, halo=8)
+        cut = TileConfig(4, 1, 1, 2) if arch == "sm_80" else TileConfig(4, 1, 1, 2, 2, halo=8)
         defines = scan_defines(cut, p, 2, masked=True, merged=True, save=flag)
     code, report = compile_cubin(name, macros(defines), arch)
     assert code.startswith(b"\x7fELF")

@@ -27,8 +27,8 @@ from torch import Tensor
 from cgspn.ops import DIRECTIONS, projected_library, propagate_2d_projected, propagate_2d_reference
 from cgspn.ops.cuda import compile as compiling
 from cgspn.ops.cuda import launch, projected, scan
-from cgspn.ops.cuda.plan import Cut
-from cgspn.ops.cuda.projected_plan import ProjectedCut
+from cgspn.ops.cuda.plan import TileConfig
+from cgspn.ops.cuda.projected_plan import ProjectedTileConfig
 
 sys.path.append(str(Path(__file__).parent / "emulation"))
 import emulate
@@ -59,8 +59,8 @@ def check_scan(
     shape: tuple[int, int, int, int],
     codes: list[int],
     dtype: torch.dtype,
-    cut: Cut | None,
-    back: Cut | None,
+    cut: TileConfig | None,
+    back: TileConfig | None,
     *,
     merge: str = "sum",
     masked: bool = False,
@@ -86,8 +86,18 @@ SETS = [
     ((1, 6, 5, 24), 12, True, False, True, "sum", torch.float32, None, None),
     ((1, 6, 5, 12), 3, True, True, True, "none", torch.float32, None, None),
     ((2, 5, 4, 6), 1, False, True, True, "sum", torch.float32, None, None),
-    ((1, 23, 29, 8), 4, True, True, True, "none", torch.float32, Cut(4, 2, 1, 2, 2, 8), Cut(4, 1, 1, 3, 4, 5)),
-    ((1, 9, 13, 16), 8, False, True, False, "sum", torch.bfloat16, Cut(8, 2, 1, 3), Cut(8, 1, 1, 2)),
+    (
+        (1, 23, 29, 8),
+        4,
+        True,
+        True,
+        True,
+        "none",
+        torch.float32,
+        TileConfig(4, 2, 1, 2, 2, 8),
+        TileConfig(4, 1, 1, 3, 4, 5),
+    ),
+    ((1, 9, 13, 16), 8, False, True, False, "sum", torch.bfloat16, TileConfig(8, 2, 1, 3), TileConfig(8, 1, 1, 2)),
 ]
 
 
@@ -121,20 +131,20 @@ def test_the_plans_own_cut() -> None:
 @pytest.mark.parametrize(
     ("shape", "codes", "cut", "stages", "options"),
     [
-        ((1, 11, 29, 4), [0, 1, 2, 3], Cut(4, 1, 1, 1, 4, halo=5), 2, {}),
-        ((1, 23, 29, 4), [0, 1, 2, 3], Cut(2, 1, 1, 3, 2, halo=8), 3, {"masked": True}),
-        ((2, 13, 9, 4), [2, 0, 1], Cut(2, 2, 2, 2, 2, halo=3), 2, {"merge": "none"}),
+        ((1, 11, 29, 4), [0, 1, 2, 3], TileConfig(4, 1, 1, 1, 4, halo=5), 2, {}),
+        ((1, 23, 29, 4), [0, 1, 2, 3], TileConfig(2, 1, 1, 3, 2, halo=8), 3, {"masked": True}),
+        ((2, 13, 9, 4), [2, 0, 1], TileConfig(2, 2, 2, 2, 2, halo=3), 2, {"merge": "none"}),
     ],
     ids=str,
 )
-def test_lines_cut_over_a_cluster(shape, codes, cut: Cut, stages: int, options) -> None:
+def test_lines_cut_over_a_cluster(shape, codes, cut: TileConfig, stages: int, options) -> None:
     """Blocks of a line that scan a halo and exchange states once in as many lines, both passes."""
-    back = Cut(cut.vec, cut.lanes, cut.pos, stages, cut.split, cut.halo)
+    back = TileConfig(cut.vec, cut.lanes, cut.pos, stages, cut.split, cut.halo)
     check_scan(shape, codes, torch.float32, cut, back, **options)
 
 
-@pytest.mark.parametrize("cut", [None, Cut(4, 2, 1, 2, 2, halo=4)], ids=str)
-def test_line_scan(cut: Cut | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cut", [None, TileConfig(4, 2, 1, 2, 2, halo=4)], ids=str)
+def test_line_scan(cut: TileConfig | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if cut is not None:
         monkeypatch.setattr(launch, "choose", lambda *_: cut)
     for direction, chunk in (("up", 3), ("right", None)):
@@ -155,8 +165,8 @@ PROJECTED = [
 def test_projected(shape, codes, dtype, merge, masked, biased, cut, back, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters made on the chip: output and gradients through the public function, padding full of NaN."""
     if cut is not None:
-        monkeypatch.setattr(projected, "choose", lambda *_: ProjectedCut(*cut))
-        monkeypatch.setattr(projected, "choose_backward", lambda *_: ProjectedCut(*back))
+        monkeypatch.setattr(projected, "choose", lambda *_: ProjectedTileConfig(*cut))
+        monkeypatch.setattr(projected, "choose_backward", lambda *_: ProjectedTileConfig(*back))
     c, d = shape[-1], len(codes)
     tensors = [draw(*shape), draw(d * 5 * c, c, seed=1) / c**0.5, *([draw(d * 5 * c, seed=2)] if biased else [])]
     tensors = [t.to(dtype) for t in tensors]
@@ -187,7 +197,7 @@ def test_projected(shape, codes, dtype, merge, masked, biased, cut, back, monkey
 def test_projected_by_default(merge: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In training "auto" runs both passes on the chip; lines too long for the backward, their parameters in memory."""
     calls: list[tuple[int, ...]] = []
-    monkeypatch.setattr(projected, "plan_wins", lambda *case: calls.append(case[:-1]) or True)
+    monkeypatch.setattr(projected, "is_faster_for", lambda *case: calls.append(case[:-1]) or True)
     if fits:
         monkeypatch.setattr(projected_library, "_backward_in_memory", lambda *_: pytest.fail("the one in memory"))
     else:
@@ -240,7 +250,7 @@ def test_the_emulation_sees_a_missing_barrier(monkeypatch: pytest.MonkeyPatch) -
     text = compiling.source("forward")
     assert text.count(barrier) == 1
     monkeypatch.setattr(compiling, "source", lambda name: text.replace(barrier, "#pragma unroll"))
-    monkeypatch.setattr(launch, "kernel", emulate.Kernel)
+    monkeypatch.setattr(emulate, "kernel", emulate.Kernel)
     tensors = propagate_inputs((1, 5, 40, 4), 1, torch.float32)
     found = []
     for Schedule.order, Schedule.eager in SCHEDULES[:2]:

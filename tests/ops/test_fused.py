@@ -8,15 +8,10 @@ import os
 import pytest
 import torch
 
-from cgspn.ops.fused import (
-    definition,
-    library,
-    linear_residual,
-    linear_residual_norm,
-    local_norm,
-    norm_linear,
-    norm_linear_past,
-)
+from cgspn.ops.fused import linear_residual, local_norm, norm_linear
+from cgspn.ops.fused.linear_residual import LinearResidual
+from cgspn.ops.fused.local_norm import LocalNorm
+from cgspn.ops.fused.norm_linear import NormLinear
 
 triton = pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
@@ -60,9 +55,11 @@ def test_norm_linear(rows, channels, latent, dtype):
     tensors.append(torch.randn(latent))
 
     def fused(x, gain, shift, weight, bias):
-        return norm_linear(x, gain, shift, weight, bias, 1e-6, backend="triton")
+        return NormLinear.apply(x, gain, shift, weight, bias, 1e-6)[0]
 
-    check(fused, lambda *t: definition.norm_linear(*t, 1e-6), tensors, dtype)
+    check(fused, lambda *t: norm_linear.plain(*t, 1e-6), tensors, dtype)
+    rounded = [t.to(DEVICE, dtype) for t in tensors]
+    assert torch.equal(norm_linear.forward(*rounded, 1e-6)[0], fused(*rounded))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -76,9 +73,9 @@ def test_linear_residual(norm, scaled, dtype):
     tensors[-1] = tensors[-1] if scaled else None
 
     def fused(residual, y, gain, weight, bias, scale):
-        return linear_residual(residual, y, gain, weight, bias, scale, 1e-6, backend="triton")
+        return LinearResidual.apply(residual, y, gain, weight, bias, scale, 1e-6)
 
-    check(fused, lambda *t: definition.linear_residual(*t, 1e-6), tensors, dtype)
+    check(fused, lambda *t: linear_residual.plain(*t, 1e-6), tensors, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,15 +87,15 @@ def test_what_flows_back_past_the_norm_joins_its_gradient(dtype):
     mixing = torch.randn(latent, channels).to(DEVICE, dtype)
 
     def fused(*t):
-        out, x = norm_linear_past(*t, 1e-6, backend="triton")
+        out, x = NormLinear.apply(*t, 1e-6)
         return x + out @ mixing
 
     def plain(*t):
-        return t[0] + definition.norm_linear(*t, 1e-6) @ mixing.double()
+        return t[0] + norm_linear.plain(*t, 1e-6) @ mixing.double()
 
     check(fused, plain, tensors, dtype)
     x = tensors[0].to(DEVICE, dtype).requires_grad_()
-    _, same = norm_linear_past(x, *[t.to(DEVICE, dtype) for t in tensors[1:]], 1e-6, backend="triton")
+    _, same = NormLinear.apply(x, *[t.to(DEVICE, dtype) for t in tensors[1:]], 1e-6)
     (alone,) = torch.autograd.grad(same, x, torch.ones_like(same))
     assert torch.equal(alone, torch.ones_like(x))
 
@@ -108,21 +105,21 @@ def test_what_flows_back_past_the_norm_joins_its_gradient(dtype):
 @pytest.mark.parametrize("channels", [130, 128])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_linear_residual_norm(dtype, channels, rows, parts, monkeypatch):
-    monkeypatch.setattr(library, "PARTS", parts)
+    monkeypatch.setattr(linear_residual, "PARTS", parts)
+    linear_residual._forward_launch.cache_clear()
     torch.manual_seed(0)
     latent = 84
     shapes = [(*rows, channels), (*rows, latent), (latent,), (channels, latent), *[(channels,)] * 5]
     t = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
     t[0] += 5  # far from zero: the mean must not eat the digits
-    ours = linear_residual_norm(*t[:6], 1e-6, (t[6], t[7], 1e-5), t[8], backend="triton")
-    exact = linear_residual_norm(
-        *[x.double() for x in t[:6]], 1e-6, (t[6].double(), t[7].double(), 1e-5), t[8].double()
-    )
-    for a, b in zip(ours, exact):
+    ours = linear_residual.forward_norm(*t[:6], 1e-6, (t[6], t[7], 1e-5), t[8])
+    linear_residual._forward_launch.cache_clear()
+    exact = linear_residual.plain(*[x.double() for x in t[:6]], 1e-6)
+    normal = torch.nn.functional.layer_norm(exact, (channels,), t[6].double(), t[7].double(), 1e-5)
+    for a, b in zip(ours, (normal, exact + t[8].double())):
         assert a.dtype == dtype
         assert relative(a, b) < DTYPES[dtype]
-    alone = linear_residual(*t[:6], 1e-6, backend="triton")
-    assert relative(alone, exact[0] - t[8].double()) < DTYPES[dtype]
+    assert relative(linear_residual.forward(*t[:6], 1e-6), exact) < DTYPES[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -137,22 +134,37 @@ def test_local_norm(grid, side, norm, masked, dtype):
     tensors.append(torch.rand(channels) + 0.5 if norm else None)
 
     def fused(x, kernel, bias, gain):
-        return local_norm(x, kernel, bias, gain, 1e-6, mask, backend="triton")
+        return LocalNorm.apply(x, kernel, bias, gain, 1e-6, mask)
 
-    check(fused, lambda *t: definition.local_norm(*t, 1e-6, mask), tensors, dtype)
-
-
-def test_an_unknown_backend_is_refused():
-    x = torch.randn(2, 8, device=DEVICE)
-    with pytest.raises(ValueError, match="backend is 'cutlass'"):
-        norm_linear(x, x[0], x[0], x, x[:, 0], 1e-6, backend="cutlass")
+    check(fused, lambda *t: local_norm.plain(*t, 1e-6, mask), tensors, dtype)
 
 
-def test_a_backend_that_cannot_run_says_why():
-    x = torch.randn(2, 8, device=DEVICE)
-    with pytest.raises(RuntimeError, match="cannot run here: 600 channels; it takes at most 512"):
-        norm_linear(
-            x, x[0], x[0], torch.randn(600, 8, device=DEVICE), torch.zeros(600, device=DEVICE), 1e-6, backend="triton"
-        )
-    with pytest.raises(RuntimeError, match="float64 has no kernel"):
-        norm_linear(x.double(), x[0], x[0], x, x[:, 0], 1e-6, backend="triton")
+def test_gradients_of_gradients_go_through_the_definitions():
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 3, 4, 24, device=DEVICE), torch.randn(2, 3, 4, 5, device=DEVICE)
+    vectors = [torch.randn(n, device=DEVICE) for n in (24, 24, 5, 24)]
+    down, up, kernel = (torch.randn(s, device=DEVICE) for s in ((5, 24), (24, 5), (5, 1, 3, 3)))
+    gain, shift, small, wide = vectors
+    pairs = [
+        (lambda t: NormLinear.apply(t, gain, shift, down, small, 1e-6)[0], norm_linear.plain, x),
+        (lambda t: LinearResidual.apply(x, t, small, up, wide, gain, 1e-6), linear_residual.plain, y),
+        (lambda t: LocalNorm.apply(t, kernel, small, small, 1e-6, None), local_norm.plain, y),
+    ]
+    arguments = [(gain, shift, down, small, 1e-6), (small, up, wide, gain, 1e-6), (kernel, small, small, 1e-6, None)]
+    for (mine, plain, at), rest in zip(pairs, arguments, strict=True):
+        before = (x,) if plain is linear_residual.plain else ()
+        found = []
+        for function in (mine, lambda t, plain=plain, before=before, rest=rest: plain(*before, t, *rest)):
+            leaf = at.clone().requires_grad_()
+            (first,) = torch.autograd.grad(function(leaf).square().sum(), leaf, create_graph=True)
+            found.append(torch.autograd.grad(first.square().sum(), leaf)[0])
+        assert relative(*found) < 1e-4
+
+
+def test_no_rows_at_all():
+    x, y = torch.randn(0, 24, device=DEVICE), torch.randn(0, 5, device=DEVICE)
+    gain, small, weight = (torch.randn(s, device=DEVICE) for s in ((24,), (5,), (5, 24)))
+    leaves = [x.requires_grad_(), gain.requires_grad_(), weight.requires_grad_()]
+    out = NormLinear.apply(x, gain, gain, weight, small, 1e-6)[0]
+    assert [g.abs().sum() for g in torch.autograd.grad(out.sum(), leaves)] == [0, 0, 0]
+    assert LinearResidual.apply(x, y, small, weight.T, gain, None, 1e-6).shape == x.shape

@@ -91,7 +91,7 @@ class Contender:
         """Norm, mixer, residual: [B, N, C] -> [B, N, C], in the order that the mixer wants."""
         grid = grid._replace(window=self.block.mixer.window)
         with self.context():
-            return self.block.mixer.residual(tokens, self.block.norm1, self.block.scale1, grid)
+            return self.block.mixing_half(tokens, grid)
 
     def whole(self, tokens: Tensor, grid: Grid) -> Tensor:
         """The block: [B, N, C] -> [B, N, C], in the order that the mixer wants."""
@@ -112,13 +112,6 @@ def windows(name: str, shape: Shape) -> WindowAttentionMixer:
     return WindowAttentionMixer(shape.width, AttentionConfig(shape.heads), (side, side))
 
 
-def plain_pieces(shape: Shape) -> PropagationMixer:
-    """C-GSPN with PyTorch's own layers around the scan (and, in `build`, as its MLP)."""
-    mixer = propagation(shape)
-    mixer.pieces = "torch"
-    return mixer
-
-
 def paper_config(shape: Shape) -> PropagationConfig:
     """The sub-layer as published: no norms, no convolution, directions summed."""
     return PropagationConfig(
@@ -136,7 +129,7 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
         "GSPN": lambda: propagation(shape, GSPN),
         OURS: lambda: propagation(shape),
         PAPER: lambda: propagation(shape, paper_config(shape)),
-        PLAIN: lambda: plain_pieces(shape),
+        PLAIN: lambda: propagation(shape),  # with PyTorch's own layers around the scan
         **{
             n: lambda v=v: propagation(shape, replace(value_config(v), compression=shape.compression))  # type: ignore[misc]
             for n, v in VALUES.items()
@@ -145,10 +138,8 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
     if kind not in mixers:
         raise ValueError(f"{name!r} is no contender; accepted: {', '.join(map(repr, mixers))}")
     block = Block(shape.width, mixers[kind](), shape.hidden, "gelu_tanh", 1e-6, None).to(device, dtype)
-    if name.endswith(EPILOGUES):
-        block.epilogues = True
-    elif name == PLAIN or name.startswith("attention"):
-        block.epilogues = False
+    if name == PLAIN or (name.startswith("attention") and not name.endswith(EPILOGUES)):
+        block.fusion_backend = "torch"
     kernels = (ATTENTION | KERNELS).get(kind)
     return Contender(name, block.eval(), (lambda: sdpa_kernel(kernels)) if kernels else nullcontext)
 

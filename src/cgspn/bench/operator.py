@@ -273,7 +273,7 @@ def run(out: Path, *, quick: bool = False, commit: str = "", say: Callable[[str]
     """
     if not torch.cuda.is_available():
         raise RuntimeError("cgspn bench operator needs a CUDA GPU, and PyTorch sees none")
-    reason = backend_module("cuda").unsupported_reason(torch.zeros(1, 1, 1, 1, device="cuda"))
+    reason = unsupported_reason("cuda", torch.zeros(1, 1, 1, 1, device="cuda"))
     if reason is not None:
         raise RuntimeError(f"the CUDA backend cannot run here: {reason}")
     copy, matmul = copy_bandwidth(), matmul_rate()

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from functools import partial
 from inspect import getdoc
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
 import docstring_parser
 import tyro
 
-
-def _positional(kind: Any, name: str) -> Any:
-    return Annotated[kind, tyro.conf.Positional, tyro.conf.arg(metavar=name)]
-
-
-if TYPE_CHECKING:
-    Teacher = Student = Source = str
-    Models = Encoders = tuple[str, ...]
-    Out = Path
-else:  # positionals that help names by what they are and not by their type
-    Teacher, Student, Source = (_positional(str, name) for name in ("TEACHER", "STUDENT", "SOURCE"))
-    Models, Encoders = (_positional(tuple[str, ...], name) for name in ("MODEL", "ENCODER"))
-    Out = _positional(Path, "OUT")
+# Positionals, which help names by what they are and not by their type.
+Teacher = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEACHER")]
+Student = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDENT")]
+Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+Encoders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ENCODER")]
+Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 Device = Literal["auto", "cpu", "cuda"]
 Kind = TypeVar("Kind")
 Settings = tyro.conf.OmitArgPrefixes[Kind]  # settings without the name of the field that holds them
@@ -73,14 +69,14 @@ def usual_settings(kind: type[Command], start: Command) -> type:
         more = (
             tyro.conf.arg(name=path.replace("_", "-"), help=words) if path in kind.usual else tyro.conf.arg(help=words)
         )
-        default: Any = field() if value is tyro.MISSING else field(default_factory=lambda value=value: value)
+        default: Any = field() if value is tyro.MISSING else field(default_factory=partial(copy, value))
         shown.append((path.replace(".", "_"), Annotated[hint, more], default))
     return make_dataclass("Usual", shown, frozen=True)
 
 
 def descriptions(kind: type) -> dict[str, str]:
     """The words for each field of a dataclass: of its docstring's Args, or under the field."""
-    found = {}
+    found: dict[str, str] = {}
     for owner in reversed(kind.__mro__[:-1]):
         each = docstring_parser.parse_from_object(owner).params
         found |= {one.arg_name: " ".join((one.description or "").split()) for one in each}

@@ -37,6 +37,8 @@ class Export(Command):
     """Smallest height and width in pixels, a multiple of the patch size; one patch by default."""
     max_size: int | None = None
     """Largest height and width; twice the native size by default."""
+    size: int | None = None
+    """One height and width alone, in place of a smallest and a largest: programs of a fixed size."""
     max_batch: int = 32
     """Largest batch."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -46,14 +48,16 @@ class Export(Command):
         """Raises ValueError (ExportError if the file does not give what the encoder gives) or OSError."""
         from ..export import export_model
 
+        if self.size is not None and (self.min_size, self.max_size) != (None, None):
+            raise ValueError(f"size is {self.size} beside min_size or max_size; accepted: one size, or bounds")
         model = load_model(self.source).to(device_of(self.device))
         with console.status(f"exporting {self.source}") as status:
             found = export_model(
                 model,
                 self.out,
                 format=self.format,
-                min_size=self.min_size,
-                max_size=self.max_size,
+                min_size=self.size or self.min_size,
+                max_size=self.size or self.max_size,
                 max_batch=self.max_batch,
                 source=self.source,
                 say=status.update,

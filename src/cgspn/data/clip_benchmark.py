@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .locate import cache_folder
-from .shards import ShardSet, open_shards
+from .locate import MOST_NAMES, cache_folder, shard_of, tars_in
+from .shards import ShardSet, index_shards
 
 SPLIT = "test"
 COUNT = "nshards.txt"
+MOST_BYTES = 1 << 24  # of a file of lines
 
 
 def is_clip_benchmark(root: Path) -> bool:
@@ -27,21 +28,24 @@ def open_benchmark_shards(root: Path) -> ShardSet:
         ValueError: nshards.txt holds no number, or from `open_shards`, naming the shards that are lost.
         FileNotFoundError: no tar there.
     """
-    count = root / SPLIT / COUNT
+    split, count = root / SPLIT, root / SPLIT / COUNT
     if not count.is_file():
-        return open_shards(str(root / SPLIT / "*.tar"), cache_folder())
-    try:
-        shards = int(count.read_text())
-    except ValueError as error:
-        raise ValueError(f"{count} holds {count.read_text()[:20]!r}; expected the number of tars") from error
-    if shards < 1:
-        raise ValueError(f"{count} says {shards} tars; expected at least 1")
-    return open_shards(str(root / SPLIT / f"{{0..{shards - 1}}}.tar"), cache_folder())
+        return index_shards(str(split), tars_in(split), cache_folder())
+    with count.open("rb") as file:
+        said = file.read(32).strip()
+    if not said.isdigit():
+        raise ValueError(f"{count} holds {said.decode(errors='replace')[:20]!r}; expected the number of tars")
+    if not 1 <= int(said) <= MOST_NAMES:
+        raise ValueError(f"{count} says {int(said)} tars; expected 1 to {MOST_NAMES}")
+    return index_shards(str(split), [shard_of(split / f"{number}.tar") for number in range(int(said))], cache_folder())
 
 
 def read_lines(path: Path, what: str) -> list[str]:
     """The lines of a text file that are not empty. Raises FileNotFoundError saying `what` was expected there."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}; expected {what}")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise ValueError(f"{path} has {size} bytes; accepted: {MOST_BYTES}")
+    # some editors put a mark before UTF-8, which is no part of the first line
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     return [line for line in lines if line]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
@@ -12,6 +13,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 ORIENTATION = 0x0112  # the Exif tag; values from 5 to 8 turn a picture on its side
 ON_ITS_SIDE = range(5, 9)
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
+"""Those that are read. Pillow knows others, of which PostScript starts a program on what the file holds."""
+MOST_PIXELS = 1 << 27  # of a picture, beyond the largest cameras: 512 MiB as RGBA
+MOST_BYTES = 1 << 28  # of a file
 
 Box = tuple[float, float, float, float]
 """(top, left, height, width) in pixels, inside the picture."""
@@ -56,12 +62,36 @@ def read_box(file: Path | IO[bytes], size: tuple[int, int], choose: Callable[[in
 
 
 def open_image(file: Path | IO[bytes]) -> Image.Image:
-    """`Image.open`, whose message would name an object in memory. Raises OSError."""
+    """A picture that is not decoded yet.
+
+    Raises OSError for what is none, for formats other than `FORMATS`, and for files and pictures that are too large.
+    """
+    if isinstance(file, Path):
+        check_file(file)
     try:
-        return Image.open(file)
-    except UnidentifiedImageError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half of our own limit
+            image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError as error:  # its message would name an object in memory
         name = f": {file}" if isinstance(file, Path) else ""
-        raise OSError(f"no image, or of no kind that Pillow can read{name}") from error
+        raise OSError(f"no image, or of none of the kinds {', '.join(FORMATS)}{name}") from error
+    if image.width * image.height > MOST_PIXELS:
+        raise OSError(f"{image.width} x {image.height} pixels; accepted: {MOST_PIXELS} in all")
+    return image
+
+
+def check_file(path: Path) -> None:
+    """Raise OSError for what is no regular file, which might have no end, and for files larger than `MOST_BYTES`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise OSError(f"{path} has {size} bytes; accepted: {MOST_BYTES}")
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds. Raises OSError as `check_file`, or if it cannot be read."""
+    check_file(path)
+    return path.read_bytes()
 
 
 def whole(height: int, width: int) -> Box:

@@ -34,7 +34,7 @@ def load_folder(
         path: the folder.
         size: height and width of all images, or one number for both.
         crop: True keeps the aspect ratio and cuts the middle, False squeezes the whole image into `size`.
-        max_skipped_fraction: largest share of unreadable files that is put up with, 0 to 1.
+        max_skipped_fraction: largest share of unreadable files that is tolerated, 0 to 1.
 
     Returns:
         The set, images uint8 [N, 3, h, w], and the report of what was skipped (empty if nothing was).
@@ -93,10 +93,12 @@ def list_folder(root: Path, *, mixed: bool = False) -> tuple[tuple[str, ...], li
         raise NotADirectoryError(f"not a folder: {root}")
     children = sorted(p for p in root.iterdir() if not p.name.startswith("."))
     loose = [p for p in children if _is_image(p)]
-    folders = [(p.name, sorted(_walk(p))) for p in children if p.is_dir()]
+    top = root.resolve()
+    below = [p for p in children if p.is_dir() and not (p.is_symlink() and _leads_back(p, {top}))]
+    folders = [(p.name, sorted(_walk(p, top))) for p in below]
     folders = [(name, files) for name, files in folders if files]
     if loose and folders and mixed:
-        loose, folders = sorted(_walk(root)), []
+        loose, folders = sorted(_walk(root, top)), []
     if loose and folders:
         raise ValueError(
             f"{root} holds images ({loose[0].name}, ...) beside sub-folders with images ({folders[0][0]}, ...); "
@@ -109,14 +111,29 @@ def list_folder(root: Path, *, mixed: bool = False) -> tuple[tuple[str, ...], li
     return tuple(name for name, _ in folders), [(f, k) for k, (_, files) in enumerate(folders) for f in files]
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for path in folder.iterdir():
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            yield from _walk(path)
-        elif _is_image(path):
-            yield path
+def _walk(folder: Path, root: Path) -> Iterator[Path]:
+    """The images below a folder. Links to folders are followed out of `root`, each of their targets once."""
+    seen, todo = {root}, [folder]
+    while todo:
+        for path in todo.pop().iterdir():
+            if path.name.startswith("."):
+                continue
+            if not path.is_dir():
+                if _is_image(path):
+                    yield path
+                continue
+            if path.is_symlink() and _leads_back(path, seen):
+                continue
+            todo.append(path)
+
+
+def _leads_back(link: Path, seen: set[Path]) -> bool:
+    """Whether a link leads to what is walked anyway: back into the root, or into or above a target seen before."""
+    target = link.resolve()
+    if any(target == known or known in target.parents or target in known.parents for known in seen):
+        return True
+    seen.add(target)
+    return False
 
 
 def _is_image(path: Path) -> bool:

@@ -11,6 +11,7 @@ from PIL import Image
 
 from .captions import TEMPLATES
 from .clip_benchmark import is_clip_benchmark, open_benchmark_shards, read_lines
+from .decode import read_bytes
 from .embedded import load_embedded
 from .folder import SUFFIXES, list_folder
 from .locate import cache_folder
@@ -64,6 +65,7 @@ def open_labelled(source: str | Path) -> LabelledPictures:
     Args:
         source: "embedded" (its test split); a folder with a sub-folder for each class; a folder in the layout of
             CLIP-benchmark: test/0.tar ... with .cls files, classnames.txt, zeroshot_classification_templates.txt.
+            Tars with .cls files alone have classes without names (`open_numbered`).
 
     Raises:
         OSError: nothing there, or it cannot be read.
@@ -94,7 +96,29 @@ def _labelled_shards(root: Path) -> LabelledPictures:
     shards = open_benchmark_shards(root)
     names = tuple(read_lines(root / "classnames.txt", "the names of the classes, one a line"))
     templates = root / "zeroshot_classification_templates.txt"
-    labels = []
+    return LabelledPictures(
+        set_name(root),
+        images_of(shards),
+        class_numbers(shards, len(names), f", the lines of {root / 'classnames.txt'}"),
+        names,
+        tuple(read_lines(templates, "")) if templates.exists() else TEMPLATES,
+    )
+
+
+def open_numbered(source: str | Path, classes: int) -> LabelledPictures:
+    """Pictures of tars (a path, pattern or URL) with .cls files, for measures that ask for no names.
+
+    classes: K; numbers are 0 to K - 1. Raises OSError or ValueError from `open_shards`, and ValueError for samples
+    without a number or with one out of range.
+    """
+    shards = open_shards(str(source), cache_folder())
+    names = tuple(f"class {number}" for number in range(classes))
+    return LabelledPictures(set_name(source), images_of(shards), class_numbers(shards, classes), names)
+
+
+def class_numbers(shards: ShardSet, classes: int, where: str = "") -> list[int]:
+    """The number in the .cls file of each sample. Raises ValueError for one that is none of 0 to classes - 1."""
+    labels: list[int] = []
     for number in range(len(shards)):
         content = shards.read_parts(number, ("cls",))["cls"]
         if content is None:
@@ -105,18 +129,9 @@ def _labelled_shards(root: Path) -> LabelledPictures:
             raise ValueError(
                 f"{shards.name(number)}: its .cls file holds {content[:20]!r}; expected a number"
             ) from error
-        if not 0 <= labels[-1] < len(names):
-            raise ValueError(
-                f"{shards.name(number)} has class {labels[-1]}; accepted: 0 to {len(names) - 1}, "
-                f"the lines of {root / 'classnames.txt'}"
-            )
-    return LabelledPictures(
-        set_name(root),
-        images_of(shards),
-        labels,
-        names,
-        tuple(read_lines(templates, "")) if templates.exists() else TEMPLATES,
-    )
+        if not 0 <= labels[-1] < classes:
+            raise ValueError(f"{shards.name(number)} has class {labels[-1]}; accepted: 0 to {classes - 1}{where}")
+    return labels
 
 
 def open_captioned(source: str | Path) -> CaptionedPictures:
@@ -138,7 +153,7 @@ def open_captioned(source: str | Path) -> CaptionedPictures:
     else:
         files = [file for file, _ in list_folder(root)[1]]
         beside = [file.with_suffix(".txt") for file in files]
-        texts = [text.read_bytes() if text.is_file() else b"" for text in beside]
+        texts = [read_bytes(text) if text.is_file() else b"" for text in beside]
         pictures = list(files)
     captions = [
         tuple(line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()) for text in texts

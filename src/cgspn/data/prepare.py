@@ -19,6 +19,7 @@ from torch import Tensor
 from ..models.config import EncoderConfig, Resample
 from .decode import open_image, to_rgb
 from .shards import ShardSet
+from .sizes import Size, size_in_pixels
 from .skipped import SkipCounter
 from .transforms import MEAN, STD
 
@@ -164,10 +165,13 @@ class Prepare:
         return image.resize((width, height), filter_, box)
 
 
-def prepare_for(config: EncoderConfig, size: tuple[int, int] | None = None) -> Prepare:
-    """How pictures become what an encoder was trained on, at its native size or another."""
+def prepare_for(config: EncoderConfig, size: Size = None) -> Prepare:
+    """How pictures become what an encoder was trained on, at its native size or another.
+
+    Raises ValueError for a size that patches do not tile.
+    """
     return Prepare(
-        size or config.image_size,
+        size_in_pixels(config, size),
         config.image_crop,
         config.image_resample,
         config.image_mean,

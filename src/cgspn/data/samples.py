@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from .decode import read_bytes
 from .folder import list_folder
 from .skipped import Skipped
 
@@ -85,7 +86,7 @@ class SampleFolder:
         path, label = Path(self.files[number]), self.labels[number]
         text, data = (_optional(path.with_suffix(ending)) for ending in (".txt", ".json"))
         class_name = self.class_names[label] if label >= 0 else ""
-        return Sample(path.read_bytes(), caption_of(text, data), class_name, label)
+        return Sample(read_bytes(path), caption_of(text, data), class_name, label)
 
     def digest(self) -> str:
         """As in `SampleSource`; where the folder is does not count."""
@@ -109,7 +110,7 @@ def caption_of(text: bytes | None, data: bytes | None) -> str:
         return caption
     try:
         found = json.loads(data or b"{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return ""
     if isinstance(found, dict):
         for key in ("caption", "text"):
@@ -127,7 +128,4 @@ def digest_of(names: Iterable[bytes]) -> str:
 
 
 def _optional(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
+    return read_bytes(path) if path.is_file() else None

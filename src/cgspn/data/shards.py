@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from .locate import Shard, locate, shown
 from .samples import Sample, caption_of, digest_of
 from .skipped import Skipped
-from .tar_index import PARTS, TarIndex, load_index
+from .tar_index import PARTS, TarIndex, load_index, shown_name
 
 AT_ONCE = 8  # shards that are indexed together: on network disks most of the time is waiting
 
@@ -25,9 +26,11 @@ class ShardSet:
     Attributes:
         source: as the user wrote it.
         shards: those that hold samples.
-        problems: shards that are lost or damaged; of a damaged one the samples before the damage are used.
+        problems: shards that are lost or damaged, and samples that are left out of others; of a damaged shard the
+            samples before the damage are used.
         ends: for each shard, the number of samples up to its end.
-        keys: uint8 [N, K], UTF-8 names padded with zeros.
+        names: uint8 [total], the samples' names one after the other.
+        name_ends: int64 [N], where each ends in `names`.
         spans: int64 [N, len(PARTS), 2], offset and size in bytes of each of `PARTS`; -1 where there is none.
     """
 
@@ -36,7 +39,8 @@ class ShardSet:
     problems: Skipped
     ends: Tensor = field(repr=False)
     # tensors, not arrays: workers that are not forked get these as shared memory
-    keys: Tensor = field(repr=False)
+    names: Tensor = field(repr=False)
+    name_ends: Tensor = field(repr=False)
     spans: Tensor = field(repr=False)
 
     def __len__(self) -> int:
@@ -44,8 +48,9 @@ class ShardSet:
 
     def name(self, number: int) -> str:
         """The shard, and the path in it without endings."""
-        key = self.keys[number].numpy().tobytes().rstrip(b"\0")
-        return f"{self._shard(number).name}: {key.decode(errors='replace')}"
+        start = int(self.name_ends[number - 1]) if number else 0
+        key = self.names[start : int(self.name_ends[number])].numpy().tobytes()
+        return f"{self._shard(number).name}: {shown_name(key)}"
 
     def read(self, number: int) -> Sample:
         """Read a sample. Raises OSError if its shard cannot be read as far as that."""
@@ -71,7 +76,7 @@ class ShardSet:
 
     def digest(self) -> str:
         """As in `SampleSource`; where the shards are does not count."""
-        return digest_of([self.ends.numpy().tobytes(), self.keys.numpy().tobytes()])
+        return digest_of([tensor.numpy().tobytes() for tensor in (self.ends, self.names, self.name_ends)])
 
     def _shard(self, number: int) -> Shard:
         return self.shards[int(torch.searchsorted(self.ends, number, right=True))]
@@ -86,38 +91,60 @@ def open_shards(source: str, cache: Path, max_skipped: float = 0.1) -> ShardSet:
     Args:
         source: a path, a pattern with `{000..009}`, `{a,b}` or `*`, or a URL; URLs are fetched into `cache`, whole.
         cache: folder for fetched shards and indices.
-        max_skipped: largest share of lost or damaged shards that is put up with, 0 to 1.
+        max_skipped: largest share of lost or damaged shards that is tolerated, 0 to 1.
 
     Raises:
         FileNotFoundError: nothing there.
         ValueError: a wrong pattern, more problems than `max_skipped`, or no sample at all.
     """
-    located = locate(source, cache)
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = pool.map(lambda shard: _index(shard, cache), located)
+    return index_shards(source, locate(source, cache, max_skipped), cache, max_skipped)
+
+
+def index_shards(source: str, located: Sequence[Shard], cache: Path, max_skipped: float = 0.1) -> ShardSet:
+    """Index shards; source: what to call them. Arguments and errors as in `open_shards`."""
+    lost = tuple((shard.name, shard.problem) for shard in located if shard.problem)
+    _check_problems(lost, located, max_skipped)  # before an index of each is looked for
+    with ThreadPool(AT_ONCE) as pool:  # its threads do not keep a program alive that is interrupted
+        found = pool.imap(lambda shard: _index(shard, cache), located)
         indexed = list(zip(located, shown(found, "indexing shards", len(located))))
     problems = tuple((shard.name, why) for shard, (_, why) in indexed if why)
-    if len(problems) > max_skipped * len(located):
-        named = "; ".join(f"{name}: {why}" for name, why in problems[:3])
-        if len(located) == 1 and located[0].problem:
-            raise FileNotFoundError(named)
-        raise ValueError(
-            f"{len(problems)} of {len(located)} shards are lost or damaged, more than {max_skipped:.0%} "
-            f"(max_skipped): {named}"
-        )
+    _check_problems(problems, located, max_skipped)
     kept = [(shard, index) for shard, (index, _) in indexed if index is not None and len(index)]
     if not kept:
         raise ValueError(f"{source}: no images in {len(located)} shards")
     indices = [index for _, index in kept]
-    keys = np.concatenate([index.keys for index in indices])
+    starts = np.cumsum([0] + [len(index.names) for index in indices])
     return ShardSet(
         source,
         tuple(shard for shard, _ in kept),
-        Skipped(problems, len(located), "shards"),
+        _skipped(problems, len(located), kept),
         torch.tensor([len(index) for index in indices]).cumsum(0),
-        torch.from_numpy(keys.view(np.uint8).reshape(len(keys), -1)),
+        torch.from_numpy(np.concatenate([index.names for index in indices])),
+        torch.from_numpy(np.concatenate([index.ends + start for index, start in zip(indices, starts)])),
         torch.from_numpy(np.concatenate([index.spans for index in indices])),
     )
+
+
+def _check_problems(problems: Sequence[tuple[str, str]], located: Sequence[Shard], max_skipped: float) -> None:
+    if len(problems) <= max_skipped * len(located):
+        return
+    named = "; ".join(f"{name}: {why}" for name, why in problems[:3])
+    if len(located) == 1 and located[0].problem:
+        raise FileNotFoundError(named)
+    raise ValueError(
+        f"{len(problems)} of {len(located)} shards are lost or damaged, more than {max_skipped:.0%} "
+        f"(max_skipped): {named}"
+    )
+
+
+def _skipped(problems: tuple[tuple[str, str], ...], shards: int, kept: Sequence[tuple[Shard, TarIndex]]) -> Skipped:
+    """Shards that are lost or damaged, and what is left out of those that are used."""
+    left_out = tuple((f"{shard.name}: {name}", why) for shard, index in kept for name, why in index.left_out)
+    unnamed = sum(index.unnamed for _, index in kept)
+    if not left_out:
+        return Skipped(problems, shards, "shards")
+    total = shards + sum(len(index) for _, index in kept) + len(left_out) + unnamed
+    return Skipped(problems + left_out, total, "shards and samples", unnamed)
 
 
 def _index(shard: Shard, cache: Path) -> tuple[TarIndex | None, str]:
@@ -126,4 +153,6 @@ def _index(shard: Shard, cache: Path) -> tuple[TarIndex | None, str]:
         index = load_index(shard.path, cache)
     except OSError as error:
         return None, shard.problem or str(error)
-    return index, shard.problem or index.damage or ("" if len(index) else "holds no images")
+    reasons = [f"{name}: {why}" for name, why in index.left_out[:3]]
+    empty = "" if len(index) else "; ".join(["holds no images", *reasons])
+    return index, shard.problem or index.damage or empty

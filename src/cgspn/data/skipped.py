@@ -1,4 +1,4 @@
-"""What could not be read: named, counted, and put up with up to a limit."""
+"""What could not be read: named, counted, and tolerated up to a limit."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ class Skipped:
         files: name and reason of each, in the order of reading.
         total: how many were tried.
         what: what they are, in the plural.
+        unnamed: how many more there are beside `files`.
     """
 
     files: tuple[tuple[str, str], ...] = ()
     total: int = 0
     what: str = "images"
+    unnamed: int = 0
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.files) + self.unnamed
 
     def summary(self) -> str:
         """A line for the count and one for each file, the first ten by name."""
@@ -42,7 +44,7 @@ class SkipCounter:
     Attributes:
         source: what is read, for messages.
         size: number of its images.
-        limit: largest share of unreadable ones that is put up with, 0 to 1.
+        limit: largest share of unreadable ones that is tolerated, 0 to 1.
         read: how many were tried. used: how many could be read. bad: the others, name and reason by number.
     """
 

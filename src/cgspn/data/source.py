@@ -9,9 +9,9 @@ import torch
 from .embedded import Split, load_embedded
 from .folder import load_folder
 from .image_set import ImageSet
-from .locate import cache_folder, is_url
+from .locate import cache_folder, is_url, tars_in
 from .samples import SampleSource, open_folder
-from .shards import open_shards
+from .shards import index_shards, open_shards
 from .transforms import LUMA
 
 EMBEDDED = "embedded"
@@ -47,15 +47,15 @@ def open_samples(source: str, *, cache: Path | None = None, max_skipped: float =
     Args:
         source: a folder of images or of shards, or shards: a path, a pattern or a URL (`open_shards`).
         cache: folder for fetched shards and indices; None for the user's cache folder.
-        max_skipped: largest share of lost or damaged shards that is put up with, 0 to 1.
+        max_skipped: largest share of lost or damaged shards that is tolerated, 0 to 1.
 
     Raises FileNotFoundError, NotADirectoryError or ValueError, as `open_shards` and `load_folder` do.
     """
     path = Path(source).expanduser()
     if is_url(source) or not path.is_dir():
         return open_shards(source, cache_folder(cache), max_skipped)
-    if any(path.glob("*.tar")):
-        return open_shards(str(path / "*.tar"), cache_folder(cache), max_skipped)
+    if tars := tars_in(path):
+        return index_shards(source, tars, cache_folder(cache), max_skipped)
     return open_folder(path)
 
 

@@ -6,10 +6,10 @@ A sample is the members that share a path up to the first dot of the file name: 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import tarfile
 import tempfile
-import zipfile
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +17,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-FORMAT = 2  # of the cached file; another number is read as no cache
+from .decode import MOST_BYTES
+from .folder import SUFFIXES
+from .tar import LONGEST_NAME, Member, TarDamage, members
+
+FORMAT = 3  # of the cached file; another number is read as no cache
 
 PARTS = ("image", "txt", "json", "mask", "cls")
-ENDINGS = {
-    **dict.fromkeys(("jpg", "jpeg", "png", "webp"), "image"),
-    "txt": "txt",
-    "json": "json",
-    "mask.png": "mask",
-    "cls": "cls",
-}
+IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
+ENDINGS = {**dict.fromkeys(IMAGES, "image"), "txt": "txt", "json": "json", "mask.png": "mask", "cls": "cls"}
+NO_IMAGE = f"no image (looked for {', '.join(sorted(IMAGES))})"
+DOTS = "its name has more than one dot; a sample's name ends at the first"
+TAKEN = "another file has its name"
+NAMED = 1000  # samples that are left out of a tar and named; of the others there is a count
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,68 +37,122 @@ class TarIndex:
     """The samples of one tar, in the order of their first members.
 
     Attributes:
-        keys: bytes [N], UTF-8: the path of each sample's members up to the first dot.
+        names: uint8 [total], the path of each sample's members up to the first dot, one after the other.
+        ends: int64 [N], where each name ends in `names`.
         spans: int64 [N, 5, 2], offset and size in bytes of the members `PARTS`; -1 where there is none.
         damage: what is wrong with the file, or ""; the samples before the damage are all there.
+        left_out: name and reason of files and samples that cannot be used, the first `NAMED` of them.
+        unnamed: how many more there are.
     """
 
-    keys: NDArray[np.bytes_]
+    names: NDArray[np.uint8]
+    ends: NDArray[np.int64]
     spans: NDArray[np.int64]
     damage: str = ""
+    left_out: tuple[tuple[str, str], ...] = ()
+    unnamed: int = 0
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.spans)
 
     def key(self, number: int) -> str:
-        """The name of a sample."""
-        return bytes(self.keys[number]).decode(errors="replace")
+        """The name of a sample; bytes that are not UTF-8 are shown as escapes."""
+        start = int(self.ends[number - 1]) if number else 0
+        return shown_name(self.names[start : int(self.ends[number])].tobytes())
+
+
+def shown_name(name: bytes) -> str:
+    """A name for messages, cut where it is long."""
+    text = name[:200].decode(errors="backslashreplace")
+    return text if len(name) <= 200 else f"{text}... ({len(name)} bytes)"
 
 
 def index_tar(path: Path) -> TarIndex:
-    """Read the headers of a tar. Samples without an image are left out.
+    """Read the headers of a tar. Samples without an image are left out, and counted.
 
     Raises OSError if the file cannot be read at all. A file that is no plain tar comes back empty, with its damage.
     """
-    size, damage, end = path.stat().st_size, "", 0
-    spans: dict[str, list[tuple[int, int]]] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            while (member := tar.next()) is not None:
-                if member.isreg() and member.offset_data + member.size <= size:
-                    _place(spans, member)
-                end = tar.offset
-                tar.members.clear()  # type: ignore[attr-defined]  # or it keeps an object for each member
-    except tarfile.TarError as error:
-        damage = str(error) if spans else f"no plain tar ({error})"
-    if not damage:
-        # tarfile takes both a missing end and a damaged header for the end.
-        with path.open("rb") as file:
-            file.seek(end)
-            block = file.read(tarfile.BLOCKSIZE)
-        if end > size or not block:
-            damage = f"cut off after {size} bytes"
-        elif any(block):
-            damage = f"no valid header at byte {end}"
-    whole = {key: parts for key, parts in spans.items() if parts[0][0] >= 0}
-    keys = np.array([key.encode() for key in whole], dtype=np.bytes_)
-    return TarIndex(keys, np.array(list(whole.values()), dtype=np.int64).reshape(-1, len(PARTS), 2), damage)
+    size, damage, found = path.stat().st_size, "", _Samples()
+    with path.open("rb") as file:
+        try:
+            for member in members(file, size):
+                if member.offset + member.size <= size:
+                    found.place(member)
+        except TarDamage as error:
+            damage = str(error) if found.any else f"no plain tar ({error})"
+    return found.index(damage)
 
 
-def _place(spans: dict[str, list[tuple[int, int]]], member: tarfile.TarInfo) -> None:
-    folder, _, name = member.name.rpartition("/")
-    key, _, ending = name.partition(".")
-    part = ENDINGS.get(ending.lower())
-    if part is None or not key:  # other files, and hidden ones such as the "._" twins that macOS leaves
-        return
-    where = f"{folder}/{key}" if folder else key
-    spans.setdefault(where, [(-1, -1)] * len(PARTS))[PARTS.index(part)] = (member.offset_data, member.size)
+class _Samples:
+    """Collects the members of samples."""
+
+    def __init__(self) -> None:
+        self.any = False
+        self.spans: dict[bytes, list[tuple[int, int]]] = {}
+        self.others: dict[bytes, list[tuple[str, str]]] = {}  # files that are no parts, with reasons
+        self.left_out: list[tuple[str, str]] = []
+        self.count = 0
+
+    def place(self, member: Member) -> None:
+        self.any = True
+        folder, slash, name = member.name.rpartition(b"/")
+        stem, _, ending = name.partition(b".")
+        if not stem or not ending:  # hidden files such as the "._" twins that macOS leaves, and files like README
+            return
+        key, last = folder + slash + stem, ending.lower().decode("latin-1")
+        part = ENDINGS.get(last)
+        if part is None:
+            others = self.others.setdefault(key, [])
+            if last.rpartition(".")[2] in IMAGES:
+                others.append((shown_name(member.name), DOTS))
+            elif not others:
+                others.append((shown_name(member.name), NO_IMAGE))
+            return
+        spans = self.spans.setdefault(key, [(-1, -1)] * len(PARTS))
+        reason = _unusable(member) or (TAKEN if spans[PARTS.index(part)][0] >= 0 else "")
+        if not reason:
+            spans[PARTS.index(part)] = (member.offset, member.size)
+        elif part == "image" or reason != TAKEN:
+            self.leave_out(shown_name(member.name), reason)
+            self.others.setdefault(key, [])
+
+    def leave_out(self, name: str, reason: str) -> None:
+        self.count += 1
+        if len(self.left_out) < NAMED:
+            self.left_out.append((name, reason))
+
+    def index(self, damage: str) -> TarIndex:
+        whole = {key: parts for key, parts in self.spans.items() if parts[0][0] >= 0}
+        for key in self.spans:
+            if key not in whole and key not in self.others:
+                self.leave_out(shown_name(key), NO_IMAGE)
+        for key, others in self.others.items():
+            for name, reason in others if key not in whole else ():
+                self.leave_out(name, reason)
+        spans = np.array(list(whole.values()), dtype=np.int64).reshape(-1, len(PARTS), 2)
+        left_out = tuple(self.left_out)
+        return TarIndex(*_joined(whole), spans, damage, left_out, self.count - len(left_out))
+
+
+def _unusable(member: Member) -> str:
+    if len(member.name) > LONGEST_NAME:
+        return f"a name of {len(member.name)} bytes; accepted: {LONGEST_NAME}"
+    if member.size > MOST_BYTES:
+        return f"{member.size} bytes; accepted: {MOST_BYTES}"
+    return member.odd
+
+
+def _joined(names: Iterable[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    names = list(names)
+    ends = np.cumsum([len(name) for name in names], dtype=np.int64)
+    return np.frombuffer(b"".join(names), dtype=np.uint8), ends
 
 
 def load_index(path: Path, cache: Path) -> TarIndex:
     """The index of a tar, from `cache` if the file has the size and time that it had when it was indexed.
 
     Of a file that is gone, or has lost samples to damage, the cached index is returned, so that the order of all
-    other samples stays what it was. A cache that cannot be written is done without.
+    other samples stays what it was. A cache that is damaged, or cannot be written, is done without.
 
     Raises OSError if the file cannot be read and was never indexed.
     """
@@ -119,23 +176,44 @@ def load_index(path: Path, cache: Path) -> TarIndex:
     return index
 
 
+def _digest(stamp: list[int], index: TarIndex, words: bytes) -> NDArray[np.uint8]:
+    hashed = hashlib.blake2b(words, digest_size=32)
+    for array in (np.array(stamp), index.names, index.ends, index.spans):
+        hashed.update(f"{array.shape} {array.dtype}".encode() + array.tobytes())
+    return np.frombuffer(hashed.digest(), dtype=np.uint8)
+
+
 def _read(kept: Path) -> tuple[list[int], TarIndex] | None:
     try:
-        with np.load(kept) as saved:
-            stamp = saved["stamp"].tolist()
-            return (
-                (stamp, TarIndex(saved["keys"], saved["spans"], str(saved["damage"]))) if stamp[0] == FORMAT else None
-            )
-    except (OSError, ValueError, KeyError, EOFError, IndexError, zipfile.BadZipFile):
+        with np.load(kept, allow_pickle=False) as saved:
+            stamp, words = saved["stamp"].tolist(), saved["words"].tobytes()
+            if stamp[0] != FORMAT:
+                return None
+            index = TarIndex(saved["names"], saved["ends"], saved["spans"])
+            if not np.array_equal(saved["digest"], _digest(stamp, index, words)):
+                return None
+        damage, left_out, unnamed = json.loads(words)
+        return stamp, replace(index, damage=damage, left_out=tuple(map(tuple, left_out)), unnamed=unnamed)
+    # a file that is missing, cut off, changed or of another program: NumPy and zipfile raise a dozen kinds of errors
+    except Exception:
         return None
 
 
 def _write(kept: Path, stamp: list[int], index: TarIndex) -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
+    words = json.dumps([index.damage, index.left_out, index.unnamed]).encode()
     handle, temporary = tempfile.mkstemp(dir=kept.parent, prefix=f".{kept.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, stamp=np.array(stamp), keys=index.keys, spans=index.spans, damage=np.array(index.damage))
+            np.savez(
+                file,
+                stamp=np.array(stamp),
+                names=index.names,
+                ends=index.ends,
+                spans=index.spans,
+                words=np.frombuffer(words, dtype=np.uint8),
+                digest=_digest(stamp, index, words),
+            )
         os.replace(temporary, kept)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

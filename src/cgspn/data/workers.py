@@ -46,7 +46,7 @@ class LoaderConfig:
         workers: processes that read and decode, for each training process; None for one a core, at most 16; 0 reads
             between the steps.
         prefetch: batches that each worker reads ahead.
-        max_skipped: largest share of unreadable images, or of lost or damaged shards, that is put up with, 0 to 1.
+        max_skipped: largest share of unreadable images, or of lost or damaged shards, that is tolerated, 0 to 1.
         cache: folder for fetched shards and for indices; None for $XDG_CACHE_HOME/cgspn/data or ~/.cache/cgspn/data.
     """
 

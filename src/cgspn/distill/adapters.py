@@ -6,6 +6,8 @@ from torch import Tensor, nn
 
 from ..layers import LayerNorm, Mlp
 from ..layers.norm import add_norm
+from ..layers.plain import is_plain
+from ..ops.fused.rows import can_use_rows
 
 
 class Adapter(nn.Module):
@@ -20,7 +22,7 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, C] -> [B, N, C]."""
-        normal, x = add_norm(self.norm, x)
+        normal, x = add_norm(self.norm, x, fused=can_use_rows(x) and is_plain(self.norm, LayerNorm))
         out: Tensor = x + self.mlp(normal)
         return out
 

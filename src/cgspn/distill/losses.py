@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, logsigmoid
 
 from ..ops.backends import unsupported_reason
-from ..ops.functorch import transformed
+from ..ops.eager import is_eager
 
 CHANNELS_MOST = 2048  # of a row that the kernels keep on the chip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,7 +18,7 @@ def fused_loss(student: Tensor, teacher: Tensor, energy: Tensor | None, kl_weigh
 
     The plain form makes some twenty passes over memory in float32. A compiler fuses it, so that it stays plain there.
     """
-    if torch.compiler.is_compiling() or transformed() or not (student.is_cuda and teacher.is_cuda):
+    if not is_eager(student, teacher) or not (student.is_cuda and teacher.is_cuda):
         return None
     if teacher.requires_grad or (energy is not None and energy.requires_grad):
         return None

@@ -127,8 +127,6 @@ def gather_rows(rows: Tensor) -> Tensor:
 def shard_encoder(encoder: Encoder, blocks_per_unit: int = 1, reshard: bool = True) -> None:
     """Shard the blocks of an encoder over all processes (FSDP2); what is around them belongs to the caller's root.
 
-    From here on a block can only be called by `tapped`.
-
     Args:
         encoder: changed in place.
         blocks_per_unit: blocks, one after the other, whose weights are gathered together.
@@ -137,12 +135,8 @@ def shard_encoder(encoder: Encoder, blocks_per_unit: int = 1, reshard: bool = Tr
     blocks = encoder.each_block()
     units = [blocks[i : i + blocks_per_unit] for i in range(0, len(blocks), blocks_per_unit)]
     for unit in units:
+        # A unit's first block gathers and its last one reshards, by hooks around `__call__`.
         fully_shard([*unit], reshard_after_forward=reshard)
-        for block in unit:
-            # A unit's first block gathers and its last one reshards, by hooks around `__call__` alone: methods that
-            # `register_fsdp_forward_method` knows gather and reshard the whole unit at each of its blocks.
-            block.forward = block.tapped  # type: ignore[assignment, method-assign]
-            block.tapped = block.__call__  # type: ignore[method-assign]
     for unit, following in pairwise(units):
         # asked for before a unit is launched, not after: a host that is slower than the device hides nothing else
         unit[0].set_modules_to_forward_prefetch([following[0]])  # type: ignore[operator]

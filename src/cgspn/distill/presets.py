@@ -11,6 +11,11 @@ EMBEDDED = DistillConfig(
     compression=4,
     stage1=OptimConfig(steps=60, batch_size=64, optimizer="muon", learning_rate=1e-2, augment=False),
     stage2=OptimConfig(steps=360, batch_size=64, optimizer="muon", learning_rate=1e-2, augment=False),
+    highres=HighResConfig(
+        optim=OptimConfig(
+            steps=120, batch_size=64, optimizer="muon", learning_rate=1e-3, warmup=0.05, augment=False, embedding_rate=0
+        )
+    ),
 )
 # a ViT-S/14 and some hundred photographs: the recipe of results/quality. Blends, pasted boxes and small crops, as what
 # students made of other photographs fell behind what they made of those they had seen; and small batches, as more steps
@@ -24,6 +29,7 @@ VIT_S14_STUDY = DistillConfig(
     # stage 2 begins with what stage 1 has learned: at 1e-3 the loss after blocks rose to four times its start, most of
     # it from the patch embedding
     stage2=replace(FEW, steps=2800, learning_rate=2.5e-4),
+    highres=HighResConfig(optim=replace(FEW, steps=400, learning_rate=2.5e-5, warmup=0.05, accumulate=4)),
     # a teacher that pools by a class token leaves a fresh head, whose gradient at full weight costs the tokens
     loss=LossConfig(output=0.05),
     compute=ComputeConfig(precision="bfloat16", save_every=100),
@@ -47,7 +53,9 @@ PRESETS: dict[str, DistillConfig] = {
         SO400M_378,
         highres=HighResConfig(
             sizes=(518, 756, 1036),
-            optim=replace(SO400M, steps=4_000, batch_size=1024, accumulate=16, learning_rate=1e-4, inherited_rate=0.5),
+            optim=replace(
+                SO400M_378.stage2, steps=4_000, batch_size=1024, accumulate=16, learning_rate=2e-5, warmup=0.05
+            ),
         ),
     ),
 }

@@ -5,6 +5,7 @@ from .alignment import BlockAlignment, align, cosine, linear_cka, relative_error
 from .influence import influence_map
 from .predict import Classification, Similarity, classify, similarity
 from .probe import Probe, patch_histograms
+from .recognition import Recognition, linear_accuracy, nearest_accuracy, recognition
 from .retrieval import Retrieval, retrieve, retrieve_captions
 from .segmentation import PixelScore, Segmentation, fit_probe, segment
 from .table import Metric, SummaryTable
@@ -17,6 +18,7 @@ __all__ = [
     "Metric",
     "PixelScore",
     "Probe",
+    "Recognition",
     "Retrieval",
     "Segmentation",
     "Similarity",
@@ -28,8 +30,11 @@ __all__ = [
     "cosine",
     "fit_probe",
     "influence_map",
+    "linear_accuracy",
     "linear_cka",
+    "nearest_accuracy",
     "patch_histograms",
+    "recognition",
     "relative_error",
     "retrieve",
     "retrieve_captions",

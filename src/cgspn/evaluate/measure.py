@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..data.captions import class_captions
 from ..data.labelled import CaptionedPictures, LabelledPictures, labels_of
-from ..data.prepare import Picture, open_picture, picture_name, prepare_for, read_each
+from ..data.prepare import Picture, Prepare, open_picture, picture_name, prepare_for, read_each
 from ..data.segmentation_sets import IGNORE, SegmentationSet
+from ..data.sizes import Size
 from ..data.skipped import SkipCounter, Skipped
 from ..models.config import EncoderConfig
 from ..models.dual import DualEncoder
@@ -36,20 +37,38 @@ def embed_pictures(
     batch_size: int = 64,
     watch: Watch | None = None,
     max_skipped: float = MAX_SKIPPED,
+    size: Size = None,
 ) -> tuple[Tensor, list[int], Skipped]:
-    """Embeddings of the pictures that can be read.
+    """Embeddings of the pictures that can be read, at the encoder's own size or another one.
 
     Returns:
         unit vectors float32 [n, D] on the CPU, the numbers of the n pictures, and what was skipped.
 
-    Raises ValueError if a larger share than `max_skipped` cannot be read.
+    Raises ValueError if a larger share than `max_skipped` cannot be read, or for a size that patches do not tile.
     """
-    prepare = prepare_for(model.image.config)
+    prepare = prepare_for(model.image.config, size)
+    return encode_pictures(
+        lambda images: embed_images(model, images, batch_size), prepare, pictures, name, watch, max_skipped
+    )
+
+
+def encode_pictures(
+    encode: Callable[[Iterator[Tensor]], Iterable[Tensor]],
+    prepare: Prepare,
+    pictures: Sequence[Picture],
+    name: str,
+    watch: Watch | None = None,
+    max_skipped: float = MAX_SKIPPED,
+) -> tuple[Tensor, list[int], Skipped]:
+    """What `encode` makes of the pictures that can be read: from images [channels, h, w] one by one to batches of rows.
+
+    Returns and errors as `embed_pictures`: rows float32 [n, D] on the CPU, the numbers of the n pictures, the rest.
+    """
     tally = SkipCounter(name, len(pictures), max_skipped)
     found = read_each(
         range(len(pictures)), lambda n: prepare(open_picture(pictures[n])), lambda n: picture_name(pictures[n]), tally
     )
-    embeddings: list[Tensor] = []
+    rows: list[Tensor] = []
     kept: list[int] = []
 
     def images() -> Iterator[Tensor]:
@@ -57,15 +76,15 @@ def embed_pictures(
             kept.append(number)
             yield pixels
 
-    for part in embed_images(model, images(), batch_size):
-        embeddings.append(part)
+    for part in encode(images()):
+        rows.append(part)
         if watch:
             watch(len(part))
     if watch:
         watch(len(pictures) - len(kept))  # what was skipped is dealt with too
     if not kept:
         raise ValueError(f"{name}: none of its {len(pictures)} images can be read")
-    return torch.cat(embeddings), kept, tally.report()
+    return torch.cat(rows), kept, tally.report()
 
 
 def zeroshot(model: DualEncoder, pictures: LabelledPictures, embeddings: Tensor, kept: Sequence[int]) -> Accuracy:
@@ -119,6 +138,7 @@ def segmentation(
     test: SegmentationSet,
     *,
     size: tuple[int, ...] = (),
+    scored: Sequence[int] = (),
     batch_size: int = 8,
     watch: Watch | None = None,
     max_skipped: float = MAX_SKIPPED,
@@ -132,6 +152,7 @@ def segmentation(
         train, test: data sets of the same classes.
         size: what pictures are resized to, in pixels: (height, width), (shorter side,), or () for the encoder's
             native shorter side. Where the aspect ratio is kept, both sides are rounded to multiples of the patch.
+        scored: classes whose IoU goes into the mean; all if empty. The probe learns all of them.
         batch_size: pictures at a time.
         watch: progress; each picture of both sets comes once.
         max_skipped: largest share of each set that may be unreadable.
@@ -149,8 +170,10 @@ def segmentation(
     read_train, read_test = (
         _reader(encoder, part, size, batch_size, tally, watch) for part, tally in zip((train, test), tallies)
     )
-    probe = fit_streamed(read_train, len(train), classes, ignore_index=IGNORE, held_out=_held_out(len(train)))
-    result = score_streamed(probe, read_test, len(test), classes, ignore_index=IGNORE)
+    probe = fit_streamed(
+        read_train, len(train), classes, ignore_index=IGNORE, held_out=_held_out(len(train)), scored=scored
+    )
+    result = score_streamed(probe, read_test, len(test), classes, ignore_index=IGNORE, scored=scored)
     return result, [tally.report() for tally in tallies]
 
 

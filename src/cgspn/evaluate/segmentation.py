@@ -41,13 +41,24 @@ class Segmentation:
 class PixelScore:
     """Intersection over union and accuracy of pixels, summed over batches by torchmetrics' JaccardIndex."""
 
-    def __init__(self, classes: int, ignore_index: int | None = None, device: torch.device | str = "cpu") -> None:
-        """classes: K. ignore_index: target label of pixels that do not count."""
+    def __init__(
+        self,
+        classes: int,
+        ignore_index: int | None = None,
+        device: torch.device | str = "cpu",
+        scored: Sequence[int] = (),
+    ) -> None:
+        """classes: K. ignore_index: target label of pixels that do not count. scored: classes of the mean.
+
+        Raises ValueError for a scored class out of range.
+        """
         from torchmetrics.classification import MulticlassJaccardIndex
 
         self.metric = MulticlassJaccardIndex(classes, average="none", ignore_index=ignore_index, validate_args=False)
         self.metric.to(device)
-        self.classes, self.ignore_index = classes, ignore_index
+        if wrong := [k for k in scored if not 0 <= k < classes]:
+            raise ValueError(f"scored holds {wrong}; accepted: classes 0 to {classes - 1}")
+        self.classes, self.ignore_index, self.scored = classes, ignore_index, scored or range(classes)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Count pixels: prediction integers of any shape, 0 to K - 1; target of the same, or ignore_index.
@@ -63,18 +74,20 @@ class PixelScore:
             self.metric.update(prediction.to(self.metric.device), target.to(self.metric.device).long())
 
     def compute(self) -> tuple[float, tuple[float | None, ...], float]:
-        """Mean IoU, the IoU of each class, and the share of pixels that are right.
+        """Mean IoU of the scored classes, the IoU of each class, and the share of pixels that are right.
 
         A class that occurs neither in the target nor in the prediction has no IoU (None) and is left out of the mean.
 
-        Raises ValueError if no pixel was counted.
+        Raises ValueError if no pixel was counted, or no scored class occurs.
         """
         counts = self.metric.confmat
         if int(counts.sum()) == 0:
             raise ValueError("no pixel to measure: nothing but pixels that do not count")
         occurs = (counts.sum(0) + counts.sum(1)) > 0
         each = tuple(float(v) if o else None for v, o in zip(self.metric.compute(), occurs))
-        present = [value for value in each if value is not None]
+        present = [value for value in (each[k] for k in self.scored) if value is not None]
+        if not present:
+            raise ValueError(f"none of the scored classes {list(self.scored)} occurs; nothing to measure")
         return sum(present) / len(present), each, float(counts.diagonal().sum() / counts.sum())
 
 
@@ -112,6 +125,7 @@ def fit_streamed(
     ignore_index: int | None = None,
     penalties: tuple[float, ...] = PENALTIES,
     held_out: float = 0.2,
+    scored: Sequence[int] = (),
 ) -> Probe:
     """Fit the probe by ridge regression in float64 on the device of the tokens.
 
@@ -126,6 +140,7 @@ def fit_streamed(
         ignore_index: label of pixels that do not count, such as 255.
         penalties: strengths to choose from, each above 0.
         held_out: share of images for the choice, 0 to 1; at least one image is held out and one is not.
+        scored: classes whose mean IoU chooses; all if empty.
 
     Raises:
         ValueError: arguments out of range, tokens that are not finite, nothing but ignored pixels, or one image only
@@ -145,7 +160,7 @@ def fit_streamed(
     fitted = _moments(read, kept, classes, ignore_index)
     probes = fitted.solve(penalties)
     device = fitted.total.device
-    scores = [PixelScore(classes, ignore_index, device) for _ in probes]
+    scores = [PixelScore(classes, ignore_index, device, scored) for _ in probes]
     rest = Moments(len(fitted.x), classes, device)
     for tokens, masks in read(out):
         rest.add(tokens, masks, ignore_index)
@@ -170,10 +185,19 @@ def _moments(read: Reader, numbers: Sequence[int], classes: int, ignore_index: i
 
 
 def score_streamed(
-    probe: Probe, read: Reader, count: int, classes: int, *, ignore_index: int | None = None
+    probe: Probe,
+    read: Reader,
+    count: int,
+    classes: int,
+    *,
+    ignore_index: int | None = None,
+    scored: Sequence[int] = (),
 ) -> Segmentation:
-    """Measure a probe on the N = count images of a reader. Raises ValueError if none of their pixels counts."""
-    score = PixelScore(classes, ignore_index, probe.weight.device)
+    """Measure a probe on the N = count images of a reader; scored: classes of the mean IoU, all if empty.
+
+    Raises ValueError if none of their pixels counts.
+    """
+    score = PixelScore(classes, ignore_index, probe.weight.device, scored)
     for tokens, masks in read(range(count)):
         score.update(probe.predict(tokens, (masks.shape[1], masks.shape[2])), masks)
     mean, each, accuracy = score.compute()

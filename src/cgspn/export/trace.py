@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
-from torch.nn.functional import normalize, pad, rms_norm
+from torch.nn.functional import normalize, pad
 
 from ..layers import Grid, LearnedPositions, MapPool, PropagationMixer
-from ..layers.propagation import EPS, gain_of
+from ..layers.plain import is_plain
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
 from .bounds import Bounds
@@ -48,8 +48,8 @@ class ImageSide(nn.Module):
 class OpenPositions(LearnedPositions):
     """Learned positions without the short cut at the native grid, which would fix the size of a traced program."""
 
-    def forward(self, height: int, width: int) -> Tensor:
-        """As `LearnedPositions`."""
+    def forward(self, height: int, width: int, mask: Tensor | None = None) -> Tensor:
+        """As `LearnedPositions`, without a mask."""
         return self.resized(height, width)
 
 
@@ -71,6 +71,8 @@ class ShiftedPropagation(PropagationMixer):
 
     def localise(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """As `PropagationMixer`, without a mask."""
+        if self.local is not None and not is_plain(self.local, nn.Conv2d):
+            return super().localise(x, mask)
         if self.local is not None:
             reach = self.config.local_kernel // 2
             height, width = x.shape[1:3]
@@ -80,8 +82,8 @@ class ShiftedPropagation(PropagationMixer):
                 for j in range(2 * reach + 1):
                     near = near + wide[:, i : i + height, j : j + width] * self.local.weight[:, 0, i, j]
             x = near
-        gain = gain_of(self.norm)
-        return x if gain is None else rms_norm(x.flatten(1, 2), x.shape[-1:], gain, EPS).view(x.shape)
+        out: Tensor = self.norm(x.flatten(1, 2)).view(x.shape)
+        return out
 
 
 def trace(side: ImageSide, bounds: Bounds, *, onnx: bool = False) -> ExportedProgram:

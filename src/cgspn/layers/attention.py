@@ -28,7 +28,7 @@ class AttentionMixer(Mixer):
         self.config = config = config or AttentionConfig()
         if config.heads < 1 or width % config.heads:
             raise ValueError(f"heads is {config.heads}; a width of {width} accepts its divisors")
-        self.heads = config.heads
+        self.heads, self.head_width = config.heads, width // config.heads
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.out = nn.Linear(width, width)
         nn.init.normal_(self.qkv.weight, std=width**-0.5)
@@ -39,7 +39,7 @@ class AttentionMixer(Mixer):
 
     def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         batch, count, _ = tokens.shape
-        q, k, v = self.qkv(tokens).view(batch, count, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = self.qkv(tokens).view(batch, count, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:

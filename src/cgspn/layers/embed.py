@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from .mixer import Grid
+from .plain import has_global_hooks, is_plain
 from .resize import PositionResize, resize_matrix, resize_table
 
 
@@ -87,7 +88,8 @@ class PatchEmbed(nn.Module):
         A convolution would leave its channels far apart in memory, and every sum of the residual stream after it,
         layer by layer, would inherit those strides and walk memory at a third of its speed.
         """
-        if torch.compiler.is_exporting():  # views of symbolic sizes would tie the program to some of them
+        # in an exported program views of symbolic sizes would tie it to some of them
+        if torch.compiler.is_exporting() or not is_plain(self.projection, nn.Conv2d) or has_global_hooks():
             tokens: Tensor = self.projection(images).flatten(2).transpose(1, 2)
             return tokens.clone(memory_format=torch.contiguous_format)
         p, weight = self.patch_size[0], self.projection.weight.flatten(1)
@@ -95,7 +97,7 @@ class PatchEmbed(nn.Module):
             images = images[:, :, : height * p, : width * p]
         batch, channels = images.shape[:2]
         patches = images.reshape(batch, channels, height, p, width, p).permute(0, 2, 4, 1, 3, 5)
-        return linear(patches.reshape(batch, height * width, -1), weight, self.projection.bias)
+        return linear(patches.reshape(batch, height * width, channels * p * p), weight, self.projection.bias)
 
 
 class LearnedPositions(nn.Module):
@@ -113,8 +115,10 @@ class LearnedPositions(nn.Module):
         self.grid, self.resize = grid, resize
         self.table = nn.Parameter(torch.randn(grid[0] * grid[1], width) * 0.02)
 
-    def forward(self, height: int, width: int) -> Tensor:
-        """The table for a height x width grid: [h*w, C]."""
+    def forward(self, height: int, width: int, mask: Tensor | None = None) -> Tensor:
+        """The table for a height x width grid: [h*w, C]; with a mask [B, h, w] as `of_images`."""
+        if mask is not None:
+            return self.of_images(mask)
         if (height, width) == self.grid:
             return self.table
         return self.resized(height, width)

@@ -17,8 +17,8 @@ from torch.nn.functional import gelu
 from torch.utils.flop_counter import register_flop_formula
 
 from ..ops import backends
-from .block import Block
 from .mlp import Activation, Mlp, QuickGELU
+from .plain import is_plain
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
@@ -219,8 +219,10 @@ class Fp8Linear(nn.Module):
     def __init__(self, layer: nn.Linear) -> None:
         """layer: [K] -> [N], with a bias. Raises ValueError for another layer, and widths that 16 does not divide."""
         super().__init__()
-        if type(layer) is not nn.Linear:
-            raise ValueError(f"a layer of type {type(layer).__name__}; products of 8 bits take nn.Linear")
+        if not is_plain(layer, nn.Linear):
+            raise ValueError(
+                f"a layer of type {type(layer).__name__}, or with hooks; products of 8 bits take nn.Linear"
+            )
         for width in layer.weight.shape:
             if width % UNIT:
                 raise ValueError(f"a width of {width}; products of 8 bits take multiples of {UNIT}")
@@ -253,6 +255,8 @@ class Fp8Mlp(nn.Module):
         Raises ValueError for SwiGLU, for layers that are not nn.Linear, and for widths that 16 does not divide.
         """
         super().__init__()
+        if not is_plain(mlp, Mlp):
+            raise ValueError(f"an MLP of type {type(mlp).__name__}, or with hooks; accepted in 8 bits: a plain Mlp")
         if mlp.act_name == "swiglu":
             raise ValueError("the MLP has 'swiglu'; accepted in 8 bits: 'gelu', 'gelu_tanh', 'quick_gelu'")
         self.act_name: Activation = mlp.act_name
@@ -265,12 +269,8 @@ class Fp8Mlp(nn.Module):
         """[..., C] -> [..., C]. Raises RuntimeError where a gradient is asked for."""
         return self._through(x, bias=True).unflatten(0, x.shape[:-1])
 
-    def fits(self, tokens: Tensor) -> bool:
-        """Whether `onto` gives for `tokens` what `forward` gives: without gradients, always."""
-        return not torch.is_grad_enabled()
-
-    def onto(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """As `Mlp.onto`: `tokens` [..., C] + the MLP of x [..., C] without its last bias, in place."""
+    def add_to_residual_(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """As `Mlp.add_to_residual_`: `tokens` [..., C] + the MLP of x [..., C] without its last bias, in place."""
         tokens = tokens.contiguous()
         if self.products == "library":
             return tokens.add_(self._through(x, bias=False).view_as(tokens))
@@ -307,9 +307,11 @@ def quantize_mlps(model: Model, *, products: Products = "library") -> Model:
 
     Raises ValueError, before anything is changed, for other products, and an MLP that `Fp8Mlp` does not take.
     """
+    from .block import Block
+
     if products not in get_args(Products):
         raise ValueError(f"products is {products!r}; accepted: 'library', 'triton'")
-    blocks = [block for block in model.modules() if isinstance(block, Block) and isinstance(block.mlp, Mlp)]
+    blocks = [block for block in model.modules() if isinstance(block, Block) and not is_plain(block.mlp, Fp8Mlp)]
     for block, mlp in [(block, Fp8Mlp(block.mlp, products)) for block in blocks]:
         block.mlp = mlp.train(block.training)  # type: ignore[assignment]
     return model

@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .norm import add_norm
-
 Window = tuple[int, int]  # rows and columns of positions
 
 
@@ -42,31 +40,3 @@ class Mixer(nn.Module):
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """tokens [B, N, C] -> [B, N, C]. Raises ValueError if N does not fit the grid."""
         raise NotImplementedError
-
-    def branch(self, tokens: Tensor, norm: nn.Module, grid: Grid) -> tuple[Tensor, Tensor]:
-        """mixer(norm(tokens)), and the tokens for what goes past it (`add_norm`): [B, N, C] each.
-
-        Mixers that can begin before the norm has ended override this.
-        """
-        normal, past = add_norm(norm, tokens)
-        return self(normal, grid), past
-
-    def residual(self, tokens: Tensor, norm: nn.Module, scale: nn.Module, grid: Grid) -> Tensor:
-        """The whole mixing half of a block, tokens + scale(mixer(norm(tokens))): [B, N, C] -> [B, N, C].
-
-        Mixers that can read and write the tokens once override this.
-        """
-        branch, tokens = self.branch(tokens, norm, grid)
-        out: Tensor = tokens + scale(branch)
-        return out
-
-    def residual_norm(
-        self, tokens: Tensor, norm: nn.Module, scale: nn.Module, grid: Grid, following: nn.Module, after: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """`residual`, and what the MLP half wants of it: (t + after, following(t)), [B, N, C] each.
-
-        following: the LayerNorm of the next half; after: [C]. The first may be written to.
-        """
-        branch, tokens = self.branch(tokens, norm, grid)
-        normal, total = add_norm(following, tokens, scale(branch), after)
-        return total, normal

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
 
-from ..ops.autocast import lowered
-from ..ops.functorch import transformed
+from ..ops.autocast import autocast_dtype
+from ..ops.eager import is_eager
 from ..ops.fused import rows as over_rows
+from .plain import has_global_hooks, is_plain
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 
@@ -62,55 +63,42 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., C] -> [..., C] (or `out`)."""
-        eager = not torch.compiler.is_compiling() and not transformed()
-        if torch.is_grad_enabled() and eager and not x.is_meta and self.bare():
-            dtype = None if x.dtype == torch.float64 else lowered(x)
+        if torch.is_grad_enabled() and is_eager(x) and self.is_bare():
+            dtype = None if x.dtype == torch.float64 else autocast_dtype(x)
             tensors = (x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
             with torch.autocast(x.device.type, enabled=False):
                 ready = [t.to(dtype or t.dtype) for t in tensors]
-                kept: Tensor = _KeepingOne.apply(*ready, self.act.approximate)  # type: ignore[no-untyped-call]
-                return kept
-        out: Tensor = self.fc2(self.act(self.fc1(x)))
-        return out
+                out: Tensor = RecomputeGELU.apply(*ready, self.act.approximate)  # type: ignore[no-untyped-call]
+                return out
+        plain: Tensor = self.fc2(self.act(self.fc1(x)))
+        return plain
 
-    def bare(self) -> bool:
-        """Whether this is two plain linear layers around a GELU, which nobody replaced or listens to."""
-        layers = (self.fc1, self.fc2)
-        return type(self.act) is nn.GELU and all(type(m) is nn.Linear for m in layers) and unheard(self.act, *layers)
+    def is_bare(self) -> bool:
+        """Whether this is two plain linear layers around a GELU, whose work another function may then do."""
+        layers = is_plain(self.fc1, nn.Linear) and is_plain(self.act, nn.GELU) and is_plain(self.fc2, nn.Linear)
+        return layers and not has_global_hooks()
 
-    def fits(self, tokens: Tensor) -> bool:
-        """Whether `onto`, which knows no gradients, gives what the layers give: a GELU by tanh, one dtype."""
-        dtype = lowered(tokens) or self.fc1.weight.dtype
-        return self.bare() and self.act.approximate == "tanh" and tokens.dtype == dtype
-
-    def onto(self, x: Tensor, tokens: Tensor) -> Tensor:
+    def add_to_residual_(self, x: Tensor, tokens: Tensor) -> Tensor:
         """`tokens` [..., C] + the MLP of x without its last bias, in place: the products do bias, GELU and sum.
 
-        For tokens that `fits`.
+        For a bare MLP with a GELU by tanh, without gradients.
         """
         tokens = tokens.contiguous()
         first, bias, second = (t.to(tokens.dtype) for t in (self.fc1.weight, self.fc1.bias, self.fc2.weight))
         hidden = gelu_linear(x.flatten(0, -2), first, bias)
-        tokens.flatten(0, -2).addmm_(hidden, second.T)
+        tokens.view(-1, tokens.shape[-1]).addmm_(hidden, second.T)
         return tokens
-
-
-def unheard(*modules: nn.Module) -> bool:
-    """Whether no hooks are set on modules whose work another function may then do."""
-    return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in modules
-    )
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU (tanh) of a linear layer, x [M, C] -> [M, K]: in one launch where cuBLAS has the epilogue for it."""
-    if x.is_cuda:
+    if not x.is_cpu:
         fused: Tensor = torch._addmm_activation(bias, x, weight.T, use_gelu=True)
         return fused
     return gelu(linear(x, weight, bias), approximate="tanh")
 
 
-class _KeepingOne(torch.autograd.Function):
+class RecomputeGELU(torch.autograd.Function):
     """linear(GELU(linear(x))) that keeps one hidden tensor for the backward, not two, and has two at once, not three.
 
     The GELU is computed again: a pass over memory against a third of what a block keeps.
@@ -161,12 +149,12 @@ def _crossed(d: Tensor, x: Tensor) -> Tensor:
 
 def _sum(d: Tensor) -> Tensor:
     """The sums over rows of d [M, C], added up in float32: [C]."""
-    return over_rows.column_sums(d.contiguous()).to(d.dtype) if over_rows.serves(d) else d.sum(0)
+    return over_rows.column_sums(d.contiguous()).to(d.dtype) if over_rows.can_use_rows(d) else d.sum(0)
 
 
 def _through_gelu(d: Tensor, hidden: Tensor, approximate: str) -> Tensor:
     """The gradient d [M, C] to a GELU's output becomes, in place, that to its input; the sums over its rows [C]."""
-    if over_rows.serves(d, hidden):
+    if over_rows.can_use_rows(d, hidden):
         return over_rows.column_sums(d, hidden.contiguous(), approximate).to(d.dtype)
     torch.ops.aten.gelu_backward.grad_input(d, hidden, approximate=approximate, grad_input=d)
     return d.sum(0)

@@ -6,15 +6,12 @@ after a norm begins with a cast: at the widths of encoders that costs more than 
 
 from __future__ import annotations
 
-from typing import TypeGuard
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm
 
-from ..ops.autocast import lowered
+from ..ops.autocast import autocast_dtype
 from ..ops.fused import rows
-from .mlp import unheard
 
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -27,7 +24,7 @@ class LayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any dtype."""
-        dtype = lowered(x)
+        dtype = autocast_dtype(x)
         if dtype is None:
             return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -40,7 +37,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any dtype."""
-        dtype = lowered(x)
+        dtype = autocast_dtype(x)
         if self._in_one_pass(x, dtype):
             with torch.autocast(x.device.type, enabled=False):
                 trained: Tensor = rows.RmsNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
@@ -56,34 +53,22 @@ class RMSNorm(nn.RMSNorm):
             return False
         kept = dtype in (None, x.dtype) and (dtype is not None or self.weight.dtype == x.dtype)
         small = len(self.normalized_shape) == 1 and x.shape[-1] <= rows.CHANNELS_MOST
-        return kept and small and rows.serves(x)
+        return kept and small and rows.can_use_rows(x)
 
 
 def add_norm(
-    norm: nn.Module, x: Tensor, branch: Tensor | None = None, after: Tensor | None = None
+    norm: nn.Module, x: Tensor, branch: Tensor | None = None, after: Tensor | None = None, *, fused: bool = False
 ) -> tuple[Tensor, Tensor]:
     """norm(t) of t = x + branch, and t + after: [..., C] each. The second is what goes past the norm.
 
-    On a GPU a LayerNorm takes one pass over memory with the sums before and after it, and in training the gradients of
-    both outputs meet in one pass. branch: [..., C], None for nothing; after: [C], for inference only.
+    branch: [..., C], None for nothing; after: [C], in inference. fused: a LayerNorm in one pass over memory with the
+    sums before and after it; in training the gradients of both outputs meet in one pass.
     """
-    if _in_one_pass(norm, x, branch) and not (after is not None and torch.is_grad_enabled()):
-        with torch.autocast(x.device.type, enabled=False):
-            if torch.is_grad_enabled():
-                both: tuple[Tensor, Tensor] = rows.AddNorm.apply(x, branch, norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
-                return both
-            normal, total, _ = rows.forward(x, branch, norm.weight, norm.bias, norm.eps, after)
-            return normal, total
+    if fused and (branch is None or branch.dtype == x.dtype):
+        if torch.is_grad_enabled():
+            both: tuple[Tensor, Tensor] = rows.AddNorm.apply(x, branch, norm.weight, norm.bias, norm.eps)  # type: ignore[no-untyped-call]
+            return both
+        normal, total, _ = rows.forward(x, branch, norm.weight, norm.bias, norm.eps, after)  # type: ignore[arg-type]
+        return normal, total
     total = x if branch is None else x + branch
     return norm(total), total if after is None else total + after.to(total.dtype)
-
-
-def _in_one_pass(norm: nn.Module, x: Tensor, branch: Tensor | None) -> TypeGuard[nn.LayerNorm]:
-    if torch.compiler.is_compiling():
-        return False
-    plain = isinstance(norm, nn.LayerNorm) and type(norm) in (LayerNorm, nn.LayerNorm)
-    if not plain or norm.bias is None or norm.normalized_shape != x.shape[-1:] or x.shape[-1] > rows.CHANNELS_MOST:
-        return False
-    # nothing in more or less precision than the layers alone would have
-    kept = lowered(x) in (None, x.dtype) and (branch is None or branch.dtype == x.dtype)
-    return kept and rows.serves(x, branch) and unheard(norm)

@@ -63,8 +63,9 @@ class MapPool(nn.Module):
         """Prefix tokens and positions outside the mask take no part."""
         tokens = tokens[:, grid.prefix :]
         batch, count, width = tokens.shape
-        q = self.q(self.probe).view(1, self.heads, 1, -1).expand(batch, -1, -1, -1)
-        k, v = self.kv(tokens).view(batch, count, 2, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        each = width // self.heads
+        q = self.q(self.probe[None]).view(1, self.heads, 1, each).expand(batch, -1, -1, -1)
+        k, v = self.kv(tokens).view(batch, count, 2, self.heads, each).permute(2, 0, 3, 1, 4).unbind(0)
         inside = None if grid.mask is None else grid.mask.flatten(1)[:, None, None]
         pooled = self.out(scaled_dot_product_attention(q, k, v, attn_mask=inside).reshape(batch, width))
         out: Tensor = pooled + self.mlp(self.norm(pooled))

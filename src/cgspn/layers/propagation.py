@@ -11,20 +11,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, TypedDict, TypeGuard
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ..ops import DIRECTIONS, fused, propagate_2d, propagate_2d_projected
-from ..ops.autocast import lowered
+from ..ops import DIRECTIONS, propagate_2d, propagate_2d_projected
 from ..ops.projected_library import split_parameters
 from .mixer import Grid, Mixer
-from .mlp import unheard
 from .norm import RMSNorm
+from .plain import has_global_hooks, is_plain
 
 EPS = 1e-6  # of the RMSNorms
+
+
+MOST_EXPANSION, MOST_KERNEL = 64, 63
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class PropagationConfig:
         forget_gate: a forget gate: how much stays of the line before, for each position and set.
         normalise_state: divide the state by the same scan of ones: y = u * h / n, a weighted mean of what the scan has
             seen in place of a sum, so that it does not grow with the number of lines. lam then passes a softplus.
+        convex_gate: lam = 1 - keep, and 1 on the first line: the state is a weighted mean of what the scan has seen.
         local_kernel: size of a depthwise convolution on the latent, added to it; 0 for none.
         projections: GSPN's linear projections C -> C around everything.
         expansion: GSPN's channel expansion before propagation; 1 for none.
@@ -59,6 +62,7 @@ class PropagationConfig:
     latent_norm: bool = True
     merge_norm: bool = True
     normalise_state: bool = False
+    convex_gate: bool = False
     local_kernel: int = 3
     projections: bool = False
     expansion: float = 1
@@ -66,6 +70,10 @@ class PropagationConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that no width could have."""
+        if not 0 < self.expansion <= MOST_EXPANSION:
+            raise ValueError(f"expansion is {self.expansion}; accepted: more than 0, at most {MOST_EXPANSION}")
+        if not 0 <= self.local_kernel <= MOST_KERNEL:
+            raise ValueError(f"local_kernel is {self.local_kernel}; accepted: 0 to {MOST_KERNEL}")
         if self.channels_per_group < 1:
             raise ValueError(f"channels_per_group is {self.channels_per_group}; accepted: 1 or more")
         if self.value_expansion is not None and (self.compression is None or not self.value_expansion > 0):
@@ -95,9 +103,9 @@ class PropagationConfig:
         expanded = int(width * self.expansion)
         if self.compression is None:
             return expanded
-        if not self.compression > 0 or int(width / self.compression) < 1:
+        if not self.compression >= 1 / MOST_EXPANSION or int(width / self.compression) < 1:
             raise ValueError(
-                f"compression is {self.compression}; a width of {width} accepts more than 0 and at most {width}"
+                f"compression is {self.compression}; a width of {width} accepts {1 / MOST_EXPANSION} to {width}"
             )
         return int(width / self.compression)
 
@@ -138,12 +146,7 @@ class PropagationMixer(Mixer):
 
     Linear in the number of tokens, any grid. Class or register tokens have no place in it.
     Source: design, section 3.
-
-    Attributes:
-        pieces: what runs around the scan, a backend of `cgspn.ops.fused`: "torch" for gradients of gradients.
     """
-
-    pieces: Literal["auto", "triton", "torch"] = "auto"
 
     def __init__(self, width: int, config: PropagationConfig | None = None) -> None:
         """width: C. Raises ValueError if the compression leaves no channel."""
@@ -170,7 +173,6 @@ class PropagationMixer(Mixer):
         self.merge_norm = RMSNorm(merged, eps=EPS) if config.merge_norm else nn.Identity()
         self.up = nn.Linear(merged, width)
         self.project_out = nn.Linear(width, width) if config.projections else nn.Identity()
-        self.scans_itself = type(self).propagate is not PropagationMixer.propagate
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -200,88 +202,45 @@ class PropagationMixer(Mixer):
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """tokens [B, h*w, C] -> [B, h*w, C]. Raises ValueError for prefix tokens or a count that is not h*w."""
-        _check_grid(tokens, grid)
-        x, y = self.scan(self.down(self.expand(self.project_in(tokens))), grid)
+        check_grid(tokens, grid)
+        latent = self.down(self.expand(self.project_in(tokens)))
+        x = self.localise(latent.view(len(tokens), grid.height, grid.width, latent.shape[-1]), grid.mask)
+        x, y = self.scan(x, grid.mask)
         y = self.merge_norm(y)
         if self.config.inner_residual:
             y = y + self.as_merged(x)
         out: Tensor = self.project_out(self.up(y))
         return out
 
-    def branch(self, tokens: Tensor, norm: nn.Module, grid: Grid) -> tuple[Tensor, Tensor]:
-        """As in `Mixer`; where the fused pieces run, norm + P_down read the tokens once."""
-        nothing = nn.Identity()
-        if not self.fuses(norm, nothing, tokens):
-            return super().branch(tokens, norm, grid)
-        past, y, *_ = self.before_up(tokens, norm, nothing, grid)
-        return self.up(self.merge_norm(y)), past
-
-    def residual(self, tokens: Tensor, norm: nn.Module, scale: nn.Module, grid: Grid) -> Tensor:
-        """As in `Mixer`; where the fused pieces run, norm + P_down and P_up + residual read the tokens once each."""
-        if not self.fuses(norm, scale, tokens):
-            return super().residual(tokens, norm, scale, grid)
-        return fused.linear_residual(*self.before_up(tokens, norm, scale, grid), backend=self.pieces)
-
-    def residual_norm(
-        self, tokens: Tensor, norm: nn.Module, scale: nn.Module, grid: Grid, following: nn.Module, after: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """As in `Mixer`, at the end of `residual` where the fused pieces run."""
-        if not self.fuses(norm, scale, tokens) or not isinstance(following, nn.LayerNorm):
-            return super().residual_norm(tokens, norm, scale, grid, following, after)
-        affine = (following.weight, following.bias, following.eps)
-        parts = self.before_up(tokens, norm, scale, grid)
-        return fused.linear_residual_norm(*parts, affine, after, backend=self.pieces)
-
-    def before_up(
-        self, tokens: Tensor, norm: nn.LayerNorm, scale: nn.Module, grid: Grid
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor | None, float]:
-        """Everything up to P_up: tokens, the merged directions and what `fused.linear_residual` makes of them."""
-        _check_grid(tokens, grid)
-        down, up = self.down, self.up
-        assert isinstance(down, nn.Linear)
-        latent, tokens = fused.norm_linear_past(
-            tokens, norm.weight, norm.bias, down.weight, down.bias, norm.eps, backend=self.pieces
-        )
-        _, y = self.scan(latent, grid)
-        return tokens, y, gain_of(self.merge_norm), up.weight, up.bias, getattr(scale, "gamma", None), EPS
-
-    def fuses(self, norm: nn.Module, scale: nn.Module, tokens: Tensor) -> TypeGuard[nn.LayerNorm]:
-        """Whether the fused pieces are wanted, and the sub-layer holds nothing but what they know.
-
-        "auto" wants them where they suit the tokens and stand for plain layers that nobody listens to.
-        """
+    @property
+    def keeps_its_parts(self) -> bool:
+        """Whether the sub-layer is norm, P_down, convolution, scan and P_up alone, in this class's own order."""
         config = self.config
         shell = config.projections or config.inner_residual or config.expansion != 1 or config.compression is None
-        known = not shell and isinstance(norm, nn.LayerNorm)
-        known = known and (isinstance(scale, nn.Identity) or hasattr(scale, "gamma"))
-        if self.pieces != "auto" or not known:
-            return self.pieces == "triton" and known
-        plain = type(self.down) is nn.Linear and type(self.up) is nn.Linear
-        parts = (self, norm, scale, self.down, self.up, self.merge_norm)
-        kept = lowered(tokens) in (None, tokens.dtype)  # not to run in more precision than autocast would
-        return plain and kept and unheard(*parts) and fused.suits(tokens, self.up.in_features)
+        kind = type(self)
+        own = kind.forward is PropagationMixer.forward and kind.localise is PropagationMixer.localise
+        return own and not shell
 
-    def scan(self, latent: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """latent, what P_down makes [B, h*w, K] -> what is scanned [B, h*w, Cc or D * own], and the merged directions
-        before their norm."""
-        batch, count, channels = latent.shape
-        x = latent.view(batch, grid.height, grid.width, channels)
-        x = self.localise(x, grid.mask)
+    def scan(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The latent after its norm, [B, h, w, K] -> what is scanned [B, h*w, Cc or D * value_width], and the merged
+        directions before their norm, [B, h*w, ...]."""
+        batch, height, width, channels = x.shape
         if self.config.value_expansion is None:
-            values, y = x, self.scan_latent(x, grid.mask)
+            values, y = x, self.scan_latent(x, mask)
         else:
             maker, values = x.flatten(0, 2).split([self.latent, channels - self.latent], -1)
             if torch.compiler.is_exporting():  # which would ask of slices whether sizes are 1
                 maker, values = (t.clone(memory_format=torch.contiguous_format) for t in (maker, values))
-            own = values.unflatten(0, x.shape[:3]).unflatten(-1, (len(self.config.directions), self.value_width))
+            own = values.view(batch, height, width, len(self.config.directions), self.value_width)
             # a slice of a matrix is multiplied where it lies
-            made = self.param_proj(maker).unflatten(0, x.shape[:3])
-            y = self.propagate(own, *self.split(made), mask=grid.mask)
-        return values.reshape(batch, count, -1), y.reshape(batch, count, -1)
+            made = self.param_proj(maker)
+            made = made.view(batch, height, width, made.shape[-1])
+            y = self.propagate(own, *self.split(made), mask=mask)
+        return values.reshape(batch, height * width, values.shape[-1]), y.flatten(1, 2).flatten(2)
 
     def scan_latent(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """All directions over x [B, H, W, Cc]: [B, H, W, D, Cc], or their sum [B, H, W, Cc]."""
-        if self.shows_parameters(x):
+        if not self.can_project_inside(x):
             return self.propagate(x, *self.split(self.param_proj(x)), mask=mask)
         return propagate_2d_projected(x, self.param_proj.weight, self.param_proj.bias, mask=mask, **self.scans())
 
@@ -300,23 +259,31 @@ class PropagationMixer(Mixer):
             return x if self.config.merge == "concat" else x.unflatten(-1, (count, self.value_width)).sum(-2)
         return torch.cat([x] * count, -1) if self.config.merge == "concat" else x
 
-    def shows_parameters(self, x: Tensor) -> bool:
-        """Whether `param_proj` has to be called: for a hook on it, a subclass with a `propagate` of its own, an
-        exported program, and where x is not on a GPU, which alone can keep them from memory."""
-        hooked = self.param_proj._forward_pre_hooks or self.param_proj._forward_hooks
+    def can_project_inside(self, x: Tensor) -> bool:
+        """Whether the operator may make the parameters itself, so that they never reach memory: on GPUs, from a plain
+        `param_proj`, outside of exported programs."""
         config = self.config
-        plain = not x.is_cuda or self.scans_itself or config.channels_per_group > 1 or config.forget_gate
-        return plain or config.normalise_state or bool(hooked) or torch.compiler.is_exporting()
+        plain = config.channels_per_group == 1 and not config.forget_gate and not config.normalise_state
+        inside = plain and not x.is_cpu and type(self).propagate is PropagationMixer.propagate
+        inside = inside and not torch.compiler.is_exporting()
+        return inside and is_plain(self.param_proj, nn.Linear) and not has_global_hooks()
 
     def localise(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """The local convolution, added to its input, then the norm: [B, H, W, Cc] -> the same."""
-        kernel, bias = (None, None) if self.local is None else (self.local.weight, self.local.bias)
-        return fused.local_norm(x, kernel, bias, gain_of(self.norm), EPS, mask, backend=self.pieces)
+        if self.local is not None:
+            if mask is not None:
+                x = x.masked_fill(~mask[..., None], 0.0)
+            x = x + self.local(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        out: Tensor = self.norm(x)
+        return out
 
     def propagate(
         self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, keep: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """`propagate_2d` in the config's directions, merged by its rule: [B, H, W, own] or [B, H, W, D, own]."""
+        if self.config.convex_gate:
+            assert keep is not None
+            lam = convex_input(keep, self.config.directions)
         if self.config.normalise_state:
             return propagate_mean(x, logits, lam, u, keep, mask, **self.scans())
         return propagate_2d(x, logits, lam, u, keep=keep, mask=mask, **self.scans())
@@ -324,6 +291,15 @@ class PropagationMixer(Mixer):
     def scans(self) -> Scans:
         """The config's directions, and how the operator merges them."""
         return {"directions": self.config.directions, "merge": "none" if self.config.merge == "concat" else "sum"}
+
+
+def convex_input(keep: Tensor, directions: tuple[str, ...]) -> Tensor:
+    """lam [B, H, W, D, G] = 1 - sigmoid(keep), and 1 where a scan starts."""
+    lam = torch.sigmoid(-keep).clone()  # written to below, and sigmoid's gradient reads its output
+    for d, direction in enumerate(directions):
+        line = lam.select(1 if direction in ("down", "up") else 2, 0 if direction in ("down", "right") else -1)
+        line[:, :, d] = 1
+    return lam
 
 
 def propagate_mean(
@@ -340,7 +316,7 @@ def propagate_mean(
 
     Shapes as in `propagate_2d`.
     """
-    lam = softplus(lam)
+    lam = softplus(lam).to(x.dtype)  # autocast computes it in float32
     ones = torch.ones_like(lam)
     total = propagate_2d(ones, logits, lam, ones, keep=keep, mask=mask, directions=directions, merge="none")
     y = propagate_2d(x, logits, lam, u, keep=keep, mask=mask, directions=directions, merge="none")
@@ -349,12 +325,8 @@ def propagate_mean(
     return y if merge == "none" else y.sum(-2)
 
 
-def gain_of(norm: nn.Module) -> Tensor | None:
-    """The gain of an RMSNorm; None of a norm that is switched off."""
-    return norm.weight if isinstance(norm, nn.RMSNorm) else None
-
-
-def _check_grid(tokens: Tensor, grid: Grid) -> None:
+def check_grid(tokens: Tensor, grid: Grid) -> None:
+    """Raise ValueError unless tokens [B, N, C] are those of the grid, without class or register tokens."""
     if grid.prefix or tokens.shape[1] != grid.tokens:
         raise ValueError(
             f"tokens has {tokens.shape[1]} tokens with {grid.prefix} before the grid; "

@@ -45,6 +45,8 @@ class WindowAttentionMixer(AttentionMixer):
             )
         if torch.compiler.is_exporting():
             return self._gathered(tokens, grid)
+        if not tokens.numel():
+            return self.out(self.qkv(tokens)[..., : tokens.shape[-1]])  # type: ignore[no-any-return]
         ordered, inside = order(tokens, grid, self.window)
         return order(self._attend(ordered, inside), inside, grid.window)[0]
 
@@ -71,18 +73,18 @@ class WindowAttentionMixer(AttentionMixer):
     def _attend(self, tokens: Tensor, grid: Grid) -> Tensor:
         """tokens [B, h*w, C] in window order -> [B, h*w, C] in window order."""
         batch, count, width = tokens.shape
-        qkv = self.qkv(tokens).view(batch * count, 3, self.heads, -1)
+        qkv = self.qkv(tokens).view(batch * count, 3, self.heads, self.head_width)
         keys = None if grid.mask is None else torch.cat([p.flatten() for p in _cut(grid.mask[..., None], self.window)])
         outs, start = [], 0
         for number, size in _groups(batch, grid, self.window):
             end = start + number * size
-            q, k, v = qkv[start:end].view(number, size, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv[start:end].view(number, size, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4)
             seen = None if keys is None else _seen(keys[start:end].view(number, size))
             for part in range(0, number, MOST):
                 here = slice(part, part + MOST)
                 mask = None if seen is None else seen[here]
                 out = scaled_dot_product_attention(q[here], k[here], v[here], attn_mask=mask)
-                outs.append(out.transpose(1, 2).reshape(-1, width))
+                outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
             start = end
         together = outs[0] if len(outs) == 1 else torch.cat(outs)
         result: Tensor = self.out(together.view(batch, count, width))

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from .reading import CheckpointError, read_json
+from .weights import Weights, open_safetensors
+
+__all__ = ["CheckpointError", "read_model", "save_model", "write_atomically"]
+
+LITTLE = 1 << 16  # bytes: a disk with no more is full
 CONFIG, WEIGHTS, PREPROCESSING = "config.json", "model.safetensors", "preprocessor_config.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message says what was expected and what was found."""
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
@@ -27,7 +32,8 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            # names of files may hold bytes that are not UTF-8, which Python keeps as lone surrogates
+            file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
         _publish(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -42,6 +48,15 @@ def _publish(temporary: str, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def reason_of(error: BaseException, folder: Path) -> str:
+    """An error in writing to a folder in one line, which says so if the disk is full."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text
+    with suppress(OSError):  # PyTorch and safetensors do not always say why
+        full = full or shutil.disk_usage(folder).free < LITTLE
+    return f"disk full: {text}" if full else text
+
+
 def save_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Write the weights, then the config that makes the folder a checkpoint. Raises OSError."""
     folder = Path(folder)
@@ -51,17 +66,18 @@ def save_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[str
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary, metadata={"format": "pt"})
         _publish(temporary, folder / WEIGHTS)
-    except SafetensorError as error:  # a full disk, most likely
+    except SafetensorError as error:
+        reason = reason_of(error, folder)
         Path(temporary).unlink(missing_ok=True)
-        raise OSError(f"{folder / WEIGHTS} could not be written: {error}") from error
+        raise OSError(f"{folder / WEIGHTS} could not be written: {reason}") from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
-def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and float32 weights of a checkpoint folder.
+def read_model(folder: str | Path) -> tuple[dict[str, Any], Weights]:
+    """The config of a checkpoint folder and its weights, which are not read yet.
 
     Raises CheckpointError if it is none, or if a file in it is truncated.
     """
@@ -70,8 +86,6 @@ def read_model(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if missing:
         raise CheckpointError(f"{folder} has no {' and no '.join(missing)}; expected a checkpoint folder with both")
     try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text())
-        state = load_file(folder / WEIGHTS)
-    except (json.JSONDecodeError, SafetensorError) as error:
+        return read_json(folder / CONFIG), open_safetensors(folder / WEIGHTS)[0]
+    except CheckpointError as error:
         raise CheckpointError(f"{folder} is not a readable checkpoint: {error}") from error
-    return config, {k: v.float() if v.is_floating_point() else v for k, v in state.items()}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from ..layers import Activation, AttentionConfig, Pooling, PositionResize, PropagationConfig
+from .reading import build
 
 MixerName = Literal["attention", "window_attention", "propagation"]
 MODEL_TYPE = "cgspn"  # by which transformers recognises a folder
 Resample = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]  # Pillow's filters
+WIDEST, DEEPEST = 1 << 16, 1 << 12  # of what is built: beyond any model, and small enough to be refused in time
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,27 @@ class EncoderConfig:
         """Raise ValueError for settings that no encoder can have."""
         if not isinstance(self.image_size, tuple) or len(self.image_size) != 2:
             raise ValueError(f"image_size is {self.image_size!r}; expected (height, width)")
-        if self.patch_size < 1 or (not self.crop_remainder and any(n % self.patch_size for n in self.image_size)):
+        for name, least, most in (
+            ("width", 1, WIDEST),
+            ("mlp_hidden", 1, 16 * WIDEST),
+            ("channels", 1, WIDEST),
+            ("patch_size", 1, WIDEST),
+            ("registers", 0, DEEPEST),
+            ("num_classes", 0, 1 << 24),
+        ):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: {least} to {most}")
+        if self.embed_dim is not None and not 1 <= self.embed_dim <= WIDEST:
+            raise ValueError(f"embed_dim is {self.embed_dim}; accepted: 1 to {WIDEST}, or None")
+        if not all(1 <= side <= WIDEST for side in self.image_size):
+            raise ValueError(f"image_size is {tuple(self.image_size)}; accepted: 1 to {WIDEST} pixels")
+        if self.depth > DEEPEST:
+            raise ValueError(f"mixers has {self.depth} entries; accepted: at most {DEEPEST}")
+        if not 0 <= self.norm_eps < 1:
+            raise ValueError(f"norm_eps is {self.norm_eps}; accepted: 0 to below 1")
+        if not all(std > 0 for std in self.image_std):
+            raise ValueError(f"image_std is {self.image_std}; accepted: numbers above 0")
+        if not self.crop_remainder and any(n % self.patch_size for n in self.image_size):
             raise ValueError(
                 f"image_size is {tuple(self.image_size)}; accepted: multiples of the patch size {self.patch_size}"
             )
@@ -107,8 +128,6 @@ class EncoderConfig:
             )
         if self.pooling not in ("map", "mean", "cls"):
             raise ValueError(f"pooling is {self.pooling!r}; accepted: 'map', 'mean', 'cls'")
-        if self.num_classes < 0:
-            raise ValueError(f"num_classes is {self.num_classes}; accepted: 0 for no classifier, or more")
         if self.pooling == "cls" and not self.class_token:
             raise ValueError("pooling is 'cls' without a class token; accepted: 'map', 'mean'")
         if not self.summary_tokens or any(not 0 <= i < max(1, self.prefix) for i in self.summary_tokens):
@@ -157,6 +176,14 @@ class TextConfig:
     heads: int = 2
     context: int = 48
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for settings that no text tower can have."""
+        for name, least, most in (("width", 1, WIDEST), ("depth", 0, DEEPEST), ("context", 1, 16 * WIDEST)):
+            if not least <= getattr(self, name) <= most:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: {least} to {most}")
+        if self.heads < 1 or self.width % self.heads:
+            raise ValueError(f"heads is {self.heads}; accepted: divisors of the width, {self.width}")
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass config as plain JSON values."""
@@ -177,30 +204,14 @@ def preprocessing(config: EncoderConfig) -> dict[str, Any]:
     }
 
 
-def encoder_config_from_dict(values: Mapping[str, Any]) -> EncoderConfig:
-    """The inverse of `to_dict` for an EncoderConfig.
+def encoder_config_from_dict(values: Any, where: str = "encoder") -> EncoderConfig:
+    """The inverse of `to_dict` for an EncoderConfig; where: the file and key that it is from, for messages.
 
-    Raises ValueError naming keys that this version does not know.
+    Raises CheckpointError for unknown keys, values of another type, and settings that no encoder can have.
     """
-    return _build(
-        EncoderConfig,
-        values,
-        {"attention": lambda v: _build(AttentionConfig, v), "propagation": lambda v: _build(PropagationConfig, v)},
-    )
+    return build(EncoderConfig, values, where)
 
 
-def text_config_from_dict(values: Mapping[str, Any]) -> TextConfig:
-    """The inverse of `to_dict` for a TextConfig. Raises ValueError naming unknown keys."""
-    return _build(TextConfig, values)
-
-
-def _build(cls: type, values: Mapping[str, Any], nested: Mapping[str, Any] | None = None) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{cls.__name__} has no {', '.join(unknown)}; accepted: {', '.join(sorted(known))}")
-    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-    for key, build in (nested or {}).items():
-        if key in plain:
-            plain[key] = build(plain[key])
-    return cls(**plain)
+def text_config_from_dict(values: Any, where: str = "text") -> TextConfig:
+    """The inverse of `to_dict` for a TextConfig. Arguments and errors as in `encoder_config_from_dict`."""
+    return build(TextConfig, values, where)

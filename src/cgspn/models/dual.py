@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
-from .checkpoint import CheckpointError, read_model, save_model
-from .config import EncoderConfig, TextConfig, encoder_config_from_dict, text_config_from_dict, to_dict
+from .checkpoint import CONFIG, CheckpointError, read_model, save_model
+from .config import WIDEST, EncoderConfig, TextConfig, encoder_config_from_dict, text_config_from_dict, to_dict
 from .encoder import Encoder
+from .reading import checked
 from .text import TextTower
+from .weights import Weights, check_depth, load
 
 Loss = Literal["clip", "sigmoid"]
 """CLIP judges an image's texts against each other (softmax), SigLIP each pair of image and text alone (sigmoid)."""
@@ -111,25 +113,27 @@ def load_dual(folder: str | Path) -> DualEncoder:
 
     Raises CheckpointError if the folder holds none, or weights that do not fit its config.
     """
-    config, state = read_model(folder)
+    config, weights = read_model(folder)
     if config.get("model") != "dual":
         raise CheckpointError(f"{folder} holds a {config.get('model')!r} model; expected an image-text model, 'dual'")
-    try:
-        return dual_of({**config, "encoder": encoder_config_from_dict(config["encoder"])}, state).eval()
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the weights in {folder} do not fit its config: {error}") from error
+    encoder = encoder_config_from_dict(config.get("encoder"), f"{Path(folder) / CONFIG}: encoder")
+    return dual_of(config, encoder, weights, str(folder))
 
 
-def dual_of(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> DualEncoder:
-    """The DualEncoder of a saved config, whose "encoder" is an EncoderConfig, and its weights.
+def dual_of(
+    config: Mapping[str, Any], encoder: EncoderConfig, weights: Weights, where: str, dtype: torch.dtype = torch.float32
+) -> DualEncoder:
+    """The DualEncoder of a saved config, of which `encoder` was read already, and its weights, in eval mode.
 
-    Raises KeyError, TypeError or ValueError for a config that cannot be, RuntimeError for weights that do not fit it.
+    Raises CheckpointError, beginning with `where`, for a config that cannot be or weights that do not fit it.
     """
-    text = text_config_from_dict(config["text"])
-    with torch.device("meta"):  # no time or memory for random weights
-        model = build_dual(config["encoder"], text, config["embed_dim"], config.get("loss", "clip"))
-    model.load_state_dict(dict(state), assign=True)
-    return model
+    text = text_config_from_dict(config.get("text"), f"{where}: text")
+    embed_dim = checked(config.get("embed_dim"), int, f"{where}: embed_dim")
+    if not 1 <= embed_dim <= WIDEST:
+        raise CheckpointError(f"{where}: embed_dim is {embed_dim}; accepted: 1 to {WIDEST}")
+    loss = checked(config.get("loss", "clip"), Loss, f"{where}: loss")
+    check_depth(encoder.depth + text.depth, weights, where)
+    return load(lambda: build_dual(encoder, text, embed_dim, loss), weights, where, dtype)
 
 
 def image_encoder(model: Encoder | DualEncoder) -> Encoder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -105,8 +106,8 @@ class Encoder(TimmContract):
         self.checkpointing = False
 
     def each_block(self) -> list[Block]:
-        """The blocks in order."""
-        return [block for block in self.blocks if isinstance(block, Block)]
+        """What stands at the position of each block, in order: blocks, or what somebody wrapped around them."""
+        return list(self.blocks)  # type: ignore[arg-type]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in backward instead of keeping them."""
@@ -119,8 +120,7 @@ class Encoder(TimmContract):
         """
         tokens, grid = self.patch_embed(images, mask)
         if self.positions is not None:
-            own = self.positions(grid.height, grid.width) if mask is None else self.positions.of_images(mask)
-            tokens = tokens + own.to(tokens.dtype)
+            tokens = tokens + self.positions(grid.height, grid.width, mask).to(tokens.dtype)
         if self.prefix is not None:
             prefix = self.prefix
             tokens = torch.cat([prefix.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
@@ -143,18 +143,16 @@ class Encoder(TimmContract):
 
     def run_block(self, block: Block, tokens: Tensor, grid: Grid) -> Tensor:
         """One block, with activation checkpointing if that is on."""
-        if self.checkpointing and torch.is_grad_enabled():
-            out: Tensor = recomputed(block, tokens, grid)
-            return out
-        result: Tensor = block(tokens, grid)
-        return result
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        out: Tensor = recomputed(block, tokens, grid) if recompute else block(tokens, grid)
+        return out
 
     def run_tapped(self, block: Block, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """One block's output and its mixing branch, with activation checkpointing if that is on."""
-        if self.checkpointing and torch.is_grad_enabled():
-            out: tuple[Tensor, Tensor] = recomputed(block.tapped, tokens, grid)
-            return out
-        return block.tapped(tokens, grid)
+        tapped = partial(block, tapped=True)
+        recompute = self.checkpointing and torch.is_grad_enabled()
+        out: tuple[Tensor, Tensor] = recomputed(tapped, tokens, grid) if recompute else tapped(tokens, grid)
+        return out
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False, mask: Tensor | None = None) -> Tensor:
         """Normalised tokens [B, prefix + h*w, C] -> logits [B, num_classes], or pooled [B, config.pooled_width].

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def lowered(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for on the device of x, or None outside of it."""
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # meta tensors have no autocast

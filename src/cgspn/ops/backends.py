@@ -1,22 +1,24 @@
-"""Which implementation runs, and why.
+"""Which implementation runs, and why: decided once for each device, dtype and what is asked for.
 
 A backend is a module with the functions `forward`, `backward`, `line_scan_forward`, `line_scan_backward` (signatures
-of torch_scan.py) and, unless it runs everywhere, `unsupported_reason(x) -> str | None`: the reason it cannot run on
-these inputs. A backend whose backward wants more than the inputs also has `forward_saving` (returns the output and a
-state
-of the shape of lam), `backward_saved` (takes that state last) and `line_scan_backward_saved` (takes the output last).
-Adding one = a module here and a line in PREFERENCE; the tests pick it up from there.
+of torch_scan.py) and, unless it runs everywhere, `unsupported_reason(device, dtype, gpu) -> str | None`: the reason it
+cannot run there. A backend whose backward wants more than the inputs also has `forward_saving` (returns the output and
+a state of the shape of lam), `backward_saved` (takes that state last) and `line_scan_backward_saved` (takes the output
+last). Adding one = a module here and a line in PREFERENCE; the tests pick it up from there.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .checks import check_tensor
+from .gpu import Gpu, gpu_of
 
 # In the order in which "auto" tries them; the PyTorch backend runs everywhere, so it is the last.
 PREFERENCE: dict[str, str] = {"cuda": "cuda", "triton": "triton_scan", "torch": "torch_scan"}
@@ -29,28 +31,48 @@ class Choice(NamedTuple):
     passed_over: dict[str, str]
 
 
+@functools.cache
+def _imported(name: str) -> ModuleType | str:
+    """The module behind a backend name, or the reason why it cannot be imported: tried once a process."""
+    try:
+        return importlib.import_module(f".{PREFERENCE[name]}", __package__)
+    except ImportError as error:
+        return f"not importable here: {error}"
+
+
 def backend_module(name: str) -> ModuleType:
-    """The module behind a backend name."""
-    return importlib.import_module(f".{PREFERENCE[name]}", __package__)
+    """The module behind a backend name. Raises ImportError with the reason where it cannot be imported."""
+    found = _imported(name)
+    if isinstance(found, str):
+        raise ImportError(found)
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _reason(name: str, device: torch.device, dtype: torch.dtype, gpu: Gpu | None) -> str | None:
+    module = _imported(name)
+    if isinstance(module, str):
+        return module
+    reason: str | None = getattr(module, "unsupported_reason", lambda *_: None)(device, dtype, gpu)
+    return reason
 
 
 def unsupported_reason(name: str, x: Tensor) -> str | None:
     """The reason why backend `name` cannot run on `x` ([B, H, W, C]), or None if it can."""
-    try:
-        module = backend_module(name)
-    except ImportError as error:
-        return f"not importable here: {error}"
-    reason: str | None = getattr(module, "unsupported_reason", lambda _: None)(x)
-    return reason
+    return _reason(name, x.device, x.dtype, gpu_of(x.device))
 
 
 def explain_backend(x: Tensor) -> Choice:
     """What `backend="auto"` runs for features `x` [B, H, W, C], and why the faster ones were passed over.
 
-    Raises TypeError for what is no tensor or of a dtype that no backend takes. Source: design, section 5 (an explicit
-    backend that cannot run raises, "auto" explains).
+    Raises TypeError for what is no tensor or of a dtype that no backend takes, RuntimeError for a CUDA tensor in a
+    process that was forked after CUDA was initialised.
     """
     check_tensor(x)
+    return _choose(x)
+
+
+def _choose(x: Tensor) -> Choice:
     passed_over: dict[str, str] = {}
     for name in PREFERENCE:
         reason = unsupported_reason(name, x)
@@ -72,7 +94,7 @@ def backend_for(backend: str, x: Tensor) -> ModuleType:
     Raises RuntimeError, with the reason, if the one named cannot run.
     """
     if backend == "auto":
-        return backend_module(explain_backend(x).backend)
+        return backend_module(_choose(x).backend)
     reason = unsupported_reason(backend, x)
     if reason is not None:
         raise RuntimeError(f"backend {backend!r} cannot run here: {reason}")

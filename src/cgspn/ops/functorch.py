@@ -6,7 +6,7 @@ import torch
 from torch.autograd import forward_ad
 
 
-def transformed() -> bool:
+def in_functorch() -> bool:
     """Whether the caller is under vmap, grad, jvp or another transform, or in a level of forward-mode AD."""
     # Of a type rather than not None, which a tracer takes for true; and before the level, which a traced jvp enters and
     # leaves before the tracer's guards look at it.

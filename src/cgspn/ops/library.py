@@ -3,6 +3,8 @@
 Custom ops: forward and backward of `propagate_2d` and of `line_scan`, and a forward for training that also returns
 what the backward wants saved. The backend is chosen inside them, so a traced program never sees the choice. The
 backward ops are differentiable too, by way of the reference, so a double backward is right on every backend, if slow.
+Eager code calls the same functions past the dispatcher, whose way through a custom op takes as long as several
+launches: `Propagate` and `LineScan` are those with gradients.
 FLOP convention: a multiply-add is two, a division or a sigmoid one.
 """
 
@@ -22,8 +24,7 @@ from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
 Gradients = tuple[Tensor | None, ...]
 
 
-@torch.library.custom_op("cgspn::propagate_2d", mutates_args=())
-def propagate_2d_op(
+def propagate_2d_now(
     x: Tensor,
     logits: Tensor,
     lam: Tensor,
@@ -49,13 +50,15 @@ def _output(x: Tensor, directions: Sequence[int], merge_sum: bool) -> Tensor:
     return x.new_empty((*x.shape[:3], x.shape[-1]) if merge_sum else _maps(x, len(directions)))
 
 
+propagate_2d_op = torch.library.custom_op("cgspn::propagate_2d", propagate_2d_now, mutates_args=())
+
+
 @propagate_2d_op.register_fake
 def _(x, logits, lam, u, keep, mask, directions, merge_sum, backend):  # type: ignore[no-untyped-def]
     return _output(x, directions, merge_sum)
 
 
-@torch.library.custom_op("cgspn::propagate_2d_saving", mutates_args=())
-def propagate_2d_saving_op(
+def propagate_2d_saving_now(
     x: Tensor,
     logits: Tensor,
     lam: Tensor,
@@ -75,14 +78,16 @@ def propagate_2d_saving_op(
     return module.forward(x, logits, lam, u, mask, directions, merge_sum, keep), x.new_empty(0)
 
 
+propagate_2d_saving_op = torch.library.custom_op("cgspn::propagate_2d_saving", propagate_2d_saving_now, mutates_args=())
+
+
 @propagate_2d_saving_op.register_fake
 def _(x, logits, lam, u, keep, mask, directions, merge_sum, backend):  # type: ignore[no-untyped-def]
     saves = hasattr(backend_for(backend, x), "forward_saving")
     return _output(x, directions, merge_sum), x.new_empty(_maps(x, len(directions)) if saves else (0,))
 
 
-@torch.library.custom_op("cgspn::propagate_2d_backward", mutates_args=())
-def propagate_2d_backward_op(
+def propagate_2d_backward_now(
     dy: Tensor,
     x: Tensor,
     logits: Tensor,
@@ -109,17 +114,24 @@ def propagate_2d_backward_op(
     return dx, dlogits, dlam, du, *(rest or [x.new_empty(0)])  # type: ignore[return-value]
 
 
+propagate_2d_backward_op = torch.library.custom_op(
+    "cgspn::propagate_2d_backward", propagate_2d_backward_now, mutates_args=()
+)
+
+
 @propagate_2d_backward_op.register_fake
 def _(dy, x, logits, lam, u, keep, mask, directions, merge_sum, backend, state=None):  # type: ignore[no-untyped-def]
     return tuple(x.new_empty(0 if t is None else t.shape) for t in (x, logits, lam, u, keep))
 
 
-@torch.library.custom_op("cgspn::line_scan", mutates_args=())
-def line_scan_op(x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None, backend: str) -> Tensor:
+def line_scan_now(x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None, backend: str) -> Tensor:
     """Checked arguments in, tensors out: see `cgspn.ops.line_scan`."""
     check_reverse("line_scan")
     out: Tensor = backend_for(backend, x).line_scan_forward(x, weights, lam, direction, chunk)
     return out
+
+
+line_scan_op = torch.library.custom_op("cgspn::line_scan", line_scan_now, mutates_args=())
 
 
 @line_scan_op.register_fake
@@ -127,8 +139,7 @@ def _(x, weights, lam, direction, chunk, backend):  # type: ignore[no-untyped-de
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("cgspn::line_scan_backward", mutates_args=())
-def line_scan_backward_op(
+def line_scan_backward_now(
     dh: Tensor,
     x: Tensor,
     weights: Tensor,
@@ -148,31 +159,58 @@ def line_scan_backward_op(
     return grads
 
 
+line_scan_backward_op = torch.library.custom_op("cgspn::line_scan_backward", line_scan_backward_now, mutates_args=())
+
+
 @line_scan_backward_op.register_fake
 def _(dh, x, weights, lam, direction, chunk, backend, h=None):  # type: ignore[no-untyped-def]
     return tuple(t.new_empty(t.shape) for t in (x, weights, lam))
 
 
-def _register_first(forward_op: Any, backward_op: Any, tensors: int) -> None:
-    """First derivatives of a forward op through the backend's own backward. Its last output is the state to save."""
+def register_first(
+    forward_op: Any,
+    forward: Callable[..., Any],
+    backward_op: Any,
+    backward: Callable[..., Any],
+    tensors: int,
+    *,
+    saves: bool = False,
+) -> type[torch.autograd.Function]:
+    """First derivatives of a forward op through a backward op; and the same of the functions, without the dispatcher.
+
+    tensors: how many arguments are tensors, the first ones; a backward returns their gradients in order. saves: it also
+    takes, last, the forward's last output: the state, if there are several.
+    """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        state = output
-        if isinstance(output, tuple):
-            state = output[-1]
-            ctx.mark_non_differentiable(state)
+        outputs = output if isinstance(output, tuple) else (output,)
+        state = outputs[-1:] if saves else ()
+        if len(outputs) > 1:
+            ctx.mark_non_differentiable(*state)
             ctx.set_materialize_grads(False)  # or the state would get a gradient map of zeros
-        ctx.save_for_backward(*inputs[:tensors], state)
+        ctx.save_for_backward(*inputs[:tensors], *state)
         ctx.rest = inputs[tensors:]
 
-    def backward(ctx: Any, dy: Tensor | None, *unused: None) -> Gradients:
-        *saved, state = ctx.saved_tensors
+    def through(run: Callable[..., Any], ctx: Any, dy: Tensor | None) -> Gradients:
+        saved = ctx.saved_tensors  # once: what is recomputed under checkpointing can be unpacked only once
         if dy is None:  # nothing depends on the output
             return (None,) * (len(ctx.rest) + tensors)
-        grads = [None if t is None else g for t, g in zip(saved, backward_op(dy, *saved, *ctx.rest, state))]
+        found = run(dy, *saved[:tensors], *ctx.rest, *saved[tensors:])
+        grads = [None if t is None else g for t, g in zip(saved[:tensors], found)]
         return *grads, *[None] * (len(ctx.rest) + tensors - len(grads))
 
-    forward_op.register_autograd(backward, setup_context=setup)
+    forward_op.register_autograd(lambda ctx, dy, *_: through(backward_op, ctx, dy), setup_context=setup)
+
+    class Direct(torch.autograd.Function):
+        """Forward and backward called as they are."""
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor | None, *_: None) -> Gradients:
+            """The op where a gradient of this gradient is wanted."""
+            return through(backward_op if torch.is_grad_enabled() else backward, ctx, dy)
+
+    Direct.forward, Direct.setup_context = staticmethod(forward), staticmethod(setup)  # type: ignore[method-assign, assignment]
+    return Direct
 
 
 def leaf_of(t: Tensor, graph: bool) -> Tensor:
@@ -214,7 +252,18 @@ def _register_second(backward_op: Any, tensors: int, reference: Callable[..., Te
 PROPAGATE_TENSORS = 6  # x, logits, lam, u, keep and the mask, which has no gradient
 LINE_SCAN_TENSORS = 3  # x, weights, lam
 
-_register_first(propagate_2d_saving_op, propagate_2d_backward_op, PROPAGATE_TENSORS)
+Propagate = register_first(
+    propagate_2d_saving_op,
+    propagate_2d_saving_now,
+    propagate_2d_backward_op,
+    propagate_2d_backward_now,
+    PROPAGATE_TENSORS,
+    saves=True,
+)
+# `propagate_2d` takes the saving op where a gradient is wanted; this is for a program traced without one
+register_first(
+    propagate_2d_op, propagate_2d_now, propagate_2d_backward_op, propagate_2d_backward_now, PROPAGATE_TENSORS
+)
 _register_second(
     propagate_2d_backward_op,
     PROPAGATE_TENSORS,
@@ -229,7 +278,9 @@ _register_second(
         merge="sum" if merge_sum else "none",
     ),
 )
-_register_first(line_scan_op, line_scan_backward_op, LINE_SCAN_TENSORS)
+LineScan = register_first(
+    line_scan_op, line_scan_now, line_scan_backward_op, line_scan_backward_now, LINE_SCAN_TENSORS, saves=True
+)
 _register_second(
     line_scan_backward_op,
     LINE_SCAN_TENSORS,
@@ -238,19 +289,6 @@ _register_second(
     ),
 )
 
-
-def _propagate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:PROPAGATE_TENSORS])
-    ctx.rest = inputs[PROPAGATE_TENSORS:]
-
-
-def _propagate_backward(ctx: Any, dy: Tensor) -> Gradients:
-    # `propagate_2d` takes the saving op where a gradient is wanted; this is for a program traced without one.
-    grads = propagate_2d_backward_op(dy, *ctx.saved_tensors, *ctx.rest)
-    return *(None if t is None else g for t, g in zip(ctx.saved_tensors, grads)), *[None] * (len(ctx.rest) + 1)
-
-
-propagate_2d_op.register_autograd(_propagate_backward, setup_context=_propagate_setup)
 
 # Per position and direction. Forward, of a set of parameters: 3 sigmoids, 2 adds, 3 divisions; of a channel: 3
 # multiply-adds of the recurrence plus lam * x as a fourth; the gate; the merge. The forget gate: a sigmoid, 3 products.

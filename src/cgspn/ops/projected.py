@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from . import checks
-from .autocast import lowered
+from .autocast import autocast_dtype
 from .backends import check_backend
-from .functorch import check_plain, transformed
-from .projected_library import check_chip, projected_op, split_parameters
+from .eager import is_eager
+from .functorch import check_plain, in_functorch
+from .projected_library import Projected, check_chip, projected_op, split_parameters
 from .propagate import _look_at_values, propagate_2d
 from .reference import DIRECTIONS
 
@@ -75,7 +76,7 @@ def propagate_2d_projected(
 
     trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if parameters == "chip":
-        if transformed():
+        if in_functorch():
             check_plain("cuda")
         if backend not in ("auto", "cuda"):
             raise ValueError(f"backend is {backend!r}; parameters='chip' accepts 'auto', 'cuda'")
@@ -85,21 +86,22 @@ def propagate_2d_projected(
             check_chip(x, backward=True)
         inside = True
     else:  # an exported or transformed program knows projections and scans, and nothing of this operator
-        inside = recompute if trained else parameters == "auto" and x.is_cuda
-        inside = inside and not torch.compiler.is_exporting() and not transformed()
+        inside = recompute if trained else parameters == "auto" and not x.is_cpu
+        inside = inside and not torch.compiler.is_exporting() and not in_functorch()
     if not inside:
         logits, lam, u = split_parameters(linear(x, weight, bias), len(codes))
         return propagate_2d(x, logits, lam, u, directions=directions, merge=merge, mask=mask, backend=backend)
     if _look_at_values(x):
         checks.check_finite(mask, x=x)
         checks.check_finite(weight=weight, **({} if bias is None else {"bias": bias}))
-    out: Tensor = projected_op(x, weight, bias, mask, codes, merge == "sum", parameters, backend)
+    scan: Any = Projected.apply if is_eager(x, weight, bias, mask) else projected_op
+    out: Tensor = scan(x, weight, bias, mask, codes, merge == "sum", parameters, backend)
     return out
 
 
 def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """What `torch.nn.functional.linear` would compute with; float64 stays what it is."""
-    dtype = lowered(x)
+    dtype = autocast_dtype(x)
     if dtype is None or x.dtype == torch.float64:
         return x, weight, bias
     return x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from .backends import backend_for
 from .functorch import check_reverse
-from .library import FLOPS_BACKWARD, FLOPS_FORWARD, leaf_of
+from .library import FLOPS_BACKWARD, FLOPS_FORWARD, leaf_of, register_first
 from .reference import DIRECTIONS, propagate_2d_reference
 
 PARAMETERS = 5  # maps a direction: lam, u, three logits
@@ -45,11 +45,10 @@ def _on_chip(parameters: str, backend: str, x: Tensor, directions: Sequence[int]
         return False
     from .cuda import projected
 
-    return projected.wins(x, directions)
+    return projected.is_faster(x, directions)
 
 
-@torch.library.custom_op("cgspn::propagate_2d_projected", mutates_args=())
-def projected_op(
+def projected_now(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -72,13 +71,15 @@ def projected_op(
     return out
 
 
+projected_op = torch.library.custom_op("cgspn::propagate_2d_projected", projected_now, mutates_args=())
+
+
 @projected_op.register_fake
 def _(x, weight, bias, mask, directions, merge_sum, parameters, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape if merge_sum else (*x.shape[:3], len(directions), x.shape[3]))
 
 
-@torch.library.custom_op("cgspn::propagate_2d_projected_backward", mutates_args=())
-def projected_backward_op(
+def projected_backward_now(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -132,7 +133,7 @@ def _backward_in_memory(
     split = weight.view(d, PARAMETERS, c, c).split([1, 1, 3], 1)
     dweights, dbiases = [], []
     for gradient, rows in zip((dlam, du, dlogits), split, strict=True):
-        flat = gradient.reshape(len(seen), -1)
+        flat = gradient.flatten(0, 2).flatten(1)
         dx = torch.addmm(dx, flat, rows.reshape(-1, c))
         dweights.append((flat.T @ seen).view(rows.shape))
         total = flat.sum(0).to(x.dtype) if bias is not None else flat.new_zeros(flat.shape[1])
@@ -140,23 +141,17 @@ def _backward_in_memory(
     return dx.view(x.shape), torch.cat(dweights, 1).view(weight.shape), torch.cat(dbiases, 1).flatten()
 
 
+projected_backward_op = torch.library.custom_op(
+    "cgspn::propagate_2d_projected_backward", projected_backward_now, mutates_args=()
+)
+
+
 @projected_backward_op.register_fake
 def _(dy, x, weight, bias, mask, directions, merge_sum, parameters, backend):  # type: ignore[no-untyped-def]
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:4])
-    ctx.rest = inputs[4:]
-
-
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    saved = ctx.saved_tensors  # once: what is recomputed under checkpointing can be unpacked only once
-    dx, dweight, dbias = projected_backward_op(dy, *saved, *ctx.rest)
-    return dx, dweight, None if saved[2] is None else dbias, *[None] * 5
-
-
-projected_op.register_autograd(_backward, setup_context=_setup)
+Projected = register_first(projected_op, projected_now, projected_backward_op, projected_backward_now, 4)
 
 
 def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

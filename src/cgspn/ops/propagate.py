@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import checks
 from .backends import check_backend
-from .functorch import check_plain, transformed
-from .library import line_scan_op, propagate_2d_op, propagate_2d_saving_op
+from .eager import is_eager
+from .functorch import check_plain, in_functorch
+from .library import LineScan, Propagate, line_scan_op, propagate_2d_now, propagate_2d_op, propagate_2d_saving_op
 from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
 
 
 def _look_at_values(x: Tensor) -> bool:
     # On an accelerator the look would stall the queue; in a traced or transformed program there are no values.
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not transformed()
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not in_functorch()
 
 
 def propagate_2d(
@@ -84,16 +86,35 @@ def propagate_2d(
     check_backend(backend)
     if _look_at_values(x):
         checks.check_finite(mask, x=x, logits=logits, lam=lam, u=u, **gates)
-    if transformed():
+    if in_functorch():
         check_plain(backend)
         return propagate_2d_reference(x, logits, lam, u, keep=keep, directions=directions, merge=merge, mask=mask).to(
             x.dtype
         )
-    arguments = (x, logits, lam, u, keep, mask, codes, merge == "sum", backend)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, logits, lam, u, *gates.values())):
-        trained: Tensor = propagate_2d_saving_op(*arguments)[0]
-        return trained
-    out: Tensor = propagate_2d_op(*arguments)
+    return run(x, logits, lam, u, keep, mask, codes, merge == "sum", backend)
+
+
+def run(
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor,
+    u: Tensor,
+    keep: Tensor | None,
+    mask: Tensor | None,
+    codes: Sequence[int],
+    merge_sum: bool,
+    backend: str,
+) -> Tensor:
+    """`propagate_2d` of arguments that fit one another: the functions where operations run at once, else the ops."""
+    tensors = (x, logits, lam, u, keep)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    arguments = (*tensors, mask, codes, merge_sum, backend)
+    eager = is_eager(*tensors, mask)
+    out: Tensor
+    if wanted:
+        out, _ = Propagate.apply(*arguments) if eager else propagate_2d_saving_op(*arguments)  # type: ignore[no-untyped-call]
+    else:
+        out = (propagate_2d_now if eager else propagate_2d_op)(*arguments)
     return out
 
 
@@ -131,8 +152,9 @@ def line_scan(
     check_backend(backend)
     if _look_at_values(x):
         checks.check_finite(x=x, weights=weights, lam=lam)
-    if transformed():
+    if in_functorch():
         check_plain(backend)
         return line_scan_reference(x, weights, lam, direction, chunk).to(x.dtype)
-    out: Tensor = line_scan_op(x, weights, lam, code, chunk, backend)
+    scan: Any = LineScan.apply if is_eager(x, weights, lam) else line_scan_op
+    out: Tensor = scan(x, weights, lam, code, chunk, backend)
     return out

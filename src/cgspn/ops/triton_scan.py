@@ -16,6 +16,7 @@ import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
 from torch import Tensor
 
 from . import torch_scan
+from .gpu import Gpu
 from .param_groups import features, per_channel, per_set
 from .triton_kernels import scan_backward, scan_forward
 
@@ -29,12 +30,13 @@ STATES = {
 }
 
 
-def unsupported_reason(x: Tensor) -> str | None:
-    """The reason this backend cannot run on `x`, or None."""
-    if x.device.type not in ("cuda", "xpu") and not (INTERPRETED and x.device.type == "cpu"):
-        return f"x is on {x.device.type!r}, which Triton does not serve"
-    if x.dtype not in STATES:
-        return f"{x.dtype} has no kernel; accepted: float64, float32, float16, bfloat16"
+def unsupported_reason(device: torch.device, dtype: torch.dtype, gpu: Gpu | None) -> str | None:
+    """The reason this backend cannot run on tensors of a device and dtype, or None."""
+    served = gpu.runs_triton if gpu is not None else device.type in ("cuda", "xpu")
+    if not served and not (INTERPRETED and device.type == "cpu"):
+        return f"x is on {device.type!r}, which Triton does not serve"
+    if dtype not in STATES:
+        return f"{dtype} has no kernel; accepted: float64, float32, float16, bfloat16"
     return None
 
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-import torch
-from torch import Tensor
-
-from ..models.checkpoint import CheckpointError
-from ..models.config import MODEL_TYPE, EncoderConfig, encoder_config_from_dict
+from ..models.config import MODEL_TYPE, encoder_config_from_dict
 from ..models.dual import DualEncoder, dual_of
 from ..models.encoder import Encoder
+from ..models.reading import CheckpointError, shown
+from ..models.weights import below, check_depth, load
 from .options import Options
 from .source import Source
 from .text import pretrained_dual_of
@@ -41,36 +37,26 @@ def load_own(source: Source, options: Options, text: bool = True) -> Encoder | D
 
     text: False for the image encoder alone. Raises CheckpointError for a config or weights that cannot be used.
     """
-    config = source.configs["config.json"]
+    config, where = source.configs["config.json"], f"{source.name}: config.json"
     kind = config["model"]
     if kind not in KINDS:
-        raise CheckpointError(f"{source.name} holds a {kind!r} model; expected {' or '.join(map(repr, KINDS))}")
+        raise CheckpointError(f"{source.name} holds a {shown(kind)} model; expected {' or '.join(map(repr, KINDS))}")
     if options.submodel is not None:
         raise CheckpointError(f"submodel is {options.submodel!r}, but {source.name} holds one model alone")
+    encoder = encoder_config_from_dict(config.get("encoder"), f"{where}: encoder")
     try:
-        encoder = options.apply(encoder_config_from_dict(config["encoder"]))
-        state = {key: _in_dtype(stored.read(), options.dtype) for key, stored in source.weights.items()}
-        if kind == "encoder" or not text:
-            return _encoder(encoder, state, "image." if kind != "encoder" else "")
-        if kind == "dual":
-            return dual_of({**config, "encoder": encoder}, state).eval()
-        assert source.folder is not None
-        return pretrained_dual_of(source.folder, encoder, state)
-    except CheckpointError:
-        raise
-    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
-        raise CheckpointError(f"{source.name}: its config.json and weights cannot be used: {reason}") from error
-
-
-def _encoder(config: EncoderConfig, state: Mapping[str, Tensor], prefix: str) -> Encoder:
-    if not prefix and all(key.startswith(_PREFIX) for key in state):
+        encoder = options.apply(encoder)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{source.name}: {error}") from error
+    check_depth(encoder.depth, source.weights, source.name)
+    if kind == "dual" and text:
+        return dual_of(config, encoder, source.weights, source.name, options.dtype)
+    prefix = "image." if kind != "encoder" else ""
+    if kind == "encoder" and all(key.startswith(_PREFIX) for key in source.weights):
         prefix = _PREFIX
-    with torch.device("meta"):  # no time or memory for random weights
-        encoder = Encoder(config)
-    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, assign=True)
-    return encoder.eval()
-
-
-def _in_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+    image = load(lambda: Encoder(encoder), below(source.weights, prefix), source.name, options.dtype)
+    if kind == "encoder" or not text:
+        return image
+    assert source.folder is not None
+    rest = {key: value for key, value in source.weights.items() if not key.startswith(prefix)}
+    return pretrained_dual_of(source.folder, image, rest)

@@ -8,8 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..models.checkpoint import CheckpointError
-from .files import Weights, open_weights, read_json
+from ..models.reading import CheckpointError, read_json
+from .files import Weights, open_weights
 
 CONFIGS = ("config.json", "open_clip_config.json", "processor_config.json", "preprocessor_config.json")
 # first found, first taken; safetensors before pickles, what the folder's config describes before copies of it

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from ..models.checkpoint import CheckpointError, save_model
-from ..models.config import EncoderConfig, to_dict
+from ..models.config import to_dict
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
 from ..models.text import text_list
+from ..models.weights import Weights, listed
 from .source import Source
 
 _CLASSES = {
@@ -139,7 +140,9 @@ def load_text(folder: str | Path) -> PretrainedText:
     except ImportError as error:
         raise CheckpointError("text towers need transformers; install cgspn[text]") from error
     try:
-        config: Any = transformers.AutoConfig.from_pretrained(folder)
+        # a folder may name code of its own, which is neither run nor asked about
+        plain = {"trust_remote_code": False, "local_files_only": True}
+        config: Any = transformers.AutoConfig.from_pretrained(folder, **plain)
         kind = config.model_type
         if kind not in _CLASSES:
             raise CheckpointError(f"{folder} holds a {kind!r} model; text towers are of clip, siglip or siglip2")
@@ -152,9 +155,12 @@ def load_text(folder: str | Path) -> PretrainedText:
             model = getattr(transformers, _CLASSES[kind]).from_pretrained(folder, config=inner, dtype=torch.float32)
         finally:
             transformers.logging.set_verbosity(level)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ImportError) as error:
-        raise CheckpointError(f"the text tower in {folder} cannot be read: {error}") from error
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **plain)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers raises all kinds of errors for configs and vocabularies that are damaged
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise CheckpointError(f"the text tower in {folder} cannot be read: {reason}") from error
     return PretrainedText(model, tokenizer).eval()
 
 
@@ -168,20 +174,15 @@ def with_text(image: Encoder, source: Source) -> PretrainedDual:
     return dual.to(dtype).eval()
 
 
-def pretrained_dual_of(folder: Path, config: EncoderConfig, state: Mapping[str, Tensor]) -> PretrainedDual:
-    """What `PretrainedDual.save_pretrained` wrote, in eval mode, from the folder around it, its image side's config and
-    its weights.
+def pretrained_dual_of(folder: Path, image: Encoder, rest: Weights) -> PretrainedDual:
+    """What `PretrainedDual.save_pretrained` wrote, in eval mode: from the folder around it, its image encoder and its
+    other weights.
 
-    Raises CheckpointError for a text tower that cannot be read, RuntimeError for weights that do not fit the config.
+    Raises CheckpointError for a text tower that cannot be read, or weights that do not fit.
     """
-    with torch.device("meta"):
-        image = Encoder(config)
-    image.load_state_dict(
-        {k.removeprefix("image."): v for k, v in state.items() if k.startswith("image.")}, assign=True
-    )
     dual = PretrainedDual(image, load_text(folder / "text"), 0.0, 0.0)
-    rest = dual.load_state_dict({k: v for k, v in state.items() if not k.startswith("image.")}, strict=False)
-    missing = [key for key in rest.missing_keys if not key.startswith(("image.", "text."))]
-    if missing or rest.unexpected_keys:
-        raise RuntimeError(f"missing {missing}, unexpected {rest.unexpected_keys}")
+    wanted = {k: v for k, v in dual.state_dict().items() if not k.startswith(("image.", "text."))}
+    if {k: tuple(v.shape) for k, v in wanted.items()} != {k: v.shape for k, v in rest.items()}:
+        raise CheckpointError(f"{folder}: expected {', '.join(wanted)} beside the encoder; found {listed(rest)}")
+    dual.load_state_dict({k: v.read() for k, v in rest.items()}, strict=False)
     return dual.to(image.patch_embed.projection.weight.dtype).eval()

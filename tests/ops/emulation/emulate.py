@@ -1,4 +1,4 @@
-"""The CUDA backend on the host: its kernels compiled by g++, one fiber a CUDA thread, behind the launches of launch.py.
+"""The CUDA backend on the host: its kernels compiled by g++, one fiber a CUDA thread, behind the launches of gpu.py.
 
 Everything from the public function down to the packed arguments is what runs on a GPU; only hardware.cuh differs.
 """
@@ -12,19 +12,18 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
 from cgspn.ops.cuda import compile as compiling
-from cgspn.ops.cuda import launch, projected, scan
+from cgspn.ops.cuda import scan
 from cgspn.ops.cuda.compile import Macros
-from cgspn.ops.cuda.plan import Machine
+from cgspn.ops.gpu import Launch, Machine, registered
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-SMALL_HOPPER = Machine(4, 227 * 1024, True)  # few processors, so that small tests see what fills a large machine
+SMALL_HOPPER = Machine(4, 227 * 1024, True)  # few SMs, so that small tests see what fills a large machine
 HERE = Path(__file__).parent
 
 
@@ -43,9 +42,9 @@ def source(name: str) -> str:
 
 
 class Kernel:
-    """Stands for compile.Kernel."""
+    """A kernel of ops/cuda/kernels for the host."""
 
-    def __init__(self, name: str, entry: str, defines: Macros, arch: str) -> None:
+    def __init__(self, name: str, entry: str, defines: Macros) -> None:
         self.parts = dict(defines).get("SPLIT", 1)
         text = source(name) + f"\nEMULATE({entry})\n"
         flags = [f"-D{key}={value}" for key, value in defines]
@@ -56,9 +55,6 @@ class Kernel:
         built = subprocess.run(command, capture_output=True, text=True, check=False)
         assert built.returncode == 0, built.stderr[:4000]
         self.run = ctypes.CDLL(str(stem.with_suffix(".so"))).emulate
-
-    def allow_shared(self, amount: int, device: int) -> None:
-        assert amount <= SMALL_HOPPER.shared_bytes
 
 
 kernel = functools.cache(Kernel)
@@ -71,31 +67,30 @@ class Schedule:
     eager = False
 
 
-def launch_kernel(k: Kernel, grid: int, threads: int, shared: int, stream: int, *values: ctypes.Array) -> None:
-    """Stands for launch.launch_kernel."""
-    pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(v) for v in values))
-    arguments = [ctypes.c_int(grid), ctypes.c_int(threads), ctypes.c_int(k.parts), ctypes.c_longlong(shared), pointers]
-    assert k.run(*arguments, ctypes.c_int(Schedule.order), ctypes.c_int(Schedule.eager)), "threads wait for ever"
+class EmulatedGpu:
+    """Stands for gpu.Gpu: kernels are those of g++, a launch runs them at once."""
 
+    index, capability, arch, machine, runs_triton = 0, (9, 0), "host", SMALL_HOPPER, False
 
-@contextmanager
-def no_stream(device: int) -> Iterator[int]:
-    yield 0
+    def load(self, name: str, entry: str, defines: Macros, shared: int) -> Kernel:
+        assert shared <= SMALL_HOPPER.shared_bytes
+        return kernel(name, entry, defines)
+
+    def compiler_reason(self) -> None:
+        return None
+
+    def submit(self, launch: Launch) -> None:
+        grid, _, _, threads, _, _, shared = launch.shape
+        k = launch.function
+        arguments = [ctypes.c_int(grid), ctypes.c_int(threads), ctypes.c_int(k.parts), ctypes.c_longlong(shared)]
+        done = k.run(*arguments, launch.params, ctypes.c_int(Schedule.order), ctypes.c_int(Schedule.eager))
+        assert done, "threads wait for ever"
 
 
 @pytest.fixture
 def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let `backend="cuda"` run on the CPU, in memory that starts as NaN."""
-    for module in (launch, projected):
-        monkeypatch.setattr(module, "kernel", kernel)
-        monkeypatch.setattr(module, "launch_kernel", launch_kernel)
-        monkeypatch.setattr(module, "current_stream", no_stream)
-        monkeypatch.setattr(module, "machine", lambda device: SMALL_HOPPER)
-        monkeypatch.setattr(module, "architecture", lambda device: "host")
-    monkeypatch.setattr(scan, "unsupported_reason", lambda x: None)
-    monkeypatch.setattr("cgspn.ops.cuda.unsupported_reason", lambda x: None)
     monkeypatch.setattr(scan, "empty", lambda shape, like: torch.full(tuple(shape), float("nan"), dtype=like.dtype))
-    launch.prepare.cache_clear()
-    yield
+    with registered(torch.device("cpu"), EmulatedGpu()):
+        yield
     Schedule.order, Schedule.eager = 0, False
-    launch.prepare.cache_clear()

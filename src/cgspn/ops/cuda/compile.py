@@ -59,6 +59,18 @@ def compiler_version() -> str:
     return f"{major}.{minor}"
 
 
+@functools.cache
+def supported_architectures() -> frozenset[str]:
+    """What NVRTC compiles for: "sm_90" and others. Raises as `compiler_version`."""
+    from cuda.bindings import nvrtc
+
+    compiler_version()
+    status, found = nvrtc.nvrtcGetSupportedArchs()
+    if int(status) != 0:
+        raise RuntimeError(f"NVRTC does not tell its architectures: {status}")
+    return frozenset(f"sm_{number}" for number in found)
+
+
 def cache_folder() -> Path:
     """Where cubins are kept: $XDG_CACHE_HOME/cgspn/kernels, by default ~/.cache/cgspn/kernels."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cgspn" / "kernels"
@@ -108,11 +120,8 @@ class Kernel:
 
     def __init__(self, name: str, entry: str, defines: Macros, arch: str) -> None:
         core = cuda_core()
-        from cuda.bindings import driver
-
         self._object = core.ObjectCode.from_cubin(cubin(name, defines, arch))  # keeps the library loaded
-        self._kernel = self._object.get_kernel(entry)
-        self.handle = driver.CUfunction(int(self._kernel.handle))
+        self.handle = int(self._object.get_kernel(entry).handle)
         self._shared: dict[int, int] = {}
 
     def allow_shared(self, amount: int, device: int) -> None:
@@ -122,14 +131,10 @@ class Kernel:
         if amount <= max(48 * 1024, self._shared.get(device, 0)):
             return
         attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        check(driver.cuKernelSetAttribute(attribute, amount, driver.CUkernel(int(self._kernel.handle)), device))
+        (status,) = driver.cuKernelSetAttribute(attribute, amount, driver.CUkernel(self.handle), device)
+        if int(status) != 0:
+            raise RuntimeError(f"CUDA driver: {status!r}")
         self._shared[device] = amount
-
-
-def check(result: tuple[object, ...]) -> None:
-    """Raise RuntimeError unless a driver call succeeded."""
-    if int(result[0]) != 0:  # type: ignore[call-overload]
-        raise RuntimeError(f"CUDA driver: {result[0]!r}")
 
 
 @functools.cache

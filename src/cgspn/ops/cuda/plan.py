@@ -11,16 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..gpu import Machine
+
 MAX_THREADS = 1024
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a plan has to know about the GPU."""
-
-    processors: int
-    shared_bytes: int  # a block may take at most this
-    clusters: bool
 
 
 @dataclass(frozen=True)
@@ -57,7 +50,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Cut:
+class TileConfig:
     """One way to cut: `vec` channels and `pos` positions a thread, `lanes` vectors a block, `stages` lines in flight,
     lines cut into `split` blocks.
 
@@ -76,13 +69,13 @@ class Cut:
         """Positions of a line that a block writes."""
         return -(-p.longest // self.split)
 
-    def beyond(self) -> int:
+    def halo_width(self) -> int:
         """The halo's width on either side; none where lines are whole."""
         return self.halo if self.split > 1 else 0
 
     def rows(self, p: Problem) -> int:
         """Positions a block handles at once."""
-        return -(-(self.own(p) + 2 * self.beyond()) // self.pos)
+        return -(-(self.own(p) + 2 * self.halo_width()) // self.pos)
 
     def blocks(self, p: Problem) -> int:
         """Blocks of a launch."""
@@ -100,12 +93,12 @@ class Cut:
         """Dynamic shared memory of a block: lines of float32 state, then stages of the backward."""
         rows, vectors = self.rows(p), self.lanes * self.vec
         state = (4 if p.backward else 2) * (rows * self.pos + 2) * vectors * 4
-        state += 4 * self.beyond() * (3 if p.backward else 1) * vectors * 4  # mailboxes
+        state += 4 * self.halo_width() * (3 if p.backward else 1) * vectors * 4  # mailboxes
         if p.backward:
             return state + self.stages * p.maps * rows * self.pos * vectors * p.itemsize
         return state  # the forward's stages are in registers
 
-    def narrow(self, p: Problem) -> bool:
+    def partial_sector(self, p: Problem) -> bool:
         """Whether what lies beside a block's run of channels is read by other blocks, or a line later.
 
         The next line of a direction that walks sideways lies in the same 128 bytes, which memory should give at once.
@@ -151,10 +144,10 @@ def _lanes(p: Problem, vec: int, run: int) -> int:
     return -(-vectors // -(-vectors // lanes))
 
 
-def choose(p: Problem, machine: Machine) -> Cut | None:
+def choose(p: Problem, machine: Machine) -> TileConfig | None:
     """The cut for a problem, or None where the lines are too long for any.
 
-    From sweeps on an H100 (results/operator): runs of 128 bytes as long as there is a block for most processors. Where
+    From sweeps on an H100 (results/operator): runs of 128 bytes as long as there is a block for most SMs. Where
     there is not, lines are cut in two before runs are halved, and in more parts where one block a line does not fit or
     runs would be shorter than a sector. Short lines are not worth a cluster and want narrow vectors instead.
     """
@@ -162,7 +155,7 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
     if (cut := _alone(p, machine, vectors)) is not None:
         return cut
     wide = vectors[0]
-    enough = machine.processors * 7 // 10
+    enough = machine.num_sms * 7 // 10
     clusters = machine.clusters and p.longest >= 64
     # Of sets of parameters a thread reads and writes single ones: its neighbours fill the sector, so backward wants
     # them side by side, 0.57 ms instead of 0.79 at B = 32, 74x74, 4 x 96 channels; forward rather wants whole lines.
@@ -180,8 +173,8 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
                 continue
             least = enough
             if run == 32 and (split == 4 or not clusters):
-                # Below a sector the load/store unit works for nothing: rather leave processors idle.
-                least = machine.processors // 3
+                # Below a sector the load/store unit works for nothing: rather leave SMs idle.
+                least = machine.num_sms // 3
             elif split > 2:
                 least = enough * split // 2  # parts of many wait for each other: not to make blocks alone
             if cut.blocks(p) >= least:
@@ -191,7 +184,7 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
         if (cut := _parts(p, machine, vectors, 8 * p.itemsize, split)) is not None:
             return cut
     vec = next((v for v in vectors if v <= 2), vectors[-1])
-    fine = Cut(vec, _lanes(p, vec, 8), 1, 3)
+    fine = TileConfig(vec, _lanes(p, vec, 8), 1, 3)
     if fine.fits(p, machine) and fine.threads(p) <= 640:
         return fine
     # Whatever fits.
@@ -200,13 +193,13 @@ def choose(p: Problem, machine: Machine) -> Cut | None:
         for pos in (1, 2, 4, 8):
             for split in splits:
                 for stages in (3, 2) if p.backward else (3, 2, 1):
-                    if (cut := Cut(vec, 1, pos, stages, split)).fits(p, machine):
+                    if (cut := TileConfig(vec, 1, pos, stages, split)).fits(p, machine):
                         return cut
     return None
 
 
-def _alone(p: Problem, machine: Machine, vectors: list[int]) -> Cut | None:
-    """Lines cut into the most parts of two channels a thread, where each block has a processor; None elsewhere.
+def _alone(p: Problem, machine: Machine, vectors: list[int]) -> TileConfig | None:
+    """Lines cut into the most parts of two channels a thread, where each block has an SM; None elsewhere.
 
     From sweeps over 320 cuts at B = 1 (results/operator), 16 bits and the forward alone: 3 to 13% less time than wider
     threads in fewer parts.
@@ -217,25 +210,25 @@ def _alone(p: Problem, machine: Machine, vectors: list[int]) -> Cut | None:
         return None
     lanes, split, halos = (4, 2, (16,)) if p.longest < 80 else (8, 8, (8, 4))
     for halo in halos:
-        cut = Cut(2, min(lanes, max(1, p.channels // 2)), 1, 4, split, halo)
+        cut = TileConfig(2, min(lanes, max(1, p.channels // 2)), 1, 4, split, halo)
         # of more threads a wide halo costs more than it spares; a narrow one was not measured
         if cut.fits(p, machine) and cut.threads(p) <= 384:
-            return cut if cut.blocks(p) <= machine.processors else None
+            return cut if cut.blocks(p) <= machine.num_sms else None
     return None
 
 
-def _whole(p: Problem, machine: Machine, vec: int, run: int) -> Cut | None:
+def _whole(p: Problem, machine: Machine, vec: int, run: int) -> TileConfig | None:
     """Whole lines in runs of about `run` bytes, if they fit."""
     lanes = _lanes(p, vec, run)
-    cut = Cut(vec, lanes, 1, (3 if vec * p.itemsize * lanes <= 32 else 2) if p.backward else 1)
+    cut = TileConfig(vec, lanes, 1, (3 if vec * p.itemsize * lanes <= 32 else 2) if p.backward else 1)
     return cut if cut.fits(p, machine) and cut.threads(p) <= 640 else None
 
 
-def _parts(p: Problem, machine: Machine, vectors: list[int], run: int, split: int) -> Cut | None:
+def _parts(p: Problem, machine: Machine, vectors: list[int], run: int, split: int) -> TileConfig | None:
     """Lines cut over a cluster in runs of about `run` bytes, if they fit.
 
     From the same sweeps: vectors of 8 bytes in short runs, where they fit; they make more threads, which the forward
-    can use at twice the run. The halo's work is for nothing, and so is a barrier: blocks that have a processor each
+    can use at twice the run. The halo's work is for nothing, and so is a barrier: blocks that have an SM each
     wait for each other, so seldom, and for memory, so have three lines in flight. Where there are other blocks to
     turn to, both waits are free.
     """
@@ -243,13 +236,13 @@ def _parts(p: Problem, machine: Machine, vectors: list[int], run: int, split: in
     short = run <= (32 if p.backward else 64)
     for vec in (narrow, vectors[0]) if short else vectors[:1]:
         lanes = _lanes(p, vec, run)
-        alone = Cut(vec, lanes, 1, 1, split).blocks(p) <= machine.processors
+        alone = TileConfig(vec, lanes, 1, 1, split).blocks(p) <= machine.num_sms
         seldom = 32 // split
         ways = [(seldom, 3), (4, 3), (seldom, 2), (4, 2)] if alone else []
         stages = (3 if run <= 32 else 2) if p.backward else 2 if run <= 64 else 1
         last = [] if p.backward else [(4, 1)]
         for halo, depth in (*ways, (4, stages), (2, stages), *last) if vec == vectors[0] else (*ways, (4, stages)):
-            cut = Cut(vec, lanes, 1, depth, split, halo)
+            cut = TileConfig(vec, lanes, 1, depth, split, halo)
             if not cut.fits(p, machine) or cut.threads(p) > 640 or _spills(cut, p):
                 continue
             if (halo, depth) not in ways or _leaves_room(cut, p, machine):
@@ -257,13 +250,13 @@ def _parts(p: Problem, machine: Machine, vectors: list[int], run: int, split: in
     return None
 
 
-def _spills(cut: Cut, p: Problem) -> bool:
+def _spills(cut: TileConfig, p: Problem) -> bool:
     """Whether two lines of four float32 channels and their weights are more than the registers of a large block."""
     large = not p.backward and p.normalise and cut.threads(p) > 512
     return large and cut.stages > 1 and cut.vec * p.itemsize == 16 and p.itemsize == 4
 
 
-def _leaves_room(cut: Cut, p: Problem, machine: Machine) -> bool:
+def _leaves_room(cut: TileConfig, p: Problem, machine: Machine) -> bool:
     """Whether lines in flight leave registers for the arithmetic or, of wide runs, shared memory for the cache."""
     width = cut.vec * p.itemsize
     if p.backward:

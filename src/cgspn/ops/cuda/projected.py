@@ -10,28 +10,17 @@ from __future__ import annotations
 import functools
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .. import backends
+from ..gpu import Gpu, Launch, gpu_of
 from . import scan
-from .compile import Kernel, kernel, macros
-from .launch import (
-    DTYPE_CODES,
-    PLAIN,
-    Layout,
-    architecture,
-    current_stream,
-    launch_kernel,
-    layout,
-    machine,
-    merge_planes,
-    value,
-    view,
-)
-from .projected_plan import OUTPUTS, PARAMETERS, ProjectedCut, choose, choose_backward, depth, images
-from .projected_plan import wins as plan_wins
+from .compile import macros
+from .launch import DTYPE_CODES, PLAIN, VIEW, Geometry, addresses_of, gpu_behind, merge_launch, views
+from .projected_plan import OUTPUTS, PARAMETERS, ProjectedTileConfig, choose, choose_backward, depth, images
+from .projected_plan import is_faster as is_faster_for
 
 MOST_CHANNELS = 256
 Directions = Sequence[int]
@@ -39,44 +28,30 @@ Directions = Sequence[int]
 
 def unsupported_reason(x: Tensor, backward: bool = False) -> str | None:
     """The reason the projected forward, or the backward, cannot run on features `x` [B, H, W, C], or None."""
-    reason = scan.unsupported_reason(x)
-    if reason is not None:
+    gpu = gpu_of(x.device)
+    reason = backends.unsupported_reason("cuda", x)
+    if reason is not None or gpu is None:
         return reason
     if x.dtype == torch.float32:
         return "torch.float32 has no projected kernel; accepted: float16, bfloat16"
     c, longest = x.shape[3], max(x.shape[1:3])
     if c % 8 or c > MOST_CHANNELS:
         return f"x has {c} channels; the projected kernel takes a multiple of 8 up to {MOST_CHANNELS}"
-    chosen = (choose_backward if backward else choose)(1, longest, c, 4, machine(x.get_device()))
+    chosen = (choose_backward if backward else choose)(1, longest, c, 4, gpu.machine)
     if chosen is None:
         kernel_name = "backward" if backward else "forward"
         return f"lines of {longest} positions of {c} channels do not fit a block of the projected {kernel_name}"
     return None
 
 
-def wins(x: Tensor, directions: Directions) -> bool:
+def is_faster(x: Tensor, directions: Directions) -> bool:
     """Whether the projected forward runs on `x` and beats a projection and a scan apart."""
     b, h, w, c = x.shape
-    return unsupported_reason(x) is None and plan_wins(b, max(h, w), c, len(directions), machine(x.get_device()))
-
-
-@dataclass(frozen=True)
-class _Launch:
-    """What a launch depends on, addresses apart."""
-
-    name: str
-    device: int
-    dtype: torch.dtype
-    shape: tuple[int, int, int, int]
-    codes: tuple[int, ...]
-    cut: ProjectedCut
-    masked: bool
-    gated: bool
-    layouts: tuple[Layout, ...]
+    return unsupported_reason(x) is None and is_faster_for(b, max(h, w), c, len(directions), gpu_behind(x).machine)
 
 
 def projected_defines(
-    cut: ProjectedCut, channels: int, dtype: int, *, masked: bool, gated: bool | None
+    cut: ProjectedTileConfig, channels: int, dtype: int, *, masked: bool, gated: bool | None
 ) -> dict[str, int]:
     """The macros of kernels/projected_forward.cu, or of projected_backward.cu, which has no `gated`."""
     defines = {**PLAIN, "DTYPE": dtype, "VEC": 8, "DEPTH": depth(channels), "MASKED": int(masked)}
@@ -85,52 +60,58 @@ def projected_defines(
     return defines if gated is None else defines | {"GATED": int(gated)}
 
 
-@functools.lru_cache(maxsize=256)
-def _prepare(call: _Launch) -> tuple[Kernel, int, bytes]:
-    """The loaded kernel, its shared memory, and its arguments without addresses."""
-    b, h, w, c = call.shape
-    cut, backward = call.cut, call.name == "projected_backward"
-    gated = None if backward else call.gated
-    defines = projected_defines(cut, c, DTYPE_CODES[call.dtype], masked=call.masked, gated=gated)
-    loaded = kernel(call.name, call.name, macros(defines), architecture(call.device))
+@functools.lru_cache(maxsize=1024)
+def _prepare(
+    name: str,
+    gpu: Gpu,
+    dtype: torch.dtype,
+    codes: tuple[int, ...],
+    cut: ProjectedTileConfig,
+    gated: bool,
+    geometries: tuple[Geometry | None, ...],
+    dims: tuple[str, ...],
+) -> Launch:
+    """The launch of a pass, but for the addresses. Raises ValueError for a cut too short for the lines."""
+    assert geometries[0] is not None
+    b, h, w, c = geometries[0][0]
+    if max(h, w) > cut.line:
+        raise ValueError(f"{cut} has room for {cut.line} positions; a line has {max(h, w)}")
+    backward, masked = name == "projected_backward", geometries[3] is not None
+    defines = projected_defines(cut, c, DTYPE_CODES[dtype], masked=masked, gated=None if backward else gated)
     shared = cut.shared_bytes(c, backward)
-    loaded.allow_shared(shared, call.device)
-    packed = b"".join(view(strides) for strides in call.layouts)
-    codes = (*call.codes, 0, 0, 0)[:4]
-    packed += struct.pack("<11i4x", b, h, w, c, len(call.codes), *codes, c // 8, -(-c // (16 * cut.groups)))
-    return loaded, shared, packed
+    function = gpu.load(name, name, macros(defines), shared)
+    numbers = (b, h, w, c, len(codes), *(*codes, 0, 0, 0)[:4], c // 8, -(-c // (16 * cut.groups)))
+    # the sums of the biases' gradients are float32
+    packed = b"".join(views([g], [d], 4 if d == "bdkc" else dtype.itemsize) for g, d in zip(geometries, dims))
+    packed += struct.pack("<11i4x", *numbers)
+    slots = [(0, n * VIEW.size) for n in range(len(dims))]
+    return Launch(gpu, function, (cut.blocks(b, c, len(codes)),), cut.threads, shared, [packed], slots)
 
 
 def _run(
     name: str,
     tensors: Sequence[Tensor | None],
-    dims: Sequence[str],
+    dims: tuple[str, ...],
     codes: Directions,
-    cut: ProjectedCut,
+    cut: ProjectedTileConfig,
     gated: bool = True,
 ) -> None:
-    x, mask = tensors[0], tensors[3]
+    x = tensors[0]
     assert x is not None
-    b, h, w, c = x.shape
-    layouts = tuple(layout(t, d) for t, d in zip(tensors, dims, strict=True))
-    if max(h, w) > cut.line:
-        raise ValueError(f"{cut} has room for {cut.line} positions; a line has {max(h, w)}")
-    call = _Launch(name, x.get_device(), x.dtype, (b, h, w, c), tuple(codes), cut, mask is not None, gated, layouts)
-    loaded, shared, packed = _prepare(call)
-    arguments = value(packed)
-    for n, t in enumerate(tensors):
-        if t is not None:
-            struct.pack_into("<q", arguments, n * len(view(Layout())), t.data_ptr())
-    if grid := cut.blocks(b, c, len(codes)):
-        with current_stream(call.device) as stream:
-            launch_kernel(loaded, grid, cut.threads, shared, stream, arguments)
+    addresses, geometries = addresses_of(tensors)
+    _prepare(name, gpu_behind(x), x.dtype, tuple(codes), cut, gated, geometries, dims)(addresses)
 
 
-def _cut_for(x: Tensor, codes: Directions, backward: bool = False) -> ProjectedCut:
+def _cut_for(x: Tensor, codes: Directions, backward: bool = False) -> ProjectedTileConfig:
     b, h, w, c = x.shape
-    cut = (choose_backward if backward else choose)(b, max(h, w), c, len(codes), machine(x.get_device()))
+    cut = (choose_backward if backward else choose)(b, max(h, w), c, len(codes), gpu_behind(x).machine)
     assert cut is not None  # unsupported_reason said that there is one
     return cut
+
+
+def _merge(planes: Tensor, out: Tensor, directions: int) -> None:
+    launch = merge_launch(gpu_behind(out), out.dtype, out.numel(), directions)
+    launch((planes.data_ptr(), out.data_ptr()))
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -146,7 +127,7 @@ def forward(
     mask: Tensor | None,
     directions: Directions,
     merge_sum: bool,
-    cut: ProjectedCut | None = None,
+    cut: ProjectedTileConfig | None = None,
 ) -> Tensor:
     """`propagate_2d_projected` without checks; weight [D * 5 * C, C], bias [D * 5 * C] or None.
 
@@ -166,7 +147,7 @@ def forward(
         cut,
     )
     if merged:
-        merge_planes(target, y, len(directions))
+        _merge(target, y, len(directions))
     return y
 
 
@@ -188,7 +169,7 @@ def backward(
     mask: Tensor | None,
     directions: Directions,
     merge_sum: bool,
-    cut: ProjectedCut | None = None,
+    cut: ProjectedTileConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `forward` to x, weight and bias (also where there is none), in the dtype of x.
 
@@ -203,7 +184,7 @@ def backward(
     extended = torch.cat([weight.view(d, PARAMETERS, c, c), identity], 1).view(d * OUTPUTS * c, c)
     dx, dbias = scan.empty(x.shape, x), scan.empty((b, d, PARAMETERS, c), x.new_empty(0, dtype=torch.float32))
     dweight = torch.zeros(d * OUTPUTS * c, c, dtype=torch.float32, device=x.device)
-    step = images(b, cut, c, d, machine(x.get_device()))
+    step = images(b, cut, c, d, gpu_behind(x).machine)
     y_dims = "bhwc" if merge_sum else "bhwdc"
     for part in range(0, b, step):
         here = slice(part, part + step)

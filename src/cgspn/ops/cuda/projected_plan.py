@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .plan import Machine
+from ..gpu import Machine
 
 PARAMETERS = 5  # of the projection a direction: lam, u, three logits
 KEPT = 64  # channels up to which the weights stay in registers
@@ -14,7 +14,7 @@ OUTPUTS = 6  # maps that the backward kernel writes a direction: their gradients
 
 
 @dataclass(frozen=True)
-class ProjectedCut:
+class ProjectedTileConfig:
     """How a projected scan is cut: `groups` of 16 channels a block, `row_warps` along a line with `tiles` of 8
     positions each, `stages` lines of x in shared memory.
     """
@@ -62,7 +62,7 @@ def depth(channels: int) -> int:
     return -(-channels // 32) * 32
 
 
-def cuts(longest: int, channels: int, gpu: Machine, backward: bool = False) -> Iterator[ProjectedCut]:
+def cuts(longest: int, channels: int, gpu: Machine, backward: bool = False) -> Iterator[ProjectedTileConfig]:
     """Every cut that covers lines of `longest` positions and fits."""
     needed = -(-longest // 8)
     for groups in (4, 2, 1):
@@ -71,57 +71,59 @@ def cuts(longest: int, channels: int, gpu: Machine, backward: bool = False) -> I
             wasted = tiles > needed or ((row_warps * tiles - needed) * 4 > needed and tiles > 1)
             if groups * 16 >= channels + 16 or wasted:
                 continue
-            cut = ProjectedCut(groups, row_warps, tiles)
+            cut = ProjectedTileConfig(groups, row_warps, tiles)
             if cut.fits(channels, gpu, backward):
                 yield cut
 
 
 @functools.lru_cache(maxsize=1024)
-def choose(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> ProjectedCut | None:
+def choose(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> ProjectedTileConfig | None:
     """The forward's cut, or None where lines are too long.
 
-    From sweeps on an H100 (results/operator). Up to two blocks of 16 channels a processor, each waits for its own
+    From sweeps on an H100 (results/operator). Up to two blocks of 16 channels an SM, each waits for its own
     lines: as many warps a line as fit. Beyond, warps of other blocks fill the waiting, and work counts: positions,
     also those that are not there, cost a sixth less in warps of 3 or 5 tiles; and wide blocks read x less often, if
     they fill the machine.
     """
     found = list(cuts(longest, channels, gpu))
     narrow = min((cut.groups for cut in found), default=1)
-    if batch * -(-channels // 16) * directions <= 2 * gpu.processors:
+    if batch * -(-channels // 16) * directions <= 2 * gpu.num_sms:
         return min((cut for cut in found if cut.groups == narrow), key=lambda cut: cut.tiles, default=None)
     filling = [cut for cut in found if cut.groups == narrow or cut.blocks(batch, channels, directions) >= _most(gpu)]
     return min(filling, key=lambda cut: (cut.line * (5 if cut.tiles in (3, 5) else 6), -cut.groups), default=None)
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_backward(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> ProjectedCut | None:
+def choose_backward(
+    batch: int, longest: int, channels: int, directions: int, gpu: Machine
+) -> ProjectedTileConfig | None:
     """As `choose`, for the backward: enough blocks; then wide ones, which read x less often; then about 10 warps."""
 
-    def worth(cut: ProjectedCut) -> tuple[float, ...]:
+    def worth(cut: ProjectedTileConfig) -> tuple[float, ...]:
         filled = min(1.0, cut.blocks(batch, channels, directions) / _most(gpu))
         return filled, cut.groups, -abs(cut.threads / 32 - 10)
 
     return max(cuts(longest, channels, gpu, True), key=worth, default=None)
 
 
-def wins(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> bool:
+def is_faster(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> bool:
     """Whether the forward on the chip beats a projection and a scan apart, on an H100 at least.
 
-    It does where a third of the processors have a block: fewer wait for each line longer than a scan does. Only with
+    It does where a third of the SMs have a block: fewer wait for each line longer than a scan does. Only with
     weights that registers hold: products grow with the square of the channels, what memory moves does not.
     """
     cut = choose(batch, longest, channels, directions, gpu)
     fast = cut is not None and depth(channels) <= KEPT
-    return fast and batch * -(-channels // 16) * directions >= gpu.processors // 3
+    return fast and batch * -(-channels // 16) * directions >= gpu.num_sms // 3
 
 
 def _most(gpu: Machine) -> float:
-    """Blocks that leave few processors idle."""
-    return gpu.processors * 0.75
+    """Blocks that leave few SMs idle."""
+    return gpu.num_sms * 0.75
 
 
-def images(batch: int, cut: ProjectedCut, channels: int, directions: int, gpu: Machine) -> int:
+def images(batch: int, cut: ProjectedTileConfig, channels: int, directions: int, gpu: Machine) -> int:
     """Images that the backward takes at once: enough to fill the machine twice, in chunks of one size."""
-    enough = -(-2 * gpu.processors // cut.blocks(1, channels, directions))
+    enough = -(-2 * gpu.num_sms // cut.blocks(1, channels, directions))
     chunks = max(1, batch // max(1, enough))
     return max(1, -(-batch // chunks))

@@ -12,29 +12,23 @@ import torch
 from torch import Tensor
 
 from .. import torch_scan
+from ..gpu import Gpu
 from ..param_groups import features, per_channel, per_set
-from .compile import cuda_core
-from .launch import DTYPE_CODES, Call, Layout, alignment, launch, layout, prepare
-from .plan import Cut
+from .launch import DTYPE_CODES, Call, addresses_of, gpu_behind, prepare
+from .plan import TileConfig
 
 MIN_CAPABILITY = (8, 0)
 
 
-def unsupported_reason(x: Tensor) -> str | None:
-    """The reason this backend cannot run on `x`, or None."""
-    if x.device.type != "cuda":
-        return f"x is on {x.device.type!r}, not on a CUDA device"
-    if torch.version.cuda is None or not torch.cuda.is_available():
-        return "PyTorch sees no CUDA GPU"
-    if x.dtype not in DTYPE_CODES:
-        return f"{x.dtype} has no kernel; accepted: float32, float16, bfloat16"
-    try:
-        cuda_core()
-    except ImportError:
-        return "cuda-core is not installed: pip install 'cgspn[cuda]'"
-    if torch.cuda.get_device_capability(x.device) < MIN_CAPABILITY:
+def unsupported_reason(device: torch.device, dtype: torch.dtype, gpu: Gpu | None) -> str | None:
+    """The reason this backend cannot run on tensors of a device and dtype, or None."""
+    if gpu is None:
+        return "PyTorch sees no CUDA GPU" if device.type == "cuda" else f"x is on {device.type!r}, not on a CUDA device"
+    if dtype not in DTYPE_CODES:
+        return f"{dtype} has no kernel; accepted: float32, float16, bfloat16"
+    if gpu.capability < MIN_CAPABILITY:
         return "the GPU is older than compute capability 8.0"
-    return None
+    return gpu.compiler_reason()
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -45,17 +39,19 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
 def _scan(
     name: str,
     tensors: Sequence[Tensor | None],
-    dims: Sequence[str],
+    dims: tuple[str, ...],
     codes: Sequence[int],
     normalise: bool,
+    mask: int,
     planes: int | None = None,
     save: bool = False,
     chunk: int | None = None,
-    cut: Cut | None = None,
+    cut: TileConfig | None = None,
     share: int = 1,
     keep: bool = False,
 ) -> bool:
-    """Launch. `tensors` in the order of the kernel's views; `planes` is the index of those to merge into the last.
+    """Launch. `tensors` in the order of the kernel's views; `mask` is the index of the mask, `planes` that of what is
+    merged into the last.
 
     Tensors with fewer channels than x are parameters of sets of `share` channels. keep: there is a forget gate.
 
@@ -63,33 +59,19 @@ def _scan(
     """
     x = tensors[0]
     assert x is not None
-    b, h, w, c = *x.shape[:3], x.shape[-1]
-    layouts: tuple[Layout, ...] = tuple(map(layout, tensors, dims))
-    masked = any(t is not None and t.dtype == torch.uint8 for t in tensors)
-    # single parameters need none
-    wide = [(t, own) for t, own in zip(tensors, layouts) if share == 1 or (t is not None and t.shape[-1] == c)]
-    align = alignment([t for t, _ in wide], [own for _, own in wide])
-    call = Call(
-        name,
-        x.get_device(),
-        x.dtype,
-        (b, h, w, c),
-        tuple(codes),
-        normalise,
-        masked,
-        planes is not None,
-        save,
-        chunk or 0,
-        align,
-        layouts,
-        share,
-        keep,
-        cut,
-    )
-    prepared = prepare(call)
+    addresses, geometries = addresses_of(tensors)
+    c, bits = x.shape[-1], 16
+    for n, (address, geometry) in enumerate(zip(addresses, geometries)):
+        if n != mask and geometry is not None and (share == 1 or geometry[0][-1] == c):  # single parameters need none
+            bits |= address
+    masked, merged = geometries[mask] is not None, planes is not None
+    flags = (normalise, masked, merged, save, chunk or 0, share, keep, cut)
+    prepared = prepare(Call(name, gpu_behind(x), x.dtype, tuple(codes), geometries, dims, bits & -bits, *flags))
     if prepared is None:
         return False
-    launch(prepared, tensors, call, None if planes is None else tensors[planes])
+    prepared.scan(addresses)
+    if prepared.merge is not None and planes is not None:
+        prepared.merge((addresses[planes], addresses[-1]))
     return True
 
 
@@ -98,7 +80,7 @@ def planes(x: Tensor, directions: Sequence[int]) -> Tensor:
     return empty((len(directions), *x.shape[:3], x.shape[-1]), x).permute(1, 2, 3, 0, 4)
 
 
-def together(x: Tensor, lam: Tensor) -> int:
+def vector_width(x: Tensor, lam: Tensor) -> int:
     """How many channels of a set a thread can take: the largest power of two that they and the addresses of x allow."""
     each = x.shape[-1] // lam.shape[-1]
     bits = 16 // x.element_size() | each
@@ -132,10 +114,10 @@ def _forward(
     directions: Sequence[int],
     merge_sum: bool,
     h: Tensor | None,
-    cut: Cut | None,
+    cut: TileConfig | None,
     keep: Tensor | None,
 ) -> Tensor:
-    share = together(x, lam)
+    share = vector_width(x, lam)
     times = x.shape[-1] // lam.shape[-1] // share
     given = [None if t is None else per_channel(t, times) for t in (lam, u, logits, keep)]
     merged = merge_sum and len(directions) > 1
@@ -148,6 +130,7 @@ def _forward(
         (features(x), "bhwdc", "bhwdc", "bhwdkc", "bhwdc", "bhwdc", "bhwdc", "bhw", "bhwc"),
         directions,
         True,
+        mask=7,
         planes=5 if merged else None,
         save=h is not None,
         cut=cut,
@@ -166,7 +149,7 @@ def forward(
     directions: Sequence[int],
     merge_sum: bool,
     keep: Tensor | None = None,
-    cut: Cut | None = None,
+    cut: TileConfig | None = None,
 ) -> Tensor:
     """`propagate_2d` without checks. Shapes as there; `directions` are indices into DIRECTIONS.
 
@@ -184,7 +167,7 @@ def forward_saving(
     directions: Sequence[int],
     merge_sum: bool,
     keep: Tensor | None = None,
-    cut: Cut | None = None,
+    cut: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`forward`, and the state h [B, H, W, D, C] that `backward_saved` takes, in the dtype of x."""
     h = empty((*x.shape[:3], len(directions), x.shape[-1]), x)
@@ -202,10 +185,10 @@ def backward_saved(
     merge_sum: bool,
     h: Tensor,
     keep: Tensor | None = None,
-    cut: Cut | None = None,
+    cut: TileConfig | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of `forward` to x, logits, lam, u and, if it is there, keep, each in its input's dtype and shape."""
-    share = together(x, lam)
+    share = vector_width(x, lam)
     times = x.shape[-1] // lam.shape[-1] // share
     given = [None if t is None else per_channel(t, times) for t in (lam, u, logits, keep)]
     merged = x.dim() == 4 and len(directions) > 1
@@ -221,6 +204,7 @@ def backward_saved(
         (features(x), *of_sets, "bhwc" if merge_sum else maps, maps, "bhw", maps, *of_sets, "bhwc"),
         directions,
         True,
+        mask=7,
         planes=8 if merged else None,
         cut=cut,
         share=share,
@@ -249,7 +233,7 @@ def backward(
 
 
 def line_scan_forward(
-    x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None, cut: Cut | None = None
+    x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None, cut: TileConfig | None = None
 ) -> Tensor:
     """`line_scan` without checks. Shapes as there; `cut` as in `forward`."""
     h = empty(x.shape, x)
@@ -259,6 +243,7 @@ def line_scan_forward(
         ("bhwc", "bhwc", "", "bhwkc", "", "bhwc", "", "", ""),
         [direction],
         False,
+        mask=7,
         chunk=chunk,
         cut=cut,
     )
@@ -273,7 +258,7 @@ def line_scan_backward_saved(
     direction: int,
     chunk: int | None,
     h: Tensor,
-    cut: Cut | None = None,
+    cut: TileConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `line_scan_forward` to x, weights and lam; `h` is what it returned."""
     dx, dweights, dlam = (empty(t.shape, x) for t in (x, weights, lam))
@@ -284,6 +269,7 @@ def line_scan_backward_saved(
         ("bhwc", "bhwc", "", "bhwkc", "", "bhwc", "bhwc", "", "bhwc", "bhwc", "", "bhwkc", "", ""),
         [direction],
         False,
+        mask=7,
         chunk=chunk,
         cut=cut,
     )

@@ -1,25 +1,5 @@
-"""What stands around the scan in a sub-layer, each piece reading and writing its tokens once (design, section 5).
+"""What stands around the scan in a sub-layer, each reading and writing its tokens once, in Triton.
 
-What layers call (pieces.py), definitions in plain PyTorch (definition.py), Triton kernels (kernels.py) and their
-registration (library.py).
+A module each has the launches, the gradients and the definition in plain PyTorch; kernels.py and row_kernels.py have
+the kernels. They check nothing: `cgspn.layers.executor` decides where they run.
 """
-
-from .pieces import (
-    linear_residual,
-    linear_residual_norm,
-    local_norm,
-    norm_linear,
-    norm_linear_past,
-    suits,
-    unsupported_reason,
-)
-
-__all__ = [
-    "linear_residual",
-    "linear_residual_norm",
-    "local_norm",
-    "norm_linear",
-    "norm_linear_past",
-    "suits",
-    "unsupported_reason",
-]

@@ -12,8 +12,8 @@ import triton.language as tl
 
 
 @triton.jit
-def norm_linear_fold(gain, shift, weight, bias, folded, sums, offset, C, CHANNELS: tl.constexpr):
-    """One row of the linear layer with LayerNorm's gain and shift in it: folded [K, C], its sums [K], offset [K]."""
+def norm_linear_fold(gain, shift, weight, bias, folded, sums, C, K, CHANNELS: tl.constexpr):
+    """One row of the linear layer with LayerNorm's gain and shift in it, folded [K, C]; sums and offsets [2, K]."""
     k = tl.program_id(0)
     c = tl.arange(0, CHANNELS)
     w = tl.load(weight + k * C + c, mask=c < C, other=0).to(tl.float32)
@@ -21,18 +21,18 @@ def norm_linear_fold(gain, shift, weight, bias, folded, sums, offset, C, CHANNEL
     tl.store(folded + k * C + c, scaled, mask=c < C)
     tl.store(sums + k, tl.sum(scaled.to(tl.float32), 0))
     shifted = tl.sum(w * tl.load(shift + c, mask=c < C, other=0).to(tl.float32), 0)
-    tl.store(offset + k, shifted + tl.load(bias + k).to(tl.float32))
+    tl.store(sums + K + k, shifted + tl.load(bias + k).to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["rows", "eps"])
 def norm_linear_forward(
-    x, folded, sums, offset, out, means, inverses, rows, C, K, eps,
-    ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr,
+    x, folded, sums, out, statistics, rows, C, K, eps,
+    ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     """LayerNorm and linear in one pass over x [M, C]: the norm is applied to the product, not to its input.
 
     linear(norm(x)) = inverse * (x G - mean * sum(G)) + offset, with G = folded = gain * weight and offset = weight
-    shift + bias. EVEN: C is a multiple of CHANNELS.
+    shift + bias. EVEN: C is a multiple of CHANNELS. SAVE: mean and inverse deviation of rows go to statistics [2, M].
     """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, LATENT)
@@ -58,15 +58,16 @@ def norm_linear_forward(
     inverse = tl.rsqrt(tl.sum(squares, 1) / C - mean * mean + eps)
     mean += pilot
     y = inverse[:, None] * (product - mean[:, None] * tl.load(sums + k, mask=k < K, other=0)[None, :])
-    y += tl.load(offset + k, mask=k < K, other=0)[None, :]
+    y += tl.load(sums + K + k, mask=k < K, other=0)[None, :]
     tl.store(out + m[:, None] * K + k[None, :], y.to(out.dtype.element_ty), mask=inside[:, None] & (k < K)[None, :])
-    tl.store(means + m, mean, mask=inside)
-    tl.store(inverses + m, inverse, mask=inside)
+    if SAVE:
+        tl.store(statistics + m, mean, mask=inside)
+        tl.store(statistics + rows + m, inverse, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def norm_linear_backward(
-    dout, out, x, past, folded, sums, offset, means, inverses, dx, scaled, parts, rows, C, K,
+    dout, out, x, past, folded, sums, statistics, dx, scaled, parts, rows, C, K,
     ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
     EVEN: tl.constexpr, PAST: tl.constexpr,
 ):  # fmt: skip
@@ -84,11 +85,11 @@ def norm_linear_backward(
     d = tl.load(dout + at, mask=valid, other=0)
     wide = d.to(tl.float32)
     mixed = tl.load(out + at, mask=valid, other=0).to(tl.float32)
-    mixed -= tl.load(offset + k, mask=k < K, other=0)[None, :]
+    mixed -= tl.load(sums + K + k, mask=k < K, other=0)[None, :]
     plain = tl.sum(wide * tl.load(sums + k, mask=k < K, other=0)[None, :], 1) / C
     along = tl.sum(wide * mixed, 1) / C
-    mean = tl.load(means + m, mask=inside, other=0)
-    inverse = tl.load(inverses + m, mask=inside, other=0)
+    mean = tl.load(statistics + m, mask=inside, other=0)
+    inverse = tl.load(statistics + rows + m, mask=inside, other=0)
     ready = (wide * inverse[:, None]).to(scaled.dtype.element_ty)
     tl.store(scaled + at, ready, mask=valid)
     part = parts + tl.program_id(0).to(tl.int64) * 2 * K + k

@@ -4,6 +4,7 @@ want: one pass over memory each.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
 from ..backends import unsupported_reason
-from ..functorch import transformed
-from .library import _rms_backward, _tile
+from ..eager import is_eager
+from ..gpu import Gpu, gpu_of
+from ..triton_launch import TritonLaunch
+from .tiles import tile
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHANNELS_MOST = 4096  # of a row that stays on the chip
 SMALL = 1 << 23  # elements below which rows are few, and tiles smaller
 PROGRAMS = 528  # that share the sums over rows: four for each multiprocessor of the largest GPUs
@@ -26,17 +30,45 @@ TILES: dict[str | None, tuple[tuple[int, ...], int, int, int, int]] = {
 }
 
 
-def serves(*tensors: Tensor | None) -> bool:
-    """Whether the kernels of this module run on such tensors: on a GPU, outside of traced programs.
+def can_use_rows(*tensors: Tensor | None) -> bool:
+    """Whether the kernels of this module run on such tensors: outside of traced programs, where Triton runs.
 
     Those over whole rows take at most `CHANNELS_MOST` channels.
     """
     given = [t for t in tensors if t is not None]
-    if torch.compiler.is_compiling() or transformed() or not all(t.is_cuda and t.numel() for t in given):
+    first = given[0]
+    if first.is_cpu or not is_eager(*given) or any(t.dtype not in DTYPES or not t.numel() for t in given):
         return False
-    if any(t.dtype not in (torch.float32, torch.float16, torch.bfloat16) for t in given):
-        return False
-    return unsupported_reason("triton", given[0]) is None
+    return unsupported_reason("triton", first) is None
+
+
+@functools.lru_cache(maxsize=512)
+def _add_norm_launch(
+    gpu: Gpu | None, dtypes: tuple[torch.dtype | None, ...], rows: int, channels: int, eps: float, save: bool
+) -> TritonLaunch:
+    from . import row_kernels
+
+    _, branch, _, _, after = dtypes
+    wide = tile(channels)
+    size = max(1, (8192 if rows * channels > SMALL else 4096) // wide)
+    kept = branch is not None or after is not None
+    return TritonLaunch(
+        row_kernels.add_norm_forward, gpu, (-(-rows // size),), (rows, channels, eps), ROWS=size, CHANNELS=wide,
+        BRANCH=branch is not None, KEEP=kept, AFTER=after is not None, SAVE=save, num_warps=4,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=512)
+def layer_norm_launch(
+    gpu: Gpu | None, dtypes: tuple[torch.dtype, ...], rows: int, channels: int, eps: float
+) -> TritonLaunch:
+    """LayerNorm of x - after: of x, gain, shift, after and the output."""
+    from . import kernels
+
+    return TritonLaunch(
+        kernels.layer_norm_forward, gpu, (-(-rows // 2),), (rows, channels, eps),
+        ROWS=2, CHANNELS=tile(channels), num_warps=4,
+    )  # fmt: skip
 
 
 def forward(
@@ -53,44 +85,81 @@ def forward(
 
     With `save` also mean and inverse deviation of each row, float32 [M, 2].
     """
-    from . import row_kernels
-
     x = x.contiguous()
     branch = None if branch is None else branch.contiguous()
     channels = x.shape[-1]
-    rows, wide = x.numel() // channels, _tile(channels)
+    rows = x.numel() // channels
     normal = torch.empty_like(x)
-    kept = branch is not None or after is not None
-    total = torch.empty_like(x) if kept else x
-    statistics = torch.empty(rows, 2, dtype=torch.float32, device=x.device) if save else None
-    tile = max(1, (8192 if rows * channels > SMALL else 4096) // wide)
-    row_kernels.add_norm_forward[((rows + tile - 1) // tile,)](
-        x, branch, gain, shift, after, total, normal, statistics, rows, channels, eps, ROWS=tile, CHANNELS=wide,
-        BRANCH=branch is not None, KEEP=kept, AFTER=after is not None, SAVE=save, num_warps=4,
-    )  # fmt: skip
+    total = x if branch is None and after is None else torch.empty_like(x)
+    statistics = torch.empty((rows, 2), dtype=torch.float32, device=x.device) if save else None
+    tensors = (x, branch, gain, shift, after)
+    dtypes = tuple([None if t is None else t.dtype for t in tensors])
+    _add_norm_launch(gpu_of(x.device), dtypes, rows, channels, eps, save)(*tensors, total, normal, statistics)
     return normal, total, statistics
+
+
+@functools.lru_cache(maxsize=512)
+def _norm_backward_launch(
+    gpu: Gpu | None, dtypes: tuple[torch.dtype | None, ...], rows: int, channels: int
+) -> tuple[TritonLaunch, int]:
+    from . import row_kernels
+
+    wide = tile(channels)
+    size = max(1, 2048 // wide)
+    programs = min(PROGRAMS, -(-rows // size))
+    launch = TritonLaunch(
+        row_kernels.norm_backward, gpu, (programs,), (rows, channels), ROWS=size, CHANNELS=wide, STAGES=3,
+        PAST=dtypes[1] is not None, num_warps=4,
+    )  # fmt: skip
+    return launch, programs
 
 
 def backward(
     dnormal: Tensor, past: Tensor | None, x: Tensor, gain: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of LayerNorm to x (plus `past`, the one that reaches it past the norm), gain and shift: float32."""
-    from . import row_kernels
-
-    dnormal = dnormal.contiguous()
-    past = None if past is None else past.contiguous()
+    tensors = (dnormal.contiguous(), None if past is None else past.contiguous(), x, gain)
     channels = x.shape[-1]
-    rows, wide = x.numel() // channels, _tile(channels)
+    dtypes = tuple([None if t is None else t.dtype for t in tensors])
+    launch, programs = _norm_backward_launch(gpu_of(x.device), dtypes, x.numel() // channels, channels)
     dx = torch.empty_like(x)
-    tile = max(1, 2048 // wide)
-    programs = min(PROGRAMS, (rows + tile - 1) // tile)
-    parts = torch.empty(programs, 2, channels, dtype=torch.float32, device=x.device)
-    row_kernels.norm_backward[(programs,)](
-        dnormal, past, x, gain, statistics, dx, parts, rows, channels, ROWS=tile, CHANNELS=wide, STAGES=3,
-        PAST=past is not None, num_warps=4,
-    )  # fmt: skip
+    parts = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
+    launch(*tensors, statistics, dx, parts)
     dgain, dshift = parts.sum(0)
     return dx, dgain, dshift
+
+
+@functools.lru_cache(maxsize=512)
+def _rms_backward_launch(
+    gpu: Gpu | None, dtypes: tuple[torch.dtype | None, ...], rows: int, channels: int, eps: float
+) -> tuple[TritonLaunch, int]:
+    from . import kernels
+
+    wide = tile(channels)
+    size = min(64, max(1, (1 << 13) // wide))
+    programs = -(-rows // size)
+    launch = TritonLaunch(
+        kernels.rms_backward, gpu, (programs,), (rows, channels, eps),
+        ROWS=size, LATENT=wide, GAIN=dtypes[2] is not None, num_warps=8,
+    )  # fmt: skip
+    return launch, programs
+
+
+def rms_backward(
+    dn: Tensor, y: Tensor, gain: Tensor | None, unit: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient to y; with a gain the sums over rows for gain and bias, float32 [2, K], without the norm in `unit`.
+
+    See `kernels.rms_backward`.
+    """
+    tensors = (dn.contiguous(), y.contiguous(), gain)
+    channels = y.shape[-1]
+    dtypes = tuple([None if t is None else t.dtype for t in tensors])
+    launch, programs = _rms_backward_launch(gpu_of(y.device), dtypes, y.numel() // channels, channels, eps)
+    dy = torch.empty_like(tensors[1])
+    parts = None if gain is None else torch.empty((programs, 2, channels), dtype=torch.float32, device=y.device)
+    launch(*tensors, dy, unit, parts)
+    return dy, None if parts is None else parts.sum(0)
 
 
 class AddNorm(torch.autograd.Function):
@@ -141,10 +210,31 @@ class RmsNorm(torch.autograd.Function):
             plain = rms_norm(x.float(), gain.shape, gain.float(), ctx.eps).to(x.dtype)
             dx, dgain = torch.autograd.grad(plain, (x, gain), dnormal, create_graph=True)
         else:
-            dx, sums = _rms_backward(dnormal, x, gain, None, ctx.eps)
+            dx, sums = rms_backward(dnormal, x, gain, None, ctx.eps)
             assert sums is not None
             dgain = sums[0]
         return dx, dgain.to(gain.dtype), None
+
+
+@functools.lru_cache(maxsize=512)
+def _column_launch(
+    gpu: Gpu | None, dtypes: tuple[torch.dtype | None, ...], rows: int, channels: int, mode: str | None
+) -> tuple[TritonLaunch, int]:
+    from . import row_kernels
+
+    widths, most, warps, stages, total = TILES[mode]
+    # the widest of which an eighth at most would be idle
+    fitting = (w for w in widths if (-channels % w) * 8 <= channels)
+    wide = min(next(fitting, widths[-1]), tile(channels))
+    # as many bytes whatever the dtype: what is fetched ahead has to fit
+    assert dtypes[0] is not None
+    size, across = most * 2 // (wide * dtypes[0].itemsize), -(-channels // wide)
+    down = max(1, min(-(-rows // size), total // across))
+    launch = TritonLaunch(
+        row_kernels.column_sums, gpu, (across, down), (rows, channels), ROWS=size, CHANNELS=wide, STAGES=stages,
+        GELU={None: 0, "none": 1, "tanh": 2}[mode], num_warps=warps,
+    )  # fmt: skip
+    return launch, down
 
 
 def column_sums(d: Tensor, hidden: Tensor | None = None, approximate: str = "none") -> Tensor:
@@ -153,19 +243,8 @@ def column_sums(d: Tensor, hidden: Tensor | None = None, approximate: str = "non
     With hidden [M, C], what a GELU was given: d, the gradient to its output, first becomes in place that to `hidden`.
     approximate: "none" or "tanh", as of `torch.nn.functional.gelu`.
     """
-    from . import row_kernels
-
-    rows, channels = d.shape
-    widths, size, warps, stages, total = TILES[None if hidden is None else approximate]
-    # the widest of which an eighth at most would be idle
-    fitting = (w for w in widths if (-channels % w) * 8 <= channels)
-    wide = min(next(fitting, widths[-1]), _tile(channels))
-    # as many bytes whatever the dtype: what is fetched ahead has to fit
-    tile, across = size * 2 // (wide * d.element_size()), (channels + wide - 1) // wide
-    down = max(1, min((rows + tile - 1) // tile, total // across))
-    parts = torch.empty(down, channels, dtype=torch.float32, device=d.device)
-    mode = 0 if hidden is None else 1 if approximate == "none" else 2
-    row_kernels.column_sums[(across, down)](
-        d, hidden, parts, rows, channels, ROWS=tile, CHANNELS=wide, STAGES=stages, GELU=mode, num_warps=warps
-    )
+    dtypes = (d.dtype, None if hidden is None else hidden.dtype)
+    launch, down = _column_launch(gpu_of(d.device), dtypes, *d.shape, None if hidden is None else approximate)
+    parts = torch.empty((down, d.shape[1]), dtype=torch.float32, device=d.device)
+    launch(d, hidden, parts)
     return parts.sum(0)

@@ -1,0 +1,105 @@
+"""Milliseconds an image of SO400M encoders (and ViT-S ones) made as the students of the study are, from CUDA graphs.
+
+python -m benchmarks.frontier.speed --out results/frontier
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from benchmarks.resolution.students import STUDENTS, Student
+from cgspn.bench.machine import ceilings, free
+from cgspn.bench.timing import medians
+from cgspn.environment import describe
+from cgspn.models.checkpoint import write_atomically
+from cgspn.models.config import EncoderConfig
+from cgspn.models.encoder import Encoder
+from cgspn.models.registry import model_config
+from cgspn.teachers.convert import student_config
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """Settings.
+
+    Args:
+        rows: which students; empty for all of the frontier.
+        models: teachers whose students are timed.
+        sizes: (pixels, images at once).
+        rounds: interleaved timings of each.
+        out: folder for speed.json.
+    """
+
+    rows: tuple[str, ...] = ()
+    models: tuple[str, ...] = ("vit_so400m_patch14_378", "vit_small_patch14_378")
+    sizes: tuple[tuple[int, int], ...] = ((1036, 8), (2058, 2))
+    rounds: int = 5
+    out: Path = Path("results/frontier")
+
+
+def scaled(layers: Any, depth: int, of: int = 12) -> Any:
+    """Layers, or a number of them, of `of` as the same share of `depth`."""
+    if isinstance(layers, int):
+        return round(layers * depth / of)
+    return tuple(sorted({min(depth - 1, round((i + 1) * depth / of) - 1) for i in layers}))
+
+
+def config_of(student: Student, teacher: EncoderConfig) -> EncoderConfig:
+    """The config of a large encoder with the recipe of a student of a ViT-S.
+
+    Of 27 layers the same share is kept, and the latent has as many channels: 64 at s = 6 of 384 and at s = 18 of 1152.
+    """
+    if student.attention:
+        return teacher
+    arguments = {"compression": 6, **student.convert}
+    arguments["compression"] *= teacher.width / 384
+    positions = arguments.pop("keep_positions", False)
+    for name in ("keep_attention", "window_attention"):
+        if name in arguments:
+            arguments[name] = scaled(arguments[name], teacher.depth)
+    return replace(student_config(teacher, **arguments), positions=positions)
+
+
+@torch.no_grad()
+def step(encoder: Encoder, images: torch.Tensor) -> object:
+    """One forward pass."""
+    return encoder(images)
+
+
+def run(config: SpeedConfig) -> None:
+    """Measure and write; rows that need the same teacher and size are interleaved."""
+    device = torch.device("cuda")
+    rows: list[dict[str, Any]] = []
+    names = config.rows or tuple(STUDENTS)
+    machine = describe() | ceilings(device)
+    for model in config.models:
+        for pixels, batch in config.sizes:
+            teacher = replace(model_config(model), image_size=(pixels, pixels))
+            calls: dict[str, Callable[[], object]] = {}
+            for name in names:
+                with torch.device(device):
+                    encoder = Encoder(config_of(STUDENTS[name], teacher)).to(torch.bfloat16).eval()
+                images = torch.randn(batch, 3, pixels, pixels, device=device, dtype=torch.bfloat16)
+                calls[name] = partial(step, encoder, images)
+            times = medians(calls, rounds=config.rounds, target_ms=1.0)
+            first = next(iter(times.values()))
+            for name, ms in times.items():
+                row = {"student": name, "model": model, "px": pixels, "B": batch, "ms an image": ms / batch}
+                rows.append(row | {"x the first": first / ms})
+                print(row | {"x the first": round(first / ms, 2)}, flush=True)
+            calls.clear()
+            free(device)
+            config.out.mkdir(parents=True, exist_ok=True)
+            write_atomically(config.out / "speed.json", json.dumps({"machine": machine, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    run(tyro.cli(SpeedConfig, description=__doc__))

@@ -1,0 +1,137 @@
+"""Train students at one size or at many, and measure each at every size.
+
+python -m benchmarks.resolution vit_s14.safetensors --photos 'photos256-*.tar' --rows 'values 6' ViT --mixed --out out
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+
+from cgspn import load_encoder
+from cgspn.distill import ComputeConfig, DistillConfig, LossConfig, OptimConfig, SizeRange, distill
+from cgspn.environment import describe
+from cgspn.models.checkpoint import write_atomically
+
+from .measure import scores, sublayer_errors
+from .photographs import load_photographs
+from .students import STUDENTS
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """Settings of the study.
+
+    Args:
+        teacher: a checkpoint that `cgspn.load_encoder` reads.
+        photos: shards of photographs; patterns are taken.
+        rows: which of `STUDENTS`.
+        seeds: of each row, one run each.
+        trained: "fixed" at `size`, "mixed" over `sizes`, or both, one run each.
+        size: pixels of training at one size.
+        sizes: the mix.
+        px: sizes to measure at.
+        steps: of stage 1 and of stage 2.
+        batch_size: images a step, of `size`.
+        rates: peak learning rates of stage 1 (Muon) and stage 2 (AdamW).
+        held_out: photographs to measure with.
+        source: side of the squares that photographs are kept as, in pixels.
+        out: folder for the rows, and for students with `save`.
+        save: keep the students.
+    """
+
+    teacher: tyro.conf.Positional[Path]
+    photos: tuple[str, ...]
+    rows: tuple[str, ...]
+    seeds: tuple[int, ...] = (0,)
+    trained: tuple[str, ...] = ("mixed",)
+    size: int = 224
+    sizes: SizeRange = field(default_factory=SizeRange)
+    px: tuple[int, ...] = (112, 224, 336, 448, 518, 756)
+    steps: tuple[int, int] = (400, 800)
+    batch_size: int = 64
+    rates: tuple[float, float] = (1e-2, 2.5e-4)
+    held_out: int = 200
+    source: int = 256
+    out: Path = Path("build/resolution")
+    save: bool = False
+
+
+def recipe(config: StudyConfig, trained: str, seed: int, gpu: bool) -> DistillConfig:
+    """How a student is trained: the recipe of results/quality."""
+    common: dict[str, Any] = {"batch_size": config.batch_size, "seed": seed, "embedding_rate": 0.0}
+    common |= {"crop_scale": (0.08, 1.0), "mixup": 1.0, "cutmix": 0.5}
+    first, second = config.steps
+    return DistillConfig(
+        image_size=config.size,
+        sizes=config.sizes if trained == "mixed" else None,
+        stage1=OptimConfig(steps=first, learning_rate=config.rates[0], optimizer="muon", **common),
+        stage2=OptimConfig(steps=second, learning_rate=config.rates[1], **common),
+        loss=LossConfig(output=0.05),
+        compute=ComputeConfig("bfloat16" if gpu else "float32", capture=gpu),
+    )
+
+
+def run(config: StudyConfig) -> None:
+    """Train and measure every row; what is measured is written after each."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = load_encoder(config.teacher).to(device).eval()
+    shards = sorted(Path(path) for pattern in config.photos for path in glob.glob(pattern))
+    train, held = load_photographs(shards, config.held_out, config.source, device)
+    config.out.mkdir(parents=True, exist_ok=True)
+    found: list[dict[str, Any]] = []
+    for seed in config.seeds:
+        for name in config.rows:
+            for trained in config.trained:
+                student = STUDENTS[name].of(teacher, seed)
+                settings = recipe(config, trained, seed, device.type == "cuda")
+                began, images = time.monotonic(), 0
+                errors: dict[int, dict[str, float]] = {}
+                for part in ("stage1", "stage2"):
+                    other = "stage2" if part == "stage1" else "stage1"
+                    alone = replace(settings, **{other: replace(getattr(settings, other), steps=0)})
+                    histories = distill(teacher, student, train, alone)
+                    images += sum(int(h.throughput.get("images", 0)) for h in histories)
+                    if part == "stage1":
+                        errors = {px: sublayer_errors(student, teacher, held, px) for px in config.px}
+                seconds = time.monotonic() - began
+                student.eval()
+                shown = {
+                    "student": name,
+                    "seed": seed,
+                    "trained": trained,
+                    "images": images,
+                    "seconds": round(seconds, 1),
+                }
+                found += [
+                    {**shown, "px": px, **scores(student, teacher, held, px), "sublayers": errors[px]}
+                    for px in config.px
+                ]
+                print(
+                    name,
+                    trained,
+                    f"{seconds:.0f} s",
+                    [round(r["cosine"], 4) for r in found[-len(config.px) :]],
+                    flush=True,
+                )
+                content = {
+                    "machine": describe(),
+                    "settings": json.loads(json.dumps(asdict(config), default=str)),
+                    "rows": found,
+                }
+                write_atomically(config.out / "rows.json", json.dumps(content, indent=1))
+                if config.save:
+                    student.save_pretrained(
+                        config.out / f"{name}, {trained}, {seed}".replace(", ", "_").replace(" ", "-")
+                    )
+
+
+if __name__ == "__main__":
+    run(tyro.cli(StudyConfig, description=__doc__))

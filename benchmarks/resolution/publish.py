@@ -1,0 +1,110 @@
+"""From the rows of runs to results/resolution: JSON, a table and a plot.
+
+python -m benchmarks.resolution.publish RUN/rows.json ... --out results/resolution
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from cgspn.bench.drawing import draw, over_sizes
+from cgspn.bench.results import table
+from cgspn.models.checkpoint import write_atomically
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PublishConfig:
+    """Settings.
+
+    Args:
+        runs: rows.json of each process of the study.
+        out: folder for the results.
+        name: of the files.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    out: Path = Path("results/resolution")
+    name: str = "resolution"
+
+
+def over_seeds(rows: Sequence[Row], key: str) -> list[Row]:
+    """A row for each student and way of training: the mean of `key` over the seeds at each size, and the number of
+    seeds."""
+    found: dict[tuple[str, str], dict[int, list[float]]] = {}
+    for row in rows:
+        if key in row:
+            found.setdefault((row["student"], row["trained"]), {}).setdefault(row["px"], []).append(row[key])
+    return [
+        {
+            "student": student,
+            "trained": trained,
+            "seeds": max(map(len, sizes.values())),
+            **{f"{px} px": f"{statistics.mean(values):.4f}" for px, values in sorted(sizes.items())},
+        }
+        for (student, trained), sizes in found.items()
+    ]
+
+
+def blocks(rows: Sequence[Row]) -> list[Row]:
+    """Stage 1's error of every sub-layer at every size, of the first seed of each student."""
+    first = min(row["seed"] for row in rows)
+    return [
+        {
+            "student": row["student"],
+            "trained": row["trained"],
+            "px": row["px"],
+            **{name.removeprefix("block "): round(v, 3) for name, v in row["sublayers"].items()},
+        }
+        for row in rows
+        if row["seed"] == first and row.get("sublayers")
+    ]
+
+
+def run(config: PublishConfig) -> None:
+    """Write `name`.json, .md and .png."""
+    runs = [json.loads(path.read_text()) for path in config.runs]
+    rows: list[Row] = [row for part in runs for row in part["rows"]]
+    content = {"machine": runs[0]["machine"], "settings": [part["settings"] for part in runs], "rows": rows}
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.out / f"{config.name}.json", json.dumps(content, indent=1) + "\n")
+    parts = [f"# {config.name}", "\n".join(f"- {key}: {value}" for key, value in runs[0]["machine"].items())]
+    names = {
+        "cosine": "Cosine of the final grid tokens to the teacher's at the same size, held-out photographs",
+        "relative error": "Relative squared error of the same",
+        "CamVid mIoU": "CamVid, mIoU of a linear probe on frozen tokens",
+        "VOC animals mIoU": "VOC animals, mIoU of a linear probe on frozen tokens",
+        "Caltech linear": "Caltech-101, accuracy of a linear probe on pooled tokens",
+        "Caltech k-NN": "Caltech-101, accuracy of the nearest neighbour",
+    }
+    for key, title in names.items():
+        if found := over_seeds(rows, key):
+            parts.append(f"## {title}\n\n{table(found)}")
+    if found := blocks(rows):
+        parts.append(f"## Stage 1: relative squared error of each sub-layer alone, by block\n\n{table(found)}")
+    write_atomically(config.out / f"{config.name}.md", "\n\n".join(parts) + "\n")
+
+    def paint(axes: Any) -> None:
+        ax = axes[0][0]
+        for row in over_seeds(rows, "cosine"):
+            points = [(int(k.removesuffix(" px")), float(v)) for k, v in row.items() if k.endswith(" px")]
+            ax.plot(
+                *zip(*points), "o-" if row["trained"] != "fixed" else "o--", label=f"{row['student']}, {row['trained']}"
+            )
+        over_sizes(ax, (row["px"] for row in rows), "cosine to the teacher")
+        ax.set(yscale="linear")
+        ax.legend(fontsize=6, ncols=2)
+
+    draw(config.out / f"{config.name}.png", paint, figsize=(9, 6))
+
+
+if __name__ == "__main__":
+    run(tyro.cli(PublishConfig, description=__doc__))

@@ -1,0 +1,88 @@
+"""The students that are compared, by name: how each is made of its teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from cgspn import convert
+from cgspn.layers import PropagationConfig, value_config
+from cgspn.models.encoder import Encoder
+from cgspn.teachers import attention_student
+
+
+@dataclass(frozen=True)
+class Student:
+    """Arguments of `cgspn.convert`; or the ViT student, whose attention starts afresh."""
+
+    convert: dict[str, Any] = field(default_factory=dict)
+    attention: bool = False
+
+    def of(self, teacher: Encoder, seed: int) -> Encoder:
+        """The student before training."""
+        torch.manual_seed(1000 + seed)  # not the seed of any teacher
+        return attention_student(teacher) if self.attention else convert(teacher, **{"compression": 6, **self.convert})
+
+
+def values(expansion: float, **changes: Any) -> dict[str, PropagationConfig]:
+    """C-GSPN with values of their own, and changes to it."""
+    return {"propagation": replace(value_config(expansion), **changes)}
+
+
+LATENT, MEAN = PropagationConfig(), PropagationConfig(normalise_state=True)
+POSITIONS: dict[str, Any] = {"keep_positions": True}
+NORMALISED: dict[str, Any] = {"normalise_state": True}
+
+# what depends on the size, one at a time
+SIZE: dict[str, Student] = {
+    "ViT": Student(attention=True),
+    "latent": Student(),
+    "latent, positions": Student(POSITIONS),
+    "latent, normalised": Student({"propagation": MEAN}),
+    "latent, positions, normalised": Student({"propagation": MEAN, **POSITIONS}),
+    "values 6": Student(values(6)),
+    "values 6, positions": Student({**values(6), **POSITIONS}),
+    "values 6, normalised": Student(values(6, **NORMALISED)),
+    "values 6, convex": Student(values(6, convex_gate=True)),
+    "values 6, positions, normalised": Student({**values(6, **NORMALISED), **POSITIONS}),
+    "values 6, positions, convex": Student({**values(6, convex_gate=True), **POSITIONS}),
+    "values 6, positions, no convolution": Student({**values(6, local_kernel=0), **POSITIONS}),
+    "values 6, positions, no forget gate": Student({**values(6, forget_gate=False), **POSITIONS}),
+    "values 6, positions, normalised, no forget gate": Student(
+        {**values(6, forget_gate=False, **NORMALISED), **POSITIONS}
+    ),
+    "values 6, positions, normalised, no merge norm": Student(
+        {**values(6, merge_norm=False, **NORMALISED), **POSITIONS}
+    ),
+}
+# where the capacity is
+CAPACITY: dict[str, Student] = {
+    "values 3 of s = 3, positions, normalised": Student({**values(3, **NORMALISED), **POSITIONS, "compression": 3}),
+    "values 6 in fours, positions, normalised": Student({**values(6, channels_per_group=4, **NORMALISED), **POSITIONS}),
+    "values 12, positions, normalised": Student({**values(12, **NORMALISED), **POSITIONS}),
+}
+
+
+def frontier(base: dict[str, Any]) -> dict[str, Student]:
+    """The students between attention and C-GSPN; `base`: settings of every sub-layer that propagates."""
+
+    def with_values(expansion: float) -> dict[str, Any]:
+        return {**POSITIONS, **values(expansion, **base)}
+
+    return {
+        "one latent": Student({**POSITIONS, "propagation": replace(LATENT, **base)}),
+        **{f"values {n}": Student(with_values(n)) for n in (3, 6, 12)},
+        **{f"values 6, attention in {k}": Student({**with_values(6), "keep_attention": k}) for k in (1, 2, 3, 4, 6)},
+        "windows in 12": Student({"window_attention": 12, "window": 8}),
+        "windows in 9, whole in 3": Student({"keep_attention": 3, "window_attention": 9, "window": 8}),
+        "windows in 9, values 6 in 3": Student({**with_values(6), "window_attention": 9, "window": 8}),
+        "windows in 6, values 6 in 6": Student({**with_values(6), "window_attention": 6, "window": 8}),
+        "windows in 6, whole in 3, values 6 in 3": Student(
+            {**with_values(6), "keep_attention": 3, "window_attention": 6, "window": 8}
+        ),
+    }
+
+
+STUDENTS = SIZE | CAPACITY

@@ -1,0 +1,118 @@
+"""JSON and typed configs from files that may hold anything; errors name the file, the key and what is accepted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Config = TypeVar("Config")
+
+MOST_BYTES = 1 << 24  # of a JSON file; as objects it takes some twenty times that
+LONGEST = 10_000  # of lists and texts in configs
+_NAMES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message says what was expected and what was found."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises CheckpointError if the file holds none, is no regular file or larger than `MOST_BYTES`; OSError if it cannot
+    be read.
+    """
+    value = read_json_value(path)
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {shown(value)}; expected a JSON object")
+    return value
+
+
+def read_json_value(path: Path, most: int = MOST_BYTES) -> Any:
+    """What a JSON file holds. Raises as `read_json`; `most`: the largest size in bytes."""
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file; expected one with JSON")
+    if (size := path.stat().st_size) > most:
+        raise CheckpointError(f"{path} has {size} bytes; accepted: {most}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except RecursionError as error:
+        raise CheckpointError(f"{path} is not readable JSON: it is nested too deeply") from error
+    except ValueError as error:  # wrong syntax, bytes that are not UTF-8, numbers of thousands of digits
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+
+
+def build(cls: type[Config], values: Any, where: str) -> Config:
+    """A dataclass config of JSON values; fields that are missing keep their defaults.
+
+    Args:
+        cls: a dataclass of bool, int, float, str, Literal, tuples of them, None, and further such dataclasses.
+        values: what was read.
+        where: the file, and the key in it, for messages.
+
+    Raises CheckpointError for keys that `cls` has not, values of another type, and what `cls` itself refuses.
+    """
+    hints = get_type_hints(cls)
+    known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    if not isinstance(values, Mapping):
+        raise CheckpointError(f"{where} is {shown(values)}; accepted: an object with {', '.join(known)}")
+    if unknown := sorted(str(key) for key in values if key not in known):
+        named = ", ".join(key[:60] for key in unknown[:5])
+        raise CheckpointError(f"{where}: {cls.__name__} has no {named}; accepted: {', '.join(known)}")
+    given = {key: checked(value, known[key], f"{where}.{key}") for key, value in values.items()}
+    try:
+        return cls(**given)
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def checked(value: Any, hint: Any, where: str) -> Any:
+    """A JSON value as the type `hint` (`build`). Raises CheckpointError naming `where` if it is none."""
+    if dataclasses.is_dataclass(hint):
+        return build(hint, value, where)  # type: ignore[arg-type]
+    if get_origin(hint) in (Union, types.UnionType):
+        if value is None and type(None) in get_args(hint):
+            return None
+        *others, last = (each for each in get_args(hint) if each is not type(None))
+        for each in others:
+            with suppress(CheckpointError):
+                return checked(value, each, where)
+        return checked(value, last, where)
+    if get_origin(hint) is Literal:
+        if isinstance(value, str) and value in get_args(hint):
+            return value
+        raise CheckpointError(f"{where} is {shown(value)}; accepted: {', '.join(map(repr, get_args(hint)))}")
+    if get_origin(hint) is tuple:
+        return _tuple(value, get_args(hint), where)
+    plain = not isinstance(value, bool) or hint is bool
+    if hint is float and plain and isinstance(value, (int, float)) and abs(value) < 1e300 and math.isfinite(value):
+        return float(value)
+    if hint in (bool, int, str) and plain and isinstance(value, hint) and (hint is not str or len(value) <= LONGEST):
+        return value
+    raise CheckpointError(f"{where} is {shown(value)}; accepted: {_NAMES[hint]}")
+
+
+def _tuple(value: Any, each: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    any_length = each[-1] is Ellipsis
+    length = f"at most {LONGEST}" if any_length else str(len(each))
+    if not isinstance(value, (list, tuple)) or len(value) > LONGEST or (not any_length and len(value) != len(each)):
+        raise CheckpointError(f"{where} is {shown(value)}; accepted: a list of {length}")
+    hints = each[:1] * len(value) if any_length else each
+    return tuple(checked(one, hint, f"{where}[{i}]") for i, (one, hint) in enumerate(zip(value, hints)))
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    if isinstance(value, (dict, list)) and len(value) > 20:
+        return f"a {type(value).__name__} of {len(value)}"
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:80]}..."

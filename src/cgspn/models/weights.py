@@ -1,0 +1,136 @@
+"""Weight files as tables of tensors that are read one at a time, after their shapes were compared with a model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from .reading import CheckpointError
+
+LONGEST_HEADER = 1 << 24  # bytes; each of its tensors becomes an object before the first is read
+DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file: its shape, and how to read it. Reading raises CheckpointError for values not finite."""
+
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+Weights = dict[str, Stored]
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def open_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
+    """The tensors of a .safetensors file and its metadata; nothing but the header is read.
+
+    Raises CheckpointError for a file that the safetensors library refuses: truncated, overlapping or incomplete
+    tensors, sizes that do not agree with shapes; and for a header of more than 16 MiB or unknown dtypes.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    size = path.stat().st_size
+    if size < 8 or length > size - 8:
+        raise CheckpointError(f"{path} has {size} bytes; it is truncated, or not a safetensors file")
+    if length > LONGEST_HEADER:
+        raise CheckpointError(f"{path} has a header of {length} bytes; accepted: {LONGEST_HEADER}")
+    try:
+        with safe_open(path, "pt") as opened:  # type: ignore[no-untyped-call]
+            metadata = opened.metadata() or {}
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 - it is no dict
+            dtypes = {value.get_dtype() for value in slices.values()}
+            weights = {key: Stored(tuple(s.get_shape()), partial(_read, path, key)) for key, s in slices.items()}
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated, damaged or not a safetensors file: {error}") from error
+    if unknown := dtypes - {*DTYPES}:
+        raise CheckpointError(
+            f"{path} holds tensors of type {', '.join(sorted(unknown))}; accepted: {', '.join(DTYPES)}"
+        )
+    return weights, metadata
+
+
+def _read(path: Path, key: str) -> Tensor:
+    """A copy: the map of the file, which would count as memory a second time, is closed after each tensor."""
+    try:
+        with safe_open(path, "pt") as opened:  # type: ignore[no-untyped-call]
+            return finite(opened.get_tensor(key).clone(), path, key)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} was changed while it was read: {error}") from error
+
+
+def finite(tensor: Tensor, path: Path, key: str) -> Tensor:
+    """The tensor. Raises CheckpointError if it holds NaN or infinity."""
+    # the sum costs a twentieth of looking at each value, and is finite where all are but for sums beyond 1e38
+    if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
+        raise CheckpointError(f"{path}: {key} holds values that are not finite")
+    return tensor
+
+
+def read_state(
+    module: nn.Module, weights: Weights, where: str, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The state dict of a module from a file's weights, which become `dtype` where they are floats.
+
+    Names and shapes are compared before the first tensor is read. Raises CheckpointError naming those that differ.
+    """
+    check_fit(module, weights, where)
+    tensors = ((key, stored.read()) for key, stored in weights.items())
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors}
+
+
+def load(make: Callable[[], Model], weights: Weights, where: str, dtype: torch.dtype = torch.float32) -> Model:
+    """A module in eval mode with the weights of a file; `make` is called on the meta device, which allocates nothing.
+
+    Raises CheckpointError if it cannot be made, and as `read_state`.
+    """
+    try:
+        with torch.device("meta"):
+            module = make()
+    except (ValueError, RuntimeError, TypeError, ArithmeticError) as error:
+        raise CheckpointError(f"{where}: its config cannot be used: {error}") from error
+    module.load_state_dict(read_state(module, weights, where, dtype), assign=True)
+    return module.eval()
+
+
+def below(weights: Weights, prefix: str) -> Weights:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def check_fit(module: nn.Module, weights: Weights, where: str) -> None:
+    """Raise CheckpointError, naming tensors, unless `weights` has just those of a module."""
+    wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    missing, unknown = wanted.keys() - weights.keys(), weights.keys() - wanted.keys()
+    wrong = [
+        f"{key} has shape {list(stored.shape)}, not {list(wanted[key])}"
+        for key, stored in weights.items()
+        if key in wanted and stored.shape != wanted[key]
+    ]
+    said = [f"it lacks {listed(missing)}"] if missing else []
+    said += [f"it has, unexpectedly, {listed(unknown)}"] if unknown else []
+    if said or wrong:
+        raise CheckpointError(f"the weights in {where} do not fit its config: {'; '.join(said + wrong[:3])}")
+
+
+def check_depth(blocks: int, weights: Weights, where: str) -> None:
+    """Raise CheckpointError for more blocks than tensors, before a module is made for each."""
+    if blocks > len(weights):
+        raise CheckpointError(f"{where} has {blocks} blocks, but weights of {len(weights)} tensors; they do not fit")
+
+
+def listed(names: Iterable[str]) -> str:
+    """The first names in order, and how many there are."""
+    names = sorted(names)
+    shown = ", ".join(name[:100] for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

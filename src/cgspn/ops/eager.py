@@ -1,0 +1,31 @@
+"""Whether operations run at once, on tensors that hold numbers: only then may a launch go past PyTorch's dispatcher."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils._device import DeviceContext
+
+from .functorch import in_functorch
+from .gpu import gpu_of
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def is_eager(*tensors: Tensor | None) -> bool:
+    """Whether nothing traces, transforms or intercepts operations on these tensors.
+
+    False in torch.compile, torch.export and other tracers, in torch.func and forward-mode AD, under modes such as
+    FlopCounterMode and FakeTensorMode, for subclasses of Tensor and for tensors on "meta".
+    """
+    if torch.compiler.is_compiling() or in_functorch():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+        return False
+    for n in range(torch._C._len_torch_function_stack()):
+        if not isinstance(torch._C._get_function_stack_at(n), DeviceContext):  # which says where tensors are made
+            return False
+    if any([t is not None and type(t) not in PLAIN for t in tensors]):  # noqa: C419 (a list is faster)
+        return False
+    first = tensors[0]
+    return first is None or not first.is_meta or gpu_of(first.device) is not None

@@ -1,0 +1,37 @@
+"""What the launches around the scan share: sizes of tiles, where they fit, and gradients of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ..gpu import Gpu
+
+ROWS = 64  # of a tile that norm and P_down share: fewer are slower even where they leave most of a GPU idle
+PARTS = 264  # programs that share the reduction over rows: two for each multiprocessor of the largest GPUs
+
+
+def tile(size: int, least: int = 16) -> int:
+    """The power of two that covers `size`."""
+    return max(least, 1 << (size - 1).bit_length())
+
+
+def weight_channels(latent: int, dtype: torch.dtype, most: int) -> int:
+    """Channels of a tile of weights [channels, latent] of at most so many bytes, so that several fit on the chip."""
+    return max(16, min(64, most // (tile(latent) * dtype.itemsize)))
+
+
+def is_large(gpu: Gpu | None, dtype: torch.dtype, generations: tuple[int, ...] = (9, 10)) -> bool:
+    """Whether a program may take 200 KB of shared memory for tiles of 16 bits, which only these GPUs have."""
+    return gpu is not None and dtype.itemsize < 4 and gpu.capability[0] in generations
+
+
+def plain_gradients(plain: Callable[..., Tensor], inputs: Sequence[Tensor | None], dout: Tensor) -> list[Tensor | None]:
+    """Gradients of `plain` at `inputs` that are differentiable again; None for an input that wants none."""
+    with torch.enable_grad():
+        wanted = [t for t in inputs if t is not None and t.requires_grad]
+        y = plain(*inputs)
+        found = iter(torch.autograd.grad(y, wanted, dout.to(y.dtype), create_graph=True, allow_unused=True))
+    return [next(found) if t is not None and t.requires_grad else None for t in inputs]

@@ -1,0 +1,176 @@
+"""GPUs as launches see them: what they are, their streams, and launches whose arguments are packed once.
+
+The driver launches into the context that is current in the calling thread. PyTorch makes the device's primary context
+current at its own first CUDA call in a thread, and a launch of ours may come before that: in the first backward of a
+process, or in a worker thread. So every launch here makes sure of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan has to know about the GPU."""
+
+    num_sms: int
+    shared_bytes: int  # a block may take at most this
+    clusters: bool
+
+
+class Launch:
+    """A kernel with everything fixed but the addresses of its tensors. Safe from several threads."""
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        function: int,
+        grid: Sequence[int],
+        threads: int,
+        shared: int,
+        values: Sequence[bytes],
+        slots: Sequence[tuple[int, int]],
+    ) -> None:
+        """values: the kernel's arguments; slots: where each address goes, an argument (-1: none) and a byte in it."""
+        offsets = [0]
+        for value in values:
+            offsets.append(offsets[-1] + -(-len(value) // 16) * 16)
+        self._words = (ctypes.c_longlong * (offsets[-1] // 8 + 1))()  # the last is for addresses that go nowhere
+        base = ctypes.addressof(self._words)
+        for offset, value in zip(offsets, values):
+            ctypes.memmove(base + offset, value, len(value))
+        self.params = (ctypes.c_void_p * len(values))(*(base + offset for offset in offsets[:-1]))
+        self._slots = [(offsets[argument] + byte) // 8 for argument, byte in slots]
+        self._submit, self._lock = gpu.submit, threading.Lock()
+        self.function = function
+        self.shape = (*grid, *(1,) * (3 - len(grid)), threads, 1, 1, shared)
+        self._empty = 0 in grid
+
+    def __call__(self, addresses: Sequence[int]) -> None:
+        """Launch on PyTorch's current stream of the device. Raises RuntimeError with the driver's reason."""
+        if self._empty:
+            return
+        with self._lock:  # the driver reads the words before it returns
+            words = self._words
+            for slot, address in zip(self._slots, addresses):
+                words[slot] = address
+            self._submit(self)
+
+
+class Gpu:
+    """A CUDA device. `registered` puts another object with these members in its place, for tests and measurements."""
+
+    runs_triton = True
+
+    def __init__(self, index: int) -> None:
+        """index: of the device in this process. Raises RuntimeError in a process forked after CUDA was initialised."""
+        properties = torch.cuda.get_device_properties(index)
+        self.index, self.capability = index, (properties.major, properties.minor)
+        self.arch = f"sm_{properties.major}{properties.minor}"
+        shared = getattr(properties, "shared_memory_per_block_optin", 48 * 1024)
+        self.machine = Machine(properties.multi_processor_count, shared, properties.major >= 9)
+
+    def load(self, name: str, entry: str, defines: tuple[tuple[str, int], ...], shared: int) -> int:
+        """The handle of a kernel of ops/cuda/kernels that may take `shared` bytes, compiled at its first use."""
+        from .cuda.compile import kernel
+
+        with self.current():
+            loaded = kernel(name, entry, defines, self.arch)
+            loaded.allow_shared(shared, self.index)
+            return loaded.handle
+
+    def compiler_reason(self) -> str | None:
+        """The reason why no kernel can be compiled for this GPU, or None."""
+        from .cuda.compile import supported_architectures
+
+        try:
+            known = supported_architectures()
+        except ImportError:
+            return "cuda-core is not installed: pip install 'cgspn[cuda]'"
+        except RuntimeError as error:
+            return str(error)
+        return None if self.arch in known else f"the installed NVRTC does not compile for {self.arch}"
+
+    def submit(self, launch: Launch) -> None:
+        """Hand a launch to the driver."""
+        stream = torch._C._cuda_getCurrentRawStream(self.index)
+        if getattr(_thread, "has_context", False) and torch._C._cuda_getDevice() == self.index:
+            status = driver().cuLaunchKernel(launch.function, *launch.shape, stream, launch.params, None)
+        else:
+            with self.current():
+                status = driver().cuLaunchKernel(launch.function, *launch.shape, stream, launch.params, None)
+        check(status)
+
+    @contextmanager
+    def current(self) -> Iterator[None]:
+        """Make this the current device, and its primary context current, for the time of the context."""
+        with torch.cuda.device(self.index):
+            found = ctypes.c_void_p()
+            check(driver().cuCtxGetCurrent(ctypes.byref(found)))
+            if not found:
+                check(driver().cuCtxSetCurrent(self._primary_context))
+            _thread.has_context = True
+            yield
+
+    @functools.cached_property
+    def _primary_context(self) -> ctypes.c_void_p:
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        check(driver().cuDeviceGet(ctypes.byref(device), self.index))  # both count the visible devices
+        check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
+        return context
+
+
+_thread = threading.local()
+_gpus: dict[torch.device, Gpu] = {}
+if hasattr(os, "register_at_fork"):  # a child has to ask again, and PyTorch then says why it cannot use CUDA
+    os.register_at_fork(after_in_child=_gpus.clear)
+
+
+def gpu_of(device: torch.device) -> Gpu | None:
+    """The GPU behind a device, None where there is no CUDA.
+
+    Raises RuntimeError in a process forked after CUDA was initialised.
+    """
+    if (gpu := _gpus.get(device)) is not None:
+        return gpu
+    if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
+        return None
+    return _gpus.setdefault(device, Gpu(device.index if device.index is not None else torch.cuda.current_device()))
+
+
+@contextmanager
+def registered(device: torch.device, gpu: Gpu) -> Iterator[None]:
+    """Let `gpu` stand for a device, such as torch.device("meta"), for the time of the context."""
+    _gpus[device] = gpu
+    try:
+        yield
+    finally:
+        del _gpus[device]
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    """The CUDA driver. Raises OSError where there is none."""
+    library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    pointer, number = ctypes.c_void_p, ctypes.c_uint
+    library.cuLaunchKernel.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
+    library.cuCtxSetCurrent.argtypes = [pointer]
+    return library
+
+
+def check(status: int) -> None:
+    """Raise RuntimeError unless a call of the driver succeeded."""
+    if status:
+        name = ctypes.c_char_p()
+        driver().cuGetErrorName(status, ctypes.byref(name))
+        raise RuntimeError(f"CUDA driver: {(name.value or b'unknown error').decode()} ({status})")

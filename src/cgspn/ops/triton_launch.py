@@ -1,0 +1,95 @@
+"""Triton kernels launched without Triton's launcher, which takes as long as several kernels.
+
+The first launch goes through Triton, which compiles; what it compiled is then launched as any other kernel, as long as
+addresses are aligned as they were. Where there is no CUDA (AMD, Intel, the interpreter) every launch goes through it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+from torch import Tensor
+
+from .gpu import Gpu, Launch, driver
+
+_PACKED = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f", "f32": "<f", "fp64": "<d"}
+ALIGNED = 15  # bits that are zero in addresses which Triton takes for aligned
+
+
+class TritonLaunch:
+    """A Triton kernel with everything fixed but its tensors, which come first in its arguments."""
+
+    def __init__(
+        self, kernel: Any, gpu: Gpu | None, grid: tuple[int, ...], numbers: tuple[int | float, ...], **constants: Any
+    ) -> None:
+        """numbers: the arguments after the tensors; constants: those after these, and Triton's options."""
+        self.kernel, self.gpu, self.grid, self.numbers, self.constants = kernel, gpu, grid, numbers, constants
+        self._prepared: Launch | None = None
+        self._tried = gpu is None
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch on the current stream of the tensors' device. Tensors have the dtypes of the first launch."""
+        addresses = [0 if t is None else t.data_ptr() for t in tensors]
+        bits = 0
+        for address in addresses:
+            bits |= address
+        if self._prepared is not None and not bits & ALIGNED:
+            self._prepared(addresses)
+        elif 0 not in self.grid:
+            self._through_triton(tensors, aligned=not bits & ALIGNED)
+
+    def _through_triton(self, tensors: Sequence[Tensor | None], aligned: bool) -> None:
+        gpu = self.gpu
+        with nullcontext() if gpu is None else gpu.current():
+            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
+            if gpu is not None and aligned and not self._tried:
+                self._tried = True
+                self._prepared = prepare(compiled, gpu, self.grid, len(tensors), self.numbers)
+
+
+def prepare(
+    compiled: Any, gpu: Gpu, grid: tuple[int, ...], tensors: int, numbers: Sequence[int | float]
+) -> Launch | None:
+    """A launch of what Triton compiled; None for what its own launcher has to do more for, or an unknown signature."""
+    metadata = compiled.metadata
+    plain = getattr(metadata, "num_ctas", 1) == 1 and not any(
+        getattr(metadata, name, 0)
+        for name in ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+    )
+    kinds = list(compiled.src.signature.values())[: tensors + len(numbers)]
+    values: list[bytes] = []
+    slots: list[tuple[int, int]] = []
+    for place, kind in enumerate(kinds):
+        if kind == "constexpr":  # what is not there, or 1
+            slots += [(-1, 0)] if place < tensors else []
+        elif place < tensors:
+            slots.append((len(values), 0))
+            values.append(bytes(8))
+        elif kind in _PACKED:
+            values.append(struct.pack(_PACKED[kind], numbers[place - tensors]))
+        else:
+            return None
+    wanted = _parameter_count(int(compiled.function))
+    # addresses of scratch memory follow, which these kernels have none of
+    if not plain or wanted is None or not len(values) <= wanted <= len(values) + 2:
+        return None
+    values += [bytes(8)] * (wanted - len(values))
+    return Launch(gpu, int(compiled.function), grid, 32 * metadata.num_warps, metadata.shared, values, slots)
+
+
+def _parameter_count(function: int) -> int | None:
+    """How many parameters a loaded kernel has; None where the driver (before CUDA 12.4) does not tell."""
+    ask = getattr(driver(), "cuFuncGetParamInfo", None)
+    if ask is None:
+        return None
+    offset, size = ctypes.c_size_t(), ctypes.c_size_t()
+    count = 0
+    while count < 64 and not ask(
+        ctypes.c_void_p(function), ctypes.c_size_t(count), ctypes.byref(offset), ctypes.byref(size)
+    ):
+        count += 1
+    return count
