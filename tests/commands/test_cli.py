@@ -15,6 +15,7 @@ from PIL import Image
 
 from cgspn.cli import COMMANDS, main, run
 from cgspn.commands.command import Command, usual_settings
+from cgspn.commands.distill import Distill
 from cgspn.commands.export import Export
 from cgspn.commands.pretrain import Pretrain
 from cgspn.data import load_embedded
@@ -32,11 +33,14 @@ def cgspn(*arguments, cwd):
     )
 
 
-def test_help_shows_examples(tmp_path):
-    result = cgspn("--help", cwd=tmp_path)
-    assert result.returncode == 0
-    assert "demo" in result.stdout
-    assert "cgspn demo" in cgspn("demo", "--help", cwd=tmp_path).stdout
+def test_help_shows_examples(capsys):
+    run([])
+    assert "eval zeroshot" in capsys.readouterr().out
+    run(["eval"])
+    assert "bench" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(["demo", "--help"])
+    assert "cgspn demo --out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -174,11 +178,10 @@ def test_distill_goes_on_after_an_interruption_and_refuses_other_settings(tmp_pa
     assert "out is run, which holds a finished run" in again.stderr
 
 
-def test_a_preset_is_where_the_other_settings_start_from(tmp_path):
-    shown = cgspn(
-        "distill", "a", "b", "--preset", "so400m-highres", "--config.stage1.steps", "7", "--show-config", cwd=tmp_path
-    )
-    settings = json.loads(shown.stdout)["config"]
+def test_a_preset_is_where_the_other_settings_start_from(capsys):
+    run(["distill", "a", "b", "--preset", "so400m-highres", "--config.stage1.steps", "7", "--show-config"])
+    settings = json.loads(capsys.readouterr().out)["config"]
+    assert Distill("a", "b", preset="so400m-378").settings.stage2.steps == 56_000
     assert settings["compression"] == 18
     assert settings["highres"]["sizes"] == [518, 756, 1036]
     assert settings["stage1"]["steps"] == 7

@@ -191,7 +191,6 @@ def test_wrong_input_is_one_clear_error(arguments, message, tmp_path, student):
 
 def test_help_shows_what_can_be_measured(capsys):
     for arguments, expected in (
-        (["--help"], "zeroshot,retrieval,segment,all"),
         (["segment", "--help"], "--ignore-index"),
         (["zeroshot", "--help"], "cgspn eval zeroshot embedded runs/student --data photos/"),
     ):
