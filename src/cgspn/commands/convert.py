@@ -13,9 +13,9 @@ from .. import __version__
 from ..console import console
 from ..models.checkpoint import CONFIG, WEIGHTS, write_atomically
 from ..models.config import to_dict
-from ..models.dual import DualEncoder
-from ..teachers import load_encoder, load_model
-from ..teachers.convert import student_config, student_of
+from ..models.dual import DualEncoder, image_encoder
+from ..teachers import convert, load_encoder, load_model
+from ..teachers.convert import Inherited
 from ..teachers.parameters import Part, parameter_table
 from .checks import check_folder
 from .command import Command, Out, Teacher
@@ -58,6 +58,8 @@ class Convert(Command):
     """Indices from 0 of those layers, in place of a number."""
     window: int = 8
     """Side of a window, in positions of the grid."""
+    keep_positions: bool = False
+    """Keep the teacher's learned positions, resized to each grid; without them the first layer has to count lines."""
     heads: int | None = None
     """Of attention, where a foreign file is of no known width and no config lies beside it."""
     image_only: bool = False
@@ -78,17 +80,21 @@ class Convert(Command):
             raise ValueError(f"out is {out}, which holds {', '.join(held)}; give another folder, or --overwrite")
         load = load_encoder if self.image_only else load_model
         teacher = load(self.teacher, heads=self.heads)
-        encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
+        encoder = image_encoder(teacher)
         torch.manual_seed(self.seed)
-        config = student_config(
-            encoder.config,
+        reports: list[Inherited] = []
+        student = convert(
+            encoder,
             compression=self.compression,
             value_expansion=self.value_expansion,
             keep_attention=self.keep_layers or self.keep_attention,
             window_attention=self.window_layers or self.window_attention,
             window=self.window,
+            keep_positions=self.keep_positions,
+            share=True,
+            report=reports.append,
         )
-        student, origin = student_of(encoder, config, share=True)
+        (origin,), config = reports, student.config
         table = parameter_table(encoder, student, origin.inherited)
         if isinstance(teacher, DualEncoder):
             teacher.image = student

@@ -28,10 +28,10 @@ from ..distill.parallel import barrier
 from ..distill.presets import PRESETS
 from ..distill.run_folder import locked
 from ..distill.snapshots import MOST_RECORD
-from ..distill.stages import Watcher
+from ..distill.stages import Watcher, carried_from
 from ..distill.trainer import Watch
 from ..models.checkpoint import write_atomically
-from ..models.dual import DualEncoder
+from ..models.dual import image_encoder, with_image
 from ..models.encoder import Encoder
 from ..models.reading import read_json_value
 from ..report.charts import require_matplotlib
@@ -84,7 +84,8 @@ class Distill(Command):
     shards, or "embedded". A caption is in the .txt or .json beside its image, or is made of the sub-folder's name.
     Unreadable images and shards are skipped, counted and named."""
     student: Path | None = None
-    """Start from this converted checkpoint instead of converting."""
+    """Start from this converted checkpoint instead of converting; with --config.stage1.steps 0 and
+    --config.stage2.steps 0, take the student of a finished run to higher resolutions, its adapters included."""
     config: tyro.conf.AvoidSubcommands[DistillConfig | None] = None
     """Stages, rates, losses, precision, processes; None for those of the preset."""
     sizes: tuple[int, int] | None = None
@@ -151,11 +152,20 @@ class Distill(Command):
             if world.rank == 0 and (begun := progress_of(out)):
                 console.print(f"going on with the run in {out}: {begun}", soft_wrap=True, markup=False)
             teacher = load_model(self.teacher).to(world.device)
-            encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
+            encoder = image_encoder(teacher)
             torch.manual_seed(self.settings.stage1.seed)
             student = self.student_of(encoder).to(world.device)
             with shown(world, out / EVENTS if self.tensorboard else None) as watcher:
-                histories = distill(teacher, student, feed, self.settings, watcher, folder=out, world=world)
+                histories = distill(
+                    teacher,
+                    student,
+                    feed,
+                    self.settings,
+                    watcher,
+                    folder=out,
+                    world=world,
+                    carried=carried_from(self.student) if self.student else None,
+                )
             skipped, problems = Skipped(), Skipped()
             if isinstance(feed, SampleFeed):
                 problems = feed.source.problems
@@ -164,7 +174,7 @@ class Distill(Command):
             throughput = gather_objects([history.throughput for history in histories])
             if world.rank:
                 return
-            (teacher.with_image(student) if isinstance(teacher, DualEncoder) else student).save_pretrained(out)
+            with_image(teacher, student).save_pretrained(out)
             record = {
                 "command": shlex.join(["cgspn", *sys.argv[1:]]),
                 "versions": {"cgspn": __version__, "torch": torch.__version__, "python": platform.python_version()},
