@@ -17,6 +17,8 @@ from cgspn.distill import (
     ImageSetFeed,
     LossConfig,
     OptimConfig,
+    SizeRange,
+    distill,
     join_world,
 )
 from cgspn.layers import AttentionConfig
@@ -27,8 +29,8 @@ from cgspn.teachers import convert
 class Noted(ImageSetFeed):
     """Writes down which images each process was given: a line for each step, whatever becomes of the process."""
 
-    def stream(self, encoder, size, optim, world):
-        stream = super().stream(encoder, size, optim, world)
+    def stream(self, encoder, size, optim, world, sizes=None):
+        stream = super().stream(encoder, size, optim, world, sizes)
 
         def start_at(start):
             for batch in stream(start):
@@ -53,11 +55,13 @@ def run(out, *, folder=None, steps=4, hazards=None, only_once=None, device="cpu"
     teacher = build_dual(config, TextConfig(width=16, depth=1, heads=2), 16, compute.pop("loss", "clip")).eval()
     student = convert(teacher.image, compression=4)
     optimizer, accumulate = compute.pop("optimizer", "adamw"), compute.pop("accumulate", 1)
+    mixed = compute.pop("mixed", False)
     optim = OptimConfig(steps=steps, batch_size=16, ema=0.5, optimizer=optimizer, accumulate=accumulate)
-    distill = DistillConfig(
+    config = DistillConfig(
         stage1=optim,
         stage2=optim,
         loss=LossConfig(contrastive=0.0 if accumulate > 1 else 0.3),
+        sizes=SizeRange(20, 36, 2, aspects=(1.0, 2.0)) if mixed else None,
         highres=HighResConfig(sizes=(56,), optim=optim),
         compute=ComputeConfig(**compute),
     )
@@ -84,7 +88,7 @@ def run(out, *, folder=None, steps=4, hazards=None, only_once=None, device="cpu"
     with join_world(device) as world:
         folder = Path(folder) if folder else None
         teacher, student = teacher.to(world.device), student.to(world.device)
-        histories = distill(teacher, student, feed, distill, watcher, folder=folder, world=world)
+        histories = distill(teacher, student, feed, config, watcher, folder=folder, world=world)
         if world.rank == 0:
             Path(out).write_text(json.dumps([history.steps for history in histories]))
             torch.save(student.cpu().state_dict(), Path(out).with_suffix(".pt"))

@@ -82,6 +82,16 @@ def test_two_processes_learn_what_one_does(alone, parallel, tmp_path):
     close(alone, finished(tmp_path / "run.json", 2, parallel=parallel))
 
 
+@pytest.fixture(scope="module")
+def alone_mixed(tmp_path_factory):
+    return finished(tmp_path_factory.mktemp("mixed") / "run.json", mixed=True, accumulate=2)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "placed", "fsdp"])
+def test_two_processes_learn_at_mixed_sizes_what_one_does(alone_mixed, parallel, tmp_path):
+    close(alone_mixed, finished(tmp_path / "run.json", 2, parallel=parallel, mixed=True, accumulate=2))
+
+
 def test_two_processes_draw_the_pairs_of_a_sigmoid_loss_together_as_one_does(tmp_path, alone):
     one = finished(tmp_path / "one.json", loss="sigmoid", steps=2)
     close(one, finished(tmp_path / "two.json", 2, loss="sigmoid", steps=2))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from cgspn.distill import DistillConfig, HighResConfig, LossConfig, World
-from cgspn.distill.stages import plan
+from cgspn.data import Batch
+from cgspn.distill import DistillConfig, HighResConfig, LossConfig, SizeRange, World
+from cgspn.distill.plan import plan
 from cgspn.distill.taps import observe, tapped_forward
 from cgspn.distill.tasks import DistillTask, SublayerTask
 from cgspn.layers import AttentionConfig
@@ -35,7 +36,7 @@ def tasks(pair, **changes):
 
 def test_the_curriculum_climbs_from_size_to_size_each_taught_by_the_one_before(pair):
     teacher, student = pair
-    (_, first), (_, second), *high = tasks(pair, sizes=(56, 84))
+    (_, first), (_, second), *high = tasks(pair, sizes=(56, 84), teacher="previous")
     assert isinstance(first, SublayerTask)
     assert isinstance(second, DistillTask)
     assert second.teacher is teacher.image
@@ -47,12 +48,12 @@ def test_the_curriculum_climbs_from_size_to_size_each_taught_by_the_one_before(p
 
 
 def test_a_direct_jump_is_taught_by_the_first_size(pair):
-    [(size, task)] = tasks(pair, sizes=(84,))[2:]
+    [(size, task)] = tasks(pair, sizes=(84,), teacher="previous")[2:]
     assert (size, task.teacher_size) == (84, (28, 28))
 
 
 def test_without_upsampling_the_teacher_is_the_original_or_none(pair):
-    [(_, original)] = tasks(pair, sizes=(56,), teacher="original")[2:]
+    [(_, original)] = tasks(pair, sizes=(56,))[2:]
     assert original.teacher is pair[0].image
     assert original.teacher_size is None
     [(_, alone)] = tasks(pair, sizes=(56,), teacher="none")[2:]
@@ -81,3 +82,49 @@ def test_taps_of_a_smaller_image_are_upsampled_bilinearly(pair):
         torch.testing.assert_close(new[:, 2, 0], wanted[:, 0])
         torch.testing.assert_close(new[:, 2, 2], 0.25 * wanted[:, 0] + 0.75 * wanted[:, 1])
     assert torch.equal(seen.pooled, theirs.pooled)
+
+
+def test_higher_resolutions_keep_smaller_sizes_in_the_mix(pair):
+    def shapes(smaller, sizes=None):
+        config = DistillConfig(sizes=sizes, highres=HighResConfig(sizes=(56, 112), smaller=smaller))
+        return [stage.shapes(4) for stage in plan(*pair, NoFeed(), config, "student", World())[2:]]
+
+    assert shapes(0) == [((56, 56),), ((112, 112),)]
+    assert shapes(0.5) == [
+        ((28, 28), (40, 40), (56, 56), (56, 56)),
+        ((28, 28), (36, 36), (48, 48), (64, 64), (84, 84), *[(112, 112)] * 5),
+    ]
+    [first, _] = shapes(0.2, SizeRange(16, 32, 3))
+    assert sorted(set(first)) == [(16, 16), (20, 20), (28, 28), (40, 40), (56, 56)]
+    assert first.count((56, 56)) == 16
+    with pytest.raises(ValueError, match="smaller is 1; accepted: 0 to below 1"):
+        HighResConfig(smaller=1)
+
+
+def test_the_same_student_at_a_smaller_size_sees_small_images_as_they_are(pair):
+    [(_, task)] = tasks(pair, sizes=(56,), teacher="previous")[2:]
+    assert task.seen_at((16, 24)) == (16, 24)
+    assert task.seen_at((56, 56)) == (28, 28)
+    assert task.seen_at((40, 80)) == (20, 40)
+    grid = task.observed(Batch(0, torch.arange(2), torch.randn(2, 3, 40, 80), torch.zeros(2)), torch.zeros(2, 200, 48))
+    assert grid.blocks[0].shape == (2, 200, 48)
+
+
+def test_what_counts_as_the_teachers_stays_so_in_all_stages(pair):
+    (_, _), (_, second), (_, high), (_, last) = tasks(pair, sizes=(56, 84), teacher="previous")
+    assert second.inherited == high.inherited == last.inherited
+    assert "blocks.1.mlp.fc1.weight" in high.inherited
+    assert not [name for name in high.inherited if "mixer" in name or "norm1" in name]
+
+
+def test_a_stage_goes_on_with_the_adapters_and_scales_of_the_one_before(pair):
+    (_, _), (_, second), (_, high) = tasks(pair, sizes=(56,))
+    with torch.no_grad():
+        for parameter in second.adapters.parameters():
+            parameter.normal_()
+    second.energies.values.fill_(3.0)
+    high.carry_on(second.carried())
+    assert all(torch.equal(a, b) for a, b in zip(second.adapters.parameters(), high.adapters.parameters(), strict=True))
+    assert torch.equal(high.energies.values, second.energies.values)
+    stages = plan(*pair, NoFeed(), DistillConfig(highres=HighResConfig(sizes=(56, 84))), "student", World())
+    assert [stage.goes_on for stage in stages] == [False, False, True, True]

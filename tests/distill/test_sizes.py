@@ -8,12 +8,14 @@ import torch
 from PIL import Image
 
 import cgspn
+from cgspn.cli import parsed
 from cgspn.data import LoaderConfig, load_embedded, open_samples, scheduled
 from cgspn.distill import (
     ComputeConfig,
     DistillConfig,
     HighResConfig,
     ImageSetFeed,
+    LossConfig,
     OptimConfig,
     PretrainConfig,
     SampleFeed,
@@ -23,7 +25,9 @@ from cgspn.distill import (
     pretrain,
 )
 from cgspn.distill.batches import batch_shapes
+from cgspn.distill.plan import plan
 from cgspn.distill.sizes import tokens_of
+from cgspn.distill.stages import carried_from
 from cgspn.distill.throughput import Throughput, Work
 from cgspn.layers import AttentionConfig
 from cgspn.models import Encoder, model_config
@@ -149,28 +153,33 @@ class StopError(Exception):
 def test_a_run_that_was_stopped_ends_bit_for_bit_the_same(images, tmp_path):
     short = replace(OPTIM, steps=5, batch_size=8)
     settings = DistillConfig(
-        sizes=SizeRange(16, 40, 3), stage1=short, stage2=replace(short, mixup=0.5), compute=ComputeConfig(save_every=2)
+        sizes=SizeRange(16, 40, 3),
+        stage1=short,
+        stage2=replace(short, mixup=0.5),
+        highres=HighResConfig(sizes=(56,), optim=replace(short, steps=3)),
+        compute=ComputeConfig(save_every=2),
     )
     teacher, student = pair()
     histories = distill(teacher, student, images, settings, folder=tmp_path / "whole")
 
-    def watcher(title, steps):
+    def stopping(stage, step):
         def watch(record):
-            if title.endswith("stage 2") and record["step"] == 3:
+            if record["step"] == step:
                 raise StopError
 
-        return watch
+        return lambda title, _: watch if title.endswith(stage) else lambda record: None
 
-    teacher, stopped = pair()
-    with pytest.raises(StopError):
-        distill(teacher, stopped, images, settings, watcher, folder=tmp_path / "stopped")
+    for stop in (stopping("stage 2", 3), stopping("56 px", 1)):
+        teacher, stopped = pair()
+        with pytest.raises(StopError):
+            distill(teacher, stopped, images, settings, stop, folder=tmp_path / "stopped")
     teacher, resumed = pair()
     again = distill(teacher, resumed, images, settings, folder=tmp_path / "stopped")
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), resumed.parameters(), strict=True))
     assert [h.steps for h in again] == [h.steps for h in histories]
     assert resumed.config == student.config
-    assert student.config.trained_sizes == (16, 24, 40)
-    assert student.config.image_size == (40, 40)
+    assert student.config.trained_sizes == (16, 24, 36, 40, 56)
+    assert student.config.image_size == (56, 56)
 
 
 def test_a_student_records_its_sizes_and_keeps_its_positions(images, tmp_path):
@@ -231,3 +240,42 @@ def test_rates_count_what_each_step_did():
     )
     clock.sizes[12] = clock.sizes[15] = (12, 12)  # new there: it is captured or compiled
     assert clock.settled() == [i for i in range(10, 20) if i not in (12, 15)]
+
+
+def test_a_finished_student_goes_on_to_a_higher_resolution(images, tmp_path):
+    teacher, student = pair()
+    short = replace(OPTIM, steps=2, batch_size=8)
+    start = DistillConfig(sizes=SizeRange(16, 28, 2), stage1=short, stage2=short)
+    distill(teacher, student, images, start, folder=tmp_path)
+    carried = carried_from(tmp_path)
+    assert any("adapters" in name for name in carried)
+    none = replace(OPTIM, steps=0)
+    config = DistillConfig(stage1=none, stage2=none, highres=HighResConfig(sizes=(56,), optim=short))
+    [stage] = plan(teacher, student, ImageSetFeed(images), config, "student", World())
+    assert sorted(set(stage.shapes(4))) == [(16, 16), (28, 28), (56, 56)]
+    [history] = distill(teacher, student, images, config, carried=carried)
+    assert history.title == "student, 56 px"
+    assert student.config.image_size == (56, 56)
+    with pytest.raises(ValueError, match="carried holds"):
+        distill(teacher, student, images, replace(config, loss=LossConfig(adapters=False)), carried=carried)
+
+
+def test_the_command_line_takes_sizes():
+    given = [
+        "distill",
+        "embedded",
+        "out",
+        "--preset",
+        "vit-s14-study",
+        "--sizes",
+        "112",
+        "448",
+        "--aspects",
+        "1",
+        "1.5",
+    ]
+    config = parsed(given).config
+    assert (config.sizes.smallest, config.sizes.largest, config.sizes.aspects) == (112, 448, (1.0, 1.5))
+    assert parsed(["pretrain", "out", "--sizes", "16", "32"]).config.sizes == SizeRange(16, 32)
+    with pytest.raises(ValueError, match="smallest is 448; accepted: 1 to largest, 112 pixels"):
+        parsed(["distill", "embedded", "out", "--sizes", "448", "112"])

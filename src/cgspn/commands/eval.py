@@ -3,59 +3,71 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from inspect import getdoc
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
 
 from ..console import console
 from ..data.segmentation_sets import SegmentationSet, open_pairs, open_segmentation
+from ..data.sizes import size_in_pixels
 from ..evaluate.jobs import MIOU, PIXELS, Job, all_jobs, retrieval_job, zeroshot_job
 from ..evaluate.measure import MAX_SKIPPED, check_size, embed_pictures, segmentation
 from ..evaluate.predict import require_text
 from ..evaluate.table import SummaryTable
 from ..teachers import load_encoder, load_model
-from .eval_report import Report, distinct, percents
+from .command import Command, Device, Encoders, Models
+from .eval_report import Report, distinct, drawn_into, percents, typed_sizes
 
 MOST_CLASSES = 40  # whose IoU is printed; JSON has them all
 
 
 @dataclass(frozen=True)
-class _ImageText:
-    models: tyro.conf.Positional[tuple[str, ...]]
+class _ImageText(Command):
+    models: Models
     """Image-text models, a row each: checkpoint folders, hub ids, or "embedded"."""
     data: tuple[str, ...] = ("embedded",)
     """Data sets, one or more: "embedded" (its test split), folders or tars as described above."""
+    size: tuple[str, ...] = ()
+    """Pixels: a side of the square, or HEIGHTxWIDTH; by default each model's own size, the largest that it was trained
+    at. Several make a row each, and a plot of the scores."""
     batch_size: int = 64
     """Images at a time."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to compute."""
+    device: Device = "auto"
+    """Where to compute; "auto" is the GPU if there is one."""
     out: Path | None = None
     """Write the table, everything measured, command, versions and commit as JSON to this file."""
+    plot: Path | None = None
+    """Draw the scores of several sizes into this PNG; by default beside `out`."""
     max_skipped: float = MAX_SKIPPED
-    """Largest share of unreadable images that is put up with, 0 to 1."""
+    """Largest share of unreadable images that is tolerated, 0 to 1."""
 
     def measure(self, title: str, jobs: list[Job]) -> None:
         if not self.models:
             raise ValueError("models is empty; expected one or more image-text models")
         if not jobs:
             raise ValueError("data is empty; expected one or more data sets")
+        sizes = typed_sizes(self.size)
         report = Report(
-            title, self.device, self.batch_size, self.max_skipped, self.out, {"captions": 0, "galleries": 0}
+            title,
+            self.device,
+            self.batch_size,
+            self.max_skipped,
+            self.out,
+            {"captions": 0, "galleries": 0},
+            drawn_into(self.plot, self.out, sizes),
         )
         names = distinct([job.name for job in jobs])
         for source in self.models:
-            model = require_text(load_model(source), f"models names {source}, which").to(self.device)
+            model = require_text(load_model(source), f"models names {source}, which").to(report.device)
+            rows = [(size, report.row(source, size_in_pixels(model.image.config, size), len(sizes))) for size in sizes]
             for name, job in zip(names, jobs):
-                with report.progress(f"{source}: {name}", len(job.pictures)) as watch:
-                    embeddings, kept, skipped = embed_pictures(
-                        model, job.pictures, name, self.batch_size, watch, self.max_skipped
-                    )
-                report.skip(source, name, skipped)
-                with console.status(f"{source}: {name}, texts"):
-                    for judge in job.judges:
-                        report.add(source, name, judge(model, embeddings, kept))
+                for size, row in rows:
+                    with report.progress(f"{row}: {name}", len(job.pictures)) as watch:
+                        embeddings, kept, skipped = embed_pictures(
+                            model, job.pictures, name, self.batch_size, watch, self.max_skipped, size
+                        )
+                    report.skip(name, skipped)
+                    with console.status(f"{row}: {name}, texts"):
+                        for judge in job.judges:
+                            report.add(row, name, judge(model, embeddings, kept))
         report.finish()
 
 
@@ -68,7 +80,7 @@ class Zeroshot(_ImageText):
     zeroshot_classification_templates.txt.
 
     Examples:
-        cgspn eval zeroshot embedded runs/student --data photos/
+        cgspn eval zeroshot embedded runs/student --data photos/ --size 28 56 84 --out sizes.json
         cgspn eval zeroshot google/siglip2-base-patch16-224 runs/student --data wds_imagenet1k/ wds_cars/ --device cuda
     """
 
@@ -113,7 +125,7 @@ class All(_ImageText):
 
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(Command):
     """Semantic segmentation by a linear probe on frozen final tokens: mIoU, pixel accuracy, IoU of each class.
 
     The probe is a ridge regression in closed form, its strength chosen on held-out training images, so it has no
@@ -125,11 +137,11 @@ class Segment:
 
     Examples:
         cgspn eval segment vit_s14.safetensors runs/student --data camvid/
-        cgspn eval segment runs/student --data ADEChallengeData2016/ coco-stuff/ --size 512 --device cuda
+        cgspn eval segment runs/student --data ADEChallengeData2016/ coco-stuff/ --size 512 1024 --device cuda
         cgspn eval segment runs/student --train 'road-{000..004}.tar' --test road-005.tar --classes 12 --ignore-index 12
     """
 
-    encoders: tyro.conf.Positional[tuple[str, ...]]
+    encoders: Encoders
     """Image encoders or image-text models, a row each: weight files, checkpoint folders, hub ids, or "embedded"."""
     data: tuple[str, ...] = ()
     """Data sets that are known by their layout, one or more."""
@@ -143,53 +155,70 @@ class Segment:
     """Id of the pixels of --train and --test that do not count."""
     scored: tuple[int, ...] = ()
     """Classes whose IoU goes into the mean; all by default."""
-    size: tuple[int, ...] = ()
-    """Pixels: the shorter side, or height and width; by default the encoder's native shorter side."""
+    size: tuple[str, ...] = ()
+    """Pixels: the shorter side, or HEIGHTxWIDTH; by default that of each encoder's own size, the largest that it was
+    trained at. Several make a row each, and a plot of the scores."""
     train_images: int | None = None
     """Take this many alone, evenly spaced."""
     test_images: int | None = None
     """Take this many alone, evenly spaced."""
     batch_size: int = 8
     """Images at a time; those of one size share a batch."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to compute."""
+    device: Device = "auto"
+    """Where to compute; "auto" is the GPU if there is one."""
     out: Path | None = None
     """Write the table, the IoU of each class, command, versions and commit as JSON to this file."""
+    plot: Path | None = None
+    """Draw the scores of several sizes into this PNG; by default beside `out`."""
     max_skipped: float = MAX_SKIPPED
-    """Largest share of unreadable images that is put up with, 0 to 1."""
+    """Largest share of unreadable images that is tolerated, 0 to 1."""
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
         if not self.encoders:
             raise ValueError("encoders is empty; expected one or more")
         pairs = [(train.limited(self.train_images), test.limited(self.test_images)) for train, test in self.sets()]
+        sizes = typed_sizes(self.size)
         report = Report(
-            "Segmentation by a linear probe", self.device, self.batch_size, self.max_skipped, self.out, {"held_out": 0}
+            "Segmentation by a linear probe",
+            self.device,
+            self.batch_size,
+            self.max_skipped,
+            self.out,
+            {"held_out": 0},
+            drawn_into(self.plot, self.out, sizes),
         )
         names = distinct([train.name for train, _ in pairs])
-        tables = [SummaryTable(f"IoU of each class of {name}", percents(self.encoders)) for name in names]
+        each_class: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in names}
         for source in self.encoders:
-            encoder = load_encoder(source).to(self.device)
-            check_size(encoder.config, self.size)
-            for name, table, (train, test) in zip(names, tables, pairs):
-                with report.progress(f"{source}: {name}", len(train) + len(test)) as watch:
-                    found, skipped = segmentation(
-                        encoder,
-                        train,
-                        test,
-                        size=self.size,
-                        scored=self.scored,
-                        batch_size=self.batch_size,
-                        watch=watch,
-                        max_skipped=self.max_skipped,
-                    )
-                for part, what in zip(skipped, ("training", "test")):
-                    report.skip(source, f"{name}, {what} part", part)
-                each = dict(zip(test.class_names, found.class_iou))
-                report.add(source, name, {MIOU: found.mean_iou, PIXELS: found.pixel_accuracy})
-                report.detail(source, name, {"penalty": found.penalty, "class_iou": each})
-                for label, value in each.items():
-                    table.add(label, {**table.rows.get(label, {}), source: value})
+            encoder = load_encoder(source).to(report.device)
+            for size in sizes:
+                sides = () if size is None else (size,) if isinstance(size, int) else size
+                check_size(encoder.config, sides)
+                row = report.row(source, sides or (min(encoder.config.image_size),), len(sizes))
+                for name, (train, test) in zip(names, pairs):
+                    with report.progress(f"{row}: {name}", len(train) + len(test)) as watch:
+                        found, skipped = segmentation(
+                            encoder,
+                            train,
+                            test,
+                            size=sides,
+                            scored=self.scored,
+                            batch_size=self.batch_size,
+                            watch=watch,
+                            max_skipped=self.max_skipped,
+                        )
+                    for part, what in zip(skipped, ("training", "test")):
+                        report.skip(f"{name}, {what} part", part)
+                    each = dict(zip(test.class_names, found.class_iou))
+                    report.add(row, name, {MIOU: found.mean_iou, PIXELS: found.pixel_accuracy})
+                    report.detail(row, name, {"penalty": found.penalty, "class_iou": each})
+                    for label, value in each.items():
+                        each_class[name].setdefault(label, {})[row] = value
+        tables = [
+            SummaryTable(f"IoU of each class of {name}", percents(list(report.measured)), dict(each_class[name]))
+            for name in names
+        ]
         for table, (_, test) in zip(tables, pairs):
             if len(test.class_names) <= MOST_CLASSES:
                 console.print(table.to_rich())
@@ -208,28 +237,3 @@ class Segment:
         if not sets:
             raise ValueError("data is empty; expected --data with one or more data sets, or --train and --test")
         return sets
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Measure models on data sets: a row each, with the macro average over the data sets.
-
-    Examples:
-        cgspn eval all embedded demo/c-gspn
-        cgspn eval zeroshot embedded runs/student --data photos/
-        cgspn eval retrieval runs/student --data flickr30k/ --out retrieval.json
-        cgspn eval segment vit_s14.safetensors runs/student --data camvid/
-    """
-
-    what: Annotated[
-        Annotated[Zeroshot, tyro.conf.subcommand("zeroshot", description=getdoc(Zeroshot), prefix_name=False)]
-        | Annotated[Retrieval, tyro.conf.subcommand("retrieval", description=getdoc(Retrieval), prefix_name=False)]
-        | Annotated[Segment, tyro.conf.subcommand("segment", description=getdoc(Segment), prefix_name=False)]
-        | Annotated[All, tyro.conf.subcommand("all", description=getdoc(All), prefix_name=False)],
-        tyro.conf.arg(name=""),
-    ]
-    """What is measured."""
-
-    def run(self) -> None:
-        """Raises ValueError or OSError."""
-        self.what.run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -13,13 +14,15 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from ..bench.drawing import draw
 from ..console import console, progress_watcher
+from ..data.sizes import Size, parse_size
 from ..data.skipped import Skipped
 from ..environment import describe
 from ..evaluate.measure import Watch
 from ..evaluate.table import Metric, SummaryTable
 from ..models.checkpoint import write_atomically
-from .checks import check_device, check_folder
+from .checks import check_folder, device_of
 
 NOT_PRINTED = ("@10", "top5")  # in JSON alone, for the width of terminals
 
@@ -33,6 +36,17 @@ def percents(sources: Sequence[str]) -> list[Metric]:
     """A column of shares for each model, headed by the last part of where it is from, which a table has room for."""
     titles = distinct([Path(source).name or source for source in sources])
     return [Metric(source, title, 100, "%") for source, title in zip(sources, titles, strict=True)]
+
+
+def typed_sizes(texts: Sequence[str]) -> list[Size]:
+    """The sizes of `--size`, each once; none stand for each model's own. Raises ValueError for what is no size."""
+    return list(dict.fromkeys(parse_size(str(text)) for text in texts)) or [None]
+
+
+def drawn_into(plot: Path | None, out: Path | None, sizes: Sequence[Size]) -> Path | None:
+    """Where scores are drawn against sizes: the file asked for, or of several sizes one beside `out`."""
+    beside = out.with_suffix(".png") if out is not None and len(sizes) > 1 else None
+    return plot or beside
 
 
 def check_metrics() -> None:
@@ -59,13 +73,15 @@ class Report:
     max_skipped: float
     out: Path | None
     seeds: dict[str, int]
+    plot: Path | None = None
+    sizes: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     measured: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     metrics: dict[str, list[Metric]] = field(default_factory=dict)
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_metrics()
-        check_device(self.device)
+        self.device = device_of(self.device)
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; accepted: 1 or more")
         if not 0 <= self.max_skipped <= 1:
@@ -74,6 +90,10 @@ class Report:
             if self.out.is_dir():
                 raise ValueError(f"out is {self.out}, a folder; expected the name of a JSON file")
             check_folder(self.out.parent, "out")
+        if self.plot is not None:
+            if self.plot.is_dir():
+                raise ValueError(f"plot is {self.plot}, a folder; expected the name of a PNG file")
+            check_folder(self.plot.parent, "plot")
 
     @contextmanager
     def progress(self, title: str, steps: int) -> Iterator[Watch]:
@@ -87,7 +107,14 @@ class Report:
 
             yield watch
 
-    def skip(self, model: str, data: str, skipped: Skipped) -> None:
+    def row(self, source: str, size: tuple[int, ...], sizes: int) -> str:
+        """The row of a model at a size: (height, width), or the shorter side. Named by it where there are several."""
+        square = len(size) == 1 or size[0] == size[1]
+        name = source if sizes == 1 else f"{source} at {size[0] if square else 'x'.join(map(str, size))} px"
+        self.sizes[name] = (source, size)
+        return name
+
+    def skip(self, data: str, skipped: Skipped) -> None:
         """Say what was skipped, once for all models."""
         if skipped and data not in self.left_out:
             self.left_out[data] = {"total": skipped.total, "files": dict(skipped.files)}
@@ -122,9 +149,13 @@ class Report:
         return table
 
     def finish(self) -> None:
-        """Print the table, and write JSON if wanted. Raises OSError."""
+        """Print the table, and write plot and JSON if wanted. Raises OSError."""
         table = self.table()
         console.print(table.to_rich())
+        if self.plot is not None:
+            plot_scores(table, self.sizes, self.plot)
+            if self.plot.exists():  # it is not where matplotlib is missing, which was said
+                console.print(f"wrote {self.plot}", soft_wrap=True)
         if self.out is None:
             return
         record = {
@@ -132,9 +163,28 @@ class Report:
             "torchmetrics": metadata.version("torchmetrics"),
             "device": self.device,
             "seeds": self.seeds,
+            "sizes": {row: {"model": source, "pixels": size} for row, (source, size) in self.sizes.items()},
             "results": self.measured,
             "skipped": self.left_out,
             "table": json.loads(table.to_json()),
         }
         write_atomically(self.out, json.dumps(record, indent=1) + "\n")
         console.print(f"wrote {self.out}", soft_wrap=True)
+
+
+def plot_scores(table: SummaryTable, sizes: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> None:
+    """A PNG of each measure against the size, a line for each model; sizes: model and sides in pixels of each row."""
+
+    def paint(axes: Any) -> None:
+        for ax, metric in zip(axes[0], table.metrics):
+            for source in dict.fromkeys(source for source, _ in sizes.values()):
+                points = [
+                    (math.prod(size) ** (1 / len(size)), value * metric.scale)
+                    for row, (of, size) in sizes.items()
+                    if of == source and (value := table.rows[row][metric.key]) is not None
+                ]
+                ax.plot(*zip(*sorted(points)), "o-", label=source)
+            ax.set(xlabel="image size (px)", ylabel=metric.heading)
+            ax.legend(fontsize=8)
+
+    draw(path, paint, columns=len(table.metrics), figsize=(4.5 * len(table.metrics), 3.6))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import tyro
 from rich.table import Table
 
 from ..console import console
 from ..teachers import load_model
-from .checks import check_device
+from .checks import device_of
+from .command import Command, Out, Source
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(Command):
     """Write an encoder as ONNX, a torch.export program or an AOTInductor package, and compare it with the encoder.
 
     Inputs are normalised images [B, channels, H, W]; outputs the tokens and the pooled vector (and logits or the
@@ -27,9 +26,9 @@ class Export:
         cgspn export runs/student student.pt2 --format aot --max-batch 8 --device cuda
     """
 
-    source: tyro.conf.Positional[str]
+    source: Source
     """A checkpoint folder or file of any format that is read here, a hub id, or "embedded"."""
-    out: tyro.conf.Positional[Path]
+    out: Out
     """The file: .onnx for onnx, .pt2 for torch and aot."""
     format: Literal["onnx", "torch", "aot"] = "onnx"
     """"onnx": plain operators of opset 18, for ONNX Runtime and others. "torch": torch.export, custom operators of
@@ -38,6 +37,8 @@ class Export:
     """Smallest height and width in pixels, a multiple of the patch size; one patch by default."""
     max_size: int | None = None
     """Largest height and width; twice the native size by default."""
+    size: int | None = None
+    """One height and width alone, in place of a smallest and a largest: programs of a fixed size."""
     max_batch: int = 32
     """Largest batch."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -47,15 +48,16 @@ class Export:
         """Raises ValueError (ExportError if the file does not give what the encoder gives) or OSError."""
         from ..export import export_model
 
-        check_device(self.device)
-        model = load_model(self.source).to(self.device)
+        if self.size is not None and (self.min_size, self.max_size) != (None, None):
+            raise ValueError(f"size is {self.size} beside min_size or max_size; accepted: one size, or bounds")
+        model = load_model(self.source).to(device_of(self.device))
         with console.status(f"exporting {self.source}") as status:
             found = export_model(
                 model,
                 self.out,
                 format=self.format,
-                min_size=self.min_size,
-                max_size=self.max_size,
+                min_size=self.size or self.min_size,
+                max_size=self.size or self.max_size,
                 max_batch=self.max_batch,
                 source=self.source,
                 say=status.update,

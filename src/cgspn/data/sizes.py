@@ -8,6 +8,14 @@ Size = int | tuple[int, int] | None
 """In pixels: a side, or (height, width); None for the encoder's own."""
 
 
+def parse_size(text: str) -> int | tuple[int, int]:
+    """The size that was typed: "448" for a side, "448x756" for height and width. Raises ValueError for another text."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise ValueError(f"size holds {text!r}; accepted: a side in pixels such as 448, or height x width as 448x756")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
+
+
 def size_in_pixels(config: EncoderConfig, size: Size) -> tuple[int, int]:
     """Height and width that pictures get. Raises ValueError for a size that patches do not tile."""
     if size is None:

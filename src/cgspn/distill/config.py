@@ -155,16 +155,30 @@ class ComputeConfig:
 class HighResConfig:
     """After stage 2, to higher resolutions, one after the other.
 
+    Each of these stages goes on from the one before: with its adapters and scales if the teacher stays the same, at a
+    rate of a tenth. A stage that began anew lowered what it should raise: at the rate of stage 2, with fresh adapters,
+    16 images a step and one size, a ViT student of 224 px went from 0.971 to 0.946 at 448 px.
+
     Args:
         sizes: in pixels; empty for no such stage. One large size alone is the direct jump.
-        teacher: "previous" is the frozen student of the size before, whose taps are upsampled; "original" the
-            attention teacher at that size; "none" leaves only the contrastive loss.
-        optim: of each size.
+        teacher: "original" is the attention teacher at that size; "previous" the frozen student of the size before,
+            whose taps are upsampled where images are larger; "none" leaves only the contrastive loss.
+        smaller: share of the batches that have a smaller size, from the smallest of `DistillConfig.sizes` or the size
+            of the stages before; 0 for the new size alone, at which others are forgotten.
+        optim: of each size; its batch size is that of the new size.
     """
 
     sizes: tuple[int, ...] = ()
-    teacher: Literal["previous", "original", "none"] = "previous"
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(steps=100, learning_rate=3e-4, embedding_rate=0))
+    teacher: Literal["previous", "original", "none"] = "original"
+    smaller: float = 0.5
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(steps=100, learning_rate=1e-4, warmup=0.05, embedding_rate=0)
+    )
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a share that leaves nothing for the new size."""
+        if not 0 <= self.smaller < 1:
+            raise ValueError(f"smaller is {self.smaller}; accepted: 0 to below 1")
 
 
 @dataclass(frozen=True)
@@ -217,8 +231,9 @@ class DistillConfig:
             raise ValueError("highres.teacher is 'none' and loss.contrastive is 0; expected a contrastive loss")
         if self.compute.capture and self.loss.contrastive:
             raise ValueError("compute.capture is on beside loss.contrastive; expected one of them to be off")
-        if self.compute.teacher_cache and self.sizes:
-            raise ValueError("compute.teacher_cache is on beside sizes; expected one of them to be off")
+        if self.compute.teacher_cache and (self.sizes or (self.highres.sizes and self.highres.smaller)):
+            name = "sizes" if self.sizes else "highres.smaller"
+            raise ValueError(f"compute.teacher_cache is on beside {name}; expected one of them to be off")
 
 
 @dataclass(frozen=True)

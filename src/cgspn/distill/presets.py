@@ -5,12 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .config import ComputeConfig, DistillConfig, HighResConfig, LossConfig, OptimConfig
+from .sizes import SizeRange
 
 # small images and models: Muon gets further in few steps, and in six passes over the images nothing is overfitted
 EMBEDDED = DistillConfig(
     compression=4,
     stage1=OptimConfig(steps=60, batch_size=64, optimizer="muon", learning_rate=1e-2, augment=False),
     stage2=OptimConfig(steps=360, batch_size=64, optimizer="muon", learning_rate=1e-2, augment=False),
+    highres=HighResConfig(
+        optim=OptimConfig(
+            steps=120, batch_size=64, optimizer="muon", learning_rate=1e-3, warmup=0.05, augment=False, embedding_rate=0
+        )
+    ),
 )
 # a ViT-S/14 and some hundred photographs: the recipe of results/quality. Blends, pasted boxes and small crops, as what
 # students made of other photographs fell behind what they made of those they had seen; and small batches, as more steps
@@ -19,22 +25,29 @@ FEW = OptimConfig(batch_size=64, crop_scale=(0.08, 1.0), mixup=1.0, cutmix=0.5, 
 VIT_S14_STUDY = DistillConfig(
     compression=6,
     value_expansion=6,
+    keep_positions=True,
     image_size=224,
+    sizes=SizeRange(),
     stage1=replace(FEW, steps=800, optimizer="muon", learning_rate=1e-2),
     # stage 2 begins with what stage 1 has learned: at 1e-3 the loss after blocks rose to four times its start, most of
     # it from the patch embedding
     stage2=replace(FEW, steps=2800, learning_rate=2.5e-4),
+    highres=HighResConfig(optim=replace(FEW, steps=400, learning_rate=2.5e-5, warmup=0.05, accumulate=4)),
     # a teacher that pools by a class token leaves a fresh head, whose gradient at full weight costs the tokens
     loss=LossConfig(output=0.05),
     compute=ComputeConfig(precision="bfloat16", save_every=100),
 )
-# the paper's student: s = 18, Cc = 64. It names no steps or rates; these are for 1.3e8 images seen, stage 2 at 2e-4
-# because a ViT-S's loss rose from 4e-4 on. The parts of a batch are for eight GPUs of 80 GB, by arithmetic: what the
-# taps keep is some 0.8 GB an image at 378 px and 6 GB at 1036 px. `cgspn bench train` finds what fits.
+# the paper's student: s = 18, Cc = 64. The paper trains it at 378 px alone, without positions; ours sees others too
+# and keeps positions (docs/distilling.md, "Sizes"). The paper names no steps or rates; these are for 1.3e8 images seen,
+# stage 2 at 2e-4 because a ViT-S's loss rose from 4e-4 on. The parts of a batch are for eight GPUs of 80 GB, by
+# arithmetic: what the taps keep is some 0.8 GB an image at 378 px and 6 GB at 1036 px. `cgspn bench train` finds what
+# fits.
 SO400M = OptimConfig(batch_size=2048, accumulate=8, embedding_rate=0)
 SO400M_378 = DistillConfig(
     compression=18,
+    keep_positions=True,
     image_size=378,
+    sizes=SizeRange(196, 448, count=5),
     stage1=replace(SO400M, steps=8_000, learning_rate=1e-3, inherited_rate=0.1),
     stage2=replace(SO400M, steps=56_000, learning_rate=2e-4, inherited_rate=0.25, ema=0.9998),
     compute=ComputeConfig(precision="bfloat16", compile=True, checkpointing=True, parallel="fsdp", save_every=500),
@@ -47,7 +60,9 @@ PRESETS: dict[str, DistillConfig] = {
         SO400M_378,
         highres=HighResConfig(
             sizes=(518, 756, 1036),
-            optim=replace(SO400M, steps=4_000, batch_size=1024, accumulate=16, learning_rate=1e-4, inherited_rate=0.5),
+            optim=replace(
+                SO400M_378.stage2, steps=4_000, batch_size=1024, accumulate=16, learning_rate=2e-5, warmup=0.05
+            ),
         ),
     ),
 }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+USUAL = 4 ** (1 / 5)  # from one side to the next, where a range has but one: that of the default range
 
 
 @dataclass(frozen=True)
@@ -20,12 +23,14 @@ class SizeRange:
         largest: side of the largest square, in pixels.
         count: how many sizes, evenly spaced in log scale from the smallest to the largest and rounded to whole patches.
         aspects: width / height; a shape has the area of its square.
+        largest_share: of the batches, how many have the largest size, 0 to 1; None for as many as any other size has.
     """
 
     smallest: int = 112
     largest: int = 448
     count: int = 6
     aspects: tuple[float, ...] = (1.0,)
+    largest_share: float | None = None
 
     def __post_init__(self) -> None:
         """Raise ValueError for an empty range."""
@@ -35,6 +40,8 @@ class SizeRange:
             raise ValueError(f"count is {self.count}; accepted: 1 or more")
         if not self.aspects or not all(0 < aspect < math.inf for aspect in self.aspects):
             raise ValueError(f"aspects is {self.aspects}; accepted: one or more numbers above 0, width / height")
+        if self.largest_share is not None and not 0 < self.largest_share <= 1:
+            raise ValueError(f"largest_share is {self.largest_share}; accepted: above 0 to 1, or None")
 
     def sides(self, patch: int) -> tuple[int, ...]:
         """Sides of the squares in pixels, whole patches, ascending and each once."""
@@ -42,14 +49,42 @@ class SizeRange:
         return tuple(sorted({whole(self.smallest * ratio**i, patch) for i in range(self.count)}))
 
     def shapes(self, patch: int) -> tuple[tuple[int, int], ...]:
-        """(height, width) in pixels, whole patches, each once: every side with every aspect."""
-        return tuple(
-            dict.fromkeys(
-                (whole(side / aspect**0.5, patch), whole(side * aspect**0.5, patch))
-                for side in self.sides(patch)
-                for aspect in self.aspects
-            )
+        """(height, width) in pixels, whole patches: every side with every aspect, ascending.
+
+        Each once, but for those of the largest side, which come as often as `largest_share` asks for.
+        """
+        *smaller, largest = self.sides(patch)
+        below, top = self._with_aspects(smaller, patch), self._with_aspects([largest], patch)
+        if self.largest_share is None:
+            return tuple(dict.fromkeys([*below, *top]))
+        if self.largest_share == 1:
+            return tuple(top)
+        odds = self.largest_share / (1 - self.largest_share)
+        return (*below, *top * max(1, round(odds * len(below) / len(top))))
+
+    def _with_aspects(self, sides: Sequence[int], patch: int) -> list[tuple[int, int]]:
+        shapes = (
+            (whole(side / aspect**0.5, patch), whole(side * aspect**0.5, patch))
+            for side in sides
+            for aspect in self.aspects
         )
+        return list(dict.fromkeys(shapes))
+
+    def up_to(self, largest: int, largest_share: float) -> SizeRange:
+        """The range whose sides are as dense, up to another largest one, which has a share of the batches."""
+        several = self.count > 1 and self.largest > self.smallest
+        ratio = (self.largest / self.smallest) ** (1 / (self.count - 1)) if several else USUAL
+        smallest = min(self.smallest, largest)
+        count = 1 + math.ceil(math.log(largest / smallest) / math.log(ratio) - 0.5)
+        return replace(self, smallest=smallest, largest=largest, count=count, largest_share=largest_share)
+
+
+def with_area(size: tuple[int, int], area: tuple[int, int], patch: int) -> tuple[int, int]:
+    """The size of the aspect of `size` and about the area of another one, whole patches; that one if aspects agree."""
+    if size[0] * area[1] == size[1] * area[0]:
+        return area
+    scale = (area[0] * area[1] / (size[0] * size[1])) ** 0.5
+    return whole(size[0] * scale, patch), whole(size[1] * scale, patch)
 
 
 def whole(pixels: float, patch: int) -> int:

@@ -3,62 +3,40 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from safetensors.torch import save
+from torch import Tensor
 
 from ..data import ImageSet
 from ..models.checkpoint import read_model, write_atomically
-from ..models.config import EncoderConfig, TextConfig
-from ..models.dual import DualEncoder, build_dual
+from ..models.config import TextConfig
+from ..models.dual import DualEncoder, build_dual, image_encoder
 from ..models.encoder import Encoder
 from ..models.registry import model_config
-from ..models.weights import read_state
+from ..models.weights import open_safetensors, read_state
 from .batches import Feed, ImageSetFeed
 from .block_parallel import PlacedSublayerTask
 from .cache import TeacherCache
-from .config import ComputeConfig, DistillConfig, LossConfig, OptimConfig, PretrainConfig
+from .config import ComputeConfig, DistillConfig, PretrainConfig
 from .parallel import World, barrier, full_tensor, shard_encoder
 from .parity import check_parity
-from .sizes import SizeRange, whole
+from .plan import Stage, plan
+from .run_folder import finish_stage, finished_stage
+from .sizes import whole
 from .snapshots import Snapshots
-from .tasks import ContrastiveTask, DistillTask, SublayerTask, Task
-from .trainer import History, Stream, Watch, train
+from .tasks import ContrastiveTask, DistillTask, Task
+from .trainer import History, Watch, train
 
-THROUGHPUT = "throughput.json"
+ADAPTERS = "adapters.safetensors"
 COMPILED = 256  # graphs of a function: one for each shape of batches and kind of block, of which some tens are usual
 
 Watcher = Callable[[str, int], Watch]  # title and number of steps -> what the trainer calls after each
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One part of a run.
-
-    title: shown. optim: its optimisation. size: (height, width) of its images. task: makes what it minimises from
-    the state that the student is in when it begins. sizes: what its batches are drawn from, if not of `size` alone.
-    """
-
-    title: str
-    optim: OptimConfig
-    size: tuple[int, int]
-    task: Callable[[Encoder], Task]
-    sizes: SizeRange | None = None
-
-    def stream(self, feed: Feed, encoder: EncoderConfig, world: World) -> Stream:
-        """Its batches. Raises ValueError as feeds do."""
-        if self.sizes is None:  # a feed may not know mixed sizes
-            return feed.stream(encoder, self.size, self.optim, world)
-        return feed.stream(encoder, self.size, self.optim, world, self.sizes)
-
-    def shapes(self, patch: int) -> tuple[tuple[int, int], ...]:
-        """(height, width) in pixels of what its batches may look like."""
-        return (self.size,) if self.sizes is None else self.sizes.shapes(patch)
 
 
 def pretrain(
@@ -91,6 +69,7 @@ def distill(
     *,
     folder: Path | None = None,
     world: World | None = None,
+    carried: Mapping[str, Tensor] | None = None,
 ) -> list[History]:
     """Align each sub-layer alone, then the whole student end to end, then go to higher resolutions.
 
@@ -107,6 +86,8 @@ def distill(
         name: of the student, in titles.
         folder: where each stage leaves its student, losses and snapshots; a run that stopped goes on from them.
         world: the processes of the run (`join_world`); None for this one alone.
+        carried: adapters and scales of an earlier run of this student and teacher (`carried_from`), for higher
+            resolutions without another stage 2.
 
     Returns the record of each stage; the student is left in eval mode.
 
@@ -118,9 +99,10 @@ def distill(
     """
     feed = ImageSetFeed(images) if isinstance(images, ImageSet) else images
     world = world or World(device=next(student.parameters()).device)
-    encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
+    encoder = image_encoder(teacher)
     histories = []
     cache = TeacherCache(config.compute.teacher_cache * 2**30) if config.compute.teacher_cache else None
+    carried = dict(carried or {})
     torch.manual_seed(config.stage1.seed)
     stages = plan(teacher, student, feed, config, name, world)
     # what a stage cannot do is said before the first begins, which may take days
@@ -131,11 +113,11 @@ def distill(
     with frozen(teacher):
         for number, (stage, stream) in enumerate(zip(stages, streams, strict=True)):
             done = folder / "stages" / str(number) if folder else None
-            if done is not None and (done / "losses.json").exists():
+            if done is not None and (record := finished_stage(done, world)):
                 student.load_state_dict(read_state(student, read_model(done)[1], str(done)))
                 record_sizes(student, stage.shapes(student.config.patch_size))
-                losses, throughput = (json.loads((done / name).read_text()) for name in ("losses.json", THROUGHPUT))
-                histories.append(History(stage.title, losses, throughput))
+                histories.append(History(stage.title, *record))
+                carried = read_tensors(done / ADAPTERS)
                 continue
             if not histories:
                 # of a stream of one step, which starts no more workers than that needs
@@ -155,20 +137,34 @@ def distill(
             watch = watcher(stage.title, stage.optim.steps) if watcher else None
             if cache is not None:
                 attach(cache, task, stage)
+            if isinstance(task, DistillTask) and stage.goes_on:
+                task.carry_on(carried)
             with prepared(task, encoder, student, config.compute, world):
                 histories.append(
                     train(task, stream, stage.optim, stage.title, watch, compute=config.compute, snapshots=snapshots)
                 )
+                carried = task.carried() if isinstance(task, DistillTask) else {}
             record_sizes(student, stage.shapes(student.config.patch_size))
             if done is not None and world.rank == 0:
                 student.save_pretrained(done)
-                write_atomically(done / THROUGHPUT, json.dumps(histories[-1].throughput))
-                write_atomically(done / "losses.json", json.dumps(histories[-1].steps))
+                write_atomically(done / ADAPTERS, save(carried))
+                finish_stage(done, histories[-1].steps, histories[-1].throughput)
             if snapshots is not None:
                 snapshots.clear()
             barrier()
     student.eval()
     return histories
+
+
+def carried_from(folder: Path) -> dict[str, Tensor]:
+    """Adapters and scales that the last stage of the run in `folder` has left, on the CPU; empty if there are none."""
+    stages = sorted((folder / "stages").glob(f"[0-9]*/{ADAPTERS}"), key=lambda path: path.parent.name)
+    return read_tensors(stages[-1]) if stages else {}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, on the CPU. Raises OSError or CheckpointError for one that is damaged."""
+    return {name: stored.read() for name, stored in open_safetensors(path)[0].items()}
 
 
 def record_sizes(encoder: Encoder, shapes: Iterable[tuple[int, int]]) -> None:
@@ -203,69 +199,6 @@ def attach(cache: TeacherCache, task: Task, stage: Stage) -> None:
     cache.belongs_to((getattr(task, "teacher", None), stage.size))
     task.set_unregistered(cache=cache)
     task.capturable = False
-
-
-def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: DistillConfig, world: World) -> None:
-    """Raise ValueError for sizes that the student's patches do not tile, a CUDA graph on a processor, and a contrastive
-    loss without a text tower: at the start of a run, and not of the stage that is days away."""
-    if config.compute.capture and world.device.type != "cuda":
-        raise ValueError(f"compute.capture is on, on device {world.device.type!r}; accepted: 'cuda' alone")
-    if config.loss.contrastive and not isinstance(teacher, DualEncoder):
-        raise ValueError("loss.contrastive is on; expected a teacher with a text tower")
-    patch, cropped = student.config.patch_size, student.config.crop_remainder
-    sizes = {"image_size": [config.image_size] if config.image_size else [], "highres.sizes": config.highres.sizes}
-    for name, each in sizes.items():
-        for pixels in each:
-            if pixels < patch or (pixels % patch and not cropped):
-                raise ValueError(f"{name} has {pixels}; accepted: multiples of the student's patch, {patch} pixels")
-
-
-def plan(
-    teacher: DualEncoder | Encoder, student: Encoder, feed: Feed, config: DistillConfig, name: str, world: World
-) -> list[Stage]:
-    """The stages of a run, in order; those of 0 steps are left out. Raises ValueError as `check_possible`."""
-    check_possible(teacher, student, config, world)
-    dual = teacher if isinstance(teacher, DualEncoder) else None
-    encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
-    high = config.highres
-    native = (config.image_size, config.image_size) if config.image_size else student.config.image_size
-    placed = config.compute.parallel == "placed" and world.size > 1
-    sublayer = PlacedSublayerTask if placed else SublayerTask
-
-    def distillation(loss: LossConfig) -> Callable[[Encoder], Task]:
-        return lambda student: DistillTask(
-            encoder, student, loss, dual=dual, captions=feed.captions, learn_positions=config.learn_positions
-        )
-
-    def from_itself(size: tuple[int, int]) -> Callable[[Encoder], Task]:
-        def task(student: Encoder) -> Task:
-            previous = copy.deepcopy(student).eval().requires_grad_(False)
-            return DistillTask(previous, student, config.loss, dual=dual, captions=feed.captions, teacher_size=size)
-
-        return task
-
-    stages = [
-        Stage(
-            f"{name}, stage 1",
-            config.stage1,
-            native,
-            lambda student: sublayer(encoder, student, config.learn_positions),
-            config.sizes,
-        ),
-        Stage(f"{name}, stage 2", config.stage2, native, distillation(config.loss), config.sizes),
-    ]
-    before = native
-    for pixels in high.sizes:
-        size = (pixels, pixels)
-        if high.teacher == "previous":
-            task = from_itself(before)
-        elif high.teacher == "original":
-            task = distillation(config.loss)
-        else:
-            task = distillation(replace(config.loss, alpha=0, beta=0, output=0))
-        stages.append(Stage(f"{name}, {pixels} px", high.optim, size, task))
-        before = size
-    return [stage for stage in stages if stage.optim.steps]
 
 
 @contextmanager

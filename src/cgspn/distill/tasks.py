@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal
 
@@ -19,9 +19,10 @@ from .cache import TeacherCache
 from .config import LossConfig
 from .flops import forward_flops, sublayer_flops, training_flops
 from .losses import clip_loss, relative_error, sigmoid_loss, tap_loss
-from .parallel import all_reduce, gather_rows
-from .sizes import tokens_of
+from .parallel import full_tensor, gather_rows
+from .sizes import tokens_of, with_area
 from .taps import Taps, observe, retarget_first_block, tapped_forward
+from .target_scales import TargetScales
 
 Losses = dict[str, Tensor]
 Captions = Callable[[Batch], list[str]]
@@ -82,34 +83,6 @@ class Task(nn.Module):
             object.__setattr__(self, name, model)
 
 
-class TargetScales(nn.Module):
-    """Mean squares of the teacher's features, measured once on the first batch of a run, over all processes.
-
-    Losses are divided by these and not by those of each batch, so that the loss of a batch is the mean of the losses
-    of its parts, however it is spread over processes and accumulated.
-    """
-
-    def __init__(self, count: int) -> None:
-        """count: how many features are measured."""
-        super().__init__()
-        self.register_buffer("values", torch.zeros(count))
-        self.known = False
-
-    @torch.no_grad()
-    def measure(self, parts: Iterable[list[Tensor]]) -> None:
-        """Take the means over the parts of a batch, each a list of `count` features; once only."""
-        values = self.get_buffer("values")
-        if not self.known and not bool(values.any()):
-            means = [torch.stack([f.float().square().mean() for f in features]) for features in parts]
-            values.copy_(all_reduce(torch.stack(means).mean(0)))
-        self.known = True
-
-    def of(self, features: list[Tensor]) -> Tensor:
-        """One value a feature, float32 [count]; those of `features` if none were measured before."""
-        self.measure([features])
-        return self.get_buffer("values")
-
-
 def inherited_names(student: Encoder, teacher: Encoder) -> frozenset[str]:
     """The student's parameters that have an equal twin in the teacher."""
     theirs = dict(teacher.named_parameters())
@@ -118,6 +91,19 @@ def inherited_names(student: Encoder, teacher: Encoder) -> frozenset[str]:
         for name, parameter in student.named_parameters()
         if (twin := theirs.get(name)) is not None and twin.shape == parameter.shape and torch.equal(twin, parameter)
     )
+
+
+def learning_blocks(teacher: Encoder, student: Encoder) -> list[int]:
+    """The student's blocks whose mixer is not the teacher's own."""
+    theirs = teacher.blocks.state_dict()
+    return [
+        i
+        for i, block in enumerate(student.each_block())
+        if any(
+            f"{i}.mixer.{name}" not in theirs or not torch.equal(theirs[f"{i}.mixer.{name}"], value)
+            for name, value in block.mixer.state_dict().items()
+        )
+    ]
 
 
 class SublayerTask(Task):
@@ -135,15 +121,7 @@ class SublayerTask(Task):
         super().__init__()
         if teacher.config.depth != student.config.depth:
             raise ValueError(f"student has {student.config.depth} blocks; expected {teacher.config.depth}")
-        theirs = teacher.blocks.state_dict()
-        self.learning = [
-            i
-            for i, block in enumerate(student.each_block())
-            if any(
-                f"{i}.mixer.{name}" not in theirs or not torch.equal(theirs[f"{i}.mixer.{name}"], value)
-                for name, value in block.mixer.state_dict().items()
-            )
-        ]
+        self.learning = learning_blocks(teacher, student)
         self.set_unregistered(teacher=teacher, student=student)
         self.capturable = True
         self.learn_positions = learn_positions and lacks_positions(student, teacher)
@@ -229,11 +207,14 @@ class DistillTask(Task):
         captions: Captions | None = None,
         teacher_size: tuple[int, int] | None = None,
         learn_positions: bool = True,
+        inherited: frozenset[str] | None = None,
     ) -> None:
         """dual and captions: the teacher's image-text model and the captions of a batch, for the contrastive loss.
 
-        teacher_size: in pixels, what images are resized to for the teacher, whose taps are then upsampled to the
-        student's grid; None shows both the same. learn_positions: see `DistillConfig`.
+        teacher_size: (height, width) in pixels of the largest images that the teacher sees; larger ones are resized to
+        that area for it, and its taps are then upsampled to the student's grid. None shows both the same.
+        learn_positions: see `DistillConfig`. inherited: names of the student's weights that count as the teacher's;
+        None for those that are equal to the teacher's now.
 
         Raises ValueError if the contrastive loss is on without what it needs, or if depths or widths differ.
         """
@@ -252,7 +233,7 @@ class DistillTask(Task):
         self.capturable = not config.contrastive
         self.learn_positions = learn_positions and lacks_positions(student, teacher)
         self.has_unused_params = not (config.output or config.contrastive)
-        self.inherited = inherited_names(student, teacher)
+        self.inherited = inherited_names(student, teacher) if inherited is None else inherited
         device = next(student.parameters()).device
         depth, width = student.config.depth, student.config.width
         self.adapters = Adapters(
@@ -274,13 +255,32 @@ class DistillTask(Task):
     def flops(self, size: tuple[int, int]) -> int:
         """As in `Task`; without the text tower of a contrastive loss."""
         config = self.config
-        theirs = forward_flops(self.teacher.config, self.teacher_size or size) if self.compares else 0
+        theirs = forward_flops(self.teacher.config, self.seen_at(size)) if self.compares else 0
         return theirs + training_flops(
             self.student.config,
             size,
             sublayer_adapters=config.adapters and bool(config.alpha),
             block_adapters=config.adapters and bool(config.beta),
         )
+
+    def seen_at(self, size: tuple[int, int]) -> tuple[int, int]:
+        """What the teacher sees images of `size` at, (height, width) in pixels."""
+        largest = self.teacher_size
+        if largest is None or size[0] * size[1] <= largest[0] * largest[1]:
+            return size
+        return with_area(size, largest, self.teacher.config.patch_size)
+
+    def carried(self) -> dict[str, Tensor]:
+        """Adapters and scales by name, whole, for a later stage with the same teacher; all processes must ask."""
+        state = {name: value for name, value in self.state_dict().items() if not name.startswith("student.")}
+        return {name: full_tensor(value).detach().clone() for name, value in state.items()}
+
+    def carry_on(self, state: Mapping[str, Tensor]) -> None:
+        """Start from what `carried` gave. Raises ValueError for adapters of another encoder or other losses."""
+        mine = {name: value.shape for name, value in self.state_dict().items() if not name.startswith("student.")}
+        if state and mine != {name: value.shape for name, value in state.items()}:
+            raise ValueError(f"carried holds {len(state)} tensors of other names or shapes; expected {len(mine)}")
+        self.load_state_dict(state, strict=False)
 
     @torch.no_grad()
     def calibrate(self, parts: list[Batch]) -> None:
@@ -292,7 +292,8 @@ class DistillTask(Task):
     @torch.no_grad()
     def observed(self, batch: Batch, entry: Tensor) -> Taps:
         """The teacher's taps, the first of them from where the student starts: `entry` [B, h*w, C]."""
-        look = partial(observe, self.teacher, batch.images, self.student.config, self.teacher_size)
+        size = self.seen_at((batch.images.shape[-2], batch.images.shape[-1]))
+        look = partial(observe, self.teacher, batch.images, self.student.config, size)
         taps = self.seen(batch, look)
         return retarget_first_block(taps, entry) if self.learn_positions else taps
 

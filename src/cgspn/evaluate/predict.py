@@ -14,6 +14,7 @@ from torch.nn.functional import normalize
 
 from ..data.captions import TEMPLATES
 from ..data.prepare import Member, Picture, open_picture, prepare_for
+from ..data.sizes import Size
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
 from .zeroshot import class_embeddings
@@ -56,6 +57,8 @@ def classify(
     images: Picture | Sequence[Picture],
     class_names: Sequence[str],
     templates: Sequence[str] = TEMPLATES,
+    *,
+    size: Size = None,
 ) -> Classification:
     """Zero-shot classification: the names in the templates are the classifier.
 
@@ -64,23 +67,28 @@ def classify(
         images: paths, PIL images, or arrays and tensors as of `data.prepare.array_picture`; or one of them.
         class_names: K names.
         templates: texts with one `{}` for the name (the article before it is made to fit), or `{c}` (it is not).
+        size: that pictures get, in pixels: a side or (height, width); None for the encoder's own.
 
     Raises:
         OSError: an image that is missing or damaged.
-        ValueError: an encoder without a text tower, no images, no names, one text in place of a list of them, or a
-            template without its place.
+        ValueError: an encoder without a text tower, no images, no names, one text in place of a list of them, a
+            template without its place, or a size that patches do not tile.
     """
     model = require_text(model, "model")
     for argument, given in (("class_names", class_names), ("templates", templates)):
         if isinstance(given, str):  # a sequence too, of letters
             raise ValueError(f"{argument} is the text {given!r}; expected a list of texts")
     texts = class_embeddings(lambda prompts: embed_texts(model, prompts), class_names, templates)
-    result = _compare(model, _embed(model, images), texts)
+    result = _compare(model, _embed(model, images, size), texts)
     return Classification([class_names[k] for k in result.logits.argmax(1).tolist()], result.probabilities)
 
 
 def similarity(
-    model: DualEncoder | Encoder, images: Picture | Sequence[Picture], texts: str | Sequence[str]
+    model: DualEncoder | Encoder,
+    images: Picture | Sequence[Picture],
+    texts: str | Sequence[str],
+    *,
+    size: Size = None,
 ) -> Similarity:
     """How well each picture goes with each text, for search in both directions.
 
@@ -88,14 +96,15 @@ def similarity(
         model: of `load_model`, an image-text model, on any device.
         images: paths, PIL images, or arrays and tensors as of `data.prepare.array_picture`; or one of them.
         texts: M texts, or one.
+        size: that pictures get, in pixels: a side or (height, width); None for the encoder's own.
 
     Raises:
         OSError: an image that is missing or damaged.
-        ValueError: an encoder without a text tower, no images, or an empty text.
+        ValueError: an encoder without a text tower, no images, an empty text, or a size that patches do not tile.
     """
     model = require_text(model, "model")
     texts = [texts] if isinstance(texts, str) else list(texts)
-    return _compare(model, _embed(model, images), embed_texts(model, texts))
+    return _compare(model, _embed(model, images, size), embed_texts(model, texts))
 
 
 def require_text(model: DualEncoder | Encoder, name: str) -> DualEncoder:
@@ -139,12 +148,12 @@ def embed_texts(model: DualEncoder, texts: Sequence[str]) -> Tensor:
     return torch.cat([normalize(model.encode_text(part).float(), dim=-1).cpu() for part in parts])
 
 
-def _embed(model: DualEncoder, images: Picture | Sequence[Picture]) -> Tensor:
+def _embed(model: DualEncoder, images: Picture | Sequence[Picture], size: Size) -> Tensor:
     one = isinstance(images, str | Path | Image.Image | Member) or getattr(images, "ndim", 4) < 4
     pictures: list[Picture] = [images] if one else list(images)  # type: ignore[list-item,arg-type]
     if not pictures:
         raise ValueError("images is empty; expected at least one path or picture")
-    prepare = prepare_for(model.image.config)
+    prepare = prepare_for(model.image.config, size)
     return torch.cat(list(embed_images(model, (prepare(open_picture(picture)) for picture in pictures))))
 
 

@@ -173,6 +173,7 @@ def describe(
             "mean": config.image_mean,
             "std": config.image_std,
             "native_size": config.image_size,
+            "trained_sizes": config.trained_sizes,
         },
         "bounds": asdict(bounds),
         "device": weight.device.type,

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import is_tracing
 from . import checks
 from .backends import check_backend
 from .eager import is_eager
@@ -116,7 +117,11 @@ def propagate_2d_unchecked(
     arguments = (*tensors, mask, [DIRECTIONS.index(name) for name in directions], merge == "sum", backend)
     eager = is_eager(*tensors, mask)
     out: Tensor
-    if wanted:
+    if is_tracing():
+        # A trace keeps the op, and its program finds the gradients. torch.jit.trace compares it, names and line numbers
+        # too, with a trace without gradients.
+        out = propagate_2d_op(*arguments)
+    elif wanted:
         out, _ = Propagate.apply(*arguments) if eager else propagate_2d_saving_op(*arguments)  # type: ignore[no-untyped-call]
     else:
         out = (propagate_2d_now if eager else propagate_2d_op)(*arguments)

@@ -1,0 +1,138 @@
+"""The stages of a distillation run: what each trains, at which sizes, taught by whom."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from ..models.config import EncoderConfig
+from ..models.dual import DualEncoder, image_encoder
+from ..models.encoder import Encoder
+from .batches import Feed
+from .block_parallel import PlacedSublayerTask
+from .config import DistillConfig, LossConfig, OptimConfig
+from .parallel import World
+from .sizes import SizeRange
+from .tasks import DistillTask, SublayerTask, Task, inherited_names, learning_blocks
+from .trainer import Stream
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One part of a run.
+
+    title: shown. optim: its optimisation. size: (height, width) of its images. task: makes what it minimises from
+    the state that the student is in when it begins. sizes: what its batches are drawn from, if not of `size` alone.
+    goes_on: whether it starts from the adapters and scales of the stage before.
+    """
+
+    title: str
+    optim: OptimConfig
+    size: tuple[int, int]
+    task: Callable[[Encoder], Task]
+    sizes: SizeRange | None = None
+    goes_on: bool = False
+
+    def stream(self, feed: Feed, encoder: EncoderConfig, world: World) -> Stream:
+        """Its batches. Raises ValueError as feeds do."""
+        if self.sizes is None:  # a feed may not know mixed sizes
+            return feed.stream(encoder, self.size, self.optim, world)
+        return feed.stream(encoder, self.size, self.optim, world, self.sizes)
+
+    def shapes(self, patch: int) -> tuple[tuple[int, int], ...]:
+        """(height, width) in pixels of what its batches may look like."""
+        return (self.size,) if self.sizes is None else self.sizes.shapes(patch)
+
+
+def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: DistillConfig, world: World) -> None:
+    """Raise ValueError for sizes that the student's patches do not tile, a CUDA graph on a processor, and a contrastive
+    loss without a text tower: at the start of a run, and not of the stage that is days away."""
+    if config.compute.capture and world.device.type != "cuda":
+        raise ValueError(f"compute.capture is on, on device {world.device.type!r}; accepted: 'cuda' alone")
+    if config.loss.contrastive and not isinstance(teacher, DualEncoder):
+        raise ValueError("loss.contrastive is on; expected a teacher with a text tower")
+    patch, cropped = student.config.patch_size, student.config.crop_remainder
+    sizes = {"image_size": [config.image_size] if config.image_size else [], "highres.sizes": config.highres.sizes}
+    for name, each in sizes.items():
+        for pixels in each:
+            if pixels < patch or (pixels % patch and not cropped):
+                raise ValueError(f"{name} has {pixels}; accepted: multiples of the student's patch, {patch} pixels")
+
+
+def plan(
+    teacher: DualEncoder | Encoder, student: Encoder, feed: Feed, config: DistillConfig, name: str, world: World
+) -> list[Stage]:
+    """The stages of a run, in order; those of 0 steps are left out. Raises ValueError as `check_possible`.
+
+    student: as it is before the first of them.
+    """
+    check_possible(teacher, student, config, world)
+    dual = teacher if isinstance(teacher, DualEncoder) else None
+    encoder = image_encoder(teacher)
+    high = config.highres
+    native = (config.image_size, config.image_size) if config.image_size else student.config.image_size
+    placed = config.compute.parallel == "placed" and world.size > 1
+    sublayer = PlacedSublayerTask if placed else SublayerTask
+    inherited = inherited_after_stage1(encoder, student, config)
+
+    def distillation(loss: LossConfig) -> Callable[[Encoder], Task]:
+        return lambda student: DistillTask(
+            encoder,
+            student,
+            loss,
+            dual=dual,
+            captions=feed.captions,
+            learn_positions=config.learn_positions,
+            inherited=inherited,
+        )
+
+    def from_itself(size: tuple[int, int]) -> Callable[[Encoder], Task]:
+        def task(student: Encoder) -> Task:
+            previous = copy.deepcopy(student).eval().requires_grad_(False)
+            return DistillTask(
+                previous,
+                student,
+                config.loss,
+                dual=dual,
+                captions=feed.captions,
+                teacher_size=size,
+                inherited=inherited,
+            )
+
+        return task
+
+    stages = [
+        Stage(
+            f"{name}, stage 1",
+            config.stage1,
+            native,
+            lambda student: sublayer(encoder, student, config.learn_positions),
+            config.sizes,
+        ),
+        Stage(f"{name}, stage 2", config.stage2, native, distillation(config.loss), config.sizes),
+    ]
+    trained = student.config.trained_sizes or (round((native[0] * native[1]) ** 0.5),)
+    smaller = config.sizes or SizeRange(trained[0], trained[-1], count=len(trained))
+    before = native
+    if config.sizes:
+        before = (config.sizes.sides(student.config.patch_size)[-1],) * 2
+    for pixels in high.sizes:
+        size = (pixels, pixels)
+        if high.teacher == "previous":
+            task = from_itself(before)
+        elif high.teacher == "original":
+            task = distillation(config.loss)
+        else:
+            task = distillation(replace(config.loss, alpha=0, beta=0, output=0))
+        sizes = smaller.up_to(pixels, 1 - high.smaller) if high.smaller else None
+        stages.append(Stage(f"{name}, {pixels} px", high.optim, size, task, sizes, high.teacher == "original"))
+        before = size
+    return [stage for stage in stages if stage.optim.steps]
+
+
+def inherited_after_stage1(teacher: Encoder, student: Encoder, config: DistillConfig) -> frozenset[str]:
+    """The student's weights that are its teacher's when stage 2 begins, in all stages from there on."""
+    trained = learning_blocks(teacher, student) if config.stage1.steps else []
+    parts = tuple(f"blocks.{i}.{part}" for i in trained for part in ("mixer.", "norm1.", "scale1"))
+    return frozenset(name for name in inherited_names(student, teacher) if not name.startswith(parts))
