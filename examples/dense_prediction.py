@@ -8,6 +8,7 @@ The encoder is frozen unless --tune is given. Images keep their aspect ratio: --
 """
 
 import argparse
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -136,7 +137,7 @@ def main(arguments: list[str] | None = None) -> float:
         if step % max(1, options.steps // 10) == 0:
             print(f"step {step}: loss {loss.item():.3f}")
 
-    chosen = range(0, len(test), max(1, len(test) // (options.limit or len(test))))
+    chosen = range(0, len(test), math.ceil(len(test) / (options.limit or len(test))))
     score = PixelScore(len(train.class_names), IGNORE, device)
     with torch.inference_mode(), autocast:
         for number in chosen:
