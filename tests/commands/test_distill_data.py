@@ -15,7 +15,8 @@ from unittest.mock import Mock
 import pytest
 from PIL import Image
 
-from cgspn.commands.distill import Distill, progress_of
+from cgspn.commands.distill import Distill
+from cgspn.commands.run_record import progress_of
 from cgspn.data import LoaderConfig, load_embedded
 from cgspn.distill import ComputeConfig, LossConfig, OptimConfig, ParityError
 from cgspn.distill.presets import EMBEDDED

@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,21 +24,24 @@ from ..distill import DistillConfig, ImageSetFeed, SampleFeed, World, distill, g
 from ..distill.events import EventWatch, require_tensorboard
 from ..distill.parallel import barrier
 from ..distill.presets import PRESETS
-from ..distill.snapshots import Snapshots
+from ..distill.run_folder import locked
+from ..distill.snapshots import MOST_RECORD
 from ..distill.stages import Watcher
 from ..distill.trainer import Watch
-from ..models.checkpoint import CONFIG, WEIGHTS, write_atomically
+from ..models.checkpoint import write_atomically
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
+from ..models.reading import read_json_value
 from ..report.charts import require_matplotlib
 from ..report.run import run_report
 from ..teachers import convert, load_encoder, load_model
 from .checks import mixed_sizes
+from .run_record import RECORD, REPORT, check_same_run, lacks_report, left_clean, progress_of
 
 Preset = Literal["embedded", "vit-s14-study", "so400m-378", "so400m-highres"]
 # settings that a converted student already has
 CONVERTED = ("compression", "value_expansion", "keep_attention", "window_attention", "window", "keep_positions")
-RUN, RECORD, REPORT, EVENTS = "run.json", "distill.json", "report.html", "events"
+EVENTS = "events"
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,11 @@ class Distill:
             return
         if self.tensorboard and (lack := needed(require_tensorboard)):
             raise ValueError(lack)
-        with left_clean(self.out), join_world(self.device) as world:
+        with left_clean(self.out) as own, join_world(self.device) as world, ExitStack() as held:
             out = writable_folder(self.out, "out")
             barrier()  # a process that is refused takes the folder away, which no other may make again after that
+            held.enter_context(locked(out, world))
+            own.append(True)
             feed = self.feed()
             if isinstance(feed, SampleFeed):
                 say_skipped(feed.source.problems, world)
@@ -118,7 +123,7 @@ class Distill:
             if self.report and lacks_report(out, settings):
                 barrier()  # the others look before the first one writes
                 if world.rank == 0:
-                    write_report(out, json.loads((out / RECORD).read_text()))
+                    write_report(out, read_json_value(out / RECORD, MOST_RECORD))
                 return
             check_same_run(out, settings, world)
             barrier()  # as above, for what the first process writes
@@ -184,110 +189,17 @@ class Distill:
         )
 
 
-@contextmanager
-def left_clean(out: Path) -> Iterator[None]:
-    """Take a folder away again that was made for a run which ended before it left anything in it.
-
-    Entered before the processes of a run meet, so that each sees what was there before any of them made the folder; and
-    each takes it away, since torchrun ends the others when one is refused.
-    """
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-    try:
-        yield
-    except BaseException:  # a refusal, a teacher that is damaged, an interruption
-        with suppress(OSError):  # another process was first
-            if missing and {path.name for path in out.iterdir()} <= {RUN}:
-                (out / RUN).unlink(missing_ok=True)
-                for folder in missing:
-                    folder.rmdir()
-        raise
-
-
-def identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make a run the same: what does not change the result may change between two attempts."""
-    wanted: dict[str, Any] = json.loads(json.dumps(settings, default=str))  # JSON has no tuples
-    wanted["config"].pop("compute")
-    wanted.pop("loader")
-    return wanted
-
-
-def lacks_report(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` holds a finished run of these settings without its report: it was killed in between, or had not
-    what reports need."""
-    if not (out / RECORD).exists() or (out / REPORT).exists() or not (out / RUN).exists():
-        return False
-    return bool(json.loads((out / RUN).read_text()) == identity(settings))
-
-
 def write_report(out: Path, record: dict[str, Any]) -> None:
     """Write the report of a finished run, or say what that needs."""
     if lack := needed(require_matplotlib):
         console.print(f"no report: {lack}", soft_wrap=True, markup=False)
         return
-    write_atomically(out / REPORT, run_report(record))
+    try:
+        page = run_report(record)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{out / RECORD} is no record of a run: {type(error).__name__}: {error}") from error
+    write_atomically(out / REPORT, page)
     console.print(f"report in {out / REPORT}", soft_wrap=True)
-
-
-def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
-    """Note the settings of the run in `out`.
-
-    Raises ValueError if it holds a finished run, a model that is of no run, or an unfinished run of other settings.
-    Those of stages that have not begun may change.
-    """
-    path = out / RUN
-    if (out / RECORD).exists():
-        raise ValueError(f"out is {out}, which holds a finished run; give another folder, or remove it to begin again")
-    if not path.exists() and (held := [name for name in (CONFIG, WEIGHTS) if (out / name).exists()]):
-        raise ValueError(f"out is {out}, which holds {', '.join(held)} of something else; give another folder")
-    wanted = identity(settings)
-    if path.exists() and progress_of(out):
-        found = json.loads(path.read_text())
-        ahead = ahead_of(out, found["config"])
-        for name in ahead:  # nothing was made of them yet
-            found["config"][name] = wanted["config"].get(name)
-        if found != wanted:
-            changed = ", ".join(sorted(differences(found, wanted)))
-            raise ValueError(
-                f"out is {out}, which holds an unfinished run with other settings ({changed}); "
-                "give those again to go on with it, or another folder"
-            )
-    if world.rank == 0:
-        write_atomically(path, json.dumps(wanted, indent=1) + "\n")
-
-
-def begun_in(out: Path) -> tuple[list[int], dict[int, int]]:
-    """The stages of an unfinished run in `out` that are done, and the last step of those that have a snapshot."""
-    done = sorted(int(path.parent.name) for path in (out / "stages").glob("*/losses.json"))
-    under_way = [folder for folder in sorted((out / "snapshots").glob("[0-9]*")) if int(folder.name) not in done]
-    newest = {int(folder.name): Snapshots(folder, 0).newest() for folder in under_way}
-    return done, {stage: step for stage, step in newest.items() if step}
-
-
-def progress_of(out: Path) -> str:
-    """What an unfinished run in `out` has done, in words; "" if nothing that could be gone on with."""
-    done, under_way = begun_in(out)
-    said = [f"{len(done)} {'stage' if len(done) == 1 else 'stages'} done"] if done else []
-    return ", ".join(said + [f"stage {stage + 1} from step {step}" for stage, step in under_way.items()])
-
-
-def ahead_of(out: Path, config: dict[str, Any]) -> list[str]:
-    """The settings, of a run's `config`, that only stages read which have not begun in `out`."""
-    done, under_way = begun_in(out)
-    order = ("stage1", "stage2", "highres")
-    stages = [name for name in order[:2] if config[name]["steps"]] + ["highres"] * len(config["highres"]["sizes"])
-    begun = stages[: max([*done, *under_way]) + 1]
-    ahead = list(order[max(map(order.index, begun)) + 1 :])
-    # a contrastive loss tells which images a stage can use, the one under way included
-    return [*ahead, "loss"] if "stage2" in ahead and not under_way else ahead
-
-
-def differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
-    """Names of the settings in which two nested dicts differ."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in one.keys() | other.keys():
-            yield from differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
-    elif one != other:
-        yield name
 
 
 def merged(reports: list[Skipped], size: int) -> Skipped:

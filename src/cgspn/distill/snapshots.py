@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -14,13 +15,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.console import Console
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from .parallel import barrier
+from ..models.checkpoint import reason_of
+from ..models.reading import read_json_value
+from .dcp_reader import SafeReader, read_index
+from .manifest import DamageError, Entries, check_manifest, entries_of, write_manifest
+from .parallel import barrier, gather_objects
 
+RECORD = "record.json"
+MOST_RECORD = 1 << 30  # bytes
 KEPT = 2  # the last one, and the one before in case the machine dies while an old one is removed
 
 
@@ -45,9 +53,33 @@ class Snapshots:
         return bool(self.every) and done % self.every == 0
 
     def newest(self) -> int:
-        """Steps done by the newest whole snapshot; 0 if there is none."""
-        found = [int(p.name) for p in self.folder.glob("[0-9]*") if p.name.isdigit()]
-        return max(found, default=0)
+        """Steps done by the newest snapshot, whether it is whole or not; 0 if there is none."""
+        return max(self._steps(), default=0)
+
+    def newest_whole(self) -> int:
+        """Steps done by the newest snapshot that is what was written; 0 if there is none. All processes call this.
+
+        Those that are damaged are named on standard error and moved aside.
+        """
+        found = [0]
+        if self._first():
+            for steps in sorted(self._steps(), reverse=True):
+                folder = self.folder / f"{steps:08d}"
+                try:
+                    check_snapshot(folder, steps)
+                except (DamageError, OSError) as error:
+                    set_aside(folder, f"the snapshot after step {steps} is damaged and not used: {error}")
+                    continue
+                found = [steps]
+                break
+        return gather_objects(found)[0][0]
+
+    def _steps(self) -> list[int]:
+        names = [path.name for path in self.folder.glob("[0-9]*") if path.is_dir()]
+        return [int(name) for name in names if re.fullmatch(r"[0-9]{8}", name)]
+
+    def _first(self) -> bool:
+        return not dist.is_initialized() or dist.get_rank() == 0
 
     def save(self, done: int, tensors: dict[str, Tensor], record: Any) -> None:
         """Write one, then remove those that are no longer needed. All processes call this.
@@ -62,20 +94,33 @@ class Snapshots:
         """
         whole, partial = self.folder / f"{done:08d}", self.folder / f"{done:08d}.partial"
         failure = ""
-        first = not dist.is_initialized() or dist.get_rank() == 0
+        first = self._first()
         try:
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-                (partial / "record.json").write_text(json.dumps(record))
+                (partial / RECORD).write_text(json.dumps(record))
         except OSError as error:
-            failure = str(error)
+            failure = reason_of(error, self.folder)
+        mine: Entries = {}
         if not _any(failure):
             try:
                 with _alone_unwarned():
                     save(dict(tensors), checkpoint_id=partial, no_dist=not dist.is_initialized())
+                # each process looks at its own files, which takes as long as reading them
+                mine = entries_of(partial, f"__{dist.get_rank() if dist.is_initialized() else 0}_*")
             except (OSError, RuntimeError, CheckpointException) as error:
-                failure = _cause(error)
+                failure = reason_of(_cause(error), self.folder)
+        every = gather_objects(mine)
+        if not _any(failure) and first:
+            try:
+                entries = entries_of(partial, ".*") | entries_of(partial, RECORD)
+                for each in every:
+                    entries |= each
+                count = len(read_index(partial).state_dict_metadata)
+                write_manifest(partial, entries, {"steps": done, "tensors": count})
+            except (OSError, DamageError) as error:
+                failure = reason_of(error, self.folder)
         if _any(failure):
             if first:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -92,14 +137,17 @@ class Snapshots:
         barrier()
 
     def load(self, done: int, tensors: dict[str, Tensor]) -> Any:
-        """Fill `tensors`, in place, from the snapshot after `done` steps; returns its record.
+        """Fill `tensors`, in place, from the snapshot after `done` steps; returns its record. No code of it is run.
 
-        Raises RuntimeError if the snapshot does not hold one of them.
+        Raises SnapshotError if the snapshot does not hold one of them, or holds it in another shape.
         """
         folder = self.folder / f"{done:08d}"
-        with _alone_unwarned():
-            load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
-        return json.loads((folder / "record.json").read_text())
+        try:
+            with _alone_unwarned():
+                load(tensors, storage_reader=SafeReader(folder), no_dist=not dist.is_initialized())
+            return read_json_value(folder / RECORD, MOST_RECORD)
+        except (OSError, RuntimeError, ValueError, KeyError, AssertionError, CheckpointException) as error:
+            raise SnapshotError(f"the snapshot in {folder} cannot be used: {_cause(error)}") from error
 
     def clear(self) -> None:
         """Remove all of them: the stage is done."""
@@ -108,6 +156,28 @@ class Snapshots:
             shutil.rmtree(self.folder, ignore_errors=True)
             with suppress(OSError):  # other stages may still need it
                 self.folder.parent.rmdir()
+
+
+def check_snapshot(folder: Path, steps: int) -> None:
+    """Raise DamageError unless a snapshot is what was written after so many steps."""
+    counts = check_manifest(folder, {"steps": steps})
+    if counts.get("tensors") != len(read_index(folder).state_dict_metadata):
+        raise DamageError("it does not hold as many tensors as were written")
+    try:
+        record = read_json_value(folder / RECORD, MOST_RECORD)
+    except ValueError as error:
+        raise DamageError(str(error)) from error
+    if isinstance(record, list) and len(record) != steps:
+        raise DamageError(f"{RECORD} is of {len(record)} steps")
+
+
+def set_aside(folder: Path, message: str) -> None:
+    """Say what is wrong with a folder, and give it a name by which it is not found again."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+    with suppress(OSError):  # what cannot be renamed is found, checked and named again
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    Console(stderr=True).print(f"{message} ({folder})", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -128,7 +198,9 @@ def _any(failure: str) -> bool:
     return bool(flag)
 
 
-def _cause(error: BaseException) -> str:
-    if isinstance(error, CheckpointException):
-        return "; ".join(str(e) for e in error.failures.values()) or str(error)
-    return str(error)
+def _cause(error: BaseException) -> BaseException:
+    """What a process failed of, of an error that PyTorch has gathered."""
+    if isinstance(error, CheckpointException) and error.failures:
+        cause: Any = next(iter(error.failures.values()))
+        return cause[0] if isinstance(cause, tuple) else cause
+    return error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ..data import ImageSet
@@ -20,7 +19,7 @@ from ..models.config import TextConfig
 from ..models.dual import DualEncoder, build_dual
 from ..models.encoder import Encoder
 from ..models.registry import model_config
-from ..models.weights import read_state
+from ..models.weights import open_safetensors, read_state
 from .batches import Feed, ImageSetFeed
 from .block_parallel import PlacedSublayerTask
 from .cache import TeacherCache
@@ -28,12 +27,13 @@ from .config import ComputeConfig, DistillConfig, PretrainConfig
 from .parallel import World, barrier, full_tensor, shard_encoder
 from .parity import check_parity
 from .plan import Stage, plan
+from .run_folder import finish_stage, finished_stage
 from .sizes import whole
 from .snapshots import Snapshots
 from .tasks import ContrastiveTask, DistillTask, Task
 from .trainer import History, Watch, train
 
-THROUGHPUT, ADAPTERS = "throughput.json", "adapters.safetensors"
+ADAPTERS = "adapters.safetensors"
 COMPILED = 256  # graphs of a function: one for each shape of batches and kind of block, of which some tens are usual
 
 Watcher = Callable[[str, int], Watch]  # title and number of steps -> what the trainer calls after each
@@ -110,12 +110,11 @@ def distill(
     with frozen(teacher):
         for number, (stage, stream) in enumerate(zip(stages, streams, strict=True)):
             done = folder / "stages" / str(number) if folder else None
-            if done is not None and (done / "losses.json").exists():
+            if done is not None and (record := finished_stage(done, world)):
                 student.load_state_dict(read_state(student, read_model(done)[1], str(done)))
                 record_sizes(student, stage.shapes(student.config.patch_size))
-                losses, throughput = (json.loads((done / name).read_text()) for name in ("losses.json", THROUGHPUT))
-                histories.append(History(stage.title, losses, throughput))
-                carried = load_file(done / ADAPTERS)
+                histories.append(History(stage.title, *record))
+                carried = {key: stored.read() for key, stored in open_safetensors(done / ADAPTERS)[0].items()}
                 continue
             if not histories:
                 # of a stream of one step, which starts no more workers than that needs
@@ -146,8 +145,7 @@ def distill(
             if done is not None and world.rank == 0:
                 student.save_pretrained(done)
                 write_atomically(done / ADAPTERS, save(carried))
-                write_atomically(done / THROUGHPUT, json.dumps(histories[-1].throughput))
-                write_atomically(done / "losses.json", json.dumps(histories[-1].steps))
+                finish_stage(done, histories[-1].steps, histories[-1].throughput)
             if snapshots is not None:
                 snapshots.clear()
             barrier()

@@ -105,7 +105,7 @@ def train(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     average = [p.detach().clone() for p in parameters] if config.ema else []
     history, start = History(title), 0
-    if snapshots is not None and (start := snapshots.newest()):
+    if snapshots is not None and (start := snapshots.newest_whole()):
         optimizer.make_state()
         history.steps = snapshots.load(start, _state(task, optimizer, average))
     lower = partial(torch.autocast, device.type, torch.bfloat16, enabled=compute.precision == "bfloat16")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from .weights import Weights, open_safetensors
 
 __all__ = ["CheckpointError", "read_model", "save_model", "write_atomically"]
 
+LITTLE = 1 << 16  # bytes: a disk with no more is full
 CONFIG, WEIGHTS, PREPROCESSING = "config.json", "model.safetensors", "preprocessor_config.json"
 
 
@@ -44,6 +48,15 @@ def _publish(temporary: str, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def reason_of(error: BaseException, folder: Path) -> str:
+    """An error in writing to a folder in one line, which says so if the disk is full."""
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text
+    with suppress(OSError):  # PyTorch and safetensors do not always say why
+        full = full or shutil.disk_usage(folder).free < LITTLE
+    return f"disk full: {text}" if full else text
+
+
 def save_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Write the weights, then the config that makes the folder a checkpoint. Raises OSError."""
     folder = Path(folder)
@@ -53,9 +66,10 @@ def save_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[str
     try:
         save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary, metadata={"format": "pt"})
         _publish(temporary, folder / WEIGHTS)
-    except SafetensorError as error:  # a full disk, most likely
+    except SafetensorError as error:
+        reason = reason_of(error, folder)
         Path(temporary).unlink(missing_ok=True)
-        raise OSError(f"{folder / WEIGHTS} could not be written: {error}") from error
+        raise OSError(f"{folder / WEIGHTS} could not be written: {reason}") from error
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise

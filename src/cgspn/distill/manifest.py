@@ -1,0 +1,69 @@
+"""Checksums of the files of a folder, by which damage is seen before anything of it is used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..models.checkpoint import write_atomically
+from ..models.reading import CheckpointError, read_json
+
+NAME = "manifest.json"
+
+Entries = dict[str, dict[str, Any]]
+"""Size and SHA-256 of files, by name."""
+
+
+class DamageError(ValueError):
+    """A folder that is not what its manifest says; the message says which file and why."""
+
+
+def entries_of(folder: Path, pattern: str = "*") -> Entries:
+    """The files of a folder, but for its manifest. Raises OSError if one cannot be read."""
+    found: Entries = {}
+    for path in sorted(folder.glob(pattern)):
+        if path.name != NAME and path.is_file():
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            found[path.name] = {"bytes": path.stat().st_size, "sha256": digest}
+    return found
+
+
+def write_manifest(folder: Path, entries: Entries, counts: Mapping[str, int]) -> None:
+    """Note the files of a folder, and counts of what they hold. Raises OSError."""
+    write_atomically(folder / NAME, json.dumps({"counts": dict(counts), "files": entries}, indent=1) + "\n")
+
+
+def check_manifest(folder: Path, counts: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """The counts of a folder whose files are what its manifest says.
+
+    Raises DamageError for the first file that is missing, changed, a link or none of the manifest, and for other
+    counts than `counts` has; OSError if a file cannot be read.
+    """
+    if not (folder / NAME).is_file():
+        raise DamageError(f"it has no {NAME}")
+    try:
+        manifest = read_json(folder / NAME)
+    except CheckpointError as error:
+        raise DamageError(str(error)) from error
+    files, noted = manifest.get("files"), manifest.get("counts")
+    if not isinstance(files, dict) or not files or not isinstance(noted, dict):
+        raise DamageError(f"its {NAME} names no files")
+    for name, value in (counts or {}).items():
+        if noted.get(name) != value:
+            raise DamageError(f"its {NAME} is of {name} {noted.get(name)!r}, not {value}")
+    for name, entry in files.items():
+        path = folder / name
+        if Path(name).name != name or path.is_symlink() or not path.is_file():
+            raise DamageError(f"{name} is missing, or no file of its own")
+        if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
+            raise DamageError(f"{name} has {path.stat().st_size} bytes, not those that were written")
+    if unknown := {path.name for path in folder.iterdir()} - files.keys() - {NAME}:
+        raise DamageError(f"it holds {min(unknown)}, which is not of it")
+    for name, entry in entries_of(folder).items():
+        if entry["sha256"] != files[name].get("sha256"):
+            raise DamageError(f"{name} was changed: its checksum is another")
+    return noted

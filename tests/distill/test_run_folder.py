@@ -1,0 +1,67 @@
+"""One run in a folder, and stages that are whole."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from cgspn.distill.parallel import World
+from cgspn.distill.run_folder import finish_stage, finished_stage, locked
+
+
+def take(folder, barrier, results):
+    barrier.wait()
+    try:
+        with locked(Path(folder), World()):
+            results.put("held")
+            barrier.wait()  # as long as the others try
+    except ValueError as error:
+        results.put(str(error))
+        barrier.wait()
+
+
+def test_of_many_at_once_one_holds_the_folder_and_the_others_are_told_who(tmp_path):
+    context = multiprocessing.get_context("fork")
+    for _ in range(5):
+        barrier, results = context.Barrier(3), context.Queue()
+        processes = [context.Process(target=take, args=(tmp_path, barrier, results)) for _ in range(3)]
+        for process in processes:
+            process.start()
+        said = sorted(results.get(timeout=20) for _ in processes)
+        for process in processes:
+            process.join(20)
+        assert said[0] == "held"
+        assert all("where another run is going on: " in each for each in said[1:])
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_a_killed_run_left_is_no_lock(tmp_path):
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".holder.json").write_text('{"process": 1}')
+    with locked(tmp_path, World()):
+        with pytest.raises(ValueError, match=r"another run is going on: process \d+ on "), locked(tmp_path, World()):
+            pass
+        assert (tmp_path / ".lock").exists()
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["losses", "weights", "lost", "count", "manifest"])
+def test_a_damaged_stage_is_named_and_run_again(tmp_path, capsys, kind):
+    stage = tmp_path / "stages/0"
+    stage.mkdir(parents=True)
+    (stage / "model.safetensors").write_bytes(b"weights")
+    finish_stage(stage, [{"total": 1.0}], {"rate": 2.0})
+    assert finished_stage(stage, World()) == ([{"total": 1.0}], {"rate": 2.0})
+    if kind == "manifest":
+        (stage / "manifest.json").unlink()
+    elif kind == "lost":
+        (stage / "model.safetensors").unlink()
+    elif kind == "count":
+        manifest = json.loads((stage / "manifest.json").read_text())
+        (stage / "manifest.json").write_text(json.dumps(manifest | {"counts": {"steps": 5}}))
+    else:
+        (stage / ("losses.json" if kind == "losses" else "model.safetensors")).write_bytes(b"changed")
+    assert finished_stage(stage, World()) is None
+    assert "stage 0 is damaged and run again: " in capsys.readouterr().err
+    assert [path.name for path in stage.parent.iterdir()] == ["0.damaged"]
