@@ -204,7 +204,7 @@ class PropagationMixer(Mixer):
         """tokens [B, h*w, C] -> [B, h*w, C]. Raises ValueError for prefix tokens or a count that is not h*w."""
         check_grid(tokens, grid)
         latent = self.down(self.expand(self.project_in(tokens)))
-        x = self.localise(latent.view(len(tokens), grid.height, grid.width, latent.shape[-1]), grid.mask)
+        x = self.localise(latent.view(tokens.shape[0], grid.height, grid.width, latent.shape[-1]), grid.mask)
         x, y = self.scan(x, grid.mask)
         y = self.merge_norm(y)
         if self.config.inner_residual:
