@@ -16,7 +16,7 @@ from torch import Tensor
 from ..data import ImageSet
 from ..models.checkpoint import read_model, write_atomically
 from ..models.config import TextConfig
-from ..models.dual import DualEncoder, build_dual
+from ..models.dual import DualEncoder, build_dual, image_encoder
 from ..models.encoder import Encoder
 from ..models.registry import model_config
 from ..models.weights import open_safetensors, read_state
@@ -99,7 +99,7 @@ def distill(
     """
     feed = ImageSetFeed(images) if isinstance(images, ImageSet) else images
     world = world or World(device=next(student.parameters()).device)
-    encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
+    encoder = image_encoder(teacher)
     histories = []
     cache = TeacherCache(config.compute.teacher_cache * 2**30) if config.compute.teacher_cache else None
     carried = dict(carried or {})
