@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-import tyro
 from rich.table import Table
 
 from .. import __version__
@@ -20,12 +18,13 @@ from ..teachers import convert, load_encoder, load_model
 from ..teachers.convert import Inherited
 from ..teachers.parameters import Part, parameter_table
 from .checks import check_folder
+from .command import Command, Out, Teacher
 
 RECORD = "conversion.json"
 
 
 @dataclass(frozen=True)
-class Convert:
+class Convert(Command):
     """Replace attention by propagation; everything with a twin in the teacher is inherited.
 
     Prints the parameters of both, part by part, and writes them with what was inherited into conversion.json beside
@@ -39,10 +38,10 @@ class Convert:
         cgspn convert vit_small_dinov2.safetensors runs/last --keep-layers 10 11 --heads 6
     """
 
-    teacher: tyro.conf.Positional[str]
+    teacher: Teacher
     """A checkpoint (this library's folder; a file, folder or hub id of OpenCLIP, timm or transformers), or
     "embedded"."""
-    out: tyro.conf.Positional[Path]
+    out: Out
     """Folder for the student. Of an image-text model, the text tower is copied along."""
     compression: float = 18
     """s: the scan runs on floor(C / s) channels."""

@@ -40,7 +40,7 @@ class PlacedSublayerTask(SublayerTask):
     go. Blocks are dealt out in turn, so that of 27 on 2 processes one has 14: 3.7% more than its share of the student's
     part of a step, which is the smaller part. Optimiser state and gradients exist once in the whole run. `share` hands
     the weights back to everyone at the end.
-    Source: "Key Designs" 3, stage 1 (blocks are independent); design, section 4.
+    Paper: stage 1, whose blocks are independent (docs/paper.md).
     """
 
     reduction: Literal["mean", "sum"] = "sum"

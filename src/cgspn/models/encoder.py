@@ -66,7 +66,7 @@ class Encoder(TimmContract):
 
     Any H and W that are multiples of the patch size. With config.num_classes a classifier follows the pooling: its
     logits are `forward_head(forward_features(images))`, and `forward` stays as it is. Code written for a ViT of timm
-    finds what it looks for under the same names. Source: design, sections 3 and 6.
+    finds what it looks for under the same names. See docs/timm.md.
 
     Attributes:
         block_type: what the blocks are; subclasses for other libraries give them a block of their own.
