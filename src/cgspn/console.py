@@ -6,12 +6,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from .distill.stages import Watcher
-from .distill.trainer import Watch
+if TYPE_CHECKING:
+    from .distill.stages import Watcher
+    from .distill.trainer import Watch
 
 console = Console(stderr=False, highlight=False)
 

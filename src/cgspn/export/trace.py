@@ -12,7 +12,7 @@ from torch.nn.functional import normalize, pad
 
 from ..layers import Grid, LearnedPositions, MapPool, PropagationMixer
 from ..layers.plain import is_plain
-from ..models.dual import DualEncoder
+from ..models.dual import DualEncoder, image_encoder
 from ..models.encoder import Encoder
 from .bounds import Bounds
 
@@ -28,7 +28,7 @@ class ImageSide(nn.Module):
         """The model is not changed."""
         super().__init__()
         dual = isinstance(model, DualEncoder)
-        self.encoder: Encoder = model.image if isinstance(model, DualEncoder) else model
+        self.encoder = image_encoder(model)
         self.projection: nn.Module | None = model.image_projection if isinstance(model, DualEncoder) else None
         self.names = ["tokens", "pooled"]
         self.names += ["logits"] if self.encoder.config.num_classes else []

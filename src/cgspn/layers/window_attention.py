@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..compat import is_tracing
 from .attention import AttentionConfig, AttentionMixer
 from .mixer import Grid, Window
 
@@ -43,7 +44,7 @@ class WindowAttentionMixer(AttentionMixer):
                 f"window attention got {grid.prefix} tokens before the grid; accepted: none, as windows have no place "
                 "for class and register tokens"
             )
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or is_tracing():
             return self._gathered(tokens, grid)
         if not tokens.numel():
             return self.out(self.qkv(tokens)[..., : tokens.shape[-1]])  # type: ignore[no-any-return]
@@ -105,7 +106,7 @@ def order(tokens: Tensor, grid: Grid, window: Window | None) -> tuple[Tensor, Gr
     Nothing is moved where they already are in that order, nor in exported programs, which take grids of any size and
     keep rows.
     """
-    if grid.window == window or torch.compiler.is_exporting():
+    if grid.window == window or torch.compiler.is_exporting() or is_tracing():
         return tokens, grid
     if grid.window is not None:
         tokens = _in_rows(tokens, grid, grid.window)
