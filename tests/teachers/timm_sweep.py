@@ -22,6 +22,8 @@ from safetensors.torch import save_file
 from standins import import_library
 
 import cgspn
+from cgspn.bench.results import write as write_results
+from cgspn.environment import describe
 from cgspn.models import CheckpointError
 from cgspn.teachers.formats.names import unsupported_reason
 
@@ -145,9 +147,6 @@ def measure(name):
 
 def report(folder, rows, commit, seconds):
     """Write what was measured so far; returns the counts of each layout."""
-    from cgspn.bench import machine
-    from cgspn.bench.results import write as write_results
-
     counts = [
         {"layout": layout}
         | {"parity": sum(row[layout] == "parity" for row in rows)}
@@ -155,8 +154,10 @@ def report(folder, rows, commit, seconds):
         | {"wrong": sum(row[layout].startswith("WRONG") for row in rows)}
         for layout in LAYOUTS
     ]
-    facts = machine.describe(commit) | {"timm": version("timm"), "seconds": f"{seconds:.0f}"}
-    facts["command"] = "python tests/teachers/timm_sweep.py"
+    facts = describe(commit, "python tests/teachers/timm_sweep.py") | {
+        "timm": version("timm"),
+        "seconds": f"{seconds:.0f}",
+    }
     write_results(folder, "timm", facts, {f"{len(rows)} names": counts, "each": rows})
     return counts
 
