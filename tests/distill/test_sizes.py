@@ -25,9 +25,11 @@ from cgspn.distill import (
     pretrain,
 )
 from cgspn.distill.batches import batch_shapes
+from cgspn.distill.cache import TeacherCache
 from cgspn.distill.plan import plan
 from cgspn.distill.sizes import tokens_of
 from cgspn.distill.stages import carried_from
+from cgspn.distill.taps import tapped_forward
 from cgspn.distill.throughput import Throughput, Work
 from cgspn.layers import AttentionConfig
 from cgspn.models import Encoder, model_config
@@ -225,9 +227,22 @@ def test_pretraining_takes_sizes(images):
     assert model.image.config.trained_sizes == (16, 32)
 
 
-def test_a_cache_of_the_teacher_is_refused():
-    with pytest.raises(ValueError, match=r"compute\.teacher_cache is on beside sizes"):
-        DistillConfig(sizes=SIZES, compute=ComputeConfig(teacher_cache=1))
+def test_the_teachers_features_are_kept_by_image_and_size():
+    teacher = pair()[0].eval()
+    small, large = torch.randn(4, 3, 16, 24), torch.randn(4, 3, 28, 28)
+    cache, computed = TeacherCache(2**30), []
+
+    def ask(images, *rows):
+        def compute():
+            computed.append(len(rows))
+            return tapped_forward(teacher, images[list(rows)])
+
+        return cache.taps(torch.tensor(rows), compute, tuple(images.shape[-2:]))
+
+    first, other, again = ask(small, 0, 1), ask(large, 0, 1), ask(small, 1, 0)
+    assert computed == [2, 2]
+    assert (first.grid.height, first.grid.width, other.grid.height) == (4, 6, 7)
+    assert torch.equal(first.tokens[[1, 0]], again.tokens)
 
 
 def test_rates_count_what_each_step_did():

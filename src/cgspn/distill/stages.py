@@ -136,7 +136,7 @@ def distill(
                 continue
             watch = watcher(stage.title, stage.optim.steps) if watcher else None
             if cache is not None:
-                attach(cache, task, stage)
+                attach(cache, task)
             if isinstance(task, DistillTask) and stage.goes_on:
                 task.carry_on(carried)
             with prepared(task, encoder, student, config.compute, world):
@@ -194,9 +194,9 @@ def check_cacheable(stage: Stage) -> None:
         )
 
 
-def attach(cache: TeacherCache, task: Task, stage: Stage) -> None:
+def attach(cache: TeacherCache, task: Task) -> None:
     """Let a stage keep its teacher's features."""
-    cache.belongs_to((getattr(task, "teacher", None), stage.size))
+    cache.belongs_to(getattr(task, "teacher", None))
     task.set_unregistered(cache=cache)
     task.capturable = False
 

@@ -59,7 +59,9 @@ class Task(nn.Module):
 
     def seen(self, batch: Batch, observe: Callable[[], Taps]) -> Taps:
         """What the teacher makes of a batch: from the cache, or observed."""
-        return observe() if self.cache is None else self.cache.taps(batch.indices, observe)
+        if self.cache is None:
+            return observe()
+        return self.cache.taps(batch.indices, observe, tuple(batch.images.shape[-2:]))
 
     def tokens(self, size: tuple[int, int]) -> int | None:
         """Grid tokens of an image of `size` (height, width) pixels; None if nobody counts them."""
