@@ -2,8 +2,8 @@
 
     python -m benchmarks.launched --out launched.json
 
-Times are medians of rounds in which all contenders take turns. "launched ms": of a call in a loop of 50 ms that ends when
-the device has. "host ms": until the last call returned; where it is as much as the former, the host is what takes so long.
+Times are medians of rounds in which all contenders take turns. "launched ms": of a call in a loop of 50 ms that ends
+when the device has. "host ms": until the last call returned; where both are alike, the host is what takes so long.
 """
 
 from __future__ import annotations
