@@ -39,6 +39,7 @@ class PublishConfig:
 def over_seeds(rows: Sequence[Row], key: str) -> list[Row]:
     """A row for each student and way of training: the mean of `key` over the seeds at each size, and the number of
     seeds."""
+    digits = 4 if key in ("cosine", "relative error") else 1
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for row in rows:
         if key in row:
@@ -48,7 +49,7 @@ def over_seeds(rows: Sequence[Row], key: str) -> list[Row]:
             "student": student,
             "trained": trained,
             "seeds": max(map(len, sizes.values())),
-            **{f"{px} px": f"{statistics.mean(values):.4f}" for px, values in sorted(sizes.items())},
+            **{f"{px} px": f"{statistics.mean(values):.{digits}f}" for px, values in sorted(sizes.items())},
         }
         for (student, trained), sizes in found.items()
     ]
