@@ -68,7 +68,8 @@ def pair():
 
 
 def test_sides_are_even_in_log_scale_and_shapes_keep_the_area():
-    assert SizeRange().sides(14) == (112, 154, 196, 252, 336, 448)
+    assert SizeRange().sides(14) == (112, 168, 238, 364, 532, 784)
+    assert SizeRange(largest=448).sides(14) == (112, 154, 196, 252, 336, 448)
     assert SizeRange(200, 210, count=5).sides(14) == (196, 210)
     assert SizeRange(5, 5, count=1).sides(14) == (14,)
     shapes = SizeRange(112, 448, count=3, aspects=(1.0, 0.5, 2.0)).shapes(14)
