@@ -13,6 +13,7 @@ from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
 
+from ..compat import COMPILED_CALL, recompile_limit
 from ..data import ImageSet
 from ..models.checkpoint import read_model, write_atomically
 from ..models.config import TextConfig
@@ -225,7 +226,7 @@ def prepared(task: Task, teacher: Encoder, student: Encoder, compute: ComputeCon
     working.set_grad_checkpointing(compute.checkpointing)
     # block by block: the blocks of an encoder share one compiled graph for each shape of batches, whatever its depth
     blocks = [*teacher.each_block(), *working.each_block()] if compute.compile else []
-    recompiled = torch._dynamo.config.patch(recompile_limit=COMPILED) if compute.compile else nullcontext()
+    recompiled = recompile_limit(COMPILED) if compute.compile else nullcontext()
     for block in blocks:
         block.compile(dynamic=False)
         if not isinstance(task, DistillTask):
@@ -243,6 +244,6 @@ def prepared(task: Task, teacher: Encoder, student: Encoder, compute: ComputeCon
             task.share()
     finally:
         for block in blocks:
-            for name in ("_compiled_call_impl", "sublayer"):
+            for name in (COMPILED_CALL, "sublayer"):
                 vars(block).pop(name, None)
         student.set_grad_checkpointing(checkpointing)
