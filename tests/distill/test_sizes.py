@@ -9,7 +9,7 @@ from PIL import Image
 
 import cgspn
 from cgspn.cli import parsed
-from cgspn.data import LoaderConfig, load_embedded, open_samples, scheduled
+from cgspn.data import Batch, LoaderConfig, load_embedded, open_samples, scheduled
 from cgspn.distill import (
     ComputeConfig,
     DistillConfig,
@@ -25,9 +25,12 @@ from cgspn.distill import (
     pretrain,
 )
 from cgspn.distill.batches import batch_shapes
+from cgspn.distill.cache import TeacherCache
 from cgspn.distill.plan import plan
 from cgspn.distill.sizes import tokens_of
 from cgspn.distill.stages import carried_from
+from cgspn.distill.taps import tapped_forward
+from cgspn.distill.tasks import SublayerTask
 from cgspn.distill.throughput import Throughput, Work
 from cgspn.layers import AttentionConfig
 from cgspn.models import Encoder, model_config
@@ -214,6 +217,8 @@ def test_a_student_records_its_sizes_and_keeps_its_positions(images, tmp_path):
 def test_stages_with_nothing_to_learn_are_left_out(images, capsys):
     teacher = Encoder(config()).eval()
     student = convert(teacher, compression=4, keep_attention=2, keep_positions=True)
+    task, nothing = SublayerTask(teacher, student), torch.zeros(2, dtype=torch.long)
+    assert task.losses(Batch(0, nothing, torch.randn(2, 3, 28, 28), nothing))["total"] == 0
     [history] = distill(teacher, student, images, DistillConfig(stage1=OPTIM, stage2=replace(OPTIM, steps=2)))
     assert history.title == "student, stage 2"
     assert "student, stage 1: nothing to learn, left out" in capsys.readouterr().err
@@ -225,9 +230,22 @@ def test_pretraining_takes_sizes(images):
     assert model.image.config.trained_sizes == (16, 32)
 
 
-def test_a_cache_of_the_teacher_is_refused():
-    with pytest.raises(ValueError, match=r"compute\.teacher_cache is on beside sizes"):
-        DistillConfig(sizes=SIZES, compute=ComputeConfig(teacher_cache=1))
+def test_the_teachers_features_are_kept_by_image_and_size():
+    teacher = pair()[0].eval()
+    small, large = torch.randn(4, 3, 16, 24), torch.randn(4, 3, 28, 28)
+    cache, computed = TeacherCache(2**30), []
+
+    def ask(images, *rows):
+        def compute():
+            computed.append(len(rows))
+            return tapped_forward(teacher, images[list(rows)])
+
+        return cache.taps(torch.tensor(rows), compute, tuple(images.shape[-2:]))
+
+    first, other, again = ask(small, 0, 1), ask(large, 0, 1), ask(small, 1, 0)
+    assert computed == [2, 2]
+    assert (first.grid.height, first.grid.width, other.grid.height) == (4, 6, 7)
+    assert torch.equal(first.tokens[[1, 0]], again.tokens)
 
 
 def test_rates_count_what_each_step_did():

@@ -136,7 +136,7 @@ def distill(
                         )
                     continue
                 if cache is not None:
-                    cache.belongs_to((getattr(task, "teacher", None), stage.size))
+                    cache.belongs_to(getattr(task, "teacher", None))
                 watch = watcher(stage.title, stage.optim.steps) if watcher else None
                 histories.append(
                     train(task, stream, stage.optim, stage.title, watch, compute=config.compute, snapshots=snapshots)

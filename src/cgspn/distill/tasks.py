@@ -64,7 +64,7 @@ class Task(nn.Module):
     def seen(self, batch: Batch, observe: Callable[[], Taps]) -> Taps:
         """What the teacher makes of a batch: from the cache, or observed."""
         cache = self.runtime.cache
-        return observe() if cache is None else cache.taps(batch.indices, observe)
+        return observe() if cache is None else cache.taps(batch.indices, observe, tuple(batch.images.shape[-2:]))
 
     def tokens(self, size: tuple[int, int]) -> int | None:
         """Grid tokens of an image of `size` (height, width) pixels; None if nobody counts them."""

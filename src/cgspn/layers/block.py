@@ -11,6 +11,7 @@ from . import executor
 from .mixer import Grid, Mixer
 from .mlp import Activation, Mlp
 from .norm import LayerNorm
+from .state import State
 
 
 class LayerScale(nn.Module):
@@ -43,12 +44,17 @@ class Block(nn.Module):
     ) -> None:
         """width: C; hidden: MLP width; eps: of both LayerNorms; layer_scale: initial value, None for none."""
         super().__init__()
+        self._state: State | None = None
         self.norm1 = LayerNorm(width, eps=eps)
         self.mixer = mixer
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.norm2 = LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, hidden, act)
         self.scale2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was found out about its layers, which a copy does not share."""
+        return vars(self) | {"_state": None}
 
     def forward(self, tokens: Tensor, grid: Grid, tapped: bool = False) -> Any:
         """tokens [B, N, C] -> [B, N, C]; if `tapped`, a pair: that (PB) and the mixing branch (PP), both [B, N, C]."""
