@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 import cgspn
-from cgspn.cli import parsed
+from cgspn.commands.command import parsed
+from cgspn.commands.distill import Distill
+from cgspn.commands.pretrain import Pretrain
 from cgspn.data import Batch, LoaderConfig, load_embedded, open_samples, scheduled
 from cgspn.distill import (
     ComputeConfig,
@@ -66,7 +68,8 @@ def pair():
 
 
 def test_sides_are_even_in_log_scale_and_shapes_keep_the_area():
-    assert SizeRange().sides(14) == (112, 154, 196, 252, 336, 448)
+    assert SizeRange().sides(14) == (112, 168, 238, 364, 532, 784)
+    assert SizeRange(largest=448).sides(14) == (112, 154, 196, 252, 336, 448)
     assert SizeRange(200, 210, count=5).sides(14) == (196, 210)
     assert SizeRange(5, 5, count=1).sides(14) == (14,)
     shapes = SizeRange(112, 448, count=3, aspects=(1.0, 0.5, 2.0)).shapes(14)
@@ -279,21 +282,11 @@ def test_a_finished_student_goes_on_to_a_higher_resolution(images, tmp_path):
 
 
 def test_the_command_line_takes_sizes():
-    given = [
-        "distill",
-        "embedded",
-        "out",
-        "--preset",
-        "vit-s14-study",
-        "--sizes",
-        "112",
-        "448",
-        "--aspects",
-        "1",
-        "1.5",
-    ]
-    config = parsed(given).config
+    given = ["embedded", "out", "--preset", "vit-s14-study", "--sizes", "112", "448", "--aspects", "1", "1.5"]
+    config = parsed(Distill, "cgspn distill", given).settings
     assert (config.sizes.smallest, config.sizes.largest, config.sizes.aspects) == (112, 448, (1.0, 1.5))
-    assert parsed(["pretrain", "out", "--sizes", "16", "32"]).config.sizes == SizeRange(16, 32)
+    assert config.stage1.optimizer == "muon"
+    pretraining = parsed(Pretrain, "cgspn pretrain", ["out", "--sizes", "16", "32"])
+    assert pretraining.config.sizes == SizeRange(16, 32)
     with pytest.raises(ValueError, match="smallest is 448; accepted: 1 to largest, 112 pixels"):
-        parsed(["distill", "embedded", "out", "--sizes", "448", "112"])
+        parsed(Distill, "cgspn distill", ["embedded", "out", "--sizes", "448", "112"]).run()
