@@ -23,7 +23,7 @@ def test_a_header_counts_steps_images_epochs_and_costs():
     device, *stages, costs = header(teacher, student, feed, 300, config, World())
     assert device.startswith("CPU")
     assert [line.partition(":")[0] for line in stages] == ["student, stage 1", "student, stage 2", "student, 56 px"]
-    assert "30 steps of 20 images at 56 x 56 px; 600 images, 2 epochs" in stages[-1]
+    assert "30 steps of 20 images at 28 x 28 px; 600 images, 2 epochs" in stages[1]
     assert costs.startswith("roughly")
     (*_, longer) = header(teacher, student, feed, 300, replace(config, stage2=replace(optim, steps=10**8)), World())
     assert "hours" in longer
