@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 import cgspn
-from cgspn.cli import parsed
+from cgspn.commands.command import parsed
+from cgspn.commands.distill import Distill
+from cgspn.commands.pretrain import Pretrain
 from cgspn.data import Batch, LoaderConfig, load_embedded, open_samples, scheduled
 from cgspn.distill import (
     ComputeConfig,
@@ -280,21 +282,10 @@ def test_a_finished_student_goes_on_to_a_higher_resolution(images, tmp_path):
 
 
 def test_the_command_line_takes_sizes():
-    given = [
-        "distill",
-        "embedded",
-        "out",
-        "--preset",
-        "vit-s14-study",
-        "--sizes",
-        "112",
-        "448",
-        "--aspects",
-        "1",
-        "1.5",
-    ]
-    config = parsed(given).config
+    given = ["embedded", "out", "--preset", "vit-s14-study", "--sizes", "112", "448", "--aspects", "1", "1.5"]
+    config = parsed(Distill, "cgspn distill", given).config
     assert (config.sizes.smallest, config.sizes.largest, config.sizes.aspects) == (112, 448, (1.0, 1.5))
-    assert parsed(["pretrain", "out", "--sizes", "16", "32"]).config.sizes == SizeRange(16, 32)
+    few = parsed(Pretrain, "cgspn pretrain", ["out", "--sizes", "16", "32"])
+    assert few.config.sizes == SizeRange(16, 32)
     with pytest.raises(ValueError, match="smallest is 448; accepted: 1 to largest, 112 pixels"):
-        parsed(["distill", "embedded", "out", "--sizes", "448", "112"])
+        parsed(Distill, "cgspn distill", ["embedded", "out", "--sizes", "448", "112"])
