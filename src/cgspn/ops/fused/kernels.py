@@ -113,7 +113,7 @@ def norm_linear_finish(
     product, sums, gain, shift, weight, dgain, dshift, dweight, dbias, C, K,
     CHANNELS: tl.constexpr, LATENT: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of the parameters: product [K, C] is scaled^T x, sums [2, K] those over rows of dout and scaled * mean."""
+    """Gradients of the parameters: product [K, C] = scaled^T x; sums [2, K] over rows, of dout and of scaled * mean."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     g = tl.load(gain + c, mask=c < C, other=0).to(tl.float32)[None, :]
     s = tl.load(shift + c, mask=c < C, other=0).to(tl.float32)[None, :]
