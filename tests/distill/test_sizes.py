@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 import cgspn
-from cgspn.cli import parsed
+from cgspn.commands.command import parsed
+from cgspn.commands.distill import Distill
+from cgspn.commands.pretrain import Pretrain
 from cgspn.data import Batch, LoaderConfig, load_embedded, open_samples, scheduled
 from cgspn.distill import (
     ComputeConfig,
@@ -66,7 +68,8 @@ def pair():
 
 
 def test_sides_are_even_in_log_scale_and_shapes_keep_the_area():
-    assert SizeRange().sides(14) == (112, 154, 196, 252, 336, 448)
+    assert SizeRange().sides(14) == (112, 168, 238, 364, 532, 784)
+    assert SizeRange(largest=448).sides(14) == (112, 154, 196, 252, 336, 448)
     assert SizeRange(200, 210, count=5).sides(14) == (196, 210)
     assert SizeRange(5, 5, count=1).sides(14) == (14,)
     shapes = SizeRange(112, 448, count=3, aspects=(1.0, 0.5, 2.0)).shapes(14)
@@ -83,7 +86,7 @@ def test_sides_are_even_in_log_scale_and_shapes_keep_the_area():
 
 def test_a_batch_has_the_same_tokens_at_every_size():
     optim = OptimConfig(batch_size=64)
-    shapes = batch_shapes(config(patch_size=14, image_size=(224, 224)), (224, 224), optim, 1, SizeRange())
+    shapes = batch_shapes(config(patch_size=14, image_size=(224, 224)), (224, 224), optim, 1, SizeRange(largest=448))
     assert {shape.size[0]: shape.images for shape in shapes} == {112: 256, 154: 136, 196: 80, 252: 48, 336: 32, 448: 16}
     for shape in shapes:
         assert abs(shape.images * tokens_of(shape.size, 14) / (64 * 256) - 1) < 0.15
@@ -279,21 +282,11 @@ def test_a_finished_student_goes_on_to_a_higher_resolution(images, tmp_path):
 
 
 def test_the_command_line_takes_sizes():
-    given = [
-        "distill",
-        "embedded",
-        "out",
-        "--preset",
-        "vit-s14-study",
-        "--sizes",
-        "112",
-        "448",
-        "--aspects",
-        "1",
-        "1.5",
-    ]
-    config = parsed(given).config
+    given = ["embedded", "out", "--preset", "vit-s14-study", "--sizes", "112", "448", "--aspects", "1", "1.5"]
+    config = parsed(Distill, "cgspn distill", given).settings
     assert (config.sizes.smallest, config.sizes.largest, config.sizes.aspects) == (112, 448, (1.0, 1.5))
-    assert parsed(["pretrain", "out", "--sizes", "16", "32"]).config.sizes == SizeRange(16, 32)
+    assert config.stage1.optimizer == "muon"
+    pretraining = parsed(Pretrain, "cgspn pretrain", ["out", "--sizes", "16", "32"])
+    assert pretraining.config.sizes == SizeRange(16, 32)
     with pytest.raises(ValueError, match="smallest is 448; accepted: 1 to largest, 112 pixels"):
-        parsed(["distill", "embedded", "out", "--sizes", "448", "112"])
+        parsed(Distill, "cgspn distill", ["embedded", "out", "--sizes", "448", "112"]).run()
