@@ -180,6 +180,7 @@ class Distill(Command):
                 skipped = merged(gather_objects(feed.tally.report()), len(feed.source))
                 say_skipped(skipped, world)
             throughput = gather_objects([history.throughput for history in histories])
+            peaks = gather_objects(torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else 0)
             if world.rank:
                 return
             with_image(teacher, student).save_pretrained(out)
@@ -190,6 +191,7 @@ class Distill(Command):
                 "processes": world.size,
                 "device": device_name(world.device),
                 "images": images,
+                "peak_memory": max(peaks),
                 "skipped": {"images": noted(skipped), "shards": noted(problems)},
                 "throughput": {history.title: of_run(list(each)) for history, *each in zip(histories, *throughput)},
                 "losses": {history.title: history.steps for history in histories},
