@@ -1,18 +1,24 @@
-"""Attention encoders to C-GSPN students: convert, distill, evaluate, show, export, measure."""
+"""Attention encoders to C-GSPN students: convert, distill, evaluate, show, export, measure.
+
+Every command takes --debug, which prints the traceback of an error.
+"""
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
 import sys
+import traceback
 from contextlib import redirect_stderr
 from inspect import getdoc
 from traceback import walk_tb
 from typing import Annotated, Any, Union
 
+import torch
 import tyro
-from rich.markup import escape
+from rich.text import Text
 
 from .commands.bench import Bench
 from .commands.convert import Convert
@@ -25,6 +31,9 @@ from .commands.show import Show
 from .console import console
 from .distill import DivergedError, ParityError, SnapshotError
 from .distill.presets import PRESETS
+
+DEBUG = "--debug"
+EXPECTED = (ValueError, OSError, ImportError, DivergedError, ParityError, SnapshotError)  # said for people
 
 Command = Demo | Convert | Distill | Eval | Show | Pretrain | Bench | Export
 
@@ -52,27 +61,47 @@ def default(start: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run one command. Exit code 0, or 2 with one line for wrong input, or 130 when interrupted."""
+    """Run one command. Exit code 0, or 2 with one line for any error, or 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # names may hold what the terminal's encoding has no character for
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        run()
+        run([argument for argument in sys.argv[1:] if argument != DEBUG], debug=DEBUG in sys.argv)
     except BrokenPipeError:  # what reads our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
-def run() -> None:
-    """`main`, but for a broken pipe."""
+def run(arguments: list[str], debug: bool = False) -> None:
+    """`main`, but for a broken pipe; debug: print the traceback of an error before its one line."""
     try:
-        parsed(sys.argv[1:]).run()
+        parsed(arguments).run()
     except BrokenPipeError:
         raise
-    except (ValueError, OSError, DivergedError, ParityError, SnapshotError) as error:
-        # escaped: what a user typed may hold brackets
-        console.print(f"[bold red]cgspn: error:[/] {escape(str(error))}", soft_wrap=True)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        console.print(Text.assemble(("cgspn: error: ", "bold red"), said_of(error)), soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         console.print("cgspn: interrupted; files that were being written are left as they were before")
         sys.exit(130)
+
+
+def said_of(error: Exception) -> str:
+    """An error in one line: as it was said for people, or what broke and where."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
+    names = [f"{f.f_globals.get('__name__')}.{f.f_code.co_name}" for f in frames]
+    place = next((name for name in reversed(names) if name.startswith("cgspn.")), "cgspn")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
+        amount = re.search(r"allocate ([\d.]+ ?\w+)", text)
+        return f"out of memory: {place} asked for {amount[1] if amount else 'more than there is'}"
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return f"disk full: {text}"
+    if isinstance(error, EXPECTED):
+        return text
+    return f"unexpected {type(error).__name__} in {place}: {text} (with {DEBUG}, the traceback is printed)"
 
 
 def parsed(arguments: list[str]) -> Command:

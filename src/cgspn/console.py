@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.status import Status
+from rich.text import Text
 
 from .distill.stages import Watcher
 from .distill.trainer import Watch
+from .terminal import PlainConsole
 
-console = Console(stderr=False, highlight=False)
+console = PlainConsole()
 
 
 def writable_folder(path: Path, name: str) -> Path:
@@ -38,11 +40,16 @@ def speed_of(record: dict[str, float]) -> str:
     return f"{record['images_per_second']:,.0f} images/s{mfu}"
 
 
+def waiting(text: str) -> Status:
+    """Show what is being done until the context ends."""
+    return console.status(Text(text))
+
+
 @contextmanager
 def progress_watcher() -> Iterator[Watcher]:
     """A `Watcher` that shows each training stage as a progress bar with its loss and speed; bars stay when full."""
     columns = (
-        TextColumn("{task.description:<28}"),
+        TextColumn("{task.description:<28}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

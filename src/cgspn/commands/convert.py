@@ -19,7 +19,7 @@ from ..models.dual import DualEncoder
 from ..teachers import load_encoder, load_model
 from ..teachers.convert import student_config, student_of
 from ..teachers.parameters import Part, parameter_table
-from .checks import check_folder
+from .checks import check_folder, check_free
 
 RECORD = "conversion.json"
 
@@ -74,9 +74,7 @@ class Convert:
             if getattr(self, number) and getattr(self, indices):
                 raise ValueError(f"{number} and {indices} are both given; accepted: a number or indices, not both")
         out = check_folder(self.out, "out")
-        held = [name for name in (CONFIG, WEIGHTS, RECORD) if (out / name).exists()]
-        if held and not self.overwrite:
-            raise ValueError(f"out is {out}, which holds {', '.join(held)}; give another folder, or --overwrite")
+        check_free([out / name for name in (CONFIG, WEIGHTS, RECORD)], "out", self.overwrite)
         load = load_encoder if self.image_only else load_model
         teacher = load(self.teacher, heads=self.heads)
         encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher

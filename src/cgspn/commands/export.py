@@ -8,10 +8,11 @@ from typing import Literal
 
 import tyro
 from rich.table import Table
+from rich.text import Text
 
-from ..console import console
+from ..console import console, waiting
 from ..teachers import load_model
-from .checks import check_device
+from .checks import check_device, check_free
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,19 @@ class Export:
     device: Literal["cpu", "cuda"] = "cpu"
     """Where a torch or aot program runs. ONNX is the same for both."""
 
+    overwrite: bool = False
+    """Replace the files that may be there."""
+
     def run(self) -> None:
         """Raises ValueError (ExportError if the file does not give what the encoder gives) or OSError."""
         from ..export import export_model
 
         check_device(self.device)
+        check_free([self.out, Path(f"{self.out}.json")], "out", self.overwrite)
         if self.size is not None and (self.min_size, self.max_size) != (None, None):
             raise ValueError(f"size is {self.size} beside min_size or max_size; accepted: one size, or bounds")
         model = load_model(self.source).to(self.device)
-        with console.status(f"exporting {self.source}") as status:
+        with waiting(f"exporting {self.source}") as status:
             found = export_model(
                 model,
                 self.out,
@@ -62,7 +67,7 @@ class Export:
                 max_size=self.size or self.max_size,
                 max_batch=self.max_batch,
                 source=self.source,
-                say=status.update,
+                say=lambda text: status.update(Text(text)),
             )
         table = Table("batch", "height", "width", *(f"{name}, relative error" for name in found[0].errors))
         for parity in found:

@@ -18,8 +18,10 @@ from ..console import console, progress_watcher
 from ..data import load_embedded
 from ..distill import PretrainConfig, pretrain
 from ..evaluate.suite import evaluate_zeroshot
-from ..models.checkpoint import write_atomically
-from .checks import check_device, check_folder, mixed_sizes
+from ..models.checkpoint import CONFIG, WEIGHTS, write_atomically
+from .checks import check_device, check_folder, check_free, mixed_sizes
+
+RECORD = "pretrain.json"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Pretrain:
     """Where to compute."""
     half: bool = False
     """Store the weights as float16."""
+    overwrite: bool = False
+    """Replace the model that the folder may hold."""
 
     def __post_init__(self) -> None:
         """Take sizes and aspects into the config."""
@@ -54,6 +58,7 @@ class Pretrain:
         """Train, evaluate on the validation split, save. Raises ValueError, OSError or DivergedError."""
         check_device(self.device)
         check_folder(self.out, "out")
+        check_free([self.out / name for name in (CONFIG, WEIGHTS, RECORD)], "out", self.overwrite)
         with progress_watcher() as watcher:
             model, history = pretrain(load_embedded("train"), self.config, watcher, self.device)
         model.cpu()
@@ -67,5 +72,5 @@ class Pretrain:
             "validation_zeroshot_top1": accuracy,
             "losses": history.steps[:: max(1, len(history.steps) // 200)],
         }
-        write_atomically(self.out / "pretrain.json", json.dumps(record) + "\n")
+        write_atomically(self.out / RECORD, json.dumps(record) + "\n")
         console.print(f"zero-shot top-1 on the validation split: {100 * accuracy:.1f}%; saved in {self.out}")

@@ -13,7 +13,7 @@ import torch
 import tyro
 
 from .. import __version__
-from ..console import console, progress_watcher
+from ..console import console, progress_watcher, waiting
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..report.photographs import COLUMNS, load_photographs
@@ -21,7 +21,7 @@ from ..report.pictures import png_bytes
 from ..report.show import PLACES, STUDENT, TEACHER, check_show, even_layers, look_at, show_picture
 from ..report.show_page import show_page
 from ..teachers import load_encoder
-from .checks import check_device, check_folder
+from .checks import check_device, check_folder, check_free
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,9 @@ class Show:
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to compute."""
 
+    overwrite: bool = False
+    """Replace the files that may be there."""
+
     def run(self) -> None:
         """Raises ValueError or OSError."""
         check_device(self.device)
@@ -68,8 +71,9 @@ class Show:
                 raise ValueError(f"{name} is {path}, a folder; expected a file name")
             if path is not None:
                 check_folder(path.parent, name)
+                check_free([path], name, self.overwrite)
         models = {STUDENT: self.student} if self.teacher is None else {TEACHER: self.teacher, STUDENT: self.student}
-        with console.status("loading"):
+        with waiting("loading"):
             loaded = {name: self.load(source) for name, source in models.items()}
         student, teacher = loaded[STUDENT], loaded.get(TEACHER)
         layers = self.layers or even_layers(student)
@@ -78,7 +82,7 @@ class Show:
         native = max(config.image_size) * (COLUMNS if self.images == "embedded" else 1)
         photographs, skipped = load_photographs(self.images, self.size or native, config.patch_size, self.limit)
         if skipped:
-            console.print(skipped.summary(), soft_wrap=True, markup=False)
+            console.print(skipped.summary(), soft_wrap=True)
         began = time.monotonic()
         with progress_watcher() as watcher:
             watch = watcher("photographs", len(photographs))

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from ..models.dual import DualEncoder, build_dual
 from ..models.encoder import Encoder
 from ..models.registry import model_config
 from ..models.weights import open_safetensors, read_state
+from ..terminal import warn
 from .batches import Feed, ImageSetFeed
 from .block_parallel import PlacedSublayerTask
 from .cache import TeacherCache
@@ -127,9 +127,7 @@ def distill(
             task = stage.task(student)
             if not task.learns:
                 if world.rank == 0:
-                    Console(stderr=True).print(
-                        f"{stage.title}: nothing to learn, left out", highlight=False, markup=False
-                    )
+                    warn(f"{stage.title}: nothing to learn, left out")
                 continue
             watch = watcher(stage.title, stage.optim.steps) if watcher else None
             if cache is not None:
