@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-gpu coverage lint types docs kernels wheel-smoke demo-smoke check format clean
+.PHONY: help demo test test-fast teachers test-gpu coverage lint types docs kernels wheel-smoke demo-smoke check format clean
 
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -52,6 +52,10 @@ kernels: $(VENV)/.ready  ## compile every kernel for sm_80, sm_90 and sm_100, no
 	$(BIN)/python scripts/check_kernels.py
 	$(BIN)/python scripts/check_triton.py
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/ops/test_fused.py
+
+teachers: $(VENV)/.ready  ## every vision transformer that timm knows by name: parity, or a reason
+	$(BIN)/pip install --quiet --no-deps timm  # alone, or it would bring another torch
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal tests/teachers/test_timm_sweep.py
 
 docs: $(VENV)/.ready  ## the documentation site in build/site; fails on broken links
 	$(BIN)/mkdocs build

@@ -16,13 +16,17 @@ import torch
 import tyro
 
 from cgspn import load_encoder
+from cgspn.data import scheduled
 from cgspn.distill import ComputeConfig, DistillConfig, LossConfig, OptimConfig, SizeRange, distill
+from cgspn.distill.batches import batch_shapes
 from cgspn.environment import describe
 from cgspn.models.checkpoint import write_atomically
+from cgspn.models.encoder import Encoder
 
 from .measure import scores, sublayer_errors
 from .photographs import load_photographs
 from .students import STUDENTS
+from .tasks import Tasks
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class StudyConfig:
         source: side of the squares that photographs are kept as, in pixels.
         out: folder for the rows, and for students with `save`.
         save: keep the students.
+        tasks: folder of the sets of `tasks.py`, measured at `task_px`; None for none.
+        task_px: sizes of the tasks in pixels.
+        teacher_tasks: measure the teacher on them too.
     """
 
     teacher: tyro.conf.Positional[Path]
@@ -62,6 +69,9 @@ class StudyConfig:
     source: int = 256
     out: Path = Path("build/resolution")
     save: bool = False
+    tasks: Path | None = None
+    task_px: tuple[int, ...] = (224, 448, 756)
+    teacher_tasks: bool = False
 
 
 def recipe(config: StudyConfig, trained: str, seed: int, gpu: bool) -> DistillConfig:
@@ -79,6 +89,21 @@ def recipe(config: StudyConfig, trained: str, seed: int, gpu: bool) -> DistillCo
     )
 
 
+def images_of(student: Encoder, settings: DistillConfig, part: str) -> int:
+    """How many images a stage sees."""
+    optim: OptimConfig = getattr(settings, part)
+    size = settings.image_size or student.config.image_size[0]
+    shapes = batch_shapes(student.config, (size, size), optim, 1, settings.sizes)
+    return scheduled(shapes, optim.seed, optim.steps)[1]
+
+
+def teacher_rows(config: StudyConfig, teacher: Encoder, tasks: Tasks) -> list[dict[str, Any]]:
+    """The tasks on the teacher's own features."""
+    return [
+        {"student": "teacher", "seed": 0, "trained": "", "px": px, **tasks.scores(teacher, px)} for px in config.task_px
+    ]
+
+
 def run(config: StudyConfig) -> None:
     """Train and measure every row; what is measured is written after each."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -87,6 +112,9 @@ def run(config: StudyConfig) -> None:
     train, held = load_photographs(shards, config.held_out, config.source, device)
     config.out.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = []
+    tasks = Tasks(config.tasks, device) if config.tasks else None
+    if tasks is not None and config.teacher_tasks:
+        found += teacher_rows(config, teacher, tasks)
     for seed in config.seeds:
         for name in config.rows:
             for trained in config.trained:
@@ -98,7 +126,8 @@ def run(config: StudyConfig) -> None:
                     other = "stage2" if part == "stage1" else "stage1"
                     alone = replace(settings, **{other: replace(getattr(settings, other), steps=0)})
                     histories = distill(teacher, student, train, alone)
-                    images += sum(int(h.throughput.get("images", 0)) for h in histories)
+                    if histories:
+                        images += images_of(student, alone, part)
                     if part == "stage1":
                         errors = {px: sublayer_errors(student, teacher, held, px) for px in config.px}
                 seconds = time.monotonic() - began
@@ -110,10 +139,11 @@ def run(config: StudyConfig) -> None:
                     "images": images,
                     "seconds": round(seconds, 1),
                 }
-                found += [
-                    {**shown, "px": px, **scores(student, teacher, held, px), "sublayers": errors[px]}
-                    for px in config.px
-                ]
+                for px in config.px:
+                    row = {**shown, "px": px, **scores(student, teacher, held, px), "sublayers": errors.get(px, {})}
+                    if tasks is not None and px in config.task_px:
+                        row |= tasks.scores(student, px)
+                    found.append(row)
                 print(
                     name,
                     trained,

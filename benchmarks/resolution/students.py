@@ -65,24 +65,35 @@ CAPACITY: dict[str, Student] = {
 }
 
 
-def frontier(base: dict[str, Any]) -> dict[str, Student]:
-    """The students between attention and C-GSPN; `base`: settings of every sub-layer that propagates."""
-
-    def with_values(expansion: float) -> dict[str, Any]:
-        return {**POSITIONS, **values(expansion, **base)}
-
-    return {
-        "one latent": Student({**POSITIONS, "propagation": replace(LATENT, **base)}),
-        **{f"values {n}": Student(with_values(n)) for n in (3, 6, 12)},
-        **{f"values 6, attention in {k}": Student({**with_values(6), "keep_attention": k}) for k in (1, 2, 3, 4, 6)},
-        "windows in 12": Student({"window_attention": 12, "window": 8}),
-        "windows in 9, whole in 3": Student({"keep_attention": 3, "window_attention": 9, "window": 8}),
-        "windows in 9, values 6 in 3": Student({**with_values(6), "window_attention": 9, "window": 8}),
-        "windows in 6, values 6 in 6": Student({**with_values(6), "window_attention": 6, "window": 8}),
-        "windows in 6, whole in 3, values 6 in 3": Student(
-            {**with_values(6), "keep_attention": 3, "window_attention": 6, "window": 8}
-        ),
-    }
+# The layers that C-GSPN follows worst, worst first: errors of stage 1, values 6, mixed sizes (results/resolution).
+HARD = (9, 8, 5, 10, 4, 6, 7, 3, 11, 2, 0, 1)
 
 
-STUDENTS = SIZE | CAPACITY
+def hardest(count: int) -> tuple[int, ...]:
+    """The `count` layers that C-GSPN follows worst."""
+    return tuple(sorted(HARD[:count]))
+
+
+BEST: dict[str, Any] = {**POSITIONS, **values(6, **NORMALISED)}
+WINDOWS: dict[str, Any] = {"window": 8}
+# from attention to C-GSPN, all with the teacher's positions; attention and windows inherit the teacher's weights
+FRONTIER: dict[str, Student] = {
+    "one latent": Student(POSITIONS),
+    "values 3": Student({**POSITIONS, **values(3, **NORMALISED)}),
+    "values 6": Student(BEST),
+    "values 12": Student({**POSITIONS, **values(12, **NORMALISED)}),
+    **{f"attention in {k}": Student({**BEST, "keep_attention": hardest(k)}) for k in (1, 2, 3, 4, 6)},
+    "attention in 3, spread": Student({**BEST, "keep_attention": 3}),
+    "windows in 12": Student({**WINDOWS, "window_attention": 12}),
+    "windows in 9, whole in 3": Student({**WINDOWS, "keep_attention": hardest(3), "window_attention": 9}),
+    "windows in 9, C-GSPN in 3": Student(
+        {**BEST, **WINDOWS, "window_attention": tuple(i for i in range(12) if i not in hardest(3))}
+    ),
+    "windows in 6, C-GSPN in 6": Student({**BEST, **WINDOWS, "window_attention": (3, 4, 6, 7, 8, 10)}),
+    "windows in 6, whole in 3, C-GSPN in 3": Student(
+        {**BEST, **WINDOWS, "keep_attention": hardest(3), "window_attention": (3, 4, 6, 7, 10, 11)}
+    ),
+}
+
+
+STUDENTS = SIZE | CAPACITY | {f"frontier: {name}": student for name, student in FRONTIER.items()}

@@ -11,8 +11,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from cgspn.data import open_shards
+from cgspn.data import open_shards, resize
 from cgspn.data.locate import cache_folder
+from cgspn.data.transforms import to_float
 from cgspn.evaluate.probe import Probe
 from cgspn.evaluate.segmentation import PixelScore, fit_streamed
 from cgspn.models.encoder import Encoder
@@ -72,12 +73,18 @@ Read = Callable[[Sequence[int]], Iterator[tuple[Tensor, Tensor]]]
 
 
 def reader(encoder: Encoder, data: Masked, px: int) -> Read:
-    """Tokens [1, h, w, C] and mask [1, H, W] of each picture asked for."""
+    """Tokens [1, h, w, C] and mask [1, H, W] of each picture asked for; pictures of one shape go through together."""
+    by_shape: dict[tuple[int, int], list[int]] = {}
+    for i, image in enumerate(data.images):
+        by_shape.setdefault(shape_at(px, image, encoder.config.patch_size), []).append(i)
+    found: dict[int, Tensor] = {}
+    for shape, numbers in by_shape.items():
+        images = torch.cat([resize(to_float(data.images[i][None]), shape) for i in numbers])
+        found |= dict(zip(numbers, features(encoder, images, shape)))
 
     def read(numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         for i in numbers:
-            image = data.images[i]
-            yield features(encoder, image[None], shape_at(px, image, encoder.config.patch_size)), data.masks[i][None]
+            yield found[i][None], data.masks[i][None]
 
     return read
 

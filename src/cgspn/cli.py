@@ -1,63 +1,36 @@
-"""Attention encoders to C-GSPN students: convert, distill, evaluate, show, export, measure.
-
-Every command takes --debug, which prints the traceback of an error.
-"""
+"""The program `cgspn`: which command was asked for, and what is said when it cannot be done."""
 
 from __future__ import annotations
 
-import errno
 import io
 import os
-import re
 import sys
 import traceback
-from contextlib import redirect_stderr
-from inspect import getdoc
-from traceback import walk_tb
-from typing import Annotated, Any, Union
+from difflib import get_close_matches
+from importlib import import_module
 
-import torch
-import tyro
-from rich.text import Text
+from . import __version__
 
-from .commands.bench import Bench
-from .commands.convert import Convert
-from .commands.demo import Demo
-from .commands.distill import Distill
-from .commands.eval import Eval
-from .commands.export import Export
-from .commands.pretrain import Pretrain
-from .commands.show import Show
-from .console import console
-from .distill import DivergedError, ParityError, SnapshotError
-from .distill.presets import PRESETS
-
-DEBUG = "--debug"
-EXPECTED = (ValueError, OSError, ImportError, DivergedError, ParityError, SnapshotError)  # said for people
-
-Command = Demo | Convert | Distill | Eval | Show | Pretrain | Bench | Export
-
-
-def command_type(arguments: list[str]) -> Any:
-    """What can be run; `--preset NAME` decides what the other settings of distill start from."""
-    preset = "embedded"
-    for option, value in zip(arguments, [*arguments[1:], ""]):
-        if option == "--preset" or option.startswith("--preset="):
-            preset = option.partition("=")[2] or value
-    distill = Distill(tyro.MISSING, tyro.MISSING, config=PRESETS.get(preset, PRESETS["embedded"]))
-    kinds: dict[type, Any] = {Demo: None, Convert: None, Distill: distill, Eval: None, Show: None}
-    kinds |= {Pretrain: None, Bench: None, Export: None}
-    # tyro leaves the examples out of a docstring that it reads by itself
-    named = [
-        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), description=getdoc(kind), **default(start))]
-        for kind, start in kinds.items()
-    ]
-    return Union[tuple(named)]  # noqa: UP007 - made at run time
-
-
-def default(start: Any) -> dict[str, Any]:
-    """The option of a sub-command that starts from an object."""
-    return {} if start is None else {"default": start}
+# words: where the command is, and what it is for. A module is imported when its command is asked for.
+COMMANDS = {
+    "demo": ("demo:Demo", "distill and evaluate on images that come with the package, in minutes on a laptop"),
+    "convert": ("convert:Convert", "replace the attention of a pretrained encoder by propagation"),
+    "distill": ("distill:Distill", "train a converted student on its teacher's features"),
+    "eval all": ("eval:All", "everything that the data sets allow an image-text model"),
+    "eval zeroshot": ("eval:Zeroshot", "zero-shot classification"),
+    "eval retrieval": ("eval:Retrieval", "image-text retrieval"),
+    "eval segment": ("eval:Segment", "semantic segmentation by a linear probe"),
+    "show": ("show:Show", "write a page that shows photographs as an encoder sees them"),
+    "export": ("export:Export", "write an encoder as ONNX, torch.export or AOTInductor"),
+    "pretrain": ("pretrain:Pretrain", "train a small image-text model from scratch"),
+    "bench operator": ("bench:Operator", "the operator against memory bandwidth, PyTorch and attention"),
+    "bench table": ("bench:Table", "blocks with attention, GSPN and C-GSPN, from 378 to 4116 px"),
+    "bench host": ("bench:Host", "what the CPU does for a block besides launching; needs no GPU"),
+    "bench encoder": ("bench:Encoders", "whole encoders: images/s, memory, one image at a time"),
+    "bench train": ("bench:Train", "steps of distillation: images/s, MFU, memory, the largest batch"),
+    "bench scaling": ("bench:Scaling", "distillation on several GPUs"),
+}
+HELP = ("-h", "--help", "--help-all")
 
 
 def main() -> None:
@@ -65,91 +38,81 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):  # names may hold what the terminal's encoding has no character for
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    if debug:
+        arguments.remove("--debug")
     try:
-        run([argument for argument in sys.argv[1:] if argument != DEBUG], debug=DEBUG in sys.argv)
+        run(arguments)
     except BrokenPipeError:  # what reads our output, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-
-def run(arguments: list[str], debug: bool = False) -> None:
-    """`main`, but for a broken pipe; debug: print the traceback of an error before its one line."""
-    try:
-        parsed(arguments).run()
-    except BrokenPipeError:
-        raise
+    except KeyboardInterrupt:
+        sys.exit(_said("interrupted; files that were being written are left as they were before", 130))
     except Exception as error:
         if debug:
             traceback.print_exc()
-        console.print(Text.assemble(("cgspn: error: ", "bold red"), said_of(error)), soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("cgspn: interrupted; files that were being written are left as they were before")
-        sys.exit(130)
+        from .commands.errors import said_of
+
+        sys.exit(_said(f"error: {said_of(error)}", 2))
 
 
-def said_of(error: Exception) -> str:
-    """An error in one line: as it was said for people, or what broke and where."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    frames = [frame for frame, _ in walk_tb(error.__traceback__)]
-    names = [f"{f.f_globals.get('__name__')}.{f.f_code.co_name}" for f in frames]
-    place = next((name for name in reversed(names) if name.startswith("cgspn.")), "cgspn")
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "DefaultCPUAllocator" in text:
-        amount = re.search(r"allocate ([\d.]+ ?\w+)", text)
-        return f"out of memory: {place} asked for {amount[1] if amount else 'more than there is'}"
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return f"disk full: {text}"
-    if isinstance(error, EXPECTED):
-        return text
-    return f"unexpected {type(error).__name__} in {place}: {text} (with {DEBUG}, the traceback is printed)"
+def _said(words: str, code: int) -> int:
+    from .terminal import plain
+
+    print(f"cgspn: {plain(words)}", file=sys.stderr)
+    return code
 
 
-def parsed(arguments: list[str]) -> Command:
-    """The command of a command line. Raises ValueError for settings that refuse themselves, SystemExit for others."""
-    said = io.StringIO()
-    try:
-        with redirect_stderr(said):
-            command: Command = tyro.cli(command_type(arguments), args=arguments, prog="cgspn", description=__doc__)
-            return command
-    except SystemExit as end:
-        error = refusal(end)
-        if error is None:
-            raise
-        said.truncate(0)  # tyro names an argument by its place in our classes, which nobody types
-        raise ValueError(as_typed(str(error), arguments)) from error
-    finally:
-        sys.stderr.write(said.getvalue())
+def run(arguments: list[str]) -> None:
+    """Run the command of a command line. Raises ValueError for one that does not exist, and what the command raises."""
+    if arguments[:1] == ["--version"]:
+        print(f"cgspn {__version__}")
+        return
+    words, rest = command_of(arguments)
+    if words not in COMMANDS:
+        print(overview(words))
+        return
+    module, _, name = COMMANDS[words][0].partition(":")
+    kind = getattr(import_module(f".commands.{module}", __package__), name)
+    from .commands.command import parsed
+
+    parsed(kind, f"cgspn {words}", rest).run()
 
 
-def refusal(end: BaseException) -> ValueError | None:
-    """The ValueError of this package, such as that of a config's `__post_init__`, for which tyro ended the program."""
-    cause: BaseException | None = end
-    while cause is not None:
-        frames = [frame for frame, _ in walk_tb(cause.__traceback__)]
-        if isinstance(cause, ValueError) and frames and frames[-1].f_globals["__name__"].startswith("cgspn."):
-            return cause
-        cause = cause.__context__
-    return None
+def command_of(arguments: list[str]) -> tuple[str, list[str]]:
+    """The words of a command and the arguments after them; or of a group of commands, if no more words are given.
 
-
-def as_typed(message: str, arguments: list[str]) -> str:
-    """A message that begins with names of settings, which become the options that were typed for them.
-
-    Of several options that end alike, the one whose value the message states.
+    Raises ValueError for words that are no command.
     """
-    options = [
-        (argument.partition("=")[0], argument.partition("=")[2] or following)
-        for argument, following in zip(arguments, [*arguments[1:], ""])
-        if argument.startswith("--")
-    ]
+    words: list[str] = []
+    for argument in arguments:
+        if argument in HELP:
+            break
+        names = sorted({each[len(words)] for each in map(str.split, COMMANDS) if each[: len(words)] == words})
+        if argument not in names:
+            near = get_close_matches(argument, names, 2)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"accepted: {', '.join(names)}"
+            raise ValueError(f"{argument!r} is no command of {' '.join(['cgspn', *words])}; {hint}")
+        words.append(argument)
+        if " ".join(words) in COMMANDS:
+            break
+    return " ".join(words), arguments[len(words) :]
 
-    def typed(name: re.Match[str]) -> str:
-        same = [each for each in options if re.split(r"--|\.", each[0])[-1].replace("-", "_") == name[0]]
-        stated = [option for option, value in same if message.startswith(f"{name[0]} is {value};")]
-        return (stated or [option for option, _ in same] or [name[0]])[0]
 
-    names = re.match(r"\w+(, \w+)*( and \w+)?(?= (is|are|holds)\b|: )", message)
-    return re.sub(r"\w+", typed, names[0]) + message[names.end() :] if names else message
+def overview(group: str) -> str:
+    """The help of the program, or of a group of its commands."""
+    shown = {words: about for words, (_, about) in COMMANDS.items() if not group or words.startswith(f"{group} ")}
+    width = max(map(len, shown))
+    lines = [f"  {words:<{width}}  {about}" for words, about in shown.items()]
+    return f"""usage: cgspn {group or "[--version] [--debug]"} COMMAND [OPTIONS]
+
+Attention encoders to C-GSPN students: convert, distill, evaluate, show, export, measure.
+
+{chr(10).join(lines)}
+
+`cgspn COMMAND --help` shows examples and the usual options, `--help-all` every option.
+`--debug` shows where an error comes from."""
 
 
 if __name__ == "__main__":

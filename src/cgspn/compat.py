@@ -42,6 +42,11 @@ def private(path: str) -> Any:
     return found
 
 
+def is_tracing() -> bool:
+    """Whether torch.jit.trace records what runs."""
+    return not torch.compiler.is_compiling() and torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+
+
 def in_functorch() -> bool:
     """Whether the caller is under vmap, grad, jvp or another transform of `torch.func`."""
     # Of a type rather than not None, which a tracer takes for true.

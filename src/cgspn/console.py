@@ -6,14 +6,17 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.status import Status
 from rich.text import Text
 
-from .distill.stages import Watcher
-from .distill.trainer import Watch
 from .terminal import PlainConsole
+
+if TYPE_CHECKING:
+    from .distill.stages import Watcher
+    from .distill.trainer import Watch
 
 console = PlainConsole()
 

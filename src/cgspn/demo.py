@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +51,30 @@ def _first(images: ImageSet, count: int, name: str) -> ImageSet:
     return images.subset(torch.arange(count))
 
 
+def idle_threads(limit: int = 8) -> int:
+    """How many threads small models gain from now: the cores that are idle, at least 1, at most `limit`.
+
+    Every operation waits for the slowest of its threads. With more threads than idle cores the demo takes several times
+    as long; with more than a few its operations are too small to be split.
+    """
+    total = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
+    busy = os.getloadavg()[0] * cores / total if hasattr(os, "getloadavg") else 0.0
+    return max(1, min(limit, cores, round(cores - busy)))
+
+
+@contextmanager
+def bounded_threads() -> Iterator[None]:
+    """PyTorch with no more threads than `idle_threads`, for the time of the context."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(before, idle_threads()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@bounded_threads()
 def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
     """Distil a C-GSPN and a ViT student of the embedded teacher with one budget, and measure all of them.
 

@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
+from importlib import import_module
 
 import pytest
 import torch
 from PIL import Image
 
-from cgspn.cli import main
+from cgspn.cli import COMMANDS, main, run
+from cgspn.commands.command import Command, usual_settings
+from cgspn.commands.distill import Distill
 from cgspn.commands.export import Export
 from cgspn.commands.pretrain import Pretrain
-from cgspn.console import console
 from cgspn.data import load_embedded
+from cgspn.models import CheckpointError
 
 SMALL = ["--config.distill.stage1.steps", "1", "--config.distill.stage2.steps", "1"]
 SMALL += ["--config.distill.stage1.batch-size", "8", "--config.distill.stage2.batch-size", "8"]
@@ -23,17 +27,20 @@ SMALL += ["--config.test-images", "40", "--config.probe-images", "40"]
 
 
 def cgspn(*arguments, cwd):
-    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, "-m", "cgspn.cli", *arguments], cwd=cwd, env=environment, capture_output=True, text=True
     )
 
 
-def test_help_shows_examples(tmp_path):
-    result = cgspn("--help", cwd=tmp_path)
-    assert result.returncode == 0
-    assert "demo" in result.stdout
-    assert "cgspn demo" in cgspn("demo", "--help", cwd=tmp_path).stdout
+def test_help_shows_examples(capsys):
+    run([])
+    assert "eval zeroshot" in capsys.readouterr().out
+    run(["eval"])
+    assert "bench" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(["demo", "--help"])
+    assert "cgspn demo --out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -43,8 +50,11 @@ def test_help_shows_examples(tmp_path):
         (["demo", "--config.test-images", "0"], "test_images is 0; accepted: 1 to 4000"),
         (["demo", "--config.distill.compression", "97"], "compression is 97"),
         (["pretrain", "x", "--config.model", "vit_mni_patch4_28"], "did you mean"),
-        (["pretrain", "x", "--config.optim.batch-size", "0"], "--config.optim.batch-size is 0"),
-        (["nothing"], "nothing"),
+        (["pretrain", "x", "--config.optim.batch-size", "0"], "config.optim: batch_size is 0; accepted: more than 0"),
+        (["nothing"], "'nothing' is no command of cgspn; accepted: bench, convert, demo"),
+        (["distil"], "'distil' is no command of cgspn; did you mean distill?"),
+        (["eval", "zeroshoot", "embedded"], "'zeroshoot' is no command of cgspn eval; did you mean zeroshot?"),
+        (["convert", "embeded", "new/student"], "embeded does not exist; did you mean embedded?"),
         (["convert", "nowhere", "new/student"], "nowhere"),
         (["convert", "embedded", "new/student", "--compression", "0"], "compression is 0"),
         (["eval", "zeroshot", "nowhere", "--out", "new/table.json"], "nowhere"),
@@ -54,11 +64,15 @@ def test_help_shows_examples(tmp_path):
         (["bench", "table", "--contenders", "Mamba", "--out", "new/results"], "'Mamba' is no contender"),
     ],
 )
-def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, tmp_path):
+def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("in the way")
-    result = cgspn(*arguments, cwd=tmp_path)
-    output = result.stdout + result.stderr
-    assert result.returncode == 2, output
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("sys.argv", ["cgspn", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    output = "".join(capsys.readouterr())
+    assert end.value.code == 2, output
     assert message in output
     assert "Traceback" not in output
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -110,7 +124,7 @@ def test_convert_distill_and_eval_on_a_folder_with_a_damaged_image(tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_demo_leaves_no_half_written_file_and_runs_again(tmp_path):
-    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     running = subprocess.Popen(
         [sys.executable, "-m", "cgspn.cli", "demo"],
         cwd=tmp_path,
@@ -143,7 +157,7 @@ STEPS += ["--config.stage1.batch-size", "8", "--config.stage2.batch-size", "8"]
 @pytest.mark.slow
 def test_distill_goes_on_after_an_interruption_and_refuses_other_settings(tmp_path):
     command = [sys.executable, "-m", "cgspn.cli", "distill", "embedded", "run", *STEPS]
-    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     for _ in range(600):
         if list(tmp_path.glob("run/snapshots/1/0*[24]")) or process.poll() is not None:
@@ -154,21 +168,20 @@ def test_distill_goes_on_after_an_interruption_and_refuses_other_settings(tmp_pa
     assert not (tmp_path / "run/distill.json").exists()
     other = cgspn("distill", "embedded", "run", *STEPS, "--config.compression", "6", cwd=tmp_path)
     assert other.returncode == 2
-    assert "unfinished run with other settings (config.compression)" in other.stdout
+    assert "unfinished run with other settings (config.compression)" in other.stderr
     result = cgspn("distill", "embedded", "run", *STEPS, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     losses = json.loads((tmp_path / "run/distill.json").read_text())["losses"]
     assert [step["step"] for step in losses["student, stage 2"]] == list(range(6))
     again = cgspn("distill", "embedded", "run", *STEPS, cwd=tmp_path)
     assert again.returncode == 2
-    assert "out is run, which holds a finished run" in again.stdout
+    assert "out is run, which holds a finished run" in again.stderr
 
 
-def test_a_preset_is_where_the_other_settings_start_from(tmp_path):
-    shown = cgspn(
-        "distill", "a", "b", "--preset", "so400m-highres", "--config.stage1.steps", "7", "--show-config", cwd=tmp_path
-    )
-    settings = json.loads(shown.stdout)["config"]
+def test_a_preset_is_where_the_other_settings_start_from(capsys):
+    run(["distill", "a", "b", "--preset", "so400m-highres", "--config.stage1.steps", "7", "--show-config"])
+    settings = json.loads(capsys.readouterr().out)["config"]
+    assert Distill("a", "b", preset="so400m-378").settings.stage2.steps == 56_000
     assert settings["compression"] == 18
     assert settings["highres"]["sizes"] == [518, 756, 1036]
     assert settings["stage1"]["steps"] == 7
@@ -178,34 +191,70 @@ def test_a_preset_is_where_the_other_settings_start_from(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["bench", "train", "--steps", "0"], "--steps is 0; accepted: 1 or more"),
-        (["bench", "encoder", "--batch=0"], "--batch is 0; accepted: 1 or more"),
-        (["bench", "table", "--batches", "1", "0"], "--batches is (1, 0); accepted: 1 or more each"),
-        (["bench", "table", "--hidden", "0"], "--hidden is 0; accepted: 1 or more"),
-        (
-            ["distill", "a", "b", "--config.stage1.steps", "3", "--config.stage2.steps", "-1"],
-            "--config.stage2.steps is -1; accepted: 0 or more",
-        ),
-        (
-            ["distill", "a", "b", *(f"--config.loss.{name}=0" for name in ("alpha", "beta", "output"))],
-            "--config.loss.alpha, --config.loss.beta, --config.loss.output and contrastive are all 0",
-        ),
-        (["bench", "train", "--teacher", "x"], "--teacher: model is 'x', which does not exist"),
-        (["bench", "scaling", "--batches", "1"], "--batches is (1,); expected one number for each of the sizes"),
+        (["bench", "train", "--steps", "0"], "steps is 0; accepted: 1 or more"),
+        (["bench", "table", "--batches", "1", "0"], "batches is (1, 0); accepted: 1 or more each"),
+        (["distill", "a", "b", "--config.stage2.steps", "-1"], "config.stage2: steps is -1; accepted: 0 or more"),
+        (["bench", "scaling", "--batches", "1"], "batches is (1,); expected one number for each of the sizes"),
     ],
 )
-def test_settings_that_refuse_themselves_are_named_as_typed(arguments, message, tmp_path, monkeypatch, capsys):
+def test_settings_that_refuse_themselves_are_named(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["cgspn", *arguments])
-    monkeypatch.setattr(console, "width", 200)
+    monkeypatch.setenv("COLUMNS", "200")
     with pytest.raises(SystemExit) as end:
         main()
     shown = capsys.readouterr()
     assert end.value.code == 2
-    assert shown.out.startswith(f"cgspn: error: {message}")
-    assert shown.out.count("\n") == 1
-    assert shown.err == ""
+    assert message in shown.err
+    assert shown.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_is_there_before_pytorch_is():
+    """`--help` and `--version` import nothing heavy; a second of CPU would be PyTorch's import."""
+    code = "import sys, cgspn.cli; sys.argv[1:] = [sys.argv[-1]]; cgspn.cli.main(); assert 'torch' not in sys.modules"
+    for option, shown in (("--help", "eval zeroshot"), ("--version", "cgspn 0.")):
+        done = subprocess.run([sys.executable, "-c", code, option], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert shown in done.stdout
+
+
+def test_help_has_two_levels_and_names_positionals(capsys):
+    shown = {}
+    for option in ("--help", "--help-all"):
+        with pytest.raises(SystemExit) as end:
+            run(["distill", option])
+        assert end.value.code == 0
+        shown[option] = capsys.readouterr().out
+    assert "TEACHER OUT" in shown["--help"]
+    assert "--config.stage1.steps" in shown["--help"]
+    assert "--config.stage1.warmup" not in shown["--help"]
+    assert "--config.stage1.warmup" in shown["--help-all"]
+    assert "cgspn distill --help-all" in shown["--help"]
+
+
+def test_debug_shows_where_an_error_is_from(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["cgspn", "convert", "nowhere", "x", "--debug"])
+    with pytest.raises(CheckpointError):
+        main()
+
+
+def test_what_nobody_foresaw_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["cgspn", "pretrain", "x"])
+    monkeypatch.setattr(Pretrain, "run", lambda _: {}["key"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "cgspn: error: KeyError: 'key'; --debug shows where\n"
+
+
+@pytest.mark.parametrize(("kind", "words"), [(kind, words) for words, (kind, _) in COMMANDS.items()])
+def test_every_usual_setting_exists_and_has_words(kind, words):
+    module, _, name = kind.partition(":")
+    command = getattr(import_module(f"cgspn.commands.{module}"), name)
+    settings = usual_settings(command, command.start([]))
+    assert issubclass(command, Command)
+    assert len(fields(settings)) >= len(command.usual), words
 
 
 def test_words_that_are_no_numbers_are_named_by_tyro_itself(monkeypatch, capsys):

@@ -68,3 +68,59 @@ def test_reading_ahead_keeps_the_order_and_leaves_out_what_fails():
     )
     with pytest.raises(ValueError, match=r"2 of the .* cannot be used"):
         list(read_each(range(100), read, str, SkipCounter("set", 100, 0.01)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_crop_smaller_than_the_edge(size):
+    transformers = pytest.importorskip("transformers")
+    image = picture(1, *size)
+    theirs = transformers.models.clip.image_processing_pil_clip.CLIPImageProcessorPil(
+        size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}, resample=1
+    )
+    ours = Prepare((56, 56), True, "lanczos", theirs.image_mean, theirs.image_std, crop_pct=56 / 64)
+    expected = torch.as_tensor(np.asarray(theirs(images=image, return_tensors="np")["pixel_values"]))[0]
+    torch.testing.assert_close(ours(image), expected, atol=1e-6, rtol=0)
+
+
+def test_arrays_and_tensors_are_the_picture_that_they_came_from():
+    image = picture(4, 20, 30)
+    array = np.asarray(image)
+    for same in (
+        array,
+        array.transpose(2, 0, 1),
+        torch.from_numpy(array.copy()),
+        array / 255,
+        torch.from_numpy(array / 255).half(),
+        array.astype(np.uint16) * 257,
+        array.astype(np.int64),
+    ):
+        assert np.array_equal(np.asarray(open_picture(same)), array)
+    grey = np.linspace(0, 65535, 64).astype("uint16").reshape(2, 32)
+    for same in (grey, grey[..., None], Image.fromarray(grey)):
+        assert np.array_equal(np.asarray(open_picture(same))[..., 0], (grey / 257).round())
+    assert np.asarray(open_picture(np.ones((3, 4), bool))).min() == 255
+    clear = np.zeros((5, 6, 4), np.uint8)
+    assert np.asarray(open_picture(clear)).min() == 255  # over white, as files are
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (np.zeros((5, 5, 2)), r"shape \(5, 5, 2\)"),
+        (np.zeros((0, 4)), r"shape \(0, 4\)"),
+        (np.full((4, 4), 300), "runs from 300 to 300; accepted: 0 to 255"),
+        (torch.full((3, 4, 4), -0.5), "runs from -0.5"),
+        (np.full((4, 4), np.nan), "runs from nan"),
+    ],
+)
+def test_pixels_of_unknown_meaning_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        open_picture(wrong)
+
+
+def test_strips_and_pictures_without_pixels():
+    for height, width in ((1, 50), (2, 1), (1, 30_000)):
+        pixels = Prepare((28, 28), mean=(0.0,) * 3, std=(1.0,) * 3)(Image.new("RGB", (width, height), (255, 0, 0)))
+        assert torch.equal(pixels.amax((1, 2)), torch.tensor([1.0, 0.0, 0.0]))
+    with pytest.raises(ValueError, match="0 x 0 pixels"):
+        Prepare((28, 28))(Image.new("RGB", (0, 0)))

@@ -59,7 +59,8 @@ def test_training_from_the_cache_is_training_and_its_teacher_is_asked_once(monke
     teacher, images = encoder(), load_embedded("train").subset(torch.arange(64))
     asked = []
     teacher.patch_embed.register_forward_hook(lambda *_: asked.append(1))
-    config = DistillConfig(compression=4, stage1=STAGE, stage2=STAGE, highres=HighResConfig((56,), optim=STAGE))
+    highres = HighResConfig((56,), "previous", optim=STAGE)
+    config = DistillConfig(compression=4, stage1=STAGE, stage2=STAGE, highres=highres)
     losses, weights, calls = [], [], []
     for gigabytes in (0, 1):
         asked.clear()

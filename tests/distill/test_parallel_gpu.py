@@ -102,3 +102,13 @@ def test_two_gpus_learn_what_one_does(tmp_path, compute):
         done = start(tmp_path / f"{name}.json", processes, **settings, **more)
         assert done.returncode == 0, done.stderr[-3000:]
     close(loaded(tmp_path / "one.json"), loaded(tmp_path / "two.json"))
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "placed", "fsdp"])
+def test_two_gpus_replay_steps_of_mixed_shapes(tmp_path, parallel):
+    """Each of four shapes is launched once, captured at its second turn and replayed from then on."""
+    settings = {"device": DEVICE, "steps": 16, "accumulate": 2, "mixed": True}
+    for name, processes, more in (("one", 1, {}), ("two", 2, {"capture": DEVICE == "cuda", "parallel": parallel})):
+        done = start(tmp_path / f"{name}.json", processes, **settings, **more)
+        assert done.returncode == 0, done.stderr[-3000:]
+    close(loaded(tmp_path / "one.json"), loaded(tmp_path / "two.json"))

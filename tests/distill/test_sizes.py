@@ -8,12 +8,14 @@ import torch
 from PIL import Image
 
 import cgspn
+from cgspn.cli import parsed
 from cgspn.data import LoaderConfig, load_embedded, open_samples, scheduled
 from cgspn.distill import (
     ComputeConfig,
     DistillConfig,
     HighResConfig,
     ImageSetFeed,
+    LossConfig,
     OptimConfig,
     PretrainConfig,
     SampleFeed,
@@ -23,7 +25,11 @@ from cgspn.distill import (
     pretrain,
 )
 from cgspn.distill.batches import batch_shapes
+from cgspn.distill.cache import TeacherCache
+from cgspn.distill.plan import plan
 from cgspn.distill.sizes import tokens_of
+from cgspn.distill.stages import carried_from
+from cgspn.distill.taps import tapped_forward
 from cgspn.distill.throughput import Throughput, Work
 from cgspn.layers import AttentionConfig
 from cgspn.models import Encoder, model_config
@@ -221,9 +227,22 @@ def test_pretraining_takes_sizes(images):
     assert model.image.config.trained_sizes == (16, 32)
 
 
-def test_a_cache_of_the_teacher_is_refused():
-    with pytest.raises(ValueError, match=r"compute\.teacher_cache is on beside sizes"):
-        DistillConfig(sizes=SIZES, compute=ComputeConfig(teacher_cache=1))
+def test_the_teachers_features_are_kept_by_image_and_size():
+    teacher = pair()[0].eval()
+    small, large = torch.randn(4, 3, 16, 24), torch.randn(4, 3, 28, 28)
+    cache, computed = TeacherCache(2**30), []
+
+    def ask(images, *rows):
+        def compute():
+            computed.append(len(rows))
+            return tapped_forward(teacher, images[list(rows)])
+
+        return cache.taps(torch.tensor(rows), compute, tuple(images.shape[-2:]))
+
+    first, other, again = ask(small, 0, 1), ask(large, 0, 1), ask(small, 1, 0)
+    assert computed == [2, 2]
+    assert (first.grid.height, first.grid.width, other.grid.height) == (4, 6, 7)
+    assert torch.equal(first.tokens[[1, 0]], again.tokens)
 
 
 def test_rates_count_what_each_step_did():
@@ -236,3 +255,42 @@ def test_rates_count_what_each_step_did():
     )
     clock.sizes[12] = clock.sizes[15] = (12, 12)  # new there: it is captured or compiled
     assert clock.settled() == [i for i in range(10, 20) if i not in (12, 15)]
+
+
+def test_a_finished_student_goes_on_to_a_higher_resolution(images, tmp_path):
+    teacher, student = pair()
+    short = replace(OPTIM, steps=2, batch_size=8)
+    start = DistillConfig(sizes=SizeRange(16, 28, 2), stage1=short, stage2=short)
+    distill(teacher, student, images, start, folder=tmp_path)
+    carried = carried_from(tmp_path)
+    assert any("adapters" in name for name in carried)
+    none = replace(OPTIM, steps=0)
+    config = DistillConfig(stage1=none, stage2=none, highres=HighResConfig(sizes=(56,), optim=short))
+    [stage] = plan(teacher, student, ImageSetFeed(images), config, "student", World())
+    assert sorted(set(stage.shapes(4))) == [(16, 16), (28, 28), (56, 56)]
+    [history] = distill(teacher, student, images, config, carried=carried)
+    assert history.title == "student, 56 px"
+    assert student.config.image_size == (56, 56)
+    with pytest.raises(ValueError, match="carried holds"):
+        distill(teacher, student, images, replace(config, loss=LossConfig(adapters=False)), carried=carried)
+
+
+def test_the_command_line_takes_sizes():
+    given = [
+        "distill",
+        "embedded",
+        "out",
+        "--preset",
+        "vit-s14-study",
+        "--sizes",
+        "112",
+        "448",
+        "--aspects",
+        "1",
+        "1.5",
+    ]
+    config = parsed(given).config
+    assert (config.sizes.smallest, config.sizes.largest, config.sizes.aspects) == (112, 448, (1.0, 1.5))
+    assert parsed(["pretrain", "out", "--sizes", "16", "32"]).config.sizes == SizeRange(16, 32)
+    with pytest.raises(ValueError, match="smallest is 448; accepted: 1 to largest, 112 pixels"):
+        parsed(["distill", "embedded", "out", "--sizes", "448", "112"])

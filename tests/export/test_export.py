@@ -25,6 +25,7 @@ VIT = EncoderConfig(
 HYBRID = replace(VIT, mixers=("propagation", "attention"), positions=False)
 CONFIGS = {
     "hybrid": HYBRID,
+    "windows": replace(HYBRID, mixers=("propagation", "window_attention"), window=(2, 3)),
     "values": replace(
         HYBRID, propagation=PropagationConfig(2, value_expansion=3, channels_per_group=2, forget_gate=True)
     ),
@@ -69,7 +70,7 @@ def check(path, encoder, names):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["hybrid", "values", "dinov2"])
+@pytest.mark.parametrize("name", ["hybrid", "windows", "values", "dinov2"])
 @pytest.mark.parametrize("format", ["onnx", "torch"])
 def test_a_file_gives_what_the_encoder_gives_at_any_size(name, format, tmp_path):
     encoder, path = awake(CONFIGS[name]), tmp_path / f"{name}.{'onnx' if format == 'onnx' else 'pt2'}"

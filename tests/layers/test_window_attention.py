@@ -134,3 +134,39 @@ def test_tokens_before_the_grid_are_refused():
     mixer, _ = pair((2, 2))
     with pytest.raises(ValueError, match="window attention got 1 tokens before the grid"):
         mixer(torch.randn(1, 10, 24, dtype=torch.float64), Grid(3, 3, prefix=1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("shape", "window"), [((74, 74), (8, 8)), ((37, 50), (18, 18)), ((5, 9), (1, 1))])
+def test_windows_on_a_gpu_equal_float64(shape, window, masked, dtype):
+    """SO400M's heads of 72 channels; each value within the rounding of its dtype, and the same when run again."""
+    torch.manual_seed(0)
+    mixer = WindowAttentionMixer(288, AttentionConfig(heads=4), window).cuda()
+    mask = torch.rand(2, *shape) > 0.3 if masked else None
+    tokens = torch.randn(2, shape[0] * shape[1], 288)
+    exact = WindowAttentionMixer(288, AttentionConfig(heads=4), window).double()
+    exact.load_state_dict({name: value.to(dtype).double().cpu() for name, value in mixer.state_dict().items()})
+    exact_in = tokens.to(dtype).double().requires_grad_()
+    leaf = tokens.to("cuda", dtype).requires_grad_()
+    inside = mask.flatten(1) if masked else slice(None)
+    expected = exact(exact_in, Grid(*shape, mask=mask))[inside]
+    mixer = mixer.to(dtype)
+    outs = [mixer(leaf, Grid(*shape, mask=None if mask is None else mask.cuda()))[inside] for _ in range(2)]
+    assert torch.equal(*outs)
+    (grad,) = torch.autograd.grad(outs[0].float().square().sum(), leaf)
+    (truth,) = torch.autograd.grad(expected.square().sum(), exact_in)
+    limit = 2e-2 if dtype == torch.bfloat16 else 2e-3  # products of float32 may round to TF32's 10 bits
+    assert (outs[0].double().cpu() - expected).norm() < limit * expected.norm()
+    assert (grad.double().cpu() - truth).norm() < limit * truth.norm()
+
+
+@pytest.mark.gpu
+def test_more_windows_than_a_kernel_counts():
+    torch.manual_seed(0)
+    mixer = WindowAttentionMixer(64, AttentionConfig(heads=2), (1, 1)).to("cuda", torch.bfloat16)
+    tokens = torch.randn(2, 300 * 300, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        out, alone = mixer(tokens, Grid(300, 300)), mixer(tokens[:, :64], Grid(8, 8))
+    torch.testing.assert_close(out[:, :64], alone, atol=1e-2, rtol=1e-2)

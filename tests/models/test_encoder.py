@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import cgspn
-from cgspn.layers import AttentionConfig, PropagationConfig
+from cgspn.layers import AttentionConfig, PropagationConfig, window_attention
 from cgspn.models import Encoder, model_config
+from cgspn.models import encoder as encoder_module
 
 
 def small(name):
@@ -119,6 +120,36 @@ def test_forward_intermediates_follow_the_forward():
             encoder.forward_intermediates(images, indices=indices)
 
 
+def test_windows_keep_their_order_between_layers_and_nobody_sees_it(monkeypatch):
+    """Whole passes move tokens only where the order changes, and give what layers give that move them each time."""
+    config = replace(
+        model_config("window_mini_patch4_28"),
+        mixers=("window_attention", "window_attention", "attention", "window_attention"),
+        window=(3, 2),
+    )
+    encoder = Encoder(config).eval()
+    images = torch.randn(2, 3, 20, 28)
+    moved = []
+    whole = window_attention.order
+    for module in (window_attention, encoder_module):
+        monkeypatch.setattr(module, "order", lambda t, g, w: (moved.append(g.window != w), whole(t, g, w))[1])
+    with torch.no_grad():
+        tokens, grid = encoder.embed(images)
+        states = []
+        for block in encoder.each_block():
+            tokens = block(tokens, grid)
+            states.append(tokens)
+        assert sum(moved) == 6  # in and out of each of three layers
+        moved.clear()
+        out = encoder(images)
+        assert sum(moved) == 4
+        torch.testing.assert_close(out.tokens.flatten(1, 2), encoder.norm(tokens))
+        final, maps = encoder.forward_intermediates(images, intermediates_only=False, output_fmt="NLC")
+    torch.testing.assert_close(final, encoder.norm(tokens))
+    for one, other in zip(maps, states, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_teacher_positions_follow_the_grid():
     encoder = small("vit_tiny_patch14_378")
     table = encoder.positions(4, 4)
@@ -140,7 +171,7 @@ def test_wrong_image_sizes_name_the_nearest_right_one(size):
 def test_names():
     names = cgspn.list_models()
     for size in ("tiny", "small", "base", "large", "so400m"):
-        for kind in ("vit", "cgspn", "gspn", "hybrid"):
+        for kind in ("vit", "cgspn", "gspn", "hybrid", "window"):
             assert f"{kind}_{size}_patch14_378" in names
     with pytest.raises(ValueError, match="did you mean cgspn_so400m_patch14_378"):
         cgspn.create_model("cgspn_so400_patch14_378")

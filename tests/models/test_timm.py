@@ -98,7 +98,7 @@ def test_a_student_becomes_a_model_of_timm_and_shares_its_weights(images):
 
 
 def test_options_that_no_encoder_has_are_named():
-    for options in ({"drop_path_rate": 0.1}, {"qk_norm": True}, {"global_pool": "max"}):
+    for options in ({"proj_drop_rate": 0.1}, {"qk_norm": True}, {"global_pool": "max"}):
         (option,) = options
         with pytest.raises(ValueError, match=option):
             timm.create_model(NAME, **options)

@@ -26,7 +26,9 @@ def with_class_token():
 
 def test_every_parameter_is_counted_once():
     teacher = with_class_token()
-    student, origin = student_of(teacher, student_config(teacher.config, compression=4, keep_attention=1))
+    reports = []
+    student = cgspn.convert(teacher, compression=4, keep_attention=1, report=reports.append)
+    (origin,) = reports
     *rows, total = parameter_table(teacher, student, origin.inherited)
     assert total.teacher == sum(p.numel() for p in teacher.parameters())
     assert total.student == sum(p.numel() for p in student.parameters()) == total.inherited + total.fresh

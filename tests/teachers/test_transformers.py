@@ -227,3 +227,25 @@ def test_a_padded_batch_of_naflex_equals_the_original(tmp_path):
     for i, (h, w) in enumerate(grids):
         assert relative(ours[i].tokens.flatten(0, 1), theirs.last_hidden_state[i, : h * w]) < 1e-5
         assert relative(ours[i].pooled, theirs.pooler_output[i]) < 1e-5
+
+
+def test_siglip_lower_cases_whatever_tokenizer_its_folder_names(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    vocab = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "\u2581": 4} | {chr(c): c - 28 for c in range(33, 127)}
+    text = TEXT | {"vocab_size": len(vocab), "projection_size": VISION["hidden_size"]}
+    config = transformers.SiglipConfig(text_config=text, vision_config=VISION)
+    transformers.SiglipModel(config).save_pretrained(tmp_path)
+    transformers.GemmaTokenizer(vocab=vocab, merges=[], padding_side="right").save_pretrained(tmp_path)
+    model = cgspn.load_model(tmp_path)
+    assert torch.equal(model.tokenizer("A Cat"), model.tokenizer("a cat"))
+    assert tuple(model.tokenizer(["a", "b c"]).shape) == (2, model.context_length)
+
+
+def test_text_towers_that_are_not_known_leave_the_image_side(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    text = {"vocab_size": 30, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ChineseCLIPConfig(text_config=text, vision_config=VISION, projection_dim=32)
+    transformers.ChineseCLIPModel(config).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="comes without its text tower: only those of transformers' clip"):
+        model = cgspn.load_model(tmp_path)
+    assert isinstance(model, cgspn.Encoder)

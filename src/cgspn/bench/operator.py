@@ -29,7 +29,7 @@ from .timing import medians
 FOUR = [0, 1, 2, 3]
 Row = dict[str, Any]
 PROJECTED = [(32, 74), (32, 147), (8, 74), (1, 74)]
-# NVlabs/GSPN's kernel on an H100 in milliseconds, four directions, C = 64, B = 32; then its line scan (design, 5)
+# NVlabs/GSPN's kernel on an H100 in milliseconds, four directions, C = 64, B = 32; then its line scan
 PUBLISHED = {("forward", 74): 10.1, ("backward", 74): 23.1, ("forward", 147): 52.0, ("backward", 147): 119.2}
 PUBLISHED_LINE = {"forward": 38.5, "backward": 95.1}
 

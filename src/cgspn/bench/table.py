@@ -1,4 +1,4 @@
-"""The source's efficiency table on this machine: latency of the sub-layer and of the block, throughput and memory.
+"""The paper's efficiency table on this machine: latency of the sub-layer and of the block, throughput and memory.
 
 Every contender has the same width, MLP and images; times of one size are taken interleaved, from CUDA graphs where
 kernels may be shorter than their launches (inference up to 2^18 tokens), so that they are the device's. What runs out
@@ -29,7 +29,7 @@ Mode = Literal["inference", "training"]
 SIZES = (378, 518, 756, 1036, 1512, 2058, 4116)
 CAPTURED = 1 << 18  # tokens up to which kernels may be shorter than their launches
 HYBRID = "hybrid 3/27 (3 attention, 24 C-GSPN)"
-# milliseconds on one A100, B = 32, C = 1152 (source, "System Efficiency"): sub-layer and block
+# milliseconds on one A100, B = 32, C = 1152 (the paper's efficiency table): sub-layer and block
 PUBLISHED = {
     ("attention, math", 1036): (205.90, 238.18),
     ("attention, flash", 1036): (32.81, 68.93),

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from inspect import getdoc
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 
 from ..bench.encoder import EncoderBenchConfig
 from ..bench.scaling import ScalingConfig
@@ -18,10 +15,11 @@ from ..bench.train import TrainBenchConfig
 from ..console import console
 from ..distill import join_world
 from .checks import check_folder
+from .command import Command, Settings
 
 
 @dataclass(frozen=True)
-class _Measurement:
+class _Measurement(Command):
     out: Path = Path("runs/bench")
     """Folder for the results: JSON, a table and, where matplotlib is installed, a plot."""
     commit: str = ""
@@ -69,7 +67,7 @@ class Table(_Measurement):
         cgspn bench table --sizes 1036 2058 --batches 32 --modes inference
     """
 
-    config: TableConfig = field(default_factory=TableConfig)
+    config: Settings[TableConfig] = field(default_factory=TableConfig)
     """Sizes, batches, contenders."""
 
     def run(self) -> None:
@@ -88,7 +86,7 @@ class Encoders(_Measurement):
         cgspn bench encoder --compile
     """
 
-    config: EncoderBenchConfig = field(default_factory=EncoderBenchConfig)
+    config: Settings[EncoderBenchConfig] = field(default_factory=EncoderBenchConfig)
     """Models, sizes, batches."""
 
     def run(self) -> None:
@@ -107,7 +105,7 @@ class Train(_Measurement):
         cgspn bench train --sizes 378 1036 --checkpointing --compile
     """
 
-    config: TrainBenchConfig = field(default_factory=TrainBenchConfig)
+    config: Settings[TrainBenchConfig] = field(default_factory=TrainBenchConfig)
     """Models, sizes, losses, precision."""
 
     def run(self) -> None:
@@ -129,7 +127,7 @@ class Scaling(_Measurement):
         torchrun --nproc-per-node 2 -m cgspn.cli bench scaling --out results/scaling
     """
 
-    config: ScalingConfig = field(default_factory=ScalingConfig)
+    config: Settings[ScalingConfig] = field(default_factory=ScalingConfig)
     """Models, modes, sizes, batches."""
 
     def run(self) -> None:
@@ -142,29 +140,3 @@ class Scaling(_Measurement):
             run(self.config, self.out, world, commit=self.commit, say=console.print)
             if world.rank == 0:
                 console.print(f"wrote the results to {self.out}")
-
-
-Measurement = (
-    Annotated[Operator, tyro.conf.subcommand("operator", description=getdoc(Operator), prefix_name=False)]
-    | Annotated[Table, tyro.conf.subcommand("table", description=getdoc(Table), prefix_name=False)]
-    | Annotated[Encoders, tyro.conf.subcommand("encoder", description=getdoc(Encoders), prefix_name=False)]
-    | Annotated[Scaling, tyro.conf.subcommand("scaling", description=getdoc(Scaling), prefix_name=False)]
-    | Annotated[Train, tyro.conf.subcommand("train", description=getdoc(Train), prefix_name=False)]
-)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Measure speed and memory on this machine.
-
-    Examples:
-        cgspn bench operator --out results/operator
-        cgspn bench table --out results/efficiency
-    """
-
-    what: tyro.conf.OmitArgPrefixes[Measurement]
-    """Which table."""
-
-    def run(self) -> None:
-        """Measure and write. Raises ValueError for what this machine lacks."""
-        self.what.run()

@@ -38,10 +38,13 @@ def check_free(paths: Iterable[Path], name: str, overwrite: bool) -> None:
         raise ValueError(f"{name} is {held[0].parent}, which holds {found}; give another {name}, or --overwrite")
 
 
-def check_device(device: str) -> None:
-    """Raise ValueError for a GPU that is not there."""
+def device_of(device: str) -> str:
+    """ "cpu" or "cuda"; for "auto" the GPU if there is one. Raises ValueError for a GPU that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device is cuda, but PyTorch finds no CUDA GPU here; accepted: cpu")
+    return device
 
 
 def mixed_sizes(start: SizeRange | None, sizes: tuple[int, int] | None, aspects: tuple[float, ...]) -> SizeRange:

@@ -5,27 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-import tyro
 from rich.table import Table
 
 from .. import __version__
 from ..console import console
 from ..models.checkpoint import CONFIG, WEIGHTS, write_atomically
 from ..models.config import to_dict
-from ..models.dual import DualEncoder
-from ..teachers import load_encoder, load_model
-from ..teachers.convert import student_config, student_of
+from ..models.dual import DualEncoder, image_encoder
+from ..teachers import convert, load_encoder, load_model
+from ..teachers.convert import Inherited
 from ..teachers.parameters import Part, parameter_table
 from .checks import check_folder, check_free
+from .command import Command, Out, Teacher
 
 RECORD = "conversion.json"
 
 
 @dataclass(frozen=True)
-class Convert:
+class Convert(Command):
     """Replace attention by propagation; everything with a twin in the teacher is inherited.
 
     Prints the parameters of both, part by part, and writes them with what was inherited into conversion.json beside
@@ -39,10 +38,10 @@ class Convert:
         cgspn convert vit_small_dinov2.safetensors runs/last --keep-layers 10 11 --heads 6
     """
 
-    teacher: tyro.conf.Positional[str]
+    teacher: Teacher
     """A checkpoint (this library's folder; a file, folder or hub id of OpenCLIP, timm or transformers), or
     "embedded"."""
-    out: tyro.conf.Positional[Path]
+    out: Out
     """Folder for the student. Of an image-text model, the text tower is copied along."""
     compression: float = 18
     """s: the scan runs on floor(C / s) channels."""
@@ -59,6 +58,8 @@ class Convert:
     """Indices from 0 of those layers, in place of a number."""
     window: int = 8
     """Side of a window, in positions of the grid."""
+    keep_positions: bool = False
+    """Keep the teacher's learned positions, resized to each grid; without them the first layer has to count lines."""
     heads: int | None = None
     """Of attention, where a foreign file is of no known width and no config lies beside it."""
     image_only: bool = False
@@ -77,17 +78,21 @@ class Convert:
         check_free([out / name for name in (CONFIG, WEIGHTS, RECORD)], "out", self.overwrite)
         load = load_encoder if self.image_only else load_model
         teacher = load(self.teacher, heads=self.heads)
-        encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
+        encoder = image_encoder(teacher)
         torch.manual_seed(self.seed)
-        config = student_config(
-            encoder.config,
+        reports: list[Inherited] = []
+        student = convert(
+            encoder,
             compression=self.compression,
             value_expansion=self.value_expansion,
             keep_attention=self.keep_layers or self.keep_attention,
             window_attention=self.window_layers or self.window_attention,
             window=self.window,
+            keep_positions=self.keep_positions,
+            share=True,
+            report=reports.append,
         )
-        student, origin = student_of(encoder, config, share=True)
+        (origin,), config = reports, student.config
         table = parameter_table(encoder, student, origin.inherited)
         if isinstance(teacher, DualEncoder):
             teacher.image = student

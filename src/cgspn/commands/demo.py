@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from ..console import console, progress_watcher, waiting
 from ..demo import DemoConfig, run_demo
 from ..models.checkpoint import write_atomically
 from .checks import check_folder
+from .command import Command
 
 
 @dataclass(frozen=True)
-class Demo:
+class Demo(Command):
     """Convert the embedded teacher, distil a C-GSPN and a ViT student, evaluate, and write an HTML report.
 
     Needs no download. About four minutes on two CPU cores.
@@ -22,6 +24,8 @@ class Demo:
         cgspn demo
         cgspn demo --out /tmp/demo --config.distill.keep-attention 1
     """
+
+    usual: ClassVar = ("out", "config.distill.compression", "config.distill.keep_attention", "config.test_images")
 
     out: Path = Path("demo")
     """Folder for report.html, table.json and the students' checkpoints."""

@@ -6,11 +6,13 @@ import json
 import platform
 import shlex
 import sys
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import tyro
@@ -25,17 +27,18 @@ from ..distill.parallel import barrier
 from ..distill.presets import PRESETS
 from ..distill.run_folder import locked
 from ..distill.snapshots import MOST_RECORD
-from ..distill.stages import Watcher
+from ..distill.stages import Watcher, carried_from
 from ..distill.trainer import Watch
 from ..models.checkpoint import write_atomically
-from ..models.dual import DualEncoder
+from ..models.dual import image_encoder, with_image
 from ..models.encoder import Encoder
 from ..models.reading import read_json_value
 from ..report.charts import require_matplotlib
 from ..report.run import run_report
 from ..teachers import convert, load_encoder, load_model
 from ..terminal import warn
-from .checks import mixed_sizes
+from .checks import device_of, mixed_sizes
+from .command import Command, Device, Out, Teacher
 from .run_record import RECORD, REPORT, check_same_run, lacks_report, left_clean, progress_of
 
 Preset = Literal["embedded", "vit-s14-study", "so400m-378", "so400m-highres"]
@@ -45,7 +48,7 @@ EVENTS = "events"
 
 
 @dataclass(frozen=True)
-class Distill:
+class Distill(Command):
     """Convert a teacher and distil it: stage 1 on its sub-layers, stage 2 end to end, then higher resolutions.
 
     A run that was interrupted goes on from its last snapshot when the same command is given again; settings of stages
@@ -62,9 +65,17 @@ class Distill:
           --device cuda
     """
 
-    teacher: tyro.conf.Positional[str]
+    usual: ClassVar = (
+        *("preset", "data", "student", "sizes", "device", "tensorboard", "show_config"),
+        *("config.compression", "config.value_expansion", "config.keep_attention", "config.image_size"),
+        *("config.stage1.steps", "config.stage2.steps", "config.stage1.batch_size", "config.stage2.batch_size"),
+        *("config.stage1.learning_rate", "config.stage2.learning_rate", "config.highres.sizes"),
+        *("config.compute.precision", "config.compute.compile", "config.compute.save_every", "loader.workers"),
+    )
+
+    teacher: Teacher
     """A checkpoint (file, folder or hub id; encoder or image-text model), or "embedded"."""
-    out: tyro.conf.Positional[Path]
+    out: Out
     """Folder for the student, its stages and snapshots, distill.json (command, versions, losses) and report.html."""
     preset: Preset = "embedded"
     """Where the settings below start from."""
@@ -73,9 +84,10 @@ class Distill:
     shards, or "embedded". A caption is in the .txt or .json beside its image, or is made of the sub-folder's name.
     Unreadable images and shards are skipped, counted and named."""
     student: Path | None = None
-    """Start from this converted checkpoint instead of converting."""
-    config: tyro.conf.AvoidSubcommands[DistillConfig] = field(default_factory=lambda: PRESETS["embedded"])
-    """Stages, rates, losses, precision, processes."""
+    """Start from this converted checkpoint instead of converting; with --config.stage1.steps 0 and
+    --config.stage2.steps 0, take the student of a finished run to higher resolutions, its adapters included."""
+    config: tyro.conf.AvoidSubcommands[DistillConfig | None] = None
+    """Stages, rates, losses, precision, processes; None for those of the preset."""
     sizes: tuple[int, int] | None = None
     """Draw the size of each batch of stages 1 and 2 from this range, in pixels (config.sizes); a batch has about the
     same number of tokens at each. Students trained so hold their features at all sizes."""
@@ -83,8 +95,8 @@ class Distill:
     """Draw aspect ratios, width / height, beside sizes."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """How files are read; the embedded images are in memory."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to compute."""
+    device: Device = "auto"
+    """Where to compute; "auto" is the GPU if there is one."""
     tensorboard: bool = False
     """Write event files into the folder (pip install 'cgspn[watch]'); watch with: tensorboard --logdir OUT."""
     report: bool = True
@@ -92,17 +104,27 @@ class Distill:
     show_config: bool = False
     """Print the settings and stop."""
 
-    def __post_init__(self) -> None:
-        """Take sizes and aspects into the config."""
+    @classmethod
+    def start(cls, arguments: list[str]) -> Distill:
+        """Settings that begin with those of `--preset`."""
+        preset = ArgumentParser(add_help=False, allow_abbrev=False)
+        preset.add_argument("--preset")
+        name = preset.parse_known_args(arguments)[0].preset
+        return cls(tyro.MISSING, tyro.MISSING, config=PRESETS.get(name, PRESETS["embedded"]))
+
+    @cached_property
+    def settings(self) -> DistillConfig:
+        """The config that is used: that of the preset if none is given, with sizes and aspects."""
+        config = self.config or PRESETS[self.preset]
         if self.sizes or self.aspects:
-            sizes = mixed_sizes(self.config.sizes, self.sizes, self.aspects)
-            object.__setattr__(self, "config", replace(self.config, sizes=sizes))
+            return replace(config, sizes=mixed_sizes(config.sizes, self.sizes, self.aspects))
+        return config
 
     def run(self) -> None:
         """Raises ValueError, OSError, or what `distill` raises."""
         student_from = str(self.student) if self.student else None
         settings: dict[str, Any] = {"teacher": self.teacher, "student": student_from, "data": self.data}
-        settings["config"], settings["loader"] = asdict(self.config), asdict(self.loader)
+        settings["config"], settings["loader"] = asdict(self.settings), asdict(self.loader)
         if self.student is not None:
             self.check_taken()
             settings["config"] |= dict.fromkeys(CONVERTED)
@@ -111,7 +133,7 @@ class Distill:
             return
         if self.tensorboard and (lack := needed(require_tensorboard)):
             raise ValueError(lack)
-        with left_clean(self.out) as own, join_world(self.device) as world, ExitStack() as held:
+        with left_clean(self.out) as own, join_world(device_of(self.device)) as world, ExitStack() as held:
             out = writable_folder(self.out, "out")
             barrier()  # a process that is refused takes the folder away, which no other may make again after that
             held.enter_context(locked(out, world))
@@ -130,11 +152,20 @@ class Distill:
             if world.rank == 0 and (begun := progress_of(out)):
                 console.print(f"going on with the run in {out}: {begun}", soft_wrap=True)
             teacher = load_model(self.teacher).to(world.device)
-            encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
-            torch.manual_seed(self.config.stage1.seed)
-            student = self.start(encoder).to(world.device)
+            encoder = image_encoder(teacher)
+            torch.manual_seed(self.settings.stage1.seed)
+            student = self.student_of(encoder).to(world.device)
             with shown(world, out / EVENTS if self.tensorboard else None) as watcher:
-                histories = distill(teacher, student, feed, self.config, watcher, folder=out, world=world)
+                histories = distill(
+                    teacher,
+                    student,
+                    feed,
+                    self.settings,
+                    watcher,
+                    folder=out,
+                    world=world,
+                    carried=carried_from(self.student) if self.student else None,
+                )
             skipped, problems = Skipped(), Skipped()
             if isinstance(feed, SampleFeed):
                 problems = feed.source.problems
@@ -143,7 +174,7 @@ class Distill:
             throughput = gather_objects([history.throughput for history in histories])
             if world.rank:
                 return
-            (teacher.with_image(student) if isinstance(teacher, DualEncoder) else student).save_pretrained(out)
+            with_image(teacher, student).save_pretrained(out)
             record = {
                 "command": shlex.join(["cgspn", *sys.argv[1:]]),
                 "versions": {"cgspn": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -165,19 +196,19 @@ class Distill:
         if self.data == EMBEDDED:
             return ImageSetFeed(load_embedded("train"))
         source = open_samples(self.data, cache=self.loader.cache, max_skipped=self.loader.max_skipped)
-        return SampleFeed(source, self.loader, captioned=self.config.loss.contrastive > 0)
+        return SampleFeed(source, self.loader, captioned=self.settings.loss.contrastive > 0)
 
     def check_taken(self) -> None:
         """Raise ValueError for settings of a conversion beside a student that is converted already."""
         for name in CONVERTED:
-            if (given := getattr(self.config, name)) != getattr(PRESETS[self.preset], name):
+            if (given := getattr(self.settings, name)) != getattr(PRESETS[self.preset], name):
                 raise ValueError(f"config.{name} is {given} beside student, which is taken as it is; leave one out")
 
-    def start(self, teacher: Encoder) -> Encoder:
+    def student_of(self, teacher: Encoder) -> Encoder:
         """The student before training."""
         if self.student is not None:
             return load_encoder(self.student)
-        config = self.config
+        config = self.settings
         return convert(
             teacher,
             compression=config.compression,

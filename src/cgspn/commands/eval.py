@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from inspect import getdoc
 from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
 
 from ..console import console, waiting
 from ..data.segmentation_sets import SegmentationSet, open_pairs, open_segmentation
@@ -17,14 +13,15 @@ from ..evaluate.measure import MAX_SKIPPED, check_size, embed_pictures, segmenta
 from ..evaluate.predict import require_text
 from ..evaluate.table import SummaryTable
 from ..teachers import load_encoder, load_model
+from .command import Command, Device, Encoders, Models
 from .eval_report import Report, distinct, drawn_into, percents, typed_sizes
 
 MOST_CLASSES = 40  # whose IoU is printed; JSON has them all
 
 
 @dataclass(frozen=True)
-class _ImageText:
-    models: tyro.conf.Positional[tuple[str, ...]]
+class _ImageText(Command):
+    models: Models
     """Image-text models, a row each: checkpoint folders, hub ids, or "embedded"."""
     data: tuple[str, ...] = ("embedded",)
     """Data sets, one or more: "embedded" (its test split), folders or tars as described above."""
@@ -33,8 +30,8 @@ class _ImageText:
     at. Several make a row each, and a plot of the scores."""
     batch_size: int = 64
     """Images at a time."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to compute."""
+    device: Device = "auto"
+    """Where to compute; "auto" is the GPU if there is one."""
     out: Path | None = None
     """Write the table, everything measured, command, versions and commit as JSON to this file."""
     overwrite: bool = False
@@ -42,7 +39,7 @@ class _ImageText:
     plot: Path | None = None
     """Draw the scores of several sizes into this PNG; by default beside `out`."""
     max_skipped: float = MAX_SKIPPED
-    """Largest share of unreadable images that is put up with, 0 to 1."""
+    """Largest share of unreadable images that is tolerated, 0 to 1."""
 
     def measure(self, title: str, jobs: list[Job]) -> None:
         if not self.models:
@@ -62,7 +59,7 @@ class _ImageText:
         )
         names = distinct([job.name for job in jobs])
         for source in self.models:
-            model = require_text(load_model(source), f"models names {source}, which").to(self.device)
+            model = require_text(load_model(source), f"models names {source}, which").to(report.device)
             rows = [(size, report.row(source, size_in_pixels(model.image.config, size), len(sizes))) for size in sizes]
             for name, job in zip(names, jobs):
                 for size, row in rows:
@@ -131,7 +128,7 @@ class All(_ImageText):
 
 
 @dataclass(frozen=True)
-class Segment:
+class Segment(Command):
     """Semantic segmentation by a linear probe on frozen final tokens: mIoU, pixel accuracy, IoU of each class.
 
     The probe is a ridge regression in closed form, its strength chosen on held-out training images, so it has no
@@ -147,7 +144,7 @@ class Segment:
         cgspn eval segment runs/student --train 'road-{000..004}.tar' --test road-005.tar --classes 12 --ignore-index 12
     """
 
-    encoders: tyro.conf.Positional[tuple[str, ...]]
+    encoders: Encoders
     """Image encoders or image-text models, a row each: weight files, checkpoint folders, hub ids, or "embedded"."""
     data: tuple[str, ...] = ()
     """Data sets that are known by their layout, one or more."""
@@ -170,8 +167,8 @@ class Segment:
     """Take this many alone, evenly spaced."""
     batch_size: int = 8
     """Images at a time; those of one size share a batch."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to compute."""
+    device: Device = "auto"
+    """Where to compute; "auto" is the GPU if there is one."""
     out: Path | None = None
     """Write the table, the IoU of each class, command, versions and commit as JSON to this file."""
     overwrite: bool = False
@@ -179,7 +176,7 @@ class Segment:
     plot: Path | None = None
     """Draw the scores of several sizes into this PNG; by default beside `out`."""
     max_skipped: float = MAX_SKIPPED
-    """Largest share of unreadable images that is put up with, 0 to 1."""
+    """Largest share of unreadable images that is tolerated, 0 to 1."""
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
@@ -200,7 +197,7 @@ class Segment:
         names = distinct([train.name for train, _ in pairs])
         each_class: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in names}
         for source in self.encoders:
-            encoder = load_encoder(source).to(self.device)
+            encoder = load_encoder(source).to(report.device)
             for size in sizes:
                 sides = () if size is None else (size,) if isinstance(size, int) else size
                 check_size(encoder.config, sides)
@@ -246,28 +243,3 @@ class Segment:
         if not sets:
             raise ValueError("data is empty; expected --data with one or more data sets, or --train and --test")
         return sets
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Measure models on data sets: a row each, with the macro average over the data sets.
-
-    Examples:
-        cgspn eval all embedded demo/c-gspn
-        cgspn eval zeroshot embedded runs/student --data photos/
-        cgspn eval retrieval runs/student --data flickr30k/ --out retrieval.json
-        cgspn eval segment vit_s14.safetensors runs/student --data camvid/
-    """
-
-    what: Annotated[
-        Annotated[Zeroshot, tyro.conf.subcommand("zeroshot", description=getdoc(Zeroshot), prefix_name=False)]
-        | Annotated[Retrieval, tyro.conf.subcommand("retrieval", description=getdoc(Retrieval), prefix_name=False)]
-        | Annotated[Segment, tyro.conf.subcommand("segment", description=getdoc(Segment), prefix_name=False)]
-        | Annotated[All, tyro.conf.subcommand("all", description=getdoc(All), prefix_name=False)],
-        tyro.conf.arg(name=""),
-    ]
-    """What is measured."""
-
-    def run(self) -> None:
-        """Raises ValueError or OSError."""
-        self.what.run()

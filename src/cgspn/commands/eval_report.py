@@ -20,7 +20,7 @@ from ..evaluate.measure import Watch
 from ..evaluate.table import Metric, SummaryTable
 from ..models.checkpoint import write_atomically
 from ..terminal import warn
-from .checks import check_device, check_folder, check_free
+from .checks import check_folder, check_free, device_of
 
 NOT_PRINTED = ("@10", "top5")  # in JSON alone, for the width of terminals
 
@@ -80,7 +80,7 @@ class Report:
 
     def __post_init__(self) -> None:
         check_metrics()
-        check_device(self.device)
+        self.device = device_of(self.device)
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; accepted: 1 or more")
         if not 0 <= self.max_skipped <= 1:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
-import tyro
 from rich.table import Table
 from rich.text import Text
 
 from ..console import console, waiting
 from ..teachers import load_model
-from .checks import check_device, check_free
+from .checks import check_free, device_of
+from .command import Command, Out, Source
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(Command):
     """Write an encoder as ONNX, a torch.export program or an AOTInductor package, and compare it with the encoder.
 
     Inputs are normalised images [B, channels, H, W]; outputs the tokens and the pooled vector (and logits or the
@@ -28,9 +27,9 @@ class Export:
         cgspn export runs/student student.pt2 --format aot --max-batch 8 --device cuda
     """
 
-    source: tyro.conf.Positional[str]
+    source: Source
     """A checkpoint folder or file of any format that is read here, a hub id, or "embedded"."""
-    out: tyro.conf.Positional[Path]
+    out: Out
     """The file: .onnx for onnx, .pt2 for torch and aot."""
     format: Literal["onnx", "torch", "aot"] = "onnx"
     """"onnx": plain operators of opset 18, for ONNX Runtime and others. "torch": torch.export, custom operators of
@@ -53,11 +52,10 @@ class Export:
         """Raises ValueError (ExportError if the file does not give what the encoder gives) or OSError."""
         from ..export import export_model
 
-        check_device(self.device)
-        check_free([self.out, Path(f"{self.out}.json")], "out", self.overwrite)
+        check_free([self.out, self.out.with_name(f"{self.out.name}.json")], "out", self.overwrite)
         if self.size is not None and (self.min_size, self.max_size) != (None, None):
             raise ValueError(f"size is {self.size} beside min_size or max_size; accepted: one size, or bounds")
-        model = load_model(self.source).to(self.device)
+        model = load_model(self.source).to(device_of(self.device))
         with waiting(f"exporting {self.source}") as status:
             found = export_model(
                 model,

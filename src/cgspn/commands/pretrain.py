@@ -7,8 +7,7 @@ import platform
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Literal
+from typing import ClassVar
 
 import torch
 import tyro
@@ -19,13 +18,14 @@ from ..data import load_embedded
 from ..distill import PretrainConfig, pretrain
 from ..evaluate.suite import evaluate_zeroshot
 from ..models.checkpoint import CONFIG, WEIGHTS, write_atomically
-from .checks import check_device, check_folder, check_free, mixed_sizes
+from .checks import check_folder, check_free, device_of, mixed_sizes
+from .command import Command, Device, Out
 
 RECORD = "pretrain.json"
 
 
 @dataclass(frozen=True)
-class Pretrain:
+class Pretrain(Command):
     """Train an image encoder and a text tower from scratch, contrastively. Attention and C-GSPN encoders alike.
 
     Examples:
@@ -33,7 +33,12 @@ class Pretrain:
         cgspn pretrain runs/cgspn --config.model cgspn_mini_patch4_28 --config.optim.steps 500
     """
 
-    out: tyro.conf.Positional[Path]
+    usual: ClassVar = (
+        *("config.model", "config.optim.steps", "config.optim.batch_size", "config.optim.learning_rate"),
+        *("sizes", "device"),
+    )
+
+    out: Out
     """Folder for config.json, model.safetensors and pretrain.json (command, versions, losses)."""
     config: tyro.conf.AvoidSubcommands[PretrainConfig] = field(default_factory=PretrainConfig)
     """What is trained, and how."""
@@ -41,8 +46,8 @@ class Pretrain:
     """Draw the size of each batch from this range, in pixels (config.sizes)."""
     aspects: tuple[float, ...] = ()
     """Draw aspect ratios, width / height, beside sizes."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to compute."""
+    device: Device = "auto"
+    """Where to compute; "auto" is the GPU if there is one."""
     half: bool = False
     """Store the weights as float16."""
     overwrite: bool = False
@@ -56,18 +61,18 @@ class Pretrain:
 
     def run(self) -> None:
         """Train, evaluate on the validation split, save. Raises ValueError, OSError or DivergedError."""
-        check_device(self.device)
+        device = device_of(self.device)
         check_folder(self.out, "out")
         check_free([self.out / name for name in (CONFIG, WEIGHTS, RECORD)], "out", self.overwrite)
         with progress_watcher() as watcher:
-            model, history = pretrain(load_embedded("train"), self.config, watcher, self.device)
+            model, history = pretrain(load_embedded("train"), self.config, watcher, device)
         model.cpu()
         accuracy = evaluate_zeroshot(model, load_embedded("validation"))
         model.save_pretrained(self.out, dtype=torch.float16 if self.half else torch.float32)
         record = {
             "command": shlex.join(["cgspn", *sys.argv[1:]]),
             "versions": {"cgspn": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "machine": torch.cuda.get_device_name() if self.device != "cpu" else platform.processor(),
+            "machine": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
             "config": asdict(self.config),
             "validation_zeroshot_top1": accuracy,
             "losses": history.steps[:: max(1, len(history.steps) // 200)],

@@ -92,7 +92,7 @@ def read_run(path: Path) -> dict[str, Any]:
     """The settings of a run. Raises CheckpointError for a file that does not hold such."""
     found = read_json(path)
     config = found.get("config")
-    stages = [config.get(name) for name in ORDER] if isinstance(config, dict) else [None]
+    stages: list[Any] = [config.get(name) for name in ORDER] if isinstance(config, dict) else [None]
     if not all(isinstance(stage, dict) for stage in stages):
         raise CheckpointError(f"{path} is no record of a run; expected config with {', '.join(ORDER)}")
     steps, sizes = [stage.get("steps") for stage in stages[:2]], stages[2].get("sizes")

@@ -7,10 +7,8 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
-import tyro
 
 from .. import __version__
 from ..console import console, progress_watcher, waiting
@@ -21,11 +19,12 @@ from ..report.pictures import png_bytes
 from ..report.show import PLACES, STUDENT, TEACHER, check_show, even_layers, look_at, show_picture
 from ..report.show_page import show_page
 from ..teachers import load_encoder
-from .checks import check_device, check_folder, check_free
+from .checks import check_folder, check_free, device_of
+from .command import Command, Device, Student
 
 
 @dataclass(frozen=True)
-class Show:
+class Show(Command):
     """Write a page that shows photographs as an encoder sees them, and its teacher beside it if one is named.
 
     Features as colours, similarity to a patch that is clicked, and where each layer takes what it brings to a patch.
@@ -37,7 +36,7 @@ class Show:
         cgspn show runs/student --images photos/ --size 4096 --device cuda --layers 1 12 --at 0.5 0.5 0.2 0.8
     """
 
-    student: tyro.conf.Positional[str]
+    student: Student
     """A checkpoint (file, folder or hub id; encoder or image-text model), or "embedded"."""
     teacher: str | None = None
     """Another one, of the same patch size, to lay beside it."""
@@ -57,15 +56,15 @@ class Show:
     """The page, one file that needs nothing else."""
     picture: Path | None = None
     """Also write a PNG of the first photographs and the features of both models, for a README or a slide."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to compute."""
+    device: Device = "auto"
+    """Where to compute; "auto" is the GPU if there is one."""
 
     overwrite: bool = False
     """Replace the files that may be there."""
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
-        check_device(self.device)
+        device = device_of(self.device)
         for name, path in (("out", self.out), ("picture", self.picture)):
             if path is not None and path.is_dir():
                 raise ValueError(f"{name} is {path}, a folder; expected a file name")
@@ -74,7 +73,7 @@ class Show:
                 check_free([path], name, self.overwrite)
         models = {STUDENT: self.student} if self.teacher is None else {TEACHER: self.teacher, STUDENT: self.student}
         with waiting("loading"):
-            loaded = {name: self.load(source) for name, source in models.items()}
+            loaded = {name: load_encoder(source).to(device).requires_grad_(False) for name, source in models.items()}
         student, teacher = loaded[STUDENT], loaded.get(TEACHER)
         layers = self.layers or even_layers(student)
         check_show(student, teacher, layers, self.at)
@@ -92,7 +91,7 @@ class Show:
         seconds = time.monotonic() - began
         names = {name: f"{models[name]}: {_described(model)}" for name, model in loaded.items()}
         facts = {
-            "photographs": f"{len(photographs)} from {self.images}, {seconds:.1f} s on {self.device}",
+            "photographs": f"{len(photographs)} from {self.images}, {seconds:.1f} s on {device}",
             "skipped": ", ".join(name for name, _ in skipped.files) or "none",
             "command": shlex.join(["cgspn", *sys.argv[1:]]),
             "versions": f"cgspn {__version__}, torch {torch.__version__}",
@@ -102,10 +101,6 @@ class Show:
         if self.picture is not None:
             write_atomically(self.picture, png_bytes(show_picture(shown)))
         console.print(f"{seconds:.1f} s; {self.out}, {len(html.encode()) / 1e6:.1f} MB", soft_wrap=True)
-
-    def load(self, source: str) -> Encoder:
-        """An encoder on the device, its weights frozen."""
-        return load_encoder(source).to(self.device).requires_grad_(False)
 
 
 def _described(model: Encoder) -> str:

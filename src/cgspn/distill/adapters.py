@@ -11,7 +11,7 @@ from ..ops.fused.rows import can_use_rows
 
 
 class Adapter(nn.Module):
-    """x + MLP(norm(x)), starting as the identity: [B, N, C] -> [B, N, C]. Source: "Key Designs" 3."""
+    """x + MLP(norm(x)), starting as the identity: [B, N, C] -> [B, N, C]. Paper: adapters (docs/paper.md)."""
 
     def __init__(self, width: int) -> None:
         """width: C."""
@@ -30,7 +30,7 @@ class Adapter(nn.Module):
 class Adapters(nn.Module):
     """One adapter for each tap of an encoder of `depth` blocks, or the identity where they are off.
 
-    The last block's output feeds the final norm that users see, so its tap has none (design, section 4).
+    The last block's output feeds the final norm that users see, so its tap has none.
     """
 
     def __init__(self, depth: int, width: int, *, sublayers: bool, blocks: bool) -> None:

@@ -105,16 +105,25 @@ class CapturedGradients(Gradients):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.clear()
-            values = self.add_up(parts)
+            values = self.add_up_in_place(parts)
         torch.cuda.current_stream().wait_stream(side)
         return values
 
-    def clear(self) -> None:
-        """Fill the gradients with zeros where they are: graphs write to their memory."""
-        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
-        if gradients := local_shards(p.grad for p in parameters if p.grad is not None):
-            torch._foreach_zero_(gradients)
+    def add_up_in_place(self, parts: list[Batch]) -> Tensor:
+        """`add_up`, whose gradients end where those of the step before are: graphs write to that memory.
+
+        Copies of all at once, as adding to what is there would take a kernel for each parameter.
+        """
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        before = [p.grad for p in parameters]
+        self.optimizer.zero_grad()
+        values = self.add_up(parts)
+        kept = [(p, own, p.grad) for p, own in zip(parameters, before) if own is not None and p.grad is not None]
+        if kept:
+            torch._foreach_copy_(local_shards(own for _, own, _ in kept), local_shards(new for _, _, new in kept))
+        for parameter, own, _ in kept:
+            parameter.grad = own
+        return values
 
     def capture(self, parts: list[Batch]) -> CapturedStep:
         """Record a step on copies of these parts; nothing is computed yet."""
@@ -123,8 +132,7 @@ class CapturedGradients(Gradients):
         graph = torch.cuda.CUDAGraph()
         # other threads, NCCL's among them, go on asking the device meanwhile
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-            self.clear()
-            values = self.add_up(parts)
+            values = self.add_up_in_place(parts)
         return CapturedStep(graph, parts, values)
 
     def close(self) -> None:

@@ -40,14 +40,22 @@ class PlacedSublayerTask(SublayerTask):
     go. Blocks are dealt out in turn, so that of 27 on 2 processes one has 14: 3.7% more than its share of the student's
     part of a step, which is the smaller part. Optimiser state and gradients exist once in the whole run. `share` hands
     the weights back to everyone at the end.
-    Source: "Key Designs" 3, stage 1 (blocks are independent); design, section 4.
+    Paper: stage 1, whose blocks are independent (docs/paper.md).
     """
 
     reduction: Literal["mean", "sum"] = "sum"
 
     def __init__(self, teacher: Encoder, student: Encoder, learn_positions: bool = True) -> None:
-        """Needs an initialised process group. Arguments and errors as in `SublayerTask`."""
+        """Needs an initialised process group. Arguments and errors as in `SublayerTask`.
+
+        Raises ValueError also for fewer blocks that learn than processes.
+        """
         super().__init__(teacher, student, learn_positions)
+        if 0 < len(self.learning) < dist.get_world_size():
+            raise ValueError(
+                f"parallel is 'placed' with {dist.get_world_size()} processes; each needs a block that learns, and "
+                f"the student has {len(self.learning)}"
+            )
         self.owned = [self.learning[rank :: dist.get_world_size()] for rank in range(dist.get_world_size())]
         self.own = self.owned[dist.get_rank()]
         blocks = student.each_block()

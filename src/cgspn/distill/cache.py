@@ -16,13 +16,14 @@ from torch import Tensor
 from .taps import Taps
 
 DTYPE = torch.bfloat16
+Size = tuple[int, ...]  # (height, width) of images in pixels
 
 
 class TeacherCache:
-    """Taps by the index of their image, rounded to bfloat16, in host memory; once it is full, others are computed anew.
+    """Taps by image and size, rounded to bfloat16, in host memory; once it is full, others are computed anew.
 
     Features are rounded when they are computed too, so that a run that goes on from a snapshot, with an empty cache,
-    sees the same. Valid for one teacher, one image size and no augmentation.
+    sees the same. Valid for one teacher and no augmentation.
     """
 
     def __init__(self, limit: float) -> None:
@@ -30,34 +31,35 @@ class TeacherCache:
         self.limit, self.used = limit, 0
         self.hits, self.misses = 0, 0
         self.owner: object = None
-        self.kept: dict[int, list[Tensor]] = {}
-        self.like: Taps | None = None
+        self.kept: dict[tuple[int, Size], list[Tensor]] = {}
+        self.like: dict[Size, Taps] = {}
 
     def belongs_to(self, owner: object) -> None:
-        """Forget everything unless it is of `owner`: what tells one teacher at one size from others."""
+        """Forget everything unless it is of `owner`: what tells one teacher from others."""
         if owner != self.owner:
             self.kept.clear()
+            self.like.clear()
             self.owner, self.used = owner, 0
 
     @torch.no_grad()
-    def taps(self, indices: Tensor, compute: Callable[[], Taps]) -> Taps:
-        """The taps of the images `indices`, int64 [B]: from memory if all are there, else computed and kept."""
-        keys = indices.tolist()
-        if self.like is not None and all(key in self.kept for key in keys):
+    def taps(self, indices: Tensor, compute: Callable[[], Taps], size: Size = ()) -> Taps:
+        """The taps of images `indices`, int64 [B], at a size: from memory if all are there, else computed and kept."""
+        keys = [(index, size) for index in indices.tolist()]
+        if all(key in self.kept for key in keys):
             self.hits += len(keys)
             rows = [torch.stack(features) for features in zip(*(self.kept[key] for key in keys))]
-            return unpack(rows, self.like)
+            return unpack(rows, self.like[size])
         self.misses += len(keys)
         taps = compute()
         rows = [feature.to(DTYPE) for feature in pack(taps)]
-        self.like = nothing_of(taps)
-        size = sum(row[0].nbytes for row in rows)
-        host = [row.cpu() for row in rows] if self.used + size <= self.limit else []
+        self.like[size] = nothing_of(taps)
+        each = sum(row[0].nbytes for row in rows)
+        host = [row.cpu() for row in rows] if self.used + each <= self.limit else []
         for i, key in enumerate(keys):
-            if key not in self.kept and self.used + size <= self.limit:
+            if key not in self.kept and self.used + each <= self.limit:
                 self.kept[key] = [row[i].clone() for row in host]
-                self.used += size
-        return unpack(rows, self.like)
+                self.used += each
+        return unpack(rows, self.like[size])
 
 
 def pack(taps: Taps) -> list[Tensor]:

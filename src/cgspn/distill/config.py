@@ -231,9 +231,6 @@ class DistillConfig:
             raise ValueError("highres.teacher is 'none' and loss.contrastive is 0; expected a contrastive loss")
         if self.compute.capture and self.loss.contrastive:
             raise ValueError("compute.capture is on beside loss.contrastive; expected one of them to be off")
-        if self.compute.teacher_cache and (self.sizes or (self.highres.sizes and self.highres.smaller)):
-            name = "sizes" if self.sizes else "highres.smaller"
-            raise ValueError(f"compute.teacher_cache is on beside {name}; expected one of them to be off")
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def relative_error(student: Tensor, teacher: Tensor, energy: Tensor | None = Non
 
     student, teacher: any shape, the same on both sides. energy: mean square of the teacher's features, a scalar; None
     takes that of `teacher`. The division makes blocks of different scale weigh the same; the gradient is that of the
-    source's ||F_s - F_t||^2 up to a factor per block. Source: "Key Designs" 3, stage 1.
+    paper's ||F_s - F_t||^2 of stage 1 up to a factor per block (docs/paper.md).
     """
     if (loss := fused_loss(student, teacher, energy, 0.0)) is not None:
         return loss
@@ -55,7 +55,7 @@ def tap_loss(student: Tensor, teacher: Tensor, kl_weight: float, energy: Tensor 
 
     student, teacher [B, N, C]; energy as in `relative_error`. Both sides are first divided by its root, so that one
     learning rate and one kl_weight serve blocks whose features differ in scale by orders of magnitude.
-    Source: "Key Designs" 3, stage 2.
+    Paper: the loss of a tap in stage 2, MSE + KL (docs/paper.md).
     """
     if (fused := fused_loss(student, teacher, energy, kl_weight)) is not None:
         return fused

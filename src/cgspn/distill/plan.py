@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ..models.config import EncoderConfig
-from ..models.dual import DualEncoder
+from ..models.dual import DualEncoder, image_encoder
 from ..models.encoder import Encoder
 from .batches import Feed
 from .block_parallel import PlacedSublayerTask
@@ -69,7 +69,7 @@ def plan(
     """
     check_possible(teacher, student, config, world)
     dual = teacher if isinstance(teacher, DualEncoder) else None
-    encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
+    encoder = image_encoder(teacher)
     high = config.highres
     native = (config.image_size, config.image_size) if config.image_size else student.config.image_size
     placed = config.compute.parallel == "placed" and world.size > 1
@@ -112,8 +112,8 @@ def plan(
         ),
         Stage(f"{name}, stage 2", config.stage2, native, distillation(config.loss), config.sizes),
     ]
-    side = round((native[0] * native[1]) ** 0.5)
-    smaller = config.sizes or SizeRange(side, side, count=1)
+    trained = student.config.trained_sizes or (round((native[0] * native[1]) ** 0.5),)
+    smaller = config.sizes or SizeRange(trained[0], trained[-1], count=len(trained))
     before = native
     if config.sizes:
         before = (config.sizes.sides(student.config.patch_size)[-1],) * 2

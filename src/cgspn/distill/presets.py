@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from .config import ComputeConfig, DistillConfig, HighResConfig, LossConfig, OptimConfig
+from .sizes import SizeRange
 
 # small images and models: Muon gets further in few steps, and in six passes over the images nothing is overfitted
 EMBEDDED = DistillConfig(
@@ -24,7 +25,9 @@ FEW = OptimConfig(batch_size=64, crop_scale=(0.08, 1.0), mixup=1.0, cutmix=0.5, 
 VIT_S14_STUDY = DistillConfig(
     compression=6,
     value_expansion=6,
+    keep_positions=True,
     image_size=224,
+    sizes=SizeRange(),
     stage1=replace(FEW, steps=800, optimizer="muon", learning_rate=1e-2),
     # stage 2 begins with what stage 1 has learned: at 1e-3 the loss after blocks rose to four times its start, most of
     # it from the patch embedding
@@ -34,13 +37,17 @@ VIT_S14_STUDY = DistillConfig(
     loss=LossConfig(output=0.05),
     compute=ComputeConfig(precision="bfloat16", save_every=100),
 )
-# the paper's student: s = 18, Cc = 64. It names no steps or rates; these are for 1.3e8 images seen, stage 2 at 2e-4
-# because a ViT-S's loss rose from 4e-4 on. The parts of a batch are for eight GPUs of 80 GB, by arithmetic: what the
-# taps keep is some 0.8 GB an image at 378 px and 6 GB at 1036 px. `cgspn bench train` finds what fits.
+# the paper's student: s = 18, Cc = 64. The paper trains it at 378 px alone, without positions; ours sees others too
+# and keeps positions (docs/distilling.md, "Sizes"). The paper names no steps or rates; these are for 1.3e8 images seen,
+# stage 2 at 2e-4 because a ViT-S's loss rose from 4e-4 on. The parts of a batch are for eight GPUs of 80 GB, by
+# arithmetic: what the taps keep is some 0.8 GB an image at 378 px and 6 GB at 1036 px. `cgspn bench train` finds what
+# fits.
 SO400M = OptimConfig(batch_size=2048, accumulate=8, embedding_rate=0)
 SO400M_378 = DistillConfig(
     compression=18,
+    keep_positions=True,
     image_size=378,
+    sizes=SizeRange(196, 448, count=5),
     stage1=replace(SO400M, steps=8_000, learning_rate=1e-3, inherited_rate=0.1),
     stage2=replace(SO400M, steps=56_000, learning_rate=2e-4, inherited_rate=0.25, ema=0.9998),
     compute=ComputeConfig(precision="bfloat16", compile=True, checkpointing=True, parallel="fsdp", save_every=500),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data import ImageSet
 from ..models.checkpoint import read_model, write_atomically
 from ..models.config import TextConfig
-from ..models.dual import DualEncoder, build_dual
+from ..models.dual import DualEncoder, build_dual, image_encoder
 from ..models.encoder import Encoder
 from ..models.registry import model_config
 from ..models.weights import open_safetensors, read_state
@@ -69,6 +69,7 @@ def distill(
     *,
     folder: Path | None = None,
     world: World | None = None,
+    carried: Mapping[str, Tensor] | None = None,
 ) -> list[History]:
     """Align each sub-layer alone, then the whole student end to end, then go to higher resolutions.
 
@@ -85,6 +86,8 @@ def distill(
         name: of the student, in titles.
         folder: where each stage leaves its student, losses and snapshots; a run that stopped goes on from them.
         world: the processes of the run (`join_world`); None for this one alone.
+        carried: adapters and scales of an earlier run of this student and teacher (`carried_from`), for higher
+            resolutions without another stage 2.
 
     Returns the record of each stage; the student is left in eval mode.
 
@@ -96,10 +99,10 @@ def distill(
     """
     feed = ImageSetFeed(images) if isinstance(images, ImageSet) else images
     world = world or World(device=next(student.parameters()).device)
-    encoder = teacher.image if isinstance(teacher, DualEncoder) else teacher
+    encoder = image_encoder(teacher)
     histories = []
     cache = TeacherCache(config.compute.teacher_cache * 2**30) if config.compute.teacher_cache else None
-    carried: dict[str, Tensor] = {}
+    carried = dict(carried or {})
     torch.manual_seed(config.stage1.seed)
     stages = plan(teacher, student, feed, config, name, world)
     # what a stage cannot do is said before the first begins, which may take days
@@ -114,7 +117,7 @@ def distill(
                 student.load_state_dict(read_state(student, read_model(done)[1], str(done)))
                 record_sizes(student, stage.shapes(student.config.patch_size))
                 histories.append(History(stage.title, *record))
-                carried = {key: stored.read() for key, stored in open_safetensors(done / ADAPTERS)[0].items()}
+                carried = read_tensors(done / ADAPTERS)
                 continue
             if not histories:
                 # of a stream of one step, which starts no more workers than that needs
@@ -131,7 +134,7 @@ def distill(
                 continue
             watch = watcher(stage.title, stage.optim.steps) if watcher else None
             if cache is not None:
-                attach(cache, task, stage)
+                attach(cache, task)
             if isinstance(task, DistillTask) and stage.goes_on:
                 task.carry_on(carried)
             with prepared(task, encoder, student, config.compute, world):
@@ -149,6 +152,17 @@ def distill(
             barrier()
     student.eval()
     return histories
+
+
+def carried_from(folder: Path) -> dict[str, Tensor]:
+    """Adapters and scales that the last stage of the run in `folder` has left, on the CPU; empty if there are none."""
+    stages = sorted((folder / "stages").glob(f"[0-9]*/{ADAPTERS}"), key=lambda path: path.parent.name)
+    return read_tensors(stages[-1]) if stages else {}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, on the CPU. Raises OSError or CheckpointError for one that is damaged."""
+    return {name: stored.read() for name, stored in open_safetensors(path)[0].items()}
 
 
 def record_sizes(encoder: Encoder, shapes: Iterable[tuple[int, int]]) -> None:
@@ -178,9 +192,9 @@ def check_cacheable(stage: Stage) -> None:
         )
 
 
-def attach(cache: TeacherCache, task: Task, stage: Stage) -> None:
+def attach(cache: TeacherCache, task: Task) -> None:
     """Let a stage keep its teacher's features."""
-    cache.belongs_to((getattr(task, "teacher", None), stage.size))
+    cache.belongs_to(getattr(task, "teacher", None))
     task.set_unregistered(cache=cache)
     task.capturable = False
 

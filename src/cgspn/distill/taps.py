@@ -33,7 +33,7 @@ class Taps(NamedTuple):
 def tapped_forward(encoder: Encoder, images: Tensor) -> Taps:
     """The encoder's forward pass with every tap recorded. images [B, channels, H, W], normalised.
 
-    Raises ValueError for an image size that the patches do not tile. Source: "Key Designs" 3.
+    Raises ValueError for an image size that the patches do not tile. Paper: PP and PB taps (docs/paper.md).
     """
     tokens, grid = encoder.embed(images)
     block_inputs, sublayers, blocks = [], [], []
@@ -53,7 +53,7 @@ def retarget_first_block(taps: Taps, entry: Tensor) -> Taps:
     A student without positions starts elsewhere than its teacher, and what is missing would be missing in the stream
     of every block. So its first sub-layer gets its own tokens, and is asked for the gap as well: from where the
     student starts to where the teacher is after its own first sub-layer. The scan can find positions: it starts at
-    the borders. Not in the source.
+    the borders. Not in the paper.
     """
     gap = taps.block_inputs[0][:, taps.grid.prefix :] - entry
     prefix = taps.block_inputs[0][:, : taps.grid.prefix]
@@ -74,7 +74,7 @@ def observe(teacher: Encoder, images: Tensor, student: EncoderConfig, size: tupl
         size: (height, width) in pixels that the teacher sees them at; its grid features are then upsampled
             bilinearly to the grid that the images have at full size. None for the images as they are.
 
-    Source: "Key Designs" 3, high-resolution curriculum (self-teacher, upsampled taps).
+    Paper: high-resolution curriculum, upsampled self-teacher (docs/paper.md).
     """
     teacher.eval()
     config = teacher.config

@@ -59,7 +59,9 @@ class Task(nn.Module):
 
     def seen(self, batch: Batch, observe: Callable[[], Taps]) -> Taps:
         """What the teacher makes of a batch: from the cache, or observed."""
-        return observe() if self.cache is None else self.cache.taps(batch.indices, observe)
+        if self.cache is None:
+            return observe()
+        return self.cache.taps(batch.indices, observe, tuple(batch.images.shape[-2:]))
 
     def tokens(self, size: tuple[int, int]) -> int | None:
         """Grid tokens of an image of `size` (height, width) pixels; None if nobody counts them."""
@@ -276,7 +278,10 @@ class DistillTask(Task):
         return {name: full_tensor(value).detach().clone() for name, value in state.items()}
 
     def carry_on(self, state: Mapping[str, Tensor]) -> None:
-        """Start from what `carried` gave. Raises RuntimeError for other shapes."""
+        """Start from what `carried` gave. Raises ValueError for adapters of another encoder or other losses."""
+        mine = {name: value.shape for name, value in self.state_dict().items() if not name.startswith("student.")}
+        if state and mine != {name: value.shape for name, value in state.items()}:
+            raise ValueError(f"carried holds {len(state)} tensors of other names or shapes; expected {len(mine)}")
         self.load_state_dict(state, strict=False)
 
     @torch.no_grad()

@@ -111,7 +111,7 @@ class Throughput:
         second in the course of the stage, means over equal runs of at most 200."""
         if not self.steps:
             return {}
-        size = -(-len(self.steps) // POINTS)
+        size = max(-(-len(self.steps) // POINTS), len(set(self.sizes)))  # every size in each of the runs
         runs = [range(i, min(i + size, len(self.steps))) for i in range(0, len(self.steps), size)]
         return {
             **self.rates(self.settled()),

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize, pad
 
 from ..layers import Grid, LearnedPositions, MapPool, PropagationMixer
 from ..layers.plain import is_plain
-from ..models.dual import DualEncoder
+from ..models.dual import DualEncoder, image_encoder
 from ..models.encoder import Encoder
 from .bounds import Bounds
 
@@ -28,7 +28,7 @@ class ImageSide(nn.Module):
         """The model is not changed."""
         super().__init__()
         dual = isinstance(model, DualEncoder)
-        self.encoder: Encoder = model.image if isinstance(model, DualEncoder) else model
+        self.encoder = image_encoder(model)
         self.projection: nn.Module | None = model.image_projection if isinstance(model, DualEncoder) else None
         self.names = ["tokens", "pooled"]
         self.names += ["logits"] if self.encoder.config.num_classes else []
@@ -71,8 +71,6 @@ class ShiftedPropagation(PropagationMixer):
 
     def localise(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """As `PropagationMixer`, without a mask."""
-        if self.local is not None and not is_plain(self.local, nn.Conv2d):
-            return super().localise(x, mask)
         if self.local is not None:
             reach = self.config.local_kernel // 2
             height, width = x.shape[1:3]
@@ -106,7 +104,12 @@ def trace(side: ImageSide, bounds: Bounds, *, onnx: bool = False) -> ExportedPro
             module.__class__ = OpenPositions
         if type(module) is MapPool:
             module.__class__ = OpenMapPool
-        if not onnx and type(module) is PropagationMixer:
+        # asked here, as parameters are tensors of another kind while a program is traced
+        if (
+            not onnx
+            and type(module) is PropagationMixer
+            and (module.local is None or is_plain(module.local, nn.Conv2d))
+        ):
             module.__class__ = ShiftedPropagation
     low, high = bounds.grid
     open_sizes: dict[int, object] = {}

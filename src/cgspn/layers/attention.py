@@ -49,6 +49,12 @@ class AttentionMixer(Mixer):
         result: Tensor = self.out(out.transpose(1, 2).flatten(2))
         return result
 
+    def with_map(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """Of tokens in rows, what `forward` gives and its map: [B, N, C] and [B, heads, N, N], with gradients."""
+        q, k, v = self._split(tokens)
+        weights = _softmax(q, k, self.visible(tokens, grid))
+        return self.out((weights @ v).transpose(1, 2).flatten(2)), weights
+
     @torch.no_grad()
     def weights(self, tokens: Tensor, grid: Grid, rows: Tensor | None = None) -> Tensor:
         """The attention map itself, for pictures: [B, heads, N, N], rows sum to one.
@@ -56,10 +62,7 @@ class AttentionMixer(Mixer):
         rows: int64 [R], the tokens whose rows are wanted, which gives [B, heads, R, N]; None for all.
         """
         q, k, _ = self._split(tokens)
-        q = q if rows is None else q[:, :, rows]
-        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        visible = self.visible(tokens, grid, rows)
-        return (logits if visible is None else logits.masked_fill(~visible, -torch.inf)).softmax(-1)
+        return _softmax(q if rows is None else q[:, :, rows], k, self.visible(tokens, grid, rows))
 
     def visible(self, tokens: Tensor, grid: Grid, rows: Tensor | None = None) -> Tensor | None:
         """[B, 1, 1 or R, N] bool: which tokens each of `rows` (as in `weights`) may attend to; None for all."""
@@ -67,3 +70,9 @@ class AttentionMixer(Mixer):
             return None
         prefix = grid.mask.new_ones(tokens.shape[0], grid.prefix)
         return torch.cat([prefix, grid.mask.flatten(1)], 1)[:, None, None]
+
+
+def _softmax(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
+    """[B, heads, R, d] and [B, heads, N, d] -> [B, heads, R, N], rows sum to one. visible: as of `AttentionMixer`."""
+    logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    return (logits if visible is None else logits.masked_fill(~visible, -torch.inf)).softmax(-1)

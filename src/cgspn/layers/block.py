@@ -11,6 +11,7 @@ from . import executor
 from .mixer import Grid, Mixer
 from .mlp import Activation, Mlp
 from .norm import LayerNorm
+from .state import State
 
 
 class LayerScale(nn.Module):
@@ -37,6 +38,7 @@ class Block(nn.Module):
     """
 
     fusion_backend: Literal["auto", "triton", "torch"] = "auto"
+    _state: State | None = None  # of state.py
 
     def __init__(
         self, width: int, mixer: Mixer, hidden: int, act: Activation, eps: float, layer_scale: float | None
@@ -49,6 +51,10 @@ class Block(nn.Module):
         self.norm2 = LayerNorm(width, eps=eps)
         self.mlp = Mlp(width, hidden, act)
         self.scale2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what was found out about its layers, which a copy does not share."""
+        return {name: value for name, value in vars(self).items() if name != "_state"}
 
     def forward(self, tokens: Tensor, grid: Grid, tapped: bool = False) -> Any:
         """tokens [B, N, C] -> [B, N, C]; if `tapped`, a pair: that (PB) and the mixing branch (PP), both [B, N, C]."""

@@ -17,18 +17,20 @@ from ..ops.backends import unsupported_reason
 from ..ops.eager import is_eager
 from ..ops.fused import linear_residual, local_norm, norm_linear
 from ..ops.fused.rows import CHANNELS_MOST, DTYPES
-from ..ops.gpu import gpu_of
-from .fp8 import Fp8Mlp
+from ..ops.gpu import gpu_of, on_accelerator, recorded
 from .mixer import Grid
 from .mlp import Mlp
-from .norm import LayerNorm, RMSNorm, add_norm
-from .plain import has_global_hooks, has_no_hooks, is_plain
-from .propagation import PropagationMixer, check_grid
+from .norm import add_norm
+from .plain import has_global_hooks
+from .prepared import LAUNCHES, PreparedBlock
+from .propagation import check_grid
+from .state import state_of
 
 if TYPE_CHECKING:
     from .block import Block
 
-LATENT_MOST = 256  # channels beyond which products are left to the libraries, which are then faster
+LATENT_BEST = 256  # channels beyond which products are left to the libraries, which are then faster
+LATENT_MOST = 512  # that stay on the chip for a tile of rows
 ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))  # GPUs with the 140 KB of shared memory that the latent's tiles want
 
 
@@ -41,7 +43,8 @@ class Fusion(NamedTuple):
     mlp: bool = False
 
 
-NOTHING = Fusion()
+NOTHING, EVERYTHING = Fusion(), Fusion(norm1=True, norm2=True, mixer=True, mlp=True)
+SHAPES_MOST = 64  # shapes of tokens for which a block keeps launches
 
 
 def fusion_of(block: Block, tokens: Tensor) -> Fusion:
@@ -50,7 +53,7 @@ def fusion_of(block: Block, tokens: Tensor) -> Fusion:
     Raises RuntimeError where `block.fusion_backend` asks for what cannot run.
     """
     wanted = block.fusion_backend
-    if wanted == "torch" or (wanted == "auto" and tokens.is_cpu) or not is_eager(tokens):
+    if wanted == "torch" or (wanted == "auto" and not on_accelerator(tokens)) or not is_eager(tokens):
         return NOTHING
     if tokens.dtype not in DTYPES or autocast_dtype(tokens) not in (None, tokens.dtype):
         return NOTHING  # nothing in more or less precision than the layers alone would have
@@ -59,61 +62,79 @@ def fusion_of(block: Block, tokens: Tensor) -> Fusion:
     reason = unsupported_reason("triton", tokens)
     if reason is not None and wanted == "triton":
         raise RuntimeError(f"fusion_backend is 'triton', which cannot run here: {reason}")
-    norm1, norm2 = (reason is None and can_fuse_norm(norm, tokens) for norm in (block.norm1, block.norm2))
-    mixer = norm1 and can_fuse_mixer(block, tokens)
-    return Fusion(norm1, norm2, mixer, can_fuse_mlp(block, tokens))
+    state = state_of(block)
+    channels = tokens.shape[-1]
+    rows = reason is None and channels <= CHANNELS_MOST
+    mixer = rows and state.latent and (wanted == "triton" or has_room(tokens)) and can_fuse_down(block)
+    mlp = state.mlp and not torch.is_grad_enabled() and has_dtype_of(block.mlp, tokens)
+    return Fusion(rows and state.norm1, rows and state.norm2, mixer, mlp)
 
 
-def can_fuse_norm(norm: nn.Module, tokens: Tensor) -> bool:
-    """Whether kernels may take the place of a LayerNorm."""
-    if not is_plain(norm, LayerNorm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
-        return False
-    return norm.normalized_shape == tokens.shape[-1:] and tokens.shape[-1] <= CHANNELS_MOST
+def has_room(tokens: Tensor) -> bool:
+    """Whether the tiles of the latent fit: in 16 bits on GPUs with the shared memory of data centres."""
+    gpu = gpu_of(tokens.device)
+    return gpu is not None and gpu.capability in ROOMY and tokens.dtype.itemsize == 2
 
 
-def can_fuse_mixer(block: Block, tokens: Tensor) -> bool:
-    """Whether kernels may take the place of a C-GSPN sub-layer's norms, products and convolution.
-
-    In 16 bits on GPUs with the shared memory of data centres, as the tiles are made for those.
-    """
-    mixer = block.mixer
-    if not isinstance(mixer, PropagationMixer) or not mixer.keeps_its_parts or not has_no_hooks(mixer):
-        return False
-    if block.fusion_backend == "auto":
-        gpu = gpu_of(tokens.device)
-        if gpu is None or gpu.capability not in ROOMY or tokens.dtype.itemsize != 2:
-            return False
-    if not is_plain(mixer.down, nn.Linear) or not is_plain(mixer.up, nn.Linear):
-        return False
-    if mixer.up.in_features > LATENT_MOST or mixer.down.bias is None or mixer.up.bias is None:
-        return False
-    norms = (mixer.norm, mixer.merge_norm)
-    parts = all(is_plain(n, RMSNorm, nn.Identity) and getattr(n, "eps", 0.0) is not None for n in norms)
-    local = mixer.local is None or is_plain(mixer.local, nn.Conv2d)
-    return parts and local and can_read_scale(block.scale1)
+def has_dtype_of(mlp: nn.Module, tokens: Tensor) -> bool:
+    """Whether the products of an MLP would be in the dtype of the tokens, as those of its layers are."""
+    return not isinstance(mlp, Mlp) or tokens.dtype in (autocast_dtype(tokens), mlp.fc1.weight.dtype)
 
 
-def can_read_scale(scale: nn.Module) -> bool:
-    """Whether a LayerScale, or nothing, is all there is on a branch."""
-    return isinstance(scale, nn.Identity) or (hasattr(scale, "gamma") and is_plain(scale, type(scale)))
+def can_fuse_down(block: Block) -> bool:
+    """Whether the latent of a C-GSPN sub-layer is narrow enough for a tile of rows."""
+    mixer: Any = block.mixer
+    return bool(mixer.down.out_features <= LATENT_MOST)
 
 
-def can_fuse_mlp(block: Block, tokens: Tensor) -> bool:
-    """Whether the MLP's products may write onto the residual: in inference, as they know no gradients."""
-    if torch.is_grad_enabled() or type(block.scale2) is not nn.Identity or not has_no_hooks(block.scale2):
-        return False
-    mlp = block.mlp
-    if not is_plain(mlp, Mlp) or not mlp.is_bare() or mlp.act.approximate != "tanh":
-        return is_plain(mlp, Fp8Mlp)
-    return tokens.dtype in (autocast_dtype(tokens), mlp.fc1.weight.dtype)
+def can_fuse_up(block: Block, fusion: Fusion) -> bool:
+    """Whether P_up, narrow enough, joins the residual."""
+    mixer: Any = block.mixer
+    return fusion.mixer and bool(mixer.up.in_features <= LATENT_BEST)
 
 
 def run_block(block: Block, tokens: Tensor, grid: Grid, tapped: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """tokens [B, N, C] -> the block's output, and if `tapped` its mixing branch, [B, N, C] each."""
+    prepared = None if tapped or torch.is_grad_enabled() else run_prepared(block, tokens, grid)
+    if prepared is not None:
+        return prepared
     fusion = fusion_of(block, tokens)
+    if tapped or fusion != EVERYTHING or not state_of(block).preparable:
+        return run_fused(block, tokens, grid, fusion, tapped)
+    with recorded() as launches:
+        out: Tensor = run_fused(block, tokens, grid, fusion)
+    if len(launches) == LAUNCHES:
+        plans = state_of(block).plans
+        while len(plans) >= SHAPES_MOST:
+            plans.pop(next(iter(plans)))
+        plans[plan_key(block, tokens, grid)] = PreparedBlock(block, tokens, grid, launches)
+    return out
+
+
+def run_prepared(block: Block, tokens: Tensor, grid: Grid) -> Tensor | None:
+    """A block in inference by launches that are prepared for its state and these shapes; None where there are none."""
+    state = block._state
+    if state is None or not state.plans or has_global_hooks() or not is_eager(tokens) or not state.holds():
+        return None
+    plan = state.plans.get(plan_key(block, tokens, grid))
+    if plan is None or autocast_dtype(tokens) not in (None, tokens.dtype):
+        return None
+    return plan.run(tokens, grid.mask)
+
+
+def plan_key(block: Block, tokens: Tensor, grid: Grid) -> tuple[Any, ...]:
+    """What launches depend on, besides the state and the addresses."""
+    mixer: Any = block.mixer
+    eps = (block.norm1.eps, mixer.norm.eps, mixer.merge_norm.eps, block.norm2.eps)
+    where = (grid.height, grid.width, grid.prefix, grid.mask is None)
+    return tokens.shape, tokens.dtype, tokens.device, block.fusion_backend, where, eps
+
+
+def run_fused(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion, tapped: bool = False) -> Any:
+    """As `run_block`, with the layers fused that `fusion` names."""
     after = block.mlp.fc2.bias if fusion.mlp else None
     branch = None
-    if fusion.mixer and not tapped:
+    if not tapped and can_fuse_up(block, fusion):
         normal, mixed = fused_residual(block, tokens, grid, fusion, after)
     else:
         branch, past = run_branch(block, tokens, grid, fusion)
@@ -141,7 +162,10 @@ def fused_scan(block: Block, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor
     norm = block.norm1
     trained = torch.is_grad_enabled()
     arguments = (tokens, norm.weight, norm.bias, mixer.down.weight, mixer.down.bias, norm.eps)
-    if trained:
+    if mixer.down.out_features > LATENT_BEST:
+        normal, tokens = add_norm(norm, tokens, fused=True)
+        latent = mixer.down(normal)
+    elif trained:
         latent, tokens = norm_linear.NormLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         latent, _ = norm_linear.forward(*arguments)
@@ -176,7 +200,7 @@ def fused_residual(
 def run_mixing_half(block: Block, tokens: Tensor, grid: Grid) -> Tensor:
     """tokens + the mixing branch, [B, N, C]: a block without its MLP."""
     fusion = fusion_of(block, tokens)
-    if fusion.mixer:
+    if can_fuse_up(block, fusion):
         return fused_residual(block, tokens, grid, fusion._replace(norm2=False), None)[1]
     branch, past = run_branch(block, tokens, grid, fusion)
     return past + branch

@@ -11,6 +11,7 @@ from torch.nn.functional import gelu, linear, silu
 from ..ops.autocast import autocast_dtype
 from ..ops.eager import is_eager
 from ..ops.fused import rows as over_rows
+from ..ops.gpu import on_accelerator
 from .plain import has_global_hooks, is_plain
 
 Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
@@ -92,7 +93,7 @@ class Mlp(nn.Module):
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU (tanh) of a linear layer, x [M, C] -> [M, K]: in one launch where cuBLAS has the epilogue for it."""
-    if not x.is_cpu:
+    if on_accelerator(x):
         fused: Tensor = torch._addmm_activation(bias, x, weight.T, use_gelu=True)
         return fused
     return gelu(linear(x, weight, bias), approximate="tanh")

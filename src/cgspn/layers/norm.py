@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm
 
+from ..compat import is_tracing
 from ..ops.autocast import autocast_dtype
 from ..ops.fused import rows
 
@@ -49,7 +50,7 @@ class RMSNorm(nn.RMSNorm):
 
     def _in_one_pass(self, x: Tensor, dtype: torch.dtype | None) -> bool:
         """Whether gradients will be wanted that the kernels can give; dtype: as of autocast, None without."""
-        if not torch.is_grad_enabled() or self.weight is None or self.eps is None:
+        if not torch.is_grad_enabled() or is_tracing() or self.weight is None or self.eps is None:
             return False
         kept = dtype in (None, x.dtype) and (dtype is not None or self.weight.dtype == x.dtype)
         small = len(self.normalized_shape) == 1 and x.shape[-1] <= rows.CHANNELS_MOST

@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ..ops import DIRECTIONS, propagate_2d, propagate_2d_projected
+from ..ops import DIRECTIONS
+from ..ops.gpu import on_accelerator
+from ..ops.projected import projected_unchecked
 from ..ops.projected_library import split_parameters
+from ..ops.propagate import propagate_2d_unchecked
 from .mixer import Grid, Mixer
 from .norm import RMSNorm
 from .plain import has_global_hooks, is_plain
@@ -204,7 +207,7 @@ class PropagationMixer(Mixer):
         """tokens [B, h*w, C] -> [B, h*w, C]. Raises ValueError for prefix tokens or a count that is not h*w."""
         check_grid(tokens, grid)
         latent = self.down(self.expand(self.project_in(tokens)))
-        x = self.localise(latent.view(len(tokens), grid.height, grid.width, latent.shape[-1]), grid.mask)
+        x = self.localise(latent.view(tokens.shape[0], grid.height, grid.width, latent.shape[-1]), grid.mask)
         x, y = self.scan(x, grid.mask)
         y = self.merge_norm(y)
         if self.config.inner_residual:
@@ -242,7 +245,7 @@ class PropagationMixer(Mixer):
         """All directions over x [B, H, W, Cc]: [B, H, W, D, Cc], or their sum [B, H, W, Cc]."""
         if not self.can_project_inside(x):
             return self.propagate(x, *self.split(self.param_proj(x)), mask=mask)
-        return propagate_2d_projected(x, self.param_proj.weight, self.param_proj.bias, mask=mask, **self.scans())
+        return projected_unchecked(x, self.param_proj.weight, self.param_proj.bias, mask=mask, **self.scans())
 
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Logits, lam, u and keep of what the projection makes: [B, H, W, D * made * own / share]."""
@@ -264,7 +267,7 @@ class PropagationMixer(Mixer):
         `param_proj`, outside of exported programs."""
         config = self.config
         plain = config.channels_per_group == 1 and not config.forget_gate and not config.normalise_state
-        inside = plain and not x.is_cpu and type(self).propagate is PropagationMixer.propagate
+        inside = plain and on_accelerator(x) and type(self).propagate is PropagationMixer.propagate
         inside = inside and not torch.compiler.is_exporting()
         return inside and is_plain(self.param_proj, nn.Linear) and not has_global_hooks()
 
@@ -286,7 +289,7 @@ class PropagationMixer(Mixer):
             lam = convex_input(keep, self.config.directions)
         if self.config.normalise_state:
             return propagate_mean(x, logits, lam, u, keep, mask, **self.scans())
-        return propagate_2d(x, logits, lam, u, keep=keep, mask=mask, **self.scans())
+        return propagate_2d_unchecked(x, logits, lam, u, keep=keep, mask=mask, **self.scans())
 
     def scans(self) -> Scans:
         """The config's directions, and how the operator merges them."""
@@ -318,8 +321,8 @@ def propagate_mean(
     """
     lam = softplus(lam).to(x.dtype)  # autocast computes it in float32
     ones = torch.ones_like(lam)
-    total = propagate_2d(ones, logits, lam, ones, keep=keep, mask=mask, directions=directions, merge="none")
-    y = propagate_2d(x, logits, lam, u, keep=keep, mask=mask, directions=directions, merge="none")
+    total = propagate_2d_unchecked(ones, logits, lam, ones, keep=keep, mask=mask, directions=directions, merge="none")
+    y = propagate_2d_unchecked(x, logits, lam, u, keep=keep, mask=mask, directions=directions, merge="none")
     # padding has no total; its y is 0 too
     y = (y.unflatten(-1, (lam.shape[-1], -1)) / total.clamp(min=1e-6).unsqueeze(-1)).flatten(-2)
     return y if merge == "none" else y.sum(-2)

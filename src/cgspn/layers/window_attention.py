@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..compat import is_tracing
 from .attention import AttentionConfig, AttentionMixer
 from .mixer import Grid, Window
 
@@ -43,7 +44,7 @@ class WindowAttentionMixer(AttentionMixer):
                 f"window attention got {grid.prefix} tokens before the grid; accepted: none, as windows have no place "
                 "for class and register tokens"
             )
-        if torch.compiler.is_exporting():
+        if torch.compiler.is_exporting() or is_tracing():
             return self._gathered(tokens, grid)
         if not tokens.numel():
             return self.out(self.qkv(tokens)[..., : tokens.shape[-1]])  # type: ignore[no-any-return]
@@ -54,16 +55,16 @@ class WindowAttentionMixer(AttentionMixer):
         """The same with every window whole and masked, by gathers: exported programs take any grid without a case."""
         (down, across), (height, width), device = self.window, grid[:2], tokens.device
         rows, columns, size = (height + down - 1) // down, (width + across - 1) // across, down * across
-        slot = torch.arange(rows * columns * size, device=device)
-        number, place = slot // size, slot % size
-        y, x = number // columns * down + place // across, number % columns * across + place % across
-        inside, into = (y < height) & (x < width), y.clamp(max=height - 1) * width + x.clamp(max=width - 1)
-        own = torch.arange(height * width, device=device)
-        y, x = own // width, own % width
-        back = (y // down * columns + x // across) * size + y % down * across + x % across
-        inside = inside.expand(tokens.shape[0], -1)
-        if grid.mask is not None:
-            inside = inside & grid.mask.flatten(1)[:, into]
+        # [rows, columns, down, across]: where each place of each window lies on the grid, and whether it does
+        y = (torch.arange(rows, device=device)[:, None] * down + torch.arange(down, device=device))[:, None, :, None]
+        x = (torch.arange(columns, device=device)[:, None] * across + torch.arange(across, device=device))[:, None]
+        inside = ((y < height) & (x < width)).reshape(-1)
+        into = (y.clamp(max=height - 1) * width + x.clamp(max=width - 1)).reshape(-1)
+        y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
+        back = ((y // down * columns + x // across) * size + y % down * across + x % across).reshape(-1)
+        # a mask for each image, though they are the same: of an expanded one tracing asks whether the batch is 1
+        known = tokens.new_ones(tokens.shape[0], 1, dtype=torch.bool)
+        inside = inside & (known if grid.mask is None else grid.mask.flatten(1)[:, into])
         q, k, v = self._split(tokens[:, into].reshape(-1, size, tokens.shape[-1]))
         out = scaled_dot_product_attention(q, k, v, attn_mask=_seen(inside.reshape(-1, size)))
         out = out.transpose(1, 2).reshape(tokens.shape[0], -1, tokens.shape[-1])
@@ -105,7 +106,7 @@ def order(tokens: Tensor, grid: Grid, window: Window | None) -> tuple[Tensor, Gr
     Nothing is moved where they already are in that order, nor in exported programs, which take grids of any size and
     keep rows.
     """
-    if grid.window == window or torch.compiler.is_exporting():
+    if grid.window == window or torch.compiler.is_exporting() or is_tracing():
         return tokens, grid
     if grid.window is not None:
         tokens = _in_rows(tokens, grid, grid.window)

@@ -139,3 +139,11 @@ def dual_of(
 def image_encoder(model: Encoder | DualEncoder) -> Encoder:
     """The image encoder of an image-text model; an encoder is its own."""
     return model.image if isinstance(model, DualEncoder) else model
+
+
+def with_image(model: Encoder | DualEncoder, image: Encoder) -> Encoder | DualEncoder:
+    """An image-text model around another image encoder, as `DualEncoder.with_image`; in place of an encoder, it alone.
+
+    Raises ValueError if the widths differ.
+    """
+    return model.with_image(image) if isinstance(model, DualEncoder) else image

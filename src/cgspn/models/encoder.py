@@ -27,6 +27,7 @@ from ..layers import (
     WindowAttentionMixer,
 )
 from ..layers.window_attention import order
+from .card import write_card
 from .checkpoint import PREPROCESSING, save_model, write_atomically
 from .config import MODEL_TYPE, EncoderConfig, preprocessing, to_dict
 from .timm_api import TimmContract, build_head
@@ -65,8 +66,13 @@ class Encoder(TimmContract):
 
     Any H and W that are multiples of the patch size. With config.num_classes a classifier follows the pooling: its
     logits are `forward_head(forward_features(images))`, and `forward` stays as it is. Code written for a ViT of timm
-    finds what it looks for under the same names. Source: design, sections 3 and 6.
+    finds what it looks for under the same names. See docs/timm.md.
+
+    Attributes:
+        block_type: what the blocks are; subclasses for other libraries give them a block of their own.
     """
+
+    block_type: type[Block] = Block
 
     def __init__(self, config: EncoderConfig) -> None:
         """Raises ValueError for a config whose parts do not fit one another."""
@@ -81,7 +87,7 @@ class Encoder(TimmContract):
         self.positions = table
         self.pre_norm = LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
-            Block(
+            self.block_type(
                 width,
                 build_mixer(config, layer),
                 config.mlp_hidden,
@@ -104,6 +110,16 @@ class Encoder(TimmContract):
             nn.init.normal_(self.project.weight, std=width**-0.5)
         self.head = build_head(config)
         self.checkpointing = False
+
+    def init_weights(self, mode: str = "") -> None:
+        """Draw every weight again as a new encoder of this config has it, as after `to_empty` from the meta device.
+
+        mode: timm's name for a scheme of its own; it has no effect.
+        """
+        fresh = Encoder(self.config).state_dict()
+        with torch.no_grad():
+            for name, tensor in self.state_dict().items():
+                tensor.copy_(fresh[name])
 
     def each_block(self) -> list[Block]:
         """What stands at the position of each block, in order: blocks, or what somebody wrapped around them."""
@@ -226,11 +242,12 @@ class Encoder(TimmContract):
         """Write config.json and model.safetensors into `folder`, each whole or not at all.
 
         preprocessor_config.json beside them is for transformers, which opens the folder too (`cgspn.models.hf`).
-        Raises OSError if the folder cannot be written.
+        README.md, a model card, is written where there is none. Raises OSError if the folder cannot be written.
         """
         write_atomically(Path(folder) / PREPROCESSING, json.dumps(preprocessing(self.config), indent=2) + "\n")
         config = {"model": "encoder", "model_type": MODEL_TYPE, "architectures": ["CgspnModel"]}
         save_model(folder, {**config, "encoder": to_dict(self.config)}, self.state_dict())
+        write_card(folder, self.config, sum(p.numel() for p in self.parameters()))
 
 
 def to_map(tokens: Tensor, grid: Grid) -> Tensor:

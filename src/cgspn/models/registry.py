@@ -11,8 +11,8 @@ from ..layers import GSPN, AttentionConfig, PropagationConfig
 from .config import EncoderConfig, MixerName
 from .encoder import Encoder
 
-# width, depth, heads, MLP width. The compression keeps a latent of 64 channels where the width allows, the source's
-# Cc; small widths would be left with too little at s = 18 (design, section 5: Cc = 21 against 64).
+# width, depth, heads, MLP width. The compression keeps a latent of 64 channels where the width allows, the paper's
+# Cc; small widths would be left with too little at s = 18 (docs/choosing.md, "How large a latent").
 SIZES: dict[str, tuple[int, int, int, int]] = {
     "tiny": (192, 12, 3, 768),
     "small": (384, 12, 6, 1536),
@@ -84,7 +84,7 @@ def list_models(pattern: str = "*") -> list[str]:
     """Names that `create_model` knows, sorted: `vit_*`, `cgspn_*`, `gspn_*` (the original), `hybrid_*` (1/9 kept),
     `window_*` (attention, 1/9 of it whole and the rest in windows of 8 x 8 positions).
 
-    pattern: which of them, with `*` and `?` as in file names. Raises nothing. Source: design, section 6.
+    pattern: which of them, with `*` and `?` as in file names. Raises nothing.
     """
     return sorted(fnmatch.filter(_CONFIGS, pattern))
 
@@ -112,6 +112,6 @@ def create_model(name: str, **overrides: Any) -> Encoder:
         name: one of `list_models()`.
         overrides: fields of `EncoderConfig`, such as `image_size=(518, 518)`.
 
-    Raises ValueError as `model_config` does. Source: design, section 6.
+    Raises ValueError as `model_config` does.
     """
     return Encoder(model_config(name, **overrides))

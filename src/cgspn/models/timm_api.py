@@ -55,6 +55,11 @@ class TimmContract(nn.Module):
         return self.config.num_classes
 
     @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return self.config.channels
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Class and register tokens before the grid."""
         return self.config.prefix
@@ -209,13 +214,14 @@ def data_config(config: EncoderConfig) -> dict[str, Any]:
         "architecture": config.name,
         "input_size": (config.channels, *config.image_size),
         "fixed_input_size": False,
+        "min_input_size": (config.channels, config.patch_size, config.patch_size),
         "interpolation": config.image_resample,
         "crop_pct": config.image_crop_pct,
         "crop_mode": "center" if config.image_crop else "squash",
         "mean": config.image_mean,
         "std": config.image_std,
         "num_classes": config.num_classes,
-        "pool_size": None,
+        "pool_size": tuple(side // config.patch_size for side in config.image_size),
         "first_conv": "patch_embed.projection",
         "classifier": "head",
     }

@@ -10,51 +10,122 @@
 An encoder that exists already, such as a distilled student, becomes a model of timm by `from_encoder`:
 
     student = cgspn.models.timm_models.from_encoder(cgspn.load_encoder("runs/student"), num_classes=10)
+
+What timm's `save_for_hf` and `push_to_hf_hub` write of it, timm opens as `local-dir:...` or `hf-hub:...` once this
+module is imported, and so does `cgspn.load_encoder`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
 try:
     import timm
     from timm.models import build_model_with_cfg, register_model
-except ImportError as error:
-    raise ImportError(f"cgspn.models.timm_models needs timm; run: pip install 'cgspn[timm]' ({error})") from error
+except (ImportError, RuntimeError) as error:  # RuntimeError: from a torchvision that was built for another torch
+    raise ImportError(
+        f"cgspn.models.timm_models needs timm, and a torchvision built for your torch. It failed with: {error}. "
+        "See 'Install' in the guide for timm users"
+    ) from error
 
+from ..layers import LearnedPositions
 from .config import EncoderConfig
 from .encoder import Encoder
-from .registry import list_models, model_config
+from .registry import list_models
 from .timm_api import data_config
+from .timm_blocks import TimmBlock, drop_path_rates
+from .timm_config import ANY, architecture, config_of, timm_args
 
-__all__ = ["TimmEncoder", "default_cfgs", "from_encoder"]
-POOLINGS = {"map": "map", "avg": "mean", "token": "cls"}
-REGULARISERS = ("drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate", "pos_drop_rate")
+__all__ = ["TimmEncoder", "checkpoint_filter_fn", "default_cfgs", "from_encoder"]
+INPUT = ("input_size", "min_input_size", "pool_size", "mean", "std", "interpolation", "crop_mode")
 
 
 class TimmEncoder(Encoder):
     """An `Encoder` that returns what a ViT of timm returns: logits [B, num_classes], or pooled without classes.
 
-    All else is the encoder's; the weights have the same names, so each reads what the other saved.
+    All else is the encoder's; the weights have the same names, so each reads what the other saved. With pooling "" it
+    returns the tokens [B, prefix + h*w, C] in place of the pooled vector, through the classifier if there is one.
+
+    Attributes:
+        dynamic_img_pad: pad images that patches do not tile with zeros, to the right and below.
     """
 
+    block_type = TimmBlock
     # plain attributes, because timm writes its own record of the model there
     pretrained_cfg: Any = None
     default_cfg: Any = None
 
-    def __init__(self, config: EncoderConfig) -> None:
-        """Raises ValueError for a config whose parts do not fit one another."""
+    def __init__(
+        self, config: EncoderConfig, *, pooled: bool = True, drop_path_rate: float = 0.0, dynamic_img_pad: bool = False
+    ) -> None:
+        """An encoder for timm.
+
+        Args:
+            config: of the encoder.
+            pooled: False for timm's pooling "", tokens in place of the pooled vector.
+            drop_path_rate: of the last block, in training; it grows linearly from 0 in the first.
+            dynamic_img_pad: see above.
+
+        Raises ValueError for a config whose parts do not fit one another, or a rate outside 0 to 1.
+        """
         super().__init__(config)
-        self.pretrained_cfg = self.default_cfg = data_config(config)
+        self.pooled, self.dynamic_img_pad, self.drop_path_rate = pooled, dynamic_img_pad, drop_path_rate
+        for block, rate in zip(self.blocks, drop_path_rates(drop_path_rate, config.depth), strict=True):
+            assert isinstance(block, TimmBlock)
+            block.drop_path = rate
+        self.pretrained_cfg = self.default_cfg = {**data_config(config), "architecture": architecture(config)}
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        """What timm saves to build the model again: all that it is now, however it came to be."""
+        return timm_args(self.config)
+
+    @_model_args.setter
+    def _model_args(self, value: Mapping[str, Any]) -> None:
+        """timm records here what a model was created with, which is part of the above."""
+
+    @property
+    def global_pool(self) -> str:
+        """How tokens are pooled, in timm's words: "map", "avg", "token", or "" for not at all."""
+        return super().global_pool if self.pooled else ""
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """One entry a block: a module that gives its map [B, C, h, w] to hooks, channels and stride in pixels."""
+        return [{**entry, "module": f"{entry['module']}.map"} for entry in super().feature_info]
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Images [B, channels, H, W] -> logits [B, num_classes], or pooled [B, config.pooled_width] without classes."""
         return self.forward_head(self.forward_features(images, mask), mask=mask)
+
+    def embed(self, images: Tensor, mask: Tensor | None = None) -> Any:
+        """As `Encoder.embed`, of padded images if that is asked for."""
+        if self.dynamic_img_pad:
+            patch, (height, width) = self.config.patch_size, images.shape[-2:]
+            images = pad(images, (0, -width % patch, 0, -height % patch))
+        return super().embed(images, mask)
+
+    def run_block(self, block: Any, tokens: Tensor, grid: Any) -> Tensor:
+        """As `Encoder.run_block`; what is recomputed skips the same images again."""
+        if self.checkpointing and self.training and self.drop_path_rate and torch.is_grad_enabled():
+            out: Tensor = checkpoint(block, tokens, grid, use_reentrant=False)
+            return out
+        return super().run_block(block, tokens, grid)
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False, mask: Tensor | None = None) -> Tensor:
+        """As `Encoder.forward_head`; with pooling "" the same of every token, [B, prefix + h*w, ...]."""
+        if self.pooled:
+            return super().forward_head(tokens, pre_logits, mask)
+        each: Tensor = self.project(self.pool_norm(tokens))
+        return each if pre_logits else self.head(each)
 
     def forward_intermediates(  # type: ignore[override]
         self,
@@ -65,10 +136,15 @@ class TimmEncoder(Encoder):
         stop_early: bool = False,
         output_fmt: Literal["NCHW", "NLC"] = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
         mask: Tensor | None = None,
     ) -> Any:
-        """`Encoder.forward_intermediates` with timm's order of arguments, and timm's default: (final tokens, maps)."""
-        return super().forward_intermediates(
+        """`Encoder.forward_intermediates` with timm's order of arguments, and timm's default: (final tokens, maps).
+
+        output_dict: a dict with `image_intermediates`; `image_intermediates_prefix` if prefix tokens are wanted and
+        there are any; and `image_features`, the final tokens, unless `intermediates_only`.
+        """
+        found = super().forward_intermediates(
             images,
             indices,
             norm,
@@ -78,13 +154,46 @@ class TimmEncoder(Encoder):
             intermediates_only=intermediates_only,
             mask=mask,
         )
+        if not output_dict:
+            return found
+        maps, out = found if intermediates_only else found[1], {}
+        if return_prefix_tokens and self.num_prefix_tokens:
+            maps, out["image_intermediates_prefix"] = (list(part) for part in zip(*maps, strict=True))
+        if not intermediates_only:
+            out["image_features"] = found[0]
+        return {"image_intermediates": maps, **out}
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """As the encoder's, and "" as a pooling: tokens in place of the pooled vector. Raises ValueError as there."""
+        super().reset_classifier(num_classes, "avg" if global_pool == "" else global_pool)
+        self.pooled = self.pooled if global_pool is None else global_pool != ""
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """As the encoder's; timm's data config follows. Raises ValueError as there."""
+        """As the encoder's; timm's records follow. Raises ValueError as there."""
         super().set_input_size(img_size, patch_size)
-        _record_input(self, self.config)
+        record_input(self, self.config)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script compiles in place of the Python code: a trace, which takes all sizes and batches."""
+        weight, patch = self.patch_embed.projection.weight, self.config.patch_size
+        images = torch.zeros(2, self.in_chans, 3 * patch, 5 * patch, device=weight.device, dtype=weight.dtype)
+        return Traced(torch.jit.trace(self, images, check_trace=False))
+
+
+class Traced(nn.Module):
+    """A traced model as a module that torch.jit.script takes."""
+
+    def __init__(self, program: torch.jit.ScriptModule) -> None:
+        """program: from one tensor to one."""
+        super().__init__()
+        self.program = program
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images [B, channels, H, W] -> what the model gives."""
+        out: torch.Tensor = self.program(images)
+        return out
 
 
 def from_encoder(encoder: Encoder, num_classes: int | None = None) -> TimmEncoder:
@@ -100,60 +209,69 @@ def from_encoder(encoder: Encoder, num_classes: int | None = None) -> TimmEncode
     return model.train(encoder.training)
 
 
-def _config(name: str, options: dict[str, Any]) -> EncoderConfig:
-    """The config behind a name with timm's options for it. Raises ValueError for those that no encoder has."""
-    for option in REGULARISERS:
-        if options.pop(option, 0):
-            raise ValueError(f"{option} is not 0; accepted: 0, these encoders have no dropout")
-    options.pop("dynamic_img_size", None)  # always on
-    own: dict[str, Any] = {}
-    if "in_chans" in options:
-        own["channels"] = channels = options.pop("in_chans")
-        if channels != 3:
-            own |= {"image_mean": (0.5,) * channels, "image_std": (0.5,) * channels}
-    if "img_size" in options:
-        size = options.pop("img_size")
-        own["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
-    if "global_pool" in options:
-        pool = options.pop("global_pool")
-        if pool not in POOLINGS:
-            raise ValueError(f"global_pool is {pool!r}; accepted: {', '.join(map(repr, POOLINGS))}")
-        own["pooling"] = POOLINGS[pool]
-    known = {field.name for field in fields(EncoderConfig)}
-    unknown = sorted(set(options) - known)
-    if unknown:
-        accepted = ", ".join(sorted({"in_chans", "img_size", "global_pool"} | known))
-        raise ValueError(f"{name} has no {', '.join(unknown)}; accepted: {accepted}")
-    return model_config(name, **own, **options)
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Encoder) -> dict[str, Tensor]:
+    """The weights of a file as `model` wants them: out of the wrappings of training, positions at the model's grid.
+
+    Raises ValueError for learned positions of another, not square grid, which a file does not show.
+    """
+    for wrapping in ("state_dict", "model"):
+        state_dict = state_dict.get(wrapping, state_dict)
+    for prefix in ("module.", "_orig_mod.", "encoder."):
+        if all(key.startswith(prefix) for key in state_dict):
+            state_dict = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+    table, positions = state_dict.get("positions.table"), model.positions
+    if table is None or positions is None or len(table) == len(positions.table):
+        return dict(state_dict)
+    side = math.isqrt(len(table))
+    if side * side != len(table):
+        raise ValueError(
+            f"positions.table holds {len(table)} positions; accepted: those of a square grid, or the model's"
+        )
+    stored = LearnedPositions((side, side), model.config.width, model.config.position_resize)
+    stored.table = nn.Parameter(table.float(), requires_grad=False)
+    return {**state_dict, "positions.table": stored(*positions.grid).to(table.dtype)}
 
 
 def _entry(name: str) -> Callable[..., Any]:
     """The function that timm calls for `name`."""
 
-    def build(**options: Any) -> TimmEncoder:
-        return TimmEncoder(_config(name, options))
+    def build(
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        drop_path_rate: float = 0.0,
+        dynamic_img_pad: bool = False,
+        **options: Any,
+    ) -> TimmEncoder:
+        config, pooled = config_of(name, options), options.get("global_pool") != ""
+        with nullcontext() if device is None else torch.device(device):
+            model = TimmEncoder(config, pooled=pooled, drop_path_rate=drop_path_rate, dynamic_img_pad=dynamic_img_pad)
+        return model.to(dtype) if dtype else model
 
     def entry(pretrained: bool = False, **options: Any) -> Any:
-        getter = {"out_indices": 3, "feature_cls": "getter"}
-        model = build_model_with_cfg(build, name, pretrained, feature_cfg=getter, **options)
-        _record_input(model, (model if isinstance(model, TimmEncoder) else model.model).config)
+        features = {"out_indices": 3, "feature_cls": "getter", "no_rewrite": True}
+        model = build_model_with_cfg(
+            build, name, pretrained, feature_cfg=features, pretrained_filter_fn=checkpoint_filter_fn, **options
+        )
+        record_input(model, next(m for m in model.modules() if isinstance(m, TimmEncoder)).config)
         return model
 
     entry.__name__ = entry.__qualname__ = name
-    entry.__doc__ = f"`{name}` of this library, as timm builds models. Raises ValueError for options it lacks."
+    entry.__doc__ = f"`{name}` of this library, as timm builds models. Raises UnknownOption for options it lacks."
     return entry
 
 
-def _record_input(model: Any, config: EncoderConfig) -> None:
+def record_input(model: Any, config: EncoderConfig) -> None:
     """Let timm's data config follow the encoder: what timm recorded is the input of the name, not of this model."""
-    now = {"input_size": (config.channels, *config.image_size), "mean": config.image_mean, "std": config.image_std}
+    now = {key: value for key, value in data_config(config).items() if key in INPUT}
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **now}
+    model._traits = {**getattr(model, "_traits", {}), "img_size": config.image_size}
 
 
 def _register() -> dict[str, Any]:
     """Register all names that timm does not use itself; returns their default configs, where timm looks for them."""
-    names = [name for name in list_models() if not timm.is_model(name)]
-    default_cfgs.update({name: data_config(model_config(name)) for name in names})
+    names = [name for name in (*list_models(), ANY) if not timm.is_model(name)]
+    default_cfgs.update({name: data_config(config_of(name, {})) for name in names})
     for name in names:
         register_model(_entry(name))
     return default_cfgs

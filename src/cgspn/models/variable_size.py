@@ -142,7 +142,7 @@ def encode_variable_size(
 
     Raises ValueError for an image that the encoder does not take alone either, images of different dtypes or devices,
     an image that fits none of `shapes`, or a wrong option.
-    Source: design, section 7 ("padding that changes results").
+    See docs/sizes.md.
     """
     grids = [_grid_of(encoder, image, index) for index, image in enumerate(images)]
     for index, image in enumerate(images):

@@ -15,8 +15,10 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Launch:
         for offset, value in zip(offsets, values):
             ctypes.memmove(base + offset, value, len(value))
         self.params = (ctypes.c_void_p * len(values))(*(base + offset for offset in offsets[:-1]))
-        self._slots = [(offsets[argument] + byte) // 8 for argument, byte in slots]
+        self.slots = [(offsets[argument] + byte) // 8 for argument, byte in slots]
         self._submit, self._lock = gpu.submit, threading.Lock()
         self.function = function
         self.shape = (*grid, *(1,) * (3 - len(grid)), threads, 1, 1, shared)
@@ -62,9 +64,11 @@ class Launch:
             return
         with self._lock:  # the driver reads the words before it returns
             words = self._words
-            for slot, address in zip(self._slots, addresses):
+            for slot, address in zip(self.slots, addresses):
                 words[slot] = address
             self._submit(self)
+        if _recording:
+            _recording.get(threading.get_ident(), []).append(self)
 
 
 class Gpu:
@@ -101,6 +105,14 @@ class Gpu:
             return str(error)
         return None if self.arch in known else f"the installed NVRTC does not compile for {self.arch}"
 
+    def through_triton(self, launch: Any, tensors: Sequence[Tensor | None], wanted: bool) -> Launch | None:
+        """Run a TritonLaunch by Triton's own launcher; if `wanted`, returns how to launch what it compiled without."""
+        from .triton_launch import prepare
+
+        with self.current():
+            compiled = launch.through_triton(tensors)
+            return prepare(compiled, self, launch, len(tensors)) if wanted else None
+
     def submit(self, launch: Launch) -> None:
         """Hand a launch to the driver."""
         stream = torch._C._cuda_getCurrentRawStream(self.index)
@@ -131,6 +143,7 @@ class Gpu:
 
 
 _thread = threading.local()
+_recording: dict[int, list[Launch]] = {}  # by thread
 _gpus: dict[torch.device, Gpu] = {}
 if hasattr(os, "register_at_fork"):  # a child has to ask again, and PyTorch then says why it cannot use CUDA
     os.register_at_fork(after_in_child=_gpus.clear)
@@ -148,9 +161,24 @@ def gpu_of(device: torch.device) -> Gpu | None:
     return _gpus.setdefault(device, Gpu(device.index if device.index is not None else torch.cuda.current_device()))
 
 
+def on_accelerator(x: Tensor) -> bool:
+    """Whether a tensor is not on a CPU, or on one that a registered GPU stands for."""
+    return not x.is_cpu or x.device in _gpus
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """The launches of this thread, but for those through Triton's own launcher, for the time of the context."""
+    launches = _recording[threading.get_ident()] = []
+    try:
+        yield launches
+    finally:
+        del _recording[threading.get_ident()]
+
+
 @contextmanager
 def registered(device: torch.device, gpu: Gpu) -> Iterator[None]:
-    """Let `gpu` stand for a device, such as torch.device("meta"), for the time of the context."""
+    """Let `gpu` stand for a device, such as torch.device("cpu"), for the time of the context."""
     _gpus[device] = gpu
     try:
         yield

@@ -14,8 +14,9 @@ from .autocast import autocast_dtype
 from .backends import check_backend
 from .eager import is_eager
 from .functorch import check_plain, in_functorch
-from .projected_library import Projected, check_chip, projected_op, split_parameters
-from .propagate import _look_at_values, propagate_2d
+from .gpu import on_accelerator
+from .projected_library import Projected, check_chip, projected_now, projected_op, split_parameters
+from .propagate import _look_at_values, propagate_2d_unchecked
 from .reference import DIRECTIONS
 
 PARAMETERS = ("auto", "memory", "chip")
@@ -74,7 +75,6 @@ def propagate_2d_projected(
     if parameters not in PARAMETERS:
         raise ValueError(f"parameters is {parameters!r}; accepted: {', '.join(map(repr, PARAMETERS))}")
 
-    trained = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     if parameters == "chip":
         if in_functorch():
             check_plain("cuda")
@@ -82,21 +82,47 @@ def propagate_2d_projected(
             raise ValueError(f"backend is {backend!r}; parameters='chip' accepts 'auto', 'cuda'")
         if not recompute:
             raise ValueError("recompute is False; parameters='chip' keeps nothing and accepts only True")
-        if trained and not torch.compiler.is_compiling():  # rather than in the backward
+        if _wants_gradient(x, weight, bias) and not torch.compiler.is_compiling():  # rather than in the backward
             check_chip(x, backward=True)
-        inside = True
-    else:  # an exported or transformed program knows projections and scans, and nothing of this operator
-        inside = recompute if trained else parameters == "auto" and not x.is_cpu
-        inside = inside and not torch.compiler.is_exporting() and not in_functorch()
-    if not inside:
-        logits, lam, u = split_parameters(linear(x, weight, bias), len(codes))
-        return propagate_2d(x, logits, lam, u, directions=directions, merge=merge, mask=mask, backend=backend)
     if _look_at_values(x):
         checks.check_finite(mask, x=x)
         checks.check_finite(weight=weight, **({} if bias is None else {"bias": bias}))
-    scan: Any = Projected.apply if is_eager(x, weight, bias, mask) else projected_op
+    options: Any = {"directions": directions, "merge": merge, "mask": mask, "backend": backend}
+    return projected_unchecked(x, weight, bias, **options, recompute=recompute, parameters=parameters)
+
+
+def projected_unchecked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    directions: Sequence[str] = DIRECTIONS,
+    merge: str = "sum",
+    mask: Tensor | None = None,
+    backend: str = "auto",
+    recompute: bool = True,
+    parameters: str = "auto",
+) -> Tensor:
+    """`propagate_2d_projected` of arguments that fit one another and may hold any value: what layers call."""
+    x, weight, bias = _as_autocast(x, weight, bias)
+    inside = parameters == "chip"
+    if not inside:  # an exported or transformed program knows projections and scans, and nothing of this operator
+        inside = recompute if _wants_gradient(x, weight, bias) else parameters == "auto" and on_accelerator(x)
+        inside = inside and not torch.compiler.is_exporting() and not in_functorch()
+    if not inside:
+        logits, lam, u = split_parameters(linear(x, weight, bias), len(directions))
+        options: Any = {"directions": directions, "merge": merge, "mask": mask, "backend": backend}
+        return propagate_2d_unchecked(x, logits, lam, u, **options)
+    scan: Any = projected_op
+    if is_eager(x, weight, bias, mask):
+        scan = Projected.apply if _wants_gradient(x, weight, bias) else projected_now
+    codes = [DIRECTIONS.index(name) for name in directions]
     out: Tensor = scan(x, weight, bias, mask, codes, merge == "sum", parameters, backend)
     return out
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

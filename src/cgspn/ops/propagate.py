@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import is_tracing
 from . import checks
 from .backends import check_backend
 from .eager import is_eager
@@ -86,32 +87,41 @@ def propagate_2d(
     check_backend(backend)
     if _look_at_values(x):
         checks.check_finite(mask, x=x, logits=logits, lam=lam, u=u, **gates)
-    if in_functorch():
-        check_plain(backend)
-        return propagate_2d_reference(x, logits, lam, u, keep=keep, directions=directions, merge=merge, mask=mask).to(
-            x.dtype
-        )
-    return run(x, logits, lam, u, keep, mask, codes, merge == "sum", backend)
+    return propagate_2d_unchecked(
+        x, logits, lam, u, keep=keep, directions=directions, merge=merge, mask=mask, backend=backend
+    )
 
 
-def run(
+def propagate_2d_unchecked(
     x: Tensor,
     logits: Tensor,
     lam: Tensor,
     u: Tensor,
-    keep: Tensor | None,
-    mask: Tensor | None,
-    codes: Sequence[int],
-    merge_sum: bool,
-    backend: str,
+    *,
+    keep: Tensor | None = None,
+    directions: Sequence[str] = DIRECTIONS,
+    merge: str = "sum",
+    mask: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
-    """`propagate_2d` of arguments that fit one another: the functions where operations run at once, else the ops."""
+    """`propagate_2d` of arguments that fit one another and may hold any value: what layers call.
+
+    The functions where operations run at once, else the ops, which a program can hold.
+    """
+    if in_functorch():
+        check_plain(backend)
+        options: Any = {"keep": keep, "directions": directions, "merge": merge, "mask": mask}
+        return propagate_2d_reference(x, logits, lam, u, **options).to(x.dtype)
     tensors = (x, logits, lam, u, keep)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    arguments = (*tensors, mask, codes, merge_sum, backend)
+    arguments = (*tensors, mask, [DIRECTIONS.index(name) for name in directions], merge == "sum", backend)
     eager = is_eager(*tensors, mask)
     out: Tensor
-    if wanted:
+    if is_tracing():
+        # A trace keeps the op, and its program finds the gradients. torch.jit.trace compares it, names and line numbers
+        # too, with a trace without gradients.
+        out = propagate_2d_op(*arguments)
+    elif wanted:
         out, _ = Propagate.apply(*arguments) if eager else propagate_2d_saving_op(*arguments)  # type: ignore[no-untyped-call]
     else:
         out = (propagate_2d_now if eager else propagate_2d_op)(*arguments)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -40,22 +39,21 @@ class TritonLaunch:
         if self._prepared is not None and not bits & ALIGNED:
             self._prepared(addresses)
         elif 0 not in self.grid:
-            self._through_triton(tensors, aligned=not bits & ALIGNED)
+            if self.gpu is None:
+                self.through_triton(tensors)
+                return
+            prepared = self.gpu.through_triton(self, tensors, wanted=not (self._tried or bits & ALIGNED))
+            self._prepared = self._prepared or prepared
+            self._tried = self._tried or not bits & ALIGNED
 
-    def _through_triton(self, tensors: Sequence[Tensor | None], aligned: bool) -> None:
-        gpu = self.gpu
-        with nullcontext() if gpu is None else gpu.current():
-            compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
-            if gpu is not None and aligned and not self._tried:
-                self._tried = True
-                self._prepared = prepare(compiled, gpu, self.grid, len(tensors), self.numbers)
+    def through_triton(self, tensors: Sequence[Tensor | None]) -> Any:
+        """Launch by Triton's own launcher; returns what was compiled."""
+        return self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
 
 
-def prepare(
-    compiled: Any, gpu: Gpu, grid: tuple[int, ...], tensors: int, numbers: Sequence[int | float]
-) -> Launch | None:
+def prepare(compiled: Any, gpu: Gpu, launch: TritonLaunch, tensors: int) -> Launch | None:
     """A launch of what Triton compiled; None for what its own launcher has to do more for, or an unknown signature."""
-    metadata = compiled.metadata
+    metadata, numbers, grid = compiled.metadata, launch.numbers, launch.grid
     plain = getattr(metadata, "num_ctas", 1) == 1 and not any(
         getattr(metadata, name, 0)
         for name in ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..layers import PropagationConfig, value_config
 from ..models.config import EncoderConfig, MixerName
+from ..models.dual import DualEncoder, image_encoder
 from ..models.encoder import Encoder, build_mixer
 from ..models.registry import spread
 
@@ -93,7 +94,7 @@ def student_config(
 
 
 def convert(
-    encoder: Encoder,
+    encoder: Encoder | DualEncoder,
     *,
     compression: float = 18,
     value_expansion: float | None = None,
@@ -102,6 +103,8 @@ def convert(
     window: int | tuple[int, int] = 8,
     keep_positions: bool = False,
     propagation: PropagationConfig | None = None,
+    share: bool = False,
+    report: Callable[[Inherited], object] | None = None,
 ) -> Encoder:
     """A C-GSPN student of `encoder`: attention sub-layers become propagation, the rest starts from the teacher's.
 
@@ -113,7 +116,7 @@ def convert(
     kept; their mean goes into the bias of the patch embedding, so that the first block sees tokens centred as before.
 
     Args:
-        encoder: the attention teacher; it is not changed.
+        encoder: the attention teacher, or an image-text model with one; it is not changed.
         compression: s; the scan runs on floor(C / s) channels.
         value_expansion: channels that carry values beside that latent, in units of it, as in `layers.value_config`;
             None for none.
@@ -125,13 +128,17 @@ def convert(
         keep_positions: the teacher's learned positions stay, resized to the grid of each image. Without them the first
             sub-layer finds positions by counting lines, and counts wrong on grids that it was not trained on.
         propagation: other settings of the propagation sub-layer; its `compression` is overridden.
+        share: the student takes the teacher's tensors themselves, no memory for a second copy. For those who only
+            write the student down: training it would change the teacher.
+        report: called with the names of the tensors that were inherited and of those that start afresh.
 
     Raises ValueError for a compression that leaves no channel, a layer that does not exist or is named twice, a window
     of nothing, and for values beside propagation.
     Source: design, section 4 ("weights that have a twin in the teacher start from the teacher's").
     """
+    teacher = image_encoder(encoder)
     config = student_config(
-        encoder.config,
+        teacher.config,
         compression=compression,
         value_expansion=value_expansion,
         keep_attention=keep_attention,
@@ -140,7 +147,10 @@ def convert(
         keep_positions=keep_positions,
         propagation=propagation,
     )
-    return student_of(encoder, config)[0]
+    student, inherited = student_of(teacher, config, share=share)
+    if report is not None:
+        report(inherited)
+    return student
 
 
 def student_of(teacher: Encoder, config: EncoderConfig, *, share: bool = False) -> tuple[Encoder, Inherited]:
@@ -157,8 +167,11 @@ def student_of(teacher: Encoder, config: EncoderConfig, *, share: bool = False) 
     for layer, block in enumerate(student.each_block()):
         if config.mixers[layer] == "propagation":
             block.mixer = build_mixer(config, layer).to(device)
+    head = Encoder(replace(config, mixers=())).to(device)
     if config.pooling != teacher.config.pooling:
-        student.pool = Encoder(replace(config, mixers=())).pool.to(device)
+        student.pool = head.pool
+    if config.embed_dim != teacher.config.embed_dim:
+        student.project = head.project
     return student, inherit(teacher, student, share=share)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from ..models.config import MODEL_TYPE, encoder_config_from_dict
+from typing import Any
+
+from ..models.config import MODEL_TYPE, encoder_config_from_dict, to_dict
 from ..models.dual import DualEncoder, dual_of
 from ..models.encoder import Encoder
 from ..models.reading import CheckpointError, shown
+from ..models.timm_config import config_of
 from ..models.weights import below, check_depth, load
 from .options import Options
 from .source import Source
@@ -24,7 +27,9 @@ def is_own(source: Source) -> bool:
     config = source.configs.get("config.json", {})
     if "model" in config and config.get("model_type", MODEL_TYPE) == MODEL_TYPE:
         return True
-    if "architecture" not in config and any(key in source.weights for key in _ANCHORS):
+    if any(key in source.weights for key in _ANCHORS):
+        if "architecture" in config:  # as timm's save_for_hf writes it
+            return True
         raise CheckpointError(
             f"{source.name} holds weights of this library's own, but no config.json of it is beside them; "
             "expected the folder that save_pretrained wrote, or its model.safetensors"
@@ -38,6 +43,8 @@ def load_own(source: Source, options: Options, text: bool = True) -> Encoder | D
     text: False for the image encoder alone. Raises CheckpointError for a config or weights that cannot be used.
     """
     config, where = source.configs["config.json"], f"{source.name}: config.json"
+    if "architecture" in config and "model" not in config:
+        config = {"model": "encoder", "encoder": _from_timm(config, where)}
     kind = config["model"]
     if kind not in KINDS:
         raise CheckpointError(f"{source.name} holds a {shown(kind)} model; expected {' or '.join(map(repr, KINDS))}")
@@ -60,3 +67,12 @@ def load_own(source: Source, options: Options, text: bool = True) -> Encoder | D
     assert source.folder is not None
     rest = {key: value for key, value in source.weights.items() if not key.startswith(prefix)}
     return pretrained_dual_of(source.folder, image, rest)
+
+
+def _from_timm(config: dict[str, Any], where: str) -> dict[str, Any]:
+    """The encoder's config out of what timm's save_for_hf wrote. Raises CheckpointError for one that it is not in."""
+    args, name = config.get("model_args") or {}, config["architecture"]
+    try:
+        return to_dict(config_of(str(name), {"num_classes": config.get("num_classes", 0), **args}))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{where}: architecture {shown(name)} cannot be built: {error}") from error

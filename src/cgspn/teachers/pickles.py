@@ -23,13 +23,13 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """
     parts = _parts(path)
     zipped, size = parts is not None, path.stat().st_size
-    if any(part.compress_type != zipfile.ZIP_STORED or part.file_size > size for part in parts or ()):
-        raise CheckpointError(f"{path} has compressed parts, which torch.save does not write and which may expand")
     if any(part.filename.endswith("/constants.pkl") for part in parts or ()):
         raise CheckpointError(
             f"{path} is a TorchScript program, which would be run to be read; where you trust it, write its tensors "
             f"alone: torch.save(torch.jit.load({path.name!r}, map_location='cpu').state_dict(), 'weights.pt')"
         )
+    if any(part.compress_type != zipfile.ZIP_STORED or part.file_size > size for part in parts or ()):
+        raise CheckpointError(f"{path} has compressed parts, which torch.save does not write and which may expand")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # of a damaged or hostile file, of nearly any kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,17 @@ def locate(source: str | Path) -> Path:
     if hub and (hub[1] or not path.exists()):
         return _fetch(hub[2], hub[3])
     if not path.exists():
-        raise CheckpointError(f"{source} does not exist; expected a weight file, a checkpoint folder or a hub id")
+        wanted = "expected a weight file, a checkpoint folder or a hub id"
+        raise CheckpointError(f"{source} does not exist; {_hint(str(source))}{wanted}")
     return path
+
+
+def _hint(source: str) -> str:
+    """What a source that does not exist may have been meant for."""
+    folder = Path(source).parent
+    beside = [str(each) for each in folder.iterdir()] if folder.is_dir() else []
+    near = get_close_matches(source, ["embedded", *beside], 2, 0.8)
+    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 def open_source(path: Path, name: str) -> Source:
@@ -79,7 +89,7 @@ def _fetch(repository: str, revision: str | None) -> Path:
         from huggingface_hub import HfApi, snapshot_download
     except ImportError as error:
         raise CheckpointError(
-            f"{repository} is no file or folder here; to fetch it as a hub id, install cgspn[hub]"
+            f"{repository} is no file or folder here; {_hint(repository)}to fetch it as a hub id, install cgspn[hub]"
         ) from error
     try:
         try:
@@ -101,4 +111,5 @@ def _fetch(repository: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"{repository} is no file or folder here, and cannot be had as a hub id "
             f"(no such id, or no connection and nothing cached): {str(error).strip().splitlines()[0]}"
+            + (f"; {hint}" if (hint := _hint(repository).strip()) else "")
         ) from error

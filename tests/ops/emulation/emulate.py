@@ -70,7 +70,7 @@ class Schedule:
 class EmulatedGpu:
     """Stands for gpu.Gpu: kernels are those of g++, a launch runs them at once."""
 
-    index, capability, arch, machine, runs_triton = 0, (9, 0), "host", SMALL_HOPPER, False
+    index, capability, arch, machine, runs_triton = -1, (9, 0), "host", SMALL_HOPPER, False
 
     def load(self, name: str, entry: str, defines: Macros, shared: int) -> Kernel:
         assert shared <= SMALL_HOPPER.shared_bytes

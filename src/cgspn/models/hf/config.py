@@ -14,10 +14,23 @@ from ..registry import model_config
 DEFAULT = "cgspn_small_patch14_378"
 
 
+def _field(name: str, doc: str) -> property:
+    """A number of the encoder's config under the name that transformers has for it, read and set."""
+
+    def get(self: CgspnConfig) -> int:
+        return int(self.encoder[name])
+
+    def put(self: CgspnConfig, value: int) -> None:
+        self.encoder[name] = value
+
+    return property(get, put, doc=doc)
+
+
 class CgspnConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
     """The `EncoderConfig` of a model, under `encoder`, and what transformers adds to it.
 
-    Sizes can be read under the names that transformers uses for ViTs: hidden_size, num_hidden_layers, patch_size, ...
+    Sizes can be read and set under the names that transformers uses for ViTs: hidden_size, num_hidden_layers,
+    patch_size, ... What is set is checked when a model is built of it.
     """
 
     model_type = MODEL_TYPE
@@ -66,37 +79,37 @@ class CgspnConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
         """The stages of a backbone: before the blocks, and after each."""
         return ["stem", *(f"stage{i + 1}" for i in range(self.num_hidden_layers))]
 
-    @property
-    def hidden_size(self) -> int:
-        """Channels of the tokens."""
-        return int(self.encoder["width"])
+    hidden_size = _field("width", "Channels of the tokens.")
+    intermediate_size = _field("mlp_hidden", "Inner width of the MLPs.")
+    patch_size = _field("patch_size", "In pixels.")
+    num_channels = _field("channels", "Of the images.")
 
     @property
     def num_hidden_layers(self) -> int:
-        """Number of blocks."""
+        """Number of blocks; setting it drops the last ones, or repeats a kind that all of them are of."""
         return len(self.encoder["mixers"])
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, count: int) -> None:
+        mixers = list(self.encoder["mixers"])
+        if count > len(mixers) and len(set(mixers)) > 1:
+            raise ValueError(f"num_hidden_layers is {count}; {len(mixers)} mixed blocks accept no more than they are")
+        self.encoder["mixers"] = mixers[:count] + mixers[:1] * (count - len(mixers))
 
     @property
     def num_attention_heads(self) -> int:
         """Heads of the attention blocks, if there are any."""
         return int(self.encoder["attention"]["heads"])
 
-    @property
-    def intermediate_size(self) -> int:
-        """Inner width of the MLPs."""
-        return int(self.encoder["mlp_hidden"])
+    @num_attention_heads.setter
+    def num_attention_heads(self, heads: int) -> None:
+        self.encoder["attention"]["heads"] = heads
 
     @property
     def image_size(self) -> list[int]:
-        """Native height and width in pixels; models take any multiples of the patch size."""
+        """Native height and width in pixels; models take any multiples of the patch size. One number sets both."""
         return list(self.encoder["image_size"])
 
-    @property
-    def patch_size(self) -> int:
-        """In pixels."""
-        return int(self.encoder["patch_size"])
-
-    @property
-    def num_channels(self) -> int:
-        """Of the images."""
-        return int(self.encoder["channels"])
+    @image_size.setter
+    def image_size(self, size: int | Sequence[int]) -> None:
+        self.encoder["image_size"] = [size, size] if isinstance(size, int) else list(size)

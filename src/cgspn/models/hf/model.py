@@ -2,27 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel, initialization
 from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.utils import can_return_tuple
 
-from ...layers import Grid
+from ...layers import AttentionMixer, Block, Grid
+from ...layers.window_attention import order
+from ..card import write_card
 from ..encoder import Encoder, to_map
+from ..timm_api import build_head
 from .config import CgspnConfig
 
-PREFIX = "encoder."
+
+class CgspnBlock(GradientCheckpointingLayer, Block):  # type: ignore[misc]
+    """A block whose activations transformers' training loops may recompute."""
+
+
+class CgspnEncoder(Encoder):
+    """An `Encoder` of such blocks."""
+
+    block_type = CgspnBlock
+
+
+class Pass(NamedTuple):
+    """What the blocks gave.
+
+    tokens: normalised, [B, prefix + h*w, C]. grid: theirs. states: tokens before the blocks and after each.
+    attentions: [B, heads, N, N] of each attention block. The last two are None where they were not asked for.
+    """
+
+    tokens: Tensor
+    grid: Grid
+    states: tuple[Tensor, ...] | None
+    attentions: tuple[Tensor, ...] | None
 
 
 class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
-    """What the models share: an `Encoder` under `encoder`, whose weights are saved under its own names."""
+    """What the models share: an encoder under `encoder`."""
 
     config_class = CgspnConfig
     base_model_prefix = "encoder"
@@ -30,51 +54,84 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ("Block",)
+    _no_split_modules = ("CgspnBlock",)
 
     def __init__(self, config: CgspnConfig) -> None:
         """Raises ValueError for a config whose parts do not fit one another."""
         super().__init__(config)
-        self.encoder = Encoder(config.encoder_config)
+        # `post_init` draws the weights once more, and is to draw those that `create_model` would
+        with torch.random.fork_rng(devices=[]):
+            self.encoder = CgspnEncoder(config.encoder_config)
         self.gradient_checkpointing = False
 
-    def _init_weights(self, module: nn.Module) -> None:
-        """A classifier that a checkpoint lacks; the encoder has initialised everything else itself."""
-        if module is self.encoder.head and isinstance(module, nn.Linear):
-            initialization.normal_(module.weight, std=0.02)
-            initialization.zeros_(module.bias)
+    def get_input_embeddings(self) -> nn.Module:
+        """The patch embedding."""
+        return self.encoder.patch_embed
 
-    def save_pretrained(
-        self, save_directory: str | Path, *args: Any, state_dict: Mapping[str, Tensor] | None = None, **kwargs: Any
-    ) -> None:
-        """As transformers' own, without the prefix of weight names, so that `cgspn.load_encoder` reads the folder."""
-        state = self.state_dict() if state_dict is None else state_dict
-        plain = {key.removeprefix(PREFIX): value for key, value in state.items()}
-        super().save_pretrained(save_directory, *args, state_dict=plain, **kwargs)
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Another patch embedding."""
+        self.encoder.patch_embed = value  # type: ignore[assignment]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Start all that no checkpoint gave as a new encoder has it, as soon as one such module comes up.
+
+        transformers marks the parameters that it has loaded.
+        """
+        if all(map(_is_initialised, module.parameters(recurse=False))):
+            return
+        encoder = self.encoder
+        missing = {name: p for name, p in encoder.named_parameters() if not _is_initialised(p)}
+        if all(name.startswith("head.") for name in missing):
+            fresh = {f"head.{name}": value for name, value in build_head(encoder.config).state_dict().items()}
+        else:
+            fresh = Encoder(encoder.config).state_dict()
+        for name, parameter in missing.items():
+            initialization.copy_(parameter, fresh[name])
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As transformers' own, with a model card where there is none; `cgspn.load_encoder` reads the folder too."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if kwargs.get("is_main_process", True):
+            write_card(save_directory, self.encoder.config, self.num_parameters())
 
     def run(
-        self, pixel_values: Tensor, pixel_mask: Tensor | None, keep: bool
-    ) -> tuple[Tensor, Grid, tuple[Tensor, ...] | None]:
-        """Images [B, channels, H, W] -> normalised tokens [B, prefix + h*w, C], their grid, and with `keep` all states.
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+    ) -> Pass:
+        """Images [B, channels, H, W] through the blocks; None for the flags leaves them to the config.
 
         pixel_mask: [B, H, W], zero where a pixel is padding to the right or below.
         """
-        patch = self.config.patch_size
+        config, patch, encoder = self.config, self.config.patch_size, self.encoder
+        want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        want_maps = config.output_attentions if output_attentions is None else output_attentions
         mask = None if pixel_mask is None else pixel_mask[:, ::patch, ::patch].bool()
-        tokens, grid = self.encoder.embed(pixel_values, mask)
-        states = [tokens]
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block in self.encoder.each_block():
-            if recompute:  # by the function that transformers sets: it may also offload
-                tokens = self._gradient_checkpointing_func(block, tokens, grid)
+        tokens, grid = encoder.embed(pixel_values, mask)
+        states, maps = [tokens], []
+        # the blocks recompute in training mode; a frozen encoder that gradients pass through is left to this loop
+        recompute = self.gradient_checkpointing and not self.training and torch.is_grad_enabled()
+        for block in encoder.each_block():
+            if want_maps and isinstance(block.mixer, AttentionMixer):
+                tokens, grid = order(tokens, grid, None)
+                branch, attention = block.mixer.with_map(block.norm1(tokens), grid)
+                tokens = block.mlp_half(tokens + block.scale1(branch))
+                maps.append(attention)
             else:
-                tokens = self.encoder.run_block(block, tokens, grid)
-            if keep:
-                states.append(tokens)
-        return self.encoder.norm(tokens), grid, tuple(states) if keep else None
+                tokens, grid = order(tokens, grid, block.mixer.window)
+                # the function is transformers' own: it may also offload
+                tokens = self._gradient_checkpointing_func(block, tokens, grid) if recompute else block(tokens, grid)
+            if want_states:
+                states.append(order(tokens, grid, None)[0])
+        tokens, grid = order(tokens, grid, None)
+        return Pass(encoder.norm(tokens), grid, tuple(states) if want_states else None, tuple(maps) or None)
 
-    def _wants_states(self, output_hidden_states: bool | None) -> bool:
-        return bool(self.config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+
+def _is_initialised(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
 
 
 class CgspnModel(CgspnPreTrainedModel):
@@ -92,6 +149,7 @@ class CgspnModel(CgspnPreTrainedModel):
         pixel_mask: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> BaseModelOutputWithPooling:
         """Features of normalised images of any height and width that are multiples of the patch size.
 
@@ -99,13 +157,17 @@ class CgspnModel(CgspnPreTrainedModel):
             pixel_values: [B, channels, H, W].
             pixel_mask: [B, H, W], zero where a pixel is padding to the right or below, as the image processor gives it.
             output_hidden_states: also return the tokens before the blocks and after each, before the last LayerNorm.
-            output_attentions: of no effect; a scan has no attention map, and attentions are None.
+            output_attentions: also return [B, heads, N, N] of each attention block; a scan has no such map, and
+                without attention blocks attentions are None.
+            interpolate_pos_encoding: of no effect; positions, where there are any, follow the size of the images.
 
         Raises ValueError for sizes that patches do not tile.
         """
-        tokens, grid, states = self.run(pixel_values, pixel_mask, self._wants_states(output_hidden_states))
+        tokens, grid, states, maps = self.run(pixel_values, pixel_mask, output_hidden_states, output_attentions)
         pooled = self.encoder.forward_head(tokens, pre_logits=True, mask=grid.mask)
-        return BaseModelOutputWithPooling(last_hidden_state=tokens, pooler_output=pooled, hidden_states=states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=tokens, pooler_output=pooled, hidden_states=states, attentions=maps
+        )
 
 
 class CgspnForImageClassification(CgspnPreTrainedModel):
@@ -125,12 +187,13 @@ class CgspnForImageClassification(CgspnPreTrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        interpolate_pos_encoding: bool | None = None,
     ) -> ImageClassifierOutput:
         """Logits, and with labels [B] (or [B, num_labels] for several a picture) the loss. Else as `CgspnModel`."""
-        tokens, grid, states = self.run(pixel_values, pixel_mask, self._wants_states(output_hidden_states))
+        tokens, grid, states, maps = self.run(pixel_values, pixel_mask, output_hidden_states, output_attentions)
         logits = self.encoder.forward_head(tokens, mask=grid.mask)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states)
+        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=states, attentions=maps)
 
 
 class CgspnBackbone(BackboneMixin, CgspnPreTrainedModel):  # type: ignore[misc]
@@ -156,11 +219,14 @@ class CgspnBackbone(BackboneMixin, CgspnPreTrainedModel):  # type: ignore[misc]
     ) -> BackboneOutput:
         """The maps of the stages asked for. pixel_values: [B, channels, H, W], normalised."""
         patch, (height, width) = self.config.patch_size, pixel_values.shape[-2:]
-        _, grid, states = self.run(pad(pixel_values, (0, -width % patch, 0, -height % patch)), None, keep=True)
+        images = pad(pixel_values, (0, -width % patch, 0, -height % patch))
+        _, grid, states, maps = self.run(images, None, True, output_attentions)
         assert states is not None
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         norm = self.encoder.norm if self.config.apply_layernorm else nn.Identity()
         chosen = [state for name, state in zip(self.stage_names, states, strict=True) if name in self.out_features]
         return BackboneOutput(
             feature_maps=tuple(to_map(norm(state), grid).permute(0, 3, 1, 2) for state in chosen),
-            hidden_states=states if self._wants_states(output_hidden_states) else None,
+            hidden_states=states if wanted else None,
+            attentions=maps,
         )

@@ -13,7 +13,7 @@ from torch.nn.functional import layer_norm, rms_norm
 
 from ..backends import unsupported_reason
 from ..eager import is_eager
-from ..gpu import Gpu, gpu_of
+from ..gpu import Gpu, gpu_of, on_accelerator
 from ..triton_launch import TritonLaunch
 from .tiles import tile
 
@@ -37,7 +37,7 @@ def can_use_rows(*tensors: Tensor | None) -> bool:
     """
     given = [t for t in tensors if t is not None]
     first = given[0]
-    if first.is_cpu or not is_eager(*given) or any(t.dtype not in DTYPES or not t.numel() for t in given):
+    if not on_accelerator(first) or not is_eager(*given) or any(t.dtype not in DTYPES or not t.numel() for t in given):
         return False
     return unsupported_reason("triton", first) is None
 

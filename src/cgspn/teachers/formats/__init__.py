@@ -35,7 +35,7 @@ def read_encoder(source: Source, options: Options) -> Encoder:
     for name in _stated_names(source):
         if reason := unsupported_reason(name):
             raise CheckpointError(f"{source.name} is a {name}: {reason}, which this library does not compute")
-    tower = find_tower(FAMILIES, source, options.heads, options.submodel)
+    tower = find_tower(FAMILIES, source, options)
     if tower is not None:
         return build(tower, options)
     keys = [re.sub(r"\.\d+\.", ".{i}.", key) for key in source.weights]

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from ...models.checkpoint import CheckpointError
+from ..options import Options
 from ..source import Source
 from .family import Family, Tower, listed
 
@@ -13,12 +14,12 @@ from .family import Family, Tower, listed
 _USUAL = re.compile(r"(^|[._])(teacher|ema|target_encoder)([._]|$)")
 
 
-def find_tower(families: Sequence[Family], source: Source, heads: int | None, submodel: str | None) -> Tower | None:
+def find_tower(families: Sequence[Family], source: Source, options: Options) -> Tower | None:
     """The image tower of a source with its family; None if it has none of these families.
 
-    submodel: the beginning of the tower's keys, such as "student"; None for the only tower, or for the one that is
-    usually evaluated. Raises CheckpointError, naming the models, if there are several and none is the usual one, or
-    if none has the keys that `submodel` names.
+    options.submodel is the beginning of the tower's keys, such as "student"; None for the only tower, or for the one
+    that is usually evaluated. Raises CheckpointError, naming the models, if there are several and none is the usual
+    one, or if none has the keys that `submodel` names.
     """
     found: dict[str, Family] = {}
     for family in families:
@@ -26,9 +27,14 @@ def find_tower(families: Sequence[Family], source: Source, heads: int | None, su
             found.setdefault(prefix, family)
     if not found:
         return None
-    prefix = _chosen(source.name, list(found), submodel)
-    weights = {key.removeprefix(prefix): value for key, value in source.weights.items() if key.startswith(prefix)}
-    return Tower(source, found[prefix], prefix, weights, heads)
+    prefix = _chosen(source.name, list(found), options.submodel)
+    others = tuple(other for other in found if len(other) > len(prefix))
+    weights = {
+        key.removeprefix(prefix): value
+        for key, value in source.weights.items()
+        if key.startswith(prefix) and not key.startswith(others)
+    }
+    return Tower(source, found[prefix], prefix, weights, options)
 
 
 def _chosen(name: str, prefixes: list[str], submodel: str | None) -> str:

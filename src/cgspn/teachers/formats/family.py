@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -38,13 +39,18 @@ class Rule:
 
 @dataclass(frozen=True)
 class Tower:
-    """The image tower of a source: its tensors by their keys below `prefix`, and its heads if the user gave them."""
+    """The image tower of a source: its tensors by their keys below `prefix`, and what the user said about it."""
 
     source: Source
     family: Family
     prefix: str
     weights: Weights
-    heads: int | None = None
+    options: Options
+
+    def warn_of(self, field: str, text: str) -> None:
+        """Warn of a guess about a field of the config, unless the user gave it."""
+        if field not in self.options.overrides:
+            warnings.warn(f"{self.source.name}: {text}; to say otherwise, give {field}=", stacklevel=7)
 
     def has(self, key: str) -> bool:
         """Whether the tower has this key."""
@@ -189,8 +195,10 @@ def grid_positions(config: EncoderConfig, table: Tensor) -> Tensor:
 
 
 def prefix_tokens(config: EncoderConfig, *tensors: Tensor) -> Tensor:
-    """Class and register tokens, the last tensor's positions of them added: -> [prefix, C]."""
+    """Class and register tokens, the last tensor's positions of them, if any, added: -> [prefix, C]."""
     width = config.width
+    if not config.positions:
+        return torch.cat([tensor.reshape(-1, width) for tensor in tensors])
     tokens = torch.cat([tensor.reshape(-1, width).float() for tensor in tensors[:-1]])
     table = tensors[-1].reshape(-1, width).float()
     own = len(table) - _grid_rows(config)
@@ -240,7 +248,7 @@ def head_count(
 
     by_width: whether published models of this width and kind agree. Raises ValueError if nothing tells.
     """
-    known = tower.heads or (stated if isinstance(stated, int) else None)
+    known = tower.options.heads or (stated if isinstance(stated, int) else None)
     if known is None and (name or by_width):
         known = heads_of(name, width, sixteen=sixteen)
     if known is None:

@@ -54,6 +54,12 @@ def name_in_file(source: str) -> str:
     return name if _TIMM.match(name) or unsupported_reason(name) else ""
 
 
+def size_of(name: str) -> int | None:
+    """The native size in pixels with which timm's names end; None without one."""
+    found = re.search(r"_(\d{2,4})$", name)
+    return int(found[1]) if found else None
+
+
 def heads_of(name: str, width: int, *, sixteen: bool = False) -> int | None:
     """The heads of attention of an architecture that timm knows, else of the published models of a width.
 

@@ -38,6 +38,8 @@ def config(tower: Tower) -> EncoderConfig:
     if model and heads is None:
         heads = width // 64  # OpenCLIP's default
     by_tanh = (vision.get("act_kwargs") or {}).get("approximate") == "tanh"
+    if not (model or named):
+        tower.warn_of("activation", "no tensor shows which GELU this CLIP has; the exact one is taken")
     average = vision.get("pool_type") == "avg"
     after = bool(vision.get("final_ln_after_pool"))
     return EncoderConfig(

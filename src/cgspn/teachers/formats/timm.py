@@ -19,7 +19,7 @@ from .family import (
     sizes,
     title,
 )
-from .names import name_in_file, unsupported_argument, unsupported_reason
+from .names import name_in_file, size_of, unsupported_argument, unsupported_reason
 from .preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, normalisation
 
 CLASSIFIERS = (1000, 10450, 11221, 11821, 21841, 21843)  # labels of ImageNet in its editions: no image embedding
@@ -53,13 +53,16 @@ def config(tower: Tower) -> EncoderConfig:
     registers = tower.shape(key)[-2] if tower.has(key) else 0
     rows = tower.shape("pos_embed")[-2] if tower.has("pos_embed") else 0
     native = args.get("img_size") or stated.get("pretrained_cfg", {}).get("input_size", [0])[-1]
-    native = vision.get("image_size") or native
+    native = vision.get("image_size") or native or size_of(name)
     # positions of all prefix tokens, of the class token alone, or of none
-    extra = next((e for e in (classes + registers, classes, 0) if round((rows - e) ** 0.5) ** 2 == rows - e), 0)
-    side = tower.side(rows - extra) if rows else (native // patch if isinstance(native, int) else 16)
+    extras = (e for e in (classes + registers, classes, 0) if e <= rows)
+    extra = next((e for e in extras if round((rows - e) ** 0.5) ** 2 == rows - e), 0)
+    side = tower.side(rows - extra) if rows else (native // patch if isinstance(native, int) and native else 16)
     pre_norm, scale = tower.has("norm_pre.weight"), tower.has("blocks.0.ls1.gamma")
     pooled_by_map = tower.has("attn_pool.latent")
-    sigmoid = pooled_by_map or "siglip" in name
+    # pure grids that are averaged, of these widths, are SigLIP's with its pooling head taken off
+    grid = not (name or classes or registers or tower.has("fc_norm.weight")) and width in (1024, 1152, 1536)
+    sigmoid = pooled_by_map or "siglip" in name or grid
     embed = _embed_dim(tower, pre_norm, stated)
     mean, std = (CLIP_MEAN, CLIP_STD) if pre_norm else (HALF, HALF) if sigmoid else (IMAGENET_MEAN, IMAGENET_STD)
     pooling = args.get("global_pool") or stated.get("global_pool") or vision.get("timm_pool")
@@ -134,6 +137,8 @@ def _activation(
         return _ACTIVATIONS[stated]
     if "quickgelu" in name or (not name and "quickgelu" in tower.source.name.lower()):
         return "quick_gelu"
+    if not name and tower.has("norm_pre.weight"):
+        tower.warn_of("activation", "no tensor shows which GELU this CLIP has; the exact one is taken")
     # timm's own choice for these; the other SigLIP models have the exact one
     if sigmoid and (patch == 32 or (patch == 16 and (width in (1152, 1536) or (width, side) == (1024, 32)))):
         return "gelu_tanh"
@@ -165,7 +170,7 @@ TIMM = Family(
     ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight"),
     (
         *both("patch_embed.projection", "patch_embed.proj"),
-        Rule("prefix", ("?cls_token", "?reg_token|register_tokens", "pos_embed"), prefix_tokens),
+        Rule("prefix", ("?cls_token", "?reg_token|register_tokens", "?pos_embed"), prefix_tokens),
         Rule("positions.table", ("pos_embed",), grid_positions),
         *both("pre_norm", "norm_pre"),
         *both("blocks.{i}.norm1", "blocks.{i}.norm1"),

@@ -1,0 +1,104 @@
+"""What the host does for a block besides the launches themselves: measured without a GPU.
+
+Tensors are a few numbers on the CPU, and a stand-in for a GPU takes launches and drops them. What is left is what has
+to happen before a device can work: Python, PyTorch's own dispatcher and products, memory, packed arguments.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..environment import describe
+from ..layers import Grid
+from ..ops.gpu import Launch, Machine, registered
+from .checks import at_least, not_empty
+from .contenders import OURS, VALUES, Shape, build
+from .results import write
+
+Row = dict[str, Any]
+CPU = torch.device("cpu")
+SHAPE = Shape(width=64, heads=2, hidden=64, compression=4)  # so small that products take as long as their dispatch
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """Settings.
+
+    Args:
+        contenders: blocks of `cgspn.bench.contenders`.
+        calls: of a block in one timing.
+        rounds: timings; the median counts.
+    """
+
+    contenders: tuple[str, ...] = ("attention, flash, fused MLP", OURS, *VALUES)
+    calls: int = 50
+    rounds: int = 20
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for what cannot be measured."""
+        not_empty(self, "contenders")
+        at_least(self, 1, "calls", "rounds")
+
+
+class DroppedLaunches:
+    """Stands for a Hopper GPU: launches are counted and dropped."""
+
+    index, capability, arch, runs_triton = -1, (9, 0), "sm_90", True
+    machine = Machine(132, 227 * 1024, True)
+
+    def __init__(self) -> None:
+        """Nothing was launched yet."""
+        self.launches = 0
+
+    def load(self, name: str, entry: str, defines: tuple[tuple[str, int], ...], shared: int) -> int:
+        """No kernel."""
+        return 0
+
+    def compiler_reason(self) -> None:
+        """Nothing is compiled."""
+
+    def through_triton(self, launch: Any, tensors: Sequence[Tensor | None], wanted: bool) -> Launch:
+        """As if Triton had compiled."""
+        slots = [(n, 0) for n in range(len(tensors))]
+        return Launch(self, 0, launch.grid, 128, 0, [bytes(8)] * len(tensors), slots)  # type: ignore[arg-type]
+
+    def submit(self, launch: Launch) -> None:
+        """Drop a launch."""
+        self.launches += 1
+
+
+def host_row(name: str, config: HostConfig) -> Row:
+    """Microseconds of the host for a block in inference and its own launches; products are PyTorch's."""
+    grid = Grid(2, 2)
+    block = build(name, SHAPE, CPU, torch.bfloat16)
+    tokens = torch.zeros(1, 4, SHAPE.width, dtype=torch.bfloat16)
+    gpu = DroppedLaunches()
+    with registered(CPU, gpu), torch.no_grad():  # type: ignore[arg-type]
+        for _ in range(3):
+            gpu.launches = 0
+            block.whole(tokens, grid)
+        launches, found = gpu.launches, []
+        for _ in range(config.rounds):
+            began = time.thread_time()
+            for _ in range(config.calls):
+                block.whole(tokens, grid)
+            found.append((time.thread_time() - began) / config.calls)
+    return {"block": name, "own launches": launches, "host us": 1e6 * statistics.median(found)}
+
+
+def run(config: HostConfig, out: Path, *, commit: str = "") -> list[Row]:
+    """Measure, and write host.json and host.md to `out`.
+
+    Raises ValueError for an unknown contender, OSError if `out` cannot be written.
+    """
+    rows = [host_row(name, config) for name in config.contenders]
+    write(out, "host", describe(commit), {"a block in inference, launches dropped": rows})
+    return rows

@@ -1,0 +1,83 @@
+"""What every command is: settings with words for each, a method that runs, and the settings that `--help` shows."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from functools import partial
+from inspect import getdoc
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
+
+import docstring_parser
+import tyro
+
+# Positionals, which help names by what they are and not by their type.
+Teacher = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEACHER")]
+Student = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDENT")]
+Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
+Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+Encoders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ENCODER")]
+Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+Device = Literal["auto", "cpu", "cuda"]
+Kind = TypeVar("Kind")
+Settings = tyro.conf.OmitArgPrefixes[Kind]  # settings without the name of the field that holds them
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of the program.
+
+    usual: paths of the settings that `--help` shows, as "config.stage1.steps"; none for all. Positionals are shown too.
+    """
+
+    usual: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def start(cls, arguments: list[str]) -> Command:
+        """What the settings are before any is given; `arguments` may decide it."""
+        return cls(**{f.name: tyro.MISSING for f in fields(cls) if f.default is f.default_factory is MISSING})
+
+    def run(self) -> None:
+        """Do it. Raises ValueError or OSError for what cannot be done."""
+        raise NotImplementedError
+
+
+def parsed(kind: type[Command], program: str, arguments: list[str]) -> Command:
+    """The command of some arguments. Raises SystemExit for help, and for arguments that cannot be, having said why."""
+    start = kind.start(arguments)
+    about: dict[str, Any] = {"prog": program, "description": getdoc(kind)}
+    if kind.usual and {"-h", "--help"} & set(arguments):
+        try:
+            tyro.cli(usual_settings(kind, start), args=["--help"], **about)
+        finally:
+            print(f"These are the usual options; {program} --help-all shows all of them.")
+    return tyro.cli(kind, default=start, args=["--help"] if "--help-all" in arguments else arguments, **about)
+
+
+def usual_settings(kind: type[Command], start: Command) -> type:
+    """A flat dataclass of the positionals of a command and its usual settings, with their words and defaults."""
+    positionals = [f.name for f in fields(kind) if getattr(start, f.name) is tyro.MISSING]
+    shown = []
+    for path in (*positionals, *kind.usual):
+        owner: Any = kind
+        value: Any = start
+        for name in path.split("."):
+            hint, words = get_type_hints(owner, include_extras=True)[name], descriptions(owner)[name]
+            value = getattr(value, name)
+            owner = type(value)
+        more = (
+            tyro.conf.arg(name=path.replace("_", "-"), help=words) if path in kind.usual else tyro.conf.arg(help=words)
+        )
+        default: Any = field() if value is tyro.MISSING else field(default_factory=partial(copy, value))
+        shown.append((path.replace(".", "_"), Annotated[hint, more], default))
+    return make_dataclass("Usual", shown, frozen=True)
+
+
+def descriptions(kind: type) -> dict[str, str]:
+    """The words for each field of a dataclass: of its docstring's Args, or under the field."""
+    found: dict[str, str] = {}
+    for owner in reversed(kind.__mro__[:-1]):
+        each = docstring_parser.parse_from_object(owner).params
+        found |= {one.arg_name: " ".join((one.description or "").split()) for one in each}
+    return found

@@ -1,0 +1,156 @@
+"""One picture of any kind to float32 [C, H, W] as an image processor's options say, by way of `cgspn.data.prepare`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...data.prepare import CHANNELS, Prepare, array_picture, open_picture, open_raw
+from ..config import Resample
+
+Aspect = Literal["crop", "squash", "keep"]
+Sides = int | Sequence[int] | Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How pictures get their size, and what their channels are.
+
+    Attributes:
+        prepare: size, crop, filter, mean and std, the last two of pixels in 0 to 1.
+        patch: give each picture as many pixels as prepare.size has in its own aspect ratio, in whole patches; 0 to not.
+        window: (height, width) that is cut out of the middle of a picture that is not resized.
+        convert: pictures are colours, and become RGB or grey; otherwise their channels are taken as they are.
+        layout: "channels_first" or "channels_last" for arrays whose shape does not show it.
+    """
+
+    prepare: Prepare
+    patch: int = 0
+    window: tuple[int, int] | None = None
+    convert: bool = True
+    layout: str | None = None
+
+    def __call__(self, picture: Any) -> Tensor:
+        """float32 [C, H, W]. Raises ValueError for another number of channels, and as `open_picture` does."""
+        channels = len(self.prepare.mean)
+        if self.convert and channels in (1, 3):
+            return self._resized(open_picture(self._first(picture)), channels)
+        planes = self._planes(picture)
+        if len(planes) != channels:
+            raise ValueError(f"an image has {len(planes)} channels; accepted: {channels}, as image_mean has")
+        each = zip(planes, self.prepare.mean, self.prepare.std, strict=True)
+        one = [replace(self, prepare=replace(self.prepare, mean=(m,), std=(s,)))._resized(p, 1) for p, m, s in each]
+        return torch.cat(one)
+
+    def _resized(self, image: Image.Image, channels: int) -> Tensor:
+        prepare = replace(self.prepare, channels=channels)
+        if self.window is not None:
+            top, left = ((own - side) // 2 for own, side in zip((image.height, image.width), self.window))
+            image = image.crop((left, top, left + self.window[1], top + self.window[0]))
+        elif self.patch and prepare.size is not None:
+            scale = math.sqrt(math.prod(prepare.size) / (image.height * image.width)) / self.patch
+            size = [max(1, round(side * scale)) * self.patch for side in (image.height, image.width)]
+            prepare = replace(prepare, size=(size[0], size[1]), crop=False, crop_pct=1.0)
+        return prepare(image)
+
+    def _planes(self, picture: Any) -> list[Image.Image]:
+        """Each channel as a grey picture."""
+        if isinstance(picture, Image.Image):
+            return list(picture.split())
+        if picture.ndim == 2:
+            return [array_picture(picture)]
+        return [array_picture(plane) for plane in self._first(picture)]
+
+    def _first(self, picture: Any) -> Any:
+        """An array or tensor of colours with its channels first, where that is known; anything else as it is."""
+        if not isinstance(picture, (np.ndarray, Tensor)) or picture.ndim != 3:
+            return picture
+        count = len(self.prepare.mean) if not self.convert else None
+        last = self.layout == "channels_last"
+        if self.layout is None:
+            known = CHANNELS if count is None else (count,)
+            last = picture.shape[0] not in known and picture.shape[2] in known
+        if not last:
+            return picture
+        return picture.permute(2, 0, 1) if isinstance(picture, Tensor) else np.moveaxis(picture, 2, 0)
+
+
+def each_picture(images: Any) -> Iterator[Any]:
+    """The pictures of nested lists and batches one by one: PIL images, arrays and tensors; paths are opened.
+
+    Raises ValueError for anything else, and what Pillow raises for a file that it cannot read.
+    """
+    if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
+        for image in images:
+            yield from each_picture(image)
+    elif isinstance(images, str) and images.startswith(("http://", "https://")):
+        from transformers.image_utils import load_image
+
+        yield load_image(images)
+    elif isinstance(images, (str, Path)):
+        yield open_raw(images)
+    elif isinstance(images, (np.ndarray, Tensor, Image.Image)):
+        if is_float(images) and np.prod(images.shape) and float(abs(images).max()) > 1:
+            raise ValueError(
+                f"an image holds floats up to {float(images.max()):g}; accepted: integers 0 to 255, floats 0 to 1"
+            )
+        yield images
+    else:
+        raise ValueError(f"an image is a {type(images).__name__}; accepted: a PIL image, an array, a tensor or a path")
+
+
+def is_float(picture: Any) -> bool:
+    """Whether a picture is an array or tensor of floats."""
+    if isinstance(picture, Tensor):
+        return picture.dtype.is_floating_point
+    return isinstance(picture, np.ndarray) and picture.dtype.kind == "f"
+
+
+def resizing(size: Sides | None, crop_size: Sides | None, aspect: Aspect, resample: Resample, pct: float) -> Fit:
+    """The fit that options ask for: size None to not resize, crop_size None to not cut. Raises ValueError."""
+    if size is None:
+        return Fit(Prepare(None), window=None if crop_size is None else sides("crop_size", crop_size))
+    if crop_size is None:
+        crop = aspect == "crop"
+        return Fit(Prepare(sides("size", size), crop, resample, crop_pct=pct))
+    height, width = sides("crop_size", crop_size)
+    if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
+        pct, crop = max(height, width) / size["shortest_edge"], True
+    else:
+        full = sides("size", size)
+        pct, crop = height / full[0], False
+        if height * full[1] != width * full[0]:
+            raise ValueError(f"crop_size is {(height, width)} of size {full}; accepted: the same shape")
+    if not 0 < pct <= 1:
+        raise ValueError(f"crop_size is {(height, width)}, which is larger than size {size}; accepted: up to it")
+    return Fit(Prepare((height, width), crop, resample, crop_pct=pct))
+
+
+def sides(name: str, size: Sides) -> tuple[int, int]:
+    """Height and width of a size in any of its forms. Raises ValueError for another."""
+    if isinstance(size, Mapping) or hasattr(size, "items"):
+        values = [size.get(key) for key in ("height", "width")] if set(size) == {"height", "width"} else []
+    else:
+        values = [size, size] if isinstance(size, int) else list(size)
+    if len(values) != 2 or not all(isinstance(v, int) and v >= 1 for v in values):
+        raise ValueError(f"{name} is {size}; expected {{'height': pixels, 'width': pixels}}")
+    return values[0], values[1]
+
+
+def filter_name(resample: Resample | int) -> Resample:
+    """A filter of Pillow by name or number. Raises ValueError for one that does not exist."""
+    accepted = get_args(Resample)
+    name = str(getattr(resample, "value", resample)).lower()
+    if name.isdigit() and int(name) in [f.value for f in Image.Resampling]:
+        name = Image.Resampling(int(name)).name.lower()
+    if name not in accepted:
+        raise ValueError(f"resample is {resample!r}; accepted: {', '.join(map(repr, accepted))}")
+    return name  # type: ignore[return-value]

@@ -1,0 +1,50 @@
+"""Blocks for timm: stochastic depth in training, and a module that gives hooks the feature map."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..compat import has_hooks
+from ..layers import Block, Grid
+
+
+class TimmBlock(Block):
+    """A `Block` with what timm's blocks have besides.
+
+    Attributes:
+        drop_path: in training, the share of images that skip each half of the block; the others count for them.
+        map: a module through which the block's map [B, C, h, w] passes, for hooks.
+    """
+
+    drop_path = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """As `Block`."""
+        super().__init__(*args, **kwargs)
+        self.map = nn.Identity()
+
+    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """tokens [B, N, C] -> [B, N, C]."""
+        if self.training and self.drop_path:
+            tokens = tokens + self._dropped(self.sublayer(tokens, grid))
+            tokens = tokens + self._dropped(self.scale2(self.mlp(self.norm2(tokens))))
+        else:
+            tokens = super().forward(tokens, grid)
+        if has_hooks(self.map):
+            self.map(tokens[:, grid.prefix :].mT.unflatten(2, (grid.height, grid.width)))
+        return tokens
+
+    def _dropped(self, branch: Tensor) -> Tensor:
+        """A branch [B, N, C], zero for the images that skip it, larger for the others so that the mean stays."""
+        kept = 1.0 - self.drop_path
+        return branch * torch.empty_like(branch[:, :1, :1]).bernoulli_(kept) / kept
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """The rate of each block, from 0 to `rate` in equal steps, as timm spreads it. Raises ValueError outside 0 to 1."""
+    if not 0 <= rate < 1:
+        raise ValueError(f"drop_path_rate is {rate}; accepted: from 0 to below 1")
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]

@@ -1,0 +1,73 @@
+"""timm's arguments for a model, and an `EncoderConfig`: each from the other. Needs no timm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from .config import EncoderConfig, encoder_config_from_dict, to_dict
+from .registry import list_models, model_config
+from .timm_api import POOLS
+
+ANY = "cgspn_encoder"  # timm's name for a model that is none of the registered ones, such as a converted student
+POOLINGS = {"": "mean", **{theirs: ours for ours, theirs in POOLS.items()}}
+REGULARISERS = ("drop_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate", "pos_drop_rate")
+
+
+class UnknownOption(TypeError, ValueError):
+    """A keyword that no encoder has: a TypeError as of any function, and a ValueError as for other settings here."""
+
+
+def architecture(config: EncoderConfig) -> str:
+    """The name under which timm knows a model of this config."""
+    return config.name if config.name in list_models() else ANY
+
+
+def timm_args(config: EncoderConfig) -> dict[str, Any]:
+    """The arguments of `timm.create_model`, plain JSON values, that make a model of exactly this config."""
+    return {"config": to_dict(config)}
+
+
+def config_of(name: str, options: Mapping[str, Any]) -> EncoderConfig:
+    """The config of a model as timm asks for it.
+
+    Args:
+        name: of `cgspn.list_models()`, or `ANY`.
+        options: timm's (img_size, in_chans, num_classes, global_pool, embed_dim), fields of EncoderConfig, and
+            `config`, a whole one that takes the place of the name's.
+
+    timm's embed_dim is the width of the tokens; the MLPs' changes with it. Raises UnknownOption, which is a TypeError,
+    for a keyword that there is none of, and ValueError for a value that is not accepted.
+    """
+    options = dict(options)
+    for option in REGULARISERS:
+        if options.pop(option, 0):
+            raise ValueError(f"{option} is not 0; accepted: 0, these encoders have no such dropout")
+    options.pop("dynamic_img_size", None)  # always on
+    whole = options.pop("config", None)
+    if whole is None:
+        config = model_config("cgspn_small_patch14_378" if name == ANY else name)
+    else:
+        config = whole if isinstance(whole, EncoderConfig) else encoder_config_from_dict(whole)
+    own: dict[str, Any] = {}
+    channels = options.pop("in_chans", config.channels)
+    if channels != config.channels:
+        own |= {"channels": channels, "image_mean": (0.5,) * channels, "image_std": (0.5,) * channels}
+    if "img_size" in options:
+        size = options.pop("img_size")
+        own["image_size"] = (size, size) if isinstance(size, int) else tuple(size)
+    if "global_pool" in options:
+        pool = options.pop("global_pool")
+        if pool not in POOLINGS:
+            raise ValueError(f"global_pool is {pool!r}; accepted: {', '.join(map(repr, POOLINGS))}")
+        own["pooling"] = POOLINGS[pool]
+    if "embed_dim" in options:
+        width = options.pop("embed_dim")
+        own |= {"width": width, "mlp_hidden": round(config.mlp_hidden * width / config.width)}
+    known = {field.name for field in fields(EncoderConfig)} - {"embed_dim"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        accepted = ", ".join(sorted({"config", "embed_dim", "in_chans", "img_size", "global_pool"} | known))
+        raise UnknownOption(f"{name} has no {', '.join(unknown)}; accepted: {accepted}")
+    return replace(config, **own, **options)
