@@ -40,8 +40,13 @@ def scores(student: Encoder, teacher: Encoder, held: Tensor, px: int) -> dict[st
 
 @torch.inference_mode()
 def sublayer_errors(student: Encoder, teacher: Encoder, held: Tensor, px: int) -> dict[str, float]:
-    """Stage 1's loss of each block at a size: squared error over the mean square of the teacher's branch."""
+    """Stage 1's loss of each block at a size: squared error over the mean square of the teacher's branch.
+
+    Empty for a student whose sub-layers are all the teacher's.
+    """
     task = SublayerTask(teacher, student)
+    if not task.learning:
+        return {}
     with torch.autocast(held.device.type, torch.bfloat16, enabled=held.is_cuda):
         few = held[: max(4, min(len(held), TOKENS // (px // 14) ** 2))]
         images = at_size(few, px, student)

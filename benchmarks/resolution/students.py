@@ -27,8 +27,8 @@ class Student:
 
 
 def values(expansion: float, **changes: Any) -> dict[str, PropagationConfig]:
-    """C-GSPN with values of their own, and changes to it."""
-    return {"propagation": replace(value_config(expansion), **changes)}
+    """C-GSPN with values of their own, the state a plain sum, and changes to it."""
+    return {"propagation": replace(value_config(expansion), **{"normalise_state": False, **changes})}
 
 
 LATENT, MEAN = PropagationConfig(), PropagationConfig(normalise_state=True)
@@ -45,9 +45,7 @@ SIZE: dict[str, Student] = {
     "values 6": Student(values(6)),
     "values 6, positions": Student({**values(6), **POSITIONS}),
     "values 6, normalised": Student(values(6, **NORMALISED)),
-    "values 6, convex": Student(values(6, convex_gate=True)),
     "values 6, positions, normalised": Student({**values(6, **NORMALISED), **POSITIONS}),
-    "values 6, positions, convex": Student({**values(6, convex_gate=True), **POSITIONS}),
     "values 6, positions, no convolution": Student({**values(6, local_kernel=0), **POSITIONS}),
     "values 6, positions, no forget gate": Student({**values(6, forget_gate=False), **POSITIONS}),
     "values 6, positions, normalised, no forget gate": Student(

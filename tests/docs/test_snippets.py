@@ -2,11 +2,13 @@
 
 import re
 import shlex
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
-from cgspn.cli import parsed
+from cgspn.cli import COMMANDS, command_of
+from cgspn.commands.command import parsed
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
@@ -41,4 +43,6 @@ def test_snippet_runs_alone_and_prints(code, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("arguments", list(commands()))
 def test_command_is_understood(arguments):
-    assert parsed(arguments)
+    words, rest = command_of(arguments)
+    module, name = COMMANDS[words][0].split(":")
+    assert parsed(getattr(import_module(f"cgspn.commands.{module}"), name), f"cgspn {words}", rest)

@@ -19,6 +19,7 @@ from cgspn.evaluate.measure import (
     size_for,
     zeroshot,
 )
+from cgspn.evaluate.suite import embed_set
 from cgspn.layers import AttentionConfig
 from cgspn.models import Encoder, EncoderConfig
 from layouts import ade20k, clip_benchmark, coco_stuff
@@ -255,3 +256,12 @@ def test_pictures_that_cannot_be_read_at_all(tmp_path):
     (tmp_path / "a.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"a\.png"):
         embed_pictures(cgspn.load_model("embedded"), [tmp_path / "a.png"], "set")
+
+
+def test_the_demo_and_eval_see_the_same_images():
+    model = cgspn.load_model(
+        "embedded", image_size=(32, 32), position_table=(7, 7)
+    )  # not the images' own, so that they are resized
+    few = open_labelled("embedded")
+    embeddings, _, _ = embed_pictures(model, few.pictures[:40], "few")
+    torch.testing.assert_close(embed_set(model, load_embedded("test").subset(torch.arange(40)))[0], embeddings)

@@ -39,9 +39,9 @@ def test_operator_in_a_network_learns():
     assert load("operator_in_a_network").main(["--steps", "25"]) > 0.25  # 0.1 by chance
 
 
-def test_distil_photographs_brings_the_student_nearer(photographs, tmp_path):
+def test_distill_photographs_brings_the_student_nearer(photographs, tmp_path):
     out = tmp_path / "student"
-    before, after = load("distil_photographs").main(
+    before, after = load("distill_photographs").main(
         [str(photographs), "--out", str(out), "--steps", "6", "--batch", "8"]
     )
     assert after > before + 0.1

@@ -139,7 +139,7 @@ def test_what_changes_between_calls_counts():
     assert seen == [1]
     handle.remove()
     block.mixer.up = nn.Linear(64, 48, device=DEVICE, dtype=torch.float16)
-    check(block, tokens_of(8), kept=False)
+    check(block, tokens_of(8))
     block.float()
     out = block(tokens_of(9).float(), GRID)
     assert out.dtype == torch.float32
@@ -155,6 +155,7 @@ def test_copies_have_launches_of_their_own():
     check(block, tokens_of(4))
 
 
+@pytest.mark.skipif(not GPU, reason="Triton's interpreter runs in one thread")
 @torch.no_grad()
 def test_threads_share_a_block():
     block, wrong = warm(block_of()), []
@@ -163,7 +164,7 @@ def test_threads_share_a_block():
 
     def work(t, want):
         with torch.no_grad():
-            wrong.extend(_ for _ in range(200 if GPU else 3) if not torch.equal(block(t, GRID), want))
+            wrong.extend(_ for _ in range(200) if not torch.equal(block(t, GRID), want))
 
     threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, wanted, strict=True)]
     for thread in threads:

@@ -39,3 +39,41 @@ class TestOnTheGpu:
             plain = encoder(alone[None])
             torch.testing.assert_close(mine.tokens, plain.tokens[0], rtol=1e-3, atol=1e-3)
         assert len(captured.recordings) <= 3
+
+    @torch.no_grad()
+    def test_what_changes_between_calls_counts(self) -> None:
+        encoder = create_model("cgspn_mini_patch4_28").cuda().eval()
+        captured = encoder.captured(limit=4)
+        images = torch.randn(1, 3, 28, 28, device="cuda")
+
+        def check(dtype: torch.dtype) -> None:
+            mine, plain = captured(images), encoder(images)
+            assert mine.tokens.dtype == plain.tokens.dtype == dtype
+            torch.testing.assert_close(mine.tokens, plain.tokens, rtol=2e-2, atol=2e-2)
+
+        check(torch.float32)
+        with torch.autocast("cuda", torch.bfloat16):
+            check(torch.bfloat16)
+            for parameter in encoder.parameters():
+                parameter.mul_(1.2)
+            check(torch.bfloat16)
+        check(torch.float32)
+        assert len(captured.recordings) == 2
+        encoder.load_state_dict({k: v * 0.9 for k, v in encoder.state_dict().items()}, assign=True)
+        check(torch.float32)
+        assert len(captured.recordings) == 1
+        encoder.blocks[1].register_forward_hook(lambda *_: None)
+        check(torch.float32)
+        encoder.half()
+        images = images.half()
+        check(torch.float16)
+        encoder.blocks[0].mixer.norm = torch.nn.Identity()
+        check(torch.float16)
+
+    @torch.no_grad()
+    def test_what_needs_too_much_memory_is_launched(self) -> None:
+        encoder = create_model("cgspn_mini_patch4_28").cuda().eval()
+        captured = encoder.captured(memory=0.0)
+        images = torch.randn(1, 3, 28, 28, device="cuda")
+        torch.testing.assert_close(captured(images).tokens, encoder(images).tokens)
+        assert list(captured.recordings.values()) == [None]

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..bench.encoder import EncoderBenchConfig
+from ..bench.host import HostConfig
 from ..bench.scaling import ScalingConfig
 from ..bench.table import TableConfig
 from ..bench.train import TrainBenchConfig
@@ -94,6 +95,24 @@ class Encoders(_Measurement):
         from ..bench.encoder import run
 
         self._measure(lambda: run(self.config, self.out, device(), commit=self.commit, say=console.print))
+
+
+@dataclass(frozen=True)
+class Host(_Measurement):
+    """What the CPU does for a block besides launching: needs no GPU, and is what bounds one image at a time.
+
+    Examples:
+        cgspn bench host --out results/efficiency
+    """
+
+    config: Settings[HostConfig] = field(default_factory=HostConfig)
+    """Blocks, calls."""
+
+    def run(self) -> None:
+        """Raises ValueError for a contender that does not exist."""
+        from ..bench.host import run
+
+        self._measure(lambda: run(self.config, self.out, commit=self.commit, say=console.print))
 
 
 @dataclass(frozen=True)

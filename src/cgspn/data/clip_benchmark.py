@@ -5,6 +5,7 @@ Source: https://github.com/LAION-AI/CLIP_benchmark, its webdataset export.
 
 from __future__ import annotations
 
+from codecs import BOM_UTF8
 from pathlib import Path
 
 from .locate import MOST_NAMES, cache_folder, shard_of, tars_in
@@ -32,7 +33,7 @@ def open_benchmark_shards(root: Path) -> ShardSet:
     if not count.is_file():
         return index_shards(str(split), tars_in(split), cache_folder())
     with count.open("rb") as file:
-        said = file.read(32).strip()
+        said = file.read(32).removeprefix(BOM_UTF8).strip()
     if not said.isdigit():
         raise ValueError(f"{count} holds {said.decode(errors='replace')[:20]!r}; expected the number of tars")
     if not 1 <= int(said) <= MOST_NAMES:

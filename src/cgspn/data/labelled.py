@@ -156,7 +156,8 @@ def open_captioned(source: str | Path) -> CaptionedPictures:
         texts = [read_bytes(text) if text.is_file() else b"" for text in beside]
         pictures = list(files)
     captions = [
-        tuple(line.strip() for line in text.decode(errors="replace").splitlines() if line.strip()) for text in texts
+        tuple(line.strip() for line in text.decode("utf-8-sig", errors="replace").splitlines() if line.strip())
+        for text in texts
     ]
     kept = [number for number, lines in enumerate(captions) if lines]
     if not kept:

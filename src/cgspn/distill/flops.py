@@ -40,7 +40,7 @@ def forward_flops(encoder: EncoderConfig, size: tuple[int, int]) -> int:
     """FLOP of one image of `size` (height, width) pixels through an encoder, on the way forward alone."""
 
     def count(config: EncoderConfig) -> int:
-        with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:  # without gradients, torch 2.11 fails
             tapped_forward(Encoder(config), _image(config, size))
         return counter.get_total_flops()
 

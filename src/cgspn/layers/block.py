@@ -38,13 +38,13 @@ class Block(nn.Module):
     """
 
     fusion_backend: Literal["auto", "triton", "torch"] = "auto"
-    _state: State | None = None  # of state.py
 
     def __init__(
         self, width: int, mixer: Mixer, hidden: int, act: Activation, eps: float, layer_scale: float | None
     ) -> None:
         """width: C; hidden: MLP width; eps: of both LayerNorms; layer_scale: initial value, None for none."""
         super().__init__()
+        self._state: State | None = None
         self.norm1 = LayerNorm(width, eps=eps)
         self.mixer = mixer
         self.scale1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what was found out about its layers, which a copy does not share."""
-        return {name: value for name, value in vars(self).items() if name != "_state"}
+        return vars(self) | {"_state": None}
 
     def forward(self, tokens: Tensor, grid: Grid, tapped: bool = False) -> Any:
         """tokens [B, N, C] -> [B, N, C]; if `tapped`, a pair: that (PB) and the mixing branch (PP), both [B, N, C]."""

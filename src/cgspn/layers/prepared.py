@@ -32,7 +32,7 @@ def can_prepare(block: Block) -> bool:
     mixer: Any = block.mixer
     config = mixer.config
     groups = config.channels_per_group == 1 and config.value_expansion is None and config.merge == "concat"
-    gates = config.forget_gate or config.normalise_state or config.convex_gate
+    gates = config.forget_gate or config.normalise_state
     own = type(mixer).propagate is PropagationMixer.propagate and type(mixer).scan is PropagationMixer.scan
     norms = is_plain(mixer.norm, RMSNorm) and is_plain(mixer.merge_norm, RMSNorm)
     parts = norms and mixer.local is not None and is_plain(mixer.param_proj, nn.Linear) and is_plain(block.mlp, Mlp)

@@ -19,6 +19,7 @@ from torch.nn.functional import softplus
 
 from ..ops import DIRECTIONS
 from ..ops.gpu import on_accelerator
+from ..ops.normalised import propagate_2d_normalised
 from ..ops.projected import projected_unchecked
 from ..ops.projected_library import split_parameters
 from ..ops.propagate import propagate_2d_unchecked
@@ -49,7 +50,6 @@ class PropagationConfig:
         forget_gate: a forget gate: how much stays of the line before, for each position and set.
         normalise_state: divide the state by the same scan of ones: y = u * h / n, a weighted mean of what the scan has
             seen in place of a sum, so that it does not grow with the number of lines. lam then passes a softplus.
-        convex_gate: lam = 1 - keep, and 1 on the first line: the state is a weighted mean of what the scan has seen.
         local_kernel: size of a depthwise convolution on the latent, added to it; 0 for none.
         projections: GSPN's linear projections C -> C around everything.
         expansion: GSPN's channel expansion before propagation; 1 for none.
@@ -65,7 +65,6 @@ class PropagationConfig:
     latent_norm: bool = True
     merge_norm: bool = True
     normalise_state: bool = False
-    convex_gate: bool = False
     local_kernel: int = 3
     projections: bool = False
     expansion: float = 1
@@ -114,13 +113,15 @@ class PropagationConfig:
 
 
 def value_config(values: float | None) -> PropagationConfig:
-    """C-GSPN with so many values for each channel of its latent, in sets of eight with a forget gate; None for none.
+    """C-GSPN with so many values for each channel of its latent, in groups of eight with a forget gate and a normalised
+    state; None for none.
 
-    What came closest to attention in results/quality: values want channels, parameters do not.
+    What came closest to attention in results/quality: values want channels, parameters do not. A normalised state is
+    closer at every size, and falls off less away from the size of training (results/resolution).
     """
     if values is None:
         return PropagationConfig()
-    return PropagationConfig(value_expansion=values, channels_per_group=8, forget_gate=True)
+    return PropagationConfig(value_expansion=values, channels_per_group=8, forget_gate=True, normalise_state=True)
 
 
 # The published GSPN layer: raw space, the whole shell, directions summed. And the changes that lead from it to C-GSPN.
@@ -284,48 +285,16 @@ class PropagationMixer(Mixer):
         self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, keep: Tensor | None, mask: Tensor | None
     ) -> Tensor:
         """`propagate_2d` in the config's directions, merged by its rule: [B, H, W, own] or [B, H, W, D, own]."""
-        if self.config.convex_gate:
-            assert keep is not None
-            lam = convex_input(keep, self.config.directions)
         if self.config.normalise_state:
-            return propagate_mean(x, logits, lam, u, keep, mask, **self.scans())
+            lam = softplus(lam).to(x.dtype)  # autocast computes it in float32
+            return propagate_2d_normalised(
+                x, logits, lam, u, keep=keep, mask=mask, scan=propagate_2d_unchecked, **self.scans()
+            )
         return propagate_2d_unchecked(x, logits, lam, u, keep=keep, mask=mask, **self.scans())
 
     def scans(self) -> Scans:
         """The config's directions, and how the operator merges them."""
         return {"directions": self.config.directions, "merge": "none" if self.config.merge == "concat" else "sum"}
-
-
-def convex_input(keep: Tensor, directions: tuple[str, ...]) -> Tensor:
-    """lam [B, H, W, D, G] = 1 - sigmoid(keep), and 1 where a scan starts."""
-    lam = torch.sigmoid(-keep).clone()  # written to below, and sigmoid's gradient reads its output
-    for d, direction in enumerate(directions):
-        line = lam.select(1 if direction in ("down", "up") else 2, 0 if direction in ("down", "right") else -1)
-        line[:, :, d] = 1
-    return lam
-
-
-def propagate_mean(
-    x: Tensor,
-    logits: Tensor,
-    lam: Tensor,
-    u: Tensor,
-    keep: Tensor | None,
-    mask: Tensor | None,
-    directions: tuple[str, ...],
-    merge: str,
-) -> Tensor:
-    """u * h / n: h the scan of softplus(lam) * x, n that of softplus(lam) alone, with the same logits and gates.
-
-    Shapes as in `propagate_2d`.
-    """
-    lam = softplus(lam).to(x.dtype)  # autocast computes it in float32
-    ones = torch.ones_like(lam)
-    total = propagate_2d_unchecked(ones, logits, lam, ones, keep=keep, mask=mask, directions=directions, merge="none")
-    y = propagate_2d_unchecked(x, logits, lam, u, keep=keep, mask=mask, directions=directions, merge="none")
-    # padding has no total; its y is 0 too
-    y = (y.unflatten(-1, (lam.shape[-1], -1)) / total.clamp(min=1e-6).unsqueeze(-1)).flatten(-2)
-    return y if merge == "none" else y.sum(-2)
 
 
 def check_grid(tokens: Tensor, grid: Grid) -> None:

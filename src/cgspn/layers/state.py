@@ -25,8 +25,41 @@ if TYPE_CHECKING:
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class State:
-    """Which parts of a block are plain (plain.py), and the parts themselves.
+class Snapshot:
+    """What modules are: to be compared with what they are later, in few steps of C."""
+
+    def __init__(self, root: nn.Module) -> None:
+        """root: all below it counts; what is done to the module itself, its caller does."""
+        self._modules = tuple(root.modules())[1:]
+        dictionaries = [vars(m) for m in self._modules]
+        self._dictionaries, self._sizes = dictionaries, list(map(len, dictionaries))
+        self._types = list(map(type, self._modules))
+        self._children = [(m, dict(m)) for m in (d["_modules"] for d in (vars(root), *dictionaries)) if m]
+        self._hooks = [d[name] for d in dictionaries for name in HOOKS]
+        self._hooked = list(map(len, self._hooks))
+        self._held = [held for d in (vars(root), *dictionaries) for held in (d["_parameters"], d["_buffers"]) if held]
+        self._ids, self._kinds = list(map(id, self.tensors)), list(map(type, self.tensors))
+
+    @property
+    def tensors(self) -> list[Any]:
+        """Parameters and buffers, with None for those that are not there."""
+        return list(chain.from_iterable([held.values() for held in self._held]))
+
+    def holds(self) -> bool:
+        """Whether nothing has changed since: modules in their places, classes, hooks, which tensors there are."""
+        if list(map(len, self._hooks)) != self._hooked or list(map(type, self._modules)) != self._types:
+            return False
+        if list(map(len, self._dictionaries)) != self._sizes:
+            return False
+        for now, then in self._children:
+            if now != then:
+                return False
+        tensors = self.tensors
+        return list(map(id, tensors)) == self._ids and list(map(type, tensors)) == self._kinds
+
+
+class State(Snapshot):
+    """Which parts of a block are plain (plain.py).
 
     Attributes:
         norm1, norm2: whether kernels may take the place of these LayerNorms.
@@ -38,33 +71,12 @@ class State:
 
     def __init__(self, block: Block) -> None:
         """Look at everything."""
-        self._modules = tuple(block.modules())[1:]  # what is done to the block itself, its caller does
-        dictionaries = [vars(m) for m in self._modules]
-        self._dictionaries, self._sizes = dictionaries, list(map(len, dictionaries))
-        self._types = list(map(type, self._modules))
-        self._children = [(m, dict(m)) for m in (d["_modules"] for d in (vars(block), *dictionaries)) if m]
-        self._hooks = [d[name] for d in dictionaries for name in HOOKS]
-        self._hooked = list(map(len, self._hooks))
-        self._parameters = [d["_parameters"] for d in dictionaries if d["_parameters"]]
-        held = list(chain.from_iterable(p.values() for p in self._parameters))
-        self._ids, self._kinds = list(map(id, held)), list(map(type, held))
+        super().__init__(block)
         self.norm1, self.norm2 = is_layer_norm(block.norm1), is_layer_norm(block.norm2)
         self.latent = self.norm1 and is_latent(block.mixer) and is_scale(block.scale1)
         self.mlp = is_plain(block.scale2, nn.Identity) and (is_plain(block.mlp, Fp8Mlp) or is_tanh(block.mlp))
         self.preparable = self.latent and self.norm2 and self.mlp and can_prepare(block)
         self.plans: dict[tuple[Any, ...], Any] = {}
-
-    def holds(self) -> bool:
-        """Whether nothing has changed since."""
-        if list(map(len, self._hooks)) != self._hooked or list(map(type, self._modules)) != self._types:
-            return False
-        if list(map(len, self._dictionaries)) != self._sizes:
-            return False
-        for now, then in self._children:
-            if now != then:
-                return False
-        held = list(chain.from_iterable([p.values() for p in self._parameters]))
-        return list(map(id, held)) == self._ids and list(map(type, held)) == self._kinds
 
 
 def state_of(block: Block) -> State:

@@ -103,6 +103,8 @@ class EncoderConfig:
         ):
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: {least} to {most}")
+        if self.position_table is not None and not all(1 <= side <= WIDEST for side in self.position_table):
+            raise ValueError(f"position_table is {self.position_table}; accepted: (rows, columns), or None")
         if self.embed_dim is not None and not 1 <= self.embed_dim <= WIDEST:
             raise ValueError(f"embed_dim is {self.embed_dim}; accepted: 1 to {WIDEST}, or None")
         if not all(1 <= side <= WIDEST for side in self.image_size):

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .encoder import Encoder, EncoderOutput
+from ..layers.state import Snapshot
 
-WARM = 2  # passes before a capture: kernels are compiled and libraries set up in the first
+if TYPE_CHECKING:
+    from .encoder import Encoder, EncoderOutput
+
+WARM = 3  # passes before a capture: kernels are compiled, libraries set up and launches prepared
 
 
 @dataclass(frozen=True)
@@ -26,17 +32,23 @@ class _Recording:
 class CapturedEncoder:
     """The forward pass of an encoder in inference, as one CUDA graph for each shape of images that it meets.
 
-    Call it as the encoder. The first call of a shape records it, in seconds; the next ones replay. Graphs share a pool
-    of memory, and the one used longest ago goes where there would be more than `limit`. For images of any size, bound
-    the shapes: `encode_variable_size(captured, images, shapes=choose_shapes(...))` pads each image up to one of a few.
-    Weights may change in place (`load_state_dict`) between calls; where they live must not.
+    `encoder.captured()` makes one; call it as the encoder. The first call of a shape records it, in seconds; the next
+    ones replay. For images of any size, bound the shapes: `encode_variable_size(captured, images,
+    shapes=choose_shapes(...))` pads each image up to one of a few.
+
+    What a call depends on is looked at each time: shape and dtype of the images, autocast, and the encoder. Weights
+    that change in place count at once; where modules, hooks or tensors are others, all shapes are recorded anew.
 
     Attributes:
         config, patch_embed: the encoder's, which `encode_variable_size` reads.
     """
 
-    def __init__(self, encoder: Encoder, *, limit: int = 16) -> None:
-        """encoder: on a CUDA device; put into eval mode. limit: graphs kept at once.
+    def __init__(self, encoder: Encoder, *, limit: int = 16, memory: float = 8.0) -> None:
+        """encoder: on a CUDA device; put into eval mode.
+
+        limit: graphs kept at once; the one used longest ago goes first. memory: gigabytes that a pass may need beside
+        the weights to be kept as a graph, since all graphs share one pool of memory, as large as the largest needs;
+        what needs more is launched, as by the encoder itself.
 
         Raises ValueError for an encoder elsewhere, or a limit below one.
         """
@@ -45,47 +57,79 @@ class CapturedEncoder:
             raise ValueError(f"encoder is on {device.type!r}; CUDA graphs need it on 'cuda'")
         if limit < 1:
             raise ValueError(f"limit is {limit}; accepted: at least 1")
-        self.encoder, self.limit = encoder.eval(), limit
+        self.encoder, self.limit, self.memory = encoder.eval(), limit, memory
         self.config, self.patch_embed = encoder.config, encoder.patch_embed
-        self.pool = torch.cuda.graph_pool_handle()
-        self.recordings: OrderedDict[tuple[object, ...], _Recording] = OrderedDict()
+        self.recordings: OrderedDict[tuple[object, ...], _Recording | None] = OrderedDict()
+        self._lock, self._done = threading.Lock(), torch.cuda.Event()
+        self._start_over()
 
     def __call__(self, images: Tensor, mask: Tensor | None = None) -> EncoderOutput:
         """images [B, channels, H, W], mask [B, h, w] bool -> tokens [B, h, w, C], pooled; no gradients.
 
         Raises what the encoder raises, ValueError for images on another device.
         """
-        device = next(self.encoder.parameters()).device
-        if images.device != device:
-            raise ValueError(f"images is on {images.device}; expected the encoder's device, {device}")
+        if images.device != self._device:
+            raise ValueError(f"images is on {images.device}; expected the encoder's device, {self._device}")
         # not in inference mode, whose tensors could not be written to outside of it
-        with torch.inference_mode(False), torch.no_grad():
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            if not self._snapshot.holds() or self._addresses() != self._found:
+                self._start_over()
             return self._replay(images, mask)
 
+    def _start_over(self) -> None:
+        """Forget what was recorded, of an encoder that is not the same any more."""
+        self.recordings.clear()
+        self._snapshot = Snapshot(self.encoder)
+        self._found = self._addresses()
+        self._device = next(self.encoder.parameters()).device
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def _addresses(self) -> list[tuple[int, torch.dtype]]:
+        return [(t.data_ptr(), t.dtype) for t in self._snapshot.tensors if t is not None]
+
     def _replay(self, images: Tensor, mask: Tensor | None) -> EncoderOutput:
-        key = (images.shape, images.dtype, mask is not None)
+        lowered = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        key = (images.shape, images.dtype, mask is not None, lowered)
         if key not in self.recordings:
             while len(self.recordings) >= self.limit:
                 self.recordings.popitem(last=False)
-            self.recordings[key] = self._record(images, mask)
+            self.recordings[key] = self._record(images, mask, lowered)
         self.recordings.move_to_end(key)
         recording = self.recordings[key]
+        if recording is None:
+            return self.encoder(images, mask)  # type: ignore[no-any-return]
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(self._done)  # another stream may still replay
         recording.images.copy_(images)
         if recording.mask is not None and mask is not None:
             recording.mask.copy_(mask)
         recording.graph.replay()
         # clones: the next replay, of any shape, may write where these lie
-        return EncoderOutput(*(out.clone() for out in recording.output))
+        output = type(recording.output)(*(out.clone() for out in recording.output))
+        self._done.record(stream)
+        return output
 
-    def _record(self, images: Tensor, mask: Tensor | None) -> _Recording:
+    def _record(self, images: Tensor, mask: Tensor | None, lowered: torch.dtype | None) -> _Recording | None:
+        """None for a pass that needs more than `memory`."""
+
+        def autocast() -> AbstractContextManager[Any]:
+            # without its cache, which would keep weights as they are now
+            dtype = lowered or torch.get_autocast_dtype("cuda")
+            return torch.autocast("cuda", dtype, enabled=lowered is not None, cache_enabled=False)
+
         images, mask = images.clone(), None if mask is None else mask.clone()
-        side = torch.cuda.Stream(images.device)
-        side.wait_stream(torch.cuda.current_stream(images.device))
-        with torch.cuda.stream(side):  # capture wants its warm-up on a stream of its own
+        device = images.device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        with torch.cuda.stream(side), autocast():  # capture wants its warm-up on a stream of its own
             for _ in range(WARM):
                 self.encoder(images, mask)
-        torch.cuda.current_stream(images.device).wait_stream(side)
+        torch.cuda.current_stream(device).wait_stream(side)
+        if torch.cuda.max_memory_allocated(device) - before > self.memory * 1e9:
+            return None
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        with torch.cuda.graph(graph, pool=self._pool), autocast():
             output = self.encoder(images, mask)
         return _Recording(graph, images, mask, output)

@@ -30,6 +30,7 @@ from ..layers.window_attention import order
 from .card import write_card
 from .checkpoint import PREPROCESSING, save_model, write_atomically
 from .config import MODEL_TYPE, EncoderConfig, preprocessing, to_dict
+from .cuda_graphs import CapturedEncoder
 from .timm_api import TimmContract, build_head
 from .variable_size import encode_variable_size
 
@@ -192,6 +193,13 @@ class Encoder(TimmContract):
         options: `method`, `max_tokens`, `max_shapes`, `shapes` of `cgspn.models.encode_variable_size`; errors as there.
         """
         return encode_variable_size(self, images, **options)
+
+    def captured(self, *, limit: int = 16, memory: float = 8.0) -> CapturedEncoder:
+        """This encoder in inference from CUDA graphs: to be called as itself, for one or few images at a time.
+
+        Arguments and errors as of `CapturedEncoder`.
+        """
+        return CapturedEncoder(self, limit=limit, memory=memory)
 
     def forward_intermediates(
         self,

@@ -1,6 +1,7 @@
 """The operator: tensors in, tensors out. Definition in reference.py, implementations behind `backend=`."""
 
 from .backends import PREFERENCE, Choice, explain_backend
+from .normalised import propagate_2d_normalised
 from .projected import propagate_2d_projected
 from .propagate import line_scan, propagate_2d
 from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
@@ -13,6 +14,7 @@ __all__ = [
     "line_scan",
     "line_scan_reference",
     "propagate_2d",
+    "propagate_2d_normalised",
     "propagate_2d_projected",
     "propagate_2d_reference",
 ]

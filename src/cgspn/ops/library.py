@@ -205,11 +205,17 @@ def register_first(
         """Forward and backward called as they are."""
 
         @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            """The function's own outputs. With a `setup_context` PyTorch would bind the arguments at each call."""
+            output = forward(*inputs)
+            setup(ctx, inputs, output)
+            return output
+
+        @staticmethod
         def backward(ctx: Any, dy: Tensor | None, *_: None) -> Gradients:
             """The op where a gradient of this gradient is wanted."""
             return through(backward_op if torch.is_grad_enabled() else backward, ctx, dy)
 
-    Direct.forward, Direct.setup_context = staticmethod(forward), staticmethod(setup)  # type: ignore[method-assign, assignment]
     return Direct
 
 

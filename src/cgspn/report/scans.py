@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, softplus
 
 from ..layers import AttentionMixer, Grid, PropagationMixer
 from ..models.encoder import Encoder, to_map
-from ..ops import propagate_2d
+from ..ops import propagate_2d, propagate_2d_normalised
 
 ATTENTION, TOGETHER = "attention", "together"
 Positions = Sequence[tuple[int, int]]
@@ -113,7 +113,9 @@ def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Pos
         inputs = [t.expand(len(positions), *t.shape[1:]).contiguous().requires_grad_() for t in maps_in]
         with torch.enable_grad():
             gate = inputs[4] if config.forget_gate else None
-            y = propagate_2d(inputs[0], inputs[3], inputs[1], inputs[2], keep=gate, directions=(name,))
+            lam_in = softplus(inputs[1]) if config.normalise_state else inputs[1]
+            scan = propagate_2d_normalised if config.normalise_state else propagate_2d
+            y = scan(inputs[0], inputs[3], lam_in, inputs[2], keep=gate, directions=(name,))
             asked = y[list(count), rows, columns].sum()
         in_x, in_lam, in_u, in_logits, *in_keep = torch.autograd.grad(asked, inputs)
         gradient = torch.cat([in_x[..., None, :], in_lam, in_u, in_logits.squeeze(3), *in_keep], -2)

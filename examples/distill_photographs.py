@@ -1,7 +1,7 @@
-"""Distil an encoder on a folder of photographs, from Python: what `cgspn distill TEACHER OUT --data FOLDER` does.
+"""Distill an encoder on a folder of photographs, from Python: what `cgspn distill TEACHER OUT --data FOLDER` does.
 
-    python examples/distil_photographs.py photos/ --out runs/student
-    python examples/distil_photographs.py photos/ --teacher google/siglip2-base-patch16-224 --size 224 --steps 2000
+    python examples/distill_photographs.py photos/ --out runs/student
+    python examples/distill_photographs.py photos/ --teacher google/siglip2-base-patch16-224 --size 224 --steps 2000
 
 Without a teacher it takes the small one of the package, made for images of 28 px: minutes on a laptop, good for nothing
 but a look. The folder may have sub-folders; images that cannot be read are counted and named.

@@ -1,0 +1,45 @@
+"""The scan with a normalised state: a weighted mean of what it has seen in place of a sum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from .propagate import propagate_2d
+from .reference import DIRECTIONS
+
+SMALLEST = 1e-6  # of the total that is divided by: padding has none, and its output is 0
+
+
+def propagate_2d_normalised(
+    x: Tensor,
+    logits: Tensor,
+    lam: Tensor,
+    u: Tensor,
+    *,
+    keep: Tensor | None = None,
+    directions: Sequence[str] = DIRECTIONS,
+    merge: str = "sum",
+    mask: Tensor | None = None,
+    scan: Callable[..., Tensor] = propagate_2d,
+) -> Tensor:
+    """Scan as `propagate_2d` does, and divide each state by the weights that were summed into it.
+
+    With h as there and n the same recurrence over ones in place of x::
+
+        y[i] = u[i] * h[i] / n[i]
+
+    So y does not grow with the number of lines. Not in the paper; results/resolution says what it brings.
+
+    Args:
+        x, logits, lam, u, keep, directions, merge, mask: as in `propagate_2d`; lam above 0.
+        scan: `propagate_2d`, or what takes its arguments.
+
+    Returns as `propagate_2d`. Raises as it does.
+    """
+    ones = lam.new_ones(lam.shape)
+    total = scan(ones, logits, lam, ones, keep=keep, mask=mask, directions=directions, merge="none")
+    y = scan(x, logits, lam, u, keep=keep, mask=mask, directions=directions, merge="none")
+    y = (y.unflatten(-1, (lam.shape[-1], -1)) / total.clamp(min=SMALLEST).unsqueeze(-1)).flatten(-2)
+    return y if merge == "none" else y.sum(-2)

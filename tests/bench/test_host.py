@@ -1,0 +1,22 @@
+"""The host's part of a block, without a GPU: that launches are kept, and that it cannot creep back unseen."""
+
+import pytest
+
+from cgspn.bench.contenders import OURS
+from cgspn.bench.host import HostConfig, host_row, run
+
+
+def test_a_block_is_seven_launches_and_its_products(tmp_path):
+    """The bound is some ten times what a fast machine takes: it is there for what a dispatcher or compiler costs."""
+    config = HostConfig(contenders=(OURS,), calls=5, rounds=5)
+    (row,) = run(config, tmp_path, say=lambda _: None)
+    assert row["own launches"] == 7
+    assert row["without its products us"] < 1500
+    assert (tmp_path / "host.json").exists()
+
+
+def test_what_cannot_be_measured_is_refused():
+    with pytest.raises(ValueError, match="rounds is 0"):
+        HostConfig(rounds=0)
+    with pytest.raises(ValueError, match="'Mamba' is no contender"):
+        host_row("Mamba", HostConfig())
