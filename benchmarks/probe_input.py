@@ -24,6 +24,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,11 +72,11 @@ def changed(value: Any, rng: random.Random) -> Any:
                 continue
             kind = rng.random()
             if kind < 0.75:
-                at[key] = rng.choice(ODD)
+                at[key] = deepcopy(rng.choice(ODD))
             elif kind < 0.9:
                 del at[key]
             elif isinstance(at, dict):
-                at[f"{key}{rng.randint(0, 9)}"] = rng.choice(ODD)
+                at[f"{key}{rng.randint(0, 9)}"] = deepcopy(rng.choice(ODD))
             break
     return value
 
@@ -363,7 +364,10 @@ def run_forked(number: int) -> Outcome:
 def main(count: int = 3000, start: int = 0, out: Path = Path("results/probe_input.json")) -> None:
     """Run probes `start` to `start + count` - 1 and write what became of them."""
     torch.set_num_threads(1)
-    outcomes = [run_forked(number) for number in range(start, start + count)]
+    outcomes = []
+    for number in range(start, start + count):
+        outcomes.append(run_forked(number))
+        print(json.dumps(asdict(outcomes[-1])), file=sys.stderr, flush=True)
     failed = [each for each in outcomes if each.end.startswith("FAILED")]
     kinds = {kind: dict(Counter(e.end.split(":")[0] for e in outcomes if e.kind == kind)) for kind in KINDS}
     record = {
