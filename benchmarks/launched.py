@@ -2,8 +2,8 @@
 
     python -m benchmarks.launched --out launched.json
 
-Times are medians of rounds in which all contenders take turns. "host us": time of the calls alone, without waiting for
-the device, which must be idle for that: B = 1 at 378 px.
+Times are medians of rounds in which all contenders take turns. "launched ms": of a call in a loop of 50 ms that ends
+when the device has. "host ms": until the last call returned; where both are alike, the host is what takes so long.
 """
 
 from __future__ import annotations
@@ -51,23 +51,35 @@ class LaunchedConfig:
     encoders: bool = True
 
 
-def host_microseconds(call: Callable[[], object], rounds: int = 30, calls: int = 10) -> float:
-    """Median time of a call without waiting for what it launched, in microseconds."""
-    found = []
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        began = time.perf_counter()
-        for _ in range(calls):
-            call()
-        found.append((time.perf_counter() - began) / calls)
+def loop(call: Callable[[], object], seconds: float, first: int = 3) -> tuple[float, float]:
+    """Milliseconds of a call in a loop that ends with the device, and of the host's part of it."""
+    for _ in range(first):
+        call()
     torch.cuda.synchronize()
-    return 1e6 * statistics.median(found)
+    began, count = time.perf_counter(), 0
+    while (now := time.perf_counter()) - began < seconds or count < 3:
+        call()
+        count += 1
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - began) / count, 1e3 * (now - began) / count
 
 
-def timed(calls: dict[str, Callable[[], object]], rounds: int, graph: bool) -> dict[str, float | str]:
-    """Milliseconds, or why there are none."""
+def launched(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float] | str]:
+    """Medians over rounds in turn, or why there are none."""
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     try:
-        return dict(medians(calls, rounds=rounds, graph=graph))
+        for _ in range(rounds):
+            for name, call in calls.items():
+                found[name].append(loop(call, 0.05))
+    except (torch.OutOfMemoryError, RuntimeError) as error:
+        return dict.fromkeys(calls, str(error).splitlines()[0][:80])
+    return {name: (statistics.median(t for t, _ in f), statistics.median(h for _, h in f)) for name, f in found.items()}
+
+
+def captured(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float | str]:
+    """Medians of replays of CUDA graphs, or why there are none."""
+    try:
+        return dict(medians(calls, rounds=rounds, graph=True))
     except (torch.OutOfMemoryError, RuntimeError) as error:
         return dict.fromkeys(calls, str(error).splitlines()[0][:80])
 
@@ -100,16 +112,15 @@ def rows_of(
     config: LaunchedConfig, what: str, pixels: int, batch: int, calls: dict[str, Any], graph: bool
 ) -> list[Row]:
     """A row for each contender: launched, captured, host."""
-    launched = timed(calls, config.rounds, False)
-    captured = timed(calls, config.rounds, True) if graph else {}
+    times = launched(calls, config.rounds)
+    replays = captured(calls, config.rounds) if graph else {}
     rows = []
-    for name, call in calls.items():
+    for name in calls:
         row: Row = {"what": what, "px": pixels, "B": batch, "name": name}
-        row |= {"launched ms": launched[name], "captured ms": captured.get(name)}
-        if pixels == 378 and batch == 1:
-            row["host us"] = host_microseconds(call)
-        rows.append(row)
-        print(row, flush=True)
+        both = times[name]
+        row |= {"launched ms": both} if isinstance(both, str) else {"launched ms": both[0], "host ms": both[1]}
+        rows.append(row | {"captured ms": replays.get(name)})
+        print(rows[-1], flush=True)
     return rows
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import cgspn
-from cgspn.models import CapturedEncoder, choose_shapes, encode_variable_size
+from cgspn.models import choose_shapes, encode_variable_size
 
 
 class Service:
@@ -26,7 +26,7 @@ class Service:
         patch = encoder.config.patch_size
         self.shapes = choose_shapes([(height // patch, width // patch) for height, width in sizes], shapes)
         on_gpu = next(encoder.parameters()).is_cuda
-        self.encoder = CapturedEncoder(encoder, limit=4 * shapes) if on_gpu else encoder.eval()
+        self.encoder = encoder.eval().captured(limit=4 * shapes) if on_gpu else encoder.eval()
         self.patch = patch
 
     @torch.inference_mode()

@@ -79,7 +79,7 @@ def run(config: SpeedConfig) -> None:
     device = torch.device("cuda")
     rows: list[dict[str, Any]] = []
     names = config.rows or tuple(STUDENTS)
-    machine = describe() | ceilings(device)
+    machine = describe(program="python -m benchmarks.frontier.speed") | ceilings(device)
     for model in config.models:
         for pixels, batch in config.sizes:
             teacher = replace(model_config(model), image_size=(pixels, pixels))

@@ -152,7 +152,7 @@ def run(config: StudyConfig) -> None:
                     flush=True,
                 )
                 content = {
-                    "machine": describe(),
+                    "machine": describe(program="python -m benchmarks.resolution"),
                     "settings": json.loads(json.dumps(asdict(config), default=str)),
                     "rows": found,
                 }

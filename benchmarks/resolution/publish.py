@@ -36,9 +36,24 @@ class PublishConfig:
     name: str = "resolution"
 
 
+TASKS = {
+    "CamVid mIoU": "CamVid, mIoU of a linear probe on frozen tokens",
+    "VOC animals mIoU": "VOC animals, mIoU of a linear probe on frozen tokens",
+    "Caltech linear": "Caltech-101, accuracy of a linear probe on pooled tokens",
+    "Caltech k-NN": "Caltech-101, accuracy of the nearest neighbour",
+}
+
+
+def mean_over_seeds(rows: Sequence[Row], key: str, px: int) -> float | None:
+    """The mean of what some rows of one student have at a size; None if they have nothing."""
+    found = [row[key] for row in rows if row["px"] == px and key in row]
+    return statistics.mean(found) if found else None
+
+
 def over_seeds(rows: Sequence[Row], key: str) -> list[Row]:
     """A row for each student and way of training: the mean of `key` over the seeds at each size, and the number of
     seeds."""
+    digits = 4 if key in ("cosine", "relative error") else 1
     found: dict[tuple[str, str], dict[int, list[float]]] = {}
     for row in rows:
         if key in row:
@@ -48,7 +63,7 @@ def over_seeds(rows: Sequence[Row], key: str) -> list[Row]:
             "student": student,
             "trained": trained,
             "seeds": max(map(len, sizes.values())),
-            **{f"{px} px": f"{statistics.mean(values):.4f}" for px, values in sorted(sizes.items())},
+            **{f"{px} px": f"{statistics.mean(values):.{digits}f}" for px, values in sorted(sizes.items())},
         }
         for (student, trained), sizes in found.items()
     ]
@@ -80,10 +95,7 @@ def run(config: PublishConfig) -> None:
     names = {
         "cosine": "Cosine of the final grid tokens to the teacher's at the same size, held-out photographs",
         "relative error": "Relative squared error of the same",
-        "CamVid mIoU": "CamVid, mIoU of a linear probe on frozen tokens",
-        "VOC animals mIoU": "VOC animals, mIoU of a linear probe on frozen tokens",
-        "Caltech linear": "Caltech-101, accuracy of a linear probe on pooled tokens",
-        "Caltech k-NN": "Caltech-101, accuracy of the nearest neighbour",
+        **TASKS,
     }
     for key, title in names.items():
         if found := over_seeds(rows, key):
@@ -92,18 +104,30 @@ def run(config: PublishConfig) -> None:
         parts.append(f"## Stage 1: relative squared error of each sub-layer alone, by block\n\n{table(found)}")
     write_atomically(config.out / f"{config.name}.md", "\n\n".join(parts) + "\n")
 
-    def paint(axes: Any) -> None:
-        ax = axes[0][0]
-        for row in over_seeds(rows, "cosine"):
-            points = [(int(k.removesuffix(" px")), float(v)) for k, v in row.items() if k.endswith(" px")]
-            ax.plot(
-                *zip(*points), "o-" if row["trained"] != "fixed" else "o--", label=f"{row['student']}, {row['trained']}"
-            )
-        over_sizes(ax, (row["px"] for row in rows), "cosine to the teacher")
-        ax.set(yscale="linear")
-        ax.legend(fontsize=6, ncols=2)
+    draw_sizes(rows, config.out / f"{config.name}.png")
 
-    draw(config.out / f"{config.name}.png", paint, figsize=(9, 6))
+
+def draw_sizes(rows: Sequence[Row], path: Path) -> None:
+    """Cosine against size: a panel for each way of training, a colour for each student that was trained in all."""
+    found = over_seeds(rows, "cosine")
+    ways = list(dict.fromkeys(row["trained"] for row in found))
+    students = [
+        n for n in dict.fromkeys(r["student"] for r in found) if sum(r["student"] == n for r in found) == len(ways)
+    ]
+    titles = {"fixed": "trained at 224 px alone", "mixed": "trained at many sizes"}
+
+    def paint(axes: Any) -> None:
+        for ax, way in zip(axes[0], ways, strict=True):
+            for row in found:
+                if row["trained"] != way or row["student"] not in students:
+                    continue
+                points = [(int(k.removesuffix(" px")), float(v)) for k, v in row.items() if k.endswith(" px")]
+                ax.plot(*zip(*points), "o-", color=f"C{students.index(row['student'])}", label=row["student"])
+            over_sizes(ax, (row["px"] for row in rows if "cosine" in row), "cosine to the teacher")
+            ax.set(yscale="linear", title=titles[way])
+        axes[0][-1].legend(fontsize=8)
+
+    draw(path, paint, columns=len(ways), figsize=(6 * len(ways), 5), sharey=True)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ import torch
 from PIL import Image
 
 import cgspn
-from cgspn.cli import parsed
-from cgspn.data import LoaderConfig, load_embedded, open_samples, scheduled
+from cgspn.commands.command import parsed
+from cgspn.commands.distill import Distill
+from cgspn.commands.pretrain import Pretrain
+from cgspn.data import Batch, LoaderConfig, load_embedded, open_samples, scheduled
 from cgspn.distill import (
     ComputeConfig,
     DistillConfig,
@@ -30,6 +32,7 @@ from cgspn.distill.plan import plan
 from cgspn.distill.sizes import tokens_of
 from cgspn.distill.stages import carried_from
 from cgspn.distill.taps import tapped_forward
+from cgspn.distill.tasks import SublayerTask
 from cgspn.distill.throughput import Throughput, Work
 from cgspn.layers import AttentionConfig
 from cgspn.models import Encoder, model_config
@@ -65,7 +68,8 @@ def pair():
 
 
 def test_sides_are_even_in_log_scale_and_shapes_keep_the_area():
-    assert SizeRange().sides(14) == (112, 154, 196, 252, 336, 448)
+    assert SizeRange().sides(14) == (112, 168, 238, 364, 532, 784)
+    assert SizeRange(largest=448).sides(14) == (112, 154, 196, 252, 336, 448)
     assert SizeRange(200, 210, count=5).sides(14) == (196, 210)
     assert SizeRange(5, 5, count=1).sides(14) == (14,)
     shapes = SizeRange(112, 448, count=3, aspects=(1.0, 0.5, 2.0)).shapes(14)
@@ -82,7 +86,7 @@ def test_sides_are_even_in_log_scale_and_shapes_keep_the_area():
 
 def test_a_batch_has_the_same_tokens_at_every_size():
     optim = OptimConfig(batch_size=64)
-    shapes = batch_shapes(config(patch_size=14, image_size=(224, 224)), (224, 224), optim, 1, SizeRange())
+    shapes = batch_shapes(config(patch_size=14, image_size=(224, 224)), (224, 224), optim, 1, SizeRange(largest=448))
     assert {shape.size[0]: shape.images for shape in shapes} == {112: 256, 154: 136, 196: 80, 252: 48, 336: 32, 448: 16}
     for shape in shapes:
         assert abs(shape.images * tokens_of(shape.size, 14) / (64 * 256) - 1) < 0.15
@@ -216,6 +220,8 @@ def test_a_student_records_its_sizes_and_keeps_its_positions(images, tmp_path):
 def test_stages_with_nothing_to_learn_are_left_out(images, capsys):
     teacher = Encoder(config()).eval()
     student = convert(teacher, compression=4, keep_attention=2, keep_positions=True)
+    task, nothing = SublayerTask(teacher, student), torch.zeros(2, dtype=torch.long)
+    assert task.losses(Batch(0, nothing, torch.randn(2, 3, 28, 28), nothing))["total"] == 0
     [history] = distill(teacher, student, images, DistillConfig(stage1=OPTIM, stage2=replace(OPTIM, steps=2)))
     assert history.title == "student, stage 2"
     assert "student, stage 1: nothing to learn, left out" in capsys.readouterr().err
@@ -276,21 +282,11 @@ def test_a_finished_student_goes_on_to_a_higher_resolution(images, tmp_path):
 
 
 def test_the_command_line_takes_sizes():
-    given = [
-        "distill",
-        "embedded",
-        "out",
-        "--preset",
-        "vit-s14-study",
-        "--sizes",
-        "112",
-        "448",
-        "--aspects",
-        "1",
-        "1.5",
-    ]
-    config = parsed(given).config
+    given = ["embedded", "out", "--preset", "vit-s14-study", "--sizes", "112", "448", "--aspects", "1", "1.5"]
+    config = parsed(Distill, "cgspn distill", given).settings
     assert (config.sizes.smallest, config.sizes.largest, config.sizes.aspects) == (112, 448, (1.0, 1.5))
-    assert parsed(["pretrain", "out", "--sizes", "16", "32"]).config.sizes == SizeRange(16, 32)
+    assert config.stage1.optimizer == "muon"
+    pretraining = parsed(Pretrain, "cgspn pretrain", ["out", "--sizes", "16", "32"])
+    assert pretraining.config.sizes == SizeRange(16, 32)
     with pytest.raises(ValueError, match="smallest is 448; accepted: 1 to largest, 112 pixels"):
-        parsed(["distill", "embedded", "out", "--sizes", "448", "112"])
+        parsed(Distill, "cgspn distill", ["embedded", "out", "--sizes", "448", "112"]).run()

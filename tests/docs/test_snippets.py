@@ -17,8 +17,14 @@ CONSOLE = re.compile(r"^```console\n(.*?)^```|^((?:    .*\n)+)", re.MULTILINE | 
 
 SLOW = "export_model", "transformers"  # what takes seconds, or is slow to import
 
+
+def marks(code):
+    found = [pytest.mark.slow] if any(word in code for word in SLOW) else []
+    return [*found, pytest.mark.gpu] if ".cuda()" in code else found
+
+
 SNIPPETS = [
-    pytest.param(code, id=f"{page.stem}-{number}", marks=[pytest.mark.slow] if any(w in code for w in SLOW) else [])
+    pytest.param(code, id=f"{page.stem}-{number}", marks=marks(code))
     for page in PAGES
     for number, code in enumerate(FENCE.findall(page.read_text()))
 ]

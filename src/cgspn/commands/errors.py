@@ -22,4 +22,4 @@ def said_of(error: Exception) -> str:
         return f"disk full: {text}"
     if isinstance(error, EXPECTED) or kind.__module__.startswith("cgspn."):
         return text
-    return f"unexpected {kind.__name__} in {place}: {text}; --debug shows where"
+    return f"{kind.__name__}: {text}; --debug shows where"

@@ -27,7 +27,7 @@ class TargetScales(nn.Module):
     def measure(self, parts: Iterable[list[Tensor]]) -> None:
         """Take the means over the parts of a batch, each a list of `count` features; once only."""
         values = self.get_buffer("values")
-        if not self.known and not bool(values.any()):
+        if len(values) and not self.known and not bool(values.any()):
             means = [torch.stack([f.float().square().mean() for f in features]) for features in parts]
             values.copy_(all_reduce(torch.stack(means).mean(0)))
         self.known = True

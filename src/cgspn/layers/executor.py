@@ -44,6 +44,7 @@ class Fusion(NamedTuple):
 
 
 NOTHING, EVERYTHING = Fusion(), Fusion(norm1=True, norm2=True, mixer=True, mlp=True)
+FEW = 1 << 22  # numbers in tokens below which the host is slower than the GPU, and PyTorch's own norms spare it more
 SHAPES_MOST = 64  # shapes of tokens for which a block keeps launches
 
 
@@ -63,11 +64,18 @@ def fusion_of(block: Block, tokens: Tensor) -> Fusion:
     if reason is not None and wanted == "triton":
         raise RuntimeError(f"fusion_backend is 'triton', which cannot run here: {reason}")
     state = state_of(block)
+    if wanted == "auto" and not state.latent and tokens.numel() < FEW and not is_capturing(tokens):
+        return NOTHING
     channels = tokens.shape[-1]
     rows = reason is None and channels <= CHANNELS_MOST
     mixer = rows and state.latent and (wanted == "triton" or has_room(tokens)) and can_fuse_down(block)
     mlp = state.mlp and not torch.is_grad_enabled() and has_dtype_of(block.mlp, tokens)
     return Fusion(rows and state.norm1, rows and state.norm2, mixer, mlp)
+
+
+def is_capturing(tokens: Tensor) -> bool:
+    """Whether launches go into a CUDA graph, where they cost nothing later."""
+    return tokens.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def has_room(tokens: Tensor) -> bool:

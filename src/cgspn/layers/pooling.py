@@ -64,7 +64,8 @@ class MapPool(nn.Module):
         tokens = tokens[:, grid.prefix :]
         batch, count, width = tokens.shape
         each = width // self.heads
-        q = self.q(self.probe[None]).view(1, self.heads, 1, each).expand(batch, -1, -1, -1)
+        probe = torch.stack([self.probe])  # no view, which hooks in inference mode take for one with a gradient
+        q = self.q(probe).view(1, self.heads, 1, each).expand(batch, -1, -1, -1)
         k, v = self.kv(tokens).view(batch, count, 2, self.heads, each).permute(2, 0, 3, 1, 4).unbind(0)
         inside = None if grid.mask is None else grid.mask.flatten(1)[:, None, None]
         pooled = self.out(scaled_dot_product_attention(q, k, v, attn_mask=inside).reshape(batch, width))

@@ -26,16 +26,19 @@ class TimmBlock(Block):
         super().__init__(*args, **kwargs)
         self.map = nn.Identity()
 
-    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """tokens [B, N, C] -> [B, N, C]."""
+    def forward(self, tokens: Tensor, grid: Grid, tapped: bool = False) -> Any:
+        """As of `Block`."""
         if self.training and self.drop_path:
-            tokens = tokens + self._dropped(self.sublayer(tokens, grid))
+            branch = self._dropped(self.sublayer(tokens, grid))
+            tokens = tokens + branch
             tokens = tokens + self._dropped(self.scale2(self.mlp(self.norm2(tokens))))
+            out = (tokens, branch) if tapped else tokens
         else:
-            tokens = super().forward(tokens, grid)
+            out = super().forward(tokens, grid, tapped)
+            tokens = out[0] if tapped else out
         if has_hooks(self.map):
             self.map(tokens[:, grid.prefix :].mT.unflatten(2, (grid.height, grid.width)))
-        return tokens
+        return out
 
     def _dropped(self, branch: Tensor) -> Tensor:
         """A branch [B, N, C], zero for the images that skip it, larger for the others so that the mean stays."""
