@@ -100,6 +100,6 @@ def plain_watcher(title: str, steps: int) -> Watch:
         said = passed
         loss = f"loss {record['total']:.4f}" if "total" in record else ""
         parts = (f"{title}: {done}/{steps}", loss, speed_of(record), f"{passed:.0f} s")
-        console.print(", ".join(part for part in parts if part), soft_wrap=True, markup=False)
+        console.print(", ".join(part for part in parts if part), soft_wrap=True)
 
     return watch
