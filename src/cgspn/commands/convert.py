@@ -62,6 +62,9 @@ class Convert(Command):
     """Keep the teacher's learned positions, resized to each grid; without them the first layer has to count lines."""
     heads: int | None = None
     """Of attention, where a foreign file is of no known width and no config lies beside it."""
+    submodel: str | None = None
+    """The beginning of the keys of one model, such as "student", where a file of a training run holds several; by
+    default the teacher or the moving average."""
     image_only: bool = False
     """Leave the text tower of an image-text model out."""
     overwrite: bool = False
@@ -79,7 +82,7 @@ class Convert(Command):
         if held and not self.overwrite:
             raise ValueError(f"out is {out}, which holds {', '.join(held)}; give another folder, or --overwrite")
         load = load_encoder if self.image_only else load_model
-        teacher = load(self.teacher, heads=self.heads)
+        teacher = load(self.teacher, heads=self.heads, submodel=self.submodel)
         encoder = image_encoder(teacher)
         torch.manual_seed(self.seed)
         reports: list[Inherited] = []
