@@ -93,7 +93,8 @@ def is_layer_norm(norm: nn.Module) -> bool:
     """Whether this is a plain LayerNorm over channels with a gain and a shift."""
     if not is_plain(norm, LayerNorm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
         return False
-    return norm.weight.ndim == 1 and bool(norm.normalized_shape == norm.weight.shape)  # type: ignore[operator]
+    weight: Any = norm.weight
+    return bool(weight.ndim == 1 and norm.normalized_shape == weight.shape)
 
 
 def is_latent(mixer: nn.Module) -> bool:
