@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from .distill.trainer import Watch
 
 console = Console(stderr=False, highlight=False)
+EVERY = 30.0  # seconds between lines of progress, where there is no terminal
 
 
 def writable_folder(path: Path, name: str) -> Path:
@@ -42,7 +44,13 @@ def speed_of(record: dict[str, float]) -> str:
 
 @contextmanager
 def progress_watcher() -> Iterator[Watcher]:
-    """A `Watcher` that shows each training stage as a progress bar with its loss and speed; bars stay when full."""
+    """A `Watcher` that shows each training stage as a progress bar with its loss and speed; bars stay when full.
+
+    Where there is no terminal, as in a log file, a line now and then.
+    """
+    if not console.is_terminal:
+        yield plain_watcher
+        return
     columns = (
         TextColumn("{task.description:<28}"),
         BarColumn(),
@@ -67,3 +75,23 @@ def progress_watcher() -> Iterator[Watcher]:
             return watch
 
         yield watcher
+
+
+def plain_watcher(title: str, steps: int) -> Watch:
+    """Prints a line after the first and the last step, and at most every `EVERY` seconds between them."""
+    began = time.monotonic()
+    said, done = -EVERY, 0
+
+    def watch(record: dict[str, float]) -> None:
+        nonlocal said, done
+        first = done == 0
+        done = int(record["step"]) + 1 if "step" in record else done + 1
+        passed = time.monotonic() - began
+        if not first and done < steps and passed - said < EVERY:
+            return
+        said = passed
+        loss = f"loss {record['total']:.4f}" if "total" in record else ""
+        parts = (f"{title}: {done}/{steps}", loss, speed_of(record), f"{passed:.0f} s")
+        console.print(", ".join(part for part in parts if part), soft_wrap=True, markup=False)
+
+    return watch

@@ -39,6 +39,7 @@ from ..report.run import run_report
 from ..teachers import convert, load_encoder, load_model
 from .checks import device_of, mixed_sizes
 from .command import Command, Device, Out, Teacher
+from .header import device_name, header, warnings
 from .run_record import RECORD, REPORT, check_same_run, lacks_report, left_clean, progress_of
 
 Preset = Literal["embedded", "vit-s14-study", "so400m-378", "so400m-highres"]
@@ -155,6 +156,13 @@ class Distill(Command):
             encoder = image_encoder(teacher)
             torch.manual_seed(self.settings.stage1.seed)
             student = self.student_of(encoder).to(world.device)
+            images = len(feed.images if isinstance(feed, ImageSetFeed) else feed.source)
+            if world.rank == 0:
+                for line in header(teacher, student, feed, images, self.settings, world):
+                    console.print(line, soft_wrap=True, markup=False)
+                unchanged = self.settings == PRESETS[self.preset]
+                for line in warnings(self.teacher, self.preset, not unchanged, world.device):
+                    console.print(f"warning: {line}", soft_wrap=True, markup=False)
             with shown(world, out / EVENTS if self.tensorboard else None) as watcher:
                 histories = distill(
                     teacher,
@@ -181,7 +189,7 @@ class Distill(Command):
                 **settings,
                 "processes": world.size,
                 "device": device_name(world.device),
-                "images": len(feed.images if isinstance(feed, ImageSetFeed) else feed.source),
+                "images": images,
                 "skipped": {"images": noted(skipped), "shards": noted(problems)},
                 "throughput": {history.title: of_run(list(each)) for history, *each in zip(histories, *throughput)},
                 "losses": {history.title: history.steps for history in histories},
@@ -292,10 +300,3 @@ def needed(library: Callable[[], None]) -> str:
     except ModuleNotFoundError as error:
         return str(error)
     return ""
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name, or the processor's kind and the threads that PyTorch uses."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} processor, {torch.get_num_threads()} threads"
