@@ -81,17 +81,23 @@ def block_calls(names: tuple[str, ...], pixels: int, batch: int, trained: bool) 
     return calls
 
 
+def launches_kept(calls: dict[str, Any]) -> dict[str, int]:
+    """For how many shapes each contender's block keeps its launches."""
+    blocks = {name: getattr(call.__defaults__[0], "block", None) for name, call in calls.items()}
+    return {name: len(block._state.plans) for name, block in blocks.items() if block is not None and block._state}
+
+
 def rows_of(
     config: LaunchedConfig, what: str, pixels: int, batch: int, calls: dict[str, Any], graph: bool
 ) -> list[Row]:
     """A row for each contender: launched, captured, host."""
     times = launched(calls, rounds=config.rounds)
     replays = captured(calls, config.rounds) if graph else {}
-    rows = []
+    rows, kept = [], launches_kept(calls)
     for name in calls:
         row: Row = {"what": what, "px": pixels, "B": batch, "name": name}
         row |= dict(zip(("launched ms", "host ms"), times[name], strict=True))
-        rows.append(row | {"captured ms": replays.get(name)})
+        rows.append(row | {"captured ms": replays.get(name), "kept": kept.get(name)})
         print(rows[-1], flush=True)
     return rows
 
