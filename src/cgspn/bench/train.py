@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -155,6 +155,11 @@ def measure(task: DistillTask, config: TrainBenchConfig, size: int) -> dict[str,
     flops, peak = task.flops((size, size)), peak_of(device, config.compute.precision)
     rate = batch * config.steps / (times[-1] - times[WARM - 1])
     row |= {"batch": batch, "images/s": rate, "ms a step": 1e3 * batch / rate}
+    row["way"] = "captured" if config.compute.capture else "launched"
+    if device.type == "cuda" and not config.compute.capture and not config.compute.compile and task.capturable:
+        replayed = replace(config, compute=replace(config.compute, capture=True))
+        again = attempt(task, replayed, size, batch, WARM + config.steps)
+        row["captured images/s"] = again and batch * config.steps / (again[-1] - again[WARM - 1])
     row |= {
         "TFLOP an image": flops / 1e12,
         "TFLOP/s": rate * flops / 1e12,
