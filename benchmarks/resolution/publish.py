@@ -36,6 +36,20 @@ class PublishConfig:
     name: str = "resolution"
 
 
+TASKS = {
+    "CamVid mIoU": "CamVid, mIoU of a linear probe on frozen tokens",
+    "VOC animals mIoU": "VOC animals, mIoU of a linear probe on frozen tokens",
+    "Caltech linear": "Caltech-101, accuracy of a linear probe on pooled tokens",
+    "Caltech k-NN": "Caltech-101, accuracy of the nearest neighbour",
+}
+
+
+def mean_over_seeds(rows: Sequence[Row], key: str, px: int) -> float | None:
+    """The mean of what some rows of one student have at a size; None if they have nothing."""
+    found = [row[key] for row in rows if row["px"] == px and key in row]
+    return statistics.mean(found) if found else None
+
+
 def over_seeds(rows: Sequence[Row], key: str) -> list[Row]:
     """A row for each student and way of training: the mean of `key` over the seeds at each size, and the number of
     seeds."""
@@ -81,10 +95,7 @@ def run(config: PublishConfig) -> None:
     names = {
         "cosine": "Cosine of the final grid tokens to the teacher's at the same size, held-out photographs",
         "relative error": "Relative squared error of the same",
-        "CamVid mIoU": "CamVid, mIoU of a linear probe on frozen tokens",
-        "VOC animals mIoU": "VOC animals, mIoU of a linear probe on frozen tokens",
-        "Caltech linear": "Caltech-101, accuracy of a linear probe on pooled tokens",
-        "Caltech k-NN": "Caltech-101, accuracy of the nearest neighbour",
+        **TASKS,
     }
     for key, title in names.items():
         if found := over_seeds(rows, key):

@@ -166,3 +166,14 @@ def test_bounds_cover_the_corners_and_the_native_size():
     assert (2, 16, 20) in bounds.sizes((16, 20))
     for batch, height, width in bounds.sizes((16, 20)):
         bounds.check(torch.zeros(batch, 3, height, width))
+
+
+def test_an_onnx_graph_names_its_axes_and_refuses_other_sizes(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    export_model(awake(HYBRID).eval(), tmp_path / "m.onnx", min_size=8, max_size=24, max_batch=2)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
+    assert session.get_outputs()[0].shape[:3] == ["batch", "rows", "columns"]
+    for shape in ((3, 3, 8, 8), (1, 3, 9, 8), (1, 3, 8, 32), (1, 3, 4, 8)):
+        with pytest.raises(Exception, match="sides_8_to_24_in_steps_of_4"):
+            session.run(None, {"images": torch.zeros(shape).numpy()})

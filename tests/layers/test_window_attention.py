@@ -170,3 +170,12 @@ def test_more_windows_than_a_kernel_counts():
     with torch.no_grad():
         out, alone = mixer(tokens, Grid(300, 300)), mixer(tokens[:, :64], Grid(8, 8))
     torch.testing.assert_close(out[:, :64], alone, atol=1e-2, rtol=1e-2)
+
+
+def test_one_graph_without_a_break():
+    mixer, _ = pair((3, 4))
+    compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True)
+    tokens = torch.randn(2, 35, 24, dtype=torch.float64, requires_grad=True)
+    close(compiled(tokens, Grid(5, 7)), mixer(tokens, Grid(5, 7)))
+    grads = [torch.autograd.grad(f(tokens, Grid(5, 7)).square().sum(), tokens)[0] for f in (compiled, mixer)]
+    close(*grads)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import cgspn
+from cgspn.data.prepare import Prepare, open_picture
 
 pytest.importorskip("transformers.backbone_utils")
 
@@ -127,6 +129,54 @@ def test_config_reads_like_a_vit():
         CgspnConfig("vit_min_patch4_28")
 
 
+def test_config_can_be_set_like_a_vits():
+    config = CgspnConfig("vit_mini_patch4_28", hidden_size=48, image_size=56, num_hidden_layers=2)
+    assert (config.encoder_config.width, config.encoder_config.image_size) == (48, (56, 56))
+    config.num_hidden_layers, config.num_attention_heads = 5, 4
+    assert CgspnModel(config).encoder.config.depth == 5
+    with pytest.raises(ValueError, match="num_hidden_layers is 9"):
+        CgspnConfig("hybrid_mini_patch4_28", num_hidden_layers=9)
+
+
+def test_weights_that_a_checkpoint_lacks_start_as_new_ones(folder, images):
+    path = folder / "model.safetensors"
+    state = {key: value for key, value in load_file(path).items() if not key.startswith("pool.")}
+    save_file(state, path, metadata={"format": "pt"})
+    torch.manual_seed(0)
+    model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    assert all(key.startswith("encoder.pool.") for key in info["missing_keys"])
+    assert torch.equal(model.encoder.pool.norm.weight, torch.ones(96))
+    assert 0.8 < model.encoder.pool.q.weight.std() * 96**0.5 < 1.2
+    assert torch.equal(model.encoder.norm.weight, state["norm.weight"])
+    assert model(images).pooler_output.isfinite().all()
+
+
+def test_keys_on_disk_are_the_models_and_shards_load_bit_for_bit(encoder, folder, images, tmp_path):
+    model = AutoModel.from_pretrained(folder)
+    model.save_pretrained(tmp_path / "one")
+    assert load_file(tmp_path / "one" / "model.safetensors").keys() == model.state_dict().keys()
+    assert "cgspn.load_encoder" in (tmp_path / "one" / "README.md").read_text()
+    model.save_pretrained(tmp_path / "many", max_shard_size="200KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 1
+    for name in ("one", "many"):
+        for opened in (cgspn.load_encoder(tmp_path / name), AutoModel.from_pretrained(tmp_path / name).encoder):
+            assert torch.equal(opened(images).pooled, encoder(images).pooled)
+
+
+def test_attention_blocks_give_their_maps(encoder, folder, images):
+    model = AutoModel.from_pretrained(folder)
+    out, plain = model(images, output_attentions=True, interpolate_pos_encoding=True), model(images)
+    torch.testing.assert_close(out.last_hidden_state, plain.last_hidden_state)
+    (attention,) = out.attentions  # one of the four blocks attends
+    tokens, grid = encoder.embed(images)
+    for block in encoder.each_block()[:3]:
+        tokens = block(tokens, grid)
+    block = encoder.each_block()[3]
+    torch.testing.assert_close(attention, block.mixer.weights(block.norm1(tokens), grid))
+    assert plain.attentions is None
+    assert model.get_input_embeddings() is model.encoder.patch_embed
+
+
 def test_processor_prepares_as_the_config_says(folder, tmp_path):
     processor = AutoImageProcessor.from_pretrained(folder)
     assert isinstance(processor, CgspnImageProcessor)
@@ -157,6 +207,36 @@ def test_pictures_in_their_own_shapes_get_what_they_get_alone(folder):
         out = model(**together).pooler_output
         for picture, row in zip(pictures(), out, strict=True):
             torch.testing.assert_close(model(**processor(picture)).pooler_output[0], row)
+
+
+@pytest.mark.parametrize("height", [1, 3, 40])
+def test_pictures_come_out_as_in_evaluation(height):
+    processor = CgspnImageProcessor(size=28)
+    prepare = Prepare((28, 28), mean=(0.5,) * 3, std=(0.5,) * 3)
+    ramp = np.tile(np.linspace(0, 65535, 50).astype(np.uint16), (height, 1))
+    for picture in (Image.new("RGB", (50, height), "red"), Image.new("RGBA", (50, height)), Image.fromarray(ramp)):
+        expected = prepare(open_picture(picture))
+        assert torch.equal(processor(picture)["pixel_values"][0], expected)
+    assert processor(np.ones((height, 50), bool))["pixel_values"].unique().tolist() == [1.0]
+    grey = CgspnImageProcessor(size=28, image_mean=[0.5], image_std=[0.5])
+    assert grey(Image.new("L", (50, height)))["pixel_values"].shape == (1, 1, 28, 28)
+
+
+def test_options_of_transformers_calls():
+    processor, picture = CgspnImageProcessor(size=28), np.full((28, 28, 3), 51, np.uint8)
+    for options, value in (({"do_normalize": False}, 0.2), ({"do_normalize": False, "do_rescale": False}, 51.0)):
+        torch.testing.assert_close(processor(picture, **options)["pixel_values"].mean(), torch.tensor(value))
+    torch.testing.assert_close(
+        processor(picture / 255, do_rescale=False, do_normalize=False)["pixel_values"].max(), torch.tensor(0.2)
+    )
+    clip = processor(picture, size={"shortest_edge": 32}, do_center_crop=True, crop_size=24, resample=3)
+    assert clip["pixel_values"].shape == (1, 3, 24, 24)
+    planes = np.zeros((30, 40, 4), np.uint8)
+    four = processor(
+        planes, do_convert_rgb=False, image_mean=[0.0] * 4, image_std=[1.0] * 4, input_data_format="channels_last"
+    )
+    assert four["pixel_values"].shape == (1, 4, 28, 28)
+    assert processor(picture, data_format="channels_last")["pixel_values"].shape == (1, 28, 28, 3)
 
 
 def test_what_is_no_picture_is_refused():

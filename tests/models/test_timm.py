@@ -15,10 +15,12 @@ except Exception as error:
     pytest.skip(f"timm does not import: {error}", allow_module_level=True)
 with warnings.catch_warnings():
     warnings.simplefilter("error")  # timm warns of names that it has already
-    from cgspn.models.timm_models import TimmEncoder, from_encoder
+    from cgspn.models.timm_models import TimmEncoder, checkpoint_filter_fn, from_encoder
 
 from timm.data import resolve_model_data_config
+from timm.models._hub import save_for_hf
 from timm.optim import param_groups_layer_decay
+from torch.nn.functional import pad
 
 NAME = "cgspn_tiny_patch14_378"
 SHALLOW = {"mixers": ("propagation",) * 3}
@@ -95,6 +97,63 @@ def test_a_student_becomes_a_model_of_timm_and_shares_its_weights(images):
     assert model(images).shape == (2, 4)
     assert model.blocks[0].norm1.weight is student.blocks[0].norm1.weight
     assert not model.training
+
+
+@pytest.mark.parametrize("resized", [False, True])
+def test_a_shared_student_comes_back_bit_for_bit(images, resized, tmp_path):
+    student = cgspn.convert(cgspn.create_model("vit_mini_patch4_28"), compression=3, keep_attention=1).eval()
+    model = from_encoder(student, num_classes=3)
+    if resized:
+        model.set_input_size((56, 28))
+    images = images[..., :40, :68]
+    save_for_hf(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(images), model(images))
+    assert again.config == model.config
+    own = cgspn.load_encoder(tmp_path)
+    assert torch.equal(own.forward_head(own.forward_features(images)), model(images))
+
+
+def test_options_mean_what_they_mean_in_timm(images):
+    dropping = timm.create_model(NAME, drop_path_rate=0.5, dtype=torch.float64, **SHALLOW).train()
+    assert [block.drop_path for block in dropping.blocks] == [0.0, 0.25, 0.5]
+    assert not torch.equal(dropping(images.double()), dropping(images.double()))
+    assert torch.equal(dropping.eval()(images.double()), dropping(images.double()))
+    assert next(timm.create_model(NAME, device="meta", **SHALLOW).parameters()).is_meta
+    assert timm.create_model(NAME, embed_dim=96, **SHALLOW).config.mlp_hidden == 384
+    tokens = timm.create_model(NAME, global_pool="", num_classes=5, **SHALLOW).eval()
+    assert tokens(images).shape == (2, 15, 5)
+    padded = timm.create_model(NAME, dynamic_img_pad=True, **SHALLOW).eval()
+    assert torch.equal(padded(images[..., :40, :60]), padded(pad(images[..., :40, :60], (0, 10, 0, 2))))
+    with pytest.raises(TypeError, match="qk_norm"):
+        timm.create_model(NAME, qk_norm=True)
+
+
+def test_hooks_give_the_maps_that_getters_give(images):
+    torch.manual_seed(1)
+    hooked = timm.create_model(NAME, features_only=True, feature_cls="hook", out_indices=(0, 2), **SHALLOW)
+    maps = hooked.body.forward_intermediates(images, [0, 2], intermediates_only=True)
+    for mine, timms in zip(maps, hooked(images), strict=True):
+        torch.testing.assert_close(mine, timms)
+    found = hooked.body.forward_intermediates(images, [1], output_dict=True)
+    assert found.keys() == {"image_intermediates", "image_features"}
+
+
+def test_weights_are_drawn_after_to_empty_and_filtered_from_wrappings(images):
+    model = timm.create_model("vit_mini_patch4_28", device="meta").to_empty(device="cpu")
+    model.init_weights()
+    assert all(p.isfinite().all() for p in model.parameters())
+    larger = timm.create_model("vit_mini_patch4_28", img_size=56)
+    state = checkpoint_filter_fn({"state_dict": {f"module.{k}": v for k, v in model.state_dict().items()}}, larger)
+    larger.load_state_dict(state)
+    assert len(larger.positions.table) == 14 * 14
+
+
+def test_scripts_are_traces_for_all_sizes():
+    model = timm.create_model("hybrid_mini_patch4_28").eval()
+    scripted = torch.jit.script(model)
+    images = torch.randn(1, 3, 16, 28)
+    torch.testing.assert_close(scripted(images), model(images))
 
 
 def test_options_that_no_encoder_has_are_named():

@@ -1,4 +1,4 @@
-"""Parity with timm and OpenCLIP on random weights, where they can be imported (they need torchvision).
+"""Parity with timm and OpenCLIP on random weights, where they are installed.
 
 Slow models are left out: each is small in depth, as wide as its library makes it.
 """
@@ -9,15 +9,16 @@ import pytest
 import torch
 from parity import relative, shaken
 from safetensors.torch import save_file
+from standins import import_library
 
 import cgspn
 
 
 def library(name):
-    """pytest.importorskip, but for torchvision's own failures on a CPU-only torch too."""
+    """pytest.importorskip, with stand-ins for a torchvision that does not import on a CPU-only torch."""
     try:
-        return __import__(name)
-    except Exception as error:
+        return import_library(name)
+    except ImportError as error:
         pytest.skip(f"{name} does not import: {error}")
 
 

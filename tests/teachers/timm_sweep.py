@@ -78,7 +78,7 @@ def build(name):
         try:
             with torch.device("meta" if refused else "cpu"):
                 model = timm.create_model(name, **attempt)
-        except TypeError:
+        except (TypeError, AssertionError):
             continue
         if refused:
             model = model.half().to_empty(device="cpu")

@@ -47,6 +47,7 @@ def write_onnx(side: ImageSide, bounds: Bounds, path: Path) -> None:
     """
     check_onnx()
     from .onnx_scan import propagate_2d_onnx
+    from .onnx_sizes import name_axes, refuse_other_sizes
 
     with _quiet():
         program = torch.onnx.export(
@@ -60,6 +61,8 @@ def write_onnx(side: ImageSide, bounds: Bounds, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
+    name_axes(program.model.graph)
+    refuse_other_sizes(program.model.graph, bounds)
     size = sum(p.numel() * p.element_size() for p in side.parameters())
     program.save(str(path), external_data=size > 1.9e9)  # protobuf ends at 2 GB
 

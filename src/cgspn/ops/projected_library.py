@@ -24,7 +24,8 @@ PARAMETERS = 5  # maps a direction: lam, u, three logits
 def split_parameters(packed: Tensor, directions: int) -> tuple[Tensor, Tensor, Tensor]:
     """Logits, lam and u, views of what the projection makes: [B, H, W, D * 5 * C]."""
     # One split, not three slices: its gradient is one concatenation instead of three zero-filled maps added up.
-    lam, u, logits = packed.unflatten(-1, (directions, PARAMETERS, -1)).split([1, 1, 3], -2)
+    shape = (*packed.shape[:-1], directions, PARAMETERS, packed.shape[-1] // (directions * PARAMETERS))
+    lam, u, logits = packed.view(shape).split([1, 1, 3], -2)
     return logits, lam.squeeze(-2), u.squeeze(-2)
 
 
@@ -120,25 +121,26 @@ def _backward_in_memory(
 ) -> tuple[Tensor, Tensor, Tensor]:
     d, c = len(directions), x.shape[-1]
     made = split_parameters(linear(x, weight, bias), d)
-    if chip:  # the state at least is made there, without an output beside it
-        from .cuda import projected, scan
+    module = backend_for(backend, x)
+    if hasattr(module, "backward_saved"):
+        # gradients side by side as the projection made the parameters: one product for each of what they lead to
+        packed = torch.empty((*x.shape[:3], weight.shape[0]), dtype=x.dtype, device=x.device)
+        if chip:  # the state at least is made there, without an output beside it
+            from .cuda import projected
 
-        h = projected.state(x, weight, bias, mask, directions)
-        dx, dlogits, dlam, du = scan.backward_saved(dy, x, *made, mask, directions, merge_sum, h)
+            h = projected.state(x, weight, bias, mask, directions)
+        else:
+            _, h = module.forward_saving(x, *made, mask, directions, merge_sum)
+        dlogits, dlam, du = split_parameters(packed, d)
+        arguments = (dy, x, *made, mask, directions, merge_sum, h)
+        dx = module.backward_saved(*arguments, into=(dlam, du, dlogits))[0]
     else:
-        dx, dlogits, dlam, du = backend_for(backend, x).backward(dy, x, *made, mask, directions, merge_sum)
+        dx, dlogits, dlam, du = module.backward(dy, x, *made, mask, directions, merge_sum)
+        packed = torch.cat([dlam.unsqueeze(-2), du.unsqueeze(-2), dlogits], -2)
     seen = x if mask is None else x.where(mask[..., None], 0)  # padding may hold anything
-    seen, dx = seen.reshape(-1, c), dx.reshape(-1, c)
-    # A product for each of the three: side by side in one map, as the projection made them, would cost a copy of all.
-    split = weight.view(d, PARAMETERS, c, c).split([1, 1, 3], 1)
-    dweights, dbiases = [], []
-    for gradient, rows in zip((dlam, du, dlogits), split, strict=True):
-        flat = gradient.flatten(0, 2).flatten(1)
-        dx = torch.addmm(dx, flat, rows.reshape(-1, c))
-        dweights.append((flat.T @ seen).view(rows.shape))
-        total = flat.sum(0).to(x.dtype) if bias is not None else flat.new_zeros(flat.shape[1])
-        dbiases.append(total.view(rows.shape[:3]))
-    return dx.view(x.shape), torch.cat(dweights, 1).view(weight.shape), torch.cat(dbiases, 1).flatten()
+    flat, seen = packed.view(-1, weight.shape[0]), seen.reshape(-1, c)
+    dx = torch.addmm(dx.reshape(-1, c), flat, weight).view(x.shape)
+    return dx, flat.T @ seen, flat.new_zeros(weight.shape[0]) if bias is None else flat.sum(0)
 
 
 projected_backward_op = torch.library.custom_op(

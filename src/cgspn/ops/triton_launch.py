@@ -29,6 +29,7 @@ class TritonLaunch:
         self.kernel, self.gpu, self.grid, self.numbers, self.constants = kernel, gpu, grid, numbers, constants
         self._prepared: Launch | None = None
         self._tried = gpu is None
+        self._index = -1 if gpu is None else gpu.index
 
     def __call__(self, *tensors: Tensor | None) -> None:
         """Launch on the current stream of the tensors' device. Tensors have the dtypes of the first launch."""
@@ -37,6 +38,9 @@ class TritonLaunch:
         for address in addresses:
             bits |= address
         if self._prepared is not None and not bits & ALIGNED:
+            if any([t is not None and t.get_device() != self._index for t in tensors]):  # noqa: C419 (faster)
+                devices = ", ".join(str(t.device) for t in tensors if t is not None)
+                raise RuntimeError(f"expected all tensors on the same device, but they are on {devices}")
             self._prepared(addresses)
         elif 0 not in self.grid:
             if self.gpu is None:

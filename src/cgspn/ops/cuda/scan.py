@@ -186,14 +186,18 @@ def backward_saved(
     h: Tensor,
     keep: Tensor | None = None,
     cut: TileConfig | None = None,
+    into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of `forward` to x, logits, lam, u and, if it is there, keep, each in its input's dtype and shape."""
+    """Gradients of `forward` to x, logits, lam, u and, if it is there, keep, each in its input's dtype and shape.
+
+    into: where the gradients of lam, u and the logits go, of any strides; for one set of parameters a channel.
+    """
     share = vector_width(x, lam)
     times = x.shape[-1] // lam.shape[-1] // share
     given = [None if t is None else per_channel(t, times) for t in (lam, u, logits, keep)]
     merged = x.dim() == 4 and len(directions) > 1
     dx = empty(x.shape, x)
-    gradients = [None if t is None else empty(t.shape, x) for t in given]
+    gradients = [*into, None] if into is not None else [None if t is None else empty(t.shape, x) for t in given]
     first = planes(x, directions) if merged else dx if x.dim() == 5 else dx.unsqueeze(3)
     dy = readable(dy)
     maps = "bhwdc"
@@ -211,7 +215,10 @@ def backward_saved(
         keep=keep is not None,
     )
     if not done:
-        return torch_scan.backward(dy, x, logits, lam, u, mask, directions, merge_sum, keep)
+        grads = torch_scan.backward(dy, x, logits, lam, u, mask, directions, merge_sum, keep)
+        for target, gradient in zip(into or (), (grads[2], grads[3], grads[1])):
+            target.copy_(gradient)
+        return grads
     dlam, du, dlogits, *dkeep = (per_set(g, times) for g in gradients if g is not None)
     return dx, dlogits, dlam, du, *dkeep
 

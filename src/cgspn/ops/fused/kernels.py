@@ -109,6 +109,49 @@ def norm_linear_backward(
 
 
 @triton.jit
+def norm_linear_finish(
+    product, sums, gain, shift, weight, dgain, dshift, dweight, dbias, C, K,
+    CHANNELS: tl.constexpr, LATENT: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the parameters: product [K, C] = scaled^T x; sums [2, K] over rows, of dout and of scaled * mean."""
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    g = tl.load(gain + c, mask=c < C, other=0).to(tl.float32)[None, :]
+    s = tl.load(shift + c, mask=c < C, other=0).to(tl.float32)[None, :]
+    gains, shifts = tl.zeros([CHANNELS], tl.float32), tl.zeros([CHANNELS], tl.float32)
+    for first in range(0, K, LATENT):
+        k = first + tl.arange(0, LATENT)
+        here, at = (k < K)[:, None] & (c < C)[None, :], k[:, None] * C + c[None, :]
+        total = tl.load(sums + k, mask=k < K, other=0)
+        p = tl.load(product + at, mask=here, other=0).to(tl.float32)
+        p -= tl.load(sums + K + k, mask=k < K, other=0)[:, None]
+        w = tl.load(weight + at, mask=here, other=0).to(tl.float32)
+        tl.store(dweight + at, (p * g + total[:, None] * s).to(dweight.dtype.element_ty), mask=here)
+        gains += tl.sum(p * w, 0)
+        shifts += tl.sum(total[:, None] * w, 0)
+        # every program would write the same
+        tl.store(dbias + k, total.to(dbias.dtype.element_ty), mask=(k < K) & (tl.program_id(0) + 0 * k == 0))
+    tl.store(dgain + c, gains.to(dgain.dtype.element_ty), mask=c < C)
+    tl.store(dshift + c, shifts.to(dshift.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def linear_residual_finish(
+    product, gain, weight, dgain, dweight, C, K, CHANNELS: tl.constexpr, LATENT: tl.constexpr
+):  # fmt: skip
+    """Gradients of gain [K] and weight [C, K] from product [C, K] = dout^T RMSNorm(y) before its gain."""
+    k = tl.program_id(0) * LATENT + tl.arange(0, LATENT)
+    g = tl.load(gain + k, mask=k < K, other=0).to(tl.float32)[None, :]
+    gains = tl.zeros([LATENT], tl.float32)
+    for first in range(0, C, CHANNELS):
+        c = first + tl.arange(0, CHANNELS)
+        here, at = (c < C)[:, None] & (k < K)[None, :], c[:, None] * K + k[None, :]
+        p = tl.load(product + at, mask=here, other=0).to(tl.float32)
+        tl.store(dweight + at, (p * g).to(dweight.dtype.element_ty), mask=here)
+        gains += tl.sum(p * tl.load(weight + at, mask=here, other=0).to(tl.float32), 0)
+    tl.store(dgain + k, gains.to(dgain.dtype.element_ty), mask=k < K)
+
+
+@triton.jit
 def linear_residual_fold(
     weight, gain, bias, scale, after, folded, offset, C, K,
     CHANNELS: tl.constexpr, LATENT: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, NEXT: tl.constexpr,

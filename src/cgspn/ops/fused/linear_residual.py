@@ -57,6 +57,14 @@ def _forward_launch(
     )  # fmt: skip
 
 
+@functools.lru_cache(maxsize=512)
+def _finish_launch(gpu: Gpu | None, dtypes: tuple[torch.dtype, ...], channels: int, latent: int) -> TritonLaunch:
+    from . import kernels
+
+    grid, numbers = (-(-latent // 16),), (channels, latent)
+    return TritonLaunch(kernels.linear_residual_finish, gpu, grid, numbers, CHANNELS=64, LATENT=16, num_warps=4)
+
+
 def _fold(
     gpu: Gpu | None,
     weight: Tensor,
@@ -133,17 +141,22 @@ def backward(
     if gain is not None:
         unit = torch.empty(y.shape, dtype=y.dtype, device=y.device)
         dy, _ = rms_backward(dy, y, None, unit, eps)
-    total = d.sum(0, dtype=torch.float32)
-    product = (d.T @ unit.reshape(-1, y.shape[-1])).float()  # [C, K]: all other gradients are sums of it
+    product = d.T @ unit.reshape(-1, y.shape[-1])  # [C, K]: all other gradients are sums of it
+    if scale is None and gain is not None:
+        dgain, dweight = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gain, weight))
+        finish = _finish_launch(gpu_of(y.device), (product.dtype, gain.dtype, weight.dtype), *weight.shape)
+        finish(product, gain, weight.contiguous(), dgain, dweight)
+        return dy, dgain, dweight, d.sum(0, dtype=bias.dtype), None
+    total, product = d.sum(0, dtype=torch.float32), product.float()
     wide = weight.float()
     s, g = (None if t is None else t.float() for t in (scale, gain))
     scaled = product if s is None else product * s[:, None]
     normed = product if g is None else product * g
-    dgain = None if gain is None else (scaled * wide).sum(0).to(gain.dtype)
+    gains = None if gain is None else (scaled * wide).sum(0).to(gain.dtype)
     dscale = None if scale is None else ((normed * wide).sum(1) + bias.float() * total).to(scale.dtype)
     dweight = scaled if g is None else scaled * g
     dbias = total if s is None else total * s
-    return dy, dgain, dweight.to(weight.dtype), dbias.to(bias.dtype), dscale
+    return dy, gains, dweight.to(weight.dtype), dbias.to(bias.dtype), dscale
 
 
 def plain(

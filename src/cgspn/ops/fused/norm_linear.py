@@ -57,6 +57,16 @@ def _backward_launch(
     return launch, programs
 
 
+@functools.lru_cache(maxsize=512)
+def _finish_launch(gpu: Gpu | None, dtypes: tuple[torch.dtype, ...], latent: int, channels: int) -> TritonLaunch:
+    from . import kernels
+
+    numbers = (channels, latent)
+    return TritonLaunch(
+        kernels.norm_linear_finish, gpu, (-(-channels // 32),), numbers, CHANNELS=32, LATENT=32, num_warps=4
+    )
+
+
 def _fold(
     gpu: Gpu | None, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -106,12 +116,13 @@ def backward(
     launch, programs = _backward_launch(gpu, x.dtype, statistics.shape[1], channels, latent, past is not None)
     parts = torch.empty((programs, 2, latent), dtype=torch.float32, device=x.device)
     launch(dout, out, x, None if past is None else past.contiguous(), folded, sums, statistics, dx, scaled, parts)
-    total, along = parts.sum(0)
     # the norm's part of the weight's gradient, without the normalised tokens in memory
-    product = (scaled.flatten(0, -2).T @ x.flatten(0, -2)).float() - along[:, None]
-    dweight = product * gain.float() + total[:, None] * shift.float()
-    dgain, dshift = (product * weight.float()).sum(0), total @ weight.float()
-    return dx, dgain.to(gain.dtype), dshift.to(shift.dtype), dweight.to(weight.dtype), total.to(bias.dtype)
+    product = scaled.view(-1, latent).T @ x.view(-1, channels)
+    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gain, shift, weight, bias)]
+    dtypes = (product.dtype, *(t.dtype for t in (gain, shift, weight, bias)))
+    finish = _finish_launch(gpu, dtypes, latent, channels)
+    finish(product, parts.sum(0), gain, shift, weight.contiguous(), *grads)
+    return dx, *grads
 
 
 def plain(x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

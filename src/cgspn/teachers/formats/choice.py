@@ -48,7 +48,7 @@ def _chosen(name: str, prefixes: list[str], submodel: str | None) -> str:
         chosen = [p for p in prefixes if _USUAL.search(p)] or prefixes
     if len(chosen) > 1:
         raise CheckpointError(
-            f"{name} holds {len(chosen)} models, {_names(chosen)}; choose one: load_encoder(source, submodel=...)"
+            f"{name} holds {len(chosen)} models, {_names(chosen)}; choose one, submodel={chosen[0].rstrip('.')!r}"
         )
     return chosen[0]
 
