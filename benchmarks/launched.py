@@ -9,8 +9,6 @@ when the device has. "host ms": until the last call returned; where both are ali
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ import tyro
 
 from cgspn import create_model
 from cgspn.bench.contenders import OURS, Shape, build
-from cgspn.bench.timing import medians
+from cgspn.bench.timing import launched, medians
 from cgspn.environment import describe
 from cgspn.layers import Grid
 
@@ -49,31 +47,6 @@ class LaunchedConfig:
     contenders: tuple[str, ...] = (PLAIN_ATTENTION, ATTENTION, OURS, "C-GSPN, values 6")
     rounds: int = 7
     encoders: bool = True
-
-
-def loop(call: Callable[[], object], seconds: float, first: int = 3) -> tuple[float, float]:
-    """Milliseconds of a call in a loop that ends with the device, and of the host's part of it."""
-    for _ in range(first):
-        call()
-    torch.cuda.synchronize()
-    began, count = time.perf_counter(), 0
-    while (now := time.perf_counter()) - began < seconds or count < 3:
-        call()
-        count += 1
-    torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - began) / count, 1e3 * (now - began) / count
-
-
-def launched(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float] | str]:
-    """Medians over rounds in turn, or why there are none."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    try:
-        for _ in range(rounds):
-            for name, call in calls.items():
-                found[name].append(loop(call, 0.05))
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        return dict.fromkeys(calls, str(error).splitlines()[0][:80])
-    return {name: (statistics.median(t for t, _ in f), statistics.median(h for _, h in f)) for name, f in found.items()}
 
 
 def captured(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float | str]:
@@ -108,18 +81,23 @@ def block_calls(names: tuple[str, ...], pixels: int, batch: int, trained: bool) 
     return calls
 
 
+def launches_kept(calls: dict[str, Any]) -> dict[str, int]:
+    """For how many shapes each contender's block keeps its launches."""
+    blocks = {name: getattr(call.__defaults__[0], "block", None) for name, call in calls.items()}
+    return {name: len(block._state.plans) for name, block in blocks.items() if block is not None and block._state}
+
+
 def rows_of(
     config: LaunchedConfig, what: str, pixels: int, batch: int, calls: dict[str, Any], graph: bool
 ) -> list[Row]:
     """A row for each contender: launched, captured, host."""
-    times = launched(calls, config.rounds)
+    times = launched(calls, rounds=config.rounds)
     replays = captured(calls, config.rounds) if graph else {}
-    rows = []
+    rows, kept = [], launches_kept(calls)
     for name in calls:
         row: Row = {"what": what, "px": pixels, "B": batch, "name": name}
-        both = times[name]
-        row |= {"launched ms": both} if isinstance(both, str) else {"launched ms": both[0], "host ms": both[1]}
-        rows.append(row | {"captured ms": replays.get(name)})
+        row |= dict(zip(("launched ms", "host ms"), times[name], strict=True))
+        rows.append(row | {"captured ms": replays.get(name), "kept": kept.get(name)})
         print(rows[-1], flush=True)
     return rows
 

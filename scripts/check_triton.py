@@ -40,13 +40,19 @@ TOKENS += ("branch", "total", "dnormal", "d", "hidden", "student", "teacher")
 Piece = tuple[Any, dict[str, Any], int, int]
 TILE = {"ROWS": 128, "LATENT": 256, "CHANNELS": 64, "STAGES": 3, "NORM": True, "EVEN": True}
 LARGE: Piece = (fused.linear_residual_forward, TILE, 8, 3)  # more shared memory than an sm_80 has
-WIDE: Piece = (fused.norm_linear_forward, {"ROWS": 128, "LATENT": 256, "CHANNELS": 64, "EVEN": True}, 8, 4)
+ROW = {"ROWS": 128, "LATENT": 256, "CHANNELS": 64, "EVEN": True, "SAVE": True}
+WIDE: Piece = (fused.norm_linear_forward, ROW, 8, 4)
 MORE: dict[int, list[Piece]] = {80: [], 90: [LARGE, WIDE], 100: [LARGE]}
 LOCAL = {"SIDE": 3, "BIAS": True, "NORM": True, "MASKED": True, "FLIP": False}
 FUSED: list[Piece] = [
     (fused.norm_linear_fold, {"CHANNELS": 2048}, 4, 3),
     *(
-        (fused.norm_linear_forward, {"ROWS": rows, "LATENT": latent, "CHANNELS": channels, "EVEN": even}, warps, 4)
+        (
+            fused.norm_linear_forward,
+            {"ROWS": rows, "LATENT": latent, "CHANNELS": channels, "EVEN": even, "SAVE": even},
+            warps,
+            4,
+        )
         for rows, latent, channels, warps in ((64, 64, 64, 4), (16, 64, 64, 4), (64, 256, 32, 8), (32, 512, 16, 8))
         for even in (True, False)
     ),
@@ -55,6 +61,8 @@ FUSED: list[Piece] = [
         for sizes in ({"ROWS": 64, "LATENT": 64, "CHANNELS": 64}, {"ROWS": 16, "LATENT": 512, "CHANNELS": 16})
         for past in (True, False)
     ),
+    (fused.norm_linear_finish, {"CHANNELS": 32, "LATENT": 32}, 4, 3),
+    (fused.linear_residual_finish, {"CHANNELS": 64, "LATENT": 16}, 4, 3),
     (fused.linear_residual_fold, {"CHANNELS": 16, "LATENT": 512, "NORM": True, "SCALE": True, "NEXT": True}, 4, 3),
     *(
         (fused.linear_residual_forward, sizes | {"NORM": True, "EVEN": even}, warps, 3)

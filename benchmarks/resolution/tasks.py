@@ -124,11 +124,14 @@ class Tasks:
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         """folder: with the six tar files. Raises OSError for those that are not there."""
-        self.camvid, self.voc = (
-            tuple(load_masked(folder / f"{name}-{part}.tar", device) for part in ("train", "test"))
-            for name in ("camvid", "voc-animals")
-        )
-        self.caltech = tuple(load_labelled(folder / f"caltech101-{part}.tar", device) for part in ("train", "test"))
+
+        def masked(name: str) -> tuple[Masked, Masked]:
+            train, test = (load_masked(folder / f"{name}-{part}.tar", device) for part in ("train", "test"))
+            return train, test
+
+        self.camvid, self.voc = masked("camvid"), masked("voc-animals")
+        train, test = (load_labelled(folder / f"caltech101-{part}.tar", device) for part in ("train", "test"))
+        self.caltech = train, test
 
     @torch.inference_mode()
     def scores(self, encoder: Encoder, px: int) -> dict[str, float]:

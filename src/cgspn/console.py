@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.status import Status
+from rich.text import Text
+
+from .terminal import PlainConsole
 
 if TYPE_CHECKING:
     from .distill.stages import Watcher
     from .distill.trainer import Watch
 
-console = Console(stderr=False, highlight=False)
+console = PlainConsole()
+EVERY = 30.0  # seconds between lines of progress, where there is no terminal
 
 
 def writable_folder(path: Path, name: str) -> Path:
@@ -40,11 +45,22 @@ def speed_of(record: dict[str, float]) -> str:
     return f"{record['images_per_second']:,.0f} images/s{mfu}"
 
 
+def waiting(text: str) -> Status:
+    """Show what is being done until the context ends."""
+    return console.status(Text(text))
+
+
 @contextmanager
 def progress_watcher() -> Iterator[Watcher]:
-    """A `Watcher` that shows each training stage as a progress bar with its loss and speed; bars stay when full."""
+    """A `Watcher` that shows each training stage as a progress bar with its loss and speed; bars stay when full.
+
+    Where there is no terminal, as in a log file, a line now and then.
+    """
+    if not console.is_terminal:
+        yield plain_watcher
+        return
     columns = (
-        TextColumn("{task.description:<28}"),
+        TextColumn("{task.description:<28}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -67,3 +83,23 @@ def progress_watcher() -> Iterator[Watcher]:
             return watch
 
         yield watcher
+
+
+def plain_watcher(title: str, steps: int) -> Watch:
+    """Prints a line after the first and the last step, and at most every `EVERY` seconds between them."""
+    began = time.monotonic()
+    said, done = -EVERY, 0
+
+    def watch(record: dict[str, float]) -> None:
+        nonlocal said, done
+        first = done == 0
+        done = int(record["step"]) + 1 if "step" in record else done + 1
+        passed = time.monotonic() - began
+        if not first and done < steps and passed - said < EVERY:
+            return
+        said = passed
+        loss = f"loss {record['total']:.4f}" if "total" in record else ""
+        parts = (f"{title}: {done}/{steps}", loss, speed_of(record), f"{passed:.0f} s")
+        console.print(", ".join(part for part in parts if part), soft_wrap=True)
+
+    return watch

@@ -12,7 +12,7 @@ from cgspn.distill import ComputeConfig, LossConfig, World
 from cgspn.distill.backward_step import Gradients
 from cgspn.distill.optimizers import Optimizers
 from cgspn.distill.parallel import average_gradients, broadcast_params, full_tensor, wrap_distributed
-from cgspn.distill.stages import prepared
+from cgspn.distill.runtime import running
 from cgspn.distill.tasks import DistillTask
 from cgspn.layers import AttentionConfig
 from cgspn.models import model_config
@@ -66,9 +66,8 @@ def by_hand_and_by_ddp(rank, *, output, bucket):
     parallel.BUCKET = bucket
     found = []
     for by_hand in (True, False):
-        task = DistillTask(*models(rank if by_hand else 0), LossConfig(output=output))
+        task = DistillTask(models()[0], models(rank if by_hand else 0)[1], LossConfig(output=output))
         if by_hand:
-            task.set_unregistered(teacher=models()[0])
             broadcast_params(task)
             backward(task, task, parts(rank, 2))
             average_gradients(task.parameters())
@@ -82,8 +81,11 @@ def sharded(rank, **compute):
     """Gradients of a sharded task and of a copied one, and how often the former's units are gathered and scattered."""
     teacher, student = models()
     world = World(rank, dist.get_world_size(), torch.device("cpu"), dist.get_world_size())
-    task = DistillTask(teacher, student, LossConfig())
-    with prepared(task, teacher, student, ComputeConfig(parallel="fsdp", **compute), world):
+
+    def make(student, runtime):
+        return DistillTask(teacher, student, LossConfig(), runtime=runtime)
+
+    with running(make, student, ComputeConfig(parallel="fsdp", **compute), world) as task:
         module = wrap_distributed(task, sharded=task.sharded, find_unused=False)
         backward(module, task, parts(rank, 1))
         with profile(activities=[ProfilerActivity.CPU]) as seen:

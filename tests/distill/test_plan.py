@@ -6,6 +6,7 @@ import torch
 from cgspn.data import Batch
 from cgspn.distill import DistillConfig, HighResConfig, LossConfig, SizeRange, World
 from cgspn.distill.plan import plan
+from cgspn.distill.runtime import Runtime
 from cgspn.distill.taps import observe, tapped_forward
 from cgspn.distill.tasks import DistillTask, SublayerTask
 from cgspn.layers import AttentionConfig
@@ -31,7 +32,7 @@ def tasks(pair, **changes):
     teacher, student = pair
     config = DistillConfig(loss=LossConfig(contrastive=0.5), highres=HighResConfig(**changes))
     stages = plan(teacher, student, NoFeed(), config, "student", World())
-    return [(stage.size[0], stage.task(student)) for stage in stages]
+    return [(stage.size[0], stage.task(student, Runtime())) for stage in stages]
 
 
 def test_the_curriculum_climbs_from_size_to_size_each_taught_by_the_one_before(pair):

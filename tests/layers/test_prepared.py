@@ -22,9 +22,12 @@ from cgspn.ops.gpu import Launch, registered
 sys.path.append(str(Path(__file__).parents[1] / "ops" / "emulation"))
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
-pytestmark = pytest.mark.skipif(
-    not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or TRITON_INTERPRET=1"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="needs a GPU or TRITON_INTERPRET=1"
+    ),
+    *([pytest.mark.gpu] if GPU else []),
+]
 GRID = Grid(4, 5)
 OTHERS = [
     {"merge": "sum"},

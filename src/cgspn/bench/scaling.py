@@ -24,7 +24,7 @@ from ..distill.batches import share_of
 from ..distill.block_parallel import PlacedSublayerTask
 from ..distill.flops import forward_flops
 from ..distill.parallel import barrier
-from ..distill.stages import prepared
+from ..distill.runtime import Runtime, running
 from ..distill.tasks import DistillTask, SublayerTask
 from ..distill.trainer import rows_of, train
 from ..environment import describe
@@ -160,15 +160,15 @@ class Bench:
         self.student.load_state_dict(self.start)
         parallel: Any = mode.split()[2] if self.world.size > 1 else "ddp"
         compute = replace(self.config.compute, parallel=parallel, capture=replayed)
-        task: DistillTask | SublayerTask
-        with self.world.device:
-            if mode.startswith("stage 2"):
-                task = DistillTask(self.teacher, self.student, self.config.loss)
-            elif parallel == "placed":
-                task = PlacedSublayerTask(self.teacher, self.student)
-            else:
-                task = SublayerTask(self.teacher, self.student)
-        with prepared(task, self.teacher, self.student, compute, self.world):
+
+        def make(student: Encoder, runtime: Runtime) -> DistillTask | SublayerTask:
+            with self.world.device:
+                if mode.startswith("stage 2"):
+                    return DistillTask(self.teacher, student, self.config.loss, runtime=runtime)
+                kind = PlacedSublayerTask if parallel == "placed" else SublayerTask
+                return kind(self.teacher, student, runtime=runtime)
+
+        with running(make, self.student, compute, self.world) as task:
             yield task, compute
 
     def losses(self, mode: str, replayed: bool) -> dict[str, Any]:

@@ -65,3 +65,31 @@ def medians(
         for name, (run, count) in runs.items():
             times[name].append(_once(run) / count)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def launched(
+    functions: dict[str, Callable[[], object]], *, rounds: int = 7, seconds: float = 0.05
+) -> dict[str, tuple[float, float]]:
+    """Median milliseconds of a call as most people make it, and the host's part of them, of functions in turn.
+
+    Each timing is a loop of calls of at least `seconds` that ends when the device has. Where both are alike, the host
+    is what takes so long. Raises whatever a function raises.
+    """
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            for _ in range(3):
+                function()
+            _wait()
+            began, count = time.perf_counter(), 0
+            while (now := time.perf_counter()) - began < seconds or count < 3:
+                function()
+                count += 1
+            _wait()
+            found[name].append((1e3 * (time.perf_counter() - began) / count, 1e3 * (now - began) / count))
+    return {n: (statistics.median(t for t, _ in f), statistics.median(h for _, h in f)) for n, f in found.items()}
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -16,7 +17,7 @@ import torch
 from ..data import Batch
 from ..distill import ComputeConfig, LossConfig, OptimConfig, World
 from ..distill.flops import peak_of
-from ..distill.stages import prepared
+from ..distill.runtime import Runtime, running
 from ..distill.tasks import DistillTask, SublayerTask, Task
 from ..distill.trainer import train
 from ..environment import describe
@@ -154,6 +155,11 @@ def measure(task: DistillTask, config: TrainBenchConfig, size: int) -> dict[str,
     flops, peak = task.flops((size, size)), peak_of(device, config.compute.precision)
     rate = batch * config.steps / (times[-1] - times[WARM - 1])
     row |= {"batch": batch, "images/s": rate, "ms a step": 1e3 * batch / rate}
+    row["way"] = "captured" if config.compute.capture else "launched"
+    if device.type == "cuda" and not config.compute.capture and not config.compute.compile and task.capturable:
+        replayed = replace(config, compute=replace(config.compute, capture=True))
+        again = attempt(task, replayed, size, batch, WARM + config.steps)
+        row["captured images/s"] = again and batch * config.steps / (again[-1] - again[WARM - 1])
     row |= {
         "TFLOP an image": flops / 1e12,
         "TFLOP/s": rate * flops / 1e12,
@@ -178,8 +184,7 @@ def run(
     teacher, student = (create_model(name).to(device) for name in (config.teacher, config.student))
     machine = describe(commit) | {"settings": str(config)}
     for size in config.sizes:
-        task = task_of(teacher, student, config, before)
-        with prepared(task, task.teacher, student, config.compute, World(device=device)):
+        with running(partial(task_of, teacher, config, before), student, config.compute, World(device=device)) as task:
             rows.append(measure(task, config, size))
         del task
         before = size
@@ -208,9 +213,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         draw(path, paint, columns=len(panels), figsize=(5 * len(panels), 4))
 
 
-def task_of(teacher: Encoder, student: Encoder, config: TrainBenchConfig, before: int | None) -> DistillTask:
+def task_of(
+    teacher: Encoder, config: TrainBenchConfig, before: int | None, student: Encoder, runtime: Runtime
+) -> DistillTask:
     """Stage 2, or the stage of the curriculum that comes after images of `before` pixels."""
     if config.teacher_is == "original" or before is None:
-        return DistillTask(teacher.eval().requires_grad_(False), student, config.loss)
+        return DistillTask(teacher.eval().requires_grad_(False), student, config.loss, runtime=runtime)
     previous = Encoder(student.config).to(next(student.parameters()).device).eval().requires_grad_(False)
-    return DistillTask(previous, student, config.loss, teacher_size=(before, before))
+    return DistillTask(previous, student, config.loss, teacher_size=(before, before), runtime=runtime)

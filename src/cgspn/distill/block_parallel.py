@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from ..models.encoder import Encoder
+from .runtime import Runtime
 from .tasks import Losses, SublayerTask, sublayer_parts
 
 AHEAD = 2  # rounds of features under way: one hides behind a block, two behind blocks of uneven lengths
@@ -37,20 +38,22 @@ class PlacedSublayerTask(SublayerTask):
 
     Each process runs the teacher on its own share of the batch and sends every block's features to the block's owner,
     in rounds of one block for each process: while one is computed, the next ones travel, and what has been sent is let
-    go. Blocks are dealt out in turn, so that of 27 on 2 processes one has 14: 3.7% more than its share of the student's
-    part of a step, which is the smaller part. Optimiser state and gradients exist once in the whole run. `share` hands
-    the weights back to everyone at the end.
+    go. Blocks are split across the processes in turn, so that of 27 on 2 processes one has 14: 3.7% more than its share
+    of the student's part of a step, which is the smaller part. Optimiser state and gradients exist once in the whole
+    run. `collect` hands the weights back to everyone at the end.
     Paper: stage 1, whose blocks are independent (docs/paper.md).
     """
 
     reduction: Literal["mean", "sum"] = "sum"
 
-    def __init__(self, teacher: Encoder, student: Encoder, learn_positions: bool = True) -> None:
+    def __init__(
+        self, teacher: Encoder, student: Encoder, learn_positions: bool = True, runtime: Runtime | None = None
+    ) -> None:
         """Needs an initialised process group. Arguments and errors as in `SublayerTask`.
 
         Raises ValueError also for fewer blocks that learn than processes.
         """
-        super().__init__(teacher, student, learn_positions)
+        super().__init__(teacher, student, learn_positions, runtime)
         if 0 < len(self.learning) < dist.get_world_size():
             raise ValueError(
                 f"parallel is 'placed' with {dist.get_world_size()} processes; each needs a block that learns, and "
@@ -104,7 +107,7 @@ class PlacedSublayerTask(SublayerTask):
         return Exchange(work, sent, received.view(ranks * own * batch, *shape))
 
     @torch.no_grad()
-    def share(self) -> None:
+    def collect(self) -> None:
         """Send every block's weights from its owner to all."""
         blocks = self.student.each_block()
         for rank, owned in enumerate(self.owned):

@@ -13,6 +13,7 @@ from .batches import Feed
 from .block_parallel import PlacedSublayerTask
 from .config import DistillConfig, LossConfig, OptimConfig
 from .parallel import World
+from .runtime import Runtime
 from .sizes import SizeRange
 from .tasks import DistillTask, SublayerTask, Task, inherited_names, learning_blocks
 from .trainer import Stream
@@ -22,15 +23,15 @@ from .trainer import Stream
 class Stage:
     """One part of a run.
 
-    title: shown. optim: its optimisation. size: (height, width) of its images. task: makes what it minimises from
-    the state that the student is in when it begins. sizes: what its batches are drawn from, if not of `size` alone.
-    goes_on: whether it starts from the adapters and scales of the stage before.
+    title: shown. optim: its optimisation. size: (height, width) of its images. task: makes what it minimises from the
+    state that the student is in when it begins, and from what it is computed with. sizes: what its batches are drawn
+    from, if not of `size` alone. goes_on: whether it starts from the adapters and scales of the stage before.
     """
 
     title: str
     optim: OptimConfig
     size: tuple[int, int]
-    task: Callable[[Encoder], Task]
+    task: Callable[[Encoder, Runtime], Task]
     sizes: SizeRange | None = None
     goes_on: bool = False
 
@@ -76,8 +77,8 @@ def plan(
     sublayer = PlacedSublayerTask if placed else SublayerTask
     inherited = inherited_after_stage1(encoder, student, config)
 
-    def distillation(loss: LossConfig) -> Callable[[Encoder], Task]:
-        return lambda student: DistillTask(
+    def distillation(loss: LossConfig) -> Callable[[Encoder, Runtime], Task]:
+        return lambda student, runtime: DistillTask(
             encoder,
             student,
             loss,
@@ -85,10 +86,11 @@ def plan(
             captions=feed.captions,
             learn_positions=config.learn_positions,
             inherited=inherited,
+            runtime=runtime,
         )
 
-    def from_itself(size: tuple[int, int]) -> Callable[[Encoder], Task]:
-        def task(student: Encoder) -> Task:
+    def from_itself(size: tuple[int, int]) -> Callable[[Encoder, Runtime], Task]:
+        def task(student: Encoder, runtime: Runtime) -> Task:
             previous = copy.deepcopy(student).eval().requires_grad_(False)
             return DistillTask(
                 previous,
@@ -98,6 +100,7 @@ def plan(
                 captions=feed.captions,
                 teacher_size=size,
                 inherited=inherited,
+                runtime=runtime,
             )
 
         return task
@@ -107,7 +110,7 @@ def plan(
             f"{name}, stage 1",
             config.stage1,
             native,
-            lambda student: sublayer(encoder, student, config.learn_positions),
+            lambda student, runtime: sublayer(encoder, student, config.learn_positions, runtime),
             config.sizes,
         ),
         Stage(f"{name}, stage 2", config.stage2, native, distillation(config.loss), config.sizes),

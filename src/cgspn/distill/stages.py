@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
 
@@ -20,21 +19,21 @@ from ..models.dual import DualEncoder, build_dual, image_encoder
 from ..models.encoder import Encoder
 from ..models.registry import model_config
 from ..models.weights import open_safetensors, read_state
+from ..terminal import warn
 from .batches import Feed, ImageSetFeed
-from .block_parallel import PlacedSublayerTask
 from .cache import TeacherCache
-from .config import ComputeConfig, DistillConfig, PretrainConfig
-from .parallel import World, barrier, full_tensor, shard_encoder
+from .config import DistillConfig, PretrainConfig
+from .parallel import World, barrier
 from .parity import check_parity
 from .plan import Stage, plan
 from .run_folder import finish_stage, finished_stage
+from .runtime import Runtime, running
 from .sizes import whole
 from .snapshots import Snapshots
 from .tasks import ContrastiveTask, DistillTask, Task
 from .trainer import History, Watch, train
 
 ADAPTERS = "adapters.safetensors"
-COMPILED = 256  # graphs of a function: one for each shape of batches and kind of block, of which some tens are usual
 
 Watcher = Callable[[str, int], Watch]  # title and number of steps -> what the trainer calls after each
 
@@ -51,7 +50,7 @@ def pretrain(
     feed, encoder = ImageSetFeed(images), model.image.config
     title = "pretraining"
     task = ContrastiveTask(model, feed.captions, config.loss)
-    stage = Stage(title, config.optim, encoder.image_size, lambda student: task, config.sizes)
+    stage = Stage(title, config.optim, encoder.image_size, lambda student, runtime: task, config.sizes)
     watch = watcher(title, config.optim.steps) if watcher else None
     history = train(task, stage.stream(feed, encoder, World(device=torch.device(device))), config.optim, title, watch)
     if config.optim.steps:
@@ -127,19 +126,16 @@ def distill(
             snapshots = None
             if folder is not None and config.compute.save_every:
                 snapshots = Snapshots(folder / "snapshots" / str(number), config.compute.save_every)
-            task = stage.task(student)
-            if not task.learns:
-                if world.rank == 0:
-                    Console(stderr=True).print(
-                        f"{stage.title}: nothing to learn, left out", highlight=False, markup=False
-                    )
-                continue
-            watch = watcher(stage.title, stage.optim.steps) if watcher else None
-            if cache is not None:
-                attach(cache, task)
-            if isinstance(task, DistillTask) and stage.goes_on:
-                task.carry_on(carried)
-            with prepared(task, encoder, student, config.compute, world):
+            torch.manual_seed(stage.optim.seed)
+            make = partial(going_on, stage, carried)
+            with running(make, student, config.compute, world, cache) as task:
+                if not task.learns:
+                    if world.rank == 0:
+                        warn(f"{stage.title}: nothing to learn, left out")
+                    continue
+                if cache is not None:
+                    cache.belongs_to(getattr(task, "teacher", None))
+                watch = watcher(stage.title, stage.optim.steps) if watcher else None
                 histories.append(
                     train(task, stream, stage.optim, stage.title, watch, compute=config.compute, snapshots=snapshots)
                 )
@@ -154,6 +150,14 @@ def distill(
             barrier()
     student.eval()
     return histories
+
+
+def going_on(stage: Stage, carried: Mapping[str, Tensor], student: Encoder, runtime: Runtime) -> Task:
+    """The task of a stage, with the adapters and scales of the stage before if it goes on from there."""
+    task = stage.task(student, runtime)
+    if isinstance(task, DistillTask) and stage.goes_on:
+        task.carry_on(carried)
+    return task
 
 
 def carried_from(folder: Path) -> dict[str, Tensor]:
@@ -194,13 +198,6 @@ def check_cacheable(stage: Stage) -> None:
         )
 
 
-def attach(cache: TeacherCache, task: Task) -> None:
-    """Let a stage keep its teacher's features."""
-    cache.belongs_to(getattr(task, "teacher", None))
-    task.set_unregistered(cache=cache)
-    task.capturable = False
-
-
 @contextmanager
 def frozen(teacher: torch.nn.Module) -> Iterator[None]:
     """No gradients for a teacher, for the time of the context."""
@@ -212,37 +209,3 @@ def frozen(teacher: torch.nn.Module) -> Iterator[None]:
     finally:
         for parameter in changed:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def prepared(task: Task, teacher: Encoder, student: Encoder, compute: ComputeConfig, world: World) -> Iterator[None]:
-    """A task's encoders compiled, checkpointed and sharded as wanted; afterwards the student is whole and plain."""
-    if isinstance(task, DistillTask) and compute.parallel == "fsdp" and world.size > 1:
-        task.sharded = True
-        task.student = copy.deepcopy(student)  # sharding cannot be undone
-    working = task.student if isinstance(task, DistillTask) else student
-    checkpointing = student.checkpointing
-    working.set_grad_checkpointing(compute.checkpointing)
-    # block by block: the blocks of an encoder share one compiled graph for each shape of batches, whatever its depth
-    blocks = [*teacher.each_block(), *working.each_block()] if compute.compile else []
-    recompiled = torch._dynamo.config.patch(recompile_limit=COMPILED) if compute.compile else nullcontext()
-    for block in blocks:
-        block.compile(dynamic=False)
-        if not isinstance(task, DistillTask):
-            block.sublayer = torch.compile(block.sublayer, dynamic=False)  # type: ignore[method-assign]
-    if compute.compile and isinstance(task, DistillTask):
-        task.set_unregistered(tap=torch.compile(task.tap, dynamic=False))
-    if task.sharded:
-        shard_encoder(working, compute.blocks_per_unit, compute.reshard_after_forward)
-    try:
-        with recompiled:
-            yield
-        if task.sharded:
-            student.load_state_dict({key: full_tensor(value) for key, value in working.state_dict().items()})
-        if isinstance(task, PlacedSublayerTask):
-            task.share()
-    finally:
-        for block in blocks:
-            for name in ("_compiled_call_impl", "sublayer"):
-                vars(block).pop(name, None)
-        student.set_grad_checkpointing(checkpointing)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ..layers import Grid
+from ..layers import Block, Grid
 from ..models.config import EncoderConfig
 from ..models.encoder import Encoder
+
+RunTapped = Callable[[Block, Tensor, Grid], tuple[Tensor, Tensor]]
 
 
 class Taps(NamedTuple):
@@ -30,16 +33,17 @@ class Taps(NamedTuple):
     grid: Grid
 
 
-def tapped_forward(encoder: Encoder, images: Tensor) -> Taps:
+def tapped_forward(encoder: Encoder, images: Tensor, run: RunTapped = Block.tapped) -> Taps:
     """The encoder's forward pass with every tap recorded. images [B, channels, H, W], normalised.
 
-    Raises ValueError for an image size that the patches do not tile. Paper: PP and PB taps (docs/paper.md).
+    run: how each block is run, as `Block.tapped`. Raises ValueError for an image size that the patches do not tile.
+    Paper: PP and PB taps (docs/paper.md).
     """
     tokens, grid = encoder.embed(images)
     block_inputs, sublayers, blocks = [], [], []
     for block in encoder.each_block():
         block_inputs.append(tokens)
-        tokens, branch = encoder.run_tapped(block, tokens, grid)
+        tokens, branch = encoder.run_tapped(block, tokens, grid, run)
         sublayers.append(branch[:, grid.prefix :])
         blocks.append(tokens[:, grid.prefix :])
     tokens = encoder.norm(tokens)
@@ -64,7 +68,13 @@ def retarget_first_block(taps: Taps, entry: Tensor) -> Taps:
 
 
 @torch.no_grad()
-def observe(teacher: Encoder, images: Tensor, student: EncoderConfig, size: tuple[int, int] | None = None) -> Taps:
+def observe(
+    teacher: Encoder,
+    images: Tensor,
+    student: EncoderConfig,
+    size: tuple[int, int] | None = None,
+    run: RunTapped = Block.tapped,
+) -> Taps:
     """The frozen teacher's taps for images that are normalised as the student wants them.
 
     Args:
@@ -73,6 +83,7 @@ def observe(teacher: Encoder, images: Tensor, student: EncoderConfig, size: tupl
         student: whose normalisation the images have.
         size: (height, width) in pixels that the teacher sees them at; its grid features are then upsampled
             bilinearly to the grid that the images have at full size. None for the images as they are.
+        run: as in `tapped_forward`.
 
     Paper: high-resolution curriculum, upsampled self-teacher (docs/paper.md).
     """
@@ -86,9 +97,9 @@ def observe(teacher: Encoder, images: Tensor, student: EncoderConfig, size: tupl
         # in float32: in bf16 each of the steps would round
         images = ((images.float() * std + mean - mean_t) / std_t).to(images.dtype)
     if size is None or size == tuple(images.shape[-2:]):
-        return tapped_forward(teacher, images)
+        return tapped_forward(teacher, images, run)
     h, w = images.shape[-2] // config.patch_size, images.shape[-1] // config.patch_size
-    taps = tapped_forward(teacher, interpolate(images, size, mode="bilinear", antialias=True))
+    taps = tapped_forward(teacher, interpolate(images, size, mode="bilinear", antialias=True), run)
 
     def up(tokens: Tensor) -> Tensor:
         grid = tokens.unflatten(1, (taps.grid.height, taps.grid.width)).permute(0, 3, 1, 2)

@@ -15,11 +15,11 @@ from ..layers import Block
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
 from .adapters import Adapters
-from .cache import TeacherCache
 from .config import LossConfig
 from .flops import forward_flops, sublayer_flops, training_flops
-from .losses import clip_loss, relative_error, sigmoid_loss, tap_loss
+from .losses import clip_loss, relative_error, sigmoid_loss
 from .parallel import full_tensor, gather_rows
+from .runtime import Runtime
 from .sizes import tokens_of, with_area
 from .taps import Taps, observe, retarget_first_block, tapped_forward
 from .target_scales import TargetScales
@@ -34,7 +34,7 @@ class Task(nn.Module):
     Attributes:
         reduction: how the losses of several processes become those of the run.
         has_unused_params: whether some of its parameters may get no gradient.
-        cache: keeps the teacher's features, if there is one.
+        runtime: what it computes with.
         capturable: whether its losses need nothing from the host, so that a CUDA graph can hold them.
         sharded: whether its parameters are spread over the processes (FSDP2) instead of copied.
     """
@@ -43,7 +43,11 @@ class Task(nn.Module):
     has_unused_params: bool = False
     sharded: bool = False
     capturable: bool = False
-    cache: TeacherCache | None = None
+
+    def __init__(self, runtime: Runtime | None = None) -> None:
+        """runtime: None for functions as they are."""
+        super().__init__()
+        self.runtime = runtime or Runtime()
 
     @property
     def learns(self) -> bool:
@@ -59,9 +63,8 @@ class Task(nn.Module):
 
     def seen(self, batch: Batch, observe: Callable[[], Taps]) -> Taps:
         """What the teacher makes of a batch: from the cache, or observed."""
-        if self.cache is None:
-            return observe()
-        return self.cache.taps(batch.indices, observe, tuple(batch.images.shape[-2:]))
+        cache = self.runtime.cache
+        return observe() if cache is None else cache.taps(batch.indices, observe, tuple(batch.images.shape[-2:]))
 
     def tokens(self, size: tuple[int, int]) -> int | None:
         """Grid tokens of an image of `size` (height, width) pixels; None if nobody counts them."""
@@ -79,8 +82,11 @@ class Task(nn.Module):
         """The losses: what wrappers for several processes call."""
         return self.losses(batch)
 
-    def set_unregistered(self, **models: object) -> None:
-        """Set attributes without registering them: what a task looks at, but neither trains nor saves."""
+    def collect(self) -> None:
+        """After the last step: give every process what one alone has learned."""
+
+    def _look_at(self, **models: object) -> None:
+        """Keep models without registering them: neither trained nor saved."""
         for name, model in models.items():
             object.__setattr__(self, name, model)
 
@@ -118,14 +124,16 @@ class SublayerTask(Task):
     teacher: Encoder
     student: Encoder
 
-    def __init__(self, teacher: Encoder, student: Encoder, learn_positions: bool = True) -> None:
+    def __init__(
+        self, teacher: Encoder, student: Encoder, learn_positions: bool = True, runtime: Runtime | None = None
+    ) -> None:
         """learn_positions: see `DistillConfig`. Raises ValueError if the depths differ."""
-        super().__init__()
+        super().__init__(runtime)
         if teacher.config.depth != student.config.depth:
             raise ValueError(f"student has {student.config.depth} blocks; expected {teacher.config.depth}")
         self.learning = learning_blocks(teacher, student)
-        self.set_unregistered(teacher=teacher, student=student)
-        self.capturable = True
+        self._look_at(teacher=teacher, student=student)
+        self.capturable = self.runtime.cache is None
         self.learn_positions = learn_positions and lacks_positions(student, teacher)
         self.parts = nn.ModuleDict({str(i): sublayer_parts(student.each_block()[i]) for i in self.learning})
         self.energies = TargetScales(len(self.learning)).to(next(student.parameters()).device)
@@ -157,7 +165,9 @@ class SublayerTask(Task):
     @torch.no_grad()
     def observed(self, batch: Batch) -> Taps:
         """The teacher's taps, the first of them from where the student starts."""
-        taps = self.seen(batch, partial(observe, self.teacher, batch.images, self.student.config))
+        taps = self.seen(
+            batch, partial(observe, self.teacher, batch.images, self.student.config, run=self.runtime.tapped)
+        )
         return retarget_first_block(taps, self.student.embed(batch.images)[0]) if self.learn_positions else taps
 
     def losses(self, batch: Batch) -> Losses:
@@ -174,7 +184,8 @@ class SublayerTask(Task):
     def sublayer_error(self, i: int, block_inputs: Tensor, wanted: Tensor, taps: Taps, energy: Tensor) -> Tensor:
         """Block i on the teacher's block_inputs [B, N, C], against the teacher's branch [B, h*w, C]."""
         grid = taps.grid._replace(prefix=self.student.config.prefix)
-        branch = self.student.each_block()[i].sublayer(block_inputs[:, taps.grid.prefix - grid.prefix :], grid)
+        tokens = block_inputs[:, taps.grid.prefix - grid.prefix :]
+        branch = self.runtime.sublayer(self.student.each_block()[i], tokens, grid)
         return relative_error(branch[:, grid.prefix :], wanted, energy)
 
 
@@ -197,7 +208,6 @@ class DistillTask(Task):
     teacher: Encoder
     student: Encoder
     dual: DualEncoder | None
-    tap: Callable[[nn.Module, Tensor, Tensor, Tensor, float], Tensor]
 
     def __init__(
         self,
@@ -210,6 +220,7 @@ class DistillTask(Task):
         teacher_size: tuple[int, int] | None = None,
         learn_positions: bool = True,
         inherited: frozenset[str] | None = None,
+        runtime: Runtime | None = None,
     ) -> None:
         """dual and captions: the teacher's image-text model and the captions of a batch, for the contrastive loss.
 
@@ -220,7 +231,7 @@ class DistillTask(Task):
 
         Raises ValueError if the contrastive loss is on without what it needs, or if depths or widths differ.
         """
-        super().__init__()
+        super().__init__(runtime)
         if (teacher.config.depth, teacher.config.width) != (student.config.depth, student.config.width):
             raise ValueError(
                 f"student has depth {student.config.depth} and width {student.config.width}; "
@@ -229,10 +240,11 @@ class DistillTask(Task):
         if config.contrastive and (dual is None or captions is None):
             raise ValueError("contrastive is on; expected a teacher with a text tower, and captions")
         self.config, self.captions, self.teacher_size = config, captions, teacher_size
-        self.set_unregistered(teacher=teacher, dual=dual)
+        self._look_at(teacher=teacher, dual=dual)
+        self.sharded = self.runtime.sharded
         self.student = student
         self.compares = bool(config.alpha or config.beta or config.output)
-        self.capturable = not config.contrastive
+        self.capturable = not config.contrastive and self.runtime.cache is None
         self.learn_positions = learn_positions and lacks_positions(student, teacher)
         self.has_unused_params = not (config.output or config.contrastive)
         self.inherited = inherited_names(student, teacher) if inherited is None else inherited
@@ -242,7 +254,6 @@ class DistillTask(Task):
             depth, width, sublayers=config.adapters and bool(config.alpha), blocks=config.adapters and bool(config.beta)
         ).to(device)
         self.energies = TargetScales(2 * depth + 1).to(device)
-        self.set_unregistered(tap=adapted_tap_loss)  # a compiled one may take its place
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Adapters are fresh, and what stage 1 has changed counts as fresh too."""
@@ -295,7 +306,7 @@ class DistillTask(Task):
     def observed(self, batch: Batch, entry: Tensor) -> Taps:
         """The teacher's taps, the first of them from where the student starts: `entry` [B, h*w, C]."""
         size = self.seen_at((batch.images.shape[-2], batch.images.shape[-1]))
-        look = partial(observe, self.teacher, batch.images, self.student.config, size)
+        look = partial(observe, self.teacher, batch.images, self.student.config, size, self.runtime.tapped)
         taps = self.seen(batch, look)
         return retarget_first_block(taps, entry) if self.learn_positions else taps
 
@@ -305,7 +316,7 @@ class DistillTask(Task):
         Beside them the loss of each tap, "PP block i" and "PB block i".
         """
         config = self.config
-        mine = tapped_forward(self.student, batch.images)
+        mine = tapped_forward(self.student, batch.images, self.runtime.tapped)
         parts: Losses = {}
         each: Losses = {}
         weights = {"PP": config.alpha, "PB": config.beta, "pooled": config.output, "contrastive": config.contrastive}
@@ -315,12 +326,12 @@ class DistillTask(Task):
             at_sublayers, at_blocks, at_pooled = energies.split([len(mine.blocks), len(mine.blocks), 1])
             if config.alpha:
                 taps = zip(self.adapters.sublayers, mine.sublayers, theirs.sublayers, at_sublayers, strict=True)
-                values = [self.tap(a, s, t, e, config.kl_pp) for a, s, t, e in taps]
+                values = [self.runtime.tap_loss(a, s, t, e, config.kl_pp) for a, s, t, e in taps]
                 parts["PP"] = torch.stack(values).mean()
                 each |= {f"PP block {i}": value for i, value in enumerate(values)}
             if config.beta:
                 taps = zip(self.adapters.blocks, mine.blocks, theirs.blocks, at_blocks, strict=True)
-                values = [self.tap(a, s, t, e, config.kl_pb) for a, s, t, e in taps]
+                values = [self.runtime.tap_loss(a, s, t, e, config.kl_pb) for a, s, t, e in taps]
                 parts["PB"] = torch.stack(values).mean()
                 each |= {f"PB block {i}": value for i, value in enumerate(values)}
             if config.output:
@@ -379,8 +390,3 @@ def caption_ids(captions: list[str], device: torch.device) -> Tensor:
 def _same(ids: Tensor) -> Tensor:
     ids = gather_rows(ids)
     return ids[:, None] == ids[None]
-
-
-def adapted_tap_loss(adapter: nn.Module, student: Tensor, teacher: Tensor, energy: Tensor, kl_weight: float) -> Tensor:
-    """`tap_loss` of what the adapter makes of the student's features."""
-    return tap_loss(adapter(student), teacher, kl_weight, energy)

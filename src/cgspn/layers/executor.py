@@ -67,7 +67,7 @@ def fusion_of(block: Block, tokens: Tensor) -> Fusion:
     if wanted == "auto" and not state.latent and tokens.numel() < FEW and not is_capturing(tokens):
         return NOTHING
     channels = tokens.shape[-1]
-    rows = reason is None and channels <= CHANNELS_MOST
+    rows = reason is None and channels <= CHANNELS_MOST and state.widths == {tokens.shape[-1:]}
     mixer = rows and state.latent and (wanted == "triton" or has_room(tokens)) and can_fuse_down(block)
     mlp = state.mlp and not torch.is_grad_enabled() and has_dtype_of(block.mlp, tokens)
     return Fusion(rows and state.norm1, rows and state.norm2, mixer, mlp)
@@ -85,8 +85,11 @@ def has_room(tokens: Tensor) -> bool:
 
 
 def has_dtype_of(mlp: nn.Module, tokens: Tensor) -> bool:
-    """Whether the products of an MLP would be in the dtype of the tokens, as those of its layers are."""
-    return not isinstance(mlp, Mlp) or tokens.dtype in (autocast_dtype(tokens), mlp.fc1.weight.dtype)
+    """Whether the products of an MLP would be in the dtype of the tokens, as those of its layers are, and its GELU
+    still is the one they know."""
+    if not isinstance(mlp, Mlp):
+        return True
+    return mlp.act.approximate == "tanh" and tokens.dtype in (autocast_dtype(tokens), mlp.fc1.weight.dtype)
 
 
 def can_fuse_down(block: Block) -> bool:
@@ -133,9 +136,10 @@ def run_prepared(block: Block, tokens: Tensor, grid: Grid) -> Tensor | None:
 def plan_key(block: Block, tokens: Tensor, grid: Grid) -> tuple[Any, ...]:
     """What launches depend on, besides the state and the addresses."""
     mixer: Any = block.mixer
+    mlp: Any = block.mlp
     eps = (block.norm1.eps, mixer.norm.eps, mixer.merge_norm.eps, block.norm2.eps)
     where = (grid.height, grid.width, grid.prefix, grid.mask is None)
-    return tokens.shape, tokens.dtype, tokens.device, block.fusion_backend, where, eps
+    return tokens.shape, tokens.dtype, tokens.device, block.fusion_backend, where, eps, mlp.act.approximate
 
 
 def run_fused(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion, tapped: bool = False) -> Any:

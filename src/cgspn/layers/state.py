@@ -63,6 +63,7 @@ class State(Snapshot):
 
     Attributes:
         norm1, norm2: whether kernels may take the place of these LayerNorms.
+        widths: shapes of the gains of those norms.
         latent: whether they may for norms, products and convolution of a C-GSPN sub-layer and its LayerScale.
         mlp: whether products may write the MLP onto the residual.
         preparable: whether launches of the whole block may be kept.
@@ -73,6 +74,7 @@ class State(Snapshot):
         """Look at everything."""
         super().__init__(block)
         self.norm1, self.norm2 = is_layer_norm(block.norm1), is_layer_norm(block.norm2)
+        self.widths = {n.weight.shape for n in (block.norm1, block.norm2) if is_layer_norm(n)}
         self.latent = self.norm1 and is_latent(block.mixer) and is_scale(block.scale1)
         self.mlp = is_plain(block.scale2, nn.Identity) and (is_plain(block.mlp, Fp8Mlp) or is_tanh(block.mlp))
         self.preparable = self.latent and self.norm2 and self.mlp and can_prepare(block)
@@ -89,7 +91,10 @@ def state_of(block: Block) -> State:
 
 def is_layer_norm(norm: nn.Module) -> bool:
     """Whether this is a plain LayerNorm over channels with a gain and a shift."""
-    return is_plain(norm, LayerNorm, nn.LayerNorm) and norm.weight is not None and norm.bias is not None
+    if not is_plain(norm, LayerNorm, nn.LayerNorm) or norm.weight is None or norm.bias is None:
+        return False
+    weight: Any = norm.weight
+    return bool(weight.ndim == 1 and norm.normalized_shape == weight.shape)
 
 
 def is_latent(mixer: nn.Module) -> bool:

@@ -164,9 +164,15 @@ class Encoder(TimmContract):
         out: Tensor = recomputed(block, tokens, grid) if recompute else block(tokens, grid)
         return out
 
-    def run_tapped(self, block: Block, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """One block's output and its mixing branch, with activation checkpointing if that is on."""
-        tapped = partial(block, tapped=True)
+    def run_tapped(
+        self,
+        block: Block,
+        tokens: Tensor,
+        grid: Grid,
+        run: Callable[[Block, Tensor, Grid], tuple[Tensor, Tensor]] = Block.tapped,
+    ) -> tuple[Tensor, Tensor]:
+        """One block's output and its mixing branch as `run` gives them, with activation checkpointing if that is on."""
+        tapped = partial(run, block)
         recompute = self.checkpointing and torch.is_grad_enabled()
         out: tuple[Tensor, Tensor] = recomputed(tapped, tokens, grid) if recompute else tapped(tokens, grid)
         return out

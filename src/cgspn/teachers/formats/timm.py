@@ -28,7 +28,7 @@ _HEAD = "/head.proj.{p}|head.{p}"  # OpenCLIP's is beside the trunk
 _NAME_IT = "; give it its architecture's name, as of timm, or a config.json that states it"
 _TELLTALE = {
     r"relative_position_bias_table|rel_pos_": "relative position biases",
-    r"\.gamma_1$|\.q_bias$|\.w12\.|fc1_g\.": "layers of EVA or BEiT",
+    r"\.gamma_1$|\.q_bias$|\.w12\.|fc1_g\.": "layers of EVA, BEiT or DINOv3",
     r"dist_token$": "a distillation token",
     r"rope|freqs_cis": "rotary positions",
     r"attn\.(q|k)_norm\.": "norms of queries and keys",

@@ -1,0 +1,75 @@
+"""What a distillation will do and cost, said before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..bench.machine import matmul_rate
+from ..data.source import EMBEDDED
+from ..distill import DistillConfig, Feed, World
+from ..distill.flops import forward_flops, sublayer_flops, training_flops
+from ..distill.plan import Stage, plan
+from ..distill.tasks import learning_blocks
+from ..models.dual import DualEncoder, image_encoder
+from ..models.encoder import Encoder
+
+# Bytes that a step keeps for each token, channel and block in bfloat16: 33 to 34 for SO400M from 378 to 1036 px.
+KEPT = 34
+STATE = 16  # bytes of a trained weight: itself, its gradient, two moments; a frozen one has 4
+SHARE = 0.4  # of the rate of large matrix products that whole steps reach; 0.5 for SO400M on an H100
+
+
+def header(
+    teacher: DualEncoder | Encoder, student: Encoder, feed: Feed, images: int, config: DistillConfig, world: World
+) -> Iterator[str]:
+    """Lines: the device, then each stage with its steps, images, epochs and sizes, then hours and memory, estimated."""
+    encoder, device = image_encoder(teacher), world.device
+    yield f"{device_name(device)}, {world.size} {'process' if world.size == 1 else 'processes'}, {images:,} images"
+    flop, most = 0.0, 0.0
+    for stage in plan(teacher, student, feed, config, "student", world):
+        optim, seen = stage.optim, stage.optim.steps * stage.optim.batch_size
+        shapes = sorted({f"{height} x {width}" for height, width in stage.shapes(student.config.patch_size)})
+        sizes = shapes[0] if len(shapes) == 1 else f"{len(shapes)} sizes up to {stage.size[0]} x {stage.size[1]}"
+        yield (
+            f"{stage.title}: {optim.steps:,} steps of {optim.batch_size:,} images at {sizes} px; {seen:,} images, "
+            f"{seen / images:.2g} epochs"
+        )
+        flop += seen * flop_an_image(encoder, student, stage)
+        tokens = stage.size[0] * stage.size[1] / student.config.patch_size**2
+        share = optim.batch_size / optim.accumulate / world.size
+        most = max(most, share * tokens * student.config.width * student.config.depth * KEPT)
+    rate = matmul_rate() if device.type == "cuda" else matmul_rate(1024, "cpu", torch.float32)
+    weights = sum(4 * p.numel() for p in encoder.parameters()) + sum(STATE * p.numel() for p in student.parameters())
+    memory = (weights + most * (1 if config.compute.precision == "bfloat16" else 2)) / 2**30
+    hours = flop / rate / SHARE / world.size / 3600
+    time = f"{hours:.2g} hours" if hours >= 1 else f"{60 * hours:.1g} minutes"
+    less = ", less with checkpointing" if config.compute.checkpointing else ""
+    yield f"roughly {time} and {memory:.2g} GiB on each device{less}, by FLOP and tokens; loading images not counted"
+
+
+def flop_an_image(teacher: Encoder, student: Encoder, stage: Stage) -> int:
+    """FLOP of an image in a stage, teacher and student together."""
+    frozen = forward_flops(teacher.config, stage.size)
+    if stage.title.endswith("stage 1"):
+        return frozen + sublayer_flops(student.config, stage.size, learning_blocks(teacher, student))
+    return frozen + training_flops(student.config, stage.size, sublayer_adapters=True, block_adapters=True)
+
+
+def warnings(teacher: str, preset: str, given: bool, device: torch.device) -> Iterator[str]:
+    """What is likely to be a mistake. given: whether any setting of the preset was changed."""
+    if preset == EMBEDDED and teacher != EMBEDDED and not given:
+        yield (
+            "the preset is that of the demo, whose steps and rates are for the embedded teacher of 1.3 M parameters; "
+            "choose another with --preset, or set --config.stage1.steps, --config.stage2.steps and rates"
+        )
+    if device.type == "cpu" and teacher != EMBEDDED:
+        yield "the device is a CPU, which is for small models and trials; PyTorch finds no GPU or --device is cpu"
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "CPU" and the threads that PyTorch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"

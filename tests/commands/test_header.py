@@ -1,0 +1,54 @@
+"""What is said of a run before it begins, and of its progress where there is no terminal."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cgspn import console
+from cgspn.commands.header import header, warnings
+from cgspn.data import load_embedded
+from cgspn.distill import DistillConfig, HighResConfig, ImageSetFeed, OptimConfig, World
+from cgspn.models import create_model
+from cgspn.teachers import convert
+
+
+def test_a_header_counts_steps_images_epochs_and_costs():
+    torch.manual_seed(0)
+    teacher = create_model("vit_mini_patch4_28", channels=1, mixers=("attention",) * 2)
+    student = convert(teacher, compression=4)
+    optim = OptimConfig(steps=30, batch_size=20)
+    config = DistillConfig(stage1=optim, stage2=optim, highres=HighResConfig(sizes=(56,), optim=optim))
+    feed = ImageSetFeed(load_embedded("test").subset(torch.arange(300)))
+    device, *stages, costs = header(teacher, student, feed, 300, config, World())
+    assert device.startswith("CPU")
+    assert [line.partition(":")[0] for line in stages] == ["student, stage 1", "student, stage 2", "student, 56 px"]
+    assert "30 steps of 20 images at 28 x 28 px; 600 images, 2 epochs" in stages[1]
+    assert costs.startswith("roughly")
+    (*_, longer) = header(teacher, student, feed, 300, replace(config, stage2=replace(optim, steps=10**8)), World())
+    assert "hours" in longer
+
+
+@pytest.mark.parametrize(
+    ("teacher", "preset", "given", "device", "count"),
+    [
+        ("embedded", "embedded", False, "cpu", 0),
+        ("org/so400m", "embedded", False, "cuda", 1),
+        ("org/so400m", "embedded", False, "cpu", 2),
+        ("org/so400m", "embedded", True, "cpu", 1),
+        ("org/so400m", "so400m-378", False, "cuda", 0),
+    ],
+)
+def test_a_likely_mistake_is_warned_of(teacher, preset, given, device, count):
+    assert len(list(warnings(teacher, preset, given, torch.device(device)))) == count
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):
+    monkeypatch.setattr(console.console, "_force_terminal", False)
+    with console.progress_watcher() as watcher:
+        watch = watcher("stage 1", 100)
+        for step in range(100):
+            watch({"step": step, "total": 0.5})
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("stage 1: 1/100, loss 0.5000")
+    assert last.startswith("stage 1: 100/100")
