@@ -406,22 +406,22 @@ def run(
 
 
 def plot(found: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Cosine and, where scenes were given, mIoU of every row: the mean as a bar, the runs on it."""
+    """Cosine and, where scenes were given, mIoU of every row: the mean as a point, the runs beside it."""
     names = [name for name in found if name != "teacher"]
     keys = [key for key in ("cosine", "mIoU") if names and key in found[names[0]][0]]
 
     def paint(axes: Any) -> None:
         for ax, key in zip(axes[0], keys):
             runs = [[run[key] for run in found[name]] for name in names]
-            ax.barh(range(len(names)), [statistics.mean(values) for values in runs], color="#9bb8d3")
+            # points, not bars: what matters is a small part of the way from zero
+            ax.plot([statistics.mean(values) for values in runs], range(len(names)), "o", color="#30638e")
             for place, values in enumerate(runs):
-                ax.plot(values, [place] * len(values), "k|-", markersize=8)
-            low, high = min(map(min, runs)), max(map(max, runs))
+                ax.plot(values, [place] * len(values), "k|-", markersize=8, linewidth=1)
+            ax.grid(axis="x", color="#dddddd")
             if key == "mIoU" and "teacher" in found:
                 ax.axvline(found["teacher"][0][key], color="black", linestyle=":", label="teacher")
                 ax.legend(fontsize=8)
             ax.set(xlabel={"cosine": "cosine to the teacher's tokens", "mIoU": "mIoU of a linear probe, %"}[key])
-            ax.set_xlim(left=max(0.0, low - (high - low)) if high > low else None)
         axes[0][0].set_yticks(range(len(names)), names, fontsize=8)
         axes[0][0].invert_yaxis()
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+import traceback
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -32,7 +34,10 @@ HELP = ("-h", "--help", "--help-all")
 
 
 def main() -> None:
-    """Run one command. Exit code 0, or 2 with one line for what cannot be done, or 130 when interrupted."""
+    """Run one command. Exit code 0, or 2 with one line for any error, or 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # names may hold what the terminal's encoding has no character for
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     if debug:
@@ -46,15 +51,16 @@ def main() -> None:
         sys.exit(_said("interrupted; files that were being written are left as they were before", 130))
     except Exception as error:
         if debug:
-            raise
-        if isinstance(error, (ValueError, OSError)) or type(error).__module__.startswith(f"{__package__}."):
-            sys.exit(_said(f"error: {error}", 2))
-        first = (str(error).splitlines() or [""])[0]
-        sys.exit(_said(f"error: {type(error).__name__}: {first}; --debug shows where", 2))
+            traceback.print_exc()
+        from .commands.errors import said_of
+
+        sys.exit(_said(f"error: {said_of(error)}", 2))
 
 
 def _said(words: str, code: int) -> int:
-    print(f"cgspn: {words}", file=sys.stderr)
+    from .terminal import plain
+
+    print(f"cgspn: {plain(words)}", file=sys.stderr)
     return code
 
 

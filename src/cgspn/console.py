@@ -9,14 +9,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.status import Status
+from rich.text import Text
+
+from .terminal import PlainConsole
 
 if TYPE_CHECKING:
     from .distill.stages import Watcher
     from .distill.trainer import Watch
 
-console = Console(stderr=False, highlight=False)
+console = PlainConsole()
 EVERY = 30.0  # seconds between lines of progress, where there is no terminal
 
 
@@ -42,6 +45,11 @@ def speed_of(record: dict[str, float]) -> str:
     return f"{record['images_per_second']:,.0f} images/s{mfu}"
 
 
+def waiting(text: str) -> Status:
+    """Show what is being done until the context ends."""
+    return console.status(Text(text))
+
+
 @contextmanager
 def progress_watcher() -> Iterator[Watcher]:
     """A `Watcher` that shows each training stage as a progress bar with its loss and speed; bars stay when full.
@@ -52,7 +60,7 @@ def progress_watcher() -> Iterator[Watcher]:
         yield plain_watcher
         return
     columns = (
-        TextColumn("{task.description:<28}"),
+        TextColumn("{task.description:<28}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -92,6 +100,6 @@ def plain_watcher(title: str, steps: int) -> Watch:
         said = passed
         loss = f"loss {record['total']:.4f}" if "total" in record else ""
         parts = (f"{title}: {done}/{steps}", loss, speed_of(record), f"{passed:.0f} s")
-        console.print(", ".join(part for part in parts if part), soft_wrap=True, markup=False)
+        console.print(", ".join(part for part in parts if part), soft_wrap=True)
 
     return watch

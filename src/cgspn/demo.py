@@ -87,7 +87,7 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
     teacher = load_embedded_teacher()
 
     torch.manual_seed(config.distill.stage1.seed)
-    untrained = convert(
+    converted = convert(
         teacher.image,
         compression=config.distill.compression,
         keep_attention=config.distill.keep_attention,
@@ -95,13 +95,13 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
         window=config.distill.window,
         value_expansion=config.distill.value_expansion,
     )
-    students = {"C-GSPN": copy.deepcopy(untrained), "ViT": attention_student(teacher.image)}
+    students = {"C-GSPN": copy.deepcopy(converted), "ViT": attention_student(teacher.image)}
     models: dict[str, DualEncoder] = {"teacher": teacher}
     histories = {}
     for name, student in students.items():
         histories[name] = distill(teacher, student, train, config.distill, watcher, name)
         models[name] = teacher.with_image(student).eval()
-    models["untrained"] = teacher.with_image(untrained).eval()
+    models["converted"] = teacher.with_image(converted).eval()
 
     table = SummaryTable(
         "Held-out images: teacher, students of equal budget, and a student before distillation",

@@ -16,10 +16,10 @@ from PIL import Image
 from cgspn.cli import COMMANDS, main, run
 from cgspn.commands.command import Command, usual_settings
 from cgspn.commands.distill import Distill
+from cgspn.commands.errors import said_of
 from cgspn.commands.export import Export
 from cgspn.commands.pretrain import Pretrain
 from cgspn.data import load_embedded
-from cgspn.models import CheckpointError
 
 SMALL = ["--config.distill.stage1.steps", "1", "--config.distill.stage2.steps", "1"]
 SMALL += ["--config.distill.stage1.batch-size", "8", "--config.distill.stage2.batch-size", "8"]
@@ -233,10 +233,58 @@ def test_help_has_two_levels_and_names_positionals(capsys):
     assert "cgspn distill --help-all" in shown["--help"]
 
 
-def test_debug_shows_where_an_error_is_from(monkeypatch):
+def test_debug_shows_where_an_error_is_from(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["cgspn", "convert", "nowhere", "x", "--debug"])
-    with pytest.raises(CheckpointError):
+    with pytest.raises(SystemExit, match="2"):
         main()
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert said.splitlines()[-1].startswith("cgspn: error: nowhere does not exist")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (MemoryError("Unable to allocate 18.6 GiB for an array"), "out of memory: cgspn asked for 18.6 GiB"),
+        (RuntimeError("DefaultCPUAllocator: you tried to allocate 800 bytes."), "cgspn asked for 800 bytes"),
+        (MemoryError(), "asked for more than there is"),
+        (OSError(28, "No space left on device"), "disk full: "),
+        (KeyError("x"), "KeyError: 'x'; --debug shows where"),
+        (ValueError("two\nlines"), "two lines"),
+        (ZeroDivisionError(), "ZeroDivisionError: ZeroDivisionError"),
+    ],
+)
+def test_what_is_said_of_an_error(error, said):
+    assert said in said_of(error)
+
+
+def test_names_are_shown_as_they_are(monkeypatch, tmp_path):
+    name = "[red]\x1b[31m\udcff"
+    command = [sys.executable, "-m", "cgspn.cli", "convert", tmp_path / name, tmp_path / "out"]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"}
+    found = subprocess.run(command, capture_output=True, env=env)
+    assert found.returncode == 2
+    assert rb"[red]\x1b[31m\udcff does not exist" in found.stderr
+    assert not found.stdout
+
+
+def test_no_other_file_is_written_over_unasked(monkeypatch, tmp_path, capsys):
+    page = tmp_path / "other.json"
+    page.write_text("someone's")
+    for words in (
+        ["show", "embedded", "--out", page],
+        ["export", "embedded", tmp_path / "other.onnx"],
+        ["eval", "zeroshot", "embedded", "--out", page],
+        ["pretrain", tmp_path],
+        ["convert", "embedded", tmp_path],
+    ):
+        for name in ("other.onnx", "other.onnx.json", "config.json"):
+            (tmp_path / name).write_text("someone's")
+        monkeypatch.setattr("sys.argv", ["cgspn", *map(str, words)])
+        with pytest.raises(SystemExit, match="2"):
+            main()
+        assert "--overwrite" in capsys.readouterr().err
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"someone's"}
 
 
 def test_what_nobody_foresaw_is_one_line(monkeypatch, capsys):

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from cgspn.report.run import run_report
+from cgspn.report.run import rising, run_report
 
 TAPS = [f"{tap} block {i}" for tap in ("PP", "PB") for i in range(3)]
 
@@ -28,7 +28,10 @@ def record(**changes):
         "processes": 2,
         "device": "a device",
         "images": 4096,
-        "skipped": {"<b>.jpg": "truncated"},
+        "skipped": {
+            "images": {"count": 3, "of": 400, "files": {"<b>.jpg": "truncated"}},
+            "shards": {"count": 0, "of": 2, "files": {}},
+        },
         "throughput": {"student, stage 1": speed | {"mfu": 0.412}, "student, stage 2": {}},
         "losses": {"student, stage 1": stage1, "student, stage 2": stage2, "student, 56 px": []},
     } | changes
@@ -57,8 +60,15 @@ def test_it_says_what_the_record_holds():
     assert "<b>.jpg" not in html
     assert "the blocks with indices 0, 2" in said
     labels = [a.get("aria-label", "") for tag, a in read.tags if tag == "svg"]
-    assert len(labels) == 4 + 6  # total, gradient, blocks, speed; total, PP, PB, gradient, blocks at both taps
+    assert len(labels) == 5 + 7  # total, gradient, rate, blocks, speed; total, PP, PB, gradient, rate, both taps
+    assert "3 of 400" in said
+    assert "0 of 2" in said
     assert sum("block" in label or "sub-layer" in label for label in labels) == 3
+
+
+@pytest.mark.parametrize(("totals", "flag"), [([3, 2, 1], ""), ([1, 2, 3], "the loss rises: it was 1"), ([1.0], "")])
+def test_a_loss_that_rises_is_flagged(totals, flag):
+    assert rising([{"total": total} for total in totals]) == flag
 
 
 def test_it_stands_alone_and_fits_a_phone():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +28,14 @@ def check_folder(path: Path, name: str) -> Path:
         for folder in missing:
             with suppress(OSError):  # never made, or another process has begun to write there
                 folder.rmdir()
+
+
+def check_free(paths: Iterable[Path], name: str, overwrite: bool) -> None:
+    """Raise ValueError, naming the argument `name`, if there are files at paths that would be written over unasked."""
+    held = [path for path in paths if os.path.lexists(path)]
+    if held and not overwrite:
+        found = ", ".join(path.name for path in held)
+        raise ValueError(f"{name} is {held[0].parent}, which holds {found}; give another {name}, or --overwrite")
 
 
 def device_of(device: str) -> str:

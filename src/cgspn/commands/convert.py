@@ -17,7 +17,7 @@ from ..models.dual import DualEncoder, image_encoder
 from ..teachers import convert, load_encoder, load_model
 from ..teachers.convert import Inherited
 from ..teachers.parameters import Part, parameter_table
-from .checks import check_folder
+from .checks import check_folder, check_free
 from .command import Command, Out, Teacher
 
 RECORD = "conversion.json"
@@ -78,9 +78,7 @@ class Convert(Command):
             if getattr(self, number) and getattr(self, indices):
                 raise ValueError(f"{number} and {indices} are both given; accepted: a number or indices, not both")
         out = check_folder(self.out, "out")
-        held = [name for name in (CONFIG, WEIGHTS, RECORD) if (out / name).exists()]
-        if held and not self.overwrite:
-            raise ValueError(f"out is {out}, which holds {', '.join(held)}; give another folder, or --overwrite")
+        check_free([out / name for name in (CONFIG, WEIGHTS, RECORD)], "out", self.overwrite)
         load = load_encoder if self.image_only else load_model
         teacher = load(self.teacher, heads=self.heads, submodel=self.submodel)
         encoder = image_encoder(teacher)

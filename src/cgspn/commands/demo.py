@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from ..console import console, progress_watcher
+from ..console import console, progress_watcher, waiting
 from ..demo import DemoConfig, run_demo
 from ..models.checkpoint import write_atomically
 from .checks import check_folder
@@ -41,7 +41,7 @@ class Demo(Command):
         console.print(f"results will be in {out}", soft_wrap=True)
         with progress_watcher() as watcher:
             result = run_demo(self.config, watcher)
-        with console.status("writing the report"):
+        with waiting("writing the report"):
             for name, model in result.models.items():
                 if name in result.histories:
                     model.save_pretrained(out / name.lower())

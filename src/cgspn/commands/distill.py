@@ -16,7 +16,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import tyro
-from rich.console import Console
 
 from .. import __version__
 from ..console import console, progress_watcher, writable_folder
@@ -37,6 +36,7 @@ from ..models.reading import read_json_value
 from ..report.charts import require_matplotlib
 from ..report.run import run_report
 from ..teachers import convert, load_encoder, load_model
+from ..terminal import warn
 from .checks import device_of, mixed_sizes
 from .command import Command, Device, Out, Teacher
 from .header import device_name, header, warnings
@@ -151,7 +151,7 @@ class Distill(Command):
             check_same_run(out, settings, world)
             barrier()  # as above, for what the first process writes
             if world.rank == 0 and (begun := progress_of(out)):
-                console.print(f"going on with the run in {out}: {begun}", soft_wrap=True, markup=False)
+                console.print(f"going on with the run in {out}: {begun}", soft_wrap=True)
             teacher = load_model(self.teacher).to(world.device)
             encoder = image_encoder(teacher)
             torch.manual_seed(self.settings.stage1.seed)
@@ -180,6 +180,7 @@ class Distill(Command):
                 skipped = merged(gather_objects(feed.tally.report()), len(feed.source))
                 say_skipped(skipped, world)
             throughput = gather_objects([history.throughput for history in histories])
+            peaks = gather_objects(torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else 0)
             if world.rank:
                 return
             with_image(teacher, student).save_pretrained(out)
@@ -190,6 +191,7 @@ class Distill(Command):
                 "processes": world.size,
                 "device": device_name(world.device),
                 "images": images,
+                "peak_memory": max(peaks),
                 "skipped": {"images": noted(skipped), "shards": noted(problems)},
                 "throughput": {history.title: of_run(list(each)) for history, *each in zip(histories, *throughput)},
                 "losses": {history.title: history.steps for history in histories},
@@ -231,7 +233,7 @@ class Distill(Command):
 def write_report(out: Path, record: dict[str, Any]) -> None:
     """Write the report of a finished run, or say what that needs."""
     if lack := needed(require_matplotlib):
-        console.print(f"no report: {lack}", soft_wrap=True, markup=False)
+        console.print(f"no report: {lack}", soft_wrap=True)
         return
     try:
         page = run_report(record)
@@ -268,7 +270,7 @@ def noted(skipped: Skipped) -> dict[str, Any]:
 def say_skipped(skipped: Skipped, world: World) -> None:
     """Print a report on standard error, on the first process, if there is anything in it."""
     if skipped and world.rank == 0:
-        Console(stderr=True).print(skipped.summary(), highlight=False, markup=False, soft_wrap=True)
+        warn(skipped.summary())
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..console import console
+from ..console import console, waiting
 from ..data.segmentation_sets import SegmentationSet, open_pairs, open_segmentation
 from ..data.sizes import size_in_pixels
 from ..evaluate.jobs import MIOU, PIXELS, Job, all_jobs, retrieval_job, zeroshot_job
@@ -34,6 +34,8 @@ class _ImageText(Command):
     """Where to compute; "auto" is the GPU if there is one."""
     out: Path | None = None
     """Write the table, everything measured, command, versions and commit as JSON to this file."""
+    overwrite: bool = False
+    """Replace the files that may be there."""
     plot: Path | None = None
     """Draw the scores of several sizes into this PNG; by default beside `out`."""
     max_skipped: float = MAX_SKIPPED
@@ -53,6 +55,7 @@ class _ImageText(Command):
             self.out,
             {"captions": 0, "galleries": 0},
             drawn_into(self.plot, self.out, sizes),
+            overwrite=self.overwrite,
         )
         names = distinct([job.name for job in jobs])
         for source in self.models:
@@ -65,7 +68,7 @@ class _ImageText(Command):
                             model, job.pictures, name, self.batch_size, watch, self.max_skipped, size
                         )
                     report.skip(name, skipped)
-                    with console.status(f"{row}: {name}, texts"):
+                    with waiting(f"{row}: {name}, texts"):
                         for judge in job.judges:
                             report.add(row, name, judge(model, embeddings, kept))
         report.finish()
@@ -168,6 +171,8 @@ class Segment(Command):
     """Where to compute; "auto" is the GPU if there is one."""
     out: Path | None = None
     """Write the table, the IoU of each class, command, versions and commit as JSON to this file."""
+    overwrite: bool = False
+    """Replace the files that may be there."""
     plot: Path | None = None
     """Draw the scores of several sizes into this PNG; by default beside `out`."""
     max_skipped: float = MAX_SKIPPED
@@ -187,6 +192,7 @@ class Segment(Command):
             self.out,
             {"held_out": 0},
             drawn_into(self.plot, self.out, sizes),
+            overwrite=self.overwrite,
         )
         names = distinct([train.name for train, _ in pairs])
         each_class: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in names}

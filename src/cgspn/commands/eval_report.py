@@ -11,9 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-
 from ..bench.drawing import draw
 from ..console import console, progress_watcher
 from ..data.sizes import Size, parse_size
@@ -22,7 +19,8 @@ from ..environment import describe
 from ..evaluate.measure import Watch
 from ..evaluate.table import Metric, SummaryTable
 from ..models.checkpoint import write_atomically
-from .checks import check_folder, device_of
+from ..terminal import warn
+from .checks import check_folder, check_free, device_of
 
 NOT_PRINTED = ("@10", "top5")  # in JSON alone, for the width of terminals
 
@@ -74,6 +72,7 @@ class Report:
     out: Path | None
     seeds: dict[str, int]
     plot: Path | None = None
+    overwrite: bool = False
     sizes: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     measured: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     metrics: dict[str, list[Metric]] = field(default_factory=dict)
@@ -90,10 +89,12 @@ class Report:
             if self.out.is_dir():
                 raise ValueError(f"out is {self.out}, a folder; expected the name of a JSON file")
             check_folder(self.out.parent, "out")
+            check_free([self.out], "out", self.overwrite)
         if self.plot is not None:
             if self.plot.is_dir():
                 raise ValueError(f"plot is {self.plot}, a folder; expected the name of a PNG file")
             check_folder(self.plot.parent, "plot")
+            check_free([self.plot], "plot", self.overwrite)
 
     @contextmanager
     def progress(self, title: str, steps: int) -> Iterator[Watch]:
@@ -118,8 +119,7 @@ class Report:
         """Say what was skipped, once for all models."""
         if skipped and data not in self.left_out:
             self.left_out[data] = {"total": skipped.total, "files": dict(skipped.files)}
-            line = escape(f"{data}: {skipped.summary()}")
-            Console(stderr=True).print(line, highlight=False, soft_wrap=True)
+            warn(f"{data}: {skipped.summary()}")
 
     def add(self, model: str, data: str, values: dict[Metric, float]) -> None:
         """Measures of a model on a data set."""

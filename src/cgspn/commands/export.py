@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rich.table import Table
+from rich.text import Text
 
-from ..console import console
+from ..console import console, waiting
 from ..teachers import load_model
-from .checks import device_of
+from .checks import check_free, device_of
 from .command import Command, Out, Source
 
 
@@ -44,14 +45,18 @@ class Export(Command):
     device: Literal["cpu", "cuda"] = "cpu"
     """Where a torch or aot program runs. ONNX is the same for both."""
 
+    overwrite: bool = False
+    """Replace the files that may be there."""
+
     def run(self) -> None:
         """Raises ValueError (ExportError if the file does not give what the encoder gives) or OSError."""
         from ..export import export_model
 
+        check_free([self.out, self.out.with_name(f"{self.out.name}.json")], "out", self.overwrite)
         if self.size is not None and (self.min_size, self.max_size) != (None, None):
             raise ValueError(f"size is {self.size} beside min_size or max_size; accepted: one size, or bounds")
         model = load_model(self.source).to(device_of(self.device))
-        with console.status(f"exporting {self.source}") as status:
+        with waiting(f"exporting {self.source}") as status:
             found = export_model(
                 model,
                 self.out,
@@ -60,7 +65,7 @@ class Export(Command):
                 max_size=self.size or self.max_size,
                 max_batch=self.max_batch,
                 source=self.source,
-                say=status.update,
+                say=lambda text: status.update(Text(text)),
             )
         table = Table("batch", "height", "width", *(f"{name}, relative error" for name in found[0].errors))
         for parity in found:

@@ -17,9 +17,11 @@ from ..console import console, progress_watcher
 from ..data import load_embedded
 from ..distill import PretrainConfig, pretrain
 from ..evaluate.suite import evaluate_zeroshot
-from ..models.checkpoint import write_atomically
-from .checks import check_folder, device_of, mixed_sizes
+from ..models.checkpoint import CONFIG, WEIGHTS, write_atomically
+from .checks import check_folder, check_free, device_of, mixed_sizes
 from .command import Command, Device, Out
+
+RECORD = "pretrain.json"
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Pretrain(Command):
     """Where to compute; "auto" is the GPU if there is one."""
     half: bool = False
     """Store the weights as float16."""
+    overwrite: bool = False
+    """Replace the model that the folder may hold."""
 
     def __post_init__(self) -> None:
         """Take sizes and aspects into the config."""
@@ -59,6 +63,7 @@ class Pretrain(Command):
         """Train, evaluate on the validation split, save. Raises ValueError, OSError or DivergedError."""
         device = device_of(self.device)
         check_folder(self.out, "out")
+        check_free([self.out / name for name in (CONFIG, WEIGHTS, RECORD)], "out", self.overwrite)
         with progress_watcher() as watcher:
             model, history = pretrain(load_embedded("train"), self.config, watcher, device)
         model.cpu()
@@ -72,5 +77,5 @@ class Pretrain(Command):
             "validation_zeroshot_top1": accuracy,
             "losses": history.steps[:: max(1, len(history.steps) // 200)],
         }
-        write_atomically(self.out / "pretrain.json", json.dumps(record) + "\n")
+        write_atomically(self.out / RECORD, json.dumps(record) + "\n")
         console.print(f"zero-shot top-1 on the validation split: {100 * accuracy:.1f}%; saved in {self.out}")

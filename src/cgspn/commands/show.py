@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..console import console, progress_watcher
+from ..console import console, progress_watcher, waiting
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..report.photographs import COLUMNS, load_photographs
@@ -19,7 +19,7 @@ from ..report.pictures import png_bytes
 from ..report.show import PLACES, STUDENT, TEACHER, check_show, even_layers, look_at, show_picture
 from ..report.show_page import show_page
 from ..teachers import load_encoder
-from .checks import check_folder, device_of
+from .checks import check_folder, check_free, device_of
 from .command import Command, Device, Student
 
 
@@ -59,6 +59,9 @@ class Show(Command):
     device: Device = "auto"
     """Where to compute; "auto" is the GPU if there is one."""
 
+    overwrite: bool = False
+    """Replace the files that may be there."""
+
     def run(self) -> None:
         """Raises ValueError or OSError."""
         device = device_of(self.device)
@@ -67,8 +70,9 @@ class Show(Command):
                 raise ValueError(f"{name} is {path}, a folder; expected a file name")
             if path is not None:
                 check_folder(path.parent, name)
+                check_free([path], name, self.overwrite)
         models = {STUDENT: self.student} if self.teacher is None else {TEACHER: self.teacher, STUDENT: self.student}
-        with console.status("loading"):
+        with waiting("loading"):
             loaded = {name: load_encoder(source).to(device).requires_grad_(False) for name, source in models.items()}
         student, teacher = loaded[STUDENT], loaded.get(TEACHER)
         layers = self.layers or even_layers(student)
@@ -77,7 +81,7 @@ class Show(Command):
         native = max(config.image_size) * (COLUMNS if self.images == "embedded" else 1)
         photographs, skipped = load_photographs(self.images, self.size or native, config.patch_size, self.limit)
         if skipped:
-            console.print(skipped.summary(), soft_wrap=True, markup=False)
+            console.print(skipped.summary(), soft_wrap=True)
         began = time.monotonic()
         with progress_watcher() as watcher:
             watch = watcher("photographs", len(photographs))

@@ -6,9 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.markup import escape
 
+from ..terminal import warn
 from .decode import middle, read_box, whole
 from .image_set import ImageSet
 from .skipped import Skipped
@@ -72,7 +71,7 @@ def load_folder(
                 ) from error
     skipped = Skipped(tuple(bad), len(files), "image files")
     if skipped:
-        Console(stderr=True).print(f"{escape(str(root))}: {escape(skipped.summary())}", highlight=False, soft_wrap=True)
+        warn(f"{root}: {skipped.summary()}")
     if not labels:
         raise ValueError(f"{root}: none of its {len(files)} image files can be read")
     # The clone lets go of the rows that skipped files left over.

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from rich.console import Console
 from rich.progress import track
 
+from ..terminal import PlainConsole
 from .fetch import fetch_all
 
 Item = TypeVar("Item")
@@ -131,5 +131,5 @@ def tars_in(folder: Path) -> list[Shard]:
 
 def shown(work: Iterable[Item], title: str, total: int) -> Iterator[Item]:
     """Pass items on under a progress bar, on standard error and gone at the end."""
-    console = Console(stderr=True)
+    console = PlainConsole(stderr=True)
     yield from track(work, title, total, console=console, transient=True, disable=not console.is_terminal)

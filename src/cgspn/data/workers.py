@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..terminal import warn
 from .captions import TEMPLATES, fill
 from .decode import Box, middle, read_box
 from .loader import generator_of, mixed_number, stream_indices
@@ -232,7 +232,7 @@ def read_rows(
                         "workers or a smaller prefetch need less"
                     ) from error
                 message = f"a process that reads images died ({error}); started again at step {step}, nothing is lost"
-                Console(stderr=True).print(message, highlight=False, markup=False, soft_wrap=True)
+                warn(message)
                 restarted_at = step
                 break
             yield step, rows

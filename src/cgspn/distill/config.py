@@ -162,7 +162,8 @@ class HighResConfig:
     Args:
         sizes: in pixels; empty for no such stage. One large size alone is the direct jump.
         teacher: "original" is the attention teacher at that size; "previous" the frozen student of the size before,
-            whose taps are upsampled where images are larger; "none" leaves only the contrastive loss.
+            whose taps are upsampled where images are larger: for a teacher that loses its features at that size (the
+            embedded one: zero-shot on 1000 images 83% at its 28 px, 68% at 56 px); "none" leaves the contrastive loss.
         smaller: share of the batches that have a smaller size, from the smallest of `DistillConfig.sizes` or the size
             of the stages before; 0 for the new size alone, at which others are forgotten.
         optim: of each size; its batch size is that of the new size.

@@ -7,15 +7,17 @@ from dataclasses import replace
 from .config import ComputeConfig, DistillConfig, HighResConfig, LossConfig, OptimConfig
 from .sizes import SizeRange
 
-# small images and models: Muon gets further in few steps, and in six passes over the images nothing is overfitted
+# small images and models: Muon gets further in few steps, and in six passes over the images nothing is overfitted. The
+# teacher knows 28 px alone and would teach worse features at 56 px than the student's own, upsampled
 EMBEDDED = DistillConfig(
     compression=4,
     stage1=OptimConfig(steps=60, batch_size=64, optimizer="muon", learning_rate=1e-2, augment=False),
     stage2=OptimConfig(steps=360, batch_size=64, optimizer="muon", learning_rate=1e-2, augment=False),
     highres=HighResConfig(
+        teacher="previous",
         optim=OptimConfig(
             steps=120, batch_size=64, optimizer="muon", learning_rate=1e-3, warmup=0.05, augment=False, embedding_rate=0
-        )
+        ),
     ),
 )
 # a ViT-S/14 and some hundred photographs: the recipe of results/quality. Blends, pasted boxes and small crops, as what

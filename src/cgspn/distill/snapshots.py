@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -23,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..models.checkpoint import reason_of
 from ..models.reading import read_json_value
+from ..terminal import warn
 from .dcp_reader import SafeReader, read_index
 from .manifest import DamageError, Entries, check_manifest, entries_of, write_manifest
 from .parallel import barrier, gather_objects
@@ -177,7 +177,7 @@ def set_aside(folder: Path, message: str) -> None:
     with suppress(OSError):  # what cannot be renamed is found, checked and named again
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
-    Console(stderr=True).print(f"{message} ({folder})", highlight=False, markup=False, soft_wrap=True)
+    warn(f"{message} ({folder})")
 
 
 @contextmanager

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from safetensors.torch import save
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from ..models.dual import DualEncoder, build_dual, image_encoder
 from ..models.encoder import Encoder
 from ..models.registry import model_config
 from ..models.weights import open_safetensors, read_state
+from ..terminal import warn
 from .batches import Feed, ImageSetFeed
 from .cache import TeacherCache
 from .config import DistillConfig, PretrainConfig
@@ -131,9 +131,7 @@ def distill(
             with running(make, student, config.compute, world, cache) as task:
                 if not task.learns:
                     if world.rank == 0:
-                        Console(stderr=True).print(
-                            f"{stage.title}: nothing to learn, left out", highlight=False, markup=False
-                        )
+                        warn(f"{stage.title}: nothing to learn, left out")
                     continue
                 if cache is not None:
                     cache.belongs_to(getattr(task, "teacher", None))

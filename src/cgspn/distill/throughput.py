@@ -107,14 +107,15 @@ class Throughput:
         return self.rates(range(max(0, len(self.steps) - RECENT), len(self.steps)))
 
     def summary(self) -> dict[str, Any]:
-        """What a record keeps: the `rates` of the `settled` steps, seconds until the first batch, and "curve": images a
-        second in the course of the stage, means over equal runs of at most 200."""
+        """What a record keeps: `rates` of the `settled` steps, seconds in all and until the first batch, and "curve":
+        images a second in the course of the stage, means over equal runs of at most 200."""
         if not self.steps:
             return {}
         size = max(-(-len(self.steps) // POINTS), len(set(self.sizes)))  # every size in each of the runs
         runs = [range(i, min(i + size, len(self.steps))) for i in range(0, len(self.steps), size)]
         return {
             **self.rates(self.settled()),
+            "seconds": sum(self.steps),
             "first_batch_seconds": self.waits[0],
             "curve": [self.rates(run)["images_per_second"] for run in runs],
         }

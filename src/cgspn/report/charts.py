@@ -68,11 +68,10 @@ def loss_chart(curves: Mapping[str, Sequence[float]], *, label: str) -> str:
     shown: list[float] = []
     for name, values in curves.items():
         colour = colours[name].stand_in
-        x, y = thin(values)
-        axes.plot(x, y, color=colour, linewidth=0.8, alpha=0.35)
-        x, y = thin(smooth(values))
-        axes.plot(x, y, color=colour, linewidth=1.9)
-        shown += y
+        for line, style in ((values, {"linewidth": 0.8, "alpha": 0.35}), (smooth(values), {"linewidth": 1.9})):
+            x, y = thin(line)
+            axes.plot(x, y, color=colour, **style)
+            shown += y
     _scale(axes, shown)
     axes.set_xlabel("step")
     axes.margins(x=0.01)

@@ -110,8 +110,8 @@ def _results(result: DemoResult) -> Section:
             note = f"{'+' if points >= 0 else '−'}{abs(points):.{metric.digits}f} points against the teacher"
         if name == TEACHER:
             what = "Teacher: attention"
-        elif name == "untrained":
-            what = "Before distillation"
+        elif name == "converted":
+            what = "Converted, not distilled"
         else:
             what = f"{name} student"
         cards.append(page.card(what, f"{metric.show(score)} {metric.unit}".strip(), note, colours[name].css))
@@ -129,7 +129,7 @@ def _results(result: DemoResult) -> Section:
         page.paragraph(
             "Retrieval (R@1) asks whether the first caption found for an image, or the first of a hundred images "
             "found for a caption, is of its class. Segmentation (mIoU) reads the class of every pixel from the frozen "
-            "features with one linear map. The best value of each column is marked; “untrained” is the C-GSPN student "
+            "features with one linear map. The best value of each column is marked; “converted” is the C-GSPN student "
             "before distillation and shows what the inherited weights alone are worth.",
             "read",
         ),

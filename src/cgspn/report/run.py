@@ -17,7 +17,11 @@ TITLES = {
     "pooled": ("Pooled vector", "relative error, no adapter"),
     "contrastive": ("Contrastive", "images against captions"),
     "gradient": ("Gradient", "its norm before clipping"),
+    "lr": ("Learning rate", "of fresh weights; others have a factor on it"),
 }
+
+LAST = ("gradient", "lr")  # panels after those of losses
+RISEN = 1.05  # times its lowest twentieth that a loss may end at before the report says that it rises
 
 
 def run_report(record: Record) -> str:
@@ -51,8 +55,8 @@ def _summary(record: Record, stages: Mapping[str, Sequence[Mapping[str, float]]]
         first, last = _ends([step["total"] for step in steps])
         speed = record["throughput"].get(title, {})
         rate = f"{speed['images_per_second']:,.0f} images/s" if "images_per_second" in speed else ""
-        note = f"loss {first:.3g} at first; {len(steps):,} steps{', ' if rate else ''}{rate}"
-        cards.append(page.card(title, f"{last:.3g}", note, "var(--link)"))
+        parts = [f"loss {first:.3g} at first; {len(steps):,} steps", rate, _wall_time(speed), rising(steps)]
+        cards.append(page.card(title, f"{last:.3g}", ", ".join(part for part in parts if part), "var(--link)"))
     body = [
         page.paragraph("The loss of each stage at its end, mean of the last twentieth of its steps. Lower is better."),
         page.group(cards, "cards") if cards else page.paragraph("This run trained nothing."),
@@ -61,8 +65,8 @@ def _summary(record: Record, stages: Mapping[str, Sequence[Mapping[str, float]]]
 
 
 def _stage(key: str, title: str, steps: Sequence[Mapping[str, float]], speed: Mapping[str, Any]) -> Section:
-    names = [name for name in steps[0] if name not in ("step", "lr") and "block" not in name]
-    names.sort(key=lambda name: name == "gradient")  # last
+    names = [name for name in steps[0] if name != "step" and "block" not in name]
+    names.sort(key=lambda name: LAST.index(name) + 1 if name in LAST else 0)
     panels = []
     for name in names:
         chart = loss_chart(
@@ -110,19 +114,41 @@ def _speed(title: str, speed: Mapping[str, Any]) -> list[str]:
 
 
 def _data(record: Record) -> Section:
-    skipped: Mapping[str, str] = record.get("skipped", {})
-    facts = {"data": str(record["data"]), "images": f"{record['images']:,}", "skipped": f"{len(skipped):,}"}
+    skipped: Mapping[str, Mapping[str, Any]] = record.get("skipped", {})
+    facts = {"data": str(record["data"]), "images": f"{record['images']:,}"}
+    facts |= {f"skipped {kind}": f"{each['count']:,} of {each['of']:,}" for kind, each in skipped.items()}
     body = [page.fact_list(facts)]
-    if skipped:
-        body += [page.heading("Skipped"), page.fact_list({name: str(reason) for name, reason in skipped.items()})]
+    for kind, each in skipped.items():
+        if each["files"]:
+            names = {name: str(reason) for name, reason in each["files"].items()}
+            body += [page.heading(f"Skipped {kind}"), page.fact_list(names)]
     return Section("data", "What was seen", "\n".join(body), "Data")
 
 
 def _settings(record: Record) -> Section:
     facts = {"command": record["command"], "device": record["device"], "processes": str(record["processes"])}
+    if record.get("peak_memory"):
+        facts["peak memory"] = f"{record['peak_memory'] / 2**30:.1f} GiB, the largest of a process"
     facts |= {name: str(version) for name, version in record["versions"].items()}
     body = [page.fact_list(facts), page.heading("Settings"), page.fact_list(dict(_flat(record["config"])))]
     return Section("settings", "What was run", "\n".join(body), "Settings")
+
+
+def rising(steps: Sequence[Mapping[str, float]]) -> str:
+    """A flag for a stage whose loss ends higher than it was before, by twentieths of its steps; "" if it does not."""
+    totals = [step["total"] for step in steps]
+    size = max(1, len(totals) // 20)
+    means = [sum(totals[start : start + size]) / size for start in range(0, len(totals) - size + 1, size)]
+    lowest = min(means)
+    return f"the loss rises: it was {lowest:.3g}" if means[-1] > RISEN * lowest else ""
+
+
+def _wall_time(speed: Mapping[str, Any]) -> str:
+    """How long a stage took since it was last started; "" if that is not known."""
+    seconds = speed.get("seconds")
+    if seconds is None:
+        return ""
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:

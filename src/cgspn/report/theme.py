@@ -45,14 +45,14 @@ SERIES = {
     "teacher": TEACHER,
     "C-GSPN": Colour("series-cgspn", "#0b8a8c", "#3ec9bf", "#f00012"),
     "ViT": Colour("series-vit", "#c8690a", "#f3a64b", "#f00013"),
-    "untrained": Colour("series-untrained", "#9aa2a9", "#727c85", "#f00014"),
+    "converted": Colour("series-converted", "#9aa2a9", "#727c85", "#f00014"),
 }
 OTHERS = (
     Colour("series-1", "#6a4fb3", "#b19cf0", "#f00021"),
     Colour("series-2", "#b8336a", "#f07fae", "#f00022"),
     Colour("series-3", "#4c7a1f", "#a3cf6d", "#f00023"),
 )
-MARKERS = {"teacher": "D", "C-GSPN": "o", "ViT": "s", "untrained": "^"}
+MARKERS = {"teacher": "D", "C-GSPN": "o", "ViT": "s", "converted": "^"}
 EVERY = (*PAGE_COLOURS, *SERIES.values(), *OTHERS)
 
 

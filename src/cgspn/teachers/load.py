@@ -12,6 +12,7 @@ import torch
 
 from ..models.dual import DualEncoder, image_encoder
 from ..models.encoder import Encoder
+from ..models.reading import CheckpointError
 from .formats import read_encoder
 from .options import Options
 from .own import is_own, load_own
@@ -72,7 +73,11 @@ def _load(source: str | Path, options: Options, text: bool) -> Encoder | DualEnc
     found = open_source(locate(source), str(source))
     if is_own(found):
         return load_own(found, options, text)
-    encoder = read_encoder(found, options)
+    try:
+        encoder = read_encoder(found, options)
+    except (LookupError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:
+        kind = type(error).__name__
+        raise CheckpointError(f"{source}: its configs and weights do not go together ({kind}: {error})") from error
     if not text or not any(_TEXT.search(key) for key in found.weights):
         return encoder
     reason = missing_for_text(found)

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..models.reading import CheckpointError, read_json
 from .files import Weights, open_weights
+from .foreign import checked_config
 
 CONFIGS = ("config.json", "open_clip_config.json", "processor_config.json", "preprocessor_config.json")
 # first found, first taken; safetensors before pickles, what the folder's config describes before copies of it
@@ -80,7 +81,9 @@ def open_source(path: Path, name: str) -> Source:
 
 
 def _configs(folder: Path) -> dict[str, dict[str, Any]]:
-    return {name: read_json(folder / name) for name in CONFIGS if (folder / name).is_file()}
+    found = {name: read_json(folder / name) for name in CONFIGS if (folder / name).is_file()}
+    own = "model" in found.get("config.json", {})  # this library's own states every field, null where there is none
+    return found if own else {name: checked_config(config, folder / name) for name, config in found.items()}
 
 
 def _fetch(repository: str, revision: str | None) -> Path:

@@ -15,10 +15,12 @@ import re
 import tempfile
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
 
+DIGEST = 32  # bytes of a SHA-256
 Macros = tuple[tuple[str, int], ...]
 _importing = threading.Lock()
 
@@ -96,23 +98,35 @@ def compile_cubin(name: str, defines: Macros, arch: str) -> tuple[bytes, str]:
 
 
 def cubin(name: str, defines: Macros, arch: str) -> bytes:
-    """`compile_cubin` behind the cache on disk. A folder that cannot be written to only costs the next start time."""
+    """`compile_cubin` behind the cache on disk.
+
+    A file begins with the SHA-256 of the code after it; one that does not, because a disk or another program has
+    changed it, is made again. A folder that cannot be written to only costs the next start time.
+    """
     key = "\n".join([source(name), repr(defines), arch, compiler_version()])
     path = cache_folder() / f"{name}-{arch}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
-    try:
-        return path.read_bytes()
-    except OSError:
-        pass
+    with suppress(OSError):
+        if path.is_file():
+            digest, code = (content := path.read_bytes())[:DIGEST], content[DIGEST:]
+            if digest == hashlib.sha256(code).digest():
+                return code
     code, _ = compile_cubin(name, defines, arch)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        with os.fdopen(handle, "wb") as file:
-            file.write(code)
-        os.replace(temporary, path)
-    except OSError:
-        pass
+    with suppress(OSError):
+        _keep(path, hashlib.sha256(code).digest() + code)
     return code
+
+
+def _keep(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 class Kernel:

@@ -1,0 +1,387 @@
+"""Input made to harm, by seed: what is read from strangers and broken disks, changed at random.
+
+    python -m benchmarks.probe_input --count 3000 --out results/probe_input.json
+
+Each probe runs in a process of its own, forked from one that has imported the package. A probe fails if an error other
+than those for people comes out, if it takes more than 20 s, if its memory grows by more than `MOST` or twice the files
+that it was given, if a planted program runs, or if it is ended by a signal. The first thousand are a test, too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import sys
+import tarfile
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from PIL import Image
+from safetensors.torch import save_file
+
+import cgspn
+from cgspn import cli
+from cgspn.data import open_samples
+from cgspn.data.labelled import open_labelled
+from cgspn.distill.snapshots import Snapshots, check_snapshot
+
+MOST = 500 << 20  # bytes
+SLOW = 20.0  # seconds
+PLANTED = "PLANTED"
+ODD: list[Any] = [None, True, -1, 0, 1, 1.5, 10**9, 10**400, float("nan"), float("inf"), "", "4", "x" * 5000, [], {}]
+ODD += [[[]], [None], {"a": {"b": []}}, [1] * 2000, "../../etc/passwd", "\ud800", "[/red]\x1b[31m", [3, 4, 6, 3]]
+
+
+LAYERS = {"attn.qkv": (96, 32), "attn.proj": (32, 32), "mlp.fc1": (64, 32), "mlp.fc2": (32, 64)}
+
+
+class Program:
+    """A pickle that makes a file where it is read."""
+
+    def __reduce__(self) -> Any:
+        return (os.system, (f"touch {PLANTED}",))
+
+
+def changed(value: Any, rng: random.Random) -> Any:
+    """A JSON value with one to three of its parts replaced, removed or added."""
+    value = json.loads(json.dumps(value))
+    for _ in range(rng.randint(1, 3)):
+        at = value
+        while True:
+            keys = list(at) if isinstance(at, dict) else list(range(len(at)))
+            if not keys:
+                break
+            key = rng.choice(keys)
+            if isinstance(at[key], (dict, list)) and at[key] and rng.random() < 0.7:
+                at = at[key]
+                continue
+            kind = rng.random()
+            if kind < 0.75:
+                at[key] = deepcopy(rng.choice(ODD))
+            elif kind < 0.9:
+                del at[key]
+            elif isinstance(at, dict):
+                at[f"{key}{rng.randint(0, 9)}"] = deepcopy(rng.choice(ODD))
+            break
+    return value
+
+
+def noisy(content: bytes, rng: random.Random) -> bytes:
+    """Bytes with some flipped, cut off, doubled or put in."""
+    out = bytearray(content)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(out)) if out else 0
+        kind = rng.random()
+        if kind < 0.5 and out:
+            out[at] = rng.randrange(256)
+        elif kind < 0.65:
+            del out[at:]
+        elif kind < 0.8:
+            out[at:at] = rng.randbytes(rng.randint(1, 64))
+        else:
+            out[at : at + 12] = rng.choice([b"\xff" * 12, b"\0" * 12, b"77777777777\0", b"-0000000512\0"])
+    return bytes(out)
+
+
+def write_json(path: Path, value: Any, rng: random.Random) -> None:
+    """A JSON file, at times of another kind: nested deeply, not UTF-8, a list."""
+    text = json.dumps(value).encode()
+    path.write_bytes(text if rng.random() < 0.9 else rng.choice([b"[" * 50000, b"\xff\xfe" + text, b"[]", b"", b"1"]))
+
+
+def own_model(root: Path, rng: random.Random) -> Callable[[], object]:
+    """A checkpoint of this library with another config or other weights."""
+    model = cgspn.create_model("cgspn_mini_patch4_28") if rng.random() < 0.5 else cgspn.load_model("embedded")
+    model.save_pretrained(root / "m")
+    if rng.random() < 0.7:
+        config = json.loads((root / "m/config.json").read_text())
+        write_json(root / "m/config.json", changed(config, rng), rng)
+    else:
+        content = (root / "m/model.safetensors").read_bytes()
+        head = 8 + int.from_bytes(content[:8], "little")
+        (root / "m/model.safetensors").write_bytes(noisy(content[:head], rng) + content[head:])
+    return lambda: cgspn.load_model(root / "m")
+
+
+def foreign_model(root: Path, rng: random.Random) -> Callable[[], object]:
+    """A timm file, and configs beside it that state all kinds of things."""
+    width, t = 32, torch.zeros
+    state = {"patch_embed.proj.weight": t(width, 3, 4, 4), "pos_embed": t(1, 50, width), "cls_token": t(1, 1, width)}
+    for block in range(2):
+        for name, shape in (
+            ("attn.qkv", (96, 32)),
+            ("attn.proj", (32, 32)),
+            ("mlp.fc1", (64, 32)),
+            ("mlp.fc2", (32, 64)),
+        ):
+            state |= {f"blocks.{block}.{name}.weight": t(shape), f"blocks.{block}.{name}.bias": t(shape[0])}
+        for norm in ("norm1", "norm2"):
+            state |= {f"blocks.{block}.{norm}.weight": t(width), f"blocks.{block}.{norm}.bias": t(width)}
+    state |= {"norm.weight": t(width), "norm.bias": t(width), "patch_embed.proj.bias": t(width)}
+    folder = root / "f"
+    folder.mkdir()
+    config = {
+        "architecture": "vit_tiny_patch4_28",
+        "num_hidden_layers": 2,
+        "model_args": {"img_size": 28, "num_heads": 2, "act_layer": "gelu", "global_pool": "token"},
+        "pretrained_cfg": {"input_size": [3, 28, 28], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9},
+    }
+    clip = {
+        "model_cfg": {"embed_dim": 32, "vision_cfg": {"image_size": 28, "layers": 2, "width": 32, "head_width": 16}}
+    }
+    processor = {"size": {"height": 28, "width": 28}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    for name, value in (("config", config), ("open_clip_config", clip), ("preprocessor_config", processor)):
+        if rng.random() < 0.7:
+            write_json(folder / f"{name}.json", changed(value, rng), rng)
+    kind = rng.random()
+    if kind < 0.5:
+        save_file(state, folder / "model.safetensors")
+    elif kind < 0.75:
+        names = {key: rng.choice(["a.safetensors", "../a.safetensors", "/etc/passwd", "b.index.json"]) for key in state}
+        names = names if rng.random() < 0.7 else dict.fromkeys(state, "a.safetensors")
+        save_file(state, folder / "a.safetensors")
+        write_json(folder / "model.safetensors.index.json", changed({"weight_map": names}, rng), rng)
+    else:
+        hostile: Any = state | {"blocks.0.attn.qkv.weight": rng.choice([t(1).expand(96, 10**8), Program(), t(96, 32)])}
+        torch.save(hostile, folder / "pytorch_model.bin")
+        if rng.random() < 0.5:
+            content = (folder / "pytorch_model.bin").read_bytes()
+            (folder / "pytorch_model.bin").write_bytes(noisy(content, rng))
+    return lambda: cgspn.load_model(folder, heads=2)
+
+
+def shards(root: Path, rng: random.Random) -> Callable[[], object]:
+    """A tar with members of all kinds, bytes of it changed."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    kind = rng.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+    with tarfile.open(root / "0.tar", "w", format=kind, encoding=rng.choice(["utf-8", "latin-1"])) as tar:
+        for number in range(rng.randint(0, 12)):
+            name = rng.choice(["a", "ä", "x.y", "n" * rng.randint(1, 5000), "d/e", "../up", "\x1b[31m", "[red]"])
+            member = tarfile.TarInfo(f"{name}{number}{rng.choice(['.png', '.txt', '.json', '.cls', '', '.avif'])}")
+            member.type = rng.choice([tarfile.REGTYPE] * 6 + [tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE])
+            content = rng.choice([picture.getvalue(), b"", b"{" * 10**5, b"9" * 5000])
+            member.size = len(content) if member.isreg() else 0
+            tar.addfile(member, io.BytesIO(content))
+    if rng.random() < 0.7:
+        (root / "0.tar").write_bytes(noisy((root / "0.tar").read_bytes(), rng))
+
+    def read() -> None:
+        source = open_samples(str(root), cache=root / "cache", max_skipped=1.0)
+        for number in range(len(source)):
+            source.name(number)
+            with contextlib.suppress(OSError):
+                source.read(number)
+
+    return read
+
+
+def folder(root: Path, rng: random.Random) -> Callable[[], object]:
+    """Class folders with damaged pictures, links that lead back, FIFOs, odd names."""
+    for name in ("a", "b\udcff", "[c]"):
+        (root / "f" / name).mkdir(parents=True)
+        for number in range(2):
+            content = io.BytesIO()
+            Image.new("RGB", (9, 7)).save(content, rng.choice(["TIFF", "GIF", "JPEG", "PNG", "BMP"]))
+            data = content.getvalue() if rng.random() < 0.4 else noisy(content.getvalue(), rng)
+            if rng.random() < 0.1:
+                data = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(touch) system\n"
+            (root / "f" / name / f"{number}.{rng.choice(['png', 'jpg', 'gif'])}").write_bytes(data)
+        if rng.random() < 0.5:
+            (root / "f" / name / "up").symlink_to(rng.choice(["..", ".", "/", "../a", "nowhere"]))
+        if rng.random() < 0.3:
+            os.mkfifo(root / "f" / name / "0.txt")
+
+    def read() -> None:
+        open_labelled(root / "f")
+        source = open_samples(str(root / "f"), cache=root / "cache")
+        cgspn.data.load_folder(root / "f", 8, max_skipped_fraction=1.0)
+        for number in range(len(source)):
+            with contextlib.suppress(OSError):
+                source.read(number)
+
+    return read
+
+
+def snapshot(root: Path, rng: random.Random) -> Callable[[], object]:
+    """A snapshot of which a file is changed, lost or planted: never trusted."""
+    snapshots = Snapshots(root / "s", 1)
+    with contextlib.redirect_stderr(io.StringIO()):
+        snapshots.save(1, {"w": torch.ones(50)}, [{}])
+    at = root / "s/00000001"
+    path = rng.choice(sorted(at.iterdir()))
+    kind = rng.random()
+    before = path.read_bytes()
+    if kind < 0.6:
+        while path.read_bytes() == before:
+            path.write_bytes(noisy(before, rng))
+    elif kind < 0.75:
+        path.unlink()
+    else:
+        (at / ".metadata").write_bytes(pickle.dumps(Program()))
+
+    def read() -> None:
+        check_snapshot(at, 1)
+        if path.name != "manifest.json":  # of which white space may change
+            raise AssertionError("a damaged snapshot was trusted")
+
+    return read
+
+
+def options(root: Path, rng: random.Random) -> Callable[[], object]:
+    """Options of commands with all kinds of values."""
+    odd = ["0", "-1", "nan", "inf", "1e400", "x", "", "99999999999", "3.5", "[/x]", "\udcff", "{0..99999999}", "None"]
+    commands = {
+        "convert": ["--compression", "--keep-attention", "--value-expansion", "--keep-layers", "--heads", "--seed"],
+        "show": ["--size", "--limit", "--layers", "--at", "--images", "--teacher", "--picture"],
+        "export": ["--format", "--min-size", "--max-size", "--max-batch", "--device"],
+        "eval zeroshot": ["--data", "--batch-size", "--templates", "--max-skipped", "--size"],
+        "distill": [
+            "--data",
+            "--student",
+            "--config.stage1.steps",
+            "--config.stage1.batch-size",
+            "--config.compression",
+        ],
+    }
+    name = rng.choice(list(commands))
+    arguments = [*name.split(), "embedded" if rng.random() < 0.8 else rng.choice(odd)]
+    if name in ("convert", "export", "distill"):
+        arguments.append(str(root / rng.choice(["out", "[/out]", "o\udcff"])))
+    for option in rng.sample(commands[name], rng.randint(1, 2)):
+        arguments += [option, rng.choice(odd)]
+    if name in ("distill", "show", "eval zeroshot"):  # what would be begun if nothing were wrong takes minutes
+        arguments += ["--device", "cuda"]
+    return lambda: run_command(arguments)
+
+
+def run_command(arguments: list[str]) -> None:
+    """Run a command line. Raises AssertionError for another end than 0 or 2."""
+    said = io.StringIO()
+    argv, sys.argv = sys.argv, ["cgspn", *arguments]
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            cli.main()
+    except SystemExit as end:
+        if end.code not in (0, 2, None) or "Traceback" in said.getvalue() or "--debug shows where" in said.getvalue():
+            raise AssertionError(f"{arguments}: {end.code}: {said.getvalue()[-500:]}") from None
+    finally:
+        sys.argv = argv
+
+
+KINDS = {
+    "own model": own_model,
+    "foreign model": foreign_model,
+    "shards": shards,
+    "folder": folder,
+    "snapshot": snapshot,
+    "options": options,
+}
+REFUSED = (ValueError, OSError)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One probe: what it was, how it ended, seconds, and bytes by which memory grew."""
+
+    number: int
+    kind: str
+    end: str
+    seconds: float
+    memory: int
+
+
+def probe(number: int, root: Path) -> str:
+    """Run one probe in an empty folder; returns "ok", "refused", or what went wrong."""
+    rng = random.Random(number)
+    kind = list(KINDS)[number % len(KINDS)]
+    read = KINDS[kind](root, rng)
+    here = Path.cwd()
+    os.chdir(root)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            read()
+        end = "ok"
+    except REFUSED:
+        end = "refused"
+    except BaseException as error:
+        end = f"FAILED: {type(error).__name__}: {str(error)[:300]}"
+    finally:
+        os.chdir(here)
+    return "FAILED: a planted program ran" if (root / PLANTED).exists() else end
+
+
+def _child(number: int, root: Path, pipe: Any) -> None:
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    end = probe(number, root)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    pipe.send((end, time.process_time() - began, grown << 10))
+
+
+def run_forked(number: int) -> Outcome:
+    """One probe in a process of its own."""
+    kind = list(KINDS)[number % len(KINDS)]
+    root = Path(tempfile.mkdtemp())
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_child, args=(number, root, theirs))
+    began = time.monotonic()
+    child.start()
+    try:
+        if not ours.poll(6 * SLOW):
+            child.kill()
+            return Outcome(number, kind, "FAILED: it did not end", time.monotonic() - began, 0)
+        try:
+            end, seconds, memory = ours.recv()
+        except EOFError:
+            return Outcome(number, kind, f"FAILED: exit code {child.exitcode}", time.monotonic() - began, 0)
+        size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+        if memory > max(MOST, 2 * size):
+            end = f"FAILED: {memory >> 20} MiB"
+        if seconds > SLOW:
+            end = f"FAILED: {seconds:.0f} s"
+        return Outcome(number, kind, end, seconds, memory)
+    finally:
+        child.join()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def main(count: int = 3000, start: int = 0, out: Path = Path("results/probe_input.json")) -> None:
+    """Run probes `start` to `start + count` - 1 and write what became of them."""
+    torch.set_num_threads(1)
+    outcomes = []
+    for number in range(start, start + count):
+        outcomes.append(run_forked(number))
+        print(json.dumps(asdict(outcomes[-1])), file=sys.stderr, flush=True)
+    failed = [each for each in outcomes if each.end.startswith("FAILED")]
+    kinds = {kind: dict(Counter(e.end.split(":")[0] for e in outcomes if e.kind == kind)) for kind in KINDS}
+    record = {
+        "command": f"python -m benchmarks.probe_input --count {count} --start {start}",
+        "probes": count,
+        "kinds": kinds,
+        "failed": [asdict(each) for each in failed],
+        "largest growth of memory, MiB": max(each.memory for each in outcomes) >> 20,
+        "longest, seconds of one core": round(max(each.seconds for each in outcomes), 2),
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(record, indent=1) + "\n")
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
