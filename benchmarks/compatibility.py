@@ -83,33 +83,49 @@ def registry() -> list[Row]:
 
 
 def libraries() -> list[Row]:
-    """Point 4: through transformers' Auto classes, and through timm where it imports."""
+    """Point 4: through transformers' Auto classes, and through timm where it imports; round trips are bit for bit."""
     from transformers import AutoModel
 
     import cgspn.models.hf
 
+    try:
+        import cgspn.models.timm_models as ours
+    except (ImportError, RuntimeError):
+        ours = None  # type: ignore[assignment]
     errors: dict[str, list[float]] = defaultdict(list)
-    for name in MODELS:
-        encoder, images = shaken(name), torch.randn(2, 3, 28, 44)
-        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            encoder.save_pretrained(folder)
-            model = AutoModel.from_pretrained(folder).eval()
-            out, theirs = encoder(images), model(pixel_values=images)
+    student = cgspn.convert(shaken("vit_mini_patch4_28"), compression=3, keep_attention=1).eval()
+    for encoder in (*map(shaken, MODELS), student):
+        images = torch.randn(2, 3, 28, 44)
+        with tempfile.TemporaryDirectory() as temporary, torch.inference_mode():
+            folder = Path(temporary)
+            out = encoder(images)
+
+            def trip(what: str, path: Path, images: Tensor = images, out: Any = out) -> None:
+                again = cgspn.load_encoder(path)(images)
+                errors[f"{what}, then load_encoder"] += [relative(a, b) for a, b in zip(again, out, strict=True)]
+
+            encoder.save_pretrained(folder / "own")
+            trip("save_pretrained", folder / "own")
+            model = AutoModel.from_pretrained(folder / "own").eval()
+            theirs = model(pixel_values=images)
             errors["transformers: AutoModel.from_pretrained"] += [
                 relative(theirs.last_hidden_state[:, -out.tokens[0, ..., 0].numel() :], out.tokens.flatten(1, 2)),
                 relative(theirs.pooler_output, out.pooled),
             ]
-            model.save_pretrained(Path(folder) / "again")
-            again = cgspn.load_encoder(Path(folder) / "again")(images)
-            errors["transformers: save_pretrained, then load_encoder"].append(relative(again.pooled, out.pooled))
-            try:
-                import cgspn.models.timm_models as ours
-            except (ImportError, RuntimeError):
+            for name, size in (("single", "1GB"), ("sharded", "200KB")):
+                model.save_pretrained(folder / name, max_shard_size=size)
+                trip(f"transformers: save_pretrained, {name}", folder / name)
+            if ours is None:
                 continue
-            errors["timm: forward of from_encoder"].append(relative(ours.from_encoder(encoder)(images), out.pooled))
+            wrapped = ours.from_encoder(encoder)
+            errors["timm: forward of from_encoder"].append(relative(wrapped(images), out.pooled))
             errors["timm: forward_features"].append(
-                relative(ours.from_encoder(encoder).forward_features(images), encoder.forward_features(images))
+                relative(wrapped.forward_features(images), encoder.forward_features(images))
             )
+            ours.timm.models._hub.save_for_hf(wrapped, str(folder / "timm"))
+            trip("timm: save_for_hf", folder / "timm")
+            again = ours.timm.create_model(f"local-dir:{folder / 'timm'}", pretrained=True).eval()
+            errors["timm: save_for_hf, then create_model"].append(relative(again(images), out.pooled))
     return [{"point": 4, "what": k, "cases": len(v), "relative error": max(v)} for k, v in errors.items()]
 
 

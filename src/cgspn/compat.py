@@ -1,28 +1,22 @@
 """Every private name of PyTorch that the project uses, so that a new version of PyTorch is checked in one place.
 
-Checked with the versions of `CHECKED`. A name that has a public equivalent falls back to it where it is missing. A name
-that has none is looked up when it is used, and its absence is an ImportError that says so (`private`).
+Supported are the versions of `SUPPORTED`. A name that is missing raises an ImportError that says so: when this module
+is imported, if everything needs it, and when it is used otherwise.
 """
 
 from __future__ import annotations
 
 import shutil
+from contextlib import AbstractContextManager, suppress
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn.functional import gelu, linear
+from torch.nn.modules import module as _module
+from torch.utils._device import DeviceContext as DeviceContext  # the mode of torch.set_default_device
 
-CHECKED = ("2.9", "2.14")  # the oldest that pyproject.toml allows, and the newest that the project has run with
-
-# Fused updates of lists of tensors. The names are private by their underscore alone: torch documents them.
-foreach_add_ = torch._foreach_add_
-foreach_copy_ = torch._foreach_copy_
-foreach_lerp = torch._foreach_lerp
-foreach_lerp_ = torch._foreach_lerp_
-foreach_mul_ = torch._foreach_mul_
+SUPPORTED = ("2.9", "2.14")  # the oldest that pyproject.toml allows, and the newest that the project has run with
 
 
 @cache
@@ -33,13 +27,42 @@ def private(path: str) -> Any:
     """
     found: Any = torch
     for name in path.split("."):
+        if not hasattr(found, name) and hasattr(found, "__path__"):
+            with suppress(ImportError):
+                import_module(f"{found.__name__}.{name}")
         found = getattr(found, name, None)
         if found is None:
             raise ImportError(
-                f"torch.{path} does not exist in torch {torch.__version__}; cgspn was checked with torch "
-                f"{CHECKED[0]} to {CHECKED[1]}: install one of these, or a newer cgspn"
+                f"torch.{path} does not exist in torch {torch.__version__}; cgspn supports torch {SUPPORTED[0]} to "
+                f"{SUPPORTED[1]}: install one of these, or a newer cgspn"
             )
     return found
+
+
+# Lists of tensors in one launch. torch documents them under these names.
+foreach_add_ = private("_foreach_add_")
+foreach_copy_ = private("_foreach_copy_")
+foreach_lerp = private("_foreach_lerp")
+foreach_lerp_ = private("_foreach_lerp_")
+foreach_mul_ = private("_foreach_mul_")
+
+# A linear layer with its GELU in the epilogue of cuBLAS.
+addmm_activation = private("_addmm_activation")
+
+# What intercepts operations: modes, tracers, transforms, levels of forward-mode differentiation.
+dispatch_modes = private("_C._len_torch_dispatch_stack")
+function_modes = private("_C._len_torch_function_stack")
+function_mode_at = private("_C._get_function_stack_at")
+tracing_state = private("_C._get_tracing_state")
+
+# Hooks of a module are in its `__dict__` under these names, and what `Module.compile` made under the last one.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+COMPILED_CALL = "_compiled_call_impl"
+has_any_global_hook = _module._has_any_global_hook
+
+# Only builds of torch with CUDA have these.
+current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+current_device = getattr(torch._C, "_cuda_getDevice", None)
 
 
 def is_tracing() -> bool:
@@ -47,7 +70,7 @@ def is_tracing() -> bool:
     return not torch.compiler.is_compiling() and torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
-def in_functorch() -> bool:
+def in_transform() -> bool:
     """Whether the caller is under vmap, grad, jvp or another transform of `torch.func`."""
     # Of a type rather than not None, which a tracer takes for true.
     return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
@@ -55,41 +78,13 @@ def in_functorch() -> bool:
 
 def in_forward_ad() -> bool:
     """Whether a level of forward-mode differentiation is entered."""
-    return forward_ad._current_level >= 0
+    return torch.autograd.forward_ad._current_level >= 0
 
 
-def has_hooks(*modules: nn.Module) -> bool:
-    """Whether any of the modules has a forward or backward hook, whose work no other function may do for it."""
-    return any(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        for module in modules
-    )
-
-
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU (tanh) of a linear layer, [M, C] -> [M, K]: one launch on CUDA, where cuBLAS has the epilogue for it."""
-    fused = getattr(torch, "_addmm_activation", None) if x.is_cuda else None
-    if fused is None:
-        return gelu(linear(x, weight, bias), approximate="tanh")
-    out: Tensor = fused(bias, x, weight.T, use_gelu=True)
-    return out
-
-
-def scaled_mm(x: Tensor, weight: Tensor, scales: Tensor, weight_scales: Tensor, bias: Tensor | None) -> Tensor:
-    """float8 x [M, K] times weight [N, K] transposed, with scales of rows [M, 1] and [N, 1]: bfloat16 [M, N].
-
-    Raises ImportError where torch has no such product.
-    """
-    out: Tensor = private("_scaled_mm")(
-        x,
-        weight.T,
-        scale_a=scales,
-        scale_b=weight_scales.T,
-        bias=None if bias is None else bias.to(torch.bfloat16),
-        out_dtype=torch.bfloat16,  # the one dtype that every version scales rows into
-        use_fast_accum=True,
-    )
-    return out
+def recompile_limit(count: int) -> AbstractContextManager[Any]:
+    """For the time of the context, torch.compile keeps up to `count` graphs of one function."""
+    limit: AbstractContextManager[Any] = private("_dynamo.config").patch(recompile_limit=count)
+    return limit
 
 
 def cpp_compiler() -> str | None:
@@ -101,13 +96,3 @@ def cpp_compiler() -> str | None:
         return shutil.which(get_cpp_compiler())
     except InvalidCxxCompiler:
         return None
-
-
-def aoti_package(program: torch.export.ExportedProgram, path: str) -> None:
-    """Compile an exported program with AOTInductor into a file (.pt2). Needs a C++ compiler."""
-    private("_inductor.aoti_compile_and_package")(program, package_path=path)
-
-
-def aoti_load(path: str) -> Any:
-    """Load what `aoti_package` wrote: a callable of tensors. Raises what torch raises for a damaged file."""
-    return private("_inductor.aoti_load_package")(path)

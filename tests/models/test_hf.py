@@ -249,3 +249,13 @@ def test_what_is_no_picture_is_refused():
     ):
         with pytest.raises(ValueError, match=message):
             processor(**arguments)
+
+
+@pytest.mark.slow
+def test_transformers_own_onnx_exporter_takes_scans(folder, images):
+    exporter = pytest.importorskip("transformers.exporters.exporter_onnx")
+    pytest.importorskip("onnxruntime")
+    model = AutoModel.from_pretrained(folder).eval()
+    program = exporter.OnnxExporter().export(model, {"pixel_values": images}, config=exporter.OnnxConfig(dynamic=False))
+    expected = model(images).last_hidden_state
+    torch.testing.assert_close(program(pixel_values=images).last_hidden_state, expected, atol=1e-4, rtol=1e-4)

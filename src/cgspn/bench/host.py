@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from ..compat import addmm_activation
 from ..environment import describe
 from ..layers import Grid
 from ..ops.gpu import Launch, Machine, registered
@@ -83,7 +84,7 @@ def products(hidden: int) -> Callable[[], object]:
 
     def call() -> object:
         linear(narrow, made)
-        torch._addmm_activation(bias, wide, weight, use_gelu=True)
+        addmm_activation(bias, wide, weight, use_gelu=True)
         return wide.addmm_(wide, weight)
 
     return call

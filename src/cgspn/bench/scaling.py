@@ -294,7 +294,7 @@ def run(
     for mode in modes:
         keep("losses", bench.losses(mode, replayed), ("mode", "gpus", "captured"))
         if config.compute.compile:
-            torch._dynamo.reset()
+            torch.compiler.reset()
         for size, batch in zip(config.sizes, config.batches):
             keys = {"mode": stage_of(mode), "image": size, "gpus": 1, "captured": replayed}
             alone = next((row for row in saved["rows"] if keys.items() <= row.items()), None)
@@ -309,6 +309,6 @@ def run(
                 assert measured is not None
                 row = measured
             if config.compute.compile:
-                torch._dynamo.reset()  # every shape compiles for itself, and dynamo keeps only a few
+                torch.compiler.reset()  # every shape compiles for itself, and dynamo keeps only a few
             keep("rows", row, ("mode", "image", "gpus", "captured"))
     return saved

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import torch
 
+from ..compat import private
+
 LEAD = 2_000_000  # cycles, about a millisecond, that the device is kept busy while the host launches what is timed
 
 
@@ -30,7 +32,7 @@ def _once(run: Callable[[], object]) -> float:
         run()
         return 1e3 * (time.perf_counter() - began)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(LEAD)
+    private("cuda._sleep")(LEAD)
     start.record()
     run()
     end.record()

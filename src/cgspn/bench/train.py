@@ -129,7 +129,7 @@ def unless_full(run: Callable[[], Result], task: Task, compute: ComputeConfig) -
     # outside of the except clause, which holds the frames and so the tensors of what failed
     task.zero_grad(set_to_none=True)
     if compute.compile:
-        torch._dynamo.reset()  # every batch compiles for its own shapes, and dynamo keeps only a few
+        torch.compiler.reset()  # every batch compiles for its own shapes, and dynamo keeps only a few
     free(next(task.parameters()).device)
     return result
 

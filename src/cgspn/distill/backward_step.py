@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..compat import foreach_copy_
 from ..data import Batch
 from .optimizers import Optimizers
 from .parallel import local_shards, sync_gradients
@@ -120,7 +121,7 @@ class CapturedGradients(Gradients):
         values = self.add_up(parts)
         kept = [(p, own, p.grad) for p, own in zip(parameters, before) if own is not None and p.grad is not None]
         if kept:
-            torch._foreach_copy_(local_shards(own for _, own, _ in kept), local_shards(new for _, _, new in kept))
+            foreach_copy_(local_shards(own for _, own, _ in kept), local_shards(new for _, _, new in kept))
         for parameter, own, _ in kept:
             parameter.grad = own
         return values

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ..compat import foreach_add_, foreach_copy_, foreach_lerp, foreach_lerp_, foreach_mul_
+
 TOGETHER = 1 << 26  # elements of a stack at most; larger ones fill a GPU no better, and their copies take memory
 
 
@@ -44,13 +46,13 @@ class BatchedMuon(torch.optim.Muon):
             if "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(gradient)
         momenta = [self.state[p]["momentum_buffer"] for p in matrices]
-        torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-        wanted = list(torch._foreach_lerp(gradients, momenta, group["momentum"])) if group["nesterov"] else momenta
+        foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+        wanted = list(foreach_lerp(gradients, momenta, group["momentum"])) if group["nesterov"] else momenta
         steps = orthogonal(wanted, group["ns_coefficients"], group["ns_steps"], group["eps"])
         rows, columns = matrices[0].shape
         ratio = 0.2 * max(rows, columns) ** 0.5
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, steps.to(matrices[0].dtype).unbind(), alpha=-group["lr"] * ratio)
+        foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        foreach_add_(matrices, steps.to(matrices[0].dtype).unbind(), alpha=-group["lr"] * ratio)
 
 
 def stacks(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
@@ -70,7 +72,7 @@ def orthogonal(matrices: list[Tensor], coefficients: tuple[float, float, float],
     """
     a, b, c = coefficients
     x = torch.empty(len(matrices), *matrices[0].shape, dtype=torch.bfloat16, device=matrices[0].device)
-    torch._foreach_copy_(x.unbind(), matrices)
+    foreach_copy_(x.unbind(), matrices)
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)

@@ -20,6 +20,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from ..compat import foreach_copy_
 from ..models.encoder import Encoder
 
 Item = TypeVar("Item")
@@ -186,7 +187,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         work.wait()
         flat /= world_size()
         parts = flat.split([g.numel() for g in bucket])
-        torch._foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket)])
+        foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket)])
 
 
 def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..compat import recompile_limit
 from ..layers import Block, Grid
 from ..models.encoder import Encoder
 from .cache import TeacherCache
@@ -78,7 +79,7 @@ def running(
     if task.sharded:
         shard_encoder(working, compute.blocks_per_unit, compute.reshard_after_forward)
     try:
-        with torch._dynamo.config.patch(recompile_limit=COMPILED) if compute.compile else nullcontext():
+        with recompile_limit(COMPILED) if compute.compile else nullcontext():
             yield task
         task.collect()
         if working is not student:

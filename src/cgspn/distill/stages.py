@@ -1,4 +1,4 @@
-"""The recipe: pretrain without a teacher, or convert and distil in stages (source, "Key Designs" 3)."""
+"""The recipe: pretrain without a teacher, or convert and distil in stages (docs/distilling.md)."""
 
 from __future__ import annotations
 

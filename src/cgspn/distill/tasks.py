@@ -118,7 +118,7 @@ class SublayerTask(Task):
     """Stage 1: block i of the student gets the teacher's own features and learns the teacher's sub-layer output.
 
     Blocks are independent: no gradient passes between them, and one teacher pass feeds all. Blocks whose mixer is
-    kept from the teacher have nothing to learn. Source: "Key Designs" 3, stage 1.
+    kept from the teacher have nothing to learn. Paper: stage 1 (docs/paper.md).
     """
 
     teacher: Encoder
@@ -202,7 +202,7 @@ def sublayer_parts(block: Block) -> nn.ModuleDict:
 class DistillTask(Task):
     """Stage 2: the whole student against the teacher at two taps a block, through adapters.
 
-    Source: "Key Designs" 3, stage 2; design, section 4.
+    Paper: stage 2, alpha * PP + beta * PB (docs/paper.md).
     """
 
     teacher: Encoder

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import foreach_lerp_, foreach_mul_
 from ..data import Batch
 from ..ops.checks import NonFiniteError
 from .backward_step import CapturedGradients, Gradients
@@ -152,9 +153,7 @@ def train(
                 raise DivergedError(f"{title}: {', '.join(bad) or 'the gradient'} is not finite at step {step}")
             optimizer.step()
             if average:
-                torch._foreach_lerp_(
-                    local_shards(average), [p.detach() for p in local_shards(parameters)], 1 - config.ema
-                )
+                foreach_lerp_(local_shards(average), [p.detach() for p in local_shards(parameters)], 1 - config.ema)
             record = {"step": step, "lr": config.learning_rate * factor, "gradient": length, **record}
             history.steps.append(record if detailed(step, config.steps) else without_blocks(record))
             if watch is not None:
@@ -212,7 +211,7 @@ def clip_gradients(parameters: list[nn.Parameter], task: Task, most: float) -> T
     norm = nn.utils.get_total_norm(gradients)
     if task.sharded or task.reduction == "sum":  # every process has gradients of its own
         norm = all_reduce(norm.square(), "sum").sqrt()
-    torch._foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1))
+    foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1))
     return norm
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..compat import cpp_compiler, private
 from .bounds import Bounds
 from .trace import ImageSide, trace
 
@@ -35,17 +35,9 @@ def write_torch(side: ImageSide, bounds: Bounds, path: Path) -> None:
 
 def write_aot(side: ImageSide, bounds: Bounds, path: Path) -> None:
     """Compile and save an AOTInductor package (.pt2). Raises ValueError without a C++ compiler."""
-    from torch._inductor import aoti_compile_and_package
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        found = shutil.which(get_cpp_compiler())
-    except InvalidCxxCompiler:
-        found = None
-    if found is None:
+    if cpp_compiler() is None:
         raise ValueError("format is 'aot', which needs a C++ compiler: install g++ or clang; 'onnx' and 'torch' do not")
-    aoti_compile_and_package(trace(side, bounds), package_path=str(path))
+    private("_inductor.aoti_compile_and_package")(trace(side, bounds), package_path=str(path))
 
 
 def write_onnx(side: ImageSide, bounds: Bounds, path: Path) -> None:
@@ -101,7 +93,7 @@ def open_file(path: Path, format: Format) -> Runner:
         program: Runner = torch.export.load(path).module()
         return program
     if format == "aot":
-        package: Runner = torch._inductor.aoti_load_package(str(path))
+        package: Runner = private("_inductor.aoti_load_package")(str(path))
         return package
     check_onnx()
     import onnxruntime

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.functional import normalize, pad
 
+from ..compat import private
 from ..layers import Grid, LearnedPositions, MapPool, PropagationMixer
 from ..layers.plain import is_plain
 from ..models.dual import DualEncoder, image_encoder
@@ -95,9 +95,7 @@ def trace(side: ImageSide, bounds: Bounds, *, onnx: bool = False) -> ExportedPro
 
     Raises torch's own errors for what cannot be traced.
     """
-    from torch.fx.experimental import _config
-
-    shape_config: Any = _config  # a module that torch turns into a configuration
+    shape_config = private("fx.experimental._config")
     side = copy.deepcopy(side).eval().requires_grad_(False)
     for module in side.modules():
         if type(module) is LearnedPositions:

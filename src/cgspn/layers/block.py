@@ -30,7 +30,7 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """x + scale1(mixer(norm1(x))), then x + scale2(mlp(norm2(x))): tokens [B, N, C] -> [B, N, C].
 
-    executor.py decides which of these layers run fused. Source: "Key Designs" 3.
+    executor.py decides which of these layers run fused. Taps: docs/paper.md, PP and PB.
 
     Attributes:
         fusion_backend: "auto": fused where that is faster and changes nothing; "triton": also where it is slower;

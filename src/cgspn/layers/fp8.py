@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 from torch.utils.flop_counter import register_flop_formula
 
+from ..compat import private
 from ..ops import backends
 from .mlp import Activation, Mlp, QuickGELU
 from .plain import is_plain
@@ -118,7 +119,7 @@ def fp8_linear(
         out = (x.float() @ weight.float().T) * scales * weight_scales.T
         return (out if bias is None else out + bias.float()).to(dtype)
     short = torch.bfloat16  # the one dtype that every version scales rows into
-    return torch._scaled_mm(
+    return private("_scaled_mm")(
         x,
         weight.T,
         scale_a=scales,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import gelu, linear, silu
 
+from ..compat import addmm_activation
 from ..ops.autocast import autocast_dtype
 from ..ops.eager import is_eager
 from ..ops.fused import rows as over_rows
@@ -94,7 +95,7 @@ class Mlp(nn.Module):
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU (tanh) of a linear layer, x [M, C] -> [M, K]: in one launch where cuBLAS has the epilogue for it."""
     if on_accelerator(x):
-        fused: Tensor = torch._addmm_activation(bias, x, weight.T, use_gelu=True)
+        fused: Tensor = addmm_activation(bias, x, weight.T, use_gelu=True)
         return fused
     return gelu(linear(x, weight, bias), approximate="tanh")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+
+from ..compat import COMPILED_CALL, HOOKS, has_any_global_hook
 
 PARAMETERS = (nn.Parameter, Tensor)
 
@@ -20,9 +21,9 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 def has_no_hooks(module: nn.Module) -> bool:
     """As `is_plain`, of a module of any kind."""
     state = module.__dict__
-    if state["_forward_hooks"] or state["_forward_pre_hooks"] or state["_backward_hooks"] or "forward" in state:
+    if any([state[hooks] for hooks in HOOKS]) or "forward" in state:  # noqa: C419 (faster)
         return False
-    if state["_backward_pre_hooks"] or state.get("_compiled_call_impl") is not None:
+    if state.get(COMPILED_CALL) is not None:
         return False
     parameters = state["_parameters"].values()
     return not any([p is not None and type(p) not in PARAMETERS for p in parameters])  # noqa: C419 (faster)
@@ -30,5 +31,5 @@ def has_no_hooks(module: nn.Module) -> bool:
 
 def has_global_hooks() -> bool:
     """Whether hooks are set that every module calls."""
-    found: bool = _has_any_global_hook()
+    found: bool = has_any_global_hook()
     return found

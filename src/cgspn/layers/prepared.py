@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..compat import addmm_activation
 from ..ops.gpu import Launch
 from .mixer import Grid
 from .mlp import Mlp
@@ -107,6 +108,6 @@ class PreparedBlock:
         del memory
         first, bias1, second = self.tensors[12], self.tensors[13], self.tensors[14]
         channels = self.shape[-1]
-        hidden = torch._addmm_activation(bias1, normal.view(-1, channels), first.t(), use_gelu=True)
+        hidden = addmm_activation(bias1, normal.view(-1, channels), first.t(), use_gelu=True)
         out.view(-1, channels).addmm_(hidden, second.t())
         return out

@@ -1,4 +1,4 @@
-"""The C-GSPN mixer, and with other settings the original GSPN layer (source, "Key Designs" 1 and 2; design, section 3).
+"""The C-GSPN mixer, and with other settings the original GSPN layer (docs/paper.md).
 
     tokens -> [projection] -> [expansion] -> P_down -> [local convolution] -> [norm] -> latent [and values] x
     latent -> lam, u, three logits [and a forget gate] for each direction
@@ -40,13 +40,13 @@ class PropagationConfig:
     Args:
         compression: s; the scan runs on Cc = floor(C / s) channels. None scans in the raw space, without P_down.
         directions: which of the four scans run.
-        merge: "sum" adds the directions before P_up (the source); "concat" gives P_up all of them.
+        merge: "sum" adds the directions before P_up (the paper); "concat" gives P_up all of them.
         latent_norm: RMSNorm on the latent, before the parameters and the scan.
         merge_norm: RMSNorm on the merged scan; keeps features bounded however long the lines are.
         value_expansion: channels that carry values beside the latent, in units of Cc, dealt out to the directions: each
             scans its own, and the latent is left to make their parameters. None: all directions scan the latent (the
-            source).
-        channels_per_group: channels that have one set of parameters between them: 1 for a set each (the source).
+            paper).
+        channels_per_group: channels that have one set of parameters between them: 1 for a set each (the paper).
         forget_gate: a forget gate: how much stays of the line before, for each position and set.
         normalise_state: divide the state by the same scan of ones: y = u * h / n, a weighted mean of what the scan has
             seen in place of a sum, so that it does not grow with the number of lines. lam then passes a softplus.
@@ -149,7 +149,7 @@ class PropagationMixer(Mixer):
     """Four-direction line scan in a compressed latent space: tokens [B, h*w, C] -> [B, h*w, C], without positions.
 
     Linear in the number of tokens, any grid. Class or register tokens have no place in it.
-    Source: design, section 3.
+    Paper: propagation in the latent space; docs/paper.md.
     """
 
     def __init__(self, width: int, config: PropagationConfig | None = None) -> None:
@@ -183,8 +183,8 @@ class PropagationMixer(Mixer):
         """Start as a small, bounded, slowly varying mixer.
 
         lam and u start near 0.5 and the neighbours near equal weight, whatever the input; P_up starts near zero, so
-        that the first steps of distillation begin at "adds nothing" instead of exploding (design, "Quality is the
-        open risk"). The scan adds up L lines, so without `merge_norm` its output grows with the grid.
+        that the first steps of distillation begin at "adds nothing" instead of exploding (docs/paper.md,
+        "Initialisation"). The scan adds up L lines, so without `merge_norm` its output grows with the grid.
         """
         for module in (self.project_in, self.expand, self.down, self.project_out):
             if isinstance(module, nn.Linear):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..compat import HOOKS
 from .fp8 import Fp8Mlp
 from .mlp import Mlp
 from .norm import LayerNorm, RMSNorm
@@ -21,8 +22,6 @@ from .propagation import PropagationMixer
 
 if TYPE_CHECKING:
     from .block import Block
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Snapshot:

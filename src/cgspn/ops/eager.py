@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.utils._device import DeviceContext
 
+from ..compat import DeviceContext, dispatch_modes, function_mode_at, function_modes, tracing_state
 from .functorch import in_functorch
 
 PLAIN = (Tensor, torch.nn.Parameter)
@@ -19,10 +19,10 @@ def is_eager(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or in_functorch():
         return False
-    if torch._C._len_torch_dispatch_stack() or torch._C._get_tracing_state() is not None:
+    if dispatch_modes() or tracing_state() is not None:
         return False
-    for n in range(torch._C._len_torch_function_stack()):
-        if not isinstance(torch._C._get_function_stack_at(n), DeviceContext):  # which says where tensors are made
+    for n in range(function_modes()):
+        if not isinstance(function_mode_at(n), DeviceContext):  # which says where tensors are made
             return False
     if any([t is not None and type(t) not in PLAIN for t in tensors]):  # noqa: C419 (a list is faster)
         return False

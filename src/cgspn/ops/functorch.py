@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch.autograd import forward_ad
+from ..compat import in_forward_ad, in_transform
 
 
 def in_functorch() -> bool:
     """Whether the caller is under vmap, grad, jvp or another transform, or in a level of forward-mode AD."""
-    # Of a type rather than not None, which a tracer takes for true; and before the level, which a traced jvp enters and
-    # leaves before the tracer's guards look at it.
-    under = isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
-    return under or forward_ad._current_level >= 0
+    # Transforms before the level, which a traced jvp enters and leaves before the tracer's guards look at it.
+    return in_transform() or in_forward_ad()
 
 
 def check_plain(backend: str) -> None:
@@ -25,7 +22,7 @@ def check_plain(backend: str) -> None:
 
 def check_reverse(name: str) -> None:
     """Raise RuntimeError in a level of forward-mode AD: for the ops themselves, as an exported program holds them."""
-    if forward_ad._current_level >= 0:
+    if in_forward_ad():
         raise RuntimeError(
             f"{name} has no forward-mode derivative as an op of a program; use torch.autograd.grad, or transform "
             f"cgspn.ops.{name} before it is exported"

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import current_device, current_raw_stream
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -115,8 +117,8 @@ class Gpu:
 
     def submit(self, launch: Launch) -> None:
         """Hand a launch to the driver."""
-        stream = torch._C._cuda_getCurrentRawStream(self.index)
-        if getattr(_thread, "has_context", False) and torch._C._cuda_getDevice() == self.index:
+        stream = current_raw_stream(self.index)
+        if getattr(_thread, "has_context", False) and current_device() == self.index:
             status = driver().cuLaunchKernel(launch.function, *launch.shape, stream, launch.params, None)
         else:
             with self.current():

@@ -58,7 +58,7 @@ def propagate_2d_projected(
         TypeError, ValueError, RuntimeError: as `propagate_2d`; for a weight or bias of another shape, dtype or device
             than `x` asks for; RuntimeError for parameters="chip" where it cannot run, with the reason.
 
-    Source: design section 5 ("parameters are an implementation detail of memory").
+    Not in the paper: docs/operator.md, "Memory in training".
     """
     checks.check_features(x)
     x, weight, bias = _as_autocast(x, weight, bias)

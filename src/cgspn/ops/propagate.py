@@ -41,7 +41,7 @@ def propagate_2d(
         h[i] = sigmoid(keep[i]) * W[i] h[i-1] + lam[i] * x[i]        y[i] = u[i] * h[i]
 
     W[i] is tridiagonal and row-stochastic: sigmoid(logits), normalised over the neighbours that exist. Without `keep`
-    its factor is 1, as in the source. "down" runs from row 0 to row H-1 and "right" from column 0 to column W-1.
+    its factor is 1, as in the paper. "down" runs from row 0 to row H-1 and "right" from column 0 to column W-1.
 
     Args:
         x: features [B, H, W, C] that all directions scan, or [B, H, W, D, C] for each its own; channels last; float16,
@@ -69,7 +69,7 @@ def propagate_2d(
             is not finite (on an accelerator that look would stall the queue).
         RuntimeError: an explicit backend that cannot run here, with the reason.
 
-    Source: design section 2; equations (1) and (2) of the source.
+    Paper: "Scaling Parallel Sequence Models to Vision Foundation Models", equations (1) and (2); docs/operator.md.
     """
     codes = checks.check_directions(directions)
     checks.check_features(x, len(codes))
@@ -150,7 +150,7 @@ def line_scan(
     Raises:
         TypeError, ValueError, RuntimeError: as `propagate_2d`; ValueError also for chunk < 1.
 
-    Source: equation (1) of the source; design section 2.
+    Paper: equation (1); docs/operator.md.
     """
     checks.check_features(x)
     checks.check_like(x, weights=weights, lam=lam)

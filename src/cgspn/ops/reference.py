@@ -1,4 +1,4 @@
-"""What the operator is, in float64 and in plain sight (design, section 2; the source's "Method" equations).
+"""What the operator is, in float64 and in plain sight (docs/operator.md; equations (1) and (2) of the paper).
 
 Shape letters used in this package: B batch, H rows, W columns, C channels, D directions, G groups of C / G channels
 with one set of parameters, L lines of the scan, M positions of a line, 3 the neighbours j-1, j, j+1.
@@ -61,7 +61,7 @@ def propagate_2d_reference(
     [B, H, W, D, G], where G divides C and channel c takes set c // (C / G); mask [B, H, W] bool or None.
     Returns float64, whatever came in: [B, H, W, C] for merge="sum", [B, H, W, D, C] for "none".
     Raises KeyError or IndexError on wrong input; `propagate_2d` is the one that explains.
-    Source: equations (1) and (2) of the source's "Overall Architecture".
+    Paper: "Scaling Parallel Sequence Models to Vision Foundation Models", equations (1) and (2); docs/operator.md.
     """
     each = x.shape[-1] // lam.shape[-1]
     logits, lam, u = (t.double().repeat_interleave(each, -1) for t in (logits, lam, u))
@@ -93,7 +93,7 @@ def line_scan_reference(x: Tensor, weights: Tensor, lam: Tensor, direction: str,
     Shapes: x, lam [B, H, W, C]; weights [B, H, W, 3, C]; returns h [B, H, W, C] in float64.
     The state restarts from zero every `chunk` lines, counted in the order of the scan.
     Raises KeyError or IndexError on wrong input; `line_scan` is the one that explains.
-    Source: equation (1) of the source, and the local variant of the original GSPN.
+    Paper: equation (1), and the local variant of the original GSPN.
     """
     steps = [_lines(t.double(), direction) for t in (x, weights, lam)]
     h = torch.zeros_like(steps[0][0])

@@ -121,7 +121,7 @@ def convert(
         value_expansion: channels that carry values beside that latent, in units of it, as in `layers.value_config`;
             None for none.
         keep_attention: how many attention layers stay, spread evenly (the last of each equal stretch: of 27 layers,
-            3 are 8, 17 and 26; the source says how many, not which), or their indices from 0.
+            3 are 8, 17 and 26; the paper says how many, not which), or their indices from 0.
         window_attention: how many attention layers stay with windows in place of the whole grid, spread evenly over the
             layers that are left, or their indices. With all layers in one of the two, none propagates.
         window: rows and columns of positions in a window, or one number for both.
@@ -134,7 +134,7 @@ def convert(
 
     Raises ValueError for a compression that leaves no channel, a layer that does not exist or is named twice, a window
     of nothing, and for values beside propagation.
-    Source: design, section 4 ("weights that have a twin in the teacher start from the teacher's").
+    See docs/tutorial.md, "Convert".
     """
     teacher = image_encoder(encoder)
     config = student_config(
@@ -196,7 +196,7 @@ def inherit(teacher: Encoder, student: Encoder, *, share: bool = False) -> Inher
 def attention_student(teacher: Encoder) -> Encoder:
     """The ViT-to-ViT baseline: everything as in the teacher but the attention mixers, which start afresh.
 
-    Raises nothing. Source: design, section 5 ("ViT = attention re-initialised").
+    Raises nothing. See results/quality, row "ViT".
     """
     student = copy.deepcopy(teacher)
     for layer, block in enumerate(student.each_block()):

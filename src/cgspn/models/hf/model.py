@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,6 +107,8 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
         pixel_mask: [B, H, W], zero where a pixel is padding to the right or below.
         """
+        if torch.compiler.is_exporting():
+            translate_scans()
         config, patch, encoder = self.config, self.config.patch_size, self.encoder
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         want_maps = config.output_attentions if output_attentions is None else output_attentions
@@ -128,6 +131,18 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
                 states.append(order(tokens, grid, None)[0])
         tokens, grid = order(tokens, grid, None)
         return Pass(encoder.norm(tokens), grid, tuple(states) if want_states else None, tuple(maps) or None)
+
+
+def translate_scans() -> None:
+    """Add the scan to what transformers' ONNX exporter can translate, where that is what traces a model.
+
+    Its table has no public way in, and a model has no other part in its export than its own forward.
+    """
+    exporter = sys.modules.get("transformers.exporters.exporter_onnx")
+    if exporter is not None:
+        from ...export.onnx_scan import propagate_2d_onnx
+
+        exporter._ONNX_TRANSLATION_TABLE.setdefault(torch.ops.cgspn.propagate_2d.default, propagate_2d_onnx)
 
 
 def _is_initialised(parameter: nn.Parameter) -> bool:
