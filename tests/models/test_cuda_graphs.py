@@ -54,8 +54,9 @@ class TestOnTheGpu:
         check(torch.float32)
         with torch.autocast("cuda", torch.bfloat16):
             check(torch.bfloat16)
-            for parameter in encoder.parameters():
-                parameter.mul_(1.2)
+        for parameter in encoder.parameters():
+            parameter.mul_(1.2)
+        with torch.autocast("cuda", torch.bfloat16):  # anew: one context keeps the weights it has cast
             check(torch.bfloat16)
         check(torch.float32)
         assert len(captured.recordings) == 2
