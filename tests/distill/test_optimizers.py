@@ -145,3 +145,21 @@ def test_sharded_matrices_take_the_step_of_pytorch(tmp_path):
         torch.testing.assert_close(sharded.weight.full_tensor(), plain.weight, rtol=1e-3, atol=1e-5)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_embeddings_and_probes_do_not_decay(optimizer):
+    encoder = cgspn.create_model("vit_mini_patch4_28", mixers=("attention",))
+
+    class Own(Task):
+        def __init__(self):
+            super().__init__()
+            self.student = encoder
+
+    built = build_optimizer(Own(), OptimConfig(optimizer=optimizer, weight_decay=0.1))
+    decays = {p: group["weight_decay"] for group in built.param_groups for p in group["params"]}
+    named = dict(encoder.named_parameters())
+    assert encoder.no_weight_decay()
+    assert {decays[named[name]] for name in encoder.no_weight_decay()} == {0.0}
+    assert decays[named["blocks.0.mlp.fc1.weight"]] == 0.1
+    assert decays[named["blocks.0.mlp.fc1.bias"]] == 0.0

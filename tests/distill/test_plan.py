@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cgspn.data import Batch
-from cgspn.distill import DistillConfig, HighResConfig, LossConfig, SizeRange, World
+from cgspn.distill import DistillConfig, HighResConfig, LossConfig, OptimConfig, SizeRange, World
+from cgspn.distill.batches import blended_share
 from cgspn.distill.plan import plan
 from cgspn.distill.runtime import Runtime
 from cgspn.distill.taps import observe, tapped_forward
@@ -129,3 +130,12 @@ def test_a_stage_goes_on_with_the_adapters_and_scales_of_the_one_before(pair):
     assert torch.equal(high.energies.values, second.energies.values)
     stages = plan(*pair, NoFeed(), DistillConfig(highres=HighResConfig(sizes=(56, 84))), "student", World())
     assert [stage.goes_on for stage in stages] == [False, False, True, True]
+
+
+def test_parts_of_a_batch_divide_each_processes_share():
+    optim = OptimConfig(batch_size=8, accumulate=4)
+    assert blended_share(optim, World(1, 2)) == slice(4, 8)
+    with pytest.raises(
+        ValueError, match="accumulate is 4; accepted: divisors of a process's share of batch_size, 2 im"
+    ):
+        blended_share(optim, World(0, 4))

@@ -102,7 +102,7 @@ def link_rows(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def report(saved: Mapping[str, Any], out: Path) -> None:
-    """Write scaling.md and, where several numbers of GPUs are, scaling.png, which --simulate draws anew anywhere."""
+    """Write scaling.md and, where several numbers of GPUs are, scaling.png."""
     rows = speed_rows(saved)
     parts = ["# scaling", "\n".join(f"- {name}: {value}" for name, value in saved["settings"].items())]
     for gpus, machine in sorted(saved["machines"].items(), key=lambda item: int(item[0])):

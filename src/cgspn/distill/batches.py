@@ -264,6 +264,10 @@ def blended_share(optim: OptimConfig, world: World) -> slice:
     with."""
     share = share_of(optim.batch_size, world)
     own = share.stop - share.start
+    if own % optim.accumulate:
+        raise ValueError(
+            f"accumulate is {optim.accumulate}; accepted: divisors of a process's share of batch_size, {own} images"
+        )
     for name, least in (("mixup", 2), ("cutmix", 3)):  # the second and the third image are the first one's partners
         if getattr(optim, name) and own < least:
             raise ValueError(f"{name} is {getattr(optim, name)}, with {own} images a process; expected {least} or more")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..models.encoder import Encoder
 from .config import OptimConfig
 from .muon import BatchedMuon
 from .parallel import local_shards
@@ -66,9 +67,11 @@ class Optimizers:
 
 
 def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:
-    """Optimisers over fresh and inherited parameters, each split by whether they are matrices, which alone decay."""
+    """Optimisers over fresh and inherited parameters; weights of products decay, an encoder's `no_weight_decay` not."""
     matrices: list[dict[str, Any]] = []
     rest: list[dict[str, Any]] = []
+    encoders = [module for module in task.modules() if isinstance(module, Encoder)]
+    spared = {p for each in encoders for name, p in each.named_parameters() if name in each.no_weight_decay()}
     slow = config.embedding_rate != 1
     embedding = {p for name, p in task.named_parameters() if slow and EMBEDDING in name}
     for parameters, factor in zip(task.parameter_groups(), (1.0, config.inherited_rate), strict=True):
@@ -76,9 +79,9 @@ def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:
         learned = [p for p in parameters if p.requires_grad]
         others = [p for p in learned if p not in embedding]
         for groups, rate, decay, chosen in (
-            (matrices, peak, config.weight_decay, [p for p in others if p.ndim == 2]),
-            (rest, peak, config.weight_decay, [p for p in others if p.ndim > 2]),
-            (rest, peak, 0.0, [p for p in others if p.ndim < 2]),
+            (matrices, peak, config.weight_decay, [p for p in others if p.ndim == 2 and p not in spared]),
+            (rest, peak, config.weight_decay, [p for p in others if p.ndim > 2 and p not in spared]),
+            (rest, peak, 0.0, [p for p in others if p.ndim < 2 or p in spared]),
             (rest, peak * config.embedding_rate, config.weight_decay, [p for p in learned if p in embedding]),
         ):
             if chosen:
