@@ -29,8 +29,7 @@ from .state import state_of
 if TYPE_CHECKING:
     from .block import Block
 
-LATENT_BEST = 256  # channels beyond which products are left to the libraries, which are then faster
-LATENT_MOST = 512  # that stay on the chip for a tile of rows
+LATENT_MOST = 256  # channels beyond which a sub-layer is left to the libraries, which are then faster
 ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))  # GPUs with the 140 KB of shared memory that the latent's tiles want
 
 
@@ -68,7 +67,7 @@ def fusion_of(block: Block, tokens: Tensor) -> Fusion:
         return NOTHING
     channels = tokens.shape[-1]
     rows = reason is None and channels <= CHANNELS_MOST and state.widths == {tokens.shape[-1:]}
-    mixer = rows and state.latent and (wanted == "triton" or has_room(tokens)) and can_fuse_down(block)
+    mixer = rows and state.latent and (wanted == "triton" or has_room(tokens)) and is_narrow(block)
     mlp = state.mlp and not torch.is_grad_enabled() and has_dtype_of(block.mlp, tokens)
     return Fusion(rows and state.norm1, rows and state.norm2, mixer, mlp)
 
@@ -92,16 +91,10 @@ def has_dtype_of(mlp: nn.Module, tokens: Tensor) -> bool:
     return mlp.act.approximate == "tanh" and tokens.dtype in (autocast_dtype(tokens), mlp.fc1.weight.dtype)
 
 
-def can_fuse_down(block: Block) -> bool:
-    """Whether the latent of a C-GSPN sub-layer is narrow enough for a tile of rows."""
+def is_narrow(block: Block) -> bool:
+    """Whether the latent and the merged directions of a C-GSPN sub-layer fit a tile of rows."""
     mixer: Any = block.mixer
-    return bool(mixer.down.out_features <= LATENT_MOST)
-
-
-def can_fuse_up(block: Block, fusion: Fusion) -> bool:
-    """Whether P_up, narrow enough, joins the residual."""
-    mixer: Any = block.mixer
-    return fusion.mixer and bool(mixer.up.in_features <= LATENT_BEST)
+    return bool(max(mixer.down.out_features, mixer.up.in_features) <= LATENT_MOST)
 
 
 def run_block(block: Block, tokens: Tensor, grid: Grid, tapped: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -146,7 +139,7 @@ def run_fused(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion, tapped: 
     """As `run_block`, with the layers fused that `fusion` names."""
     after = block.mlp.fc2.bias if fusion.mlp else None
     branch = None
-    if not tapped and can_fuse_up(block, fusion):
+    if fusion.mixer and not tapped:
         normal, mixed = fused_residual(block, tokens, grid, fusion, after)
     else:
         branch, past = run_branch(block, tokens, grid, fusion)
@@ -174,10 +167,7 @@ def fused_scan(block: Block, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor
     norm = block.norm1
     trained = torch.is_grad_enabled()
     arguments = (tokens, norm.weight, norm.bias, mixer.down.weight, mixer.down.bias, norm.eps)
-    if mixer.down.out_features > LATENT_BEST:
-        normal, tokens = add_norm(norm, tokens, fused=True)
-        latent = mixer.down(normal)
-    elif trained:
+    if trained:
         latent, tokens = norm_linear.NormLinear.apply(*arguments)  # type: ignore[no-untyped-call]
     else:
         latent, _ = norm_linear.forward(*arguments)
@@ -212,7 +202,7 @@ def fused_residual(
 def run_mixing_half(block: Block, tokens: Tensor, grid: Grid) -> Tensor:
     """tokens + the mixing branch, [B, N, C]: a block without its MLP."""
     fusion = fusion_of(block, tokens)
-    if can_fuse_up(block, fusion):
+    if fusion.mixer:
         return fused_residual(block, tokens, grid, fusion._replace(norm2=False), None)[1]
     branch, past = run_branch(block, tokens, grid, fusion)
     return past + branch
