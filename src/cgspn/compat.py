@@ -7,6 +7,7 @@ is imported, if everything needs it, and when it is used otherwise.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from functools import cache
 from importlib import import_module
@@ -58,11 +59,11 @@ tracing_state = private("_C._get_tracing_state")
 # Hooks of a module are in its `__dict__` under these names, and what `Module.compile` made under the last one.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 COMPILED_CALL = "_compiled_call_impl"
-has_any_global_hook = _module._has_any_global_hook
+has_any_global_hook: Callable[[], bool] = _module._has_any_global_hook
 
 # Only builds of torch with CUDA have these.
-current_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-current_device = getattr(torch._C, "_cuda_getDevice", None)
+current_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 
 
 def is_tracing() -> bool:

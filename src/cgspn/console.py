@@ -38,7 +38,7 @@ def writable_folder(path: Path, name: str) -> Path:
 
 
 def speed_of(record: dict[str, float]) -> str:
-    """Images a second, and model FLOPs utilisation where the device's peak is known; "" where nothing is measured."""
+    """Images/s, and model FLOPs utilisation where the device's peak is known; "" where nothing is measured."""
     if "images_per_second" not in record:
         return ""
     mfu = f", MFU {record['mfu']:.0%}" if "mfu" in record else ""

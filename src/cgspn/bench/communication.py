@@ -63,7 +63,7 @@ class Watched:
     """A profile of some steps of a run on several GPUs, begun and ended on all processes together."""
 
     def __init__(self, device: torch.device) -> None:
-        """device: this process's; on a processor nothing is recorded."""
+        """device: this process's; on a CPU nothing is recorded."""
         self.device, self.seconds = device, 0.0
         self.profile: profile | None = None
 

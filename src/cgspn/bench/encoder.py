@@ -1,4 +1,4 @@
-"""Whole encoders: images a second, memory, one image under CUDA graphs and torch.compile, MLPs in 8 bits.
+"""Whole encoders: images/s, memory, one image under CUDA graphs and torch.compile, FP8 MLPs.
 
 Encoders are as `create_model` makes them, with random weights, in bfloat16 on a GPU.
 """
@@ -72,7 +72,7 @@ class EncoderBenchConfig:
 
 
 def with_options(name: str) -> tuple[str, dict[str, Any], str | None]:
-    """A model's name without what follows a "+", fields of its config, and which products of its MLPs are in 8 bits.
+    """A model's name without what follows a "+", fields of its config, and which products of its MLPs are in FP8.
 
     Raises ValueError for another ending.
     """
@@ -260,7 +260,7 @@ def run(
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Images a second over the image size, a panel for each mode and a line for each model."""
+    """Images/s over the image size, a panel for each mode and a line for each model."""
     modes = list(dict.fromkeys(row["mode"] for row in rows))
 
     def paint(axes: Any) -> None:

@@ -1,4 +1,4 @@
-"""Steps of stage 2 on one device: images a second, MFU, memory, and the largest batch that fits, found by trying.
+"""Steps of stage 2 on one device: images/s, MFU, memory, and the largest batch that fits, found by trying.
 
 Teacher and student have random weights: a step costs the same. The loop is the trainer's own.
 """
@@ -198,7 +198,7 @@ def run(
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Images a second and, where the device's peak is known, MFU over the image size."""
+    """Images/s and, where the device's peak is known, MFU over the image size."""
     panels = [key for key in ("images/s", "MFU") if any(row.get(key) for row in rows)]
 
     def paint(axes: Any) -> None:

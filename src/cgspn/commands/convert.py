@@ -25,7 +25,7 @@ RECORD = "conversion.json"
 
 @dataclass(frozen=True)
 class Convert(Command):
-    """Replace attention by propagation; everything with a twin in the teacher is inherited.
+    """Replace attention by propagation; all weights with matching name and shape are inherited.
 
     Prints the parameters of both, part by part, and writes them with what was inherited into conversion.json beside
     the student. A class token and registers are dropped: a fresh MAP head is there to learn the class feature.
@@ -46,7 +46,7 @@ class Convert(Command):
     compression: float = 18
     """s: the scan runs on floor(C / s) channels."""
     value_expansion: float | None = None
-    """Channels that carry values beside the latent, in units of it, dealt out to the directions; 6 brings students
+    """Channels that carry values beside the latent, in units of it, split across the directions; 6 brings students
     closer to their teachers at more time for a sub-layer."""
     keep_attention: int = 0
     """Number of attention layers that stay, spread evenly: of 27, 3 are layers 8, 17 and 26."""

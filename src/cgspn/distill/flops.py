@@ -29,7 +29,7 @@ PEAKS = {
 
 
 def peak_of(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that a device can do at best, or None for a processor, float32 or a device that is not in `PEAKS`."""
+    """FLOP/s that a device can do at best, or None for a CPU, float32 or a device that is not in `PEAKS`."""
     if device.type != "cuda" or precision != "bfloat16":
         return None
     name = torch.cuda.get_device_name(device)

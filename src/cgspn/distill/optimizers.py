@@ -21,7 +21,7 @@ EMBEDDING = "patch_embed.projection.weight"
 class ShardedAdamW(torch.optim.AdamW):
     """AdamW on each process's part of sharded parameters: the same, but for what a DTensor costs the host.
 
-    A step of 900 small ones took a processor 22 ms, and 8 ms by their parts; a device has nothing to do meanwhile.
+    A step of 900 small ones took a CPU 22 ms, and 8 ms by their parts; a device has nothing to do meanwhile.
     """
 
     def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:

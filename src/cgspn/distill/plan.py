@@ -47,7 +47,7 @@ class Stage:
 
 
 def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: DistillConfig, world: World) -> None:
-    """Raise ValueError for sizes that the student's patches do not tile, a CUDA graph on a processor, and a contrastive
+    """Raise ValueError for sizes that the student's patches do not tile, a CUDA graph on a CPU, and a contrastive
     loss without a text tower: at the start of a run, and not of the stage that is days away."""
     if config.compute.capture and world.device.type != "cuda":
         raise ValueError(f"compute.capture is on, on device {world.device.type!r}; accepted: 'cuda' alone")

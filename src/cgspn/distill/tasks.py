@@ -92,12 +92,12 @@ class Task(nn.Module):
 
 
 def inherited_names(student: Encoder, teacher: Encoder) -> frozenset[str]:
-    """The student's parameters that have an equal twin in the teacher."""
+    """The student's parameters that equal the teacher's of the same name and shape."""
     theirs = dict(teacher.named_parameters())
     return frozenset(
         name
         for name, parameter in student.named_parameters()
-        if (twin := theirs.get(name)) is not None and twin.shape == parameter.shape and torch.equal(twin, parameter)
+        if (same := theirs.get(name)) is not None and same.shape == parameter.shape and torch.equal(same, parameter)
     )
 
 

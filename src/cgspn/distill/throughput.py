@@ -67,7 +67,7 @@ class Throughput:
                 self.steps.append(time.perf_counter() - asked)
 
     def rates(self, steps: Iterable[int]) -> dict[str, float]:
-        """Images a second on this process, share of the time that data was waited for (0 to 1), and, if known, tokens a
+        """Images/s on this process, share of the time that data was waited for (0 to 1), and, if known, tokens a
         second and MFU: the share of the device's peak (0 to 1) that the FLOP of teacher and student make. Empty for no
         steps."""
         chosen = list(steps)
@@ -108,7 +108,7 @@ class Throughput:
 
     def summary(self) -> dict[str, Any]:
         """What a record keeps: `rates` of the `settled` steps, seconds in all and until the first batch, and "curve":
-        images a second in the course of the stage, means over equal runs of at most 200."""
+        images/s in the course of the stage, means over equal runs of at most 200."""
         if not self.steps:
             return {}
         size = max(-(-len(self.steps) // POINTS), len(set(self.sizes)))  # every size in each of the runs

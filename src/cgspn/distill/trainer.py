@@ -138,7 +138,7 @@ def train(
                 values = gradients(parts)
                 if averaged:
                     average_gradients(parameters)
-            except NonFiniteError as error:  # on a processor the scan looks at what it is given
+            except NonFiniteError as error:  # on a CPU the scan looks at what it is given
                 if world_size() == 1:  # alone: others may be in the middle of the step
                     keep(step)
                 raise DivergedError(f"{title}: {error}, at step {step}") from error

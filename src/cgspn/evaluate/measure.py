@@ -25,7 +25,7 @@ from .zeroshot import Accuracy, accuracy, class_embeddings
 Watch = Callable[[int], None]
 """Called with the number of pictures that were dealt with since the last call."""
 
-MAX_SKIPPED = 0.1  # share of unreadable pictures that is put up with
+MAX_SKIPPED = 0.1  # share of unreadable pictures that is tolerated
 HELD_OUT, MOST_HELD_OUT = 0.2, 500  # share of training images that choose the penalty, and how many at most
 GALLERY = 100  # images among which a class caption is looked for: few captions over thousands of images say little
 

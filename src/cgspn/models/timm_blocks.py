@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import has_hooks
 from ..layers import Block, Grid
+from ..layers.plain import has_no_hooks
 
 
 class TimmBlock(Block):
@@ -36,7 +36,7 @@ class TimmBlock(Block):
         else:
             out = super().forward(tokens, grid, tapped)
             tokens = out[0] if tapped else out
-        if has_hooks(self.map):
+        if not has_no_hooks(self.map):
             self.map(tokens[:, grid.prefix :].mT.unflatten(2, (grid.height, grid.width)))
         return out
 

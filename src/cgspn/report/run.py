@@ -102,14 +102,14 @@ def _blocks(title: str, steps: Sequence[Mapping[str, float]]) -> list[str]:
 def _speed(title: str, speed: Mapping[str, Any]) -> list[str]:
     if not speed:
         return []
-    cards = [page.card("Images a second", f"{speed['images_per_second']:,.1f}", "all processes, after the first steps")]
+    cards = [page.card("Images/s", f"{speed['images_per_second']:,.1f}", "all processes, after the first steps")]
     mfu = f"{speed['mfu']:.0%}" if "mfu" in speed else "n/a"
     note = "FLOP of teacher and student over the peak of the device"
     cards.append(page.card("MFU", mfu, note if "mfu" in speed else "the peak of this device is not known"))
     note = f"first batch after {speed['first_batch_seconds']:.1f} s"
     cards.append(page.card("Waiting for data", f"{speed['data_wait_share']:.1%}", note))
-    chart = loss_chart({"images/s": speed["curve"]}, label=f"{title}: images a second in the course of the stage")
-    panel = page.panel(chart, "Images a second", "in the course of the stage, since it was last started")
+    chart = loss_chart({"images/s": speed["curve"]}, label=f"{title}: images/s in the course of the stage")
+    panel = page.panel(chart, "Images/s", "in the course of the stage, since it was last started")
     return [page.heading("Speed"), page.group(cards, "cards"), page.group([panel], "wide")]
 
 

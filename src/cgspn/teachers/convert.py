@@ -177,7 +177,7 @@ def student_of(teacher: Encoder, config: EncoderConfig, *, share: bool = False) 
 
 @torch.no_grad()
 def inherit(teacher: Encoder, student: Encoder, *, share: bool = False) -> Inherited:
-    """Give the student every weight that has a twin of the same name and shape in the teacher; returns which.
+    """Give the student every weight of the same name and shape in the teacher; returns which.
 
     Kept mixers count as twins only where both are attention. share: as in `student_of`. Raises nothing.
     """

@@ -98,10 +98,8 @@ def each_picture(images: Any) -> Iterator[Any]:
     elif isinstance(images, (str, Path)):
         yield open_raw(images)
     elif isinstance(images, (np.ndarray, Tensor, Image.Image)):
-        if is_float(images) and np.prod(images.shape) and float(abs(images).max()) > 1:
-            raise ValueError(
-                f"an image holds floats up to {float(images.max()):g}; accepted: integers 0 to 255, floats 0 to 1"
-            )
+        if (largest := largest_float(images)) > 1:
+            raise ValueError(f"an image holds floats up to {largest:g}; accepted: integers 0 to 255, floats 0 to 1")
         yield images
     else:
         raise ValueError(f"an image is a {type(images).__name__}; accepted: a PIL image, an array, a tensor or a path")
@@ -112,6 +110,11 @@ def is_float(picture: Any) -> bool:
     if isinstance(picture, Tensor):
         return picture.dtype.is_floating_point
     return isinstance(picture, np.ndarray) and picture.dtype.kind == "f"
+
+
+def largest_float(picture: Any) -> float:
+    """The largest magnitude in an array or tensor of floats; 0 for an empty one and for other pictures."""
+    return float(abs(picture).max()) if is_float(picture) and 0 not in picture.shape else 0.0
 
 
 def resizing(size: Sides | None, crop_size: Sides | None, aspect: Aspect, resample: Resample, pct: float) -> Fit:
@@ -136,10 +139,13 @@ def resizing(size: Sides | None, crop_size: Sides | None, aspect: Aspect, resamp
 
 def sides(name: str, size: Sides) -> tuple[int, int]:
     """Height and width of a size in any of its forms. Raises ValueError for another."""
-    if isinstance(size, Mapping) or hasattr(size, "items"):
-        values = [size.get(key) for key in ("height", "width")] if set(size) == {"height", "width"} else []
-    else:
-        values = [size, size] if isinstance(size, int) else list(size)
+    values: list[Any]
+    if isinstance(size, int):
+        values = [size, size]
+    elif isinstance(size, Sequence):
+        values = list(size)
+    else:  # transformers' own kind of mapping is none by its type
+        values = [size[key] for key in ("height", "width")] if set(size) == {"height", "width"} else []
     if len(values) != 2 or not all(isinstance(v, int) and v >= 1 for v in values):
         raise ValueError(f"{name} is {size}; expected {{'height': pixels, 'width': pixels}}")
     return values[0], values[1]
