@@ -26,6 +26,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             if path.suffix in SHOWN:
                 uri = path.relative_to(ROOT).as_posix()
                 files.append(File.generated(config, uri, abs_src_path=str(path)))
+    files.append(File.generated(config, "SECURITY.md", abs_src_path=str(ROOT / "SECURITY.md")))
     return files
 
 
