@@ -120,7 +120,7 @@ def classification(encoder: Encoder, train: Labelled, test: Labelled, px: int, c
 
 
 class Tasks:
-    """The sets of shared data, loaded once, and every score at a size."""
+    """CamVid, VOC animals and Caltech-101, loaded once, and every score at a size."""
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         """folder: with the six tar files. Raises OSError for those that are not there."""
