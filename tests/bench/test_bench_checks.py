@@ -23,7 +23,7 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (Shape, {"heads": 0}, f"heads is 0; {ONE}"),
     (Shape, {"hidden": 0}, f"hidden is 0; {ONE}"),
     (Shape, {"patch": 0}, f"patch is 0; {ONE}"),
-    (Shape, {"compression": 2000}, "compression is 2000; a width of 1152 accepts more than 0 and at most 1152"),
+    (Shape, {"compression": 2000}, "compression is 2000; a width of 1152 accepts 0.015625 to 1152"),
     (TableConfig, {"batches": (0,)}, f"batches is (0,); {EACH}"),
     (TableConfig, {"rounds": 0}, f"rounds is 0; {ONE}"),
     (TableConfig, {"sizes": (378, 380)}, f"sizes holds 380; {TILES}"),

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import fields
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
@@ -313,7 +314,9 @@ def test_words_that_are_no_numbers_are_named_by_tyro_itself(monkeypatch, capsys)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("command", [Export("embedded", "x.onnx", device="cuda"), Pretrain("x", device="cuda")])
+@pytest.mark.parametrize(
+    "command", [Export("embedded", Path("x.onnx"), device="cuda"), Pretrain(Path("x"), device="cuda")]
+)
 def test_a_gpu_that_is_not_there_is_asked_for_in_vain(command):
     with pytest.raises(ValueError, match="device is cuda, but PyTorch finds no CUDA GPU here; accepted: cpu"):
         command.run()
