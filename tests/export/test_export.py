@@ -153,7 +153,7 @@ def test_what_is_not_installed_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ValueError, match=r"needs onnxruntime; install cgspn\[export\]"):
         export_model(Encoder(HYBRID), tmp_path / "x.onnx")
-    monkeypatch.setattr(formats_module.shutil, "which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(ValueError, match=r"needs a C\+\+ compiler: install g\+\+ or clang"):
         export_model(Encoder(HYBRID), tmp_path / "x.pt2", format="aot")
     assert list(tmp_path.iterdir()) == []

@@ -110,7 +110,7 @@ def test_wrong_settings_are_refused_before_anything_is_written(arguments, messag
 def test_a_student_is_replaced_only_if_that_is_asked_for(tmp_path):
     Convert("embedded", tmp_path, compression=4).run()
     before = (tmp_path / "model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match=r"which holds config.json, .*; give another folder, or --overwrite"):
+    with pytest.raises(ValueError, match=r"which holds config.json, .*; give another out, or --overwrite"):
         Convert("embedded", tmp_path, compression=3).run()
     assert (tmp_path / "model.safetensors").read_bytes() == before
     Convert("embedded", tmp_path, compression=3, overwrite=True).run()

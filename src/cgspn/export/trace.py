@@ -112,7 +112,8 @@ def trace(side: ImageSide, bounds: Bounds, *, onnx: bool = False) -> ExportedPro
     low, high = bounds.grid
     open_sizes: dict[int, object] = {}
     if bounds.max_batch > 1:
-        open_sizes[0] = Dim("batch", min=1, max=bounds.max_batch)
+        # one or two would be taken for the two that are traced; what checks the bounds refuses three
+        open_sizes[0] = Dim("batch", min=1, max=max(3, bounds.max_batch))
     if low < high:
         open_sizes[2] = bounds.patch * Dim("rows", min=low, max=high)
         open_sizes[3] = bounds.patch * Dim("columns", min=low, max=high)
