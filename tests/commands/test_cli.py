@@ -131,6 +131,7 @@ def test_an_interrupted_demo_leaves_no_half_written_file_and_runs_again(tmp_path
         cwd=tmp_path,
         env=environment,
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         # a shell that runs the tests in the background has them, and so this, ignore it
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -139,12 +140,12 @@ def test_an_interrupted_demo_leaves_no_half_written_file_and_runs_again(tmp_path
         assert "results will be in demo" in running.stdout.readline()  # just before the work starts
         time.sleep(2)
         running.send_signal(signal.SIGINT)
-        output, _ = running.communicate(timeout=60)
+        _, said = running.communicate(timeout=60)
     finally:
         running.kill()  # where it did not end, it would go on for minutes beside the other tests
     # a shell shows both as 130: CPython ends by the signal itself if it came within an exec of a string, as in imports
     assert running.returncode in (130, -signal.SIGINT)
-    assert "interrupted" in output
+    assert "interrupted" in said
     assert not (tmp_path / "demo").exists()
     again = cgspn("demo", *SMALL, cwd=tmp_path)
     assert again.returncode == 0, again.stderr

@@ -184,7 +184,7 @@ def test_processes_that_are_refused_leave_no_folder_whichever_is_late(tmp_path, 
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "refused.py"]
     command += ["distill", "embedded", "new/run", "--config.highres.sizes", "30"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
-    assert "highres.sizes has 30" in ended.stdout
+    assert "highres.sizes has 30" in ended.stderr
     assert not (tmp_path / "new").exists()
 
 
