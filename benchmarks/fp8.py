@@ -34,7 +34,8 @@ from cgspn.models.dual import DualEncoder
 from cgspn.models.encoder import Encoder
 from cgspn.teachers import load_embedded_teacher, load_encoder
 
-from .quality import read_tar, square
+from .quality import TESTED
+from .resolution.photographs import read_tar, square
 
 Row = dict[str, Any]
 WAYS: tuple[fp8.Products, ...] = ("library", "triton")
@@ -81,7 +82,7 @@ def outputs(encoder: Encoder, images: Tensor, batch: int) -> tuple[Tensor, Tenso
 def feature_rows(config: Fp8QualityConfig, say: Callable[[str], object]) -> list[Row]:
     """Likeness of final features to those in float32, for every size and precision."""
     encoder = load_encoder(config.weights)
-    photos = read_tar(config.photos, "image", square)
+    photos = read_tar(config.photos, "image", lambda image: square(image, TESTED))
     models = precisions(encoder)
     rows: list[Row] = []
     for pixels, count in config.sizes:

@@ -10,7 +10,6 @@ Minutes a run on a GPU. Writes runs.json, quality.json, .md and .png.
 from __future__ import annotations
 
 import copy
-import io
 import json
 import statistics
 import time
@@ -27,8 +26,7 @@ from torch import Tensor
 from cgspn.bench.checks import at_least, not_empty, tiled
 from cgspn.bench.drawing import draw
 from cgspn.bench.results import write
-from cgspn.data import ImageSet, open_shards, resize
-from cgspn.data.locate import cache_folder
+from cgspn.data import ImageSet, resize
 from cgspn.data.transforms import normalize, to_float
 from cgspn.distill import ComputeConfig, DistillConfig, LossConfig, OptimConfig, distill
 from cgspn.environment import describe
@@ -37,6 +35,8 @@ from cgspn.layers import PropagationConfig, value_config
 from cgspn.models.checkpoint import write_atomically
 from cgspn.models.encoder import Encoder
 from cgspn.teachers import attention_student, convert, load_encoder
+
+from .resolution.photographs import pixels, read_tar, square
 
 Item = TypeVar("Item")
 
@@ -175,26 +175,6 @@ ROWS: dict[str, Row] = {
 }
 
 
-def read_tar(path: Path, part: str, convert: Callable[[Image.Image], Item]) -> list[Item]:
-    """The pictures of a shard, in its order; part: "image" or "mask"."""
-    shards = open_shards(str(path), cache_folder())
-    encoded = (shards.read_parts(i, (part,))[part] for i in range(len(shards)))
-    return [convert(Image.open(io.BytesIO(content))) for content in encoded if content is not None]
-
-
-def _pixels(image: Image.Image) -> Tensor:
-    rgb = image.convert("RGB")
-    return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3).permute(2, 0, 1)
-
-
-def square(image: Image.Image, size: int = TESTED) -> Tensor:
-    """The middle of a picture, uint8 [3, size, size]."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    box = (left, top, left + side, top + side)
-    return _pixels(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC, box))
-
-
 def _mask(image: Image.Image) -> Tensor:
     return torch.frombuffer(bytearray(image.convert("L").tobytes()), dtype=torch.uint8).view(image.height, image.width)
 
@@ -231,7 +211,7 @@ def load_study(config: QualityConfig, teacher: Encoder, device: torch.device) ->
     if config.camvid is not None:
         train_scenes, test_scenes = (
             (
-                prepared(torch.stack(read_tar(tar, "image", _pixels)).to(device), config.probe_size),
+                prepared(torch.stack(read_tar(tar, "image", pixels)).to(device), config.probe_size),
                 torch.stack(read_tar(tar, "mask", _mask)).to(device),
             )
             for tar in (config.camvid / "camvid-train.tar", config.camvid / "camvid-test.tar")

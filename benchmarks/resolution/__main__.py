@@ -17,7 +17,7 @@ import tyro
 
 from cgspn import load_encoder
 from cgspn.data import scheduled
-from cgspn.distill import ComputeConfig, DistillConfig, LossConfig, OptimConfig, SizeRange, distill
+from cgspn.distill import DistillConfig, OptimConfig, SizeRange, distill
 from cgspn.distill.batches import batch_shapes
 from cgspn.environment import describe
 from cgspn.models.checkpoint import write_atomically
@@ -25,6 +25,7 @@ from cgspn.models.encoder import Encoder
 
 from .measure import scores, sublayer_errors
 from .photographs import load_photographs
+from .recipe import two_stages
 from .students import STUDENTS
 from .tasks import Tasks
 
@@ -74,21 +75,6 @@ class StudyConfig:
     teacher_tasks: bool = False
 
 
-def recipe(config: StudyConfig, trained: str, seed: int, gpu: bool) -> DistillConfig:
-    """How a student is trained: the recipe of results/quality."""
-    common: dict[str, Any] = {"batch_size": config.batch_size, "seed": seed, "embedding_rate": 0.0}
-    common |= {"crop_scale": (0.08, 1.0), "mixup": 1.0, "cutmix": 0.5}
-    first, second = config.steps
-    return DistillConfig(
-        image_size=config.size,
-        sizes=config.sizes if trained == "mixed" else None,
-        stage1=OptimConfig(steps=first, learning_rate=config.rates[0], optimizer="muon", **common),
-        stage2=OptimConfig(steps=second, learning_rate=config.rates[1], **common),
-        loss=LossConfig(output=0.05),
-        compute=ComputeConfig("bfloat16" if gpu else "float32", capture=gpu),
-    )
-
-
 def images_of(student: Encoder, settings: DistillConfig, part: str) -> int:
     """How many images a stage sees."""
     optim: OptimConfig = getattr(settings, part)
@@ -119,7 +105,10 @@ def run(config: StudyConfig) -> None:
         for name in config.rows:
             for trained in config.trained:
                 student = STUDENTS[name].of(teacher, seed)
-                settings = recipe(config, trained, seed, device.type == "cuda")
+                sizes, gpu = config.sizes if trained == "mixed" else None, device.type == "cuda"
+                settings = two_stages(
+                    config.size, sizes, config.steps, config.rates, batch_size=config.batch_size, seed=seed, gpu=gpu
+                )
                 began, images = time.monotonic(), 0
                 errors: dict[int, dict[str, float]] = {}
                 for part in ("stage1", "stage2"):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cgspn import load_encoder
 from cgspn.data import ImageSet
-from cgspn.distill import ComputeConfig, DistillConfig, HighResConfig, LossConfig, OptimConfig, SizeRange, distill
+from cgspn.distill import DistillConfig, HighResConfig, SizeRange, distill
 from cgspn.distill.stages import carried_from
 from cgspn.environment import describe
 from cgspn.models.checkpoint import write_atomically
@@ -29,6 +29,7 @@ from cgspn.models.encoder import Encoder
 
 from .measure import scores
 from .photographs import load_photographs
+from .recipe import two_stages
 from .students import STUDENTS
 
 TOKENS = 1 << 15  # a part of a batch, at most: what a GPU of 80 GB holds of a ViT-S with its adapters
@@ -117,18 +118,10 @@ class CurriculumConfig:
 
 
 def base(config: CurriculumConfig, trained: str, seed: int, gpu: bool) -> DistillConfig:
-    """Stages 1 and 2, the recipe of results/quality."""
-    first, second, _ = config.steps
-    common = OptimConfig(
-        batch_size=config.batch_size, seed=seed, embedding_rate=0.0, crop_scale=(0.08, 1.0), mixup=1.0, cutmix=0.5
-    )
-    return DistillConfig(
-        image_size=config.size,
-        sizes=SizeRange(config.size // 2, config.size * 2) if trained == "mixed" else None,
-        stage1=replace(common, steps=first, learning_rate=config.rates[0], optimizer="muon"),
-        stage2=replace(common, steps=second, learning_rate=config.rates[1]),
-        loss=LossConfig(output=0.05),
-        compute=ComputeConfig("bfloat16" if gpu else "float32", capture=gpu),
+    """Stages 1 and 2."""
+    sizes = SizeRange(config.size // 2, config.size * 2) if trained == "mixed" else None
+    return two_stages(
+        config.size, sizes, config.steps[:2], config.rates, batch_size=config.batch_size, seed=seed, gpu=gpu
     )
 
 

@@ -1,0 +1,34 @@
+"""How the students of the studies are trained: the recipe of results/quality."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cgspn.distill import ComputeConfig, DistillConfig, LossConfig, OptimConfig, SizeRange
+
+
+def two_stages(
+    size: int,
+    sizes: SizeRange | None,
+    steps: tuple[int, int],
+    rates: tuple[float, float],
+    *,
+    batch_size: int,
+    seed: int,
+    gpu: bool,
+) -> DistillConfig:
+    """Stages 1 and 2: images of `size` pixels, or drawn from `sizes`, `batch_size` of them at `size`.
+
+    steps, rates: of stage 1 (Muon) and of stage 2 (AdamW); rates are peaks. gpu: bfloat16, and steps from CUDA graphs.
+    """
+    common = OptimConfig(
+        batch_size=batch_size, seed=seed, embedding_rate=0.0, crop_scale=(0.08, 1.0), mixup=1.0, cutmix=0.5
+    )
+    return DistillConfig(
+        image_size=size,
+        sizes=sizes,
+        stage1=replace(common, steps=steps[0], learning_rate=rates[0], optimizer="muon"),
+        stage2=replace(common, steps=steps[1], learning_rate=rates[1]),
+        loss=LossConfig(output=0.05),
+        compute=ComputeConfig("bfloat16" if gpu else "float32", capture=gpu),
+    )
