@@ -16,6 +16,11 @@ def pytest_collection_finish(session):
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    """Let go of it: extensions complain at the end of what they think has leaked."""
+    gc.unfreeze()
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU")
