@@ -1,4 +1,6 @@
-"""What the host does for a block besides the launches themselves: measured without a GPU.
+"""What the CPU does for a block besides the launches themselves: measured without a GPU.
+
+    python -m benchmarks.host --out results/efficiency/host
 
 Tensors are a few numbers on the CPU, and a stand-in for a GPU takes launches and drops them. What is left is what has
 to happen before a device can work: Python, PyTorch's own dispatcher and products, memory, packed arguments.
@@ -14,16 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 from torch import Tensor
 from torch.nn.functional import linear
 
-from ..compat import addmm_activation
-from ..environment import describe
-from ..layers import Grid
-from ..ops.gpu import Launch, Machine, registered
-from .checks import at_least, not_empty
-from .contenders import OURS, VALUES, Shape, build
-from .results import write
+from cgspn.bench.checks import at_least, not_empty
+from cgspn.bench.contenders import OURS, VALUES, Shape, build
+from cgspn.bench.results import write
+from cgspn.compat import addmm_activation
+from cgspn.environment import describe
+from cgspn.layers import Grid
+from cgspn.ops.gpu import Launch, Machine, registered
 
 Row = dict[str, Any]
 CPU = torch.device("cpu")
@@ -35,11 +38,13 @@ class HostConfig:
     """Settings.
 
     Args:
+        out: folder for host.json and host.md.
         contenders: blocks of `cgspn.bench.contenders`.
         calls: of a block in one timing.
         rounds: timings; the shortest counts.
     """
 
+    out: Path = Path("runs/host")
     contenders: tuple[str, ...] = ("attention, flash, fused MLP", OURS, *VALUES)
     calls: int = 50
     rounds: int = 20
@@ -131,13 +136,13 @@ def host_row(name: str, config: HostConfig) -> Row:
     return row
 
 
-def run(config: HostConfig, out: Path, *, commit: str = "", say: Callable[[str], object] = print) -> list[Row]:
-    """Measure, and write host.json and host.md to `out`.
-
-    Raises ValueError for an unknown contender, OSError if `out` cannot be written.
-    """
+def main(config: HostConfig) -> list[Row]:
+    """Measure, and write. Raises ValueError for an unknown contender, OSError if `out` cannot be written."""
     rows = [host_row(name, config) for name in config.contenders]
-    for row in rows:
-        say(", ".join(f"{key} {value}" for key, value in row.items()))
-    write(out, "host", describe(commit), {"a block in inference, launches dropped": rows})
+    write(config.out, "host", describe(program="python -m benchmarks.host"), {"a block, launches dropped": rows})
     return rows
+
+
+if __name__ == "__main__":
+    for row in main(tyro.cli(HostConfig)):
+        print(", ".join(f"{key} {value}" for key, value in row.items()))
