@@ -48,7 +48,7 @@ class Snapshot:
         self._sizes = list(map(len, self._filled))
 
     def holds(self) -> bool:
-        """Whether nothing has changed since: modules in their places, classes, hooks, settings, which tensors there are."""
+        """Whether nothing has changed since: modules in their places, classes, hooks, settings, tensors."""
         if any(self._empty) or list(map(len, self._filled)) != self._sizes:
             return False
         if list(map(type, self._typed)) != self._types:
