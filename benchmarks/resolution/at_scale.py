@@ -102,9 +102,12 @@ class Measure:
                     row |= tasks.scores(student, px)
                 rows.append(row)
                 print(folder.name, px, round(row["cosine"], 4), flush=True)
-            content = {"machine": describe(), "settings": json.loads(json.dumps(asdict(self), default=str))}
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.out, json.dumps({**content, "rows": rows}, indent=1))
+                content = {
+                    "machine": describe(program="python -m benchmarks.resolution.at_scale"),
+                    "settings": json.loads(json.dumps(asdict(self), default=str)),
+                }
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(self.out, json.dumps({**content, "rows": rows}, indent=1))
 
 
 if __name__ == "__main__":
