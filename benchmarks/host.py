@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,18 @@ class DroppedLaunches:
     def submit(self, launch: Launch) -> None:
         """Drop a launch."""
         self.launches += 1
+
+    def submission(self, launch: Launch, stream: int) -> Callable[[], None]:
+        """What drops a launch."""
+        return partial(self.submit, launch)
+
+    def is_current(self) -> bool:
+        """Always."""
+        return True
+
+    def stream(self) -> int:
+        """The only one."""
+        return 0
 
 
 def products(hidden: int) -> Callable[[], object]:

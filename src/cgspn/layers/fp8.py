@@ -270,14 +270,16 @@ class Fp8Mlp(nn.Module):
         """[..., C] -> [..., C]. Raises RuntimeError where a gradient is asked for."""
         return self._through(x, bias=True).unflatten(0, x.shape[:-1])
 
-    def add_to_residual_(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """As `Mlp.add_to_residual_`: `tokens` [..., C] + the MLP of x [..., C] without its last bias, in place."""
-        tokens = tokens.contiguous()
-        if self.products == "library":
-            return tokens.add_(self._through(x, bias=False).view_as(tokens))
-        hidden, ahead = self._hidden(x)
-        fp8_linear_onto(tokens.view(-1, tokens.shape[-1]), hidden, ahead, self.fc2.weight, self.fc2.scales)
-        return tokens
+    def adder(self, x: Tensor) -> Callable[[Tensor], object]:
+        """As `Mlp.adder`: what adds the MLP of x [..., C], without its last bias, onto tokens [M, C]."""
+
+        def add_(tokens: Tensor) -> None:
+            if self.products == "library":
+                tokens.add_(self._through(x, bias=False))
+            else:
+                fp8_linear_onto(tokens, *self._hidden(x), self.fc2.weight, self.fc2.scales)
+
+        return add_
 
     def _through(self, x: Tensor, bias: bool) -> Tensor:
         hidden, ahead = self._hidden(x)
