@@ -1,7 +1,7 @@
 """Products by cuBLASLt with everything but addresses fixed.
 
 PyTorch's own way to the library takes as long as several launches. Here y = x w^T (+ bias, then a GELU), or y += x w^T,
-of rows of 16 bits. cuBLAS counts by columns: what is [M, K] here is [K, M] to it. The constants are those of cublasLt.h.
+of rows of 16 bits. cuBLAS counts by columns: what is [M, K] here is [K, M] there. The constants are of cublasLt.h.
 """
 
 from __future__ import annotations
