@@ -69,7 +69,7 @@ def load_photographs(source: str, side: int, patch: int, limit: int) -> tuple[li
     if limit < 1:
         raise ValueError(f"limit is {limit}; accepted: 1 or more")
     if source == EMBEDDED:
-        return list(_canvases(side, patch, limit)), Skipped()
+        return list(canvases(load_embedded("test").images, side, patch, limit)), Skipped()
     root = Path(source)
     if not root.exists():
         raise FileNotFoundError(f"images is {source}: no such folder")
@@ -129,8 +129,8 @@ def _read(file: Path, side: int, patch: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _canvases(side: int, patch: int, limit: int) -> Iterator[Photograph]:
-    images = load_embedded("test").images
+def canvases(images: Tensor, side: int, patch: int, limit: int) -> Iterator[Photograph]:
+    """Small images uint8 [N, C, H, W], sixteen to a canvas, whose longer side is about `side` pixels."""
     for start in range(0, min(limit * COLUMNS**2, len(images) - COLUMNS**2 + 1), COLUMNS**2):
         canvas = tile(images[start : start + COLUMNS**2], COLUMNS).expand(3, -1, -1)
         size = fitted(canvas.shape[1], canvas.shape[2], side, patch)

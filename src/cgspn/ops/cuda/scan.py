@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import torch_scan
+from .. import replay, torch_scan
 from ..gpu import Gpu
 from ..param_groups import features, per_channel, per_set
 from .launch import DTYPE_CODES, Call, addresses_of, gpu_behind, prepare
@@ -33,7 +33,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, gpu: Gpu | None
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     """Where every output and scratch tensor comes from; tests replace it to fill them with NaN."""
-    return like.new_empty(shape)
+    return replay.empty(shape, like.dtype, like.device)
 
 
 def _scan(
