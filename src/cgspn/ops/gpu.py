@@ -164,6 +164,15 @@ class Gpu:
         launch.config.stream = stream
         return functools.partial(driver().cuLaunchKernelEx, *launch.arguments)
 
+    def product(self, *arguments: Any, **options: Any) -> Any:
+        """A `products.Product` on this device; None where the library does not give one."""
+        from .products import Product
+
+        try:
+            return Product(self.index, *arguments, **options)
+        except (KeyError, OSError, RuntimeError):
+            return None
+
     @contextmanager
     def current(self) -> Iterator[None]:
         """Make this the current device, and its primary context current, for the time of the context."""

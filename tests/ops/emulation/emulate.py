@@ -79,6 +79,9 @@ class EmulatedGpu:
     def compiler_reason(self) -> None:
         return None
 
+    def product(self, *arguments: object, **options: object) -> None:
+        return None
+
     def is_current(self) -> bool:
         return True
 
