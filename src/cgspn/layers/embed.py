@@ -119,7 +119,7 @@ class LearnedPositions(nn.Module):
         """The table for a height x width grid: [h*w, C]; with a mask [B, h, w] as `of_images`."""
         if mask is not None:
             return self.of_images(mask)
-        if (height, width) == self.grid:
+        if not torch.jit.is_tracing() and (height, width) == self.grid:  # a trace would keep to this size
             return self.table
         return self.resized(height, width)
 
