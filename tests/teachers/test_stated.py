@@ -114,7 +114,7 @@ def test_a_classifier_is_not_taken_for_a_projection(rows, stated, embed, tmp_pat
 
 @pytest.mark.parametrize("name", ["qwen3_vit_88m", "hiera_base_224", "cait_s24_224", "resnet50"])
 def test_a_stated_architecture_that_is_no_plain_vit_is_refused(name, tmp_path):
-    with pytest.raises(CheckpointError, match="rotary positions|none of timm's plain ViTs"):
+    with pytest.raises(CheckpointError, match=r"rotary positions|none of timm's plain ViTs"):
         load(tmp_path, state_of(), {"architecture": name}, heads=2)
 
 
