@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..environment import describe
 from ..ops import DIRECTIONS, propagate_2d
+from ..ops.arguments import Scan
 from ..ops.backends import backend_module, unsupported_reason
 from ..ops.cuda import projected
 from ..ops.projected import propagate_2d_projected
@@ -72,31 +73,29 @@ def operator_rows(
         else None
     )
     t = inputs(b, n, c, dtype, len(codes))
-    x, u = t[0], t[3]
+    x, logits, lam, u = t
+    summed = Scan(x, logits, lam, u, directions=codes)
+    scans = {merge: summed._replace(merge_sum=merge == "sum") for merge in merges}
     calls: dict[str, tuple[Callable[[], object], Callable[[], object], int]] = {}
-    for merge in merges:
-        total = merge == "sum"
-        calls[f"forward {merge}"] = (
-            partial(cuda.forward, *t, None, codes, total),
-            partial(plain.forward, *t, None, codes, total),
-            size_of(*t, x if total else u),
-        )
+    for merge, scan in scans.items():
+        count = size_of(*t, x if scan.merge_sum else u)
+        calls[f"forward {merge}"] = (partial(cuda.forward, scan), partial(plain.forward, scan), count)
     if backward:
-        _, state = cuda.forward_saving(*t, None, codes, True)
+        _, *saved = cuda.forward_saving(summed)
         calls["backward sum"] = (
-            partial(cuda.backward_saved, x, *t, None, codes, True, state),
-            partial(plain.backward, x, *t, None, codes, True),
-            size_of(*t, *t, x, state),
+            partial(cuda.backward_saved, x, summed, *saved),
+            partial(plain.backward, x, summed),
+            size_of(*t, *t, x, *saved),
         )
     times = medians({name: call[0] for name, call in calls.items()})
     rivals = medians({n_: call[1] for n_, call in calls.items()}, rounds=3, graph=False) if with_torch else {}
     portable: dict[str, float] = {}
     if triton is not None:  # its backward has no saved state: it includes a forward
         runs: dict[str, Callable[[], object]] = {
-            f"forward {merge}": partial(triton.forward, *t, None, codes, merge == "sum") for merge in merges
+            f"forward {merge}": partial(triton.forward, scan) for merge, scan in scans.items()
         }
         if backward:
-            runs["backward sum"] = partial(triton.backward, x, *t, None, codes, True)
+            runs["backward sum"] = partial(triton.backward, x, summed)
         portable = medians(runs, rounds=3)
     flop = flop_of(t, codes, "cuda")
     rows = []
@@ -120,6 +119,53 @@ def operator_rows(
                 "NVlabs / this": published / times[name] if published else None,
             }
         )
+    return rows
+
+
+@torch.no_grad()
+def _without_gradient(way: Callable[[], Tensor]) -> Tensor:
+    return way()
+
+
+def _with_gradients(way: Callable[[], Tensor], leaves: list[Tensor], dy: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(way(), leaves, dy)
+
+
+def values_rows(b: int, n: int, copy: float, c: int = 96) -> list[Row]:
+    """Values of each direction's own in groups of eight with a forget gate, bfloat16, directions apart: the scan of
+    `value_config(6)` in an SO400M, with the state as it is and normalised, beside two scans and a division."""
+    packed = torch.randn(b, n, n, 4, 6, c // 8, device="cuda", dtype=torch.bfloat16)
+    lam, u, logits, keep = packed.split([1, 1, 3, 1], 4)
+    wide = torch.randn(b, n, n, 64 + 4 * c, device="cuda", dtype=torch.bfloat16)
+    x = wide[..., 64:].unflatten(-1, (4, c))
+    lam = torch.nn.functional.softplus(lam.squeeze(4))
+    leaves = [t.detach().requires_grad_() for t in (x, logits, lam, u.squeeze(4), keep.squeeze(4))]
+    dy = torch.randn(b, n, n, 4, c, device="cuda", dtype=torch.bfloat16)
+
+    def scan(normalise_state: bool = False, x: Tensor = leaves[0], u: Tensor = leaves[3]) -> Tensor:
+        options: dict[str, Any] = {"merge": "none", "backend": "cuda", "normalise_state": normalise_state}
+        return propagate_2d(x, leaves[1], leaves[2], u, keep=leaves[4], **options)
+
+    def apart() -> Tensor:
+        ones = torch.ones_like(leaves[2])
+        total = scan(x=ones, u=ones).clamp(min=1e-6)
+        return (scan().unflatten(-1, (c // 8, 8)) / total.unsqueeze(-1)).flatten(-2)
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        "state as it is": scan,
+        "normalised": partial(scan, True),
+        "two scans and a division": apart,
+    }
+    calls: dict[str, Callable[[], object]] = {}
+    for name, way in ways.items():
+        calls[f"forward: {name}"] = partial(_without_gradient, way)
+        calls[f"forward + backward: {name}"] = partial(_with_gradients, way, leaves, dy)
+    once = size_of(packed, x, dy)  # a backward reads it, the output's gradient and the state, and writes gradients
+    rows = []
+    for name, ms in medians(calls).items():
+        count = once if name.startswith("forward:") else 4 * once
+        row: Row = {"B": b, "grid": n, "channels": f"4 x {c}", "what": name, "ms": ms, "MB": count / 1e6}
+        rows.append(row | {"share of copy": count / copy / ms * 1e3})
     return rows
 
 
@@ -293,6 +339,10 @@ def run(out: Path, *, quick: bool = False, commit: str = "", say: Callable[[str]
     torch.cuda.empty_cache()
     tables = {"sizes": sizes}
     tables["projected operator"] = [row for b, n in PROJECTED for row in projected_rows(b, n)]
+    torch.cuda.empty_cache()
+    tables["values in groups of eight"] = [
+        row for b, n in ((32, 74), (8, 74), (8, 147), (1, 74)) for row in values_rows(b, n, copy)
+    ]
     torch.cuda.empty_cache()
     tables |= {"line scan [16, 1024, 1024, 8] float32": line_scan_rows(copy)}
     torch.cuda.empty_cache()
