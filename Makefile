@@ -52,7 +52,7 @@ kernels: $(VENV)/.ready  ## compile every kernel for sm_80, sm_90 and sm_100, no
 	$(BIN)/python scripts/check_kernels.py
 	$(BIN)/python scripts/check_triton.py
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/ops/test_fused.py tests/layers/test_prepared.py
-	OMP_NUM_THREADS=1 $(BIN)/pytest tests/bench/test_host.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest tests/benchmarks/test_host.py
 
 teachers: $(VENV)/.ready  ## every vision transformer that timm knows by name: parity, or a reason
 	$(BIN)/pip install --quiet --no-deps timm  # alone, or it would bring another torch

@@ -22,7 +22,7 @@ from torch import Tensor
 from cgspn import load_encoder
 from cgspn.data import ImageSet
 from cgspn.distill import DistillConfig, HighResConfig, SizeRange, distill
-from cgspn.distill.stages import carried_from
+from cgspn.distill.resume import carried_from
 from cgspn.environment import describe
 from cgspn.models.checkpoint import write_atomically
 from cgspn.models.encoder import Encoder

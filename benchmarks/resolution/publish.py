@@ -88,7 +88,11 @@ def run(config: PublishConfig) -> None:
     """Write `name`.json, .md and .png."""
     runs = [json.loads(path.read_text()) for path in config.runs]
     rows: list[Row] = [row for part in runs for row in part["rows"]]
-    content = {"machine": runs[0]["machine"], "settings": [part["settings"] for part in runs], "rows": rows}
+    # what was published before may be one of the runs: its settings are a list
+    settings = [
+        s for part in runs for s in (part["settings"] if isinstance(part["settings"], list) else [part["settings"]])
+    ]
+    content = {"machine": runs[0]["machine"], "settings": settings, "rows": rows}
     config.out.mkdir(parents=True, exist_ok=True)
     write_atomically(config.out / f"{config.name}.json", json.dumps(content, indent=1) + "\n")
     parts = [f"# {config.name}", "\n".join(f"- {key}: {value}" for key, value in runs[0]["machine"].items())]

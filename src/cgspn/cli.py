@@ -25,7 +25,6 @@ COMMANDS = {
     "pretrain": ("pretrain:Pretrain", "train a small image-text model from scratch"),
     "bench operator": ("bench:Operator", "the operator against memory bandwidth, PyTorch and attention"),
     "bench table": ("bench:Table", "blocks with attention, GSPN and C-GSPN, from 378 to 4116 px"),
-    "bench host": ("bench:Host", "what the CPU does for a block besides launching; needs no GPU"),
     "bench encoder": ("bench:Encoders", "whole encoders: images/s, memory, one image at a time"),
     "bench train": ("bench:Train", "steps of distillation: images/s, MFU, memory, the largest batch"),
     "bench scaling": ("bench:Scaling", "distillation on several GPUs"),

@@ -1,4 +1,4 @@
-"""Tables, bends of sweeps, and the program's answer where there is no GPU."""
+"""Tables, and the program's answer where there is no GPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cgspn.bench.operator import bent, run
+from cgspn.bench.operator import OperatorConfig, run
 from cgspn.bench.results import table, write
 
 
@@ -20,15 +20,7 @@ def test_table_and_files(tmp_path: Path) -> None:
     assert "## sizes" in (tmp_path / "new" / "speed.md").read_text()
 
 
-def test_bent_finds_the_size_above_the_line() -> None:
-    rows = [{"B": b, "pass": "forward", "ms": ms} for b, ms in ((1, 1.0), (2, 3.0), (4, 4.0))]
-    (found,) = bent(rows, "B")
-    assert found["times the line"] == pytest.approx(1.5)
-    squares = [{"grid": n, "pass": "forward", "ms": float(n * n)} for n in (16, 24, 37)]  # work goes with the area
-    assert bent(squares, "grid")[0]["times the line"] == pytest.approx(1.0)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="needs a CUDA GPU"):
-        run(tmp_path)
+        run(OperatorConfig(), tmp_path, torch.device("cpu"))

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from cgspn.commands.distill import Distill
-from cgspn.commands.run_record import progress_of
 from cgspn.data import LoaderConfig, load_embedded
 from cgspn.distill import ComputeConfig, LossConfig, OptimConfig, ParityError
 from cgspn.distill.presets import EMBEDDED
+from cgspn.distill.resume import progress_of
 
 OPTIM = OptimConfig(batch_size=8)
 CONFIG = replace(

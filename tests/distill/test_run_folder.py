@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from cgspn.distill.parallel import World
-from cgspn.distill.run_folder import finish_stage, finished_stage, locked
+from cgspn.distill.resume import finish_stage, finished_stage
+from cgspn.distill.run_folder import locked
 
 
 def take(folder, barrier, results):

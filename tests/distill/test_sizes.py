@@ -29,8 +29,8 @@ from cgspn.distill import (
 from cgspn.distill.batches import batch_shapes
 from cgspn.distill.cache import TeacherCache
 from cgspn.distill.plan import plan
+from cgspn.distill.resume import carried_from
 from cgspn.distill.sizes import tokens_of
-from cgspn.distill.stages import carried_from
 from cgspn.distill.taps import tapped_forward
 from cgspn.distill.tasks import SublayerTask
 from cgspn.distill.throughput import Throughput, Work

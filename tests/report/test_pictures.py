@@ -9,8 +9,8 @@ from PIL import Image
 
 from cgspn.report.charts import loss_chart, smooth, thin
 from cgspn.report.pca import fit_colours
-from cgspn.report.pictures import heat_overlay, mosaic, png_uri, tile
-from cgspn.report.views import reach, snap
+from cgspn.report.pictures import mosaic, png_uri, tile
+from cgspn.report.show_data import reach
 
 
 def test_colours_of_two_models_agree_where_their_features_are_a_rotation():
@@ -22,6 +22,17 @@ def test_colours_of_two_models_agree_where_their_features_are_a_rotation():
     assert min(student.agreement) > 0.999
     torch.testing.assert_close(student.colours(maps @ rotation), teacher.colours(maps), atol=2e-3, rtol=0)
     assert 0 <= float(teacher.colours(maps).min()) <= float(teacher.colours(maps).max()) <= 1
+
+
+def test_a_picture_of_features_has_their_colours_and_no_edges_between_patches():
+    maps = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
+    basis = fit_colours([maps])
+    picture = basis.picture(maps, side=60)
+    assert picture.shape == (40, 60, 3)
+    middles = picture[5::10, 5::10]
+    assert float((middles - basis.colours(maps)).abs().mean()) < 0.05
+    steps = (picture[1:] - picture[:-1]).abs().max()
+    assert float(steps) < 0.3 < float((basis.colours(maps)[1:] - basis.colours(maps)[:-1]).abs().max())
 
 
 def test_constant_features_are_grey_and_broken_ones_refused():
@@ -51,21 +62,6 @@ def test_tiles_and_mosaics_keep_their_order():
     assert out[3:, 3:, 3].tolist() == [[0, 0], [0, 0]]
 
 
-def test_an_overlay_marks_its_position_and_refuses_what_does_not_fit():
-    values = torch.zeros(4, 4)
-    values[1, 2] = 1
-    out = heat_overlay(torch.zeros(8, 8), values, (1, 2), factor=8)
-    assert out.shape == (64, 64, 3)
-    assert out[24, 40].sum() > out[60, 4].sum()
-    for wrong, match in (
-        ((torch.zeros(9, 8), values, (0, 0)), "whole multiple"),
-        ((torch.zeros(8, 8), values, (4, 0)), "position"),
-        ((torch.zeros(8, 8), -values, (0, 0)), "not negative"),
-    ):
-        with pytest.raises(ValueError, match=match):
-            heat_overlay(*wrong)
-
-
 def test_reach_is_the_radius_that_holds_half():
     values = torch.zeros(9, 9)
     values[4, 4], values[4, 5], values[4, 8] = 5, 1, 3
@@ -73,12 +69,6 @@ def test_reach_is_the_radius_that_holds_half():
     values[4, 5] = 3
     assert reach(values, (4, 4)) == 1
     assert reach(torch.zeros(3, 3), (1, 1)) == 0
-
-
-def test_a_place_snaps_to_the_brightest_patch_near_it():
-    picture = torch.zeros(16, 16)
-    picture[4:6, 8:10] = 1
-    assert snap(picture, 2, (0.5, 0.5)) == (2, 4)
 
 
 def test_smoothing_and_thinning_keep_level_and_length():

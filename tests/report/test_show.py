@@ -211,8 +211,8 @@ def test_an_encoder_next_to_itself_agrees_with_itself(models, folder):
     same = look_at(photographs, models[0], models[0], layers=[2])
     assert same.views[0].agreement == pytest.approx(1, abs=1e-6)
     assert min(same.colours["student"].agreement) > 0.999
-    picture = show_picture(same, width=36)
-    assert torch.equal(picture[:, 42:78], picture[:, 84:120])
+    picture = show_picture(same, width=36).int()
+    assert (picture[:, 42:78] - picture[:, 84:120]).abs().max() <= 1
 
 
 def test_the_page_is_one_whole_document_that_asks_nothing_of_the_network(shown):

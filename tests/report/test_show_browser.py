@@ -159,6 +159,7 @@ def test_only_the_pictures_of_the_layer_are_there(browser):
 
 
 def test_an_address_brings_a_view_back(browser, address):
+    browser.execute_script("document.querySelector('#photo-2 summary').click()")  # only the first is unfolded
     click_at(browser, "#photo-2 [data-model=teacher] .stage", 9, 2)
     press(browser, "layer", 3, photo=2)
     press(browser, "point", 2, photo=2)

@@ -10,9 +10,9 @@ from .timing import medians
 
 
 def free(device: torch.device) -> None:
-    """Give back what is no longer referred to, so that the next measurement finds the memory empty."""
-    gc.collect()
+    """Give back a GPU's memory that is no longer referred to, so that the next measurement finds it empty."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -2,43 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
 from ..bench.encoder import EncoderBenchConfig
-from ..bench.host import HostConfig
+from ..bench.operator import OperatorConfig
 from ..bench.scaling import ScalingConfig
 from ..bench.table import TableConfig
 from ..bench.train import TrainBenchConfig
 from ..console import console
 from ..distill import join_world
-from .checks import check_folder
+from .checks import check_folder, device_of
 from .command import Command, Settings
 
 
 @dataclass(frozen=True)
 class _Measurement(Command):
+    module: ClassVar[str]
+    config: Any
     out: Path = Path("runs/bench")
     """Folder for the results: JSON, a table and, where matplotlib is installed, a plot."""
     commit: str = ""
     """The commit to note in the results; by default that of the working tree."""
 
-    def _measure(self, run: Callable[[], object]) -> None:
-        """Raises ValueError for what this machine lacks."""
+    def run(self) -> None:
+        """Raises ValueError for settings that cannot be measured, and for what this machine lacks."""
         check_folder(self.out, "--out")
+        measure = import_module(f"..bench.{self.module}", __package__).run
         try:
-            run()
+            measure(self.config, self.out, torch.device(device_of("auto")), commit=self.commit, say=console.print)
         except RuntimeError as error:
             raise ValueError(str(error)) from error
         console.print(f"wrote the results to {self.out}")
-
-
-def device() -> torch.device:
-    """The GPU, or the CPU where there is none."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,9 @@ class Operator(_Measurement):
         cgspn bench operator --out results/operator
     """
 
-    quick: bool = False
-    """Leave out the slowest rivals."""
-
-    def run(self) -> None:
-        """Raises ValueError without a CUDA GPU."""
-        from ..bench.operator import run
-
-        self._measure(lambda: run(self.out, quick=self.quick, commit=self.commit, say=console.print))
+    module: ClassVar = "operator"
+    config: Settings[OperatorConfig] = field(default_factory=OperatorConfig)
+    """What is left out."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +62,9 @@ class Table(_Measurement):
         cgspn bench table --sizes 1036 2058 --batches 32 --modes inference
     """
 
+    module: ClassVar = "table"
     config: Settings[TableConfig] = field(default_factory=TableConfig)
     """Sizes, batches, contenders."""
-
-    def run(self) -> None:
-        """Raises ValueError for a contender that does not exist."""
-        from ..bench.table import run
-
-        self._measure(lambda: run(self.config, self.out, device(), commit=self.commit, say=console.print))
 
 
 @dataclass(frozen=True)
@@ -87,32 +76,9 @@ class Encoders(_Measurement):
         cgspn bench encoder --compile
     """
 
+    module: ClassVar = "encoder"
     config: Settings[EncoderBenchConfig] = field(default_factory=EncoderBenchConfig)
     """Models, sizes, batches."""
-
-    def run(self) -> None:
-        """Raises ValueError for an unknown model."""
-        from ..bench.encoder import run
-
-        self._measure(lambda: run(self.config, self.out, device(), commit=self.commit, say=console.print))
-
-
-@dataclass(frozen=True)
-class Host(_Measurement):
-    """What the CPU does for a block besides launching: needs no GPU, and is what bounds one image at a time.
-
-    Examples:
-        cgspn bench host --out results/efficiency
-    """
-
-    config: Settings[HostConfig] = field(default_factory=HostConfig)
-    """Blocks, calls."""
-
-    def run(self) -> None:
-        """Raises ValueError for a contender that does not exist."""
-        from ..bench.host import run
-
-        self._measure(lambda: run(self.config, self.out, commit=self.commit, say=console.print))
 
 
 @dataclass(frozen=True)
@@ -124,14 +90,9 @@ class Train(_Measurement):
         cgspn bench train --sizes 378 1036 --checkpointing --compile
     """
 
+    module: ClassVar = "train"
     config: Settings[TrainBenchConfig] = field(default_factory=TrainBenchConfig)
     """Models, sizes, losses, precision."""
-
-    def run(self) -> None:
-        """Raises ValueError for an unknown model."""
-        from ..bench.train import run
-
-        self._measure(lambda: run(self.config, self.out, device(), commit=self.commit, say=console.print))
 
 
 @dataclass(frozen=True)
@@ -153,7 +114,7 @@ class Scaling(_Measurement):
         """Raises ValueError for an unknown model, other settings than before, or batches that do not fit."""
         from ..bench.scaling import run
 
-        with join_world(device().type) as world:
+        with join_world(device_of("auto")) as world:
             if world.rank == 0:  # the one that writes
                 check_folder(self.out, "--out")
             run(self.config, self.out, world, commit=self.commit, say=console.print)

@@ -25,9 +25,10 @@ from ..distill import DistillConfig, ImageSetFeed, SampleFeed, World, distill, g
 from ..distill.events import EventWatch, require_tensorboard
 from ..distill.parallel import barrier
 from ..distill.presets import PRESETS
-from ..distill.run_folder import locked
+from ..distill.resume import RECORD, REPORT, carried_from, check_same_run, lacks_report, progress_of
+from ..distill.run_folder import left_clean, locked
 from ..distill.snapshots import MOST_RECORD
-from ..distill.stages import Watcher, carried_from
+from ..distill.stages import Watcher
 from ..distill.trainer import Watch
 from ..models.checkpoint import write_atomically
 from ..models.dual import image_encoder, with_image
@@ -40,7 +41,6 @@ from ..terminal import warn
 from .checks import device_of, mixed_sizes
 from .command import Command, Device, Out, Teacher
 from .header import device_name, header, warnings
-from .run_record import RECORD, REPORT, check_same_run, lacks_report, left_clean, progress_of
 
 Preset = Literal["embedded", "vit-s14-study", "so400m-378", "so400m-highres"]
 # settings that a converted student already has

@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, and stages that are whole or not there."""
+"""The folder of a run: one run at a time, and none that a refused run has made."""
 
 from __future__ import annotations
 
@@ -16,13 +16,34 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..models.checkpoint import write_atomically
-from ..models.reading import CheckpointError, read_json, read_json_value
-from .manifest import DamageError, check_manifest, entries_of, write_manifest
+from ..models.reading import CheckpointError, read_json
 from .parallel import World, gather_objects
-from .snapshots import MOST_RECORD, set_aside
+from .resume import RUN
 
 LOCK, HOLDER = ".lock", ".holder.json"
-LOSSES, THROUGHPUT = "losses.json", "throughput.json"
+
+
+@contextmanager
+def left_clean(out: Path) -> Iterator[list[bool]]:
+    """Take a folder away again that was made for a run which ended before it left anything in it.
+
+    Entered before the processes of a run meet, so that each sees what was there before any of them made the folder; and
+    each takes it away, since torchrun ends the others when one is refused. Yields a list to which the run adds an item
+    once the folder is its own: that of another run is left alone.
+    """
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    own: list[bool] = []
+    try:
+        yield own
+    except BaseException:  # a refusal, a teacher that is damaged, an interruption
+        ours = {RUN, LOCK, HOLDER} if own else set()
+        with suppress(OSError):  # another process was first
+            if missing and {path.name for path in out.iterdir()} <= ours:
+                for name in ours:
+                    (out / name).unlink(missing_ok=True)
+                for folder in missing:
+                    folder.rmdir()
+        raise
 
 
 @contextmanager
@@ -65,28 +86,3 @@ def holder_of(folder: Path) -> str:
         str(found.get(key, "?"))[:200] for key in ("process", "machine", "since", "command")
     )
     return f"process {process} on {machine} since {since} ({command})"
-
-
-def finish_stage(folder: Path, losses: list[dict[str, float]], throughput: dict[str, Any]) -> None:
-    """Note that a stage whose student is in `folder` is done. Raises OSError."""
-    write_atomically(folder / THROUGHPUT, json.dumps(throughput))
-    write_atomically(folder / LOSSES, json.dumps(losses))
-    write_manifest(folder, entries_of(folder), {"steps": len(losses)})
-
-
-def finished_stage(folder: Path, world: World) -> tuple[list[dict[str, float]], dict[str, Any]] | None:
-    """Losses and throughput of a stage that is done and whole; None for others. All processes call this.
-
-    One that is damaged is named on standard error and moved aside: the stage is run again.
-    """
-    found: Any = None
-    if world.rank == 0 and (folder / LOSSES).exists():
-        try:
-            steps = check_manifest(folder).get("steps")
-            losses = read_json_value(folder / LOSSES, MOST_RECORD)
-            if not isinstance(losses, list) or len(losses) != steps:
-                raise DamageError(f"{LOSSES} is not of {steps} steps")
-            found = losses, read_json(folder / THROUGHPUT)
-        except (DamageError, CheckpointError, OSError) as error:
-            set_aside(folder, f"stage {folder.name} is damaged and run again: {error}")
-    return gather_objects(found)[0]

@@ -9,16 +9,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from ..data import ImageSet
-from ..models.checkpoint import read_model, write_atomically
 from ..models.config import TextConfig
 from ..models.dual import DualEncoder, build_dual, image_encoder
 from ..models.encoder import Encoder
 from ..models.registry import model_config
-from ..models.weights import open_safetensors, read_state
 from ..terminal import warn
 from .batches import Feed, ImageSetFeed
 from .cache import TeacherCache
@@ -26,14 +23,11 @@ from .config import DistillConfig, PretrainConfig
 from .parallel import World, barrier
 from .parity import check_parity
 from .plan import Stage, plan
-from .run_folder import finish_stage, finished_stage
+from .resume import StageFolders
 from .runtime import Runtime, running
 from .sizes import whole
-from .snapshots import Snapshots
 from .tasks import ContrastiveTask, DistillTask, Task
 from .trainer import History, Watch, train
-
-ADAPTERS = "adapters.safetensors"
 
 Watcher = Callable[[str, int], Watch]  # title and number of steps -> what the trainer calls after each
 
@@ -85,7 +79,7 @@ def distill(
         name: of the student, in titles.
         folder: where each stage leaves its student, losses and snapshots; a run that stopped goes on from them.
         world: the processes of the run (`join_world`); None for this one alone.
-        carried: adapters and scales of an earlier run of this student and teacher (`carried_from`), for higher
+        carried: adapters and scales of an earlier run of this student and teacher (`resume.carried_from`), for higher
             resolutions without another stage 2.
 
     Returns the record of each stage; the student is left in eval mode.
@@ -109,23 +103,20 @@ def distill(
     if cache is not None:
         for stage in stages:
             check_cacheable(stage)
+    folders = StageFolders(folder, config.compute.save_every, world)
     with frozen(teacher):
         for number, (stage, stream) in enumerate(zip(stages, streams, strict=True)):
-            done = folder / "stages" / str(number) if folder else None
-            if done is not None and (record := finished_stage(done, world)):
-                student.load_state_dict(read_state(student, read_model(done)[1], str(done)))
+            if (found := folders.restore(number, student)) is not None:
+                *record, carried = found
                 record_sizes(student, stage.shapes(student.config.patch_size))
                 histories.append(History(stage.title, *record))
-                carried = read_tensors(done / ADAPTERS)
                 continue
             if not histories:
                 # of a stream of one step, which starts no more workers than that needs
                 one = replace(stage, optim=replace(stage.optim, steps=1))
                 first = next(iter(one.stream(feed, student.config, world)(0)))
                 check_parity(encoder.eval(), first.images[:2], config.compute.precision)
-            snapshots = None
-            if folder is not None and config.compute.save_every:
-                snapshots = Snapshots(folder / "snapshots" / str(number), config.compute.save_every)
+            snapshots = folders.snapshots(number)
             torch.manual_seed(stage.optim.seed)
             make = partial(going_on, stage, carried)
             with running(make, student, config.compute, world, cache) as task:
@@ -136,15 +127,13 @@ def distill(
                 if cache is not None:
                     cache.belongs_to(getattr(task, "teacher", None))
                 watch = watcher(stage.title, stage.optim.steps) if watcher else None
-                histories.append(
-                    train(task, stream, stage.optim, stage.title, watch, compute=config.compute, snapshots=snapshots)
+                history = train(
+                    task, stream, stage.optim, stage.title, watch, compute=config.compute, snapshots=snapshots
                 )
                 carried = task.carried() if isinstance(task, DistillTask) else {}
+            histories.append(history)
             record_sizes(student, stage.shapes(student.config.patch_size))
-            if done is not None and world.rank == 0:
-                student.save_pretrained(done)
-                write_atomically(done / ADAPTERS, save(carried))
-                finish_stage(done, histories[-1].steps, histories[-1].throughput)
+            folders.finish(number, student, history.steps, history.throughput, carried)
             if snapshots is not None:
                 snapshots.clear()
             barrier()
@@ -158,17 +147,6 @@ def going_on(stage: Stage, carried: Mapping[str, Tensor], student: Encoder, runt
     if isinstance(task, DistillTask) and stage.goes_on:
         task.carry_on(carried)
     return task
-
-
-def carried_from(folder: Path) -> dict[str, Tensor]:
-    """Adapters and scales that the last stage of the run in `folder` has left, on the CPU; empty if there are none."""
-    stages = sorted((folder / "stages").glob(f"[0-9]*/{ADAPTERS}"), key=lambda path: path.parent.name)
-    return read_tensors(stages[-1]) if stages else {}
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, on the CPU. Raises OSError or CheckpointError for one that is damaged."""
-    return {name: stored.read() for name, stored in open_safetensors(path)[0].items()}
 
 
 def record_sizes(encoder: Encoder, shapes: Iterable[tuple[int, int]]) -> None:

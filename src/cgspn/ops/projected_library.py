@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
 from .arguments import Scan
@@ -18,6 +17,7 @@ from .backends import backend_for
 from .functorch import check_reverse
 from .library import FLOPS_BACKWARD, FLOPS_FORWARD, leaf_of, register_first
 from .reference import DIRECTIONS, propagate_2d_reference
+from .replay import linear
 
 PARAMETERS = 5  # maps a direction: lam, u, three logits
 

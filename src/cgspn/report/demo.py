@@ -2,40 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ..data import ImageSet, one_pass
 from ..distill.batches import eval_transform
 from ..distill.taps import tapped_forward
 from ..distill.trainer import History
 from ..evaluate import BlockAlignment, SummaryTable, align
-from ..layers import AttentionMixer
 from ..models.dual import DualEncoder
-from ..models.encoder import Encoder
 from . import page
 from .charts import block_chart, legend, loss_chart
 from .page import Section
-from .pca import fit_colours
-from .pictures import HEAT, enlarge, heat_overlay, mosaic, png_uri
+from .photographs import COLUMNS, canvases
+from .show import look_at
+from .show_page import assets, show_sections
 from .theme import series_colours
-from .views import canvases, encoder_view, feature_maps, reach, snap, sublayer_view, walk
 
 TEACHER, STUDENT = "teacher", "C-GSPN"
-SIDES = (1, 2, 4)  # images to a side of a canvas: three resolutions
-SHOWN = SIDES[-1] ** 2
+CANVASES = 2  # of sixteen images each, that are shown
 ALIGNED = 200  # test images that the blocks are compared on
-PROBES = 16  # random directions for the influence through a whole encoder
-
-# Places on the canvas: two on objects, one on the ground beside them.
-PLACES: tuple[tuple[tuple[float, float], bool, str], ...] = (
-    ((0.36, 0.36), True, "On an object in the middle"),
-    ((0.87, 0.87), True, "On an object in a corner"),
-    ((0.50, 0.75), False, "On the empty ground between objects"),
-)
 
 
 @dataclass(frozen=True)
@@ -57,12 +45,8 @@ class DemoResult:
     facts: dict[str, str]
 
 
-def demo_report(result: DemoResult, progress: Callable[[str], object] | None = None) -> str:
+def demo_report(result: DemoResult) -> str:
     """The report as one self-contained HTML document.
-
-    Args:
-        result: of the demo.
-        progress: called with the title of each section before it is made.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; the message names the extra.
@@ -71,26 +55,15 @@ def demo_report(result: DemoResult, progress: Callable[[str], object] | None = N
     missing = [name for name in (TEACHER, STUDENT) if name not in result.models]
     if missing:
         raise ValueError(f"models lacks {missing[0]!r}; expected at least {TEACHER!r} and {STUDENT!r}")
-    if len(result.images) < SHOWN:
-        raise ValueError(f"images holds {len(result.images)}; expected at least {SHOWN}")
-    made = []
-    for title, make in (
-        ("results", _results),
-        ("training", _training),
-        ("blocks", _blocks),
-        ("features", _features),
-        ("influence", _influence),
-        ("facts", _facts),
-    ):
-        if progress is not None:
-            progress(title)
-        made.append(make(result))
+    if len(result.images) < COLUMNS**2:
+        raise ValueError(f"images holds {len(result.images)}; expected at least {COLUMNS**2}")
     return page.page(
         "From attention to C-GSPN",
         "A small attention encoder was turned into one that scans the picture line by line, distilled back to quality "
         "in two stages, and compared with its teacher and with an attention student of the same budget.",
-        made,
+        [_results(result), _training(result), _blocks(result), *_seen(result), _facts(result)],
         footer="Made by cgspn demo. This file holds everything it shows and asks nothing of the network.",
+        **assets(),
     )
 
 
@@ -251,115 +224,13 @@ def _blocks(result: DemoResult) -> Section:
     return Section("blocks", "How near each block is to the teacher's", "\n".join(body), "Blocks")
 
 
-def _features(result: DemoResult) -> Section:
-    names = (TEACHER, STUDENT)
-    encoders = {name: result.models[name].image for name in names}
-    config = encoders[TEACHER].config
-    images = result.images.images[:SHOWN]
-    photos, maps = {}, {name: {} for name in names}  # type: dict[int, Tensor], dict[str, dict[int, Tensor]]
-    for side in SIDES:
-        photos[side], canvas = canvases(_for_sides(images, side), config, side)
-        for name in names:
-            maps[name][side] = feature_maps(encoders[name], canvas)
-    basis = {TEACHER: fit_colours(list(maps[TEACHER].values()))}
-    basis[STUDENT] = fit_colours(list(maps[STUDENT].values()), like=(basis[TEACHER], list(maps[TEACHER].values())))
-    body = [
-        page.paragraph(
-            "Sixteen held-out images, seen in three ways: each alone, four to a canvas, and all on one canvas. Every "
-            "square is one patch, and its colour is what the encoder says of it at the very end: patches of the same "
-            "colour mean the same to the model."
-        ),
-        page.paragraph(
-            "The three strongest directions of a model's features become red, green and blue, one choice for all its "
-            "pictures. The student's colours are turned as a whole to fit the teacher's, because a direction has no "
-            "sign of its own; "
-            f"after that they correlate at {page.words([f'{r:.2f}' for r in basis[STUDENT].agreement or ()])}. These "
-            f"directions hold {basis[TEACHER].explained:.0%} of the teacher's variance and "
-            f"{basis[STUDENT].explained:.0%} of the student's. Look for clothes that keep their colour from one row "
-            "to the next: neither model was trained on anything but single images.",
-            "read",
-        ),
-    ]
-    for side in SIDES:
-        h, w = config.image_size[0] * side, config.image_size[1] * side
-        grid = maps[TEACHER][side].shape[1:3]
-        title = {1: "Each image alone", 2: "Four to a canvas", 4: "All sixteen on one canvas"}[side]
-        body.append(page.heading(f"{title}: {h} × {w} pixels, {grid[0]} × {grid[1]} patches"))
-        columns, factor = SIDES[-1] // side, max(1, 448 // (SIDES[-1] * grid[0] // side))
-        patch = config.patch_size
-        pictures = [enlarge(p, max(1, round(factor / patch))) for p in photos[side]]
-        gap = 6
-        cells = [_shown(pictures, columns, gap, f"The images, {title.lower()}", "pictures")]
-        for name in names:
-            colours = [enlarge(basis[name].colours(m), factor) for m in maps[name][side]]
-            cells.append(_shown(colours, columns, gap, f"Features of {name} as colours, {title.lower()}", name))
-        body.append(page.group(cells, "three"))
-    return Section("features", "What the features look like", "\n".join(body), "Features")
-
-
-def _for_sides(images: Tensor, side: int) -> Tensor:
-    """The images in an order in which canvases of side x side keep every image where it is on the largest canvas."""
-    most = SIDES[-1]
-    places = torch.arange(most * most).view(most // side, side, most // side, side).transpose(1, 2).flatten()
-    return images[places]
-
-
-def _shown(pictures: Sequence[Tensor], columns: int, gap: int, alt: str, caption: str) -> str:
-    return page.picture(png_uri(mosaic(pictures, columns, gap)), alt, caption)
-
-
-def _influence(result: DemoResult) -> Section:
-    teacher, student = result.models[TEACHER].image, result.models[STUDENT].image
-    photos, canvas = canvases(result.images.images[:SHOWN], teacher.config, SIDES[-1])
-    photo = photos[0]
-    layer = _layer(student)
-    attention = isinstance(teacher.each_block()[layer].mixer, AttentionMixer)
-    taps = {STUDENT: walk(student, canvas), TEACHER: walk(teacher, canvas)}
-    factor = max(1, 448 // photo.shape[0])
-    body = [
-        page.paragraph(
-            "One patch is chosen, marked by the ring, on the canvas of sixteen images. The colour of every other patch "
-            "says how much the chosen one takes from it: by the layer alone, as attention weights where the layer is "
-            "attention and as the size of the derivative where it is a scan; and by the whole encoder, as the size of "
-            "the derivative for both."
-        ),
-        page.paragraph(
-            "Attention picks patches anywhere. A scan hands information from line to line, so one C-GSPN layer sees "
-            "the whole picture through four triangles that meet in the chosen patch, and near patches count more "
-            "than far ones. “Half within” says how many patches away half of the influence has been collected. Each "
-            "picture has its own scale, which ends at the strongest patch other than the chosen one; the whole-encoder "
-            f"maps are estimated from {PROBES} random directions.",
-            "read",
-        ),
-        page.colour_scale(HEAT, "least", "most"),
-    ]
-    for near, bright, title in PLACES:
-        position = snap(photo, teacher.config.patch_size, near, bright=bright)
-        views = (
-            (f"C-GSPN, layer {layer + 1}", sublayer_view(student, taps[STUDENT], layer, position, probes=32)),
-            (
-                f"teacher, layer {layer + 1}{', attention' if attention else ''}",
-                sublayer_view(teacher, taps[TEACHER], layer, position, probes=32),
-            ),
-            ("C-GSPN, whole encoder", encoder_view(student, taps[STUDENT], position, probes=PROBES)),
-            ("teacher, whole encoder", encoder_view(teacher, taps[TEACHER], position, probes=PROBES)),
-        )
-        cells = []
-        for name, values in views:
-            uri = png_uri(heat_overlay(photo, values, position, factor=factor))
-            note = f"half within {reach(values, position):.1f} patches"
-            cells.append(page.picture(uri, f"What one patch sees, {name}, {note}", name, note))
-        body.append(page.heading(f"{title}: row {position[0] + 1}, column {position[1] + 1}"))
-        body.append(page.group(cells, "four"))
-    return Section("influence", "What a patch sees", "\n".join(body), "Influence")
-
-
-def _layer(student: Encoder) -> int:
-    """The scan nearest to the middle of the encoder; the middle block if it has none."""
-    blocks = student.each_block()
-    middle = len(blocks) // 2
-    scans = [i for i, block in enumerate(blocks) if not isinstance(block.mixer, AttentionMixer)]
-    return min(scans or [middle], key=lambda i: abs(i - middle))
+def _seen(result: DemoResult) -> list[Section]:
+    """What teacher and student see on canvases of sixteen images: larger than anything that either was trained on."""
+    student = result.models[STUDENT].image
+    side, patch = COLUMNS * max(student.config.image_size), student.config.patch_size
+    pictures = list(canvases(result.images.images, side, patch, CANVASES))
+    shown = look_at(pictures, student, result.models[TEACHER].image)
+    return show_sections(shown, "What the models see")
 
 
 def _facts(result: DemoResult) -> Section:

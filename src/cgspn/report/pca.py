@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-LOW, HIGH = 0.02, 0.98  # quantiles that become the ends of the colour range, so that few outliers do not grey the rest
+VIVID = 1.5  # on components of unit variance, before the sigmoid that makes them colours
+SIDE = 512  # pixels of the longer side of a picture of features
 
 
 @dataclass(frozen=True)
@@ -18,16 +20,12 @@ class ColourBasis:
     Attributes:
         mean: [C], subtracted first.
         axes: [C, 3], from centred features to the three colour components.
-        low: [3], the component value shown as 0.
-        high: [3], the component value shown as 1.
         explained: share of the variance that the three components hold, 0 to 1.
         agreement: correlation of each component with the one it was aligned to, None if it was not.
     """
 
     mean: Tensor
     axes: Tensor
-    low: Tensor
-    high: Tensor
     explained: float
     agreement: tuple[float, float, float] | None = None
 
@@ -36,10 +34,16 @@ class ColourBasis:
         return (features.float() - self.mean) @ self.axes
 
     def colours(self, features: Tensor) -> Tensor:
-        """Features [..., C] -> colours [..., 3] in 0..1. A component that does not vary is shown as 0.5."""
-        span = self.high - self.low
-        scaled = (self.components(features) - self.low) / span.clamp(min=1e-12)
-        return torch.where(span > 1e-6, scaled, torch.full_like(scaled, 0.5)).clamp(0, 1)
+        """Features [..., C] -> colours [..., 3] in 0..1: a sigmoid, so that few outliers do not grey the rest."""
+        return (VIVID * self.components(features)).sigmoid()
+
+    def picture(self, features: Tensor, side: int = SIDE) -> Tensor:
+        """Features [h, w, C] -> colours [H, W, 3] without edges between patches, the longer side about `side`."""
+        components = self.components(features).permute(2, 0, 1)[None]
+        factor = max(1, round(side / max(features.shape[:2])))
+        size = (factor * features.shape[0], factor * features.shape[1])
+        smooth = interpolate(components, size, mode="bicubic", align_corners=False)
+        return (VIVID * smooth[0].permute(1, 2, 0)).sigmoid()
 
 
 def fit_colours(maps: Sequence[Tensor], *, like: tuple[ColourBasis, Sequence[Tensor]] | None = None) -> ColourBasis:
@@ -84,10 +88,8 @@ def fit_colours(maps: Sequence[Tensor], *, like: tuple[ColourBasis, Sequence[Ten
         axes = axes @ (u @ vt)
         first, second, third = (_correlation((centred @ axes)[:, i], target[:, i]) for i in range(3))
         agreement = (first, second, third)
-    scores = centred @ axes
-    low, high = torch.quantile(_some(scores), torch.tensor([LOW, HIGH], dtype=x.dtype), dim=0)
     explained = float(values[:3].sum()) / total if total > 0 else 0.0
-    return ColourBasis(mean.float(), axes.float(), low.float(), high.float(), explained, agreement)
+    return ColourBasis(mean.float(), axes.float(), explained, agreement)
 
 
 def _rows(name: str, maps: Sequence[Tensor]) -> Tensor:
@@ -95,11 +97,6 @@ def _rows(name: str, maps: Sequence[Tensor]) -> Tensor:
     if 0 in x.shape or not bool(torch.isfinite(x).all()):
         raise ValueError(f"{name} has {tuple(x.shape)} features; expected at least one, all finite")
     return x
-
-
-def _some(scores: Tensor, most: int = 1_000_000) -> Tensor:
-    """At most so many rows, evenly spaced: `torch.quantile` refuses more than 16 million values."""
-    return scores[:: -(-len(scores) // most)]
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

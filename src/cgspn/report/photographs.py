@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import load_embedded, normalize, resize, to_float
-from ..data.decode import open_image
+from ..data.decode import to_rgb, turn_upright
 from ..data.folder import SUFFIXES
-from ..data.prepare import open_picture
+from ..data.opening import open_image
 from ..data.skipped import Skipped
 from ..data.source import EMBEDDED
 from ..data.transforms import LUMA
@@ -69,7 +69,7 @@ def load_photographs(source: str, side: int, patch: int, limit: int) -> tuple[li
     if limit < 1:
         raise ValueError(f"limit is {limit}; accepted: 1 or more")
     if source == EMBEDDED:
-        return list(_canvases(side, patch, limit)), Skipped()
+        return list(canvases(load_embedded("test").images, side, patch, limit)), Skipped()
     root = Path(source)
     if not root.exists():
         raise FileNotFoundError(f"images is {source}: no such folder")
@@ -122,14 +122,15 @@ def _shown(path: Path, root: Path) -> bool:
 def _read(file: Path, side: int, patch: int) -> Tensor:
     with open_image(file) as opened:
         opened.draft(None, (2 * side, 2 * side))  # JPEG decoders shrink for free; the rest is left to the resize
-        image = open_picture(opened)
+        turn_upright(opened)
+        image = to_rgb(opened)
     height, width = fitted(image.height, image.width, side, patch)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _canvases(side: int, patch: int, limit: int) -> Iterator[Photograph]:
-    images = load_embedded("test").images
+def canvases(images: Tensor, side: int, patch: int, limit: int) -> Iterator[Photograph]:
+    """Small images uint8 [N, C, H, W], sixteen to a canvas, whose longer side is about `side` pixels."""
     for start in range(0, min(limit * COLUMNS**2, len(images) - COLUMNS**2 + 1), COLUMNS**2):
         canvas = tile(images[start : start + COLUMNS**2], COLUMNS).expand(3, -1, -1)
         size = fitted(canvas.shape[1], canvas.shape[2], side, patch)

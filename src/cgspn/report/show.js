@@ -202,7 +202,9 @@ function restore() {
   // some programs escape the commas of an address that is passed on
   const [id, ...parts] = location.hash.slice(1).replaceAll("%2C", ",").replaceAll("%3D", "=").split("/");
   const view = views.get(id);
-  if (!view || !parts.length) return;
+  if (!view) return;
+  view.section.querySelector(".live").open = true;
+  if (!parts.length) return;
   const given = Object.fromEntries(parts.map((part) => part.split("=")));
   const cell = (given.patch || "").split(",").map(Number);
   if (cell.length === 2 && cell.every(Number.isInteger)) {

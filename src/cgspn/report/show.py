@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from ..models.encoder import Encoder
 from .pca import ColourBasis, fit_colours
@@ -107,21 +107,17 @@ def show_picture(shown: Show, width: int = 288, rows: int = 4, gap: int = 6) -> 
     size = (round(width * first.shape[1] / first.shape[2]), width)
     cells = []
     for seen in shown.views[:rows]:
-        cells.append(_cut(seen.photograph.pixels.permute(1, 2, 0).float() / 255, size, smooth=True))
-        cells += [_cut(shown.colours[name].colours(f), size, smooth=False) for name, f in seen.features.items()]
+        cells.append(_cut(seen.photograph.pixels.permute(1, 2, 0).float() / 255, size))
+        cells += [_cut(shown.colours[name].picture(f), size) for name, f in seen.features.items()]
     return mosaic(cells, 1 + len(shown.colours), gap)
 
 
-def _cut(picture: Tensor, size: tuple[int, int], smooth: bool) -> Tensor:
+def _cut(picture: Tensor, size: tuple[int, int]) -> Tensor:
     """[h, w, 3] to [size, 3], the middle of it at the largest scale that fills `size`."""
     h, w = picture.shape[:2]
     scale = max(size[0] / h, size[1] / w)
     wide = (max(size[0], round(h * scale)), max(size[1], round(w * scale)))
-    channels = picture.permute(2, 0, 1)[None]
-    if smooth:
-        big = torch.nn.functional.interpolate(channels, wide, mode="bilinear", antialias=True)[0]
-    else:
-        big = torch.nn.functional.interpolate(channels, wide, mode="nearest-exact")[0]
+    big = interpolate(picture.permute(2, 0, 1)[None], wide, mode="bilinear", antialias=True)[0]
     top, left = (wide[0] - size[0]) // 2, (wide[1] - size[1]) // 2
     return big[:, top : top + size[0], left : left + size[1]].permute(1, 2, 0)
 

@@ -16,7 +16,6 @@ from ..models.encoder import Encoder
 from .descriptors import Descriptors, describe
 from .photographs import Photograph, encoder_input
 from .scans import TOGETHER, layer_maps, look
-from .views import reach
 
 CELLS = 5476  # most cells of what can be clicked: 74 x 74 patches are carried one by one, more are averaged
 Place = tuple[float, float]
@@ -159,6 +158,26 @@ def _flows(
         )
         for kind, values in maps.items()
     ]
+
+
+def reach(values: Tensor, position: tuple[int, int], share: float = 0.5) -> float:
+    """Radius, in patches, within which a position finds `share` of what it takes from all others; 0 for nothing.
+
+    Args:
+        values: [h, w], not negative; the position's own value does not count.
+        position: (row, column).
+        share: 0 to 1.
+    """
+    rows = torch.arange(values.shape[0], dtype=torch.float64)[:, None] - position[0]
+    columns = torch.arange(values.shape[1], dtype=torch.float64)[None] - position[1]
+    distance = (rows.square() + columns.square()).sqrt().flatten()
+    weight = torch.where(distance > 0, values.detach().double().flatten(), 0.0)
+    if float(weight.sum()) == 0:
+        return 0.0
+    order = distance.argsort()
+    summed = weight[order].cumsum(0) / weight.sum()
+    first = min(int((summed < share - 1e-12).sum()), len(order) - 1)
+    return float(distance[order][first])
 
 
 def _pooled(maps: Tensor, cells: tuple[int, int]) -> Tensor:

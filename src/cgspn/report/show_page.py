@@ -36,43 +36,51 @@ def show_page(shown: Show, models: Mapping[str, str], facts: Mapping[str, str]) 
         models: by "teacher" and "student", how each is called.
         facts: what else there is to know, shown as it is.
     """
-    sections = [_reading(shown), *(_section(i, v, shown.colours) for i, v in enumerate(shown.views, 1))]
-    sections.append(Section("facts", "What was run", page.fact_list({**models, **facts}), "Run"))
-    here = resources.files(__package__)
     both = TEACHER in shown.colours
     return page.page(
         "What the encoder sees",
         f"{_count(len(shown.views), 'photograph')} through "
         f"{'an encoder and the teacher that it learns from' if both else 'an encoder'}: "
         "which patches look alike to it, and where each layer takes what it brings to a patch.",
-        sections,
+        [*show_sections(shown), Section("facts", "What was run", page.fact_list({**models, **facts}), "Run")],
         footer="Made by cgspn show. This file holds everything it shows and asks nothing of the network.",
-        style=(here / "show.css").read_text(encoding="utf-8"),
-        script=f"const HEAT = {json.dumps(HEAT)};\n" + (here / "show.js").read_text(encoding="utf-8"),
+        **assets(),
     )
 
 
-def _reading(shown: Show) -> Section:
-    colours = shown.colours
-    both = TEACHER in colours
-    held = " and ".join(f"{basis.explained:.0%} of the {name}'s" for name, basis in colours.items())
+def assets() -> dict[str, str]:
+    """Style and script of a page that holds `show_sections`."""
+    here = resources.files(__package__)
+    return {
+        "style": (here / "show.css").read_text(encoding="utf-8"),
+        "script": f"const HEAT = {json.dumps(HEAT)};\n" + (here / "show.js").read_text(encoding="utf-8"),
+    }
+
+
+def show_sections(shown: Show, title: str = "How to read this page") -> list[Section]:
+    """How to read the pictures, then a section for each photograph, the first of them unfolded."""
+    return [_reading(shown, title), *(_section(i, v, shown.colours) for i, v in enumerate(shown.views, 1))]
+
+
+def _reading(shown: Show, title: str) -> Section:
+    held = " and ".join(f"{basis.explained:.0%} of the {name}'s" for name, basis in shown.colours.items())
     text = (
         "The three strongest directions of a model's last features become red, green and blue, one choice for all "
-        f"photographs: patches of one colour mean the same to the model. They hold {held} variance."
+        f"photographs: patches of one colour mean the same to the model. They hold {held} variance. Between patches "
+        "colours are interpolated."
     )
-    if both:
-        agreed = page.words([f"{r:.2f}" for r in colours[STUDENT].agreement or ()])
+    if TEACHER in shown.colours:
+        agreed = page.words([f"{r:.2f}" for r in shown.colours[STUDENT].agreement or ()])
         text += f" The student's are turned as a whole to fit the teacher's, and then correlate at {agreed}."
-    kept = min(d.kept for v in shown.views for d in v.descriptors.values())
-    error = max(d.error for v in shown.views for d in v.descriptors.values())
-    dimensions = max(len(d.steps) for v in shown.views for d in v.descriptors.values())
+    described = [d for v in shown.views for d in v.descriptors.values()]
     panels = (
         ("Features as colours", text),
         (
             "Which patches look alike",
             "Click or tap a patch, or choose one with the arrow keys: the heat is the cosine of its features with "
-            f"those of every other patch. The page carries at most {dimensions} bytes a patch, which hold at least "
-            f"{kept:.1%} of the features' squared length; cosines are within {error:.3f} of the exact ones.",
+            f"those of every other patch. A patch has at most {max(len(d.steps) for d in described)} bytes here, which "
+            f"hold at least {min(d.kept for d in described):.1%} of the features' squared length; cosines are within "
+            f"{max(d.error for d in described):.3f} of the exact ones.",
         ),
         (
             "What one patch takes in",
@@ -82,11 +90,11 @@ def _reading(shown: Show) -> Section:
         ),
     )
     body = [
-        page.group([page.panel(page.paragraph(words), title) for title, words in panels], "wide"),
+        page.group([page.panel(page.paragraph(words), name) for name, words in panels], "wide"),
         page.colour_scale(HEAT, "least", "most"),
         "<noscript><p>The heat maps need JavaScript; photographs and colours do not.</p></noscript>",
     ]
-    return Section("reading", "How to read this page", "\n".join(body), "How to read")
+    return Section("reading", title, "\n".join(body), title)
 
 
 def _section(number: int, seen: View, colours: Mapping[str, ColourBasis]) -> Section:
@@ -105,7 +113,8 @@ def _section(number: int, seen: View, colours: Mapping[str, ColourBasis]) -> Sec
         "<figcaption><strong>Photograph</strong></figcaption></figure>"
     ]
     figures += [
-        f'<figure><img src="{png_uri(colours[who].colours(f))}" alt="Features of the {who} as colours" {shape}>'
+        f'<figure><img src="{png_uri(colours[who].picture(f))}" alt="Features of the {who} as colours" {shape} '
+        'class="smooth">'
         f"<figcaption><strong>{who.capitalize()}</strong>, features as colours</figcaption></figure>"
         for who, f in seen.features.items()
     ]
@@ -126,14 +135,15 @@ def _section(number: int, seen: View, colours: Mapping[str, ColourBasis]) -> Sec
     data = json.dumps(packed(seen)).replace("<", "\\u003c")
     body = f"""<p class="note">{html.escape(note)}.</p>
 <div class="maps">{"".join(figures)}</div>
-<div class="live" hidden>
+<details class="live"{" open" if number == 1 else ""} hidden>
+<summary>Look closer: which patches look alike, and what one takes in</summary>
 <h3>Which patches look alike</h3>
 <div class="choices">{_choice("Scale", "scale", scales)}<p class="readout" aria-live="polite"></p></div>
 <div class="heat">{"".join(heat)}</div>
 <h3>What one patch takes in, layer by layer</h3>
 <div class="choices">{_choice("Patch", "point", points)}{_choice("Layer", "layer", layers)}</div>
 <div class="flows">{"".join(flows)}</div>
-</div>
+</details>
 <script type="application/json">{data}</script>"""
     ratio = f'<div class="photograph" style="--ratio: {width / height:.4f}">\n{body}\n</div>'
     return Section(f"photo-{number}", name, ratio, Path(name).stem)

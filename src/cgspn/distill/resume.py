@@ -1,45 +1,34 @@
-"""What the folder of a run says about it: its settings, and how far it has come."""
+"""Whether and where a run goes on: from the folder that it left, if that is whole and of the same settings.
+
+Of a stage that is done the folder holds the student, its record and its adapters, of the one under way snapshots
+(`Snapshots.newest_whole` says from which step the trainer goes on).
+"""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..distill.parallel import World
-from ..distill.run_folder import HOLDER, LOCK
-from ..distill.snapshots import Snapshots
-from ..models.checkpoint import CONFIG, WEIGHTS, write_atomically
-from ..models.reading import CheckpointError, read_json
+from safetensors.torch import save
+from torch import Tensor
+
+from ..models.checkpoint import CONFIG, WEIGHTS, read_model, write_atomically
+from ..models.encoder import Encoder
+from ..models.reading import CheckpointError, read_json, read_json_value
+from ..models.weights import open_safetensors, read_state
+from .manifest import DamageError, check_manifest, entries_of, write_manifest
+from .parallel import World, gather_objects
+from .snapshots import MOST_RECORD, Snapshots, set_aside
 
 RUN, RECORD, REPORT = "run.json", "distill.json", "report.html"
+LOSSES, THROUGHPUT, ADAPTERS = "losses.json", "throughput.json", "adapters.safetensors"
 ORDER = ("stage1", "stage2", "highres")
 
-
-@contextmanager
-def left_clean(out: Path) -> Iterator[list[bool]]:
-    """Take a folder away again that was made for a run which ended before it left anything in it.
-
-    Entered before the processes of a run meet, so that each sees what was there before any of them made the folder; and
-    each takes it away, since torchrun ends the others when one is refused. Yields a list to which the run adds an item
-    once the folder is its own: that of another run is left alone.
-    """
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
-    own: list[bool] = []
-    try:
-        yield own
-    except BaseException:  # a refusal, a teacher that is damaged, an interruption
-        ours = {RUN, LOCK, HOLDER} if own else set()
-        with suppress(OSError):  # another process was first
-            if missing and {path.name for path in out.iterdir()} <= ours:
-                for name in ours:
-                    (out / name).unlink(missing_ok=True)
-                for folder in missing:
-                    folder.rmdir()
-        raise
+Losses = list[dict[str, float]]
 
 
 def identity(settings: dict[str, Any]) -> dict[str, Any]:
@@ -139,3 +128,83 @@ def differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
             yield from differences(one.get(key), other.get(key), f"{name}.{key}" if name else key)
     elif one != other:
         yield name
+
+
+@dataclass(frozen=True)
+class StageFolders:
+    """Where the stages of a run leave what they made, by number; nowhere if `folder` is None.
+
+    every: steps between snapshots, 0 for none.
+    """
+
+    folder: Path | None
+    every: int
+    world: World
+
+    def restore(self, number: int, student: Encoder) -> tuple[Losses, dict[str, Any], dict[str, Tensor]] | None:
+        """Losses, throughput and adapters of a stage that is done, whose weights the student gets; None for others."""
+        done = self._of("stages", number)
+        record = finished_stage(done, self.world) if done else None
+        if done is None or record is None:
+            return None
+        student.load_state_dict(read_state(student, read_model(done)[1], str(done)))
+        return *record, read_tensors(done / ADAPTERS)
+
+    def snapshots(self, number: int) -> Snapshots | None:
+        """Those of a stage; None if there shall be none."""
+        folder = self._of("snapshots", number)
+        return Snapshots(folder, self.every) if folder and self.every else None
+
+    def finish(
+        self,
+        number: int,
+        student: Encoder,
+        losses: Losses,
+        throughput: dict[str, Any],
+        carried: Mapping[str, Tensor],
+    ) -> None:
+        """Keep what a stage has made, on the first process. Raises OSError."""
+        done = self._of("stages", number)
+        if done is not None and self.world.rank == 0:
+            student.save_pretrained(done)
+            write_atomically(done / ADAPTERS, save(dict(carried)))
+            finish_stage(done, losses, throughput)
+
+    def _of(self, kind: str, number: int) -> Path | None:
+        return self.folder / kind / str(number) if self.folder else None
+
+
+def finish_stage(folder: Path, losses: list[dict[str, float]], throughput: dict[str, Any]) -> None:
+    """Note that a stage whose student is in `folder` is done. Raises OSError."""
+    write_atomically(folder / THROUGHPUT, json.dumps(throughput))
+    write_atomically(folder / LOSSES, json.dumps(losses))
+    write_manifest(folder, entries_of(folder), {"steps": len(losses)})
+
+
+def finished_stage(folder: Path, world: World) -> tuple[list[dict[str, float]], dict[str, Any]] | None:
+    """Losses and throughput of a stage that is done and whole; None for others. All processes call this.
+
+    One that is damaged is named on standard error and moved aside: the stage is run again.
+    """
+    found: Any = None
+    if world.rank == 0 and (folder / LOSSES).exists():
+        try:
+            steps = check_manifest(folder).get("steps")
+            losses = read_json_value(folder / LOSSES, MOST_RECORD)
+            if not isinstance(losses, list) or len(losses) != steps:
+                raise DamageError(f"{LOSSES} is not of {steps} steps")
+            found = losses, read_json(folder / THROUGHPUT)
+        except (DamageError, CheckpointError, OSError) as error:
+            set_aside(folder, f"stage {folder.name} is damaged and run again: {error}")
+    return gather_objects(found)[0]
+
+
+def carried_from(folder: Path) -> dict[str, Tensor]:
+    """Adapters and scales that the last stage of the run in `folder` has left, on the CPU; empty if there are none."""
+    stages = sorted((folder / "stages").glob(f"[0-9]*/{ADAPTERS}"), key=lambda path: path.parent.name)
+    return read_tensors(stages[-1]) if stages else {}
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, on the CPU. Raises OSError or CheckpointError for one that is damaged."""
+    return {name: stored.read() for name, stored in open_safetensors(path)[0].items()}
