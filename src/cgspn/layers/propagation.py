@@ -19,7 +19,6 @@ from torch.nn.functional import softplus
 
 from ..ops import DIRECTIONS, replay
 from ..ops.gpu import on_accelerator
-from ..ops.normalised import propagate_2d_normalised
 from ..ops.projected import projected_unchecked
 from ..ops.projected_library import split_parameters
 from ..ops.propagate import propagate_2d_unchecked
@@ -287,10 +286,10 @@ class PropagationMixer(Mixer):
         """`propagate_2d` in the config's directions, merged by its rule: [B, H, W, own] or [B, H, W, D, own]."""
         if self.config.normalise_state:
             lam = replay.pointwise(softplus, torch.ops.aten.softplus.out, lam).to(x.dtype)  # autocast: in float32
-            return propagate_2d_normalised(
-                x, logits, lam, u, keep=keep, mask=mask, scan=propagate_2d_unchecked, **self.scans()
-            )
-        return propagate_2d_unchecked(x, logits, lam, u, keep=keep, mask=mask, **self.scans())
+        normalise = self.config.normalise_state
+        return propagate_2d_unchecked(
+            x, logits, lam, u, keep=keep, mask=mask, normalise_state=normalise, **self.scans()
+        )
 
     def scans(self) -> Scans:
         """The config's directions, and how the operator merges them."""
