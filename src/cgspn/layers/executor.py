@@ -172,7 +172,7 @@ def keep(block: Block, tokens: Tensor, grid: Grid) -> Tensor | None:
         return None
     with recorded(gpu, tokens.device, stream) as recording:
         normal, mixed = fused_residual(block, tokens, grid, EVERYTHING, block.mlp.fc2.bias)
-        replay = recording.replay(state.tensors, (tokens, grid.mask), mixed)
+        replay = recording.replay(state.tensors, (tokens, grid.mask, mixed))
         mlp: Any = block.mlp
         prepared = recording.mlp(normal.flatten(0, -2), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight)
         add_mlp = prepared or mlp.adder(normal)
