@@ -101,6 +101,7 @@ class Product:
         Raises KeyError for another dtype, OSError without the library, RuntimeError with its status.
         """
         lib, self._handle = library(), _handle(device)
+        self._free = lib.cublasLtMatmulDescDestroy  # which is there when Python ends, too
         self._description = c_void_p()
         check(lib.cublasLtMatmulDescCreate(byref(self._description), COMPUTE_FLOAT, FLOAT))
         (first, over), (second, under), (third, _) = (_matrix(t) for t in (b, a, out))
@@ -143,4 +144,4 @@ class Product:
     def __del__(self) -> None:
         """Free what the library made."""
         if self._description:
-            library().cublasLtMatmulDescDestroy(self._description)
+            self._free(self._description)

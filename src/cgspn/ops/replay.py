@@ -209,13 +209,17 @@ def recorded(gpu: Gpu, device: torch.device, stream: int) -> Iterator[Recording]
             thread.recording = None
 
 
+def active() -> Recording | None:
+    """The recording of this thread, if there is one."""
+    return getattr(thread, "recording", None)
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`torch.empty`; in a recorded pass, memory of the workspace."""
-    recording = getattr(thread, "recording", None)
+    recording = active()
     if recording is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    made: Tensor = recording.empty(shape, dtype, device)
-    return made
+    return recording.empty(shape, dtype, device)
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -225,32 +229,39 @@ def empty_like(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear`, which a recorded pass keeps: [..., C] -> [..., K]."""
-    recording = getattr(thread, "recording", None)
+    recording = active()
     if recording is None or bias is None:
         return plain_linear(x, weight, bias)
-    out: Tensor = recording.product(x.flatten(0, -2), weight.t(), bias=bias)
+    out = recording.product(x.flatten(0, -2), weight.t(), bias=bias)
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
 def matmul(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
     """a [M, K] b [K, N] (+ add [M, N]), which a recorded pass keeps."""
-    recording = getattr(thread, "recording", None)
+    recording = active()
     if recording is None:
         return a @ b if add is None else torch.addmm(add, a, b)
-    out: Tensor = recording.product(a, b, add=add)
-    return out
+    return recording.product(a, b, add=add)
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """x.sum(0) of x [M, C], which a recorded pass keeps."""
+    if active() is None:
+        return x.sum(0)
+    from .fused.rows import column_sums as kept
+
+    return kept(x, dtype=x.dtype)
 
 
 def project(layer: torch.nn.Module, x: Tensor) -> Tensor:
     """layer(x) of a linear layer, which a recorded pass keeps."""
-    made: Tensor = layer(x) if getattr(thread, "recording", None) is None else linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+    made: Tensor = layer(x) if active() is None else linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
     return made
 
 
 def pointwise(function: Callable[[Tensor], Tensor], into: Callable[..., Tensor], x: Tensor) -> Tensor:
     """function(x), of the shape and dtype of x, which a recorded pass keeps as into(x, out=...)."""
-    recording = getattr(thread, "recording", None)
+    recording = active()
     if recording is None:
         return function(x)
-    made: Tensor = recording.computed(into, x, out=empty_like(x))
-    return made
+    return recording.computed(into, x, out=empty_like(x))
