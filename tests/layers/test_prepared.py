@@ -64,6 +64,8 @@ def gpu():
         def product(self, stream, scratch, a, b, out, bias=None, add=None, gelu=False):
             tensors = [a, b, out, out if add is None else add]
             pointers = [Pointer(t.data_ptr()) for t in tensors]
+            if add is None or add is out:
+                pointers[3] = pointers[2]
 
             def run():
                 x, y, z, more = (strided(p.value, t) for p, t in zip(pointers, tensors, strict=True))
