@@ -173,8 +173,8 @@ def mlp_rows(shape: Shape, pixels: int, batch: int, device: torch.device, rounds
     hidden = fp8.fp8_activate(wide, ahead, "gelu_tanh")
     calls: dict[str, Callable[[], object]] = {
         "bf16, residual added after": lambda: residual + plain(x),
-        "bf16, epilogues": lambda: plain.add_to_residual_(x, residual),
-        **{f"fp8, {way}": lambda m=m: m.add_to_residual_(x, residual) for way, m in ways.items()},  # type: ignore[misc]
+        "bf16, epilogues": lambda: plain.adder(x)(residual),
+        **{f"fp8, {way}": lambda m=m: m.adder(x)(residual) for way, m in ways.items()},  # type: ignore[misc]
         "of library: tokens to 8 bits": lambda: fp8.fp8_rows(x, mlp.steep, mlp.offset),
         "of library: fc1": lambda: first(values, scales, dtype),
         "of library: GELU to 8 bits": lambda: fp8.fp8_activate(wide, ahead, "gelu_tanh"),

@@ -24,6 +24,7 @@ from cgspn.bench.operator import FOUR, Row, inputs, size_of
 from cgspn.bench.results import write
 from cgspn.bench.timing import medians
 from cgspn.environment import describe
+from cgspn.ops.arguments import Scan
 from cgspn.ops.backends import unsupported_reason
 from cgspn.ops.cuda import launch, projected, scan
 from cgspn.ops.cuda.compile import cubin, macros
@@ -105,7 +106,7 @@ def jobs(machine: Machine) -> Iterator[tuple[str, dict[str, int]]]:
 
 def _flat(result: Any) -> Tensor:
     tensors = result if isinstance(result, tuple) else (result,)
-    return torch.cat([t.float().flatten() / t.float().norm() for t in tensors])
+    return torch.cat([t.float().flatten() / t.float().norm() for t in tensors if t is not None])
 
 
 def _timed(calls: dict[str, Callable[[], object]], *, graph: bool = True) -> Iterator[tuple[str, float, float]]:
@@ -128,13 +129,11 @@ def _timed(calls: dict[str, Callable[[], object]], *, graph: bool = True) -> Ite
 def scan_rows(b: int, n: int, c: int, machine: Machine, copy: float) -> list[Row]:
     """Forward and backward of a summed `propagate_2d` in bfloat16, every cut."""
     x, logits, lam, u = t = inputs(b, n, c, torch.bfloat16)
-    _, state = scan.forward_saving(x, logits, lam, u, None, FOUR, True)
+    arguments = Scan(x, logits, lam, u)
+    _, h, _ = scan.forward_saving(arguments)
     runs: dict[bool, tuple[Callable[..., object], int]] = {
-        False: (partial(scan.forward, x, logits, lam, u, None, FOUR, True), size_of(*t, x)),
-        True: (
-            partial(scan.backward_saved, x, x, logits, lam, u, None, FOUR, True, state),
-            size_of(*t, *t, x, state),
-        ),
+        False: (partial(scan.forward, arguments), size_of(*t, x)),
+        True: (partial(scan.backward_saved, x, arguments, h), size_of(*t, *t, x, h)),
     }
     rows: list[Row] = []
     for backward, (function, count) in runs.items():

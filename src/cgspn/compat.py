@@ -64,6 +64,7 @@ has_any_global_hook: Callable[[], bool] = _module._has_any_global_hook
 # Only builds of torch with CUDA have these.
 current_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
+is_capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 
 
 def is_tracing() -> bool:

@@ -15,6 +15,7 @@ from shard_files import members, picture, write_shards, write_tar
 from cgspn.data import BatchPlan, LoaderConfig, SkipCounter, WorkerError, open_samples, read_rows
 from cgspn.data import workers as workers_module
 
+CPU = torch.device("cpu")
 PLAN = BatchPlan(batch_size=8, rows=(0, 8), size=(10, 14), seed=3)
 
 
@@ -24,7 +25,7 @@ def source(tmp_path):
 
 
 def read(source, plan=PLAN, start=0, end=9, workers=0):
-    return list(read_rows(source, plan, start, end, workers=workers, prefetch=2, pin=False))
+    return list(read_rows(source, plan, start, end, workers=workers, prefetch=2, device=CPU))
 
 
 def same(stream, other):
@@ -41,6 +42,17 @@ def test_workers_do_not_change_the_stream(source, workers):
     before = torch.get_rng_state()
     same(read(source), read(source, workers=workers))
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_a_batch_in_parts_is_the_batch(source, monkeypatch, workers):
+    whole = read(source)
+    monkeypatch.setattr(workers_module, "PART_IMAGES", 3)
+    assert [part.stop - part.start for part in PLAN.parts(0)] == [3, 3, 2]
+    same(whole, read(source, workers=workers))
+    monkeypatch.setattr(workers_module, "PART_PIXELS", 10 * 14 * 2)
+    assert len(PLAN.parts(0)) == 4
+    assert len(replace(PLAN, size=(100, 100)).parts(0)) == 8  # one image, however large
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -161,7 +173,7 @@ def test_damaged_pictures_are_replaced_by_others_and_named(tmp_path):
 def test_a_shard_lost_between_two_steps_is_skipped(tmp_path):
     source = open_samples(write_shards(tmp_path), cache=tmp_path / "cache")
     whole = read(source, end=6)
-    stream = read_rows(source, PLAN, 0, 6, workers=0, prefetch=2, pin=False)
+    stream = read_rows(source, PLAN, 0, 6, workers=0, prefetch=2, device=CPU)
     got = [next(stream) for _ in range(2)]
     (tmp_path / "shard-1.tar").unlink()
     got += list(stream)
@@ -261,7 +273,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(source, tmp_path, capfd
     (tmp_path / "pids").mkdir()
     slow = Slow(source, tmp_path / "pids")
     handler = signal.getsignal(signal.SIGCHLD)
-    stream = read_rows(slow, PLAN, 0, 9, workers=2, prefetch=1, pin=False)
+    stream = read_rows(slow, PLAN, 0, 9, workers=2, prefetch=1, device=CPU)
     got = [next(stream), next(stream)]
     first = readers(tmp_path / "pids")
     os.kill(min(first), signal.SIGKILL)
@@ -291,7 +303,7 @@ def test_workers_that_keep_dying_end_the_run_with_one_line(source, tmp_path):
 @pytest.mark.parametrize("taken", [0, 1, 9])
 def test_workers_are_gone_soon_after_a_stream_is_left(source, tmp_path, taken):
     (tmp_path / "pids").mkdir()
-    stream = read_rows(Slow(source, tmp_path / "pids"), PLAN, 0, 9, workers=3, prefetch=2, pin=False)
+    stream = read_rows(Slow(source, tmp_path / "pids"), PLAN, 0, 9, workers=3, prefetch=2, device=CPU)
     for _ in range(taken):
         next(stream)
     began = time.monotonic()

@@ -41,7 +41,11 @@ def change(folder, path, value):
         (("encoder", "patch_size"), 4.5, "encoder.patch_size is 4.5; accepted: a whole number"),
         (("encoder", "mlp_hidden"), True, "encoder.mlp_hidden is True; accepted: a whole number"),
         (("encoder", "width"), -1, "width is -1; accepted: 1 to 65536"),
-        (("encoder", "width"), 10**400, "accepted: 1 to 65536"),
+        (("encoder", "width"), 10**400, "...; accepted: a whole number"),
+        (("encoder", "image_mean"), [0.5], "image_mean is (0.5,); accepted: a number for each of 3 channels"),
+        (("encoder", "trained_sizes"), [0, 28], "trained_sizes is (0, 28); accepted: 1 to 65536 pixels"),
+        (("encoder", "window"), [8, 10**9], "window is (8, 1000000000); accepted: 1 to 65536"),
+        (("encoder", "\ud800"), 1, "EncoderConfig has no \\ud800"),
         (("encoder", "width"), 30000, "do not fit"),
         (("encoder", "norm_eps"), float("nan"), "encoder.norm_eps is nan; accepted: a finite number"),
         (("encoder", "attention"), [], "encoder.attention is []; accepted: an object with heads"),
@@ -62,7 +66,12 @@ def test_values_that_no_config_can_have(folder, path, value, said):
     assert str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"[" * 100000, b"\xff\xfe{}", b"[]", b"", b'{"a":' * 2000, b"9" * 5000])
+TWICE, SMALL = b'{"model": "encoder", "model": "dual"}', b'{"model": [' + b"[]," * 300_000 + b"1]}"
+
+
+@pytest.mark.parametrize(
+    "content", [b"[" * 100000, b"\xff\xfe{}", b"[]", b"", b'{"a":' * 2000, b"9" * 5000, TWICE, SMALL]
+)
 def test_files_that_are_no_config(folder, content):
     (folder / "config.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"config\.json"):
@@ -87,6 +96,21 @@ def test_weights_that_are_not_finite(folder):
         st.save_file(weights, folder / "model.safetensors")
         with pytest.raises(CheckpointError, match=f"{name} holds values that are not finite"):
             cgspn.load_encoder(folder)
+
+
+def test_weights_of_another_kind_or_beyond_the_dtype(folder):
+    weights = st.load_file(folder / "model.safetensors")
+    for value, said in (
+        (torch.ones(96).long(), "is of torch.int64"),
+        (torch.full((96,), 1e300, dtype=torch.float64), "float32"),
+    ):
+        st.save_file(weights | {"norm.weight": value}, folder / "model.safetensors")
+        with pytest.raises(CheckpointError, match=f"norm.weight .*{said}"):
+            cgspn.load_encoder(folder)
+    st.save_file(weights | {"norm.weight": torch.full((96,), 1e30)}, folder / "model.safetensors")
+    assert cgspn.load_encoder(folder).norm.weight[0] == 1e30
+    with pytest.raises(CheckpointError, match=r"norm.weight in torch.float16 holds values that are not finite"):
+        cgspn.load_encoder(folder, dtype=torch.float16)
 
 
 def rewritten(path, edit):
@@ -155,10 +179,18 @@ class Planted:
         return os.mkdir, ("planted",)
 
 
+def twice(depth):
+    """Dictionaries of which each has the one before twice: 2^depth names in some hundred bytes."""
+    found = {"a": torch.zeros(1)}
+    for _ in range(depth):
+        found = {"a": found, "b": found}
+    return found
+
+
 @pytest.mark.filterwarnings("ignore")  # of PyTorch, about what the test makes
 def test_pickles_that_run_or_expand(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    one = torch.zeros(1)
+    one, one_and_more = torch.zeros(1), torch.zeros(10**5)
     torch.save({"a": one.expand(10**10)}, "stride.pt")
     torch.save({"a": torch.sparse_coo_tensor([[0]], [1.0], (10**12,))}, "sparse.pt")
     torch.save({"a": torch.empty(10**12, device="meta")}, "meta.pt")
@@ -168,8 +200,24 @@ def test_pickles_that_run_or_expand(tmp_path, monkeypatch):
     with zipfile.ZipFile("good.pt") as stored, zipfile.ZipFile("deflated.pt", "w", zipfile.ZIP_DEFLATED) as packed:
         for name in stored.namelist():
             packed.writestr(name, stored.read(name))
-    for name in ("stride", "sparse", "meta", "planted", "raw", "deflated"):
-        with pytest.raises(CheckpointError):
+    torch.save({str(number): one_and_more for number in range(50)}, "shared.pt")
+    torch.save(twice(40), "twice.pt")
+    torch.save({"a": torch.zeros(2, dtype=torch.complex64)}, "complex.pt")
+    torch.save({"a": torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])}, "nested.pt")
+    take = b"\x80\2cbuiltins\nbytearray\n\x8a\6\0\0\0\0\x10\0\x85R."  # 64 GiB
+    with zipfile.ZipFile("take.pt", "w") as stored:
+        stored.writestr("a/data.pkl", take)
+        stored.writestr("a/version", "3")
+    torch.save({"a": one}, "old.pt", _use_new_zipfile_serialization=False)
+    content = (tmp_path / "old.pt").read_bytes()
+    (tmp_path / "old.pt").write_bytes(content.replace(b"\x80\2}q\0X\1\0\0\0a", take + b"}q\0X\1\0\0\0a", 1))
+    os.mkfifo("fifo.pt")
+    (tmp_path / "zero.pt").symlink_to("/dev/zero")
+    (tmp_path / "empty.pt").touch()
+    bad = ("stride", "sparse", "meta", "planted", "raw", "deflated", "shared", "twice", "complex", "nested", "take")
+    for name in (*bad, "old", "fifo", "zero", "empty"):
+        with pytest.raises(CheckpointError) as caught:
             open_weights(tmp_path / f"{name}.pt")
+        assert "will likely succeed" not in str(caught.value)  # PyTorch's advice to read it without limits
     assert not (tmp_path / "planted").exists()
     assert open_weights(tmp_path / "good.pt")[0]["a"].read().shape == (10**6,)

@@ -9,15 +9,13 @@ from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
+
+from .opening import is_jpeg, open_image
 
 ORIENTATION = 0x0112  # the Exif tag; values from 5 to 8 turn a picture on its side
 ON_ITS_SIDE = range(5, 9)
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
-"""Those that are read. Pillow knows others, of which PostScript starts a program on what the file holds."""
-MOST_PIXELS = 1 << 27  # of a picture, beyond the largest cameras: 512 MiB as RGBA
-MOST_BYTES = 1 << 28  # of a file
+BAND = 1 << 20  # pixels that are converted at a time
 
 Box = tuple[float, float, float, float]
 """(top, left, height, width) in pixels, inside the picture."""
@@ -40,19 +38,16 @@ def read_box(file: Path | IO[bytes], size: tuple[int, int], choose: Callable[[in
     Raises all kinds of errors for a damaged file: OSError, SyntaxError, ValueError, struct.error and others.
     """
     with open_image(file) as opened:
-        if opened.format in ("JPEG", "MPO"):
-            sideways = opened.getexif().get(ORIENTATION) in ON_ITS_SIDE
-            height, width = (opened.width, opened.height) if sideways else (opened.height, opened.width)
-            box = choose(height, width)
-            # the decoder can shrink by 2, 4 or 8 for free; twice the size wanted leaves the quality to the resize
-            shrink = max(1.0, min(box[2] / size[0], box[3] / size[1]) / 2)
-            opened.draft(None, (int(opened.width / shrink), int(opened.height / shrink)))
-            image = ImageOps.exif_transpose(opened)
-        else:
-            image = ImageOps.exif_transpose(opened)
-            height, width = image.height, image.width
-            box = choose(height, width)
-        image = to_rgb(image)
+        if not is_jpeg(opened):
+            turn_upright(opened)
+        sideways = opened.getexif().get(ORIENTATION) in ON_ITS_SIDE
+        height, width = (opened.width, opened.height) if sideways else (opened.height, opened.width)
+        box = choose(height, width)
+        # the decoder of JPEG can shrink by 2, 4 or 8 for free; twice the size wanted leaves the quality to the resize
+        shrink = max(1.0, min(box[2] / size[0], box[3] / size[1]) / 2)
+        opened.draft(None, (int(opened.width / shrink), int(opened.height / shrink)))
+        turn_upright(opened)
+        image = to_rgb(opened)
     # rounding must not move a box at the edge beyond it
     x, y = image.width / width, image.height / height
     top, left = max(0.0, box[0] * y), max(0.0, box[1] * x)
@@ -61,37 +56,11 @@ def read_box(file: Path | IO[bytes], size: tuple[int, int], choose: Callable[[in
     return np.array(resized)
 
 
-def open_image(file: Path | IO[bytes]) -> Image.Image:
-    """A picture that is not decoded yet.
-
-    Raises OSError for what is none, for formats other than `FORMATS`, and for files and pictures that are too large.
-    """
-    if isinstance(file, Path):
-        check_file(file)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # half of our own limit
-            image = Image.open(file, formats=FORMATS)
-    except UnidentifiedImageError as error:  # its message would name an object in memory
-        name = f": {file}" if isinstance(file, Path) else ""
-        raise OSError(f"no image, or of none of the kinds {', '.join(FORMATS)}{name}") from error
-    if image.width * image.height > MOST_PIXELS:
-        raise OSError(f"{image.width} x {image.height} pixels; accepted: {MOST_PIXELS} in all")
-    return image
-
-
-def check_file(path: Path) -> None:
-    """Raise OSError for what is no regular file, which might have no end, and for files larger than `MOST_BYTES`."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}")
-    if (size := path.stat().st_size) > MOST_BYTES:
-        raise OSError(f"{path} has {size} bytes; accepted: {MOST_BYTES}")
-
-
-def read_bytes(path: Path) -> bytes:
-    """What a file holds. Raises OSError as `check_file`, or if it cannot be read."""
-    check_file(path)
-    return path.read_bytes()
+def turn_upright(image: Image.Image) -> None:
+    """Decode a picture and turn it, in place, as its Exif orientation says."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about oddities of metadata, a line each
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def whole(height: int, width: int) -> Box:
@@ -112,6 +81,16 @@ def middle(size: tuple[int, int]) -> Callable[[int, int], Box]:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB. Raises ValueError for grey values whose range is not known."""
+    rows = max(1, BAND // max(1, image.width))
+    if image.mode == "RGB" or rows >= image.height:
+        return _to_rgb(image)
+    result = Image.new("RGB", image.size)
+    for top in range(0, image.height, rows):  # what lies between needs up to five times the memory
+        result.paste(_to_rgb(image.crop((0, top, image.width, min(top + rows, image.height)))), (0, top))
+    return result
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         # 16-bit grey, which Pillow opens as "I;16" or "I" and would clip at 255 instead of scaling.
         grey = np.asarray(image)

@@ -11,10 +11,10 @@ from PIL import Image
 
 from .captions import TEMPLATES
 from .clip_benchmark import is_clip_benchmark, open_benchmark_shards, read_lines
-from .decode import read_bytes
 from .embedded import load_embedded
 from .folder import SUFFIXES, list_folder
 from .locate import cache_folder
+from .opening import read_bytes
 from .prepare import Member, Picture
 from .shards import ShardSet, open_shards
 from .source import EMBEDDED

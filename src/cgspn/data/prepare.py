@@ -17,7 +17,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..models.config import EncoderConfig, Resample
-from .decode import open_image, to_rgb
+from .decode import to_rgb, turn_upright
+from .opening import open_image
 from .shards import ShardSet
 from .sizes import Size, size_in_pixels
 from .skipped import SkipCounter
@@ -81,7 +82,11 @@ def open_picture(picture: Picture) -> Image.Image:
     Arrays and tensors are as `array_picture` takes them. Raises OSError for a file that is missing, ValueError for
     pixels whose range is not known or a picture without any, and all kinds of errors for a damaged file.
     """
-    return to_rgb(ImageOps.exif_transpose(open_raw(picture)))
+    image = open_raw(picture)
+    if image is picture:  # which is not ours to change
+        return to_rgb(ImageOps.exif_transpose(image))
+    turn_upright(image)
+    return to_rgb(image)
 
 
 def array_picture(pixels: np.ndarray | Tensor) -> Image.Image:

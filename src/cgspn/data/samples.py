@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from .decode import read_bytes
 from .folder import list_folder
+from .opening import read_bytes
 from .skipped import Skipped
 
 

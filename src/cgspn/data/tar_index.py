@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .decode import MOST_BYTES
 from .folder import SUFFIXES
+from .opening import MOST_BYTES
 from .tar import LONGEST_NAME, Member, TarDamage, members
 
 FORMAT = 3  # of the cached file; another number is read as no cache

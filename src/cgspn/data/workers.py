@@ -28,6 +28,8 @@ from .transforms import SCALE, boxes_from, ratio_around
 FLIP = 0.5
 SUBSTITUTES = 20  # unreadable ones in a row that end a run, whatever the limit
 MOST_WORKERS = 16
+# what a process reads of a batch at a time, at most: a thousand small images in one piece kept the others waiting
+PART_IMAGES, PART_PIXELS = 32, 1 << 21
 AUGMENT, SUBSTITUTE = 1, 3  # purposes of randomness
 
 Failure = tuple[int, str, str]
@@ -45,13 +47,13 @@ class LoaderConfig:
     Args:
         workers: processes that read and decode, for each training process; None for one a core, at most 16; 0 reads
             between the steps.
-        prefetch: batches that each worker reads ahead.
+        prefetch: parts of batches, of up to 32 images, that each worker reads ahead.
         max_skipped: largest share of unreadable images, or of lost or damaged shards, that is tolerated, 0 to 1.
         cache: folder for fetched shards and for indices; None for $XDG_CACHE_HOME/cgspn/data or ~/.cache/cgspn/data.
     """
 
     workers: int | None = None
-    prefetch: int = 2
+    prefetch: int = 4
     max_skipped: float = 0.1
     cache: Path | None = None
 
@@ -102,9 +104,15 @@ class BatchPlan:
         first, end = (row * shape.images // self.batch_size for row in self.rows)
         return shape, begin, slice(first, end)
 
+    def parts(self, step: int) -> list[slice]:
+        """The rows of a step that this process reads, in parts for its workers."""
+        shape, _, rows = self.at(step)
+        count = max(1, min(PART_IMAGES, PART_PIXELS // (shape.size[0] * shape.size[1])))
+        return [slice(first, min(first + count, rows.stop)) for first in range(rows.start, rows.stop, count)]
+
 
 class Rows(NamedTuple):
-    """This process's rows of a batch: uint8 [b, h, w, 3], int64 [b], int64 [b], captions, what could not be used.
+    """Rows of a batch: uint8 [b, h, w, 3], int64 [b], int64 [b], captions, what could not be used.
 
     `images` is None if nothing that could be used was found.
     """
@@ -117,16 +125,16 @@ class Rows(NamedTuple):
 
 
 class RowsReader(Dataset[Rows]):
-    """From a step and sample numbers to decoded rows; what each worker process runs."""
+    """From a step, rows of its batch and their sample numbers to decoded rows; what each worker process runs."""
 
     def __init__(self, source: SampleSource, plan: BatchPlan) -> None:
         """The two things that rows are a function of."""
         self.source, self.plan = source, plan
 
-    def __getitem__(self, key: tuple[int, list[int]]) -> Rows:
-        """The rows of one step. Never raises for damaged data: what a worker raises loses its place in the stream."""
-        step, numbers = key
-        shape, _, rows = self.plan.at(step)
+    def __getitem__(self, key: tuple[int, slice, list[int]]) -> Rows:
+        """Rows of one step. Never raises for damaged data: what a worker raises loses its place in the stream."""
+        step, rows, numbers = key
+        shape = self.plan.at(step)[0]
         generator = generator_of(self.plan.seed, AUGMENT, step)
         # of the whole batch, so that a row has its own whoever reads it
         draws = torch.rand(shape.images, 6, generator=generator, dtype=torch.float64)[rows]
@@ -188,18 +196,31 @@ class Steps:
     start: int
     end: int
 
-    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
-        """Step and sample numbers of this process's rows."""
+    def __iter__(self) -> Iterator[tuple[int, slice, list[int]]]:
+        """Step, rows and their sample numbers, of each part that this process reads."""
         for step in range(self.start, self.end):
-            shape, begin, rows = self.plan.at(step)
+            shape, begin, _ = self.plan.at(step)
             whole = stream_indices(self.size, begin, shape.images, seed=self.plan.seed)
-            yield step, whole[rows].tolist()
+            for rows in self.plan.parts(step):
+                yield step, rows, whole[rows].tolist()
+
+
+def joined(parts: list[Rows], device: torch.device) -> Rows:
+    """Parts of a batch as one, its images on a device."""
+    images = [part.images.to(device, non_blocking=True) for part in parts if part.images is not None]
+    return Rows(
+        torch.cat(images) if len(images) == len(parts) else None,
+        torch.cat([part.indices for part in parts]),
+        torch.cat([part.labels for part in parts]),
+        [caption for part in parts for caption in part.captions],
+        [failure for part in parts for failure in part.failures],
+    )
 
 
 def read_rows(
-    source: SampleSource, plan: BatchPlan, start: int, end: int, *, workers: int, prefetch: int, pin: bool
+    source: SampleSource, plan: BatchPlan, start: int, end: int, *, workers: int, prefetch: int, device: torch.device
 ) -> Iterator[tuple[int, Rows]]:
-    """The rows of steps `start` to `end` - 1, read ahead.
+    """The rows of steps `start` to `end` - 1, read ahead, those that this process reads.
 
     Args:
         source: what is read.
@@ -207,8 +228,8 @@ def read_rows(
         start: first step.
         end: step to stop before.
         workers: processes; 0 for none.
-        prefetch: batches that each reads ahead.
-        pin: put images into page-locked memory, for fast copies to a GPU.
+        prefetch: parts of batches that each reads ahead.
+        device: where images go; through page-locked memory to a GPU.
 
     Raises:
         WorkerError: a worker dies again before one batch has come after its restart.
@@ -216,16 +237,17 @@ def read_rows(
     """
     step, restarted_at = start, -1
     while step < end:
-        used = min(workers, end - step)
-        batches = _started(RowsReader(source, plan), Steps(len(source), plan, step, end), used, prefetch, pin)
+        used = min(workers, sum(len(plan.parts(ahead)) for ahead in range(step, min(end, step + workers))))
+        pin = device.type == "cuda"
+        parts = _started(RowsReader(source, plan), Steps(len(source), plan, step, end), used, prefetch, pin)
         while step < end:
             try:
-                rows = next(batches)
+                rows = joined([next(parts) for _ in plan.parts(step)], device)
             # dead workers show as RuntimeError, or as a broken connection while a batch is handed over
             except (RuntimeError, OSError, EOFError) as error:
                 if not used:
                     raise
-                del batches
+                del parts
                 if restarted_at == step:
                     raise WorkerError(
                         f"a process that reads images died twice at step {step} ({error}); if memory ran out, fewer "

@@ -167,11 +167,11 @@ class SampleFeed:
             captioned=self.captioned,
             shapes=batch_shapes(encoder, size, optim, world.size, sizes),
         )
-        workers, cuda = self.loader.workers_for(world.local_size), world.device.type == "cuda"
+        workers, prefetch = self.loader.workers_for(world.local_size), self.loader.prefetch
 
         def start_at(start: int) -> Iterator[Batch]:
             read = read_rows(
-                self.source, plan, start, optim.steps, workers=workers, prefetch=self.loader.prefetch, pin=cuda
+                self.source, plan, start, optim.steps, workers=workers, prefetch=prefetch, device=world.device
             )
             for step, rows in read:
                 self.tally.add(len(rows.labels), rows.failures)
@@ -181,9 +181,7 @@ class SampleFeed:
                         f"{rows.failures[-1][1]}: {rows.failures[-1][2]}"
                     )
                 shape, _, own = plan.at(step)
-                # bytes travel, and become floats on the device
-                pixels = rows.images.to(world.device, non_blocking=cuda).permute(0, 3, 1, 2).contiguous()
-                images = to_float(pixels)
+                images = to_float(rows.images.permute(0, 3, 1, 2).contiguous())  # bytes travelled
                 if optim.augment and optim.jitter:
                     factors = jitter_factors(shape.images, optim.jitter, generator_of(optim.seed, COLORS, step))
                     images = jitter_colors(images, factors[own])

@@ -7,6 +7,7 @@ exporter and counter knows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,14 +18,14 @@ from ..ops.backends import unsupported_reason
 from ..ops.eager import is_eager
 from ..ops.fused import linear_residual, local_norm, norm_linear
 from ..ops.fused.rows import CHANNELS_MOST, DTYPES
-from ..ops.gpu import gpu_of, on_accelerator, recorded
+from ..ops.gpu import gpu_of, on_accelerator
+from ..ops.replay import ALIGNED, Replay, recorded
 from .mixer import Grid
 from .mlp import Mlp
 from .norm import add_norm
-from .plain import has_global_hooks
-from .prepared import LAUNCHES, PreparedBlock
-from .propagation import check_grid
-from .state import state_of
+from .plain import has_global_hooks, is_plain
+from .propagation import PropagationMixer, check_grid
+from .state import State, state_of
 
 if TYPE_CHECKING:
     from .block import Block
@@ -44,7 +45,9 @@ class Fusion(NamedTuple):
 
 NOTHING, EVERYTHING = Fusion(), Fusion(norm1=True, norm2=True, mixer=True, mlp=True)
 FEW = 1 << 22  # numbers in tokens below which the host is slower than the GPU, and PyTorch's own norms spare it more
+TRIES = 4  # passes after which launches that still cannot be kept never are: the first compiles and sizes the workspace
 SHAPES_MOST = 64  # shapes of tokens for which a block keeps launches
+KEPT_MOST = 1 << 24  # numbers in tokens beyond which the GPU takes longer than the host, and no launches are kept
 
 
 def fusion_of(block: Block, tokens: Tensor) -> Fusion:
@@ -99,40 +102,86 @@ def is_narrow(block: Block) -> bool:
 
 def run_block(block: Block, tokens: Tensor, grid: Grid, tapped: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """tokens [B, N, C] -> the block's output, and if `tapped` its mixing branch, [B, N, C] each."""
-    prepared = None if tapped or torch.is_grad_enabled() else run_prepared(block, tokens, grid)
-    if prepared is not None:
-        return prepared
+    state = block._state
+    if state is not None and state.plans and not tapped and not torch.is_grad_enabled():
+        kept = run_kept(block, state, tokens, grid)
+        if kept is not None:
+            return kept
     fusion = fusion_of(block, tokens)
-    if tapped or fusion != EVERYTHING or not state_of(block).preparable:
-        return run_fused(block, tokens, grid, fusion, tapped)
-    with recorded() as launches:
-        out: Tensor = run_fused(block, tokens, grid, fusion)
-    if len(launches) == LAUNCHES:
-        plans = state_of(block).plans
-        while len(plans) >= SHAPES_MOST:
-            plans.pop(next(iter(plans)))
-        plans[plan_key(block, tokens, grid)] = PreparedBlock(block, tokens, grid, launches)
+    if fusion == EVERYTHING and not tapped and tokens.numel() <= KEPT_MOST:
+        kept = keep(block, tokens, grid)
+        if kept is not None:
+            return kept
+    out: Tensor | tuple[Tensor, Tensor] = run_fused(block, tokens, grid, fusion, tapped)
     return out
 
 
-def run_prepared(block: Block, tokens: Tensor, grid: Grid) -> Tensor | None:
-    """A block in inference by launches that are prepared for its state and these shapes; None where there are none."""
-    state = block._state
-    if state is None or not state.plans or has_global_hooks() or not is_eager(tokens) or not state.holds():
-        return None
-    plan = state.plans.get(plan_key(block, tokens, grid))
-    if plan is None or autocast_dtype(tokens) not in (None, tokens.dtype):
-        return None
-    return plan.run(tokens, grid.mask)
+class Plan(NamedTuple):
+    """Launches up to the MLP; what then adds the MLP of the second norm's output onto tokens [M, C]."""
+
+    replay: Replay
+    add_mlp: Callable[[Tensor], object]
 
 
-def plan_key(block: Block, tokens: Tensor, grid: Grid) -> tuple[Any, ...]:
-    """What launches depend on, besides the state and the addresses."""
-    mixer: Any = block.mixer
-    mlp: Any = block.mlp
-    eps = (block.norm1.eps, mixer.norm.eps, mixer.merge_norm.eps, block.norm2.eps)
-    where = (grid.height, grid.width, grid.prefix, grid.mask is None)
-    return tokens.shape, tokens.dtype, tokens.device, block.fusion_backend, where, eps, mlp.act.approximate
+def plan_key(block: Block, tokens: Tensor, grid: Grid, stream: int) -> tuple[Any, ...]:
+    """What launches depend on, besides the state of the block and its tensors."""
+    mask = grid.mask
+    masked = None if mask is None else (mask.shape, mask.dtype, mask.device)
+    return tokens.shape, tokens.dtype, tokens.device, block.fusion_backend, stream, *grid[:3], masked
+
+
+def run_kept(block: Block, state: State, tokens: Tensor, grid: Grid) -> Tensor | None:
+    """A block in inference by launches that were kept; None where there are none for its state and these shapes."""
+    if has_global_hooks() or not is_eager(tokens) or not state.holds():
+        return None
+    gpu, mask = gpu_of(tokens.device), grid.mask
+    stream = None if gpu is None else gpu.stream()
+    if gpu is None or stream is None:
+        return None
+    plan = state.plans.get(plan_key(block, tokens, grid, stream), 0)
+    if isinstance(plan, int) or state.look() != state.seen or autocast_dtype(tokens) not in (None, tokens.dtype):
+        return None
+    here, there = tokens.data_ptr(), 0 if mask is None else mask.data_ptr()
+    if (here | there) & ALIGNED or not tokens.is_contiguous() or not (mask is None or mask.is_contiguous()):
+        return None
+    if not gpu.is_current():
+        with gpu.current():
+            return run_kept(block, state, tokens, grid)
+    with plan.replay.workspace.lock:
+        if not plan.replay.holds():
+            return None
+        out = torch.empty_like(tokens)
+        plan.replay.run(here, there, out.data_ptr())
+        plan.add_mlp(out.view(-1, out.shape[-1]))
+    return out
+
+
+def keep(block: Block, tokens: Tensor, grid: Grid) -> Tensor | None:
+    """A block in inference, all of it fused, whose launches are kept; None where that was tried in vain."""
+    gpu, state = gpu_of(tokens.device), state_of(block)
+    stream = None if gpu is None else gpu.stream()
+    if gpu is None or stream is None or not (is_plain(block.mixer, PropagationMixer) and is_plain(block.mlp, Mlp)):
+        return None
+    if state.look() != state.seen:
+        state.plans.clear()
+        state.seen = state.look()
+    key = plan_key(block, tokens, grid, stream)
+    tried = state.plans.get(key, 0)
+    # weights in another dtype would be copied, and the copies kept
+    if tried == TRIES or state.seen[1] != [tokens.dtype] * len(state.tensors) or not all(state.seen[3]):
+        return None
+    with recorded(gpu, tokens.device, stream) as recording:
+        normal, mixed = fused_residual(block, tokens, grid, EVERYTHING, block.mlp.fc2.bias)
+        replay = recording.replay(state.tensors, (tokens, grid.mask), mixed)
+        mlp: Any = block.mlp
+        prepared = recording.mlp(normal.flatten(0, -2), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight)
+        add_mlp = prepared or mlp.adder(normal)
+        out = mixed.clone()
+        add_mlp(out.view(-1, out.shape[-1]))
+    while len(state.plans) >= SHAPES_MOST:
+        state.plans.pop(next(iter(state.plans)))
+    state.plans[key] = Plan(replay, add_mlp) if replay else tried + 1 if isinstance(tried, int) else 1
+    return out
 
 
 def run_fused(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion, tapped: bool = False) -> Any:
@@ -144,7 +193,11 @@ def run_fused(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion, tapped: 
     else:
         branch, past = run_branch(block, tokens, grid, fusion)
         normal, mixed = add_norm(block.norm2, past, branch, after, fused=fusion.norm2)
-    out = block.mlp.add_to_residual_(normal, mixed) if fusion.mlp else mixed + block.scale2(block.mlp(normal))
+    if fusion.mlp:
+        out = mixed.contiguous()
+        block.mlp.adder(normal)(out.view(-1, out.shape[-1]))
+    else:
+        out = mixed + block.scale2(block.mlp(normal))
     return out if branch is None or not tapped else (out, branch)
 
 

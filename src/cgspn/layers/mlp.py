@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -80,24 +81,23 @@ class Mlp(nn.Module):
         layers = is_plain(self.fc1, nn.Linear) and is_plain(self.act, nn.GELU) and is_plain(self.fc2, nn.Linear)
         return layers and not has_global_hooks()
 
-    def add_to_residual_(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """`tokens` [..., C] + the MLP of x without its last bias, in place: the products do bias, GELU and sum.
+    def adder(self, x: Tensor) -> Callable[[Tensor], object]:
+        """What adds the MLP of x [..., C], without its last bias, onto tokens [M, C]: in the products themselves.
 
-        For a bare MLP with a GELU by tanh, without gradients.
+        For a bare MLP with a GELU by tanh, without gradients. It may be called again when other numbers are in x.
         """
-        tokens = tokens.contiguous()
-        first, bias, second = (t.to(tokens.dtype) for t in (self.fc1.weight, self.fc1.bias, self.fc2.weight))
-        hidden = gelu_linear(x.flatten(0, -2), first, bias)
-        tokens.view(-1, tokens.shape[-1]).addmm_(hidden, second.T)
-        return tokens
+        rows = x.flatten(0, -2)
+        first, bias, second = (t.to(x.dtype) for t in (self.fc1.weight, self.fc1.bias, self.fc2.weight))
+        first, second, fused = first.t(), second.t(), on_accelerator(x)
 
+        def add_(tokens: Tensor) -> None:
+            if fused:  # one launch where cuBLAS has the epilogue for it
+                hidden = addmm_activation(bias, rows, first, use_gelu=True)
+            else:
+                hidden = gelu(torch.addmm(bias, rows, first), approximate="tanh")
+            tokens.addmm_(hidden, second)
 
-def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """GELU (tanh) of a linear layer, x [M, C] -> [M, K]: in one launch where cuBLAS has the epilogue for it."""
-    if on_accelerator(x):
-        fused: Tensor = addmm_activation(bias, x, weight.T, use_gelu=True)
-        return fused
-    return gelu(linear(x, weight, bias), approximate="tanh")
+        return add_
 
 
 class RecomputeGELU(torch.autograd.Function):

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from ..ops import DIRECTIONS
+from ..ops import DIRECTIONS, replay
 from ..ops.gpu import on_accelerator
-from ..ops.normalised import propagate_2d_normalised
 from ..ops.projected import projected_unchecked
 from ..ops.projected_library import split_parameters
 from ..ops.propagate import propagate_2d_unchecked
@@ -237,7 +236,7 @@ class PropagationMixer(Mixer):
                 maker, values = (t.clone(memory_format=torch.contiguous_format) for t in (maker, values))
             own = values.view(batch, height, width, len(self.config.directions), self.value_width)
             # a slice of a matrix is multiplied where it lies
-            made = self.param_proj(maker)
+            made = replay.project(self.param_proj, maker)
             made = made.view(batch, height, width, made.shape[-1])
             y = self.propagate(own, *self.split(made), mask=mask)
         return values.reshape(batch, height * width, values.shape[-1]), y.flatten(1, 2).flatten(2)
@@ -286,11 +285,11 @@ class PropagationMixer(Mixer):
     ) -> Tensor:
         """`propagate_2d` in the config's directions, merged by its rule: [B, H, W, own] or [B, H, W, D, own]."""
         if self.config.normalise_state:
-            lam = softplus(lam).to(x.dtype)  # autocast computes it in float32
-            return propagate_2d_normalised(
-                x, logits, lam, u, keep=keep, mask=mask, scan=propagate_2d_unchecked, **self.scans()
-            )
-        return propagate_2d_unchecked(x, logits, lam, u, keep=keep, mask=mask, **self.scans())
+            lam = replay.pointwise(softplus, torch.ops.aten.softplus.out, lam).to(x.dtype)  # autocast: in float32
+        normalise = self.config.normalise_state
+        return propagate_2d_unchecked(
+            x, logits, lam, u, keep=keep, mask=mask, normalise_state=normalise, **self.scans()
+        )
 
     def scans(self) -> Scans:
         """The config's directions, and how the operator merges them."""

@@ -7,21 +7,25 @@ dictionaries (a `forward` set on an instance is one entry more), their hooks, an
 
 from __future__ import annotations
 
-from itertools import chain
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..compat import HOOKS
 from .fp8 import Fp8Mlp
 from .mlp import Mlp
 from .norm import LayerNorm, RMSNorm
 from .plain import is_plain
-from .prepared import can_prepare
 from .propagation import PropagationMixer
 
 if TYPE_CHECKING:
     from .block import Block
+
+
+HELD = ("_modules", "_parameters", "_buffers")
+SETTINGS = ("eps", "approximate")  # of layers, which launches have fixed
+LOOKS: tuple[Any, ...] = (Tensor.data_ptr, Tensor.dtype.__get__, Tensor.size, Tensor.is_contiguous)  # type: ignore[attr-defined]
 
 
 class Snapshot:
@@ -29,32 +33,32 @@ class Snapshot:
 
     def __init__(self, root: nn.Module) -> None:
         """root: all below it counts; what is done to the module itself, its caller does."""
-        self._modules = tuple(root.modules())[1:]
-        dictionaries = [vars(m) for m in self._modules]
-        self._dictionaries, self._sizes = dictionaries, list(map(len, dictionaries))
-        self._types = list(map(type, self._modules))
-        self._children = [(m, dict(m)) for m in (d["_modules"] for d in (vars(root), *dictionaries)) if m]
-        self._hooks = [d[name] for d in dictionaries for name in HOOKS]
-        self._hooked = list(map(len, self._hooks))
-        self._held = [held for d in (vars(root), *dictionaries) for held in (d["_parameters"], d["_buffers"]) if held]
-        self._ids, self._kinds = list(map(id, self.tensors)), list(map(type, self.tensors))
-
-    @property
-    def tensors(self) -> list[Any]:
-        """Parameters and buffers, with None for those that are not there."""
-        return list(chain.from_iterable([held.values() for held in self._held]))
+        modules = tuple(root.modules())[1:]
+        below = [vars(m) for m in modules]
+        held = [d[kind] for d in (vars(root), *below) for kind in HELD]
+        places = [(d, key) for d in held for key in d]
+        places += [(d, key) for d in below for key in SETTINGS if key in d]
+        self._dictionaries, self._keys = [d for d, _ in places], [key for _, key in places]
+        self._found = [d[key] for d, key in places]
+        self.tensors = [t for t in self._found if isinstance(t, Tensor)]
+        self._typed = [*modules, *self.tensors]
+        self._types = list(map(type, self._typed))
+        sized = [*below, *held, *(d[hooks] for d in below for hooks in HOOKS)]
+        self._empty, self._filled = [d for d in sized if not d], [d for d in sized if d]
+        self._sizes = list(map(len, self._filled))
 
     def holds(self) -> bool:
-        """Whether nothing has changed since: modules in their places, classes, hooks, which tensors there are."""
-        if list(map(len, self._hooks)) != self._hooked or list(map(type, self._modules)) != self._types:
+        """Whether nothing has changed since: modules in their places, classes, hooks, settings, tensors."""
+        if any(self._empty) or list(map(len, self._filled)) != self._sizes:
             return False
-        if list(map(len, self._dictionaries)) != self._sizes:
+        if list(map(type, self._typed)) != self._types:
             return False
-        for now, then in self._children:
-            if now != then:
-                return False
-        tensors = self.tensors
-        return list(map(id, tensors)) == self._ids and list(map(type, tensors)) == self._kinds
+        return all(map(is_, map(dict.get, self._dictionaries, self._keys), self._found))
+
+    def look(self) -> tuple[list[Any], ...]:
+        """Where the tensors are, and how they lie there: what launches have fixed of them."""
+        held = self.tensors
+        return tuple([list(map(look, held)) for look in LOOKS])
 
 
 class State(Snapshot):
@@ -65,8 +69,7 @@ class State(Snapshot):
         widths: shapes of the gains of those norms.
         latent: whether they may for norms, products and convolution of a C-GSPN sub-layer and its LayerScale.
         mlp: whether products may write the MLP onto the residual.
-        preparable: whether launches of the whole block may be kept.
-        plans: launches prepared for this state, by shape.
+        plans: launches kept for this state and tensors that look as `seen`, by shape; or how often that was tried.
     """
 
     def __init__(self, block: Block) -> None:
@@ -76,8 +79,8 @@ class State(Snapshot):
         self.widths = {n.weight.shape for n in (block.norm1, block.norm2) if is_layer_norm(n)}
         self.latent = self.norm1 and is_latent(block.mixer) and is_scale(block.scale1)
         self.mlp = is_plain(block.scale2, nn.Identity) and (is_plain(block.mlp, Fp8Mlp) or is_tanh(block.mlp))
-        self.preparable = self.latent and self.norm2 and self.mlp and can_prepare(block)
         self.plans: dict[tuple[Any, ...], Any] = {}
+        self.seen: tuple[list[Any], ...] = ()
 
 
 def state_of(block: Block) -> State:

@@ -115,6 +115,11 @@ class EncoderConfig:
             raise ValueError(f"norm_eps is {self.norm_eps}; accepted: 0 to below 1")
         if not all(std > 0 for std in self.image_std):
             raise ValueError(f"image_std is {self.image_std}; accepted: numbers above 0")
+        for name in ("image_mean", "image_std"):
+            if len(given := getattr(self, name)) < min(self.channels, 3):
+                raise ValueError(f"{name} is {given}; accepted: a number for each of {self.channels} channels")
+        if not all(1 <= side <= WIDEST for side in self.trained_sizes):
+            raise ValueError(f"trained_sizes is {self.trained_sizes}; accepted: 1 to {WIDEST} pixels")
         if not self.crop_remainder and any(n % self.patch_size for n in self.image_size):
             raise ValueError(
                 f"image_size is {tuple(self.image_size)}; accepted: multiples of the patch size {self.patch_size}"
@@ -122,8 +127,8 @@ class EncoderConfig:
         for name in self.mixers:
             if name not in get_args(MixerName):
                 raise ValueError(f"mixers holds {name!r}; accepted: {', '.join(map(repr, get_args(MixerName)))}")
-        if len(self.window_size) != 2 or any(n < 1 for n in self.window_size):
-            raise ValueError(f"window is {self.window}; accepted: a number of positions from 1 up, or (rows, columns)")
+        if len(self.window_size) != 2 or not all(1 <= n <= WIDEST for n in self.window_size):
+            raise ValueError(f"window is {self.window}; accepted: 1 to {WIDEST} positions, or (rows, columns)")
         if (self.class_token or self.registers) and set(self.mixers) - {"attention"}:
             raise ValueError(
                 "class_token and registers must be off beside propagation and windows: they know only the grid"

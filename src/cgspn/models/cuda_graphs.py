@@ -72,7 +72,7 @@ class CapturedEncoder:
             raise ValueError(f"images is on {images.device}; expected the encoder's device, {self._device}")
         # not in inference mode, whose tensors could not be written to outside of it
         with self._lock, torch.inference_mode(False), torch.no_grad():
-            if not self._snapshot.holds() or self._addresses() != self._found:
+            if not self._snapshot.holds() or self._snapshot.look() != self._found:
                 self._start_over()
             return self._replay(images, mask)
 
@@ -80,12 +80,9 @@ class CapturedEncoder:
         """Forget what was recorded, of an encoder that is not the same any more."""
         self.recordings.clear()
         self._snapshot = Snapshot(self.encoder)
-        self._found = self._addresses()
+        self._found = self._snapshot.look()
         self._device = next(self.encoder.parameters()).device
         self._pool = torch.cuda.graph_pool_handle()
-
-    def _addresses(self) -> list[tuple[int, torch.dtype]]:
-        return [(t.data_ptr(), t.dtype) for t in self._snapshot.tensors if t is not None]
 
     def _replay(self, images: Tensor, mask: Tensor | None) -> EncoderOutput:
         lowered = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None

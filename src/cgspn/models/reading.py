@@ -13,13 +13,18 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 Config = TypeVar("Config")
 
-MOST_BYTES = 1 << 24  # of a JSON file; as objects it takes some twenty times that
+MOST_BYTES = 1 << 24  # of a JSON file
+MOST_PARTS = 1 << 18  # values and containers that are shorter than 16 bytes on average
 LONGEST = 10_000  # of lists and texts in configs
 _NAMES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message says what was expected and what was found."""
+
+    def __init__(self, message: str) -> None:
+        """message: names from files in it may hold halves of characters, which no stream can print."""
+        super().__init__(message.encode(errors="backslashreplace").decode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -41,11 +46,21 @@ def read_json_value(path: Path, most: int = MOST_BYTES) -> Any:
     if (size := path.stat().st_size) > most:
         raise CheckpointError(f"{path} has {size} bytes; accepted: {most}")
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        if (parts := sum(map(text.count, ",[{"))) > max(MOST_PARTS, len(text) // 16):
+            raise ValueError(f"it has {parts} parts, which take far more memory than the file")
+        return json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
         raise CheckpointError(f"{path} is not readable JSON: it is nested too deeply") from error
     except ValueError as error:  # wrong syntax, bytes that are not UTF-8, numbers of thousands of digits
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):  # of which some readers take the first, others the last
+        raise ValueError("an object states a key twice")
+    return found
 
 
 def build(cls: type[Config], values: Any, where: str) -> Config:
@@ -93,7 +108,8 @@ def checked(value: Any, hint: Any, where: str) -> Any:
     plain = not isinstance(value, bool) or hint is bool
     if hint is float and plain and isinstance(value, (int, float)) and abs(value) < 1e300 and math.isfinite(value):
         return float(value)
-    if hint in (bool, int, str) and plain and isinstance(value, hint) and (hint is not str or len(value) <= LONGEST):
+    fits = len(value) <= LONGEST if isinstance(value, str) else not isinstance(value, int) or abs(value) < 1 << 63
+    if hint in (bool, int, str) and plain and isinstance(value, hint) and fits:
         return value
     raise CheckpointError(f"{where} is {shown(value)}; accepted: {_NAMES[hint]}")
 

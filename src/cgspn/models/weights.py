@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from .reading import CheckpointError
 
 LONGEST_HEADER = 1 << 24  # bytes; each of its tensors becomes an object before the first is read
-DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL")
+DTYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
+}
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ def open_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
             weights = {key: Stored(tuple(s.get_shape()), partial(_read, path, key)) for key, s in slices.items()}
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated, damaged or not a safetensors file: {error}") from error
-    if unknown := dtypes - {*DTYPES}:
+    if unknown := dtypes - DTYPES.keys():
         raise CheckpointError(
             f"{path} holds tensors of type {', '.join(sorted(unknown))}; accepted: {', '.join(DTYPES)}"
         )
@@ -64,16 +67,16 @@ def _read(path: Path, key: str) -> Tensor:
     """A copy: the map of the file, which would count as memory a second time, is closed after each tensor."""
     try:
         with safe_open(path, "pt") as opened:  # type: ignore[no-untyped-call]
-            return finite(opened.get_tensor(key).clone(), path, key)
+            return finite(opened.get_tensor(key).clone(), f"{path}: {key}")
     except SafetensorError as error:
         raise CheckpointError(f"{path} was changed while it was read: {error}") from error
 
 
-def finite(tensor: Tensor, path: Path, key: str) -> Tensor:
+def finite(tensor: Tensor, where: str) -> Tensor:
     """The tensor. Raises CheckpointError if it holds NaN or infinity."""
     # the sum costs a twentieth of looking at each value, and is finite where all are but for sums beyond 1e38
     if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
-        raise CheckpointError(f"{path}: {key} holds values that are not finite")
+        raise CheckpointError(f"{where} holds values that are not finite")
     return tensor
 
 
@@ -85,8 +88,16 @@ def read_state(
     Names and shapes are compared before the first tensor is read. Raises CheckpointError naming those that differ.
     """
     check_fit(module, weights, where)
-    tensors = ((key, stored.read()) for key, stored in weights.items())
-    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors}
+    state = module.state_dict()
+    return {key: _as(stored.read(), state[key], dtype, f"{where}: {key}") for key, stored in weights.items()}
+
+
+def _as(tensor: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    if tensor.is_floating_point() != like.is_floating_point():
+        raise CheckpointError(f"{where} is of {tensor.dtype}; accepted: those of {like.dtype}'s kind")
+    if not tensor.is_floating_point() or tensor.dtype == dtype:
+        return tensor
+    return finite(tensor.to(dtype), f"{where} in {dtype}")
 
 
 def load(make: Callable[[], Model], weights: Weights, where: str, dtype: torch.dtype = torch.float32) -> Model:

@@ -12,7 +12,7 @@ import functools
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import current_device, current_raw_stream
+from ..compat import current_device, current_raw_stream, is_capturing
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,17 @@ class Machine:
     num_sms: int
     shared_bytes: int  # a block may take at most this
     clusters: bool
+
+
+class LaunchConfig(ctypes.Structure):
+    """The driver's CUlaunchConfig."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("x", "y", "z", "threads", "threads_y", "threads_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("count", ctypes.c_uint),
+    ]
 
 
 class Launch:
@@ -46,31 +57,46 @@ class Launch:
         slots: Sequence[tuple[int, int]],
     ) -> None:
         """values: the kernel's arguments; slots: where each address goes, an argument (-1: none) and a byte in it."""
+        self._given = (grid, threads, shared, values, slots)
         offsets = [0]
         for value in values:
             offsets.append(offsets[-1] + -(-len(value) // 16) * 16)
-        self._words = (ctypes.c_longlong * (offsets[-1] // 8 + 1))()  # the last is for addresses that go nowhere
-        base = ctypes.addressof(self._words)
+        self.words = (ctypes.c_longlong * (offsets[-1] // 8 + 1))()  # the last is for addresses that go nowhere
+        base = ctypes.addressof(self.words)
         for offset, value in zip(offsets, values):
             ctypes.memmove(base + offset, value, len(value))
         self.params = (ctypes.c_void_p * len(values))(*(base + offset for offset in offsets[:-1]))
         self.slots = [(offsets[argument] + byte) // 8 for argument, byte in slots]
-        self._submit, self._lock = gpu.submit, threading.Lock()
-        self.function = function
+        self._gpu, self.function, self._lock = gpu, function, threading.Lock()
         self.shape = (*grid, *(1,) * (3 - len(grid)), threads, 1, 1, shared)
+        self.config = LaunchConfig(*self.shape)
         self._empty = 0 in grid
+
+    @functools.cached_property
+    def arguments(self) -> tuple[Any, ...]:
+        """Of the driver's cuLaunchKernelEx, in the types that it takes: to convert them takes as long as a launch."""
+        config = ctypes.c_void_p(ctypes.addressof(self.config))
+        return config, ctypes.c_void_p(self.function), ctypes.c_void_p(ctypes.addressof(self.params)), None
 
     def __call__(self, addresses: Sequence[int]) -> None:
         """Launch on PyTorch's current stream of the device. Raises RuntimeError with the driver's reason."""
         if self._empty:
             return
         with self._lock:  # the driver reads the words before it returns
-            words = self._words
-            for slot, address in zip(self.slots, addresses):
-                words[slot] = address
-            self._submit(self)
-        if _recording:
-            _recording.get(threading.get_ident(), []).append(self)
+            self.place(addresses)
+            self._gpu.submit(self)
+        if (recording := getattr(thread, "recording", None)) is not None:
+            recording.launched(self, addresses)
+
+    def place(self, addresses: Sequence[int]) -> None:
+        """Write the addresses into the kernel's arguments."""
+        words = self.words
+        for slot, address in zip(self.slots, addresses):
+            words[slot] = address
+
+    def copy(self) -> Launch:
+        """The same kernel with arguments of its own."""
+        return Launch(self._gpu, self.function, *self._given)
 
 
 class Gpu:
@@ -117,13 +143,35 @@ class Gpu:
 
     def submit(self, launch: Launch) -> None:
         """Hand a launch to the driver."""
-        stream = current_raw_stream(self.index)
-        if getattr(_thread, "has_context", False) and current_device() == self.index:
-            status = driver().cuLaunchKernel(launch.function, *launch.shape, stream, launch.params, None)
+        launch.config.stream = current_raw_stream(self.index)
+        if self.is_current():
+            status = driver().cuLaunchKernelEx(*launch.arguments)
         else:
             with self.current():
-                status = driver().cuLaunchKernel(launch.function, *launch.shape, stream, launch.params, None)
+                status = driver().cuLaunchKernelEx(*launch.arguments)
         check(status)
+
+    def is_current(self) -> bool:
+        """Whether launches of this thread go to this device, and its context is current."""
+        return getattr(thread, "has_context", False) and current_device() == self.index
+
+    def stream(self) -> int | None:
+        """PyTorch's current stream of the device; None where it is being captured into a CUDA graph."""
+        return None if is_capturing() else current_raw_stream(self.index)
+
+    def submission(self, launch: Launch, stream: int) -> Callable[[], int]:
+        """What hands a launch to the driver as it then is, into that stream, and returns the driver's status."""
+        launch.config.stream = stream
+        return functools.partial(driver().cuLaunchKernelEx, *launch.arguments)
+
+    def product(self, *arguments: Any, **options: Any) -> Any:
+        """A `products.Product` on this device; None where the library does not give one."""
+        from .products import Product
+
+        try:
+            return Product(self.index, *arguments, **options)
+        except (KeyError, OSError, RuntimeError):
+            return None
 
     @contextmanager
     def current(self) -> Iterator[None]:
@@ -133,7 +181,7 @@ class Gpu:
             check(driver().cuCtxGetCurrent(ctypes.byref(found)))
             if not found:
                 check(driver().cuCtxSetCurrent(self._primary_context))
-            _thread.has_context = True
+            thread.has_context = True
             yield
 
     @functools.cached_property
@@ -144,8 +192,7 @@ class Gpu:
         return context
 
 
-_thread = threading.local()
-_recording: dict[int, list[Launch]] = {}  # by thread
+thread = threading.local()  # has_context: of CUDA, for good; recording: of launches (replay.py), for a while
 _gpus: dict[torch.device, Gpu] = {}
 if hasattr(os, "register_at_fork"):  # a child has to ask again, and PyTorch then says why it cannot use CUDA
     os.register_at_fork(after_in_child=_gpus.clear)
@@ -169,16 +216,6 @@ def on_accelerator(x: Tensor) -> bool:
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """The launches of this thread, but for those through Triton's own launcher, for the time of the context."""
-    launches = _recording[threading.get_ident()] = []
-    try:
-        yield launches
-    finally:
-        del _recording[threading.get_ident()]
-
-
-@contextmanager
 def registered(device: torch.device, gpu: Gpu) -> Iterator[None]:
     """Let `gpu` stand for a device, such as torch.device("cpu"), for the time of the context."""
     _gpus[device] = gpu
@@ -192,9 +229,8 @@ def registered(device: torch.device, gpu: Gpu) -> Iterator[None]:
 def driver() -> ctypes.CDLL:
     """The CUDA driver. Raises OSError where there is none."""
     library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-    pointer, number = ctypes.c_void_p, ctypes.c_uint
-    library.cuLaunchKernel.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
-    library.cuCtxSetCurrent.argtypes = [pointer]
+    library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
+    library.cuCtxSetCurrent.argtypes = [ctypes.c_void_p]
     return library
 
 

@@ -69,8 +69,7 @@ def propagate_2d_projected(
         checks.check_like(x, bias=bias)
         checks.check_shape("bias", bias, (len(codes) * 5 * c,), "[D * 5 * C]")
     checks.check_mask(x, mask)
-    if merge not in ("sum", "none"):
-        raise ValueError(f"merge is {merge!r}; accepted: 'sum', 'none'")
+    checks.check_merge(merge)
     check_backend(backend)
     if parameters not in PARAMETERS:
         raise ValueError(f"parameters is {parameters!r}; accepted: {', '.join(map(repr, PARAMETERS))}")

@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
+from .arguments import Scan
 from .backends import backend_for
 from .functorch import check_reverse
 from .library import FLOPS_BACKWARD, FLOPS_FORWARD, leaf_of, register_first
 from .reference import DIRECTIONS, propagate_2d_reference
+from .replay import linear
 
 PARAMETERS = 5  # maps a direction: lam, u, three logits
 
@@ -68,7 +69,7 @@ def projected_now(
         out = projected.forward(x, weight, bias, mask, directions, merge_sum)
     else:
         made = split_parameters(linear(x, weight, bias), len(directions))
-        out = backend_for(backend, x).forward(x, *made, mask, directions, merge_sum)
+        out = backend_for(backend, x).forward(Scan(x, *made, None, mask, directions, merge_sum))
     return out
 
 
@@ -121,7 +122,7 @@ def _backward_in_memory(
 ) -> tuple[Tensor, Tensor, Tensor]:
     d, c = len(directions), x.shape[-1]
     made = split_parameters(linear(x, weight, bias), d)
-    module = backend_for(backend, x)
+    module, scan = backend_for(backend, x), Scan(x, *made, None, mask, directions, merge_sum)
     if hasattr(module, "backward_saved"):
         # gradients side by side as the projection made the parameters: one product for each of what they lead to
         packed = torch.empty((*x.shape[:3], weight.shape[0]), dtype=x.dtype, device=x.device)
@@ -130,12 +131,11 @@ def _backward_in_memory(
 
             h = projected.state(x, weight, bias, mask, directions)
         else:
-            _, h = module.forward_saving(x, *made, mask, directions, merge_sum)
+            _, h, _ = module.forward_saving(scan)
         dlogits, dlam, du = split_parameters(packed, d)
-        arguments = (dy, x, *made, mask, directions, merge_sum, h)
-        dx = module.backward_saved(*arguments, into=(dlam, du, dlogits))[0]
+        dx = module.backward_saved(dy, scan, h, into=(dlam, du, dlogits))[0]
     else:
-        dx, dlogits, dlam, du = module.backward(dy, x, *made, mask, directions, merge_sum)
+        dx, dlogits, dlam, du, _ = module.backward(dy, scan)
         packed = torch.cat([dlam.unsqueeze(-2), du.unsqueeze(-2), dlogits], -2)
     seen = x if mask is None else x.where(mask[..., None], 0)  # padding may hold anything
     flat, seen = packed.view(-1, weight.shape[0]), seen.reshape(-1, c)

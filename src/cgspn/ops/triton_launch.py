@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .gpu import Gpu, Launch, driver
+from .gpu import Gpu, Launch, driver, thread
 
 _PACKED = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f", "f32": "<f", "fp64": "<d"}
 ALIGNED = 15  # bits that are zero in addresses which Triton takes for aligned
@@ -43,6 +43,8 @@ class TritonLaunch:
                 raise RuntimeError(f"expected all tensors on the same device, but they are on {devices}")
             self._prepared(addresses)
         elif 0 not in self.grid:
+            if (recording := getattr(thread, "recording", None)) is not None:
+                recording.complete = False
             if self.gpu is None:
                 self.through_triton(tensors)
                 return

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import load_embedded, normalize, resize, to_float
-from ..data.decode import open_image
+from ..data.decode import to_rgb, turn_upright
 from ..data.folder import SUFFIXES
-from ..data.prepare import open_picture
+from ..data.opening import open_image
 from ..data.skipped import Skipped
 from ..data.source import EMBEDDED
 from ..data.transforms import LUMA
@@ -113,7 +113,8 @@ def _shown(path: Path, root: Path) -> bool:
 def _read(file: Path, side: int, patch: int) -> Tensor:
     with open_image(file) as opened:
         opened.draft(None, (2 * side, 2 * side))  # JPEG decoders shrink for free; the rest is left to the resize
-        image = open_picture(opened)
+        turn_upright(opened)
+        image = to_rgb(opened)
     height, width = fitted(image.height, image.width, side, patch)
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

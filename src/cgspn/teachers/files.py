@@ -59,4 +59,4 @@ def _open_shards(index: Path) -> Weights:
 
 
 def _copied(value: Tensor, path: Path, key: str) -> Tensor:
-    return finite(value.clone(), path, key)
+    return finite(value.clone(), f"{path}: {key}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import struct
 import zipfile
@@ -12,7 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.checkpoint import CheckpointError
+from ..models.reading import CheckpointError
+from ..models.weights import DTYPES
+
+MOST_LETTERS = 1 << 24  # of the names of all tensors and dictionaries
+MOST_PICKLED = 1 << 22  # bytes beside those of tensors: as objects they take seventy times that
+ALLOCATES = b"bytearray\n"  # the only name that PyTorch allows and that makes memory of a size that is given
+MOST_DIRECTORY = 1 << 24  # bytes of a zip file's list of parts
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -21,15 +28,12 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     Raises CheckpointError for a damaged file, for one that holds more than tensors and plain values, where the message
     names what it holds and how to convert it, and for one that would take more memory than it has bytes.
     """
-    parts = _parts(path)
-    zipped, size = parts is not None, path.stat().st_size
-    if any(part.filename.endswith("/constants.pkl") for part in parts or ()):
-        raise CheckpointError(
-            f"{path} is a TorchScript program, which would be run to be read; where you trust it, write its tensors "
-            f"alone: torch.save(torch.jit.load({path.name!r}, map_location='cpu').state_dict(), 'weights.pt')"
-        )
-    if any(part.compress_type != zipfile.ZIP_STORED or part.file_size > size for part in parts or ()):
-        raise CheckpointError(f"{path} has compressed parts, which torch.save does not write and which may expand")
+    if not path.is_file() or not (size := path.stat().st_size):
+        raise CheckpointError(f"{path} is no file, or an empty one")
+    if zipped := zipfile.is_zipfile(path):
+        _check_parts(path, size)
+    elif _mentions(path, ALLOCATES):
+        raise CheckpointError(f"{path} asks for memory of any size")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # of a damaged or hostile file, of nearly any kind
@@ -39,39 +43,67 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict")
     try:
-        tensors = dict(_flat(content, ""))
+        tensors = dict(_flat(content, "", [MOST_LETTERS]))
     except RecursionError as error:
         raise CheckpointError(f"{path} holds dictionaries that are nested too deeply") from error
     for key, value in tensors.items():
+        if value.dtype not in DTYPES.values():
+            raise CheckpointError(f"{path}: {key[:100]} is of {value.dtype}; accepted: {', '.join(DTYPES)}")
         if not _is_whole(value):
             raise CheckpointError(f"{path}: {key[:100]} has {value.numel()} elements, which the file does not hold")
-    storages = [value.untyped_storage() for value in tensors.values()]
-    if sum({each.data_ptr(): each.nbytes() for each in storages}.values()) > size:
+    if sum(value.nbytes for value in tensors.values()) > 2 * size:  # twice: two names may share their bytes
         raise CheckpointError(f"{path} asks for more memory than it has bytes, {size}")
     return tensors
 
 
 def _is_whole(value: Tensor) -> bool:
     """Whether each element of a tensor is in memory of its own: not so with strides of zero, or in a sparse one."""
-    plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
-    return plain and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested
+    return plain and value.nbytes <= value.untyped_storage().nbytes()
 
 
-def _flat(content: Mapping[Any, Any], prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _flat(content: Mapping[Any, Any], prefix: str, left: list[int]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors by name. left: letters that all names may have; a dictionary may be in itself, or in many others."""
     for key, value in content.items():
-        if isinstance(key, str) and isinstance(value, Tensor):
-            yield prefix + key, value
-        elif isinstance(key, str) and isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{key}.")
+        if isinstance(key, str) and isinstance(value, Tensor | Mapping):
+            left[0] -= len(prefix) + len(key) + 1
+            if left[0] < 0:
+                raise RecursionError
+            if isinstance(value, Tensor):
+                yield prefix + key, value
+            else:
+                yield from _flat(value, f"{prefix}{key}.", left)
 
 
-def _parts(path: Path) -> list[zipfile.ZipInfo] | None:
-    """The parts of a zip file; None for another kind of file, as torch 1.5 and before wrote them."""
+def _check_parts(path: Path, size: int) -> None:
+    """Raise CheckpointError for a zip file that is a program, or may expand."""
+    with path.open("rb") as file:
+        file.seek(max(0, size - (1 << 16)))
+        end = file.read().rpartition(b"PK\5\6")[2]
+    if len(end) < 12 or int.from_bytes(end[8:12], "little") > MOST_DIRECTORY:
+        raise CheckpointError(f"{path} has a list of parts that is damaged, or too long")
     try:
         with zipfile.ZipFile(path) as archive:
-            return archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error):
-        return None
+            parts = archive.infolist()
+            if any(part.filename.endswith("/constants.pkl") for part in parts):
+                raise CheckpointError(
+                    f"{path} is a TorchScript program, which would be run to be read; where you trust it, write its "
+                    f"tensors alone: torch.save(torch.jit.load({path.name!r}, map_location='cpu').state_dict(), "
+                    "'weights.pt')"
+                )
+            if any(part.compress_type != zipfile.ZIP_STORED or part.file_size > size for part in parts):
+                raise CheckpointError(f"{path} has compressed parts, which torch.save does not write and may expand")
+            programs = [part for part in parts if part.filename.endswith(".pkl")]
+            if any(p.file_size > MOST_PICKLED or ALLOCATES in archive.read(p) for p in programs):
+                raise CheckpointError(f"{path} asks for memory of any size")
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error, OSError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _mentions(path: Path, words: bytes) -> bool:
+    """Whether a file holds some bytes."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(words) >= 0
 
 
 def _reason(error: Exception, path: Path, zipped: bool) -> str:
@@ -84,5 +116,7 @@ def _reason(error: Exception, path: Path, zipped: bool) -> str:
         )
     if not zipped:
         return "the file is damaged, or no checkpoint"
+    if " error: " in str(error):  # below advice to read it without limits
+        error = ValueError(str(error).split(" error: ", 1)[1])
     line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return re.sub(r"\x1b\[[0-9;]*m", "", line)

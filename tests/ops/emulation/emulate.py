@@ -11,7 +11,7 @@ import hashlib
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -78,6 +78,18 @@ class EmulatedGpu:
 
     def compiler_reason(self) -> None:
         return None
+
+    def product(self, *arguments: object, **options: object) -> None:
+        return None
+
+    def is_current(self) -> bool:
+        return True
+
+    def stream(self) -> int:
+        return 0
+
+    def submission(self, launch: Launch, stream: int) -> Callable[[], None]:
+        return functools.partial(self.submit, launch)
 
     def submit(self, launch: Launch) -> None:
         grid, _, _, threads, _, _, shared = launch.shape

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
 from ..gpu import Gpu, gpu_of
+from ..replay import empty, empty_like
 from ..triton_launch import TritonLaunch
 from .rows import layer_norm_launch, rms_backward
 from .tiles import PARTS, is_large, plain_gradients, tile, weight_channels
@@ -75,8 +76,8 @@ def _fold(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """The linear layer with gain and LayerScale in it, [C, K] in `dtype`, and all that is added: float32 [C]."""
-    folded = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-    offset = torch.empty(weight.shape[:1], dtype=torch.float32, device=weight.device)
+    folded = empty(weight.shape, dtype, weight.device)
+    offset = empty(weight.shape[:1], torch.float32, weight.device)
     tensors = (weight.contiguous(), gain, bias, scale, after, folded)
     dtypes = tuple([None if t is None else t.dtype for t in tensors])
     _fold_launch(gpu, dtypes, *weight.shape)(*tensors, offset)
@@ -99,7 +100,7 @@ def forward(
     """
     residual, y, gpu = residual.contiguous(), y.contiguous(), gpu_of(residual.device)
     channels, latent = weight.shape
-    out = torch.empty_like(residual)
+    out = empty_like(residual)
     folded, offset = _fold(gpu, weight, gain, bias, scale, after, y.dtype)
     rows = residual.numel() // channels
     dtypes = (residual.dtype, y.dtype)
@@ -124,7 +125,7 @@ def forward_norm(
     norm: gain and shift [C] of the LayerNorm, and its eps; after: [C], the bias of the MLP's second layer.
     """
     out = forward(residual, y, gain, weight, bias, scale, eps, after)
-    normal, channels = torch.empty_like(out), out.shape[-1]
+    normal, channels = empty_like(out), out.shape[-1]
     dtypes = (out.dtype, norm[0].dtype, norm[1].dtype, after.dtype)
     launch = layer_norm_launch(gpu_of(out.device), dtypes, out.numel() // channels, channels, norm[2])
     launch(out, norm[0], norm[1], after, normal)
@@ -139,11 +140,11 @@ def backward(
     folded, _ = _fold(gpu_of(y.device), weight, gain, bias, scale, None, y.dtype)
     dy, unit = (d @ folded).view(y.shape), y
     if gain is not None:
-        unit = torch.empty(y.shape, dtype=y.dtype, device=y.device)
+        unit = empty_like(y)
         dy, _ = rms_backward(dy, y, None, unit, eps)
     product = d.T @ unit.reshape(-1, y.shape[-1])  # [C, K]: all other gradients are sums of it
     if scale is None and gain is not None:
-        dgain, dweight = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gain, weight))
+        dgain, dweight = (empty_like(t) for t in (gain, weight))
         finish = _finish_launch(gpu_of(y.device), (product.dtype, gain.dtype, weight.dtype), *weight.shape)
         finish(product, gain, weight.contiguous(), dgain, dweight)
         return dy, dgain, dweight, d.sum(0, dtype=bias.dtype), None

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, rms_norm
 
 from ..gpu import Gpu, gpu_of
+from ..replay import empty, empty_like
 from ..triton_launch import TritonLaunch
 from .rows import rms_backward
 from .tiles import PARTS, plain_gradients, tile
@@ -68,7 +69,7 @@ def forward(
     False where x is taken as zero.
     """
     x = x.contiguous()
-    out = torch.empty_like(x)
+    out = empty_like(x)
     tensors = (x, kernel.contiguous(), bias, gain, _bytes(mask))
     dtypes = tuple([None if t is None else t.dtype for t in tensors])
     _launch(gpu_of(x.device), dtypes, x.shape, kernel.shape[-1], eps, flip)(*tensors, out)
@@ -91,7 +92,7 @@ def backward(
     if mask is not None:
         dx = dx.masked_fill(~mask[..., None], 0.0)
     launch, count = _gradient_launch(gpu_of(x.device), (x.dtype, d.dtype), x.shape, side, mask is not None)
-    parts = torch.empty((count, c, side * side), dtype=torch.float32, device=x.device)
+    parts = empty((count, c, side * side), torch.float32, x.device)
     launch(x.contiguous(), d, _bytes(mask), parts)
     dkernel = parts.sum(0).view_as(kernel).to(kernel.dtype)
     return dx, dkernel, None if bias is None else dbias.to(bias.dtype), dgain

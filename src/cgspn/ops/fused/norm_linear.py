@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
 from ..gpu import Gpu, gpu_of
+from ..replay import empty, empty_like
 from ..triton_launch import TritonLaunch
 from .tiles import PARTS, ROWS, is_large, plain_gradients, tile, weight_channels
 
@@ -72,8 +73,8 @@ def _fold(
 ) -> tuple[Tensor, Tensor]:
     """The linear layer with the norm's gain in it, [K, C] in `dtype`; its sums, and what is added: float32 [2, K]."""
     latent, channels = weight.shape
-    folded = torch.empty((latent, channels), dtype=dtype, device=weight.device)
-    sums = torch.empty((2, latent), dtype=torch.float32, device=weight.device)
+    folded = empty((latent, channels), dtype, weight.device)
+    sums = empty((2, latent), torch.float32, weight.device)
     dtypes = (gain.dtype, shift.dtype, weight.dtype, bias.dtype, dtype)
     _fold_launch(gpu, dtypes, latent, channels)(gain, shift, weight.contiguous(), bias, folded, sums)
     return folded, sums
@@ -90,9 +91,9 @@ def forward(
     x, gpu = x.contiguous(), gpu_of(x.device)
     latent, channels = weight.shape
     folded, sums = _fold(gpu, gain, shift, weight, bias, x.dtype)
-    out = torch.empty((*x.shape[:-1], latent), dtype=x.dtype, device=x.device)
+    out = empty((*x.shape[:-1], latent), x.dtype, x.device)
     rows = x.numel() // channels
-    statistics = torch.empty((2, rows), dtype=torch.float32, device=x.device) if save else None
+    statistics = empty((2, rows), torch.float32, x.device) if save else None
     _forward_launch(gpu, x.dtype, rows, channels, latent, eps, save)(x, folded, sums, out, statistics)
     return out, statistics
 
@@ -112,13 +113,13 @@ def backward(
     x, dout, gpu = x.contiguous(), dout.contiguous(), gpu_of(x.device)
     latent, channels = weight.shape
     folded, sums = _fold(gpu, gain, shift, weight, bias, x.dtype)
-    dx, scaled = torch.empty_like(x), torch.empty_like(dout)
+    dx, scaled = empty_like(x), empty_like(dout)
     launch, programs = _backward_launch(gpu, x.dtype, statistics.shape[1], channels, latent, past is not None)
-    parts = torch.empty((programs, 2, latent), dtype=torch.float32, device=x.device)
+    parts = empty((programs, 2, latent), torch.float32, x.device)
     launch(dout, out, x, None if past is None else past.contiguous(), folded, sums, statistics, dx, scaled, parts)
     # the norm's part of the weight's gradient, without the normalised tokens in memory
     product = scaled.view(-1, latent).T @ x.view(-1, channels)
-    grads = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (gain, shift, weight, bias)]
+    grads = [empty_like(t) for t in (gain, shift, weight, bias)]
     dtypes = (product.dtype, *(t.dtype for t in (gain, shift, weight, bias)))
     finish = _finish_launch(gpu, dtypes, latent, channels)
     finish(product, parts.sum(0), gain, shift, weight.contiguous(), *grads)

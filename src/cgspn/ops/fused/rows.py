@@ -14,6 +14,7 @@ from torch.nn.functional import layer_norm, rms_norm
 from ..backends import unsupported_reason
 from ..eager import is_eager
 from ..gpu import Gpu, gpu_of, on_accelerator
+from ..replay import empty, empty_like
 from ..triton_launch import TritonLaunch
 from .tiles import tile
 
@@ -89,9 +90,9 @@ def forward(
     branch = None if branch is None else branch.contiguous()
     channels = x.shape[-1]
     rows = x.numel() // channels
-    normal = torch.empty_like(x)
-    total = x if branch is None and after is None else torch.empty_like(x)
-    statistics = torch.empty((rows, 2), dtype=torch.float32, device=x.device) if save else None
+    normal = empty_like(x)
+    total = x if branch is None and after is None else empty_like(x)
+    statistics = empty((rows, 2), torch.float32, x.device) if save else None
     tensors = (x, branch, gain, shift, after)
     dtypes = tuple([None if t is None else t.dtype for t in tensors])
     _add_norm_launch(gpu_of(x.device), dtypes, rows, channels, eps, save)(*tensors, total, normal, statistics)
@@ -122,8 +123,8 @@ def backward(
     channels = x.shape[-1]
     dtypes = tuple([None if t is None else t.dtype for t in tensors])
     launch, programs = _norm_backward_launch(gpu_of(x.device), dtypes, x.numel() // channels, channels)
-    dx = torch.empty_like(x)
-    parts = torch.empty((programs, 2, channels), dtype=torch.float32, device=x.device)
+    dx = empty_like(x)
+    parts = empty((programs, 2, channels), torch.float32, x.device)
     launch(*tensors, statistics, dx, parts)
     dgain, dshift = parts.sum(0)
     return dx, dgain, dshift
@@ -156,8 +157,8 @@ def rms_backward(
     channels = y.shape[-1]
     dtypes = tuple([None if t is None else t.dtype for t in tensors])
     launch, programs = _rms_backward_launch(gpu_of(y.device), dtypes, y.numel() // channels, channels, eps)
-    dy = torch.empty_like(tensors[1])
-    parts = None if gain is None else torch.empty((programs, 2, channels), dtype=torch.float32, device=y.device)
+    dy = empty_like(tensors[1])
+    parts = None if gain is None else empty((programs, 2, channels), torch.float32, y.device)
     launch(*tensors, dy, unit, parts)
     return dy, None if parts is None else parts.sum(0)
 
@@ -245,6 +246,6 @@ def column_sums(d: Tensor, hidden: Tensor | None = None, approximate: str = "non
     """
     dtypes = (d.dtype, None if hidden is None else hidden.dtype)
     launch, down = _column_launch(gpu_of(d.device), dtypes, *d.shape, None if hidden is None else approximate)
-    parts = torch.empty((down, d.shape[1]), dtype=torch.float32, device=d.device)
+    parts = empty((down, d.shape[1]), torch.float32, d.device)
     launch(d, hidden, parts)
     return parts.sum(0)

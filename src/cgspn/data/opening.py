@@ -1,0 +1,98 @@
+"""Picture files of strangers: what is opened, and the limits in which Pillow may decode it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import IO
+
+from PIL import Image, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
+"""Those that are read. Pillow knows others, of which PostScript starts a program on what the file holds."""
+MOST_PIXELS = 1 << 26  # of a picture: 256 MiB as RGB, for which Pillow takes four bytes
+MOST_PHOTOGRAPHED = 1 << 27  # of a JPEG, which the decoder can shrink: beyond the largest cameras
+MOST_BYTES = 1 << 28  # of a file
+MOST_METADATA = 1 << 24  # bytes that are read until its size is known
+MOST_READS = (1 << 13, 1 << 18)  # of a file until its size is known, and in all; Pillow takes microseconds for each
+MOST_SCANNED = 1 << 31  # pixels in all scans of a progressive JPEG, which take some seconds
+TILE = (0x0142, 0x0143)  # tags of a TIFF: width and height of its tiles
+
+
+@contextmanager
+def open_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
+    """A picture that is not decoded yet, for the time of the context.
+
+    Raises OSError for what is none, for formats other than `FORMATS`, for files and pictures that are too large, and
+    for those that are small and take long: metadata in a million parts, scans without end.
+    """
+    if isinstance(file, Path):
+        check_file(file)
+    with file.open("rb") if isinstance(file, Path) else nullcontext(file) as content:
+        counted = _Counted(content)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about sizes, for which we have our own limit, and about odd metadata
+                image = Image.open(counted, formats=FORMATS)  # type: ignore[arg-type]
+        except UnidentifiedImageError as error:  # its message would name an object in memory
+            name = f": {file}" if isinstance(file, Path) else ""
+            raise OSError(f"no image, or of none of the kinds {', '.join(FORMATS)}{name}") from error
+        except Image.DecompressionBombError as error:
+            raise OSError(str(error)) from error
+        _check_size(image, content)
+        counted.reads, counted.room = MOST_READS[1], MOST_BYTES
+        yield image
+
+
+def _check_size(image: Image.Image, file: IO[bytes]) -> None:
+    """Raise OSError for a picture that takes too much memory or time."""
+    pixels, most = image.width * image.height, MOST_PHOTOGRAPHED if is_jpeg(image) else MOST_PIXELS
+    if pixels > most:
+        raise OSError(f"{image.width} x {image.height} pixels; accepted: {most} in all")
+    width, height = (getattr(image, "tag_v2", {}).get(tag, 1) for tag in TILE)
+    if width * height > max(pixels, 1 << 22):  # of which a decoder holds one
+        raise OSError(f"tiles of {width} x {height} pixels for a picture of {image.width} x {image.height}")
+    if image.info.get("progressive"):
+        at = file.tell()
+        file.seek(0)
+        scans = file.read().count(b"\xff\xda")
+        file.seek(at)
+        if scans * pixels > MOST_SCANNED:
+            raise OSError(f"{scans} scans of {pixels} pixels; accepted: {MOST_SCANNED} in all")
+
+
+def is_jpeg(image: Image.Image) -> bool:
+    """Whether a picture is a JPEG, alone or the first of several in a file."""
+    return image.format in ("JPEG", "MPO")
+
+
+class _Counted:
+    """A file that is read so many times, and of which so many bytes are read in parts."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._read, self.seek, self.tell = file.read, file.seek, file.tell
+        self.reads, self.room = MOST_READS[0], MOST_METADATA
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._read(size)
+        self.reads -= 1
+        self.room -= len(content) if size >= 0 else 0
+        if self.reads < 0 or self.room < 0:
+            raise OSError("it has too many parts beside its pixels")
+        return content
+
+
+def check_file(path: Path) -> None:
+    """Raise OSError for what is no regular file, which might have no end, and for files larger than `MOST_BYTES`."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no such file: {path}")
+    if (size := path.stat().st_size) > MOST_BYTES:
+        raise OSError(f"{path} has {size} bytes; accepted: {MOST_BYTES}")
+
+
+def read_bytes(path: Path) -> bytes:
+    """What a file holds. Raises OSError as `check_file`, or if it cannot be read."""
+    check_file(path)
+    return path.read_bytes()

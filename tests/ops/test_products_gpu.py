@@ -1,0 +1,42 @@
+"""Products that are prepared give what PyTorch's give."""
+
+import pytest
+import torch
+from torch.nn.functional import gelu, linear
+
+from cgspn.ops.gpu import gpu_of
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 729, 5476])
+def test_a_prepared_product_is_pytorchs(dtype, rows):
+    torch.manual_seed(0)
+    gpu, stream = gpu_of(torch.device("cuda")), torch.cuda.current_stream().cuda_stream
+    wide = torch.randn(rows, 1408, device="cuda", dtype=dtype)
+    x, weight = wide[:, :1152], torch.randn(4304, 1152, device="cuda", dtype=dtype) / 34
+    bias, before = torch.randn(4304, device="cuda", dtype=dtype), torch.randn(rows, 4304, device="cuda", dtype=dtype)
+    scratch = torch.empty(1 << 25, device="cuda", dtype=torch.uint8)
+    plain = linear(x.double(), weight.double())
+    wanted = {
+        (False, False, True): plain + bias,
+        (True, False, True): gelu(plain + bias, approximate="tanh"),
+        (False, True, False): plain + before,
+    }
+    for (through, onto, biased), want in wanted.items():
+        out = before.clone()
+        product = gpu.product(stream, scratch, x, weight, bias if biased else None, out, gelu=through, onto=onto)
+        assert product is not None
+        assert product.run() == 0
+        other = before.clone()
+        product.out.value = other.data_ptr()
+        assert product.run() == 0
+        assert torch.equal(out, other)
+        assert float((out.double() - want).norm() / want.norm()) < (1e-3 if dtype == torch.float16 else 5e-3)
+
+
+def test_what_the_library_does_not_take_is_left_to_pytorch():
+    gpu, stream = gpu_of(torch.device("cuda")), torch.cuda.current_stream().cuda_stream
+    x = torch.randn(4, 8, device="cuda")
+    assert gpu.product(stream, torch.empty(0, device="cuda", dtype=torch.uint8), x, x, None, x) is None
