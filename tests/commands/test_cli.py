@@ -295,11 +295,21 @@ def test_every_usual_setting_exists_and_has_words(kind, words):
     assert len(fields(settings)) >= len(command.usual), words
 
 
-def test_words_that_are_no_numbers_are_named_by_tyro_itself(monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["cgspn", "bench", "train", "--steps", "few"])
-    with pytest.raises(SystemExit):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("bench train --steps few", "Error parsing --steps: invalid literal for int() with base 10: 'few'"),
+        ("bench train --steps 0", "Error parsing config: steps is 0; accepted: 1 or more"),
+        ("distill a b --presett embedded", "Unrecognized options: --presett, embedded; did you mean --preset?"),
+        ("export a b --device tpu", "invalid choice 'tpu' for argument '--device'. Expected one of ('cpu', 'cuda')."),
+    ],
+)
+def test_settings_that_cannot_be_are_one_line_as_all_errors(arguments, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["cgspn", *arguments.split()])
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit, match="2"):
         main()
-    assert "Error parsing --steps" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"cgspn: error: {said}\n"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
