@@ -17,7 +17,7 @@ from .arguments import PARAMETERS, PROJECTED_SCHEMA, ProjectedScan, split_parame
 from .backends import backend_for
 from .functorch import check_reverse
 from .library import FLOPS_BACKWARD, FLOPS_FORWARD, by_definition, register_first, register_op, register_second
-from .replay import linear
+from .replay import column_sums, empty, linear, matmul
 
 
 def check_chip(x: Tensor, *, backward: bool) -> None:
@@ -77,15 +77,16 @@ def projected_backward_now(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
             check_chip(p.x, backward=True)
         if p.parameters == "chip" or projected.unsupported_reason(p.x, backward=True) is None:
             return projected.backward(dy, p)
-    return _backward_in_memory(dy, p, chip)
+    return backward_in_memory(dy, p, chip)
 
 
-def _backward_in_memory(dy: Tensor, p: ProjectedScan, chip: bool) -> tuple[Tensor, ...]:
+def backward_in_memory(dy: Tensor, p: ProjectedScan, chip: bool) -> tuple[Tensor, ...]:
+    """`projected_backward_now` with the parameters in memory; chip: the state alone is made without them."""
     x, weight, bias, mask = p[:4]
     module, scan = backend_for(p.backend, x), p.scan(linear(x, weight, bias))
     if hasattr(module, "backward_saved"):
         # gradients side by side as the projection made the parameters: one product for each of what they lead to
-        packed = torch.empty((*x.shape[:3], weight.shape[0]), dtype=x.dtype, device=x.device)
+        packed = empty((*x.shape[:3], weight.shape[0]), x.dtype, x.device)
         if chip:  # the state at least is made there, without an output beside it
             from .cuda import projected
 
@@ -99,8 +100,8 @@ def _backward_in_memory(dy: Tensor, p: ProjectedScan, chip: bool) -> tuple[Tenso
         packed = torch.cat([dlam.unsqueeze(-2), du.unsqueeze(-2), dlogits], -2)
     seen = x if mask is None else x.where(mask[..., None], 0)  # padding may hold anything
     flat, seen = packed.view(-1, weight.shape[0]), seen.reshape(-1, x.shape[-1])
-    dx = torch.addmm(dx.reshape(-1, x.shape[-1]), flat, weight).view(x.shape)
-    return dx, flat.T @ seen, flat.new_zeros(weight.shape[0]) if bias is None else flat.sum(0)
+    dx = matmul(flat, weight, dx.reshape(-1, x.shape[-1])).view(x.shape)
+    return dx, matmul(flat.T, seen), flat.new_zeros(weight.shape[0]) if bias is None else column_sums(flat)
 
 
 projected_backward_op = register_op(
