@@ -244,7 +244,7 @@ class PropagationMixer(Mixer):
     def scan_latent(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """All directions over x [B, H, W, Cc]: [B, H, W, D, Cc], or their sum [B, H, W, Cc]."""
         if not self.can_project_inside(x):
-            return self.propagate(x, *self.split(self.param_proj(x)), mask=mask)
+            return self.propagate(x, *self.split(replay.project(self.param_proj, x)), mask=mask)
         return projected_unchecked(x, self.param_proj.weight, self.param_proj.bias, mask=mask, **self.scans())
 
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:

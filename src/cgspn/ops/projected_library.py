@@ -17,7 +17,7 @@ from .backends import backend_for
 from .functorch import check_reverse
 from .library import FLOPS_BACKWARD, FLOPS_FORWARD, leaf_of, register_first
 from .reference import DIRECTIONS, propagate_2d_reference
-from .replay import linear
+from .replay import column_sums, empty, linear, matmul
 
 PARAMETERS = 5  # maps a direction: lam, u, three logits
 
@@ -106,10 +106,10 @@ def projected_backward_now(
         if parameters == "chip" or projected.unsupported_reason(x, backward=True) is None:
             grads: tuple[Tensor, Tensor, Tensor] = projected.backward(dy, x, weight, bias, mask, directions, merge_sum)
             return grads
-    return _backward_in_memory(dy, x, weight, bias, mask, directions, merge_sum, backend, chip)
+    return backward_in_memory(dy, x, weight, bias, mask, directions, merge_sum, backend, chip)
 
 
-def _backward_in_memory(
+def backward_in_memory(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -120,12 +120,13 @@ def _backward_in_memory(
     backend: str,
     chip: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """`projected_backward_now` with the parameters in memory; chip: the state alone is made without them."""
     d, c = len(directions), x.shape[-1]
     made = split_parameters(linear(x, weight, bias), d)
     module, scan = backend_for(backend, x), Scan(x, *made, None, mask, directions, merge_sum)
     if hasattr(module, "backward_saved"):
         # gradients side by side as the projection made the parameters: one product for each of what they lead to
-        packed = torch.empty((*x.shape[:3], weight.shape[0]), dtype=x.dtype, device=x.device)
+        packed = empty((*x.shape[:3], weight.shape[0]), x.dtype, x.device)
         if chip:  # the state at least is made there, without an output beside it
             from .cuda import projected
 
@@ -139,8 +140,8 @@ def _backward_in_memory(
         packed = torch.cat([dlam.unsqueeze(-2), du.unsqueeze(-2), dlogits], -2)
     seen = x if mask is None else x.where(mask[..., None], 0)  # padding may hold anything
     flat, seen = packed.view(-1, weight.shape[0]), seen.reshape(-1, c)
-    dx = torch.addmm(dx.reshape(-1, c), flat, weight).view(x.shape)
-    return dx, flat.T @ seen, flat.new_zeros(weight.shape[0]) if bias is None else flat.sum(0)
+    dx = matmul(flat, weight, dx.reshape(-1, c)).view(x.shape)
+    return dx, matmul(flat.T, seen), flat.new_zeros(weight.shape[0]) if bias is None else column_sums(flat)
 
 
 projected_backward_op = torch.library.custom_op(
