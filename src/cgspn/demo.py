@@ -1,4 +1,4 @@
-"""The whole job on what comes with the package: convert, distil in two stages, evaluate, show."""
+"""The whole job on what comes with the package: convert, distill in two stages, evaluate, show."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def bounded_threads() -> Iterator[None]:
 
 @bounded_threads()
 def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
-    """Distil a C-GSPN and a ViT student of the embedded teacher with one budget, and measure all of them.
+    """Distill a C-GSPN and a ViT student of the embedded teacher with one budget, and measure all of them.
 
     Raises ValueError for settings out of range and DivergedError if a loss stops being finite.
     """
