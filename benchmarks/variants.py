@@ -20,11 +20,11 @@ import tyro
 from torch import Tensor
 
 from cgspn.bench.machine import copy_bandwidth
-from cgspn.bench.operator import FOUR, Row, inputs, size_of
+from cgspn.bench.operator import Row, inputs, size_of
 from cgspn.bench.results import write
 from cgspn.bench.timing import medians
 from cgspn.environment import describe
-from cgspn.ops.arguments import Scan
+from cgspn.ops.arguments import ProjectedScan, Scan
 from cgspn.ops.backends import unsupported_reason
 from cgspn.ops.cuda import launch, projected, scan
 from cgspn.ops.cuda.compile import cubin, macros
@@ -173,13 +173,14 @@ def projected_rows(b: int, n: int, c: int, machine: Machine) -> list[Row]:
     x, dy = (torch.randn(b, n, n, c, device="cuda").bfloat16() for _ in range(2))
     weight = (torch.randn(20 * c, c, device="cuda") / c**0.5).bfloat16()
     bias = torch.randn(20 * c, device="cuda").bfloat16()
+    p = ProjectedScan(x, weight, bias)
     rows: list[Row] = []
     for backward in (False, True):
         if backward:
-            function: Callable[..., object] = partial(projected.backward, dy, x, weight, bias, None, FOUR, True)
+            function: Callable[..., object] = partial(projected.backward, dy, p)
             own = choose_backward(b, n, c, 4, machine)
         else:
-            function = partial(projected.forward, x, weight, bias, None, FOUR, True)
+            function = partial(projected.forward, p)
             own = choose_projected(b, n, c, 4, machine)
         rivals: list[ProjectedTileConfig] = list(cuts(n, c, machine, backward))
         calls: dict[str, Callable[[], object]] = {f"the plan's, {own}": function}

@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from cgspn.ops.arguments import Scan
+from cgspn.ops.arguments import ProjectedScan, Scan
 from cgspn.ops.cuda import launch, projected, scan
 from cgspn.ops.cuda.plan import TileConfig
 from cgspn.ops.cuda.projected_plan import ProjectedTileConfig
@@ -50,9 +50,10 @@ def main() -> None:
         cut = None if c != 40 else ProjectedTileConfig(2, 1, 3)
         for inside in (None, torch.rand(b, h, w, device="cuda") < 0.8):
             for merge in (True, False):
-                y = projected.forward(x, weight, weight[:, 0], inside, FOUR, merge, cut=cut)
+                p = ProjectedScan(x, weight, weight[:, 0], inside, FOUR, merge)
+                y = projected.forward(p, cut)
                 with mock.patch.multiple(torch, mm=product, bmm=product):
-                    projected.backward(y, x, weight, weight[:, 0], inside, FOUR, merge, cut=cut)
+                    projected.backward(y, p, cut)
     torch.cuda.synchronize()
     print("done")
 

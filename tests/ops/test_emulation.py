@@ -207,7 +207,7 @@ def test_projected_by_default(merge: str, fits: bool, monkeypatch: pytest.Monkey
     calls: list[tuple[int, ...]] = []
     monkeypatch.setattr(projected, "is_faster_for", lambda *case: calls.append(case[:-1]) or True)
     if fits:
-        monkeypatch.setattr(projected_library, "_backward_in_memory", lambda *_: pytest.fail("the one in memory"))
+        monkeypatch.setattr(projected_library, "backward_in_memory", lambda *_: pytest.fail("the one in memory"))
     else:
         monkeypatch.setattr(projected, "backward", lambda *_: pytest.fail("the chip's backward"))
         monkeypatch.setattr(projected, "unsupported_reason", lambda x, backward=False: "too long" if backward else None)

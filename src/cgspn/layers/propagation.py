@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ..ops import DIRECTIONS, replay
+from ..ops.arguments import split_parameters
 from ..ops.gpu import on_accelerator
 from ..ops.projected import projected_unchecked
-from ..ops.projected_library import split_parameters
 from ..ops.propagate import propagate_2d_unchecked
 from .mixer import Grid, Mixer
 from .norm import RMSNorm

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops.arguments import ProjectedScan
 from ..ops.fused import linear_residual, local_norm, norm_linear, rows
 from ..ops.gpu import Gpu
 from ..ops.projected_library import backward_in_memory, projected_now
@@ -93,7 +94,7 @@ def forward(block: Block, tokens: Tensor, grid: Grid, out: Tensor) -> list[Tenso
     at = latent.view(tokens.shape[0], grid.height, grid.width, latent.shape[-1])
     x = local_norm.forward(at, local.weight, local.bias, mixer.norm.weight, mixer.norm.eps)
     codes = [DIRECTIONS.index(name) for name in mixer.config.directions]
-    y = projected_now(x, made.weight, made.bias, None, codes, mixer.config.merge == "sum", "auto", "auto")
+    y = projected_now(*ProjectedScan(x, made.weight, made.bias, None, codes, mixer.config.merge == "sum"))
     y = y.flatten(1, 2).flatten(2)
     norm = mixer.merge_norm
     mixed = linear_residual.forward(tokens, y, norm.weight, up.weight, up.bias, None, norm.eps)
@@ -126,9 +127,8 @@ def backward(block: Block, tokens: Tensor, grid: Grid, saved: list[Tensor], dout
     codes = [DIRECTIONS.index(name) for name in mixer.config.directions]
     maps = (*x.shape[:3], len(codes), x.shape[-1]) if mixer.config.merge == "concat" else x.shape
     assert dy is not None
-    dx, dmade, dmade_bias = backward_in_memory(
-        dy.view(maps), x, made.weight, made.bias, None, codes, mixer.config.merge == "sum", "auto", False
-    )
+    p = ProjectedScan(x, made.weight, made.bias, None, codes, mixer.config.merge == "sum")
+    dx, dmade, dmade_bias = backward_in_memory(dy.view(maps), p, chip=False)
     at = latent.view(x.shape)
     dlatent, dlocal, dlocal_bias, dnorm = local_norm.backward(
         dx, at, local.weight, local.bias, mixer.norm.weight, mixer.norm.eps, None
@@ -148,6 +148,7 @@ def record(block: Block, tokens: Tensor, grid: Grid, gpu: Gpu, stream: int) -> T
     held, tokens = parameters_of(block), tokens.detach()
     for _ in range(PASSES):
         with recorded(gpu, tokens.device, stream) as recording:
+            workspace = recording.workspace  # held, so that the next pass finds it
             out = recording.empty(tokens.shape, tokens.dtype, tokens.device)
             saved = forward(block, tokens, grid, out)
             ahead = recording.replay(held, (tokens, out, *saved))
@@ -156,7 +157,7 @@ def record(block: Block, tokens: Tensor, grid: Grid, gpu: Gpu, stream: int) -> T
             grads = backward(block, tokens, grid, kept, seen)
             back = recording.replay(held, (tokens, seen, *kept, *grads))
             wanted = [g.clone() for g in grads]
-        if ahead is None or back is None or not ahead.holds():
+        if ahead is None or back is None or ahead.memory is not workspace.memory:
             continue
         places = [0]
         for t in saved:

@@ -199,12 +199,12 @@ def register_first(
     return Direct
 
 
-def leaf_of(t: Tensor, graph: bool) -> Tensor:
+def _leaf_of(t: Tensor, graph: bool) -> Tensor:
     """`t` to take derivatives to; with `graph`, what is made of it has derivatives to what `t` is made of, too."""
     return t.view_as(t) if graph and t.requires_grad else t.detach().requires_grad_()
 
 
-def _register_second(backward_op: Any, tensors: int, arguments: int, reference: Callable[..., Tensor]) -> None:
+def register_second(backward_op: Any, tensors: int, arguments: int, reference: Callable[..., Tensor]) -> None:
     """Second and higher derivatives through the reference: right on every backend, if slow.
 
     arguments: of the forward, `tensors` of them first; what a backward takes behind them is a function of those.
@@ -219,9 +219,9 @@ def _register_second(backward_op: Any, tensors: int, arguments: int, reference: 
         with torch.enable_grad():
             dy, *inputs = ctx.saved_tensors  # keep and mask may be None, and a mask has no gradient
             wanted = [k for k, t in enumerate(inputs[: len(cotangents)]) if t is not None]
-            dy = leaf_of(dy, graph)
+            dy = _leaf_of(dy, graph)
             for k in wanted:
-                inputs[k] = leaf_of(inputs[k], graph)
+                inputs[k] = _leaf_of(inputs[k], graph)
             leaves: list[Tensor] = [dy, *(inputs[k] for k in wanted)]
             y = reference(*inputs, *ctx.rest[: arguments - tensors])
             first = torch.autograd.grad(y, leaves[1:], dy.to(y.dtype), create_graph=True)
@@ -267,11 +267,11 @@ Propagate = register_first(
 register_first(
     propagate_2d_op, propagate_2d_now, propagate_2d_backward_op, propagate_2d_backward_now, PROPAGATE_TENSORS
 )
-_register_second(propagate_2d_backward_op, PROPAGATE_TENSORS, len(Scan._fields), by_definition)
+register_second(propagate_2d_backward_op, PROPAGATE_TENSORS, len(Scan._fields), by_definition)
 LineScan = register_first(
     line_scan_op, line_scan_now, line_scan_backward_op, line_scan_backward_now, LINE_SCAN_TENSORS, saves=True
 )
-_register_second(
+register_second(
     line_scan_backward_op,
     LINE_SCAN_TENSORS,
     LINE_SCAN_TENSORS + 3,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -41,11 +42,11 @@ class Workspace:
     def grow(self, size: int) -> None:
         """Have `size` bytes: another piece of memory if it had fewer."""
         if self.memory is None or self.memory.numel() < size:
-            with torch.inference_mode(False):  # views of it are written to outside of it, too
-                self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+            self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
 
 
-_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+# as long as a pass is kept, or somebody wants to keep one
+_workspaces: weakref.WeakValueDictionary[tuple[torch.device, int], Workspace] = weakref.WeakValueDictionary()
 
 
 class Recording:
@@ -201,7 +202,8 @@ class Replay:
 def recorded(gpu: Gpu, device: torch.device, stream: int) -> Iterator[Recording]:
     """Keep what this thread launches, in the time of the context."""
     workspace = _workspaces.setdefault((device, stream), Workspace(device))
-    with workspace.lock:
+    # what is made in inference mode could not be written to outside of it
+    with workspace.lock, torch.inference_mode(False), torch.no_grad():
         thread.recording = Recording(gpu, stream, workspace)
         try:
             yield thread.recording
