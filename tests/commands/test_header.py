@@ -8,7 +8,7 @@ import torch
 from cgspn import console
 from cgspn.commands.header import header, warnings
 from cgspn.data import load_embedded
-from cgspn.distill import DistillConfig, HighResConfig, ImageSetFeed, OptimConfig, World
+from cgspn.distill import DistillConfig, HighResConfig, ImageSetFeed, OptimConfig, SizeRange, World
 from cgspn.models import create_model
 from cgspn.teachers import convert
 
@@ -25,6 +25,9 @@ def test_a_header_counts_steps_images_epochs_and_costs():
     assert [line.partition(":")[0] for line in stages] == ["student, stage 1", "student, stage 2", "student, 56 px"]
     assert "30 steps of 20 images at 28 x 28 px; 600 images, 2 epochs" in stages[1]
     assert costs.startswith("roughly")
+    mixed = replace(config, sizes=SizeRange(16, 48, count=2))
+    line = list(header(teacher, student, feed, 300, mixed, World()))[2]
+    assert "28 x 28 px or as many tokens of 2 sizes, 16 x 16 to 48 x 48 px; 1,020 images, 3.4 epochs" in line
     (*_, longer) = header(teacher, student, feed, 300, replace(config, stage2=replace(optim, steps=10**8)), World())
     assert "hours" in longer
 

@@ -50,7 +50,7 @@ EVENTS = "events"
 
 @dataclass(frozen=True)
 class Distill(Command):
-    """Convert a teacher and distil it: stage 1 on its sub-layers, stage 2 end to end, then higher resolutions.
+    """Convert a teacher and distill it: stage 1 on its sub-layers, stage 2 end to end, then higher resolutions.
 
     A run that was interrupted goes on from its last snapshot when the same command is given again; settings of stages
     that have not begun may be other ones then, where all high resolutions count as one stage.

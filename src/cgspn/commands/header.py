@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from ..bench.machine import matmul_rate
+from ..data import scheduled
 from ..data.source import EMBEDDED
 from ..distill import DistillConfig, Feed, World
+from ..distill.batches import batch_shapes
 from ..distill.flops import forward_flops, sublayer_flops, training_flops
 from ..distill.plan import Stage, plan
 from ..distill.tasks import learning_blocks
@@ -29,18 +31,22 @@ def header(
     yield f"{device_name(device)}, {world.size} {'process' if world.size == 1 else 'processes'}, {images:,} images"
     flop, most = 0.0, 0.0
     for stage in plan(teacher, student, feed, config, "student", world):
-        optim, seen = stage.optim, stage.optim.steps * stage.optim.batch_size
-        shapes = sorted({f"{height} x {width}" for height, width in stage.shapes(student.config.patch_size)})
-        sizes = shapes[0] if len(shapes) == 1 else f"{len(shapes)} sizes up to {stage.size[0]} x {stage.size[1]}"
+        optim, (height, width) = stage.optim, stage.size
+        shapes = batch_shapes(student.config, stage.size, optim, world.size, stage.sizes)
+        seen, mixed = scheduled(shapes, optim.seed, optim.steps)[1], sorted({shape.size for shape in shapes})
+        others = ""
+        if len(mixed) > 1:
+            (low, lower), (high, higher) = mixed[0], mixed[-1]
+            others = f" or as many tokens of {len(mixed)} sizes, {low} x {lower} to {high} x {higher} px"
         yield (
-            f"{stage.title}: {optim.steps:,} steps of {optim.batch_size:,} images at {sizes} px; {seen:,} images, "
-            f"{seen / images:.2g} epochs"
+            f"{stage.title}: {optim.steps:,} steps of {optim.batch_size:,} images at {height} x {width} px{others}; "
+            f"{seen:,} images, {seen / images:.2g} epochs"
         )
-        flop += seen * flop_an_image(encoder, student, stage)
+        flop += optim.steps * optim.batch_size * flop_an_image(encoder, student, stage)
         tokens = stage.size[0] * stage.size[1] / student.config.patch_size**2
         share = optim.batch_size / optim.accumulate / world.size
         most = max(most, share * tokens * student.config.width * student.config.depth * KEPT)
-    rate = matmul_rate() if device.type == "cuda" else matmul_rate(1024, "cpu", torch.float32)
+    rate = matmul_rate() if device.type == "cuda" else matmul_rate(768, "cpu", torch.float32, rounds=3)
     weights = sum(4 * p.numel() for p in encoder.parameters()) + sum(STATE * p.numel() for p in student.parameters())
     memory = (weights + most * (1 if config.compute.precision == "bfloat16" else 2)) / 2**30
     hours = flop / rate / SHARE / world.size / 3600

@@ -1,4 +1,4 @@
-"""The recipe: pretrain without a teacher, or convert and distil in stages (docs/distilling.md)."""
+"""The recipe: pretrain without a teacher, or convert and distill in stages (docs/distilling.md)."""
 
 from __future__ import annotations
 

@@ -18,10 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ..ops import DIRECTIONS, replay
+from ..ops.arguments import split_parameters
 from ..ops.gpu import on_accelerator
-from ..ops.normalised import propagate_2d_normalised
 from ..ops.projected import projected_unchecked
-from ..ops.projected_library import split_parameters
 from ..ops.propagate import propagate_2d_unchecked
 from .mixer import Grid, Mixer
 from .norm import RMSNorm
@@ -245,7 +244,7 @@ class PropagationMixer(Mixer):
     def scan_latent(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """All directions over x [B, H, W, Cc]: [B, H, W, D, Cc], or their sum [B, H, W, Cc]."""
         if not self.can_project_inside(x):
-            return self.propagate(x, *self.split(self.param_proj(x)), mask=mask)
+            return self.propagate(x, *self.split(replay.project(self.param_proj, x)), mask=mask)
         return projected_unchecked(x, self.param_proj.weight, self.param_proj.bias, mask=mask, **self.scans())
 
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -287,10 +286,10 @@ class PropagationMixer(Mixer):
         """`propagate_2d` in the config's directions, merged by its rule: [B, H, W, own] or [B, H, W, D, own]."""
         if self.config.normalise_state:
             lam = replay.pointwise(softplus, torch.ops.aten.softplus.out, lam).to(x.dtype)  # autocast: in float32
-            return propagate_2d_normalised(
-                x, logits, lam, u, keep=keep, mask=mask, scan=propagate_2d_unchecked, **self.scans()
-            )
-        return propagate_2d_unchecked(x, logits, lam, u, keep=keep, mask=mask, **self.scans())
+        normalise = self.config.normalise_state
+        return propagate_2d_unchecked(
+            x, logits, lam, u, keep=keep, mask=mask, normalise_state=normalise, **self.scans()
+        )
 
     def scans(self) -> Scans:
         """The config's directions, and how the operator merges them."""

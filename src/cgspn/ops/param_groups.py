@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 
-def features(x: Tensor) -> str:
+def features(x: Tensor | None) -> str:
     """The dimensions of what is scanned: one map for all directions, or one each."""
-    return "bhwdc" if x.dim() == 5 else "bhwc"
+    return "bhwdc" if x is not None and x.dim() == 5 else "bhwc"
 
 
 def per_channel(sets: Tensor, each: int) -> Tensor:

@@ -10,12 +10,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import checks
+from .arguments import ProjectedScan, split_parameters
 from .autocast import autocast_dtype
 from .backends import check_backend
 from .eager import is_eager
 from .functorch import check_plain, in_functorch
 from .gpu import on_accelerator
-from .projected_library import Projected, check_chip, projected_now, projected_op, split_parameters
+from .projected_library import Projected, check_chip, projected_now, projected_op
 from .propagate import _look_at_values, propagate_2d_unchecked
 from .reference import DIRECTIONS
 
@@ -69,8 +70,7 @@ def propagate_2d_projected(
         checks.check_like(x, bias=bias)
         checks.check_shape("bias", bias, (len(codes) * 5 * c,), "[D * 5 * C]")
     checks.check_mask(x, mask)
-    if merge not in ("sum", "none"):
-        raise ValueError(f"merge is {merge!r}; accepted: 'sum', 'none'")
+    checks.check_merge(merge)
     check_backend(backend)
     if parameters not in PARAMETERS:
         raise ValueError(f"parameters is {parameters!r}; accepted: {', '.join(map(repr, PARAMETERS))}")
@@ -117,7 +117,7 @@ def projected_unchecked(
     if is_eager(x, weight, bias, mask):
         scan = Projected.apply if _wants_gradient(x, weight, bias) else projected_now
     codes = [DIRECTIONS.index(name) for name in directions]
-    out: Tensor = scan(x, weight, bias, mask, codes, merge == "sum", parameters, backend)
+    out: Tensor = scan(*ProjectedScan(x, weight, bias, mask, codes, merge == "sum", parameters, backend))
     return out
 
 

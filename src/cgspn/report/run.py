@@ -14,7 +14,7 @@ TITLES = {
     "total": ("Total", "what is minimised"),
     "PP": ("After sub-layers (PP)", "mean over blocks, through adapters where they are on"),
     "PB": ("After blocks (PB)", "mean over blocks, through adapters where they are on"),
-    "pooled": ("Pooled vector", "relative error, no adapter"),
+    "pooled": ("Pooled vector", "relative MSE, no adapter"),
     "contrastive": ("Contrastive", "images against captions"),
     "gradient": ("Gradient", "its norm before clipping"),
     "lr": ("Learning rate", "of fresh weights; others have a factor on it"),

@@ -8,6 +8,7 @@ from .scan import (
     line_scan_backward,
     line_scan_backward_saved,
     line_scan_forward,
+    saved_shapes,
     unsupported_reason,
 )
 
@@ -19,5 +20,6 @@ __all__ = [
     "line_scan_backward",
     "line_scan_backward_saved",
     "line_scan_forward",
+    "saved_shapes",
     "unsupported_reason",
 ]
