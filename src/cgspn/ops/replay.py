@@ -164,11 +164,13 @@ class Replay:
         self._bound = tuple([first for first, _ in changing])
         self._steps: list[tuple[Callable[[int], None] | None, Callable[[], Any]]] = []
         self._changing: list[tuple[Any, int, int, int]] = []
+        self._launches: list[Launch] = []  # which own what the driver is told to read
         for step in recording.steps:
             what, where = step
             if isinstance(what, Launch):
                 launch = what.copy()
                 launch.place(where)
+                self._launches.append(launch)
                 self._steps.append((check, recording.gpu.submission(launch, recording.stream)))
                 words = [(launch.words, slot) for slot in launch.slots]
             else:
