@@ -24,11 +24,11 @@ from ..data.prepare import Picture
 from ..data.source import EMBEDDED
 from ..distill import DistillConfig, ImageSetFeed, SampleFeed, World, distill, gather_objects, join_world
 from ..distill.events import EventWatch, require_tensorboard
+from ..distill.manifest import MOST_RECORD
 from ..distill.parallel import barrier
 from ..distill.presets import PRESETS
 from ..distill.resume import RECORD, REPORT, carried_from, check_same_run, lacks_report, progress_of
 from ..distill.run_folder import left_clean, locked
-from ..distill.snapshots import MOST_RECORD
 from ..distill.stages import Watcher
 from ..distill.trainer import Watch
 from ..models.checkpoint import write_atomically
