@@ -214,6 +214,15 @@ def test_launches_of_other_settings_are_kept_too(options):
     check(block, tokens_of(8))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_inference_mode_and_no_grad_share_launches(first):
+    block = block_of(value_expansion=2, channels_per_group=8, forget_gate=True, normalise_state=True)
+    with torch.inference_mode(first), torch.no_grad():
+        warm(block)
+    with torch.inference_mode(not first), torch.no_grad():
+        check(block, tokens_of(5))
+
+
 @torch.no_grad()
 def test_a_pass_with_other_operations_is_not_kept():
     """Without a convolution a norm of PyTorch's runs, which nothing records: its output is not where a launch reads."""

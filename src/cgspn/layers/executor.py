@@ -186,6 +186,7 @@ def keep(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion) -> Tensor | N
     if fusion != EVERYTHING:
         return None
     with recorded(gpu, tokens.device, stream) as recording:
+        state.workspace = recording.workspace
         normal, mixed = fused_residual(block, tokens, grid, EVERYTHING, block.mlp.fc2.bias)
         replay = recording.replay(state.tensors, (tokens, grid.mask, mixed))
         mlp: Any = block.mlp

@@ -145,6 +145,7 @@ def record(block: Block, tokens: Tensor, grid: Grid, gpu: Gpu, stream: int) -> T
     held, tokens = parameters_of(block), tokens.detach()
     for _ in range(PASSES):
         with recorded(gpu, tokens.device, stream) as recording:
+            workspace = recording.workspace  # held, so that the next pass finds it
             out = recording.empty(tokens.shape, tokens.dtype, tokens.device)
             saved = forward(block, tokens, grid, out)
             ahead = recording.replay(held, (tokens, out, *saved))
@@ -153,7 +154,7 @@ def record(block: Block, tokens: Tensor, grid: Grid, gpu: Gpu, stream: int) -> T
             grads = backward(block, tokens, grid, kept, seen)
             back = recording.replay(held, (tokens, seen, *kept, *grads))
             wanted = [g.clone() for g in grads]
-        if ahead is None or back is None or not ahead.holds():
+        if ahead is None or back is None or ahead.memory is not workspace.memory:
             continue
         places = [0]
         for t in saved:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -41,11 +42,11 @@ class Workspace:
     def grow(self, size: int) -> None:
         """Have `size` bytes: another piece of memory if it had fewer."""
         if self.memory is None or self.memory.numel() < size:
-            with torch.inference_mode(False):  # views of it are written to outside of it, too
-                self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+            self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
 
 
-_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+# as long as a pass is kept, or somebody wants to keep one
+_workspaces: weakref.WeakValueDictionary[tuple[torch.device, int], Workspace] = weakref.WeakValueDictionary()
 
 
 class Recording:
@@ -163,15 +164,18 @@ class Replay:
         self._bound = tuple([first for first, _ in changing])
         self._steps: list[tuple[Callable[[int], None] | None, Callable[[], Any]]] = []
         self._changing: list[tuple[Any, int, int, int]] = []
+        self._owners: list[Any] = []  # of what the driver and cuBLASLt read by address
         for step in recording.steps:
             what, where = step
             if isinstance(what, Launch):
                 launch = what.copy()
                 launch.place(where)
+                self._owners.append(launch)
                 self._steps.append((check, recording.gpu.submission(launch, recording.stream)))
                 words = [(launch.words, slot) for slot in launch.slots]
             else:
                 self._steps.append((what, where if what is None else where.run))
+                self._owners.append(where)
                 words = [] if what is None else [(pointer, 0) for pointer in where.pointers]
             for (written, slot), address in zip(words, addresses_of(step)):
                 for place, (first, size) in enumerate(changing):
@@ -201,7 +205,8 @@ class Replay:
 def recorded(gpu: Gpu, device: torch.device, stream: int) -> Iterator[Recording]:
     """Keep what this thread launches, in the time of the context."""
     workspace = _workspaces.setdefault((device, stream), Workspace(device))
-    with workspace.lock:
+    # what is made in inference mode could not be written to outside of it
+    with workspace.lock, torch.inference_mode(False), torch.no_grad():
         thread.recording = Recording(gpu, stream, workspace)
         try:
             yield thread.recording
