@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast teachers test-gpu coverage lint types docs kernels wheel-smoke demo-smoke check format clean
+.PHONY: help demo test test-slow teachers test-gpu coverage lint types docs kernels wheel-smoke demo-smoke check format clean
 
 help:  ## list what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -21,17 +21,17 @@ $(VENV)/.ready: pyproject.toml
 demo: $(VENV)/.ready  ## the whole job on embedded images: distill, evaluate, write demo/report.html
 	$(BIN)/cgspn demo
 
-test: $(VENV)/.ready  ## every test that this machine can run
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal
-
-test-fast: $(VENV)/.ready  ## the tests that take seconds
+test: $(VENV)/.ready  ## the tests, in some minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m 'not slow'
+
+test-slow: $(VENV)/.ready  ## those of whole runs: killed processes, several of them, exporters, programs in small
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m slow
 
 test-gpu: $(VENV)/.ready  ## the tests that need a CUDA GPU
 	$(BIN)/pip install --quiet -e '.[cuda]'
 	$(BIN)/pytest -m gpu
 
-coverage: $(VENV)/.ready  ## which lines the fast tests reach; writes coverage.xml
+coverage: $(VENV)/.ready  ## which lines `make test` reaches; writes coverage.xml
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist worksteal -m 'not slow' --cov --cov-report=term --cov-report=xml
 
 lint: $(VENV)/.ready  ## style
@@ -61,7 +61,7 @@ teachers: $(VENV)/.ready  ## every vision transformer that timm knows by name: p
 docs: $(VENV)/.ready  ## the documentation site in build/site; fails on broken links
 	$(BIN)/mkdocs build
 
-check: lint types test docs kernels wheel-smoke demo-smoke  ## everything that CI runs
+check: lint types test test-slow docs kernels wheel-smoke demo-smoke  ## everything that CI runs
 
 format:  ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -19,14 +19,14 @@ import torch
 import tyro
 from torch import Tensor
 
-from cgspn.bench.contenders import EPILOGUES, OURS, Shape, build, names
+from cgspn.bench.contenders import FUSED_MLP, OURS, Shape, build, names
 from cgspn.bench.machine import ceilings, free
 from cgspn.bench.results import write
 from cgspn.bench.timing import medians
 from cgspn.data import ImageSet, load_embedded, resize
 from cgspn.data.transforms import normalize, to_float
 from cgspn.environment import describe
-from cgspn.evaluate import cosine, relative_error
+from cgspn.evaluate import cosine, relative_mse
 from cgspn.evaluate.suite import embed_set, evaluate_zeroshot
 from cgspn.layers import Fp8Mlp, Grid, fp8, quantize_mlps
 from cgspn.layers.mlp import Mlp
@@ -96,9 +96,9 @@ def feature_rows(config: Fp8QualityConfig, say: Callable[[str], object]) -> list
                 continue
             row: Row = {"px": pixels, "images": len(images), "precision": name}
             row |= {"cosine of tokens": f"{cosine(tokens, wanted[0]):.5f}"}
-            row |= {"squared relative error of tokens": f"{relative_error(tokens, wanted[0]):.2e}"}
+            row |= {"squared relative error of tokens": f"{relative_mse(tokens, wanted[0]):.2e}"}
             row |= {"cosine of pooled": f"{cosine(pooled, wanted[1]):.5f}"}
-            row |= {"squared relative error of pooled": f"{relative_error(pooled, wanted[1]):.2e}"}
+            row |= {"squared relative error of pooled": f"{relative_mse(pooled, wanted[1]):.2e}"}
             rows.append(row)
             say(", ".join(f"{key} {value}" for key, value in row.items()))
     return rows
@@ -206,9 +206,9 @@ def block_rows(shape: Shape, pixels: int, batch: int, device: torch.device, roun
     tokens = torch.randn(batch, grid.tokens, shape.width, device=device, dtype=dtype)
     calls: dict[str, Callable[[], object]] = {}
     rows: dict[str, Row] = {}
-    for mixer in [n for n in names(device) if n.endswith(EPILOGUES) or n == OURS]:
+    for mixer in [n for n in names(device) if n.endswith(FUSED_MLP) or n == OURS]:
         for way in (None, *WAYS):
-            name = f"{mixer.removesuffix(EPILOGUES)}, MLP " + ("bf16" if way is None else f"fp8, {way}")
+            name = f"{mixer.removesuffix(FUSED_MLP)}, MLP " + ("bf16" if way is None else f"fp8, {way}")
             rows[name] = {"px": pixels, "B": batch, "block": name}
             contender = build(mixer, shape, device, dtype)
             if way is not None:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from ctypes import c_void_p
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from cgspn.bench.results import write
 from cgspn.environment import describe
 from cgspn.layers import Grid
 from cgspn.ops.gpu import Launch, Machine, registered
+from cgspn.ops.products import Pointer
 
 Row = dict[str, Any]
 CPU = torch.device("cpu")
@@ -86,9 +86,10 @@ class DroppedLaunches:
         """What drops a launch."""
         return partial(self.submit, launch)
 
-    def product(self, stream: int, scratch: Tensor, *matrices: Tensor | None, **options: bool) -> SimpleNamespace:
+    def product(self, stream: int, scratch: Tensor, *matrices: Tensor, **options: Any) -> SimpleNamespace:
         """What drops a product."""
-        return SimpleNamespace(x=c_void_p(), out=c_void_p(), run=self._drop_product)
+        pointers = [Pointer(0 if m is None else m.data_ptr()) for m in (*matrices, options.get("add"))]
+        return SimpleNamespace(pointers=pointers, run=self._drop_product)
 
     def _drop_product(self) -> int:
         self.products += 1

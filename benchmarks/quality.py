@@ -24,16 +24,16 @@ from PIL import Image
 from torch import Tensor
 
 from cgspn.bench.checks import at_least, not_empty, tiled
-from cgspn.bench.drawing import draw
 from cgspn.bench.results import write
 from cgspn.data import ImageSet, resize
 from cgspn.data.transforms import normalize, to_float
 from cgspn.distill import ComputeConfig, DistillConfig, LossConfig, OptimConfig, distill
 from cgspn.environment import describe
-from cgspn.evaluate import cosine, relative_error, segment
+from cgspn.evaluate import cosine, relative_mse, segment
 from cgspn.layers import PropagationConfig, value_config
 from cgspn.models.checkpoint import write_atomically
 from cgspn.models.encoder import Encoder
+from cgspn.report.drawing import draw
 from cgspn.teachers import attention_student, convert, load_encoder
 
 from .resolution.photographs import pixels, read_tar, square
@@ -229,7 +229,7 @@ def features(encoder: Encoder, images: Tensor, size: int = 50) -> Tensor:
 def scores(student: Encoder, teacher: Encoder, data: StudyData) -> dict[str, float]:
     """Cosine and relative error of the final grid tokens on held-out photographs; mIoU of a linear probe on scenes."""
     mine, theirs = features(student, data.test), features(teacher, data.test)
-    out = {"cosine": cosine(mine, theirs), "relative error": relative_error(mine, theirs)}
+    out = {"cosine": cosine(mine, theirs), "relative error": relative_mse(mine, theirs)}
     return out | ({"mIoU": 100 * probe_miou(student, data)} if data.scenes else {})
 
 

@@ -20,10 +20,11 @@ import tyro
 from torch import Tensor
 
 from cgspn.bench.machine import copy_bandwidth
-from cgspn.bench.operator import FOUR, Row, inputs, size_of
+from cgspn.bench.operator import Row, inputs, size_of
 from cgspn.bench.results import write
 from cgspn.bench.timing import medians
 from cgspn.environment import describe
+from cgspn.ops.arguments import ProjectedScan, Scan
 from cgspn.ops.backends import unsupported_reason
 from cgspn.ops.cuda import launch, projected, scan
 from cgspn.ops.cuda.compile import cubin, macros
@@ -105,7 +106,7 @@ def jobs(machine: Machine) -> Iterator[tuple[str, dict[str, int]]]:
 
 def _flat(result: Any) -> Tensor:
     tensors = result if isinstance(result, tuple) else (result,)
-    return torch.cat([t.float().flatten() / t.float().norm() for t in tensors])
+    return torch.cat([t.float().flatten() / t.float().norm() for t in tensors if t is not None])
 
 
 def _timed(calls: dict[str, Callable[[], object]], *, graph: bool = True) -> Iterator[tuple[str, float, float]]:
@@ -128,13 +129,11 @@ def _timed(calls: dict[str, Callable[[], object]], *, graph: bool = True) -> Ite
 def scan_rows(b: int, n: int, c: int, machine: Machine, copy: float) -> list[Row]:
     """Forward and backward of a summed `propagate_2d` in bfloat16, every cut."""
     x, logits, lam, u = t = inputs(b, n, c, torch.bfloat16)
-    _, state = scan.forward_saving(x, logits, lam, u, None, FOUR, True)
+    arguments = Scan(x, logits, lam, u)
+    _, h, _ = scan.forward_saving(arguments)
     runs: dict[bool, tuple[Callable[..., object], int]] = {
-        False: (partial(scan.forward, x, logits, lam, u, None, FOUR, True), size_of(*t, x)),
-        True: (
-            partial(scan.backward_saved, x, x, logits, lam, u, None, FOUR, True, state),
-            size_of(*t, *t, x, state),
-        ),
+        False: (partial(scan.forward, arguments), size_of(*t, x)),
+        True: (partial(scan.backward_saved, x, arguments, h), size_of(*t, *t, x, h)),
     }
     rows: list[Row] = []
     for backward, (function, count) in runs.items():
@@ -174,13 +173,14 @@ def projected_rows(b: int, n: int, c: int, machine: Machine) -> list[Row]:
     x, dy = (torch.randn(b, n, n, c, device="cuda").bfloat16() for _ in range(2))
     weight = (torch.randn(20 * c, c, device="cuda") / c**0.5).bfloat16()
     bias = torch.randn(20 * c, device="cuda").bfloat16()
+    p = ProjectedScan(x, weight, bias)
     rows: list[Row] = []
     for backward in (False, True):
         if backward:
-            function: Callable[..., object] = partial(projected.backward, dy, x, weight, bias, None, FOUR, True)
+            function: Callable[..., object] = partial(projected.backward, dy, p)
             own = choose_backward(b, n, c, 4, machine)
         else:
-            function = partial(projected.forward, x, weight, bias, None, FOUR, True)
+            function = partial(projected.forward, p)
             own = choose_projected(b, n, c, 4, machine)
         rivals: list[ProjectedTileConfig] = list(cuts(n, c, machine, backward))
         calls: dict[str, Callable[[], object]] = {f"the plan's, {own}": function}

@@ -50,9 +50,9 @@ def scans(machine: Machine) -> Iterator[Variant]:
 
 
 def sets(machine: Machine) -> Iterator[Variant]:
-    """Scans whose channels share parameters, with a forget gate, that the plan asks for."""
-    for (b, n, c), backward in itertools.product(SETS, (False, True)):
-        p = Problem(backward, True, 2, b, c, 4, n, 16, share=8, keep=True)
+    """Scans whose channels share parameters, with a forget gate, that the plan asks for; also normalised."""
+    for (b, n, c), backward, mean in itertools.product(SETS, (False, True), (False, True)):
+        p = Problem(backward, True, 2, b, c, 4, n, 16, share=8, keep=True, mean=mean)
         if cut := choose(p, machine):
             save = None if backward else True
             yield p.name, scan_defines(cut, p, 2, masked=True, merged=False, save=save)

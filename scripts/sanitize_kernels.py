@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 
+from cgspn.ops.arguments import ProjectedScan, Scan
 from cgspn.ops.cuda import launch, projected, scan
 from cgspn.ops.cuda.plan import TileConfig
 from cgspn.ops.cuda.projected_plan import ProjectedTileConfig
@@ -38,8 +39,10 @@ def main() -> None:
             if cut is not None:
                 launch.choose = lambda p, m, cut=cut: cut  # type: ignore[misc]
             for inside in (None, mask):
-                y, state = scan.forward_saving(*tensors, inside, FOUR, True)
-                scan.backward_saved(y, *tensors, inside, FOUR, True, state)
+                for mean in (False, True):
+                    arguments = Scan(*tensors, mask=inside, normalise_state=mean)
+                    y, *saved = scan.forward_saving(arguments)
+                    scan.backward_saved(y, arguments, *saved)
             launch.choose = choose
     for b, h, w, c in ((2, 9, 13, 24), (1, 21, 18, 136), (1, 11, 19, 40)):
         x, weight = (torch.randn(s, device="cuda").bfloat16() for s in ((b, h, w, c), (20 * c, c)))
@@ -47,9 +50,10 @@ def main() -> None:
         cut = None if c != 40 else ProjectedTileConfig(2, 1, 3)
         for inside in (None, torch.rand(b, h, w, device="cuda") < 0.8):
             for merge in (True, False):
-                y = projected.forward(x, weight, weight[:, 0], inside, FOUR, merge, cut=cut)
+                p = ProjectedScan(x, weight, weight[:, 0], inside, FOUR, merge)
+                y = projected.forward(p, cut)
                 with mock.patch.multiple(torch, mm=product, bmm=product):
-                    projected.backward(y, x, weight, weight[:, 0], inside, FOUR, merge, cut=cut)
+                    projected.backward(y, p, cut)
     torch.cuda.synchronize()
     print("done")
 

@@ -9,7 +9,7 @@ from cgspn.data import resize
 from cgspn.data.loader import Batch
 from cgspn.data.transforms import normalize, to_float
 from cgspn.distill.tasks import SublayerTask
-from cgspn.evaluate import cosine, relative_error
+from cgspn.evaluate import cosine, relative_mse
 from cgspn.models.encoder import Encoder
 
 TOKENS = 1 << 16  # a batch, at most
@@ -35,7 +35,7 @@ def features(encoder: Encoder, images: Tensor, px: int | tuple[int, int]) -> Ten
 def scores(student: Encoder, teacher: Encoder, held: Tensor, px: int) -> dict[str, float]:
     """Cosine and relative error of the final grid tokens to the teacher's at the same size."""
     mine, theirs = features(student, held, px), features(teacher, held, px)
-    return {"cosine": cosine(mine, theirs), "relative error": relative_error(mine, theirs)}
+    return {"cosine": cosine(mine, theirs), "relative error": relative_mse(mine, theirs)}
 
 
 @torch.inference_mode()

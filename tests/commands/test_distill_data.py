@@ -30,7 +30,7 @@ CONFIG = replace(
     compute=ComputeConfig(save_every=2),
 )
 AS_OPTIONS = "--config.stage1.steps 2 --config.stage2.steps 8 --config.loss.contrastive 0.5 --loader.cache cache"
-AS_OPTIONS += " --config.compute.save-every 2"
+AS_OPTIONS += " --config.compute.save-every 2 --no-report"
 for stage in ("stage1", "stage2"):
     AS_OPTIONS += f" --config.{stage}.batch-size 8 --config.{stage}.augment --config.{stage}.optimizer adamw"
     AS_OPTIONS += f" --config.{stage}.learning-rate 1e-3"
@@ -38,7 +38,7 @@ for stage in ("stage1", "stage2"):
 
 def distill(out, data, *, workers=0, max_skipped=0.1):
     loader = LoaderConfig(workers=workers, max_skipped=max_skipped, cache=Path("cache"))
-    Distill("embedded", Path(out), data=data, config=CONFIG, loader=loader).run()
+    Distill("embedded", Path(out), data=data, config=CONFIG, loader=loader, report=False).run()
     return json.loads((Path(out) / "distill.json").read_text())
 
 

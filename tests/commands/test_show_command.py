@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_cli import cgspn
 
+from cgspn.cli import main
 from cgspn.commands.show import Show
 
 
@@ -27,10 +27,12 @@ def test_wrong_input_is_named_and_leaves_nothing_behind(arguments, message, tmp_
     assert not list(tmp_path.iterdir())
 
 
-def test_wrong_input_gives_one_line_and_exit_code_2(tmp_path):
-    result = cgspn("show", "embedded", "--images", "nowhere", cwd=tmp_path)
-    assert result.returncode == 2
-    assert (result.stdout + result.stderr).strip() == "cgspn: error: images is nowhere: no such folder"
+def test_wrong_input_gives_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["cgspn", "show", "embedded", "--images", "nowhere"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "".join(capsys.readouterr()).strip() == "cgspn: error: images is nowhere: no such folder"
 
 
 def test_a_folder_with_a_damaged_photograph_makes_a_page_and_a_picture(tmp_path, monkeypatch, capsys):

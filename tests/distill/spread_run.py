@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.profiler import ProfilerActivity, profile
+from torch.distributed.tensor.debug import CommDebugMode
 
 from cgspn.data import Batch
 from cgspn.distill import ComputeConfig, LossConfig, World
@@ -77,8 +77,16 @@ def by_hand_and_by_ddp(rank, *, output, bucket):
     return found
 
 
+def all_sharded(rank, *, cases):
+    """Gradients of a copied task, and of each case `sharded`: blocks a unit, whether it reshards, checkpoints."""
+    task = DistillTask(*models(), LossConfig())
+    backward(wrap_distributed(task, sharded=False, find_unused=False), task, parts(rank, 1))
+    names = ("blocks_per_unit", "reshard_after_forward", "checkpointing")
+    return gradients_of(task), {case: sharded(rank, **dict(zip(names, case, strict=True))) for case in cases}
+
+
 def sharded(rank, **compute):
-    """Gradients of a sharded task and of a copied one, and how often the former's units are gathered and scattered."""
+    """Gradients of a sharded task, and how often its units are gathered and scattered."""
     teacher, student = models()
     world = World(rank, dist.get_world_size(), torch.device("cpu"), dist.get_world_size())
 
@@ -88,11 +96,9 @@ def sharded(rank, **compute):
     with running(make, student, ComputeConfig(parallel="fsdp", **compute), world) as task:
         module = wrap_distributed(task, sharded=task.sharded, find_unused=False)
         backward(module, task, parts(rank, 1))
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        with CommDebugMode() as seen:
             backward(module, task, parts(rank, 1))
         found = gradients_of(task)
-    kinds = ("FSDP::all_gather (", "FSDP::post_backward_reduce (")  # the root has no name in brackets
-    counts = [sum(event.name.startswith(kind) for event in seen.events()) for kind in kinds]
-    task = DistillTask(*models(), LossConfig())
-    backward(wrap_distributed(task, sharded=False, find_unused=False), task, parts(rank, 1))
-    return found, gradients_of(task), counts
+    names = {str(op).rpartition(".")[2]: count for op, count in seen.get_comm_counts().items()}
+    counts = [names["_allgather_base_"] - 1, names["_reduce_scatter_base_"] - 1]  # without those of the root
+    return found, counts

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from cgspn.distill.adapters import Adapters
-from cgspn.distill.losses import clip_loss, relative_error, sigmoid_loss, tap_loss
+from cgspn.distill.losses import clip_loss, relative_mse, sigmoid_loss, tap_loss
 
 
 def test_relative_error_is_one_for_zero_and_zero_for_equal():
     t = torch.randn(2, 5, 8)
-    assert relative_error(torch.zeros_like(t), t) == 1
-    assert relative_error(t, t) == 0
-    assert relative_error(1.5 * t, t).item() == pytest.approx(0.25)
+    assert relative_mse(torch.zeros_like(t), t) == 1
+    assert relative_mse(t, t) == 0
+    assert relative_mse(1.5 * t, t).item() == pytest.approx(0.25)
 
 
 def test_tap_loss_is_mse_plus_kl_of_the_student_against_the_teacher():

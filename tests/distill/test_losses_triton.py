@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from cgspn.distill.losses import relative_error, tap_loss
+from cgspn.distill.losses import relative_mse, tap_loss
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
@@ -90,6 +90,6 @@ def test_on_a_gpu_they_are_chosen_unless_more_than_their_gradient_is_wanted():
     student, teacher = features(2, 9, 20, dtype=torch.bfloat16)
     student.requires_grad_()
     energy = teacher.float().square().mean()
-    for loss in (tap_loss(student, teacher, 1.0, energy), relative_error(student, teacher)):
+    for loss in (tap_loss(student, teacher, 1.0, energy), relative_mse(student, teacher)):
         assert type(loss.grad_fn).__name__ == "_TapLossBackward"
     assert type(tap_loss(student, teacher.requires_grad_(), 1.0, energy).grad_fn).__name__ != "_TapLossBackward"

@@ -19,7 +19,7 @@ def of_two(folder, name, **settings):
     for process in running:
         process.start()
     for process in running:
-        process.join(120)
+        process.join(300)
         process.kill()
     assert [process.exitcode for process in running] == [0, 0]
     return torch.load(folder / "result.pt")
@@ -54,13 +54,21 @@ def test_gradients_averaged_by_hand_are_those_of_ddp(tmp_path, output, bucket):
     assert any(gradient is None for gradient in ours.values()) == (output == 0)
 
 
+CASES = [(blocks, reshard, kept) for blocks in (1, 2, 9) for reshard in (True, False) for kept in (True, False)]
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """Every case in one pair of processes."""
+    return of_two(tmp_path_factory.mktemp("sharded"), "all_sharded", cases=CASES)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("blocks", [1, 2, 9])
-@pytest.mark.parametrize("reshard", [True, False])
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_a_unit_of_blocks_is_gathered_once_a_pass(tmp_path, blocks, reshard, checkpointing):
-    compute = {"blocks_per_unit": blocks, "reshard_after_forward": reshard, "checkpointing": checkpointing}
-    ours, theirs, (gathers, reductions) = of_two(tmp_path, "sharded", **compute)
+@pytest.mark.parametrize("case", CASES)
+def test_a_unit_of_blocks_is_gathered_once_a_pass(sharded, case):
+    blocks, reshard, _ = case
+    theirs, found = sharded
+    ours, (gathers, reductions) = found[case]
     same(ours, theirs)
     units = -(-spread_run.DEPTH // blocks)
     assert gathers == units * (2 if reshard else 1)

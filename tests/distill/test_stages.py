@@ -221,7 +221,7 @@ def test_pretraining_without_a_teacher_learns(images, kind, loss, monkeypatch):
     )
     monkeypatch.setattr("cgspn.distill.stages.model_config", lambda _: small)
     model, history = pretrain(
-        images, PretrainConfig(loss=loss, optim=OptimConfig(steps=25, batch_size=64, learning_rate=3e-3))
+        images, PretrainConfig(loss=loss, optim=OptimConfig(steps=25, batch_size=32, learning_rate=3e-3))
     )
     curve = history.curve("total")
     assert sum(curve[-5:]) < 0.95 * sum(curve[:5])

@@ -10,7 +10,9 @@ import os
 import pickle
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +20,10 @@ from torch import nn
 
 from cgspn.layers import Block, Grid, PropagationConfig, PropagationMixer
 from cgspn.layers.executor import TRIES, Plan
+from cgspn.layers.propagation import value_config
+from cgspn.layers.training import Trained
 from cgspn.ops.gpu import Launch, registered
+from cgspn.ops.products import Pointer
 
 sys.path.append(str(Path(__file__).parents[1] / "ops" / "emulation"))
 GPU = torch.cuda.is_available()
@@ -33,6 +38,7 @@ GRID = Grid(4, 5)
 OTHERS = [
     {"merge": "sum"},
     {"value_expansion": 2, "channels_per_group": 4, "forget_gate": True},
+    {"value_expansion": 2, "channels_per_group": 8, "forget_gate": True, "normalise_state": True},
     {"directions": ("up",)},
     {"local_kernel": 5, "merge_norm": False},
 ]
@@ -55,6 +61,19 @@ def gpu():
             kept.function = launch, [None if t is None else (t.shape, t.dtype) for t in tensors]
             return kept if wanted else None
 
+        def product(self, stream, scratch, a, b, out, bias=None, add=None, gelu=False):
+            tensors = [a, b, out, out if add is None else add]
+            pointers = [Pointer(t.data_ptr()) for t in tensors]
+            if add is None or add is out:
+                pointers[3] = pointers[2]
+
+            def run():
+                x, y, z, more = (strided(p.value, t) for p, t in zip(pointers, tensors, strict=True))
+                found = x.float() @ y.float() + (0 if bias is None else bias) + (0 if add is None else more)
+                z.copy_(torch.nn.functional.gelu(found, approximate="tanh") if gelu else found)
+
+            return SimpleNamespace(pointers=pointers, run=run)
+
         def submit(self, launch):
             if not isinstance(launch.function, tuple):
                 super().submit(launch)
@@ -74,6 +93,13 @@ def at(address, look):
     shape, dtype = look
     memory = (ctypes.c_byte * (shape.numel() * dtype.itemsize)).from_address(address)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def strided(address, like):
+    """The matrix at an address that lies in memory as another."""
+    turned = like if like.stride(1) == 1 else like.t()
+    memory = at(address, (torch.Size([(turned.shape[0] - 1) * turned.stride(0) + turned.shape[1]]), like.dtype))
+    return memory.as_strided(like.shape, like.stride())
 
 
 def block_of(scale=None, **options):
@@ -188,6 +214,15 @@ def test_launches_of_other_settings_are_kept_too(options):
     check(block, tokens_of(8))
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_inference_mode_and_no_grad_share_launches(first):
+    block = block_of(value_expansion=2, channels_per_group=8, forget_gate=True, normalise_state=True)
+    with torch.inference_mode(first), torch.no_grad():
+        warm(block)
+    with torch.inference_mode(not first), torch.no_grad():
+        check(block, tokens_of(5))
+
+
 @torch.no_grad()
 def test_a_pass_with_other_operations_is_not_kept():
     """Without a convolution a norm of PyTorch's runs, which nothing records: its output is not where a launch reads."""
@@ -205,3 +240,87 @@ def test_all_blocks_share_a_workspace_that_grows():
         check(first, tokens_of(seed), kept=None)
     plans = [next(iter(block._state.plans.values())) for block in (first, second)]
     assert plans[0].replay.memory is plans[1].replay.memory
+
+
+def gradients(block, tokens, dout, **options):
+    """Output and gradients to tokens and parameters."""
+    tokens = tokens.detach().requires_grad_()
+    out = block(tokens, GRID)
+    return [out, *torch.autograd.grad(out, [tokens, *block.parameters()], dout, **options)]
+
+
+def check_training(block, seed, *, kept, **options):
+    tokens, dout = tokens_of(seed), tokens_of(seed + 50)
+    block.fusion_backend = "torch"
+    plain = gradients(block, tokens, dout)
+    del block.fusion_backend
+    found = gradients(block, tokens, dout, **options)
+    for a, b in zip(plain, found, strict=True):
+        assert float((a.detach().float() - b.detach().float()).norm() / a.detach().float().norm()) < 1e-2
+    assert any(isinstance(p, Trained) for p in block._state.plans.values()) == kept
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"directions": ("down", "right")}])
+def test_training_by_kept_passes_gives_the_gradients_of_the_layers(options):
+    block = block_of(**options).train()
+    for seed in range(3):
+        check_training(block, seed, kept=True)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.mul_(1.1)
+    found = check_training(block, 4, kept=True)
+    first = check_training(block, 5, kept=True, create_graph=True)  # by way of the layers
+    assert first[1].requires_grad
+    assert found[0].grad_fn.name() == "TrainedBlockBackward"
+    tokens = tokens_of(4).requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(block, tokens, GRID, use_reentrant=False)
+    again = torch.autograd.grad(y, [tokens, *block.parameters()], tokens_of(54))
+    for a, b in zip(found[1:], again, strict=True):
+        assert torch.equal(a, b)
+    two = [block(tokens_of(seed).requires_grad_(), GRID) for seed in (6, 7)]  # backward after another forward
+    wanted = [torch.autograd.grad(y, list(block.parameters()), tokens_of(9)) for y in two]
+    for seed, want in zip((6, 7), wanted, strict=True):
+        for a, b in zip(gradients(block, tokens_of(seed), tokens_of(9))[2:], want, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("change", ["frozen", "hook", "scale", "values"])
+def test_what_training_does_not_keep(change):
+    block = block_of(0.5 if change == "scale" else None, **({"value_expansion": 2} if change == "values" else {}))
+    seen = []
+    if change == "frozen":
+        block.mixer.down.bias.requires_grad_(False)
+    if change == "hook":
+        block.mixer.down.register_full_backward_hook(lambda *_: seen.append(1))
+    tokens = tokens_of(1).requires_grad_()
+    block(tokens, GRID).sum().backward()
+    assert not block._state or not any(isinstance(p, Trained) for p in block._state.plans.values())
+    assert block.mixer.up.weight.grad.isfinite().all()
+    assert seen == ([1] if change == "hook" else [])
+
+
+@pytest.mark.skipif(not GPU, reason="as wide as SO400M")
+@pytest.mark.parametrize("values", [None, 6])
+@pytest.mark.parametrize("side", [27, 74])
+def test_blocks_of_full_width(values, side):
+    torch.manual_seed(0)
+    grid = Grid(side, side)
+    mixer = PropagationMixer(1152, replace(value_config(values), compression=18))
+    block = Block(1152, mixer, 4304, "gelu_tanh", 1e-6, None).to(DEVICE, torch.bfloat16)
+    nn.init.normal_(block.mixer.up.weight, std=0.05)
+    inputs = [torch.randn(2, grid.tokens, 1152, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
+    with torch.no_grad():
+        for tokens in inputs:
+            out = block(tokens, grid)
+        assert any(isinstance(plan, Plan) for plan in block._state.plans.values())
+        exact = copy.deepcopy(block).double()(tokens.double(), grid)
+        assert float((out.double() - exact).norm() / exact.norm()) < 1e-2
+    wide = copy.deepcopy(block).float()
+    for tokens, dout in zip(inputs, inputs[::-1], strict=True):
+        leaf, full = tokens.detach().requires_grad_(), tokens.float().requires_grad_()
+        found = torch.autograd.grad(block(leaf, grid), [leaf, *block.parameters()], dout)
+        wanted = torch.autograd.grad(wide(full, grid), [full, *wide.parameters()], dout.float())
+        for a, b in zip(found, wanted, strict=True):
+            assert float((a.float() - b).norm() / b.norm()) < 4e-2
+    assert any(isinstance(plan, Trained) for plan in block._state.plans.values()) == (values is None)

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cgspn.layers import Grid, PropagationConfig, PropagationMixer
 from cgspn.ops import DIRECTIONS, propagate_2d_projected, propagate_2d_reference
+from cgspn.ops.arguments import ProjectedScan, Scan
 from cgspn.ops.cuda import launch, projected, scan
 from cgspn.ops.cuda.plan import TileConfig
 from cgspn.ops.cuda.projected_plan import cuts
@@ -60,8 +61,9 @@ def check_scan(
     y = propagate_2d_reference(*leaves, directions=names(codes), mask=mask)
     dy = draw(*y.shape, seed=5).to(dtype)
     want = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
-    out, state = scan.forward_saving(*tensors, mask, codes, True, cut=cut)
-    got = [out, *scan.backward_saved(dy, *tensors, mask, codes, True, state, cut=back)]
+    arguments = Scan(*tensors, None, mask, codes)
+    out, *saved = scan.forward_saving(arguments, cut)
+    got = [out, *scan.backward_saved(dy, arguments, *saved, back)[:4]]
     for name, a, b_ in zip(("y", "x", "logits", "lam", "u"), got, want, strict=True):
         assert torch.isfinite(a).all(), name
         # the gradient of the logits is a difference of two states rounded to the dtype: test_cuda_gpu.py
@@ -169,9 +171,9 @@ def test_projected_cuts() -> None:
     want = want_of(tensors, dy)
     gpu = launch.gpu_behind(tensors[0]).machine
     for cut in list(cuts(74, 64, gpu))[::3]:
-        assert error(projected.forward(*tensors, None, FOUR, True, cut=cut), want[0]) < 1e-2, cut
+        assert error(projected.forward(ProjectedScan(*tensors), cut), want[0]) < 1e-2, cut
     for cut in list(cuts(74, 64, gpu, True))[::3]:
-        compare(list(projected.backward(dy, *tensors, None, FOUR, True, cut=cut)), want[1:], torch.bfloat16)
+        compare(list(projected.backward(dy, ProjectedScan(*tensors), cut)), want[1:], torch.bfloat16)
 
 
 def test_projected_long_lines() -> None:

@@ -10,6 +10,7 @@ import torch._dynamo.testing
 from torch import Tensor
 
 from cgspn.ops import DIRECTIONS, line_scan, line_scan_reference, propagate_2d, propagate_2d_reference
+from cgspn.ops.arguments import Scan
 from cgspn.ops.cuda import scan
 
 pytestmark = [
@@ -305,12 +306,13 @@ def test_more_than_two_to_the_31_elements() -> None:
     x, lam, u = (
         torch.empty(b, h, w, *d, c, device="cuda", dtype=torch.bfloat16).normal_(generator=g) for d in ((), (4,), (4,))
     )
-    y, h_state = scan.forward_saving(x, logits, lam, u, None, [0, 1, 2, 3], True)
+    whole = Scan(x, logits, lam, u)
+    y, *saved = scan.forward_saving(whole)
     last = [t[-1:] for t in (x, logits, lam, u)]
     assert torch.equal(y[-1:], propagate_2d(*last, backend="cuda"))
     small = [t[..., 200:208].contiguous() for t in last]
     assert error(y[-1:, ..., 200:208], propagate_2d_reference(*small)) < 1e-2
-    grads = scan.backward_saved(x, x, logits, lam, u, None, [0, 1, 2, 3], True, h_state)
-    _, h_last = scan.forward_saving(*last, None, [0, 1, 2, 3], True)
-    for a, b_ in zip(grads, scan.backward_saved(last[0], *last, None, [0, 1, 2, 3], True, h_last), strict=True):
+    grads = scan.backward_saved(x, whole, *saved)[:4]
+    _, *saved = scan.forward_saving(Scan(*last))
+    for a, b_ in zip(grads, scan.backward_saved(last[0], Scan(*last), *saved)[:4], strict=True):
         assert torch.equal(a[-1:], b_)

@@ -25,6 +25,7 @@ from operator_cases import (
 from torch import Tensor
 
 from cgspn.ops import DIRECTIONS, projected_library, propagate_2d_projected, propagate_2d_reference
+from cgspn.ops.arguments import Scan
 from cgspn.ops.cuda import compile as compiling
 from cgspn.ops.cuda import launch, projected, scan
 from cgspn.ops.cuda.plan import TileConfig
@@ -73,8 +74,9 @@ def check_scan(
     want = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
 
     def run() -> list[Tensor]:
-        out, state = scan.forward_saving(*tensors, mask, codes, merge == "sum", cut=cut)
-        return [out, *scan.backward_saved(dy, *tensors, mask, codes, merge == "sum", state, cut=back)]
+        arguments = Scan(*tensors, None, mask, codes, merge == "sum")
+        out, *saved = scan.forward_saving(arguments, cut)
+        return [out, *scan.backward_saved(dy, arguments, *saved, back)[:4]]
 
     check(run, want, dtype)
 
@@ -98,17 +100,22 @@ SETS = [
         TileConfig(4, 1, 1, 3, 4, 5),
     ),
     ((1, 9, 13, 16), 8, False, True, False, "sum", torch.bfloat16, TileConfig(8, 2, 1, 3), TileConfig(8, 1, 1, 2)),
+    ((1, 5, 9, 16), 1, True, True, True, "none", torch.bfloat16, TileConfig(8, 2, 1, 1), TileConfig(8, 1, 1, 2)),
 ]
 
 
+@pytest.mark.parametrize("mean", [False, True], ids=["", "mean"])
 @pytest.mark.parametrize(("shape", "share", "own", "keep", "masked", "merge", "dtype", "cut", "back"), SETS, ids=str)
-def test_sets_of_parameters(shape, share, own, keep, masked, merge, dtype, cut, back) -> None:
+def test_sets_of_parameters(shape, share, own, keep, masked, merge, dtype, cut, back, mean: bool) -> None:
     """One thread takes all channels of a set; sets that it cannot take are cut up; with and without a forget gate."""
     codes = [2, 0, 3, 1]
     tensors = set_inputs(shape, share, dtype=dtype, own=own, keep=keep)
+    if mean:
+        tensors[2] = torch.nn.functional.softplus(tensors[2])
     mask = draw(*shape[:3], seed=3) > -0.8 if masked else None
     leaves = [t.double().requires_grad_() for t in tensors]
-    y = with_keep(propagate_2d_reference, directions=names(codes), merge=merge, mask=mask)(*leaves)
+    options = {"directions": names(codes), "merge": merge, "mask": mask, "normalise_state": mean}
+    y = with_keep(propagate_2d_reference, **options)(*leaves)
     dy = draw(*y.shape, dtype=dtype, seed=9)
     want = [y.detach(), *torch.autograd.grad(y, leaves, dy.double())]
     if mask is not None:
@@ -118,8 +125,9 @@ def test_sets_of_parameters(shape, share, own, keep, masked, merge, dtype, cut, 
     gate = gate[0] if gate else None
 
     def run() -> list[Tensor]:
-        out, state = scan.forward_saving(x, logits, lam, u, mask, codes, merge == "sum", gate, cut)
-        return [out, *scan.backward_saved(dy, x, logits, lam, u, mask, codes, merge == "sum", state, gate, back)]
+        arguments = Scan(x, logits, lam, u, gate, mask, codes, merge == "sum", normalise_state=mean)
+        out, *saved = scan.forward_saving(arguments, cut)
+        return [out, *[g for g in scan.backward_saved(dy, arguments, *saved, back) if g is not None]]
 
     check(run, want, dtype)
 
@@ -199,7 +207,7 @@ def test_projected_by_default(merge: str, fits: bool, monkeypatch: pytest.Monkey
     calls: list[tuple[int, ...]] = []
     monkeypatch.setattr(projected, "is_faster_for", lambda *case: calls.append(case[:-1]) or True)
     if fits:
-        monkeypatch.setattr(projected_library, "_backward_in_memory", lambda *_: pytest.fail("the one in memory"))
+        monkeypatch.setattr(projected_library, "backward_in_memory", lambda *_: pytest.fail("the one in memory"))
     else:
         monkeypatch.setattr(projected, "backward", lambda *_: pytest.fail("the chip's backward"))
         monkeypatch.setattr(projected, "unsupported_reason", lambda x, backward=False: "too long" if backward else None)
@@ -254,5 +262,5 @@ def test_the_emulation_sees_a_missing_barrier(monkeypatch: pytest.MonkeyPatch) -
     tensors = propagate_inputs((1, 5, 40, 4), 1, torch.float32)
     found = []
     for Schedule.order, Schedule.eager in SCHEDULES[:2]:
-        found.append(scan.forward(*tensors, None, [0], True))
+        found.append(scan.forward(Scan(*tensors, directions=[0])))
     assert not torch.equal(*found)

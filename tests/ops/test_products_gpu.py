@@ -26,17 +26,34 @@ def test_a_prepared_product_is_pytorchs(dtype, rows):
     }
     for (through, onto, biased), want in wanted.items():
         out = before.clone()
-        product = gpu.product(stream, scratch, x, weight, bias if biased else None, out, gelu=through, onto=onto)
+        options = {"bias": bias if biased else None, "add": out if onto else None, "gelu": through}
+        product = gpu.product(stream, scratch, x, weight.t(), out, **options)
         assert product is not None
         assert product.run() == 0
         other = before.clone()
-        product.out.value = other.data_ptr()
+        product.pointers[2].value = other.data_ptr()
         assert product.run() == 0
         assert torch.equal(out, other)
         assert float((out.double() - want).norm() / want.norm()) < (1e-3 if dtype == torch.float16 else 5e-3)
 
 
+def test_products_of_a_backward_pass():
+    torch.manual_seed(0)
+    gpu, stream = gpu_of(torch.device("cuda")), torch.cuda.current_stream().cuda_stream
+    d, x, weight = (torch.randn(n, m, device="cuda").bfloat16() for n, m in ((5476, 192), (5476, 64), (192, 64)))
+    scratch = torch.empty(1 << 25, device="cuda", dtype=torch.uint8)
+    more = torch.randn(5476, 64, device="cuda").bfloat16()
+    for a, b, add in ((d, weight, None), (d, weight, more), (d.t(), x, None)):
+        out = torch.empty(a.shape[0], b.shape[1], device="cuda", dtype=torch.bfloat16)
+        product = gpu.product(stream, scratch, a, b, out, add=add)
+        assert product.run() == 0
+        want = a.double() @ b.double() + (0 if add is None else add.double())
+        assert float((out.double() - want).norm() / want.norm()) < 5e-3
+
+
 def test_what_the_library_does_not_take_is_left_to_pytorch():
     gpu, stream = gpu_of(torch.device("cuda")), torch.cuda.current_stream().cuda_stream
     x = torch.randn(4, 8, device="cuda")
-    assert gpu.product(stream, torch.empty(0, device="cuda", dtype=torch.uint8), x, x, None, x) is None
+    assert (
+        gpu.product(stream, torch.empty(0, device="cuda", dtype=torch.uint8), x, x.t(), x[:, :4].contiguous()) is None
+    )

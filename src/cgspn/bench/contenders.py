@@ -39,7 +39,7 @@ VALUES = {"C-GSPN, values 3": 3.0, "C-GSPN, values 6": 6.0}
 # attention in windows of so many positions a side, through what PyTorch picks or through chosen kernels
 WINDOWS = {"windows 8x8": 8, "windows 18x18": 18}
 KERNELS = {f"{name}, {kind}": ATTENTION[f"attention, {kind}"] for name in WINDOWS for kind in ("flash", "cuDNN")}
-EPILOGUES = ", fused MLP"
+FUSED_MLP = ", fused MLP"
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def paper_config(shape: Shape) -> PropagationConfig:
 
 def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Contender:
     """A contender with random weights. Raises ValueError for a name that does not exist."""
-    kind = name.removesuffix(EPILOGUES)
+    kind = name.removesuffix(FUSED_MLP)
     mixers: dict[str, Callable[[], Mixer]] = {
         **{n: lambda: AttentionMixer(shape.width, AttentionConfig(shape.heads)) for n in ATTENTION},
         FLASH_PACKAGE: lambda: FlashPackageMixer(shape.width, AttentionConfig(shape.heads)),
@@ -138,7 +138,7 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
     if kind not in mixers:
         raise ValueError(f"{name!r} is no contender; accepted: {', '.join(map(repr, mixers))}")
     block = Block(shape.width, mixers[kind](), shape.hidden, "gelu_tanh", 1e-6, None).to(device, dtype)
-    if name == PLAIN or (name.startswith("attention") and not name.endswith(EPILOGUES)):
+    if name == PLAIN or (name.startswith("attention") and not name.endswith(FUSED_MLP)):
         block.fusion_backend = "torch"
     kernels = (ATTENTION | KERNELS).get(kind)
     return Contender(name, block.eval(), (lambda: sdpa_kernel(kernels)) if kernels else nullcontext)
@@ -150,7 +150,7 @@ def names(device: torch.device) -> list[str]:
     if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
         found.append(FLASH_PACKAGE)
     # the same MLP serves attention: what makes ours faster must not be what attention was denied
-    same = ["attention, flash" + EPILOGUES] + (["attention, cuDNN" + EPILOGUES] if device.type == "cuda" else [])
+    same = ["attention, flash" + FUSED_MLP] + (["attention, cuDNN" + FUSED_MLP] if device.type == "cuda" else [])
     plain = [PLAIN] if device.type == "cuda" else []  # elsewhere ours is that
     windowed = [*WINDOWS, *KERNELS] if device.type == "cuda" else [*WINDOWS]
     return [*found, *same, *windowed, "GSPN", PAPER, *plain, *VALUES, OURS]

@@ -23,10 +23,10 @@ def copy_bandwidth(size: int = 1 << 30, device: str = "cuda") -> float:
     return 2e3 * size / medians({"copy": lambda: target.copy_(source)}, graph=False)["copy"]
 
 
-def matmul_rate(n: int = 8192, device: str = "cuda", dtype: torch.dtype = torch.bfloat16) -> float:
+def matmul_rate(n: int = 8192, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, rounds: int = 9) -> float:
     """Floating-point operations a second of a product of two n x n matrices."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2e3 * n**3 / medians({"matmul": lambda: a @ b}, graph=False)["matmul"]
+    return 2e3 * n**3 / medians({"matmul": lambda: a @ b}, rounds=rounds, graph=False)["matmul"]
 
 
 def ceilings(device: torch.device) -> dict[str, str]:

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..environment import describe
 from ..ops import DIRECTIONS, propagate_2d
+from ..ops.arguments import Scan
 from ..ops.backends import backend_module, unsupported_reason
 from .machine import copy_bandwidth, matmul_rate
 from .results import write
@@ -80,31 +81,29 @@ def operator_rows(
         else None
     )
     t = inputs(b, n, c, dtype, len(codes))
-    x, u = t[0], t[3]
+    x, logits, lam, u = t
+    summed = Scan(x, logits, lam, u, directions=codes)
+    scans = {merge: summed._replace(merge_sum=merge == "sum") for merge in merges}
     calls: dict[str, tuple[Callable[[], object], Callable[[], object], int]] = {}
-    for merge in merges:
-        total = merge == "sum"
-        calls[f"forward {merge}"] = (
-            partial(cuda.forward, *t, None, codes, total),
-            partial(plain.forward, *t, None, codes, total),
-            size_of(*t, x if total else u),
-        )
+    for merge, scan in scans.items():
+        count = size_of(*t, x if scan.merge_sum else u)
+        calls[f"forward {merge}"] = (partial(cuda.forward, scan), partial(plain.forward, scan), count)
     if backward:
-        _, state = cuda.forward_saving(*t, None, codes, True)
+        _, *saved = cuda.forward_saving(summed)
         calls["backward sum"] = (
-            partial(cuda.backward_saved, x, *t, None, codes, True, state),
-            partial(plain.backward, x, *t, None, codes, True),
-            size_of(*t, *t, x, state),
+            partial(cuda.backward_saved, x, summed, *saved),
+            partial(plain.backward, x, summed),
+            size_of(*t, *t, x, *saved),
         )
     times = medians({name: call[0] for name, call in calls.items()})
     rivals = medians({n_: call[1] for n_, call in calls.items()}, rounds=3, graph=False) if with_torch else {}
     portable: dict[str, float] = {}
     if triton is not None:  # its backward has no saved state: it includes a forward
         runs: dict[str, Callable[[], object]] = {
-            f"forward {merge}": partial(triton.forward, *t, None, codes, merge == "sum") for merge in merges
+            f"forward {merge}": partial(triton.forward, scan) for merge, scan in scans.items()
         }
         if backward:
-            runs["backward sum"] = partial(triton.backward, x, *t, None, codes, True)
+            runs["backward sum"] = partial(triton.backward, x, summed)
         portable = medians(runs, rounds=3)
     flop = flop_of(t, codes, "cuda")
     rows = []

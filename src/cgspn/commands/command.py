@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import redirect_stderr
 from copy import copy
 from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from functools import partial
 from inspect import getdoc
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 
@@ -44,7 +47,7 @@ class Command:
 
 
 def parsed(kind: type[Command], program: str, arguments: list[str]) -> Command:
-    """The command of some arguments. Raises SystemExit for help, and for arguments that cannot be, having said why."""
+    """The command of some arguments. Raises SystemExit for help, and ValueError for arguments that cannot be."""
     start = kind.start(arguments)
     about: dict[str, Any] = {"prog": program, "description": getdoc(kind)}
     if kind.usual and {"-h", "--help"} & set(arguments):
@@ -52,7 +55,25 @@ def parsed(kind: type[Command], program: str, arguments: list[str]) -> Command:
             tyro.cli(usual_settings(kind, start), args=["--help"], **about)
         finally:
             print(f"These are the usual options; {program} --help-all shows all of them.")
-    return tyro.cli(kind, default=start, args=["--help"] if "--help-all" in arguments else arguments, **about)
+    box = io.StringIO()
+    try:
+        with redirect_stderr(box):
+            return tyro.cli(kind, default=start, args=["--help"] if "--help-all" in arguments else arguments, **about)
+    except SystemExit as end:
+        if end.code in (0, None):
+            raise
+        raise ValueError(one_line(box.getvalue())) from None
+
+
+def one_line(box: str) -> str:
+    """What tyro says under a title and between rules: the words of its first part, and what may have been meant."""
+    lines = [line.strip("│| ") for line in box.splitlines()[1:]]
+    parts = [
+        list(part) for rule, part in groupby(lines, lambda line: line.startswith(("──", "--" * 9, "╰"))) if not rule
+    ]
+    said = " ".join(parts[0]) if parts else ""
+    near = [part[1].split()[0] for part in parts if part[0] == "Perhaps you meant:"]
+    return f"{said}; did you mean {near[0]}?" if near else said
 
 
 def usual_settings(kind: type[Command], start: Command) -> type:

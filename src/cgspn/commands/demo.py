@@ -16,7 +16,7 @@ from .command import Command
 
 @dataclass(frozen=True)
 class Demo(Command):
-    """Convert the embedded teacher, distil a C-GSPN and a ViT student, evaluate, and write an HTML report.
+    """Convert the embedded teacher, distill a C-GSPN and a ViT student, evaluate, and write an HTML report.
 
     Needs no download. About four minutes on two CPU cores.
 

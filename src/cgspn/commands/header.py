@@ -46,7 +46,7 @@ def header(
         tokens = stage.size[0] * stage.size[1] / student.config.patch_size**2
         share = optim.batch_size / optim.accumulate / world.size
         most = max(most, share * tokens * student.config.width * student.config.depth * KEPT)
-    rate = matmul_rate() if device.type == "cuda" else matmul_rate(1024, "cpu", torch.float32)
+    rate = matmul_rate() if device.type == "cuda" else matmul_rate(768, "cpu", torch.float32, rounds=3)
     weights = sum(4 * p.numel() for p in encoder.parameters()) + sum(STATE * p.numel() for p in student.parameters())
     memory = (weights + most * (1 if config.compute.precision == "bfloat16" else 2)) / 2**30
     hours = flop / rate / SHARE / world.size / 3600

@@ -87,7 +87,7 @@ class LossConfig:
     Args:
         alpha: weight of the taps after sub-layers (PP), mean over blocks.
         beta: weight of the taps after blocks (PB), mean over blocks.
-        output: weight of the pooled vector's relative error.
+        output: weight of the pooled vector's relative MSE.
         kl_pp: weight of the KL term in the taps after sub-layers.
         kl_pb: the same after blocks.
         adapters: learnable bridges before the taps.

@@ -36,7 +36,7 @@ def fused_loss(student: Tensor, teacher: Tensor, energy: Tensor | None, kl_weigh
     return fused_tap_loss(student, teacher, energy, kl_weight)
 
 
-def relative_error(student: Tensor, teacher: Tensor, energy: Tensor | None = None) -> Tensor:
+def relative_mse(student: Tensor, teacher: Tensor, energy: Tensor | None = None) -> Tensor:
     """mean((student - teacher)^2) / energy: about 1 for a student that returns zero.
 
     student, teacher: any shape, the same on both sides. energy: mean square of the teacher's features, a scalar; None
@@ -53,7 +53,7 @@ def relative_error(student: Tensor, teacher: Tensor, energy: Tensor | None = Non
 def tap_loss(student: Tensor, teacher: Tensor, kl_weight: float, energy: Tensor | None = None) -> Tensor:
     """MSE + kl_weight * KL(P(student) || P(teacher)), P the softmax over channels: the loss of one tap.
 
-    student, teacher [B, N, C]; energy as in `relative_error`. Both sides are first divided by its root, so that one
+    student, teacher [B, N, C]; energy as in `relative_mse`. Both sides are first divided by its root, so that one
     learning rate and one kl_weight serve blocks whose features differ in scale by orders of magnitude.
     Paper: the loss of a tap in stage 2, MSE + KL (docs/paper.md).
     """

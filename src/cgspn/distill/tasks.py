@@ -17,7 +17,7 @@ from ..models.encoder import Encoder
 from .adapters import Adapters
 from .config import LossConfig
 from .flops import forward_flops, sublayer_flops, training_flops
-from .losses import clip_loss, relative_error, sigmoid_loss
+from .losses import clip_loss, relative_mse, sigmoid_loss
 from .parallel import full_tensor, gather_rows
 from .runtime import Runtime
 from .sizes import tokens_of, with_area
@@ -171,7 +171,7 @@ class SublayerTask(Task):
         return retarget_first_block(taps, self.student.embed(batch.images)[0]) if self.learn_positions else taps
 
     def losses(self, batch: Batch) -> Losses:
-        """The relative error of each sub-layer, "block i", and their sum."""
+        """The relative MSE of each sub-layer, "block i", and their sum."""
         taps = self.observed(batch)
         energies = self.energies.of([taps.sublayers[i] for i in self.learning])
         losses: Losses = {
@@ -186,7 +186,7 @@ class SublayerTask(Task):
         grid = taps.grid._replace(prefix=self.student.config.prefix)
         tokens = block_inputs[:, taps.grid.prefix - grid.prefix :]
         branch = self.runtime.sublayer(self.student.each_block()[i], tokens, grid)
-        return relative_error(branch[:, grid.prefix :], wanted, energy)
+        return relative_mse(branch[:, grid.prefix :], wanted, energy)
 
 
 def lacks_positions(student: Encoder, teacher: Encoder) -> bool:
@@ -335,7 +335,7 @@ class DistillTask(Task):
                 parts["PB"] = torch.stack(values).mean()
                 each |= {f"PB block {i}": value for i, value in enumerate(values)}
             if config.output:
-                parts["pooled"] = relative_error(mine.pooled, theirs.pooled, at_pooled[0])
+                parts["pooled"] = relative_mse(mine.pooled, theirs.pooled, at_pooled[0])
         if config.contrastive:
             parts["contrastive"] = self._contrastive(mine.pooled, batch)
         total = torch.stack([weights[name] * loss for name, loss in parts.items()]).sum()

@@ -1,7 +1,7 @@
 """Measures: pure functions over tensors (zeroshot, retrieval, probe, segmentation, alignment, influence), and models at
 work on pictures (predict), on data sets (measure) and on image sets in memory (suite)."""
 
-from .alignment import BlockAlignment, align, cosine, linear_cka, relative_error
+from .alignment import BlockAlignment, align, cosine, linear_cka, relative_mse
 from .influence import influence_map
 from .predict import Classification, Similarity, classify, similarity
 from .probe import Probe, patch_histograms
@@ -35,7 +35,7 @@ __all__ = [
     "nearest_accuracy",
     "patch_histograms",
     "recognition",
-    "relative_error",
+    "relative_mse",
     "retrieve",
     "retrieve_captions",
     "segment",

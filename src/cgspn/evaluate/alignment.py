@@ -18,12 +18,12 @@ class BlockAlignment:
 
     Attributes:
         cosine: -1 to 1, 1 for the same directions.
-        relative_error: 0 for equal features, 1 for a student that returns zeros.
+        relative_mse: 0 for equal features, 1 for a student that returns zeros.
         cka: 0 to 1, 1 for the same up to rotation, one common scale and a shift.
     """
 
     cosine: float
-    relative_error: float
+    relative_mse: float
     cka: float
 
 
@@ -55,7 +55,7 @@ def cosine(student: Tensor, teacher: Tensor) -> float:
     return float(cosine_similarity(s, t, dim=-1).mean())
 
 
-def relative_error(student: Tensor, teacher: Tensor) -> float:
+def relative_mse(student: Tensor, teacher: Tensor) -> float:
     """||student - teacher||^2 / ||teacher||^2 over all tokens and channels: squared, as the stage 1 loss is.
 
     Args:
@@ -68,7 +68,7 @@ def relative_error(student: Tensor, teacher: Tensor) -> float:
     s, t = _pair(student, teacher, same_width=True)
     energy = float(t.square().sum())
     if energy == 0:
-        raise ValueError("teacher is zero everywhere; a relative error needs something to relate to")
+        raise ValueError("teacher is zero everywhere; a relative MSE needs something to relate to")
     return float((s - t).square().sum()) / energy
 
 
@@ -109,7 +109,7 @@ def align(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> list[BlockA
     out = []
     for i, (s, t) in enumerate(zip(students, teachers)):
         try:
-            out.append(BlockAlignment(cosine(s, t), relative_error(s, t), linear_cka(s, t)))
+            out.append(BlockAlignment(cosine(s, t), relative_mse(s, t), linear_cka(s, t)))
         except ValueError as error:
             raise ValueError(f"block {i}: {error}") from error
     return out

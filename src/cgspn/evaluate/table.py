@@ -117,7 +117,7 @@ class SummaryTable:
             texts = [metric.show(v) for v in values]
             known = [v for v in values if v is not None]
             best = None
-            if len(known) > 1 and metric.higher_is_better is not None:
+            if len(set(map(metric.show, known))) > 1 and metric.higher_is_better is not None:  # none is better than all
                 best = metric.show(max(known) if metric.higher_is_better else min(known))
             # By text, so that values which look the same are marked the same.
             for row, value, text in zip(rows, values, texts):

@@ -12,7 +12,7 @@ from typing import Any
 import onnx_ir as ir
 import onnxscript.evaluator
 
-from ..ops.reference import DIRECTIONS, EPSILON
+from ..ops.reference import DIRECTIONS, EPSILON, SMALLEST
 
 op: Any = onnxscript.opset18
 FLOAT = ir.TensorType(ir.DataType.FLOAT)
@@ -28,6 +28,7 @@ def propagate_2d_onnx(
     directions: Sequence[int],
     merge_sum: bool,
     backend: str,
+    normalise_state: bool = False,
 ) -> Any:
     """The translation of `cgspn::propagate_2d`, called by PyTorch's exporter with ONNX values, float32.
 
@@ -51,7 +52,10 @@ def propagate_2d_onnx(
         if keep is not None:
             kept = op.Sigmoid(own[3])
             weights = [op.Mul(weight, kept) for weight in weights]
-        h = _scan(drive, weights, axis=1 if vertical else 2, ahead=ahead)
+        along = 1 if vertical else 2
+        h = _scan(drive, weights, along, ahead)
+        if normalise_state:
+            h = op.Div(h, op.Max(_scan(own[1], weights, along, ahead), op.Constant(value_float=SMALLEST)))
         maps.append(op.Mul(own[2], h))
     if not merge_sum:
         return op.Concat(*[op.Unsqueeze(y, op.Constant(value_ints=[3])) for y in maps], axis=3)

@@ -22,10 +22,11 @@ from ..ops.gpu import gpu_of, on_accelerator
 from ..ops.replay import ALIGNED, Replay, recorded
 from .mixer import Grid
 from .mlp import Mlp
-from .norm import add_norm
+from .norm import RMSNorm, add_norm
 from .plain import has_global_hooks, is_plain
 from .propagation import PropagationMixer, check_grid
 from .state import State, state_of
+from .training import Trained, TrainedBlock, parameters_of, record
 
 if TYPE_CHECKING:
     from .block import Block
@@ -47,7 +48,7 @@ NOTHING, EVERYTHING = Fusion(), Fusion(norm1=True, norm2=True, mixer=True, mlp=T
 FEW = 1 << 22  # numbers in tokens below which the host is slower than the GPU, and PyTorch's own norms spare it more
 TRIES = 4  # passes after which launches that still cannot be kept never are: the first compiles and sizes the workspace
 SHAPES_MOST = 64  # shapes of tokens for which a block keeps launches
-KEPT_MOST = 1 << 24  # numbers in tokens beyond which the GPU takes longer than the host, and no launches are kept
+KEPT_MOST = 1 << 25  # numbers in tokens beyond which the GPU takes longer than the host: about 1 GB between launches
 
 
 def fusion_of(block: Block, tokens: Tensor) -> Fusion:
@@ -103,13 +104,13 @@ def is_narrow(block: Block) -> bool:
 def run_block(block: Block, tokens: Tensor, grid: Grid, tapped: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """tokens [B, N, C] -> the block's output, and if `tapped` its mixing branch, [B, N, C] each."""
     state = block._state
-    if state is not None and state.plans and not tapped and not torch.is_grad_enabled():
+    if not tapped and state is not None and state.plans:
         kept = run_kept(block, state, tokens, grid)
         if kept is not None:
             return kept
     fusion = fusion_of(block, tokens)
-    if fusion == EVERYTHING and not tapped and tokens.numel() <= KEPT_MOST:
-        kept = keep(block, tokens, grid)
+    if not tapped and fusion.norm1 and fusion.norm2 and fusion.mixer and tokens.numel() <= KEPT_MOST:
+        kept = keep(block, tokens, grid, fusion)
         if kept is not None:
             return kept
     out: Tensor | tuple[Tensor, Tensor] = run_fused(block, tokens, grid, fusion, tapped)
@@ -127,11 +128,12 @@ def plan_key(block: Block, tokens: Tensor, grid: Grid, stream: int) -> tuple[Any
     """What launches depend on, besides the state of the block and its tensors."""
     mask = grid.mask
     masked = None if mask is None else (mask.shape, mask.dtype, mask.device)
-    return tokens.shape, tokens.dtype, tokens.device, block.fusion_backend, stream, *grid[:3], masked
+    trained = torch.is_grad_enabled()
+    return tokens.shape, tokens.dtype, tokens.device, block.fusion_backend, stream, trained, *grid[:3], masked
 
 
 def run_kept(block: Block, state: State, tokens: Tensor, grid: Grid) -> Tensor | None:
-    """A block in inference by launches that were kept; None where there are none for its state and these shapes."""
+    """A block by launches that were kept; None where there are none for its state and these shapes."""
     if has_global_hooks() or not is_eager(tokens) or not state.holds():
         return None
     gpu, mask = gpu_of(tokens.device), grid.mask
@@ -147,6 +149,11 @@ def run_kept(block: Block, state: State, tokens: Tensor, grid: Grid) -> Tensor |
     if not gpu.is_current():
         with gpu.current():
             return run_kept(block, state, tokens, grid)
+    if isinstance(plan, Trained):
+        if not plan.holds() or not all([t.requires_grad for t in state.tensors]):  # noqa: C419 (faster)
+            return None
+        out: Tensor = TrainedBlock.apply(block, grid, plan, tokens, *parameters_of(block))  # type: ignore[no-untyped-call]
+        return out
     with plan.replay.workspace.lock:
         if not plan.replay.holds():
             return None
@@ -156,8 +163,8 @@ def run_kept(block: Block, state: State, tokens: Tensor, grid: Grid) -> Tensor |
     return out
 
 
-def keep(block: Block, tokens: Tensor, grid: Grid) -> Tensor | None:
-    """A block in inference, all of it fused, whose launches are kept; None where that was tried in vain."""
+def keep(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion) -> Tensor | None:
+    """A block whose launches are kept; None where they cannot be."""
     gpu, state = gpu_of(tokens.device), state_of(block)
     stream = None if gpu is None else gpu.stream()
     if gpu is None or stream is None or not (is_plain(block.mixer, PropagationMixer) and is_plain(block.mlp, Mlp)):
@@ -170,18 +177,36 @@ def keep(block: Block, tokens: Tensor, grid: Grid) -> Tensor | None:
     # weights in another dtype would be copied, and the copies kept
     if tried == TRIES or state.seen[1] != [tokens.dtype] * len(state.tensors) or not all(state.seen[3]):
         return None
+    while len(state.plans) >= SHAPES_MOST:
+        state.plans.pop(next(iter(state.plans)))
+    if torch.is_grad_enabled():
+        if can_keep_training(block, tokens, grid):
+            state.plans[key] = record(block, tokens, grid, gpu, stream) or TRIES
+        return run_kept(block, state, tokens, grid)
+    if fusion != EVERYTHING:
+        return None
     with recorded(gpu, tokens.device, stream) as recording:
+        state.workspace = recording.workspace
         normal, mixed = fused_residual(block, tokens, grid, EVERYTHING, block.mlp.fc2.bias)
-        replay = recording.replay(state.tensors, (tokens, grid.mask), mixed)
+        replay = recording.replay(state.tensors, (tokens, grid.mask, mixed))
         mlp: Any = block.mlp
         prepared = recording.mlp(normal.flatten(0, -2), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight)
         add_mlp = prepared or mlp.adder(normal)
         out = mixed.clone()
         add_mlp(out.view(-1, out.shape[-1]))
-    while len(state.plans) >= SHAPES_MOST:
-        state.plans.pop(next(iter(state.plans)))
     state.plans[key] = Plan(replay, add_mlp) if replay else tried + 1 if isinstance(tried, int) else 1
     return out
+
+
+def can_keep_training(block: Block, tokens: Tensor, grid: Grid) -> bool:
+    """Whether a block whose norms and mixer run fused has the parts that training.py knows, all of them trained."""
+    mixer: Any = block.mixer
+    mlp: Any = block.mlp
+    parts = mixer.local is not None and mlp.is_bare() and is_plain(mixer.param_proj, nn.Linear)
+    parts = parts and isinstance(mixer.norm, RMSNorm) and isinstance(mixer.merge_norm, RMSNorm)
+    scales = is_plain(block.scale1, nn.Identity) and is_plain(block.scale2, nn.Identity)
+    inside = grid.mask is None and mixer.config.value_expansion is None and mixer.can_project_inside(tokens)
+    return parts and scales and inside and tokens.is_contiguous() and all(t.requires_grad for t in block.parameters())
 
 
 def run_fused(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion, tapped: bool = False) -> Any:

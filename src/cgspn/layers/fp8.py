@@ -3,7 +3,7 @@
 A row of a weight, and a token, each have a scale of their own. The scale of a hidden token is known before it is
 computed: no channel can exceed |x| times the length of the longest row of fc1 (Cauchy-Schwarz), and floating-point
 numbers lose nothing by a scale that is too large, as their precision is relative. So GELU and rounding are one pass,
-or the end of fc1 itself. On processors and GPUs without such products the same numbers are computed in float32.
+or the end of fc1 itself. On CPUs and GPUs without such products the same numbers are computed in float32.
 """
 
 from __future__ import annotations

@@ -151,12 +151,12 @@ def _crossed(d: Tensor, x: Tensor) -> Tensor:
 
 def _sum(d: Tensor) -> Tensor:
     """The sums over rows of d [M, C], added up in float32: [C]."""
-    return over_rows.column_sums(d.contiguous()).to(d.dtype) if over_rows.can_use_rows(d) else d.sum(0)
+    return over_rows.column_sums(d.contiguous(), dtype=d.dtype) if over_rows.can_use_rows(d) else d.sum(0)
 
 
 def _through_gelu(d: Tensor, hidden: Tensor, approximate: str) -> Tensor:
     """The gradient d [M, C] to a GELU's output becomes, in place, that to its input; the sums over its rows [C]."""
     if over_rows.can_use_rows(d, hidden):
-        return over_rows.column_sums(d, hidden.contiguous(), approximate).to(d.dtype)
+        return over_rows.column_sums(d, hidden.contiguous(), approximate, d.dtype)
     torch.ops.aten.gelu_backward.grad_input(d, hidden, approximate=approximate, grad_input=d)
     return d.sum(0)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 HELD = ("_modules", "_parameters", "_buffers")
-SETTINGS = ("eps", "approximate")  # of layers, which launches have fixed
+SETTINGS = ("eps", "approximate", "config")  # of layers, which launches have fixed
 LOOKS: tuple[Any, ...] = (Tensor.data_ptr, Tensor.dtype.__get__, Tensor.size, Tensor.is_contiguous)  # type: ignore[attr-defined]
 
 
@@ -80,6 +80,7 @@ class State(Snapshot):
         self.latent = self.norm1 and is_latent(block.mixer) and is_scale(block.scale1)
         self.mlp = is_plain(block.scale2, nn.Identity) and (is_plain(block.mlp, Fp8Mlp) or is_tanh(block.mlp))
         self.plans: dict[tuple[Any, ...], Any] = {}
+        self.workspace: Any = None  # of the launches, so that it is there for the next that are kept
         self.seen: tuple[list[Any], ...] = ()
 
 

@@ -85,12 +85,12 @@ class CapturedEncoder:
         self._pool = torch.cuda.graph_pool_handle()
 
     def _replay(self, images: Tensor, mask: Tensor | None) -> EncoderOutput:
-        lowered = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
-        key = (images.shape, images.dtype, mask is not None, lowered)
+        autocast_dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        key = (images.shape, images.dtype, mask is not None, autocast_dtype)
         if key not in self.recordings:
             while len(self.recordings) >= self.limit:
                 self.recordings.popitem(last=False)
-            self.recordings[key] = self._record(images, mask, lowered)
+            self.recordings[key] = self._record(images, mask, autocast_dtype)
         self.recordings.move_to_end(key)
         recording = self.recordings[key]
         if recording is None:
@@ -106,13 +106,13 @@ class CapturedEncoder:
         self._done.record(stream)
         return output
 
-    def _record(self, images: Tensor, mask: Tensor | None, lowered: torch.dtype | None) -> _Recording | None:
+    def _record(self, images: Tensor, mask: Tensor | None, autocast_dtype: torch.dtype | None) -> _Recording | None:
         """None for a pass that needs more than `memory`."""
 
         def autocast() -> AbstractContextManager[Any]:
             # without its cache, which would keep weights as they are now
-            dtype = lowered or torch.get_autocast_dtype("cuda")
-            return torch.autocast("cuda", dtype, enabled=lowered is not None, cache_enabled=False)
+            dtype = autocast_dtype or torch.get_autocast_dtype("cuda")
+            return torch.autocast("cuda", dtype, enabled=autocast_dtype is not None, cache_enabled=False)
 
         images, mask = images.clone(), None if mask is None else mask.clone()
         device = images.device

@@ -3,7 +3,7 @@
 A backend is a module with the functions `forward`, `backward`, `line_scan_forward`, `line_scan_backward` (signatures
 of torch_scan.py) and, unless it runs everywhere, `unsupported_reason(device, dtype, gpu) -> str | None`: the reason it
 cannot run there. A backend whose backward wants more than the inputs also has `forward_saving` (returns the output and
-a state of the shape of lam), `backward_saved` (takes that state last) and `line_scan_backward_saved` (takes the output
+two tensors of `saved_shapes`), `backward_saved` (takes those last) and `line_scan_backward_saved` (takes the output
 last). Adding one = a module here and a line in PREFERENCE; the tests pick it up from there.
 """
 
@@ -21,7 +21,7 @@ from .checks import check_tensor
 from .gpu import Gpu, gpu_of
 
 # In the order in which "auto" tries them; the PyTorch backend runs everywhere, so it is the last.
-PREFERENCE: dict[str, str] = {"cuda": "cuda", "triton": "triton_scan", "torch": "torch_scan"}
+PREFERENCE: dict[str, str] = {"cuda": "cuda.scan", "triton": "triton_scan", "torch": "torch_scan"}
 
 
 class Choice(NamedTuple):

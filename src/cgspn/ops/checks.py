@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .eager import PLAIN
 from .reference import DIRECTIONS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -92,6 +93,12 @@ def check_mask(x: Tensor, mask: Tensor | None) -> None:
         raise ValueError(f"mask is on {mask.device}; expected the device of x, {x.device}")
 
 
+def check_merge(merge: str) -> None:
+    """Raise ValueError unless `merge` is a way to merge directions."""
+    if merge not in ("sum", "none"):
+        raise ValueError(f"merge is {merge!r}; accepted: 'sum', 'none'")
+
+
 def check_chunk(chunk: int | None) -> None:
     """Raise TypeError or ValueError unless `chunk` is None or a positive int."""
     if chunk is None:
@@ -100,6 +107,17 @@ def check_chunk(chunk: int | None) -> None:
         raise TypeError(f"chunk must be an int or None, got {type(chunk).__name__}")
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; expected None or at least 1 line")
+
+
+def check_not_negative(mask: Tensor | None, lam: Tensor) -> None:
+    """Raise ValueError if `lam` [B, H, W, ...] holds values below 0 where the mask is True (or anywhere)."""
+    if type(lam) not in PLAIN:
+        return
+    low = lam.detach() < 0
+    if mask is not None:
+        low &= mask.view(*mask.shape, *[1] * (lam.ndim - 3))
+    if low.any():
+        raise ValueError(f"lam holds {int(low.sum())} values below 0; a normalised state accepts none")
 
 
 class NonFiniteError(ValueError):
@@ -112,7 +130,7 @@ def check_finite(mask: Tensor | None = None, **tensors: Tensor) -> None:
     Only for plain tensors in eager mode: a traced program has no values to look at.
     """
     for name, t in tensors.items():
-        if type(t) not in (Tensor, torch.nn.Parameter):
+        if type(t) not in PLAIN:
             continue
         if not torch.isfinite(t.detach().sum()):  # one cheap pass; look closer only if it trips
             bad = ~torch.isfinite(t.detach())

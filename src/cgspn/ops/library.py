@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .arguments import SCAN_SCHEMA, Scan
 from .backends import backend_for
 from .functorch import check_reverse
 from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
@@ -24,104 +25,78 @@ from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
 Gradients = tuple[Tensor | None, ...]
 
 
-def propagate_2d_now(
-    x: Tensor,
-    logits: Tensor,
-    lam: Tensor,
-    u: Tensor,
-    keep: Tensor | None,
-    mask: Tensor | None,
-    directions: Sequence[int],
-    merge_sum: bool,
-    backend: str,
-) -> Tensor:
-    """Checked arguments in, tensors out: see `cgspn.ops.propagate_2d`."""
+def register_op(name: str, function: Callable[..., Any], schema: str) -> Any:
+    """The custom op cgspn::`name` of a function without side effects."""
+    return torch.library.custom_op(f"cgspn::{name}", function, mutates_args=(), schema=schema)
+
+
+def propagate_2d_now(*arguments: Any) -> Tensor:
+    """The output for the fields of a `Scan`: see `cgspn.ops.propagate_2d`."""
+    scan = Scan(*arguments)
     check_reverse("propagate_2d")
-    out: Tensor = backend_for(backend, x).forward(x, logits, lam, u, mask, directions, merge_sum, keep)
+    out: Tensor = backend_for(scan.backend, scan.x).forward(scan)
     return out
 
 
-def _maps(x: Tensor, directions: int) -> tuple[int, ...]:
-    """The shape of an output for each direction: [B, H, W, D, C]."""
-    return (*x.shape[:3], directions, x.shape[-1])
+propagate_2d_op = register_op("propagate_2d", propagate_2d_now, f"({SCAN_SCHEMA}) -> Tensor")
 
 
-def _output(x: Tensor, directions: Sequence[int], merge_sum: bool) -> Tensor:
-    return x.new_empty((*x.shape[:3], x.shape[-1]) if merge_sum else _maps(x, len(directions)))
+@propagate_2d_op.register_fake  # type: ignore[untyped-decorator]
+def _(*arguments: Any) -> Tensor:
+    scan = Scan(*arguments)
+    return scan.x.new_empty(scan.output)
 
 
-propagate_2d_op = torch.library.custom_op("cgspn::propagate_2d", propagate_2d_now, mutates_args=())
-
-
-@propagate_2d_op.register_fake
-def _(x, logits, lam, u, keep, mask, directions, merge_sum, backend):  # type: ignore[no-untyped-def]
-    return _output(x, directions, merge_sum)
-
-
-def propagate_2d_saving_now(
-    x: Tensor,
-    logits: Tensor,
-    lam: Tensor,
-    u: Tensor,
-    keep: Tensor | None,
-    mask: Tensor | None,
-    directions: Sequence[int],
-    merge_sum: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """`propagate_2d_op` in training: also the state [B, H, W, D, C] if the backend's backward wants it, else [0]."""
+def propagate_2d_saving_now(*arguments: Any) -> tuple[Tensor, ...]:
+    """`propagate_2d_now` in training: also the two tensors that the backend's backward wants saved, else [0]."""
+    scan = Scan(*arguments)
     check_reverse("propagate_2d")
-    module = backend_for(backend, x)
+    module = backend_for(scan.backend, scan.x)
     if hasattr(module, "forward_saving"):
-        out: tuple[Tensor, Tensor] = module.forward_saving(x, logits, lam, u, mask, directions, merge_sum, keep)
+        out: tuple[Tensor, ...] = module.forward_saving(scan)
         return out
-    return module.forward(x, logits, lam, u, mask, directions, merge_sum, keep), x.new_empty(0)
+    return module.forward(scan), scan.x.new_empty(0), scan.x.new_empty(0, dtype=torch.float32)
 
 
-propagate_2d_saving_op = torch.library.custom_op("cgspn::propagate_2d_saving", propagate_2d_saving_now, mutates_args=())
-
-
-@propagate_2d_saving_op.register_fake
-def _(x, logits, lam, u, keep, mask, directions, merge_sum, backend):  # type: ignore[no-untyped-def]
-    saves = hasattr(backend_for(backend, x), "forward_saving")
-    return _output(x, directions, merge_sum), x.new_empty(_maps(x, len(directions)) if saves else (0,))
-
-
-def propagate_2d_backward_now(
-    dy: Tensor,
-    x: Tensor,
-    logits: Tensor,
-    lam: Tensor,
-    u: Tensor,
-    keep: Tensor | None,
-    mask: Tensor | None,
-    directions: Sequence[int],
-    merge_sum: bool,
-    backend: str,
-    state: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `propagate_2d_op` to x, logits, lam, u and keep, [0] for one that is not there.
-
-    `state` is what `propagate_2d_saving_op` returned.
-    """
-    grads: tuple[Tensor, ...]
-    module = backend_for(backend, x)
-    if state is None or not hasattr(module, "backward_saved"):
-        grads = module.backward(dy, x, logits, lam, u, mask, directions, merge_sum, keep)
-    else:
-        grads = module.backward_saved(dy, x, logits, lam, u, mask, directions, merge_sum, state, keep)
-    dx, dlogits, dlam, du, *rest = grads
-    return dx, dlogits, dlam, du, *(rest or [x.new_empty(0)])  # type: ignore[return-value]
-
-
-propagate_2d_backward_op = torch.library.custom_op(
-    "cgspn::propagate_2d_backward", propagate_2d_backward_now, mutates_args=()
+propagate_2d_saving_op = register_op(
+    "propagate_2d_saving", propagate_2d_saving_now, f"({SCAN_SCHEMA}) -> (Tensor, Tensor, Tensor)"
 )
 
 
-@propagate_2d_backward_op.register_fake
-def _(dy, x, logits, lam, u, keep, mask, directions, merge_sum, backend, state=None):  # type: ignore[no-untyped-def]
-    return tuple(x.new_empty(0 if t is None else t.shape) for t in (x, logits, lam, u, keep))
+@propagate_2d_saving_op.register_fake  # type: ignore[untyped-decorator]
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    scan = Scan(*arguments)
+    module = backend_for(scan.backend, scan.x)
+    shapes = module.saved_shapes(scan) if hasattr(module, "forward_saving") else ((0,), (0,))
+    x = scan.x
+    return x.new_empty(scan.output), x.new_empty(shapes[0]), x.new_empty(shapes[1], dtype=torch.float32)
+
+
+def propagate_2d_backward_now(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of `propagate_2d_op` to x, logits, lam, u and keep, [0] for one that is not there.
+
+    arguments: those of the forward, then, if there are more, what `propagate_2d_saving_op` returned to be saved.
+    """
+    count = len(Scan._fields)
+    scan, saved = Scan(*arguments[:count]), arguments[count:]
+    module = backend_for(scan.backend, scan.x)
+    if saved and saved[0] is not None and hasattr(module, "backward_saved"):
+        grads = module.backward_saved(dy, scan, *saved)
+    else:
+        grads = module.backward(dy, scan)
+    return tuple(scan.x.new_empty(0) if g is None else g for g in grads)
+
+
+propagate_2d_backward_op = register_op(
+    "propagate_2d_backward",
+    propagate_2d_backward_now,
+    f"(Tensor dy, {SCAN_SCHEMA}, Tensor? h=None, Tensor? n=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@propagate_2d_backward_op.register_fake  # type: ignore[untyped-decorator]
+def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(dy.new_empty(0 if t is None else t.shape) for t in Scan(*arguments[: len(Scan._fields)])[:5])
 
 
 def line_scan_now(x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None, backend: str) -> Tensor:
@@ -131,11 +106,12 @@ def line_scan_now(x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk
     return out
 
 
-line_scan_op = torch.library.custom_op("cgspn::line_scan", line_scan_now, mutates_args=())
+LINE_SCAN_SCHEMA = "Tensor x, Tensor weights, Tensor lam, int direction, int? chunk, str backend"
+line_scan_op = register_op("line_scan", line_scan_now, f"({LINE_SCAN_SCHEMA}) -> Tensor")
 
 
-@line_scan_op.register_fake
-def _(x, weights, lam, direction, chunk, backend):  # type: ignore[no-untyped-def]
+@line_scan_op.register_fake  # type: ignore[untyped-decorator]
+def _(x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -159,12 +135,16 @@ def line_scan_backward_now(
     return grads
 
 
-line_scan_backward_op = torch.library.custom_op("cgspn::line_scan_backward", line_scan_backward_now, mutates_args=())
+line_scan_backward_op = register_op(
+    "line_scan_backward",
+    line_scan_backward_now,
+    f"(Tensor dh, {LINE_SCAN_SCHEMA}, Tensor? h=None) -> (Tensor, Tensor, Tensor)",
+)
 
 
-@line_scan_backward_op.register_fake
-def _(dh, x, weights, lam, direction, chunk, backend, h=None):  # type: ignore[no-untyped-def]
-    return tuple(t.new_empty(t.shape) for t in (x, weights, lam))
+@line_scan_backward_op.register_fake  # type: ignore[untyped-decorator]
+def _(dh: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in arguments[:3])
 
 
 def register_first(
@@ -179,12 +159,12 @@ def register_first(
     """First derivatives of a forward op through a backward op; and the same of the functions, without the dispatcher.
 
     tensors: how many arguments are tensors, the first ones; a backward returns their gradients in order. saves: it also
-    takes, last, the forward's last output: the state, if there are several.
+    takes, last, what the forward returned to be saved: all outputs but the first, or the only one.
     """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
-        state = outputs[-1:] if saves else ()
+        state = (outputs[1:] or outputs) if saves else ()
         if len(outputs) > 1:
             ctx.mark_non_differentiable(*state)
             ctx.set_materialize_grads(False)  # or the state would get a gradient map of zeros
@@ -219,13 +199,16 @@ def register_first(
     return Direct
 
 
-def leaf_of(t: Tensor, graph: bool) -> Tensor:
+def _leaf_of(t: Tensor, graph: bool) -> Tensor:
     """`t` to take derivatives to; with `graph`, what is made of it has derivatives to what `t` is made of, too."""
     return t.view_as(t) if graph and t.requires_grad else t.detach().requires_grad_()
 
 
-def _register_second(backward_op: Any, tensors: int, reference: Callable[..., Tensor]) -> None:
-    """Second and higher derivatives through the reference: right on every backend, if slow."""
+def register_second(backward_op: Any, tensors: int, arguments: int, reference: Callable[..., Tensor]) -> None:
+    """Second and higher derivatives through the reference: right on every backend, if slow.
+
+    arguments: of the forward, `tensors` of them first; what a backward takes behind them is a function of those.
+    """
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[: tensors + 1])
@@ -236,11 +219,11 @@ def _register_second(backward_op: Any, tensors: int, reference: Callable[..., Te
         with torch.enable_grad():
             dy, *inputs = ctx.saved_tensors  # keep and mask may be None, and a mask has no gradient
             wanted = [k for k, t in enumerate(inputs[: len(cotangents)]) if t is not None]
-            dy = leaf_of(dy, graph)
+            dy = _leaf_of(dy, graph)
             for k in wanted:
-                inputs[k] = leaf_of(inputs[k], graph)
+                inputs[k] = _leaf_of(inputs[k], graph)
             leaves: list[Tensor] = [dy, *(inputs[k] for k in wanted)]
-            y = reference(*inputs, *ctx.rest[:-1])  # all but the state, which is a function of the others
+            y = reference(*inputs, *ctx.rest[: arguments - tensors])
             first = torch.autograd.grad(y, leaves[1:], dy.to(y.dtype), create_graph=True)
             asked = [cotangents[k] for k in wanted]
             pairs = [(g, c.to(g.dtype)) for g, c in zip(first, asked, strict=True) if c is not None]
@@ -258,6 +241,20 @@ def _register_second(backward_op: Any, tensors: int, reference: Callable[..., Te
 PROPAGATE_TENSORS = 6  # x, logits, lam, u, keep and the mask, which has no gradient
 LINE_SCAN_TENSORS = 3  # x, weights, lam
 
+
+def by_definition(*arguments: Any) -> Tensor:
+    """The reference's output, float64, for the fields of a `Scan`."""
+    scan = Scan(*arguments)
+    return propagate_2d_reference(
+        *scan[:4],
+        keep=scan.keep,
+        mask=scan.mask,
+        directions=[DIRECTIONS[code] for code in scan.directions],
+        merge="sum" if scan.merge_sum else "none",
+        normalise_state=scan.normalise_state,
+    )
+
+
 Propagate = register_first(
     propagate_2d_saving_op,
     propagate_2d_saving_now,
@@ -270,26 +267,14 @@ Propagate = register_first(
 register_first(
     propagate_2d_op, propagate_2d_now, propagate_2d_backward_op, propagate_2d_backward_now, PROPAGATE_TENSORS
 )
-_register_second(
-    propagate_2d_backward_op,
-    PROPAGATE_TENSORS,
-    lambda x, logits, lam, u, keep, mask, directions, merge_sum, backend: propagate_2d_reference(
-        x,
-        logits,
-        lam,
-        u,
-        keep=keep,
-        mask=mask,
-        directions=[DIRECTIONS[code] for code in directions],
-        merge="sum" if merge_sum else "none",
-    ),
-)
+register_second(propagate_2d_backward_op, PROPAGATE_TENSORS, len(Scan._fields), by_definition)
 LineScan = register_first(
     line_scan_op, line_scan_now, line_scan_backward_op, line_scan_backward_now, LINE_SCAN_TENSORS, saves=True
 )
-_register_second(
+register_second(
     line_scan_backward_op,
     LINE_SCAN_TENSORS,
+    LINE_SCAN_TENSORS + 3,
     lambda x, weights, lam, direction, chunk, backend: line_scan_reference(
         x, weights, lam, DIRECTIONS[direction], chunk
     ),
@@ -311,21 +296,23 @@ def _elements(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
 
 
-def _scan_flops(which: str, each: int, x_shape: Sequence[int], lam_shape: Sequence[int], keep_shape: Any) -> int:
-    """FLOPs of a pass that costs `each` for a channel with parameters of its own."""
+def _scan_flops(
+    which: str, each: int, x_shape: Sequence[int], lam_shape: Sequence[int], keep_shape: Any, rest: Sequence[Any]
+) -> int:
+    """FLOPs of a pass that costs `each` for a channel with parameters of its own; n is one more channel of a set."""
     sets, of_set = _elements(lam_shape), FLOPS_SETS[which]
-    channels = sets // lam_shape[-1] * x_shape[-1]
+    channels = sets // lam_shape[-1] * (x_shape[-1] + (lam_shape[-1] if True in rest[4:5] else 0))
     return channels * (each - of_set) + sets * (of_set + (0 if keep_shape is None else FLOPS_KEEP[which]))
 
 
 @register_flop_formula([torch.ops.cgspn.propagate_2d, torch.ops.cgspn.propagate_2d_saving])
 def _(x_shape, logits_shape, lam_shape, u_shape, keep_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return _scan_flops("forward", sum(FLOPS_FORWARD.values()), x_shape, lam_shape, keep_shape)
+    return _scan_flops("forward", sum(FLOPS_FORWARD.values()), x_shape, lam_shape, keep_shape, args)
 
 
 @register_flop_formula(torch.ops.cgspn.propagate_2d_backward)
 def _(dy_shape, x_shape, logits_shape, lam_shape, u_shape, keep_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return _scan_flops("backward", FLOPS_BACKWARD, x_shape, lam_shape, keep_shape)
+    return _scan_flops("backward", FLOPS_BACKWARD, x_shape, lam_shape, keep_shape, args)
 
 
 @register_flop_formula(torch.ops.cgspn.line_scan)

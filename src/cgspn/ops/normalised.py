@@ -9,8 +9,6 @@ from torch import Tensor
 from .propagate import propagate_2d
 from .reference import DIRECTIONS
 
-SMALLEST = 1e-6  # of the total that is divided by: padding has none, and its output is 0
-
 
 def propagate_2d_normalised(
     x: Tensor,
@@ -38,8 +36,5 @@ def propagate_2d_normalised(
 
     Returns as `propagate_2d`. Raises as it does.
     """
-    ones = lam.new_ones(lam.shape)
-    total = scan(ones, logits, lam, ones, keep=keep, mask=mask, directions=directions, merge="none")
-    y = scan(x, logits, lam, u, keep=keep, mask=mask, directions=directions, merge="none")
-    y = (y.unflatten(-1, (lam.shape[-1], -1)) / total.clamp(min=SMALLEST).unsqueeze(-1)).flatten(-2)
-    return y if merge == "none" else y.sum(-2)
+    options = {"keep": keep, "directions": directions, "merge": merge, "mask": mask}
+    return scan(x, logits, lam, u, **options, normalise_state=True)

@@ -1,7 +1,7 @@
 """Products by cuBLASLt with everything but addresses fixed.
 
-PyTorch's own way to the library takes as long as several launches. Here y = x w^T (+ bias, then a GELU), or y += x w^T,
-of rows of 16 bits. cuBLAS counts by columns: what is [M, K] here is [K, M] there. The constants are of cublasLt.h.
+PyTorch's own way to the library takes as long as several launches. Here out = a b (+ bias, then a GELU), or add + a b,
+of 16 bits. cuBLAS counts by columns: a matrix [M, K] of rows is [K, M] to it. The constants are those of cublasLt.h.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from torch import Tensor
 
 TYPES = {torch.float16: 2, torch.bfloat16: 14}
 FLOAT, COMPUTE_FLOAT = 0, 68
-TRANSPOSE, EPILOGUE, BIAS = 3, 7, 8  # attributes of a product: that of its first matrix, ...
+TRANSPOSED, EPILOGUE, BIAS = (3, 4), 7, 8  # attributes of a product, for its first and its second matrix
 NO_EPILOGUE, WITH_BIAS, WITH_GELU = 1, 4, 32
 WORKSPACE, REDUCTIONS, ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # attributes of what is preferred
+ALIGNED = 16  # bytes, of every matrix
 IN_FLOAT = 2  # sums of parts of a product are taken in float32
 
 
@@ -51,11 +52,19 @@ def _handle(index: int) -> c_void_p:
 
 
 @functools.cache
-def _layout(dtype: torch.dtype, columns: int, rows: int, stride: int) -> c_void_p:
+def _layout(dtype: torch.dtype, across: int, down: int, stride: int) -> c_void_p:
     layout = c_void_p()
-    sizes = c_uint64(columns), c_uint64(rows), c_int64(stride)
+    sizes = c_uint64(across), c_uint64(down), c_int64(max(stride, across))
     check(library().cublasLtMatrixLayoutCreate(byref(layout), TYPES[dtype], *sizes))
     return layout
+
+
+def _matrix(t: Tensor) -> tuple[c_void_p, bool]:
+    """How a matrix lies in memory, and whether by columns."""
+    by_columns = t.stride(1) != 1
+    if by_columns:
+        t = t.t()
+    return _layout(t.dtype, t.shape[1], t.shape[0], t.stride(0)), by_columns
 
 
 def check(status: int) -> None:
@@ -64,54 +73,62 @@ def check(status: int) -> None:
         raise RuntimeError(f"cuBLASLt: status {status}")
 
 
+class Pointer(c_void_p):
+    """An address that is written as those of a launch's arguments are."""
+
+    def __setitem__(self, _: int, address: int) -> None:
+        """Whatever the index."""
+        self.value = address
+
+
 class Product:
-    """out = x weight^T, for the stream that it was prepared for.
+    """out = a b, for the stream that it was prepared for.
 
     Attributes:
-        x, out: the addresses, whose `value` may change.
+        pointers: the addresses of a, b, out and what is added, which may change to others that 16 divides.
         run: starts the product; returns the library's status.
     """
 
     _description: c_void_p | None = None
 
     def __init__(
-        self, device: int, stream: int, scratch: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor,
-        *, gelu: bool = False, onto: bool = False,
+        self, device: int, stream: int, scratch: Tensor, a: Tensor, b: Tensor, out: Tensor,
+        *, bias: Tensor | None = None, add: Tensor | None = None, gelu: bool = False,
     ) -> None:  # fmt: skip
-        """x [M, K], weight [N, K], bias [N], out [M, N]: of one dtype of 16 bits, rows contiguous.
+        """a [M, K], b [K, N], out [M, N], of one dtype of 16 bits; out by rows, a and b by rows or columns.
 
-        Later addresses of x and out must be multiples of 16. scratch: what the product may write to. onto: add to out.
-
+        scratch: what the product may write to; bias: [N], or add: [M, N], which may be out; gelu: by tanh, after it.
         Raises KeyError for another dtype, OSError without the library, RuntimeError with its status.
         """
         lib, self._handle = library(), _handle(device)
+        self._free = lib.cublasLtMatmulDescDestroy  # which is there when Python ends, too
         self._description = c_void_p()
         check(lib.cublasLtMatmulDescCreate(byref(self._description), COMPUTE_FLOAT, FLOAT))
+        (first, over), (second, under), (third, _) = (_matrix(t) for t in (b, a, out))
         epilogue = (WITH_GELU if gelu else 0) | (0 if bias is None else WITH_BIAS)
-        settings: list[tuple[int, Any]] = [(TRANSPOSE, c_int(1)), (EPILOGUE, c_uint32(epilogue or NO_EPILOGUE))]
+        settings: list[tuple[int, Any]] = [(EPILOGUE, c_uint32(epilogue or NO_EPILOGUE))]
+        settings += [(name, c_int(turned)) for name, turned in zip(TRANSPOSED, (over, under))]
         settings += [] if bias is None else [(BIAS, c_void_p(bias.data_ptr()))]
         for name, value in settings:
             size = c_size_t(ctypes.sizeof(value))
             check(lib.cublasLtMatmulDescSetAttribute(self._description, name, byref(value), size))
-        matrices = [_layout(t.dtype, t.shape[1], t.shape[0], t.stride(0)) for t in (weight, x, out, out)]
-        found = self._choose(matrices, scratch.numel(), weight.data_ptr())
-        self.x, self.out = c_void_p(x.data_ptr()), c_void_p(out.data_ptr())
-        one, other = c_float(1), c_float(1 if onto else 0)
-        first, second, third, _ = matrices
+        found = self._choose([first, second, third, third], scratch.numel())
+        a_at, b_at, out_at = (Pointer(t.data_ptr()) for t in (a, b, out))
+        add_at = out_at if add is None or add is out else Pointer(add.data_ptr())
+        self.pointers = (a_at, b_at, out_at, add_at)
         self.run = functools.partial(
-            lib.cublasLtMatmul, self._handle, self._description, byref(one), c_void_p(weight.data_ptr()), first,
-            self.x, second, byref(other), self.out, third, self.out, third,
+            lib.cublasLtMatmul, self._handle, self._description, byref(c_float(1)), b_at, first, a_at, second,
+            byref(c_float(0 if add is None else 1)), add_at, third, out_at, third,
             byref(found), c_void_p(scratch.data_ptr()), c_size_t(scratch.numel()), c_void_p(stream),
         )  # fmt: skip
 
-    def _choose(self, matrices: list[c_void_p], scratch: int, weight: int) -> Heuristic:
+    def _choose(self, matrices: list[c_void_p], scratch: int) -> Heuristic:
         """The algorithm that the library takes for the fastest."""
         lib, preference = library(), c_void_p()
         check(lib.cublasLtMatmulPreferenceCreate(byref(preference)))
         try:
-            alignments = [min(256, weight & -weight), 16, 16, 16]
             settings: list[tuple[int, Any]] = [(WORKSPACE, c_uint64(scratch)), (REDUCTIONS, c_uint32(IN_FLOAT))]
-            settings += [(name, c_uint32(value)) for name, value in zip(ALIGNMENTS, alignments)]
+            settings += [(name, c_uint32(ALIGNED)) for name in ALIGNMENTS]
             for name, value in settings:
                 size = c_size_t(ctypes.sizeof(value))
                 check(lib.cublasLtMatmulPreferenceSetAttribute(preference, name, byref(value), size))
@@ -127,4 +144,4 @@ class Product:
     def __del__(self) -> None:
         """Free what the library made."""
         if self._description:
-            library().cublasLtMatmulDescDestroy(self._description)
+            self._free(self._description)

@@ -10,23 +10,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear as plain_linear
 from torch.utils.flop_counter import register_flop_formula
 
+from .arguments import PARAMETERS, PROJECTED_SCHEMA, ProjectedScan, split_parameters
 from .backends import backend_for
 from .functorch import check_reverse
-from .library import FLOPS_BACKWARD, FLOPS_FORWARD, leaf_of, register_first
-from .reference import DIRECTIONS, propagate_2d_reference
-from .replay import linear
-
-PARAMETERS = 5  # maps a direction: lam, u, three logits
-
-
-def split_parameters(packed: Tensor, directions: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, lam and u, views of what the projection makes: [B, H, W, D * 5 * C]."""
-    # One split, not three slices: its gradient is one concatenation instead of three zero-filled maps added up.
-    shape = (*packed.shape[:-1], directions, PARAMETERS, packed.shape[-1] // (directions * PARAMETERS))
-    lam, u, logits = packed.view(shape).split([1, 1, 3], -2)
-    return logits, lam.squeeze(-2), u.squeeze(-2)
+from .library import FLOPS_BACKWARD, FLOPS_FORWARD, by_definition, register_first, register_op, register_second
+from .replay import column_sums, empty, linear, matmul
 
 
 def check_chip(x: Tensor, *, backward: bool) -> None:
@@ -38,161 +29,104 @@ def check_chip(x: Tensor, *, backward: bool) -> None:
         raise RuntimeError(f"parameters='chip' cannot run here: {reason}")
 
 
-def _on_chip(parameters: str, backend: str, x: Tensor, directions: Sequence[int]) -> bool:
-    if parameters == "chip":
-        check_chip(x, backward=False)
+def _on_chip(p: ProjectedScan) -> bool:
+    if p.parameters == "chip":
+        check_chip(p.x, backward=False)
         return True
-    if parameters == "memory" or backend not in ("auto", "cuda"):
+    if p.parameters == "memory" or p.backend not in ("auto", "cuda"):
         return False
     from .cuda import projected
 
-    return projected.is_faster(x, directions)
+    return projected.is_faster(p.x, p.directions)
 
 
-def projected_now(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    directions: Sequence[int],
-    merge_sum: bool,
-    parameters: str,
-    backend: str,
-) -> Tensor:
-    """Checked arguments in, tensors out: see `cgspn.ops.propagate_2d_projected`. Saves no more than its arguments."""
+def projected_now(*arguments: Any) -> Tensor:
+    """The output for the fields of a `ProjectedScan`. Saves no more than its arguments."""
+    p = ProjectedScan(*arguments)
     check_reverse("propagate_2d_projected")
     out: Tensor
-    if _on_chip(parameters, backend, x, directions):
+    if _on_chip(p):
         from .cuda import projected
 
-        out = projected.forward(x, weight, bias, mask, directions, merge_sum)
+        out = projected.forward(p)
     else:
-        made = split_parameters(linear(x, weight, bias), len(directions))
-        out = backend_for(backend, x).forward(x, *made, mask, directions, merge_sum)
+        out = backend_for(p.backend, p.x).forward(p.scan(linear(p.x, p.weight, p.bias)))
     return out
 
 
-projected_op = torch.library.custom_op("cgspn::propagate_2d_projected", projected_now, mutates_args=())
+projected_op = register_op("propagate_2d_projected", projected_now, f"({PROJECTED_SCHEMA}) -> Tensor")
 
 
-@projected_op.register_fake
-def _(x, weight, bias, mask, directions, merge_sum, parameters, backend):  # type: ignore[no-untyped-def]
+@projected_op.register_fake  # type: ignore[untyped-decorator]
+def _(x: Tensor, weight: Tensor, bias: Any, mask: Any, directions: Sequence[int], merge_sum: bool, *_: Any) -> Tensor:
     return x.new_empty(x.shape if merge_sum else (*x.shape[:3], len(directions), x.shape[3]))
 
 
-def projected_backward_now(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    directions: Sequence[int],
-    merge_sum: bool,
-    parameters: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def projected_backward_now(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of `projected_op` to x, weight and bias; that of the bias also where there is none.
 
     On the chip where the forward is and lines fit: with the passes in one, an H100 took a fifth less time than with
     parameters made again in memory (B = 32, 74x74, C = 64: 1.59 against 1.98 ms, forward included).
     """
-    chip = _on_chip(parameters, backend, x, directions)
+    p = ProjectedScan(*arguments)
+    chip = _on_chip(p)
     if chip:
         from .cuda import projected
 
-        if parameters == "chip":
-            check_chip(x, backward=True)
-        if parameters == "chip" or projected.unsupported_reason(x, backward=True) is None:
-            grads: tuple[Tensor, Tensor, Tensor] = projected.backward(dy, x, weight, bias, mask, directions, merge_sum)
-            return grads
-    return _backward_in_memory(dy, x, weight, bias, mask, directions, merge_sum, backend, chip)
+        if p.parameters == "chip":
+            check_chip(p.x, backward=True)
+        if p.parameters == "chip" or projected.unsupported_reason(p.x, backward=True) is None:
+            return projected.backward(dy, p)
+    return backward_in_memory(dy, p, chip)
 
 
-def _backward_in_memory(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    directions: Sequence[int],
-    merge_sum: bool,
-    backend: str,
-    chip: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    d, c = len(directions), x.shape[-1]
-    made = split_parameters(linear(x, weight, bias), d)
-    module = backend_for(backend, x)
+def backward_in_memory(dy: Tensor, p: ProjectedScan, chip: bool) -> tuple[Tensor, ...]:
+    """`projected_backward_now` with the parameters in memory; chip: the state alone is made without them."""
+    x, weight, bias, mask = p[:4]
+    module, scan = backend_for(p.backend, x), p.scan(linear(x, weight, bias))
     if hasattr(module, "backward_saved"):
         # gradients side by side as the projection made the parameters: one product for each of what they lead to
-        packed = torch.empty((*x.shape[:3], weight.shape[0]), dtype=x.dtype, device=x.device)
+        packed = empty((*x.shape[:3], weight.shape[0]), x.dtype, x.device)
         if chip:  # the state at least is made there, without an output beside it
             from .cuda import projected
 
-            h = projected.state(x, weight, bias, mask, directions)
+            h = projected.state(p)
         else:
-            _, h = module.forward_saving(x, *made, mask, directions, merge_sum)
-        dlogits, dlam, du = split_parameters(packed, d)
-        arguments = (dy, x, *made, mask, directions, merge_sum, h)
-        dx = module.backward_saved(*arguments, into=(dlam, du, dlogits))[0]
+            _, h, _ = module.forward_saving(scan)
+        dlogits, dlam, du = split_parameters(packed, len(p.directions))
+        dx = module.backward_saved(dy, scan, h, into=(dlam, du, dlogits))[0]
     else:
-        dx, dlogits, dlam, du = module.backward(dy, x, *made, mask, directions, merge_sum)
+        dx, dlogits, dlam, du, _ = module.backward(dy, scan)
         packed = torch.cat([dlam.unsqueeze(-2), du.unsqueeze(-2), dlogits], -2)
     seen = x if mask is None else x.where(mask[..., None], 0)  # padding may hold anything
-    flat, seen = packed.view(-1, weight.shape[0]), seen.reshape(-1, c)
-    dx = torch.addmm(dx.reshape(-1, c), flat, weight).view(x.shape)
-    return dx, flat.T @ seen, flat.new_zeros(weight.shape[0]) if bias is None else flat.sum(0)
+    flat, seen = packed.view(-1, weight.shape[0]), seen.reshape(-1, x.shape[-1])
+    dx = matmul(flat, weight, dx.reshape(-1, x.shape[-1])).view(x.shape)
+    return dx, matmul(flat.T, seen), flat.new_zeros(weight.shape[0]) if bias is None else column_sums(flat)
 
 
-projected_backward_op = torch.library.custom_op(
-    "cgspn::propagate_2d_projected_backward", projected_backward_now, mutates_args=()
+projected_backward_op = register_op(
+    "propagate_2d_projected_backward",
+    projected_backward_now,
+    f"(Tensor dy, {PROJECTED_SCHEMA}) -> (Tensor, Tensor, Tensor)",
 )
 
 
-@projected_backward_op.register_fake
-def _(dy, x, weight, bias, mask, directions, merge_sum, parameters, backend):  # type: ignore[no-untyped-def]
+@projected_backward_op.register_fake  # type: ignore[untyped-decorator]
+def _(dy: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 
-Projected = register_first(projected_op, projected_now, projected_backward_op, projected_backward_now, 4)
+def _by_definition(*arguments: Any) -> Tensor:
+    """The projection and the reference's output, float64."""
+    p = ProjectedScan(*arguments)
+    x = p.x.double() if p.mask is None else p.x.double().where(p.mask[..., None], 0.0)
+    packed = plain_linear(x, p.weight.double(), None if p.bias is None else p.bias.double())
+    return by_definition(*p._replace(x=x).scan(packed))
 
 
-def _second_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.rest = inputs[5:]
-
-
-def _second_backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Second and higher derivatives through the reference: right, if slow."""
-    directions, merge_sum, *_ = ctx.rest
-    graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        dy, x, weight, bias, mask = ctx.saved_tensors
-        leaves = [leaf_of(t, graph) for t in (dy, x, weight) + (() if bias is None else (bias,))]
-        features = leaves[1].double()
-        if mask is not None:
-            features = features.where(mask[..., None], 0.0)
-        packed = features @ leaves[2].double().T
-        if bias is not None:
-            packed = packed + leaves[3].double()
-        packed = packed.unflatten(-1, (len(directions), PARAMETERS, x.shape[-1]))
-        y = propagate_2d_reference(
-            features,
-            packed[..., 2:, :],
-            packed[..., 0, :],
-            packed[..., 1, :],
-            mask=mask,
-            directions=[DIRECTIONS[code] for code in directions],
-            merge="sum" if merge_sum else "none",
-        )
-        first = torch.autograd.grad(y, leaves[1:], leaves[0].double(), create_graph=True)
-        pairs = [(g, c.to(g.dtype)) for g, c in zip(first, cotangents) if c is not None]
-        second = torch.autograd.grad(
-            [g for g, _ in pairs], leaves, [c for _, c in pairs], create_graph=graph, allow_unused=True
-        )
-    return *second, *[None] * (9 - len(second))
-
-
-projected_backward_op.register_autograd(_second_backward, setup_context=_second_setup)
+TENSORS = 4  # x, weight, bias and the mask, which has no gradient
+Projected = register_first(projected_op, projected_now, projected_backward_op, projected_backward_now, TENSORS)
+register_second(projected_backward_op, TENSORS, len(ProjectedScan._fields), _by_definition)
 
 
 def _counts(x_shape: Sequence[int], weight_shape: Sequence[int]) -> tuple[int, int]:

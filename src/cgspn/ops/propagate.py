@@ -10,11 +10,20 @@ from torch import Tensor
 
 from ..compat import is_tracing
 from . import checks
+from .arguments import Scan
 from .backends import check_backend
 from .eager import is_eager
 from .functorch import check_plain, in_functorch
-from .library import LineScan, Propagate, line_scan_op, propagate_2d_now, propagate_2d_op, propagate_2d_saving_op
-from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
+from .library import (
+    LineScan,
+    Propagate,
+    by_definition,
+    line_scan_op,
+    propagate_2d_now,
+    propagate_2d_op,
+    propagate_2d_saving_op,
+)
+from .reference import DIRECTIONS, line_scan_reference
 
 
 def _look_at_values(x: Tensor) -> bool:
@@ -32,6 +41,7 @@ def propagate_2d(
     directions: Sequence[str] = DIRECTIONS,
     merge: str = "sum",
     mask: Tensor | None = None,
+    normalise_state: bool = False,
     backend: str = "auto",
 ) -> Tensor:
     """Scan a 2D grid line by line in up to four directions, each line mixing three neighbours of the one before.
@@ -56,6 +66,9 @@ def propagate_2d(
         merge: "sum" adds the directions up, "none" returns them separately.
         mask: bool [B, H, W] or None. False positions are padding: they hold h = 0, are neither read as neighbours
             nor counted in the normalisation, their output is 0 and what they hold has no effect.
+        normalise_state: y[i] = u[i] * h[i] / n[i], n being the same recurrence over ones in place of x, at least 1e-6:
+            a weighted mean of what the scan has seen, which does not grow with the number of lines. lam is then at
+            least 0. Not in the paper; results/resolution says what it brings.
         backend: "auto", or one of `cgspn.ops.PREFERENCE`. `cgspn.ops.explain_backend(x)` tells what "auto" picks.
 
     Returns:
@@ -66,7 +79,7 @@ def propagate_2d(
     Raises:
         TypeError: not a tensor, a dtype that is not accepted, or dtypes that differ.
         ValueError: a wrong shape, device, direction, merge or backend name; on the CPU in eager mode also a value that
-            is not finite (on an accelerator that look would stall the queue).
+            is not finite, or a lam below 0 for a normalised state (on an accelerator that look would stall the queue).
         RuntimeError: an explicit backend that cannot run here, with the reason.
 
     Paper: "Scaling Parallel Sequence Models to Vision Foundation Models", equations (1) and (2); docs/operator.md.
@@ -82,49 +95,35 @@ def propagate_2d(
     for name, t in {"lam": lam, "u": u, **gates}.items():
         checks.check_shape(name, t, (b, h, w, len(codes), sets), f"[B, H, W, D, {last}]")
     checks.check_mask(x, mask)
-    if merge not in ("sum", "none"):
-        raise ValueError(f"merge is {merge!r}; accepted: 'sum', 'none'")
+    checks.check_merge(merge)
     check_backend(backend)
     if _look_at_values(x):
         checks.check_finite(mask, x=x, logits=logits, lam=lam, u=u, **gates)
-    return propagate_2d_unchecked(
-        x, logits, lam, u, keep=keep, directions=directions, merge=merge, mask=mask, backend=backend
-    )
+        if normalise_state:
+            checks.check_not_negative(mask, lam=lam)
+    return scan_unchecked(Scan(x, logits, lam, u, keep, mask, codes, merge == "sum", backend, normalise_state))
 
 
-def propagate_2d_unchecked(
-    x: Tensor,
-    logits: Tensor,
-    lam: Tensor,
-    u: Tensor,
-    *,
-    keep: Tensor | None = None,
-    directions: Sequence[str] = DIRECTIONS,
-    merge: str = "sum",
-    mask: Tensor | None = None,
-    backend: str = "auto",
-) -> Tensor:
+def scan_unchecked(scan: Scan) -> Tensor:
     """`propagate_2d` of arguments that fit one another and may hold any value: what layers call.
 
     The functions where operations run at once, else the ops, which a program can hold.
     """
-    if in_functorch():
-        check_plain(backend)
-        options: Any = {"keep": keep, "directions": directions, "merge": merge, "mask": mask}
-        return propagate_2d_reference(x, logits, lam, u, **options).to(x.dtype)
-    tensors = (x, logits, lam, u, keep)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    arguments = (*tensors, mask, [DIRECTIONS.index(name) for name in directions], merge == "sum", backend)
-    eager = is_eager(*tensors, mask)
+    tensors = scan[:5]
     out: Tensor
+    if in_functorch():
+        check_plain(scan.backend)
+        return by_definition(*scan).to(scan.x.dtype)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    eager = is_eager(*tensors, scan.mask)
     if is_tracing():
         # A trace keeps the op, and its program finds the gradients. torch.jit.trace compares it, names and line numbers
         # too, with a trace without gradients.
-        out = propagate_2d_op(*arguments)
+        out = propagate_2d_op(*scan)
     elif wanted:
-        out, _ = Propagate.apply(*arguments) if eager else propagate_2d_saving_op(*arguments)  # type: ignore[no-untyped-call]
+        out, *_ = Propagate.apply(*scan) if eager else propagate_2d_saving_op(*scan)  # type: ignore[no-untyped-call]
     else:
-        out = (propagate_2d_now if eager else propagate_2d_op)(*arguments)
+        out = (propagate_2d_now if eager else propagate_2d_op)(*scan)
     return out
 
 

@@ -9,12 +9,14 @@ Nothing here is fast. Every backend is tested against it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 DIRECTIONS = ("down", "up", "right", "left")
 EPSILON = 1e-7  # the sum of the neighbours' sigmoids is clamped below at this
+SMALLEST = 1e-6  # and n, which a normalised state is divided by, at this: padding has none, and its output is 0
 
 
 def _lines(t: Tensor, direction: str) -> list[Tensor]:
@@ -47,6 +49,7 @@ def propagate_2d_reference(
     directions: Sequence[str] = DIRECTIONS,
     merge: str = "sum",
     mask: Tensor | None = None,
+    normalise_state: bool = False,
 ) -> Tensor:
     """The definition of `cgspn.ops.propagate_2d`: plain PyTorch, any device, differentiable any number of times.
 
@@ -55,7 +58,9 @@ def propagate_2d_reference(
         h[i] = sigmoid(keep[i]) * W[i] h[i-1] + lam[i] * x[i]        y[i] = u[i] * h[i]
 
     where row j of W[i] holds sigmoid(logits[i, j]) of the neighbours j-1, j, j+1 that exist on line i-1,
-    divided by their sum (clamped below at 1e-7), and the factor of `keep` is 1 where it is None.
+    divided by their sum (clamped below at 1e-7), and the factor of `keep` is 1 where it is None. With
+    `normalise_state`, y[i] = u[i] * h[i] / n[i], where n is the same recurrence over ones in place of x (clamped below
+    at 1e-6).
 
     Shapes: x [B, H, W, C], or [B, H, W, D, C] for what each direction scans; logits [B, H, W, D, 3, G]; lam, u, keep
     [B, H, W, D, G], where G divides C and channel c takes set c // (C / G); mask [B, H, W] bool or None.
@@ -63,6 +68,12 @@ def propagate_2d_reference(
     Raises KeyError or IndexError on wrong input; `propagate_2d` is the one that explains.
     Paper: "Scaling Parallel Sequence Models to Vision Foundation Models", equations (1) and (2); docs/operator.md.
     """
+    if normalise_state:
+        options: Any = {"keep": keep, "directions": directions, "merge": "none", "mask": mask}
+        ones = torch.ones_like(lam)
+        n = propagate_2d_reference(ones, logits, lam, ones, **options).clamp(min=SMALLEST)
+        y = propagate_2d_reference(x, logits, lam, u, **options) / n.repeat_interleave(x.shape[-1] // n.shape[-1], -1)
+        return y.sum(3) if merge == "sum" else y
     each = x.shape[-1] // lam.shape[-1]
     logits, lam, u = (t.double().repeat_interleave(each, -1) for t in (logits, lam, u))
     kept = torch.ones_like(lam) if keep is None else torch.sigmoid(keep.double()).repeat_interleave(each, -1)

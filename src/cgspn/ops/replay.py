@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -41,11 +42,11 @@ class Workspace:
     def grow(self, size: int) -> None:
         """Have `size` bytes: another piece of memory if it had fewer."""
         if self.memory is None or self.memory.numel() < size:
-            with torch.inference_mode(False):  # views of it are written to outside of it, too
-                self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+            self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
 
 
-_workspaces: dict[tuple[torch.device, int], Workspace] = {}
+# as long as a pass is kept, or somebody wants to keep one
+_workspaces: weakref.WeakValueDictionary[tuple[torch.device, int], Workspace] = weakref.WeakValueDictionary()
 
 
 class Recording:
@@ -83,18 +84,27 @@ class Recording:
         self.steps.append((None, functools.partial(function, *tensors, out=out)))
         return function(*tensors, out=out)
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """A linear layer of rows x [M, C], kept: [M, K]."""
-        out = self.empty((x.shape[0], weight.shape[0]), x.dtype, x.device)
-        self.computed(torch.addmm, bias, x, weight.t(), out=out)
-        product = self.product(x, weight, bias, out)
-        if product is not None:
-            self.steps[-1] = (check_product, product.run)
-        return out
+    def product(
+        self, a: Tensor, b: Tensor, *, out: Tensor | None = None, bias: Tensor | None = None, add: Tensor | None = None
+    ) -> Tensor:
+        """a [M, K] b [K, N] + bias [N], or + add [M, N], kept: [M, N], in `out` or in the workspace."""
+        if out is None:
+            out = self.empty((a.shape[0], b.shape[1]), a.dtype, a.device)
+        prepared = self.prepare(a, b, out, bias=bias, add=add)
+        if prepared is not None:
+            self.steps.append((check_product, prepared))
+            check_product(prepared.run())
+            return out
+        other = bias if add is None else add
+        return (
+            self.computed(torch.mm, a, b, out=out)
+            if other is None
+            else self.computed(torch.addmm, other, a, b, out=out)
+        )
 
-    def product(self, *arguments: Any, **options: Any) -> Any:
+    def prepare(self, *matrices: Tensor, **options: Any) -> Any:
         """`Gpu.product` for this stream."""
-        return self.gpu.product(self.stream, self.workspace.scratch, *arguments, **options)
+        return self.gpu.product(self.stream, self.workspace.scratch, *matrices, **options)
 
     def mlp(self, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Callable[[Tensor], object] | None:
         """What adds an MLP of x [M, C] with a GELU by tanh, without its last bias, onto tokens [M, C]: two products.
@@ -102,57 +112,75 @@ class Recording:
         None where the library does not give them.
         """
         shape = (x.shape[0], weight1.shape[0])
-        hidden = torch.empty(shape, dtype=x.dtype, device=x.device)
-        first = self.product(x, weight1, bias1, hidden, gelu=True)
-        second = self.product(hidden, weight2, None, torch.empty_like(x), onto=True)
+        hidden, onto = torch.empty(shape, dtype=x.dtype, device=x.device), torch.empty_like(x)
+        first = self.prepare(x, weight1.t(), hidden, bias=bias1, gelu=True)
+        second = self.prepare(hidden, weight2.t(), onto, add=onto)
         if first is None or second is None:
             return None
+        out, read, total = first.pointers[2], second.pointers[0], second.pointers[2]
 
         def add_(tokens: Tensor) -> None:
             hidden = torch.empty(shape, dtype=tokens.dtype, device=tokens.device)
-            first.out.value = second.x.value = hidden.data_ptr()
-            second.out.value = tokens.data_ptr()
+            out.value = read.value = hidden.data_ptr()
+            total.value = tokens.data_ptr()
             check_product(first.run() or second.run())
 
         return add_
 
-    def replay(self, held: Sequence[Tensor], given: Sequence[Tensor | None], made: Tensor) -> Replay | None:
+    def replay(self, held: Sequence[Tensor], own: Sequence[Tensor | None]) -> Replay | None:
         """What runs the pass again; None if something ran that was not kept.
 
-        held: tensors that stay where they are; given: those that another call has its own of, None for none; made: what
-        the pass made, which becomes the caller's.
+        held: tensors that stay where they are; own: those that each call has its own of, given or made, None for none.
         """
         self.workspace.grow(self.used)
         if not self.complete or not self.fits or self.memory is None:
             return None
-        own = [0 if t is None else t.data_ptr() for t in (*given, made)]
+        changing = [(0, 0) if t is None else (t.data_ptr(), t.numel() * t.element_size()) for t in own]
         places = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (*held, self.memory)]
-        addresses = [a for launch, where in self.steps if isinstance(launch, Launch) for a in where]
-        known = {0, *own}
-        for address in (*addresses, *self.reached):
-            if address not in known and not any(first <= address < last for first, last in places):
+        for address in {a for step in self.steps for a in addresses_of(step)} | set(self.reached):
+            here = any(first <= address < first + size for first, size in changing)
+            # what PyTorch runs has its tensors, and no addresses to change
+            if here and address in self.reached:
                 return None
-        return Replay(self, own)
+            if not here and address and not any(first <= address < last for first, last in places):
+                return None
+        return Replay(self, changing)
+
+
+def addresses_of(step: tuple[Any, Any]) -> Sequence[int]:
+    """Of what a kept launch or product reads and writes."""
+    what, where = step
+    if isinstance(what, Launch):
+        return where  # type: ignore[no-any-return]
+    return [pointer.value or 0 for pointer in where.pointers] if what is not None else []
 
 
 class Replay:
     """Launches and products in order. Runs in the stream that it was recorded in."""
 
-    def __init__(self, recording: Recording, own: Sequence[int]) -> None:
-        """own: the addresses that each call has its own of."""
+    def __init__(self, recording: Recording, changing: Sequence[tuple[int, int]]) -> None:
+        """changing: addresses and sizes of what each call has its own of."""
         self.workspace, self.memory = recording.workspace, recording.memory
-        self._bound = tuple(own)
+        self._bound = tuple([first for first, _ in changing])
         self._steps: list[tuple[Callable[[int], None] | None, Callable[[], Any]]] = []
-        self._changing: list[tuple[Any, int, int]] = []
-        for checks, step in recording.steps:
-            if not isinstance(checks, Launch):
-                self._steps.append((checks, step))
-                continue
-            launch = checks.copy()
-            launch.place(step)
-            self._steps.append((check, recording.gpu.submission(launch, recording.stream)))
-            changing = [(slot, own.index(a)) for slot, a in zip(launch.slots, step) if a and a in own]
-            self._changing += [(launch.words, slot, place) for slot, place in changing]
+        self._changing: list[tuple[Any, int, int, int]] = []
+        self._owners: list[Any] = []  # of what the driver and cuBLASLt read by address
+        for step in recording.steps:
+            what, where = step
+            if isinstance(what, Launch):
+                launch = what.copy()
+                launch.place(where)
+                self._owners.append(launch)
+                self._steps.append((check, recording.gpu.submission(launch, recording.stream)))
+                words = [(launch.words, slot) for slot in launch.slots]
+            else:
+                self._steps.append((what, where if what is None else where.run))
+                self._owners.append(where)
+                words = [] if what is None else [(pointer, 0) for pointer in where.pointers]
+            for (written, slot), address in zip(words, addresses_of(step)):
+                for place, (first, size) in enumerate(changing):
+                    if first <= address < first + size:
+                        self._changing.append((written, slot, place, address - first))
 
     def holds(self) -> bool:
         """Whether its memory is still the workspace's."""
@@ -164,8 +192,8 @@ class Replay:
         Raises RuntimeError with the driver's reason.
         """
         if addresses != self._bound:
-            for words, slot, place in self._changing:
-                words[slot] = addresses[place]
+            for words, slot, place, offset in self._changing:
+                words[slot] = addresses[place] + offset
             self._bound = addresses
         for checks, step in self._steps:
             status = step()
@@ -177,7 +205,8 @@ class Replay:
 def recorded(gpu: Gpu, device: torch.device, stream: int) -> Iterator[Recording]:
     """Keep what this thread launches, in the time of the context."""
     workspace = _workspaces.setdefault((device, stream), Workspace(device))
-    with workspace.lock:
+    # what is made in inference mode could not be written to outside of it
+    with workspace.lock, torch.inference_mode(False), torch.no_grad():
         thread.recording = Recording(gpu, stream, workspace)
         try:
             yield thread.recording
@@ -185,13 +214,17 @@ def recorded(gpu: Gpu, device: torch.device, stream: int) -> Iterator[Recording]
             thread.recording = None
 
 
+def active() -> Recording | None:
+    """The recording of this thread, if there is one."""
+    return getattr(thread, "recording", None)
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     """`torch.empty`; in a recorded pass, memory of the workspace."""
-    recording = getattr(thread, "recording", None)
+    recording = active()
     if recording is None:
         return torch.empty(shape, dtype=dtype, device=device)
-    made: Tensor = recording.empty(shape, dtype, device)
-    return made
+    return recording.empty(shape, dtype, device)
 
 
 def empty_like(x: Tensor) -> Tensor:
@@ -201,23 +234,39 @@ def empty_like(x: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`torch.nn.functional.linear`, which a recorded pass keeps: [..., C] -> [..., K]."""
-    recording = getattr(thread, "recording", None)
+    recording = active()
     if recording is None or bias is None:
         return plain_linear(x, weight, bias)
-    out: Tensor = recording.linear(x.flatten(0, -2), weight, bias)
+    out = recording.product(x.flatten(0, -2), weight.t(), bias=bias)
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def matmul(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
+    """a [M, K] b [K, N] (+ add [M, N]), which a recorded pass keeps."""
+    recording = active()
+    if recording is None:
+        return a @ b if add is None else torch.addmm(add, a, b)
+    return recording.product(a, b, add=add)
+
+
+def column_sums(x: Tensor) -> Tensor:
+    """x.sum(0) of x [M, C], which a recorded pass keeps."""
+    if active() is None:
+        return x.sum(0)
+    from .fused.rows import column_sums as kept
+
+    return kept(x, dtype=x.dtype)
 
 
 def project(layer: torch.nn.Module, x: Tensor) -> Tensor:
     """layer(x) of a linear layer, which a recorded pass keeps."""
-    made: Tensor = layer(x) if getattr(thread, "recording", None) is None else linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
+    made: Tensor = layer(x) if active() is None else linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
     return made
 
 
 def pointwise(function: Callable[[Tensor], Tensor], into: Callable[..., Tensor], x: Tensor) -> Tensor:
     """function(x), of the shape and dtype of x, which a recorded pass keeps as into(x, out=...)."""
-    recording = getattr(thread, "recording", None)
+    recording = active()
     if recording is None:
         return function(x)
-    made: Tensor = recording.computed(into, x, out=empty_like(x))
-    return made
+    return recording.computed(into, x, out=empty_like(x))

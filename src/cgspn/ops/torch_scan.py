@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .arguments import Scan
 from .param_groups import per_channel, per_set
-from .reference import DIRECTIONS, EPSILON
+from .reference import DIRECTIONS, EPSILON, SMALLEST
 
 
 def _state_dtype(t: Tensor) -> torch.dtype:
@@ -143,27 +144,43 @@ class _Slab(NamedTuple):
     states: Tensor  # padded state before the first line, and of every line
 
 
-def _scan(
-    group: _Group, x: Tensor, logits: Tensor, lam: Tensor, keep: Tensor | None, mask: Tensor | None
-) -> Iterator[_Slab]:
-    dtype, each = _state_dtype(x), x.shape[-1] // lam.shape[-1]
-    xs, scales, scores = group.features(x), group.maps(lam), group.maps(logits)
+def _counted(t: Tensor, ones: Tensor, each: int) -> Tensor:
+    """[..., C] in sets of `each` channels, one more for each set behind its channels: that of `ones` [..., sets]."""
+    return torch.cat([t.unflatten(-1, (-1, each)), ones.unsqueeze(-1)], -1).flatten(-2)
+
+
+def _uncounted(t: Tensor, each: int) -> tuple[Tensor, Tensor]:
+    """The inverse of `_counted`: [..., C] and [..., sets]."""
+    channels, ones = t.unflatten(-1, (-1, each + 1)).split([each, 1], -1)
+    return channels.flatten(-2), ones.squeeze(-1)
+
+
+def _scan(group: _Group, scan: Scan) -> Iterator[_Slab]:
+    """The slabs of a scan; of a normalised state each set has a channel more, n: the same scan over ones."""
+    dtype, each = _state_dtype(scan.x), scan.share
+    every = each + scan.normalise_state
+    xs, scales, scores = group.features(scan.x), group.maps(scan.lam), group.maps(scan.logits)
     last: Tensor | None = None
     outside: Tensor | None = None
     for steps in group.slabs():
         sigma = group.read_weights(scores, steps, dtype).sigmoid_()
         sigma[0, ..., 0, :] = 0.0
         sigma[2, ..., -1, :] = 0.0
-        drive = per_channel(group.read(scales, steps, dtype), each) * group.read(xs, steps, dtype)
-        kept = None if keep is None else per_channel(group.read(group.maps(keep), steps, dtype).sigmoid_(), each)
-        if mask is not None:
-            inside = group.read(group.shared(mask), steps, torch.bool)[..., None]
+        scale = group.read(scales, steps, dtype)
+        drive = per_channel(scale, each) * group.read(xs, steps, dtype)
+        if scan.normalise_state:
+            drive = _counted(drive, scale, each)
+        kept = None
+        if scan.keep is not None:
+            kept = per_channel(group.read(group.maps(scan.keep), steps, dtype).sigmoid_(), every)
+        if scan.mask is not None:
+            inside = group.read(group.shared(scan.mask), steps, torch.bool)[..., None]
             first = torch.zeros_like(inside[:1]) if outside is None else outside[-1:]
             outside = ~inside
             sigma.masked_fill_(outside | _neighbours(_padded(torch.cat([first, outside[:-1]]))), 0.0)
             drive.masked_fill_(outside, 0.0)  # no neighbour and no drive: the state is zero there
             kept = None if kept is None else kept.masked_fill_(outside, 0.0)
-        sigma = per_channel(sigma, each)
+        sigma = per_channel(sigma, every)
         total = (sigma[0] + sigma[1]).add_(sigma[2]).clamp_(min=EPSILON)
         states = drive.new_zeros((len(drive) + 1, *drive.shape[1:3], drive.shape[3] + 2, drive.shape[4]))
         if last is not None:
@@ -184,57 +201,55 @@ def _gated(slab: _Slab, t: Tensor, gate: Tensor) -> Tensor:
     return out if slab.outside is None else out.masked_fill_(slab.outside, 0.0)
 
 
-def forward(
-    x: Tensor,
-    logits: Tensor,
-    lam: Tensor,
-    u: Tensor,
-    mask: Tensor | None,
-    directions: Sequence[int],
-    merge_sum: bool,
-    keep: Tensor | None = None,
-) -> Tensor:
-    """`propagate_2d` without checks. Shapes as there; `directions` are indices into DIRECTIONS."""
-    dtype, each, shape = _state_dtype(x), x.shape[-1] // lam.shape[-1], (*x.shape[:3], x.shape[-1])
-    y = x.new_zeros(shape, dtype=dtype) if merge_sum else x.new_empty(*shape[:3], len(directions), shape[3])
-    for group in _groups(directions, shape):
-        gates = group.maps(u)
-        for slab in _scan(group, x, logits, lam, keep, mask):
-            out = _gated(slab, _inner(slab.states)[1:], per_channel(group.read(gates, slab.steps, dtype), each))
-            if merge_sum:
+def _state(slab: _Slab, scan: Scan) -> tuple[Tensor, Tensor]:
+    """What the gate takes: the state, divided by n if it is normalised; and n."""
+    h = _inner(slab.states)[1:]
+    if not scan.normalise_state:
+        return h, h
+    h, n = _uncounted(h, scan.share)
+    return h / per_channel(n.clamp(min=SMALLEST), scan.share), n
+
+
+def forward(scan: Scan) -> Tensor:
+    """The output of `propagate_2d`."""
+    x, dtype, each = scan.x, _state_dtype(scan.x), scan.share
+    y = x.new_zeros(scan.output, dtype=dtype) if scan.merge_sum else x.new_empty(scan.output)
+    for group in _groups(scan.directions, (*x.shape[:3], x.shape[-1])):
+        gates = group.maps(scan.u)
+        for slab in _scan(group, scan):
+            out = _gated(slab, _state(slab, scan)[0], per_channel(group.read(gates, slab.steps, dtype), each))
+            if scan.merge_sum:
                 group.add(y, slab.steps, out)
             else:
                 group.write(group.maps(y), slab.steps, out)
     return y.to(x.dtype)
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    logits: Tensor,
-    lam: Tensor,
-    u: Tensor,
-    mask: Tensor | None,
-    directions: Sequence[int],
-    merge_sum: bool,
-    keep: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """Gradients of `forward` to x, logits, lam, u and, if it is there, keep, each in its input's dtype and shape."""
-    dtype, each = _state_dtype(x), x.shape[-1] // lam.shape[-1]
+def backward(dy: Tensor, scan: Scan) -> tuple[Tensor | None, ...]:
+    """Gradients of `forward` to x, logits, lam, u and keep, each in its input's dtype and shape; None for None."""
+    x, _, lam, u = scan[:4]
+    dtype, each = _state_dtype(x), scan.share
+    every = each + scan.normalise_state
     dx = x.new_zeros(x.shape, dtype=dtype)
-    dlogits, dlam, du = logits.new_empty(logits.shape), lam.new_empty(lam.shape), u.new_empty(u.shape)
-    dkeep = None if keep is None else keep.new_empty(keep.shape)
-    for group in _groups(directions, (*x.shape[:3], x.shape[-1])):
+    dlogits, dlam, du = (t.new_empty(t.shape) for t in scan[1:4])
+    dkeep = None if scan.keep is None else scan.keep.new_empty(scan.keep.shape)
+    for group in _groups(scan.directions, (*x.shape[:3], x.shape[-1])):
         xs, scales, gates = group.features(x), group.maps(lam), group.maps(u)
-        dys = group.shared(dy) if merge_sum else group.maps(dy)
-        slabs = list(_scan(group, x, logits, lam, keep, mask))
+        dys = group.shared(dy) if scan.merge_sum else group.maps(dy)
+        slabs = list(_scan(group, scan))
         from_next: Tensor | None = None  # kept W^T g of the line that follows
         while slabs:
             slab = slabs.pop()
             steps, kept = slab.steps, slab.kept
             grad = group.read(dys, steps, dtype)
-            group.write(group.maps(du), steps, per_set(_gated(slab, _inner(slab.states)[1:], grad), each))
-            g = _gated(slab, grad, per_channel(group.read(gates, steps, dtype), each))
+            state, n = _state(slab, scan)
+            gate = group.read(gates, steps, dtype)
+            gate_grad = per_set(_gated(slab, state, grad), each)
+            group.write(group.maps(du), steps, gate_grad)
+            g = _gated(slab, grad, per_channel(gate, each))
+            if scan.normalise_state:  # y = u h / n
+                n_grad = torch.where(n >= SMALLEST, _gated(slab, gate_grad, gate) / n, 0.0).neg_()
+                g = _counted(g / per_channel(n.clamp(min=SMALLEST), each), n_grad, each)
             q = torch.empty_like(g)
             for k in range(len(steps) - 1, -1, -1):
                 if from_next is not None:
@@ -243,23 +258,24 @@ def backward(
                 if kept is not None:
                     q[k] *= kept[k]
                 from_next = _spread(slab.sigma[:, k], q[k])
-            group.write(group.maps(dlam), steps, per_set(_gated(slab, g, group.read(xs, steps, dtype)), each))
-            scaled = _gated(slab, g, per_channel(group.read(scales, steps, dtype), each))
+            if dkeep is not None and kept is not None:
+                wanted = per_set(torch.ops.aten.sigmoid_backward(g * slab.mean, kept), every)
+                group.write(group.maps(dkeep), steps, wanted)
+            own, of_ones = _uncounted(g, each) if scan.normalise_state else (g, None)
+            scale_grad = per_set(_gated(slab, own, group.read(xs, steps, dtype)), each)
+            group.write(group.maps(dlam), steps, scale_grad if of_ones is None else scale_grad + of_ones)
+            scaled = _gated(slab, own, per_channel(group.read(scales, steps, dtype), each))
             if x.dim() == 5:
                 group.write(group.maps(dx), steps, scaled)
             else:
                 group.add(dx, steps, scaled)
-            if dkeep is not None and kept is not None:
-                wanted = per_set(torch.ops.aten.sigmoid_backward(g * slab.mean, kept), each)
-                group.write(group.maps(dkeep), steps, wanted)
             # d(sigma_k / total) gives neighbour k minus the mean; where the total is clamped, the neighbour alone
             centre = slab.mean.masked_fill_(slab.total <= EPSILON, 0.0)
             before = _neighbours(slab.states[:-1])
             dsigma = torch.sub(before, centre, out=torch.empty_like(slab.sigma)).mul_(q)
-            wanted = torch.ops.aten.sigmoid_backward(per_set(dsigma, each), slab.sigma[..., ::each])
+            wanted = torch.ops.aten.sigmoid_backward(per_set(dsigma, every), slab.sigma[..., ::every])
             group.write_weights(group.maps(dlogits), steps, wanted)
-    grads = (dx.to(x.dtype), dlogits, dlam, du)
-    return grads if dkeep is None else (*grads, dkeep)
+    return dx.to(x.dtype), dlogits, dlam, du, dkeep
 
 
 def _restarts(step: int, chunk: int | None) -> bool:

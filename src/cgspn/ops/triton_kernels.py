@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 EPSILON = tl.constexpr(1e-7)  # as in reference.py: the sum of the neighbours' sigmoids is clamped below at this
+SMALLEST = tl.constexpr(1e-6)  # and n at this
 
 
 @triton.jit
@@ -38,11 +39,11 @@ def _walk(strides, vertical, backwards):
 
 @triton.jit
 def _start(p, strides, b, d, j, c, vertical, backwards, line, lines):
-    """Addresses of the tile [M, C'] of line number `line` of the scan."""
+    """Addresses of the tile [M, C'] of line number `line` of the scan, and elements to that of the next line."""
     step, across = _walk(strides, vertical, backwards)
     first = tl.where(backwards, (lines - 1) * tl.abs(step), 0) + line * step
     base = p + b * strides[0] + d.to(tl.int64) * strides[3] + first
-    return base + j[:, None].to(tl.int64) * across + c[None, :].to(tl.int64) * strides[5]
+    return base + j[:, None].to(tl.int64) * across + c[None, :].to(tl.int64) * strides[5], step
 
 
 @triton.jit
@@ -70,13 +71,16 @@ def _sigmas(l0, l1, l2, e0, e1, e2):
 
 @triton.jit(do_not_specialize=["H", "W", "C", "D", "groups", "codes", "chunk"])
 def scan_forward(
-    x, lam, u, logits, keep, mask, y, saved,
-    xs, lams, us, ls, ks, ms, ys, saveds,
+    x, lam, u, logits, keep, mask, y, saved, counted,
+    xs, lams, us, ls, ks, ms, ys, saveds, counteds,
     H, W, C, D, groups, codes, chunk,
-    NORMALISE: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr, WRITE: tl.constexpr, SAVE: tl.constexpr,
-    STATE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
+    NORMALISE: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr, MEAN: tl.constexpr, WRITE: tl.constexpr,
+    SAVE: tl.constexpr, STATE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """`propagate_2d` (NORMALISE) or `line_scan`: outputs to y (WRITE), the state to `saved` (SAVE)."""
+    """`propagate_2d` (NORMALISE) or `line_scan`: outputs to y (WRITE), the state to `saved` (SAVE).
+
+    MEAN: outputs are those of the state over n, the same scan over ones, which goes to `counted` (SAVE).
+    """
     b, d, c0, vertical, backwards, lines, positions = _place(H, W, D, groups, codes, CHANNELS)
     j = tl.arange(0, POSITIONS)
     c = c0 + tl.arange(0, CHANNELS)
@@ -88,36 +92,33 @@ def scan_forward(
     e2 = j + 1 < positions
     inside = e1
 
-    x_at = _start(x, xs, b, d, j, c, vertical, backwards, 0, lines)
-    lam_at = _start(lam, lams, b, d, j, c, vertical, backwards, 0, lines)
-    logits_at = _start(logits, ls, b, d, j, c, vertical, backwards, 0, lines)
-    x_step, _ = _walk(xs, vertical, backwards)
-    lam_step, _ = _walk(lams, vertical, backwards)
-    logits_step, _ = _walk(ls, vertical, backwards)
+    x_at, x_step = _start(x, xs, b, d, j, c, vertical, backwards, 0, lines)
+    lam_at, lam_step = _start(lam, lams, b, d, j, c, vertical, backwards, 0, lines)
+    logits_at, logits_step = _start(logits, ls, b, d, j, c, vertical, backwards, 0, lines)
     neighbour = tl.cast(ls[4], tl.int64)
     if NORMALISE:
-        u_at = _start(u, us, b, d, j, c, vertical, backwards, 0, lines)
-        u_step, _ = _walk(us, vertical, backwards)
+        u_at, u_step = _start(u, us, b, d, j, c, vertical, backwards, 0, lines)
     if KEEP:
-        keep_at = _start(keep, ks, b, d, j, c, vertical, backwards, 0, lines)
-        keep_step, _ = _walk(ks, vertical, backwards)
+        keep_at, keep_step = _start(keep, ks, b, d, j, c, vertical, backwards, 0, lines)
     if WRITE:
-        y_at = _start(y, ys, b, d, j, c, vertical, backwards, 0, lines)
-        y_step, _ = _walk(ys, vertical, backwards)
+        y_at, y_step = _start(y, ys, b, d, j, c, vertical, backwards, 0, lines)
     if SAVE:
-        saved_at = _start(saved, saveds, b, d, j, c, vertical, backwards, 0, lines)
-        saved_step, _ = _walk(saveds, vertical, backwards)
+        saved_at, saved_step = _start(saved, saveds, b, d, j, c, vertical, backwards, 0, lines)
+        if MEAN:  # n lies as the state does
+            counted_at, _ = _start(counted, counteds, b, d, j, c, vertical, backwards, 0, lines)
     if MASKED:
         m_step, m_across = _walk(ms, vertical, backwards)
         m_at = b * ms[0] + tl.where(backwards, (lines - 1) * tl.abs(m_step), 0) + j.to(tl.int64) * m_across
 
     h = tl.zeros([POSITIONS, CHANNELS], STATE)
+    n = tl.zeros([POSITIONS, CHANNELS], STATE)
     i = 0
     while i < lines:  # not a range: Triton 3.6's interpreter cannot take its end from a value with NumPy 2.4
         w0 = tl.load(logits_at, mask=valid, other=0).to(STATE)
         w1 = tl.load(logits_at + neighbour, mask=valid, other=0).to(STATE)
         w2 = tl.load(logits_at + 2 * neighbour, mask=valid, other=0).to(STATE)
-        drive = tl.load(lam_at, mask=valid, other=0).to(STATE) * tl.load(x_at, mask=valid, other=0).to(STATE)
+        scale = tl.load(lam_at, mask=valid, other=0).to(STATE)
+        drive = scale * tl.load(x_at, mask=valid, other=0).to(STATE)
         if chunk > 0:  # noqa: SIM102 - Triton's `and` would take i % 0 too
             if i % chunk == 0:
                 h = tl.zeros([POSITIONS, CHANNELS], STATE)
@@ -131,22 +132,29 @@ def scan_forward(
                 m_at += m_step
             w0, w1, w2 = _sigmas(w0, w1, w2, e0, e1, e2)
             total = tl.maximum(w0 + w1 + w2, tl.full((), EPSILON, STATE))
-            mixed = (w0 * left + w1 * h + w2 * right) / total
             if KEEP:
-                mixed *= 1.0 / (1.0 + tl.exp(-tl.load(keep_at, mask=valid, other=0).to(STATE)))
+                total *= 1.0 + tl.exp(-tl.load(keep_at, mask=valid, other=0).to(STATE))
                 keep_at += keep_step
-            h = drive + mixed
+            h = drive + (w0 * left + w1 * h + w2 * right) / total
+            if MEAN:
+                n = scale + (w0 * tl.gather(n, to_left, 0) + w1 * n + w2 * tl.gather(n, to_right, 0)) / total
+                n = tl.where(inside[:, None], n, 0.0)
         else:
             h = drive + tl.where(e0[:, None], w0 * left, 0.0) + w1 * h + tl.where(e2[:, None], w2 * right, 0.0)
         h = tl.where(inside[:, None], h, 0.0)
         if SAVE:
             tl.store(saved_at, h, mask=valid)
             saved_at += saved_step
+            if MEAN:
+                tl.store(counted_at, n, mask=valid)
+                counted_at += saved_step
         if WRITE:
             out = h
             if NORMALISE:
                 gate = tl.load(u_at, mask=valid, other=0).to(STATE)
-                out = tl.where(inside[:, None], gate * h, 0.0)
+                if MEAN:
+                    out = h / tl.maximum(n, tl.full((), SMALLEST, STATE))
+                out = tl.where(inside[:, None], gate * out, 0.0)
             tl.store(y_at, out.to(y.dtype.element_ty), mask=valid)
             y_at += y_step
         x_at += x_step
@@ -157,15 +165,26 @@ def scan_forward(
         i += 1
 
 
+@triton.jit
+def _returned(w0, w1, w2, g, to_left, to_right, has_left, has_right, going):
+    """W^T g, zero where the line before is not read."""
+    # position j is the left neighbour of j + 1 and the right neighbour of j - 1
+    by_right = tl.gather(w0 * g, to_right, 0)
+    by_left = tl.gather(w2 * g, to_left, 0)
+    back = w1 * g + tl.where(has_right, by_right, 0.0) + tl.where(has_left, by_left, 0.0)
+    return tl.where(going, back, 0.0)
+
+
 @triton.jit(do_not_specialize=["H", "W", "C", "D", "groups", "codes", "chunk"])
 def scan_backward(
-    x, lam, u, logits, keep, mask, dy, h, dx, dlam, du, dlogits, dkeep,
-    xs, lams, us, ls, ks, ms, dys, hs, dxs, dlams, dus, dls, dks,
+    x, lam, u, logits, keep, mask, dy, h, n, dx, dlam, du, dlogits, dkeep,
+    xs, lams, us, ls, ks, ms, dys, hs, ns, dxs, dlams, dus, dls, dks,
     H, W, C, D, groups, codes, chunk,
-    NORMALISE: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr,
+    NORMALISE: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr, MEAN: tl.constexpr,
     STATE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint scan, last line first, from the state `h` that `scan_forward` saved."""
+    """The adjoint scan, last line first, from the state `h` that `scan_forward` saved; and n (MEAN), which is one more
+    channel of a set, whose x is 1."""
     b, d, c0, vertical, backwards, lines, positions = _place(H, W, D, groups, codes, CHANNELS)
     j = tl.arange(0, POSITIONS)
     c = c0 + tl.arange(0, CHANNELS)
@@ -180,40 +199,32 @@ def scan_backward(
     inside = e1
 
     last = lines - 1
-    x_at = _start(x, xs, b, d, j, c, vertical, backwards, last, lines)
-    lam_at = _start(lam, lams, b, d, j, c, vertical, backwards, last, lines)
-    logits_at = _start(logits, ls, b, d, j, c, vertical, backwards, last, lines)
-    dy_at = _start(dy, dys, b, d, j, c, vertical, backwards, last, lines)
-    h_at = _start(h, hs, b, d, j, c, vertical, backwards, last, lines)
-    dx_at = _start(dx, dxs, b, d, j, c, vertical, backwards, last, lines)
-    dlam_at = _start(dlam, dlams, b, d, j, c, vertical, backwards, last, lines)
-    dlogits_at = _start(dlogits, dls, b, d, j, c, vertical, backwards, last, lines)
-    x_step, _ = _walk(xs, vertical, backwards)
-    lam_step, _ = _walk(lams, vertical, backwards)
-    logits_step, _ = _walk(ls, vertical, backwards)
-    dy_step, _ = _walk(dys, vertical, backwards)
-    h_step, h_across = _walk(hs, vertical, backwards)
-    dx_step, _ = _walk(dxs, vertical, backwards)
-    dlam_step, _ = _walk(dlams, vertical, backwards)
-    dlogits_step, _ = _walk(dls, vertical, backwards)
+    x_at, x_step = _start(x, xs, b, d, j, c, vertical, backwards, last, lines)
+    lam_at, lam_step = _start(lam, lams, b, d, j, c, vertical, backwards, last, lines)
+    logits_at, logits_step = _start(logits, ls, b, d, j, c, vertical, backwards, last, lines)
+    dy_at, dy_step = _start(dy, dys, b, d, j, c, vertical, backwards, last, lines)
+    h_at, h_step = _start(h, hs, b, d, j, c, vertical, backwards, last, lines)
+    if MEAN:  # it lies as h does
+        n_at, _ = _start(n, ns, b, d, j, c, vertical, backwards, last, lines)
+    dx_at, dx_step = _start(dx, dxs, b, d, j, c, vertical, backwards, last, lines)
+    dlam_at, dlam_step = _start(dlam, dlams, b, d, j, c, vertical, backwards, last, lines)
+    dlogits_at, dlogits_step = _start(dlogits, dls, b, d, j, c, vertical, backwards, last, lines)
+    _, h_across = _walk(hs, vertical, backwards)
     neighbour = tl.cast(ls[4], tl.int64)
     dneighbour = tl.cast(dls[4], tl.int64)
     if NORMALISE:
-        u_at = _start(u, us, b, d, j, c, vertical, backwards, last, lines)
-        du_at = _start(du, dus, b, d, j, c, vertical, backwards, last, lines)
-        u_step, _ = _walk(us, vertical, backwards)
-        du_step, _ = _walk(dus, vertical, backwards)
+        u_at, u_step = _start(u, us, b, d, j, c, vertical, backwards, last, lines)
+        du_at, du_step = _start(du, dus, b, d, j, c, vertical, backwards, last, lines)
     if KEEP:
-        keep_at = _start(keep, ks, b, d, j, c, vertical, backwards, last, lines)
-        dkeep_at = _start(dkeep, dks, b, d, j, c, vertical, backwards, last, lines)
-        keep_step, _ = _walk(ks, vertical, backwards)
-        dkeep_step, _ = _walk(dks, vertical, backwards)
+        keep_at, keep_step = _start(keep, ks, b, d, j, c, vertical, backwards, last, lines)
+        dkeep_at, dkeep_step = _start(dkeep, dks, b, d, j, c, vertical, backwards, last, lines)
     if MASKED:
         m_step, m_across = _walk(ms, vertical, backwards)
         m_at = b * ms[0] + tl.where(backwards, last * tl.abs(m_step), 0) + last * m_step
         m_at += j.to(tl.int64) * m_across
 
     from_next = tl.zeros([POSITIONS, CHANNELS], STATE)  # W^T g of the line that follows
+    n_from_next = tl.zeros([POSITIONS, CHANNELS], STATE)
     i = lines - 1
     while i >= 0:
         line = i + 0 * j[:, None]  # not a scalar: see _surroundings
@@ -234,10 +245,22 @@ def scan_backward(
                 e2 = e2 & (j + 1 < positions)
                 m_at -= m_step
             here = tl.load(h_at, mask=valid, other=0).to(STATE)
+            gate = tl.load(u_at, mask=valid, other=0).to(STATE)
+            if MEAN:
+                count = tl.load(n_at, mask=valid, other=0).to(STATE)
+                small = count < tl.full((), SMALLEST, STATE)
+                count = tl.maximum(count, tl.full((), SMALLEST, STATE))
+                here = here / count
+                n_g = tl.where(small, 0.0, -gate * here * g / count)
+                n_g = tl.where(inside[:, None], n_g + n_from_next, 0.0)
+                gate = gate / count
             tl.store(du_at, tl.where(inside[:, None], here * g, 0.0).to(du.dtype.element_ty), mask=valid)
-            g = g * tl.load(u_at, mask=valid, other=0).to(STATE)
+            g = g * gate
         g = tl.where(inside[:, None], g + from_next, 0.0)
-        dlam_out = tl.where(inside[:, None], g * tl.load(x_at, mask=valid, other=0).to(STATE), 0.0)
+        dlam_out = g * tl.load(x_at, mask=valid, other=0).to(STATE)
+        if MEAN:
+            dlam_out += n_g
+        dlam_out = tl.where(inside[:, None], dlam_out, 0.0)
         dx_out = tl.where(inside[:, None], g * tl.load(lam_at, mask=valid, other=0).to(STATE), 0.0)
         tl.store(dlam_at, dlam_out.to(dlam.dtype.element_ty), mask=valid)
         tl.store(dx_at, dx_out.to(dx.dtype.element_ty), mask=valid)
@@ -248,19 +271,39 @@ def scan_backward(
             clamped = total <= least
             total = tl.maximum(total, least)
             mean = (w0 * left + w1 * centre + w2 * right) / total
+            mixed = g * mean
+            if MEAN:
+                n_left = tl.load(n_at - h_step - h_across, mask=has_left & going, other=0).to(STATE)
+                n_centre = tl.load(n_at - h_step, mask=valid & going, other=0).to(STATE)
+                n_right = tl.load(n_at - h_step + h_across, mask=has_right & going, other=0).to(STATE)
+                n_mean = (w0 * n_left + w1 * n_centre + w2 * n_right) / total
+                mixed += n_g * n_mean
             if KEEP:
                 kept = 1.0 / (1.0 + tl.exp(-tl.load(keep_at, mask=valid, other=0).to(STATE)))
-                dkeep_out = tl.where(inside[:, None], g * mean * kept * (1.0 - kept), 0.0)
+                dkeep_out = tl.where(inside[:, None], mixed * kept * (1.0 - kept), 0.0)
                 tl.store(dkeep_at, dkeep_out.to(dkeep.dtype.element_ty), mask=valid)
                 g = tl.where(inside[:, None], g * kept, 0.0)
+                if MEAN:
+                    n_g = tl.where(inside[:, None], n_g * kept, 0.0)
                 keep_at -= keep_step
                 dkeep_at -= dkeep_step
             g = g / total
             # d(sigma_k / total) gives neighbour k minus the mean; where the total is clamped, the neighbour alone
             mean = tl.where(clamped, 0.0, mean)
-            d0 = g * (left - mean) * w0 * (1.0 - w0)
-            d1 = g * (centre - mean) * w1 * (1.0 - w1)
-            d2 = g * (right - mean) * w2 * (1.0 - w2)
+            d0 = g * (left - mean)
+            d1 = g * (centre - mean)
+            d2 = g * (right - mean)
+            if MEAN:
+                n_g = n_g / total
+                n_mean = tl.where(clamped, 0.0, n_mean)
+                d0 += n_g * (n_left - n_mean)
+                d1 += n_g * (n_centre - n_mean)
+                d2 += n_g * (n_right - n_mean)
+                n_from_next = _returned(w0, w1, w2, n_g, to_left, to_right, has_left, has_right, going)
+                n_at -= h_step
+            d0 *= w0 * (1.0 - w0)
+            d1 *= w1 * (1.0 - w1)
+            d2 *= w2 * (1.0 - w2)
         else:
             d0 = g * left
             d1 = g * centre
@@ -268,11 +311,7 @@ def scan_backward(
         tl.store(dlogits_at, d0.to(dlogits.dtype.element_ty), mask=valid)
         tl.store(dlogits_at + dneighbour, d1.to(dlogits.dtype.element_ty), mask=valid)
         tl.store(dlogits_at + 2 * dneighbour, d2.to(dlogits.dtype.element_ty), mask=valid)
-        # position j is the left neighbour of j + 1 and the right neighbour of j - 1
-        by_right = tl.gather(w0 * g, to_right, 0)
-        by_left = tl.gather(w2 * g, to_left, 0)
-        from_next = w1 * g + tl.where(has_right, by_right, 0.0) + tl.where(has_left, by_left, 0.0)
-        from_next = tl.where(going, from_next, 0.0)
+        from_next = _returned(w0, w1, w2, g, to_left, to_right, has_left, has_right, going)
         x_at -= x_step
         lam_at -= lam_step
         logits_at -= logits_step

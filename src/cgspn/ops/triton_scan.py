@@ -16,11 +16,13 @@ import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
 from torch import Tensor
 
 from . import torch_scan
+from .arguments import Scan
 from .gpu import Gpu
-from .param_groups import features, per_channel, per_set
+from .param_groups import per_channel, per_set
 from .triton_kernels import scan_backward, scan_forward
 
 LONGEST = 2048  # positions of a line: beyond that a tile no longer fits in the registers of a program
+LOGITS = (3, 12)  # places of logits and their gradient among the kernels' arguments
 INTERPRETED = not isinstance(scan_forward, triton.runtime.JITFunction)
 STATES = {
     torch.float64: (tl.float64, torch.float64),
@@ -40,11 +42,12 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, gpu: Gpu | None
     return None
 
 
-def _strides(t: Tensor | None, dims: str) -> tuple[int, ...]:
+def _strides(t: Tensor | None, neighbours: bool) -> tuple[int, ...]:
     """Strides of batch, row, column, direction, neighbour, channel; 0 for those that `t` does not have."""
     if t is None:
         return (0,) * 6
-    named = dict(zip(dims, t.stride(), strict=True))
+    dims = {5: "bhwkc", 6: "bhwdkc"} if neighbours else {3: "bhw", 4: "bhwc", 5: "bhwdc"}
+    named = dict(zip(dims[t.dim()], t.stride(), strict=True))
     return tuple(named.get(name, 0) for name in "bhwdkc")
 
 
@@ -63,7 +66,13 @@ def tile(longest: int, channels: int, backward: bool) -> tuple[int, int, int]:
 
 
 def _launch(
-    kernel: Any, tensors: Sequence[Tensor | None], dims: Sequence[str], codes: Sequence[int], chunk: int, **flags: bool
+    kernel: Any,
+    tensors: Sequence[Tensor | None],
+    codes: Sequence[int],
+    chunk: int = 0,
+    *,
+    mean: bool = False,
+    **flags: bool,
 ) -> None:
     """Launch on the current stream of the tensors' device; `tensors` in the order of the kernel's arguments."""
     x = tensors[0]
@@ -74,12 +83,13 @@ def _launch(
     grid = b * groups * len(codes)
     if grid == 0:
         return
-    strides = [_strides(t, d) for t, d in zip(tensors, dims, strict=True)]
+    strides = [_strides(t, n in LOGITS) for n, t in enumerate(tensors)]
     # An argument that a variant does not read still needs a pointer.
     pointers = [x if t is None else t for t in tensors]
     packed = sum(code << 2 * d for d, code in enumerate(codes))
     sizes = (h, w, c, len(codes), groups, packed, chunk)
-    constants = {"STATE": STATES[x.dtype][0], "POSITIONS": positions, "CHANNELS": wide}
+    flags |= {"NORMALISE": tensors[2] is not None, "KEEP": tensors[4] is not None, "MASKED": tensors[5] is not None}
+    constants = {"MEAN": mean, "STATE": STATES[x.dtype][0], "POSITIONS": positions, "CHANNELS": wide}
     with torch.cuda.device(x.device if x.device.type == "cuda" else -1):
         kernel[(grid,)](*pointers, *strides, *sizes, **flags, **constants, num_warps=warps)
 
@@ -89,9 +99,9 @@ def _planes(x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty((count, *x.shape[:3], x.shape[-1]), dtype=dtype).permute(1, 2, 3, 0, 4)
 
 
-def _expanded(each: int, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Parameters of sets of `each` channels for every channel: the kernels know no others."""
-    return tuple(None if t is None else per_channel(t, each) for t in parameters)
+def _expanded(scan: Scan) -> list[Tensor | None]:
+    """lam, u, logits and keep for every channel: the kernels know no sets of several."""
+    return [None if t is None else per_channel(t, scan.share) for t in (scan.lam, scan.u, scan.logits, scan.keep)]
 
 
 def _summed(planes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,88 +113,46 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.view(torch.uint8)
 
 
-def _forward(
-    x: Tensor,
-    logits: Tensor,
-    lam: Tensor,
-    u: Tensor | None,
+def _run(
+    tensors: Sequence[Tensor | None],
     mask: Tensor | None,
-    codes: Sequence[int],
     y: Tensor | None,
-    state: Tensor | None,
+    state: Sequence[Tensor | None],
+    codes: Sequence[int],
     chunk: int = 0,
-    keep: Tensor | None = None,
+    mean: bool = False,
 ) -> None:
-    """Scan: outputs to `y`, the state to `state`, each [B, H, W, D, C] (or without D) if wanted."""
-    d = "d" if lam.dim() == 5 else ""
-    _launch(
-        scan_forward,
-        (x, lam, u, logits, keep, _bytes(mask), y, state),
-        (features(x), f"bhw{d}c", f"bhw{d}c", f"bhw{d}kc", "bhwdc", "bhw", f"bhw{d}c", f"bhw{d}c"),
-        codes,
-        chunk,
-        NORMALISE=u is not None,
-        KEEP=keep is not None,
-        MASKED=mask is not None,
-        WRITE=y is not None,
-        SAVE=state is not None,
-    )
+    """Scan x, lam, u, logits and keep: outputs to `y`, the state and n to `state`, each [B, H, W, D, C] (or without D)
+    if wanted."""
+    flags = {"WRITE": y is not None, "SAVE": state[0] is not None}
+    _launch(scan_forward, (*tensors, _bytes(mask), y, *state), codes, chunk, mean=mean, **flags)
 
 
-def forward(
-    x: Tensor,
-    logits: Tensor,
-    lam: Tensor,
-    u: Tensor,
-    mask: Tensor | None,
-    directions: Sequence[int],
-    merge_sum: bool,
-    keep: Tensor | None = None,
-) -> Tensor:
-    """`propagate_2d` without checks. Shapes as there; `directions` are indices into DIRECTIONS."""
+def forward(scan: Scan) -> Tensor:
+    """The output of `propagate_2d`."""
+    x, mean = scan.x, scan.normalise_state
     if max(x.shape[1:3]) > LONGEST:
-        return torch_scan.forward(x, logits, lam, u, mask, directions, merge_sum, keep)
-    logits, lam, u, keep = _expanded(x.shape[-1] // lam.shape[-1], logits, lam, u, keep)  # type: ignore[assignment]
-    y = _planes(x, len(directions), x.dtype) if merge_sum else x.new_empty(u.shape)
-    _forward(x, logits, lam, u, mask, directions, y, None, keep=keep)
-    return _summed(y, x.dtype) if merge_sum else y
+        return torch_scan.forward(scan)
+    y = _planes(x, len(scan.directions), x.dtype) if scan.merge_sum else x.new_empty(scan.output)
+    _run([x, *_expanded(scan)], scan.mask, y, (None, None), scan.directions, mean=mean)
+    return _summed(y, x.dtype) if scan.merge_sum else y
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    logits: Tensor,
-    lam: Tensor,
-    u: Tensor,
-    mask: Tensor | None,
-    directions: Sequence[int],
-    merge_sum: bool,
-    keep: Tensor | None = None,
-) -> tuple[Tensor, ...]:
-    """Gradients of `forward` to x, logits, lam, u and, if it is there, keep, each in its input's dtype and shape."""
+def backward(dy: Tensor, scan: Scan) -> tuple[Tensor | None, ...]:
+    """Gradients of `forward` to x, logits, lam, u and keep, each in its input's dtype and shape; None for None."""
+    x, mean, count = scan.x, scan.normalise_state, len(scan.directions)
     if max(x.shape[1:3]) > LONGEST:
-        return torch_scan.backward(dy, x, logits, lam, u, mask, directions, merge_sum, keep)
-    each = x.shape[-1] // lam.shape[-1]
-    logits, lam, u, keep = _expanded(each, logits, lam, u, keep)  # type: ignore[assignment]
-    state = _planes(x, len(directions), STATES[x.dtype][1])
-    _forward(x, logits, lam, u, mask, directions, None, state, keep=keep)
-    dx = _planes(x, len(directions), x.dtype) if x.dim() == 4 else x.new_empty(x.shape)
-    gradients = [None if t is None else t.new_empty(t.shape) for t in (lam, u, logits, keep)]
-    maps, scores = "bhwdc", "bhwdkc"
-    _launch(
-        scan_backward,
-        (x, lam, u, logits, keep, _bytes(mask), dy, state, dx, *gradients),
-        (features(x), maps, maps, scores, maps, "bhw", "bhwc" if merge_sum else maps, *[maps] * 4, scores, maps),
-        directions,
-        0,
-        NORMALISE=True,
-        KEEP=keep is not None,
-        MASKED=mask is not None,
-    )
+        return torch_scan.backward(dy, scan)
+    parameters = _expanded(scan)
+    state, n = (_planes(x, count, STATES[x.dtype][1]) if wanted else None for wanted in (True, mean))
+    _run([x, *parameters], scan.mask, None, (state, n), scan.directions, mean=mean)
+    dx = _planes(x, count, x.dtype) if x.dim() == 4 else x.new_empty(x.shape)
+    gradients = [None if t is None else t.new_empty(t.shape) for t in parameters]
+    tensors = (x, *parameters, _bytes(scan.mask), dy, state, n, dx, *gradients)
+    _launch(scan_backward, tensors, scan.directions, mean=mean)
     # a set's gradient is the sum over its channels
-    dlam, du, dlogits, dkeep = (None if t is None else per_set(t, each) for t in gradients)
-    grads = (_summed(dx, x.dtype) if x.dim() == 4 else dx, dlogits, dlam, du)
-    return grads if dkeep is None else (*grads, dkeep)  # type: ignore[return-value]
+    dlam, du, dlogits, dkeep = (None if t is None else per_set(t, scan.share) for t in gradients)
+    return _summed(dx, x.dtype) if x.dim() == 4 else dx, dlogits, dlam, du, dkeep
 
 
 def line_scan_forward(x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None) -> Tensor:
@@ -192,7 +160,7 @@ def line_scan_forward(x: Tensor, weights: Tensor, lam: Tensor, direction: int, c
     if max(x.shape[1:3]) > LONGEST:
         return torch_scan.line_scan_forward(x, weights, lam, direction, chunk)
     y = x.new_empty(x.shape)
-    _forward(x, weights, lam, None, None, [direction], y, None, chunk or 0)
+    _run([x, lam, None, weights, None], None, y, (None, None), [direction], chunk or 0)
     return y
 
 
@@ -203,16 +171,8 @@ def line_scan_backward(
     if max(x.shape[1:3]) > LONGEST:
         return torch_scan.line_scan_backward(dh, x, weights, lam, direction, chunk)
     state = x.new_empty(x.shape, dtype=STATES[x.dtype][1])
-    _forward(x, weights, lam, None, None, [direction], None, state, chunk or 0)
+    _run([x, lam, None, weights, None], None, None, (state, None), [direction], chunk or 0)
     dx, dweights, dlam = x.new_empty(x.shape), weights.new_empty(weights.shape), lam.new_empty(lam.shape)
-    _launch(
-        scan_backward,
-        (x, lam, None, weights, None, None, dh, state, dx, dlam, None, dweights, None),
-        ("bhwc", "bhwc", "", "bhwkc", "", "", "bhwc", "bhwc", "bhwc", "bhwc", "", "bhwkc", ""),
-        [direction],
-        chunk or 0,
-        NORMALISE=False,
-        KEEP=False,
-        MASKED=False,
-    )
+    tensors = (x, lam, None, weights, None, None, dh, state, None, dx, dlam, None, dweights, None)
+    _launch(scan_backward, tensors, [direction], chunk or 0)
     return dx, dweights, dlam

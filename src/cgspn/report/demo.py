@@ -92,6 +92,11 @@ def _results(result: DemoResult) -> Section:
     share = sizes[STUDENT] / sizes[TEACHER] - 1
     note = f"the teacher has {_millions(sizes[TEACHER])}: {abs(share):.0%} {'fewer' if share < 0 else 'more'}"
     cards.append(page.card("Parameters, C-GSPN image encoder", _millions(sizes[STUDENT]), note))
+    for timed in [m for m in result.table.metrics if m.unit == "ms"][-1:]:
+        mine, theirs = (result.table.rows[name][timed.key] for name in (STUDENT, TEACHER))
+        if mine and theirs:
+            note = f"the teacher takes {timed.show(theirs)} ms: {theirs / mine:.1f} times as long"
+            cards.append(page.card(f"C-GSPN, an image of {timed.label}", f"{timed.show(mine)} ms", note))
     body = [
         page.paragraph(
             "Zero-shot top-1: how often the class whose name lies nearest to the image is the right one, on images "
@@ -104,6 +109,13 @@ def _results(result: DemoResult) -> Section:
             "found for a caption, is of its class. Segmentation (mIoU) reads the class of every pixel from the frozen "
             "features with one linear map. The best value of each column is marked; “converted” is the C-GSPN student "
             "before distillation and shows what the inherited weights alone are worth.",
+            "read",
+        ),
+        page.paragraph(
+            "Times are of this machine. An image of 28 px has 49 tokens, one of 224 px 3,136: attention compares each "
+            "with each, a scan passes each a few times, so that its share grows slower with the image. Of few "
+            "tokens a scan is the slower one, of many the faster; what larger encoders and GPUs make of that is on the "
+            "page “Measurements” of the documentation.",
             "read",
         ),
     ]
@@ -154,23 +166,23 @@ def _loss_panels(stage: str, histories: dict[str, History]) -> list[str]:
             ]
             for who, h in histories.items()
         }
-        chart = loss_chart(means, label=f"{stage}: mean relative error of the sub-layers over the steps")
+        chart = loss_chart(means, label=f"{stage}: mean relative MSE of the sub-layers over the steps")
         panels.append(
-            page.panel(chart, "All sub-layers", "mean relative error; 1 is what a student that returns zeros has")
+            page.panel(chart, "All sub-layers", "mean relative MSE; 1 is what a student that returns zeros has")
         )
         last = {
             who: [_tail([step[b] for step in h.steps if b in step]) for b in blocks] for who, h in histories.items()
         }
-        chart = block_chart(last, label=f"{stage}: relative error of each sub-layer at the end")
+        chart = block_chart(last, label=f"{stage}: relative MSE of each sub-layer at the end")
         panels.append(
-            page.panel(chart, "Each sub-layer at the end", "relative error, mean of the last tenth of the steps")
+            page.panel(chart, "Each sub-layer at the end", "relative MSE, mean of the last tenth of the steps")
         )
         return panels
     titles = {
         "total": ("Total", "the weighted sum that is minimised"),
         "PP": ("After sub-layers (PP)", "mean over blocks, through adapters"),
         "PB": ("After blocks (PB)", "mean over blocks, through adapters"),
-        "pooled": ("Pooled vector", "relative error, no adapter"),
+        "pooled": ("Pooled vector", "relative MSE, no adapter"),
         "contrastive": ("Contrastive", "images against captions"),
     }
     for name in names:
@@ -204,9 +216,9 @@ def _blocks(result: DemoResult) -> Section:
         lowest = min(v for line in cosines.values() for v in line)
         chart = block_chart(cosines, label=f"Cosine {where}, block by block", limits=(min(0.0, lowest - 0.05), 1.0))
         panels.append(page.panel(chart, f"Cosine {where}", "higher is better, 1 is the same direction"))
-        errors = {name: [a.relative_error for a in pair[tap]] for name, pair in found.items()}
-        chart = block_chart(errors, label=f"Relative error {where}, block by block")
-        panels.append(page.panel(chart, f"Relative error {where}", "lower is better, 0 is equal, 1 is as far as zeros"))
+        errors = {name: [a.relative_mse for a in pair[tap]] for name, pair in found.items()}
+        chart = block_chart(errors, label=f"Relative MSE {where}, block by block")
+        panels.append(page.panel(chart, f"Relative MSE {where}", "lower is better, 0 is equal, 1 is as far as zeros"))
     body = [
         page.paragraph(
             f"{len(images)} held-out images go through teacher and students from end to end, and every block of a "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +19,7 @@ from ..data.skipped import Skipped
 from ..data.source import EMBEDDED
 from ..data.transforms import LUMA
 from ..models.config import EncoderConfig
-from .pictures import png_uri, tile
+from .pictures import jpeg_uri, png_uri, tile
 
 COLUMNS = 4  # embedded images to a side of a canvas: alone they are a few patches
 SHOWN_SIDE = 1024  # pixels of the longer side inside a page; encoders see all of them
@@ -104,15 +102,8 @@ def encoder_input(photograph: Photograph, config: EncoderConfig) -> Tensor:
 
 def photograph_uri(photograph: Photograph) -> str:
     """The photograph as a data URI: a JPEG of at most 1024 pixels a side, a PNG where it is small anyway."""
-    pixels = photograph.pixels
-    side = max(pixels.shape[1:])
-    if side <= SMALL_SIDE:
-        return png_uri(pixels.permute(1, 2, 0))
-    image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    image.thumbnail((SHOWN_SIDE, SHOWN_SIDE), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=85, optimize=True, progressive=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    pixels = photograph.pixels.permute(1, 2, 0)
+    return png_uri(pixels) if max(pixels.shape[:2]) <= SMALL_SIDE else jpeg_uri(pixels, SHOWN_SIDE)
 
 
 def _shown(path: Path, root: Path) -> bool:

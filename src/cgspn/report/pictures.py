@@ -50,6 +50,15 @@ def png_bytes(picture: Tensor) -> bytes:
     return buffer.getvalue()
 
 
+def jpeg_uri(picture: Tensor, side: int) -> str:
+    """A smooth picture [H, W, 3] as the `data:` URI of a JPEG of at most `side` pixels a side. Raises as `to_uint8`."""
+    image = Image.fromarray(to_uint8(picture).cpu().numpy())
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=85, optimize=True, progressive=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
 def tile(images: Tensor, columns: int) -> Tensor:
     """Images [N, C, H, W] as one canvas [C, N/columns * H, columns * W], row by row, without gaps.
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from . import page
 from .page import Section
 from .pca import ColourBasis
-from .photographs import photograph_uri
-from .pictures import HEAT, png_uri
+from .photographs import SHOWN_SIDE, photograph_uri
+from .pictures import HEAT, jpeg_uri
 from .show import STUDENT, TEACHER, Show
 from .show_data import View, packed
 
@@ -113,8 +113,8 @@ def _section(number: int, seen: View, colours: Mapping[str, ColourBasis]) -> Sec
         "<figcaption><strong>Photograph</strong></figcaption></figure>"
     ]
     figures += [
-        f'<figure><img src="{png_uri(colours[who].picture(f))}" alt="Features of the {who} as colours" {shape} '
-        'class="smooth">'
+        f'<figure><img src="{jpeg_uri(colours[who].picture(f), SHOWN_SIDE)}" class="smooth" {shape} '
+        f'alt="Features of the {who} as colours">'
         f"<figcaption><strong>{who.capitalize()}</strong>, features as colours</figcaption></figure>"
         for who, f in seen.features.items()
     ]

@@ -21,6 +21,14 @@ VIEW = struct.Struct("<7q")  # address, then byte strides of batch, row, column,
 Geometry = tuple[torch.Size, tuple[int, ...]]  # shape and strides
 
 
+# The Views of a kernel's arguments, in order.
+INPUTS = ("x", "lam", "u", "logits", "keep")
+ARGUMENTS = {
+    "forward": (*INPUTS, "y", "h", "mask", "out", "n"),
+    "backward": (*INPUTS, "dy", "h", "mask", "dx", "dlam", "du", "dlogits", "dkeep", "out", "n"),
+}
+
+
 class Call(NamedTuple):
     """What a launch depends on, addresses apart: the key under which it is kept."""
 
@@ -28,17 +36,17 @@ class Call(NamedTuple):
     gpu: Gpu
     dtype: torch.dtype
     codes: tuple[int, ...]
-    geometries: tuple[Geometry | None, ...]
-    dims: tuple[str, ...]
+    geometries: tuple[Geometry | None, ...]  # of ARGUMENTS; None for what is not there
     alignment: int  # of the addresses
-    normalise: bool
-    masked: bool
-    merged: bool
-    save: bool
-    chunk: int = 0
     share: int = 1  # channels that have one set of parameters between them
-    keep: bool = False
+    mean: bool = False  # the state is divided by n
+    chunk: int = 0
     cut: TileConfig | None = None  # for measurements; by default the plan's own
+
+    @property
+    def views(self) -> dict[str, Geometry | None]:
+        """Geometries by name."""
+        return dict(zip(ARGUMENTS[self.name], self.geometries, strict=True))
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -70,14 +78,23 @@ def view(strides: dict[str, int]) -> bytes:
     return VIEW.pack(0, *(strides.get(name, 0) for name in "bhwdkc"))
 
 
+def strides_of(call: Call) -> dict[str, dict[str, int]]:
+    """The byte strides of each of a call's tensors."""
+    found = {}
+    for name, geometry in call.views.items():
+        kinds = {5: "bhwkc", 6: "bhwdkc"} if name.endswith("logits") else {3: "bhw", 4: "bhwc", 5: "bhwdc"}
+        dims = "" if geometry is None else kinds[len(geometry[0])]
+        found[name] = byte_strides(geometry, dims, {"mask": 1, "n": 4}.get(name, call.dtype.itemsize))
+    return found
+
+
 def alignment(call: Call) -> int:
     """The largest power of two up to 16 that divides every address and stride that wide loads meet; the element size if
     channels are not contiguous. Single parameters of sets need none."""
     bits, size = call.alignment, call.dtype.itemsize
-    for geometry, dims in zip(call.geometries, call.dims, strict=True):
-        if geometry is None or "c" not in dims or (call.share > 1 and geometry[0][-1] != call.shape[-1]):
+    for (name, geometry), strides in zip(call.views.items(), strides_of(call).values(), strict=True):
+        if geometry is None or name in ("mask", "n") or (call.share > 1 and geometry[0][-1] != call.shape[-1]):
             continue
-        strides = byte_strides(geometry, dims, size)
         if strides.pop("c") != size:
             return size
         for stride in strides.values():
@@ -88,7 +105,8 @@ def alignment(call: Call) -> int:
 RIGHT = 2  # the first direction whose lines are columns
 
 # The macros of common.cuh for a kernel that uses only its types and arithmetic, so that they make no variants of it.
-PLAIN = {"POS": 1, "NORMALISE": 1, "MERGE": 0, "SPLIT": 1, "HALO": 0, "NARROW": 0, "MASKED": 0, "SHARE": 0, "FORGET": 0}
+PLAIN = {"POS": 1, "NORMALISE": 1, "MERGE": 0, "SPLIT": 1, "HALO": 0, "NARROW": 0, "MASKED": 0}
+PLAIN |= {"SHARE": 0, "FORGET": 0, "MEAN": 0}
 
 
 def merge_defines(dtype: torch.dtype, vec: int) -> Macros:
@@ -109,6 +127,7 @@ def scan_defines(
         "NORMALISE": int(p.normalise),
         "SHARE": int(p.share > 1),
         "FORGET": int(p.keep),
+        "MEAN": int(p.mean),
         "MASKED": int(masked),
         "SPLIT": cut.split,
         "HALO": cut.halo_width(),
@@ -123,13 +142,14 @@ def problem(call: Call) -> Problem:
     b, h, w, c = call.shape
     sideways = any(code >= RIGHT for code in call.codes)
     sizes = (call.dtype.itemsize, b, c, len(call.codes), max(h, w), alignment(call), call.share)
-    return Problem(call.name == "backward", call.normalise, *sizes, call.keep, sideways)
+    gated, keep = (call.views[name] is not None for name in ("u", "keep"))
+    return Problem(call.name == "backward", gated, *sizes, keep, sideways, call.mean)
 
 
 @functools.lru_cache(maxsize=1024)
 def prepare(call: Call) -> Prepared | None:
     """Choose the cut, compile and load the kernel, pack the arguments. None where lines are too long."""
-    p, gpu, size = problem(call), call.gpu.machine, call.dtype.itemsize
+    p, gpu = problem(call), call.gpu.machine
     cut = call.cut or choose(p, gpu)
     if cut is None:
         return None
@@ -137,16 +157,18 @@ def prepare(call: Call) -> Prepared | None:
         raise ValueError(f"{cut} does not fit {p}")
     b, h, w, c = call.shape
     directions = len(call.codes)
-    save = call.save if call.name == "forward" else None
-    defines = scan_defines(cut, p, DTYPE_CODES[call.dtype], masked=call.masked, merged=call.merged, save=save)
+    masked, merged, save = (call.views[name] is not None for name in ("mask", "out", "h"))
+    saves = save if call.name == "forward" else None
+    defines = scan_defines(cut, p, DTYPE_CODES[call.dtype], masked=masked, merged=merged, save=saves)
     shared = cut.shared_bytes(p)
     function = call.gpu.load(call.name, f"scan_{call.name}", macros(defines), shared)
     codes = (*call.codes, 0, 0, 0)[:4]
     cuts = (c // cut.vec, cut.lanes, cut.groups(p), cut.rows(p), cut.own(p), p.longest, call.chunk)
-    packed = views(call.geometries, call.dims, size) + struct.pack("<16i", b, h, w, c, directions, *codes, *cuts)
-    slots = [(0, n * VIEW.size) for n in range(len(call.dims))]
+    packed = b"".join(view(strides) for strides in strides_of(call).values())
+    packed += struct.pack("<16i", b, h, w, c, directions, *codes, *cuts)
+    slots = [(0, n * VIEW.size) for n in range(len(call.geometries))]
     scan = Launch(call.gpu, function, (cut.blocks(p),), cut.threads(p), shared, [packed], slots)
-    return Prepared(scan, merge_launch(call.gpu, call.dtype, b * h * w * c, directions) if call.merged else None)
+    return Prepared(scan, merge_launch(call.gpu, call.dtype, b * h * w * c, directions) if merged else None)
 
 
 def views(geometries: Sequence[Geometry | None], dims: Sequence[str], size: int) -> bytes:

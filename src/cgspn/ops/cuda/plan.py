@@ -22,6 +22,7 @@ class Problem:
 
     alignment: bytes that divide every address and stride. share: channels that have one set of parameters between them;
     more than one is the number that a thread takes. keep: a forget gate. sideways: some direction walks right or left.
+    mean: n is scanned too, and the state divided by it.
     """
 
     backward: bool
@@ -35,6 +36,7 @@ class Problem:
     share: int = 1
     keep: bool = False
     sideways: bool = True
+    mean: bool = False
 
     @property
     def name(self) -> str:
@@ -91,11 +93,13 @@ class TileConfig:
 
     def shared_bytes(self, p: Problem) -> int:
         """Dynamic shared memory of a block: lines of float32 state, then stages of the backward."""
-        rows, vectors = self.rows(p), self.lanes * self.vec
-        state = (4 if p.backward else 2) * (rows * self.pos + 2) * vectors * 4
-        state += 4 * self.halo_width() * (3 if p.backward else 1) * vectors * 4  # mailboxes
+        places, vectors = self.rows(p) * self.pos, self.lanes * self.vec
+        counts = p.mean * self.lanes * (1 if p.share > 1 else self.vec)  # of sets
+        state = (4 if p.backward else 2) * (places + 2) * (vectors + counts) * 4
+        state += 4 * self.halo_width() * (3 if p.backward else 1) * (1 + p.mean) * vectors * 4  # mailboxes
         if p.backward:
-            return state + self.stages * p.maps * rows * self.pos * vectors * p.itemsize
+            state += -(-self.stages * p.maps * places * vectors * p.itemsize // 16) * 16
+            return state + self.stages * places * counts * 4
         return state  # the forward's stages are in registers
 
     def partial_sector(self, p: Problem) -> bool:
@@ -204,7 +208,7 @@ def _alone(p: Problem, machine: Machine, vectors: list[int]) -> TileConfig | Non
     From sweeps over 320 cuts at B = 1 (results/operator), 16 bits and the forward alone: 3 to 13% less time than wider
     threads in fewer parts.
     """
-    if p.backward or not machine.clusters or not p.normalise or p.keep or p.share > 1 or p.itemsize != 2:
+    if p.backward or not machine.clusters or not p.normalise or p.keep or p.mean or p.share > 1 or p.itemsize != 2:
         return None
     if p.longest < 64 or 2 not in vectors:
         return None

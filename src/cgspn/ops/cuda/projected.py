@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from .. import backends
+from ..arguments import PARAMETERS, ProjectedScan
 from ..gpu import Gpu, Launch, gpu_of
 from . import scan
 from .compile import macros
 from .launch import DTYPE_CODES, PLAIN, VIEW, Geometry, addresses_of, gpu_behind, merge_launch, views
-from .projected_plan import OUTPUTS, PARAMETERS, ProjectedTileConfig, choose, choose_backward, depth, images
+from .projected_plan import OUTPUTS, ProjectedTileConfig, choose, choose_backward, depth, images
 from .projected_plan import is_faster as is_faster_for
 
 MOST_CHANNELS = 256
@@ -114,69 +115,48 @@ def _merge(planes: Tensor, out: Tensor, directions: int) -> None:
     launch((planes.data_ptr(), out.data_ptr()))
 
 
-def _aligned(t: Tensor) -> Tensor:
-    """`t` where 16-byte loads can read it: itself, or a copy."""
-    wide = scan.readable(t)
-    return wide if wide.data_ptr() % 16 == 0 else wide.clone()
+def _inputs(p: ProjectedScan) -> ProjectedScan:
+    """The same with x, weight and bias where 16-byte loads can read them."""
+    bias = None if p.bias is None else scan.aligned(p.bias.contiguous())
+    return p._replace(x=scan.aligned(p.x), weight=scan.aligned(p.weight.contiguous()), bias=bias)
 
 
-def forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    directions: Directions,
-    merge_sum: bool,
-    cut: ProjectedTileConfig | None = None,
-) -> Tensor:
-    """`propagate_2d_projected` without checks; weight [D * 5 * C, C], bias [D * 5 * C] or None.
+def _forward(p: ProjectedScan, target: Tensor, cut: ProjectedTileConfig | None, gated: bool) -> None:
+    tensors = (*p[:3], scan.mask_bytes(p.mask), target)
+    dims = ("bhwc", "kc", "c", "bhw", "bhwdc")
+    _run("projected_forward", tensors, dims, p.directions, cut or _cut_for(p.x, p.directions), gated)
+
+
+def forward(p: ProjectedScan, cut: ProjectedTileConfig | None = None) -> Tensor:
+    """The output of `propagate_2d_projected`.
 
     `cut` is for measurements; the plan's own otherwise. Raises ValueError for one that is too short for the lines.
     """
-    x, weight = _aligned(x), _aligned(weight.contiguous())
-    bias = None if bias is None else _aligned(bias.contiguous())
-    merged = merge_sum and len(directions) > 1
-    cut = cut or _cut_for(x, directions)
-    y = scan.empty(x.shape if merge_sum else (*x.shape[:3], len(directions), x.shape[3]), x)
-    target = scan.planes(x, directions) if merged else y.unsqueeze(3) if merge_sum else y
-    _run(
-        "projected_forward",
-        (x, weight, bias, scan.mask_bytes(mask), target),
-        ("bhwc", "kc", "c", "bhw", "bhwdc"),
-        directions,
-        cut,
-    )
+    p, directions = _inputs(p), len(p.directions)
+    y = scan.empty(p.x.shape if p.merge_sum else (*p.x.shape[:3], directions, p.x.shape[3]), p.x)
+    merged = p.merge_sum and directions > 1
+    target = scan.planes(p.x, p.directions) if merged else y.unsqueeze(3) if p.merge_sum else y
+    _forward(p, target, cut, True)
     if merged:
-        _merge(target, y, len(directions))
+        _merge(target, y, directions)
     return y
 
 
-def state(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, directions: Directions) -> Tensor:
+def state(p: ProjectedScan) -> Tensor:
     """The state h [B, H, W, D, C] of `forward`, in the dtype of x: what `scan.backward_saved` takes."""
-    x, weight = _aligned(x), _aligned(weight.contiguous())
-    bias = None if bias is None else _aligned(bias.contiguous())
-    h = scan.planes(x, directions)
-    inputs = (x, weight, bias, scan.mask_bytes(mask), h)
-    _run("projected_forward", inputs, ("bhwc", "kc", "c", "bhw", "bhwdc"), directions, _cut_for(x, directions), False)
+    p = _inputs(p)
+    h = scan.planes(p.x, p.directions)
+    _forward(p, h, None, False)
     return h
 
 
-def backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    directions: Directions,
-    merge_sum: bool,
-    cut: ProjectedTileConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(dy: Tensor, p: ProjectedScan, cut: ProjectedTileConfig | None = None) -> tuple[Tensor, ...]:
     """Gradients of `forward` to x, weight and bias (also where there is none), in the dtype of x.
 
     Needs for a while, beside its outputs: 6 D + D maps of as many images as fill the GPU.
     """
-    x, dy, weight = _aligned(x), _aligned(dy), _aligned(weight.contiguous())
-    bias = None if bias is None else _aligned(bias.contiguous())
+    p, dy = _inputs(p), scan.aligned(dy)
+    x, weight, bias, mask, directions = p[:5]
     (b, _, _, c), d = x.shape, len(directions)
     cut = cut or _cut_for(x, directions, backward=True)
     # the gradients of the parameters, and what reaches x past them, in one product with the weights
@@ -185,24 +165,16 @@ def backward(
     dx, dbias = scan.empty(x.shape, x), scan.empty((b, d, PARAMETERS, c), x.new_empty(0, dtype=torch.float32))
     dweight = torch.zeros(d * OUTPUTS * c, c, dtype=torch.float32, device=x.device)
     step = images(b, cut, c, d, gpu_behind(x).machine)
-    y_dims = "bhwc" if merge_sum else "bhwdc"
+    dims = ("bhwc", "kc", "c", "bhw", "bhwc" if p.merge_sum else "bhwdc", "bhwdc", "bhwdkc", "bdkc")
     for part in range(0, b, step):
         here = slice(part, part + step)
-        inside = None if mask is None else scan.mask_bytes(mask[here])
-        inputs: tuple[Tensor | None, ...] = (x[here], weight, bias, inside)
-        dims = ("bhwc", "kc", "c", "bhw")
-        h = state(x[here], weight, bias, None if mask is None else mask[here], directions)
-        out = scan.empty((*x[here].shape[:3], d, OUTPUTS, c), x)
-        _run(
-            "projected_backward",
-            (*inputs, dy[here], h, out, dbias[here]),
-            (*dims, y_dims, "bhwdc", "bhwdkc", "bdkc"),
-            directions,
-            cut,
-        )
+        inside = None if mask is None else mask[here]
+        h, out = state(p._replace(x=x[here], mask=inside)), scan.empty((*x[here].shape[:3], d, OUTPUTS, c), x)
+        tensors = (x[here], weight, bias, scan.mask_bytes(inside), dy[here], h, out, dbias[here])
+        _run("projected_backward", tensors, dims, directions, cut)
         flat = out.view(len(out), -1, d * OUTPUTS * c)
         torch.mm(flat.view(-1, d * OUTPUTS * c), extended, out=dx[here].view(-1, c))
-        seen = x[here] if mask is None else x[here].where(mask[here].unsqueeze(-1), 0)  # padding may hold anything
+        seen = x[here] if inside is None else x[here].where(inside.unsqueeze(-1), 0)  # padding may hold anything
         # a product an image, then a sum in a fixed order: that many more blocks than one long product has
         dweight += torch.bmm(flat.transpose(1, 2), seen.reshape(len(out), -1, c)).float().sum(0)
     kept = dweight.view(d, OUTPUTS, c, c)[:, :PARAMETERS].reshape(weight.shape)

@@ -6,9 +6,9 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..arguments import PARAMETERS
 from ..gpu import Machine
 
-PARAMETERS = 5  # of the projection a direction: lam, u, three logits
 KEPT = 64  # channels up to which the weights stay in registers
 OUTPUTS = 6  # maps that the backward kernel writes a direction: their gradients, and what reaches x past them
 

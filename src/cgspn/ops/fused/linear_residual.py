@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
 from ..gpu import Gpu, gpu_of
-from ..replay import empty, empty_like
+from ..replay import empty, empty_like, matmul
 from ..triton_launch import TritonLaunch
-from .rows import layer_norm_launch, rms_backward
+from .rows import column_sums, layer_norm_launch, rms_backward
 from .tiles import PARTS, is_large, plain_gradients, tile, weight_channels
 
 
@@ -138,16 +138,16 @@ def backward(
     """Gradients to y, gain [K], weight, bias and scale [C]; None for a gain or a scale that is not there."""
     d = dout.flatten(0, -2).to(y.dtype)
     folded, _ = _fold(gpu_of(y.device), weight, gain, bias, scale, None, y.dtype)
-    dy, unit = (d @ folded).view(y.shape), y
+    dy, unit = matmul(d, folded).view(y.shape), y
     if gain is not None:
         unit = empty_like(y)
-        dy, _ = rms_backward(dy, y, None, unit, eps)
-    product = d.T @ unit.reshape(-1, y.shape[-1])  # [C, K]: all other gradients are sums of it
+        dy, _, _ = rms_backward(dy, y, None, unit, eps)
+    product = matmul(d.T, unit.reshape(-1, y.shape[-1]))  # [C, K]: all other gradients are sums of it
     if scale is None and gain is not None:
         dgain, dweight = (empty_like(t) for t in (gain, weight))
         finish = _finish_launch(gpu_of(y.device), (product.dtype, gain.dtype, weight.dtype), *weight.shape)
         finish(product, gain, weight.contiguous(), dgain, dweight)
-        return dy, dgain, dweight, d.sum(0, dtype=bias.dtype), None
+        return dy, dgain, dweight, column_sums(d, dtype=bias.dtype), None
     total, product = d.sum(0, dtype=torch.float32), product.float()
     wide = weight.float()
     s, g = (None if t is None else t.float() for t in (scale, gain))

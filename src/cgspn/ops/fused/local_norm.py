@@ -13,7 +13,7 @@ from torch.nn.functional import conv2d, rms_norm
 from ..gpu import Gpu, gpu_of
 from ..replay import empty, empty_like
 from ..triton_launch import TritonLaunch
-from .rows import rms_backward
+from .rows import add_up, rms_backward
 from .tiles import PARTS, plain_gradients, tile
 
 
@@ -81,21 +81,21 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients to x, kernel, bias [C] and gain [C]; None for a bias or a norm that is not there."""
     side, c = kernel.shape[-1], x.shape[-1]
+    dgain: Tensor | None = None
+    dbias: Tensor | None
     if gain is None:
         d = dout.to(x.dtype).contiguous()
-        dgain, dbias = None, d.flatten(0, -2).sum(0, dtype=torch.float32)
+        dbias = d.flatten(0, -2).sum(0, dtype=torch.float32)
     else:
-        d, sums = rms_backward(dout, forward(x, kernel, bias, None, eps, mask), gain, None, eps)
-        assert sums is not None
-        dgain, dbias = sums[0].to(gain.dtype), sums[1]
+        d, dgain, dbias = rms_backward(dout, forward(x, kernel, bias, None, eps, mask), gain, None, eps)
     dx = forward(d, kernel, None, None, eps, flip=True)
     if mask is not None:
         dx = dx.masked_fill(~mask[..., None], 0.0)
     launch, count = _gradient_launch(gpu_of(x.device), (x.dtype, d.dtype), x.shape, side, mask is not None)
     parts = empty((count, c, side * side), torch.float32, x.device)
     launch(x.contiguous(), d, _bytes(mask), parts)
-    dkernel = parts.sum(0).view_as(kernel).to(kernel.dtype)
-    return dx, dkernel, None if bias is None else dbias.to(bias.dtype), dgain
+    dkernel = add_up(parts, kernel.dtype).view_as(kernel)
+    return dx, dkernel, None if bias is None or dbias is None else dbias.to(bias.dtype), dgain
 
 
 def plain(

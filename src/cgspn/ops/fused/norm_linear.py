@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
 from ..gpu import Gpu, gpu_of
-from ..replay import empty, empty_like
+from ..replay import empty, empty_like, matmul
 from ..triton_launch import TritonLaunch
+from .rows import add_up
 from .tiles import PARTS, ROWS, is_large, plain_gradients, tile, weight_channels
 
 
@@ -118,11 +119,11 @@ def backward(
     parts = empty((programs, 2, latent), torch.float32, x.device)
     launch(dout, out, x, None if past is None else past.contiguous(), folded, sums, statistics, dx, scaled, parts)
     # the norm's part of the weight's gradient, without the normalised tokens in memory
-    product = scaled.view(-1, latent).T @ x.view(-1, channels)
+    product = matmul(scaled.view(-1, latent).T, x.view(-1, channels))
     grads = [empty_like(t) for t in (gain, shift, weight, bias)]
     dtypes = (product.dtype, *(t.dtype for t in (gain, shift, weight, bias)))
     finish = _finish_launch(gpu, dtypes, latent, channels)
-    finish(product, parts.sum(0), gain, shift, weight.contiguous(), *grads)
+    finish(product, add_up(parts), gain, shift, weight.contiguous(), *grads)
     return dx, *grads
 
 

@@ -112,3 +112,28 @@ def column_sums(
             tl.store(d + at, value, mask=inside)
         total += value.to(tl.float32)
     tl.store(parts + tl.program_id(1).to(tl.int64) * C + c, tl.sum(total, 0), mask=c < C)
+
+
+@triton.jit
+def gelu(x, out, count, BLOCK: tl.constexpr, GELU: tl.constexpr):
+    """GELU 1 (exact) or 2 (tanh) of `count` numbers."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    h = tl.load(x + at, mask=at < count, other=0).to(tl.float32)
+    bounded = tl.where(h > 32, 32.0, tl.where(h < -32, -32.0, h))  # as in column_sums
+    if GELU == 1:
+        share = 0.5 * (1 + tl.erf(bounded * 0.7071067811865476))
+    else:
+        share = tl.sigmoid(1.5957691216057308 * bounded * (1 + 0.044715 * bounded * bounded))
+    tl.store(out + at, (h * share).to(out.dtype.element_ty), mask=at < count)
+
+
+@triton.jit(do_not_specialize=["count"])
+def add_up(parts, out, count, stride, C, CHANNELS: tl.constexpr, STEP: tl.constexpr):
+    """out [C]: the sum of `count` rows of parts, float32, which are `stride` apart."""
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    total = tl.zeros([STEP, CHANNELS], tl.float32)
+    for first in range(0, count, STEP):
+        m = first + tl.arange(0, STEP)
+        inside = (m < count)[:, None] & (c < C)[None, :]
+        total += tl.load(parts + m.to(tl.int64)[:, None] * stride + c[None, :], mask=inside, other=0)
+    tl.store(out + c, tl.sum(total, 0).to(out.dtype.element_ty), mask=c < C)

@@ -44,6 +44,37 @@ def can_use_rows(*tensors: Tensor | None) -> bool:
 
 
 @functools.lru_cache(maxsize=512)
+def _add_up_launch(gpu: Gpu | None, dtype: torch.dtype, count: int, stride: int, channels: int) -> TritonLaunch:
+    from . import row_kernels
+
+    numbers, grid = (count, stride, channels), (-(-channels // 64),)
+    return TritonLaunch(row_kernels.add_up, gpu, grid, numbers, CHANNELS=64, STEP=32, num_warps=4)
+
+
+def add_up(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The sum of float32 parts [P, ...] over the first dimension, in its order; the others contiguous."""
+    count, channels = parts.shape[0], parts.shape[1:].numel()
+    out = empty(parts.shape[1:], dtype, parts.device)
+    _add_up_launch(gpu_of(parts.device), dtype, count, parts.stride(0), channels)(parts, out)
+    return out
+
+
+@functools.lru_cache(maxsize=512)
+def _gelu_launch(gpu: Gpu | None, dtype: torch.dtype, count: int, approximate: str) -> TritonLaunch:
+    from . import row_kernels
+
+    constants = {"BLOCK": 4096, "GELU": 2 if approximate == "tanh" else 1}
+    return TritonLaunch(row_kernels.gelu, gpu, (-(-count // 4096),), (count,), **constants, num_warps=8)
+
+
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    """As `torch.nn.functional.gelu`, of a contiguous x."""
+    out = empty_like(x)
+    _gelu_launch(gpu_of(x.device), x.dtype, x.numel(), approximate)(x, out)
+    return out
+
+
+@functools.lru_cache(maxsize=512)
 def _add_norm_launch(
     gpu: Gpu | None, dtypes: tuple[torch.dtype | None, ...], rows: int, channels: int, eps: float, save: bool
 ) -> TritonLaunch:
@@ -118,7 +149,7 @@ def _norm_backward_launch(
 def backward(
     dnormal: Tensor, past: Tensor | None, x: Tensor, gain: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of LayerNorm to x (plus `past`, the one that reaches it past the norm), gain and shift: float32."""
+    """Gradients of LayerNorm to x (plus `past`, the one that reaches it past the norm), gain and shift."""
     tensors = (dnormal.contiguous(), None if past is None else past.contiguous(), x, gain)
     channels = x.shape[-1]
     dtypes = tuple([None if t is None else t.dtype for t in tensors])
@@ -126,8 +157,7 @@ def backward(
     dx = empty_like(x)
     parts = empty((programs, 2, channels), torch.float32, x.device)
     launch(*tensors, statistics, dx, parts)
-    dgain, dshift = parts.sum(0)
-    return dx, dgain, dshift
+    return dx, add_up(parts[:, 0], gain.dtype), add_up(parts[:, 1], gain.dtype)
 
 
 @functools.lru_cache(maxsize=512)
@@ -148,8 +178,8 @@ def _rms_backward_launch(
 
 def rms_backward(
     dn: Tensor, y: Tensor, gain: Tensor | None, unit: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor | None]:
-    """The gradient to y; with a gain the sums over rows for gain and bias, float32 [2, K], without the norm in `unit`.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradient to y; with a gain the sums over rows for gain and bias, [K] each, without the norm in `unit`.
 
     See `kernels.rms_backward`.
     """
@@ -160,7 +190,9 @@ def rms_backward(
     dy = empty_like(tensors[1])
     parts = None if gain is None else empty((programs, 2, channels), torch.float32, y.device)
     launch(*tensors, dy, unit, parts)
-    return dy, None if parts is None else parts.sum(0)
+    if parts is None or gain is None:
+        return dy, None, None
+    return dy, add_up(parts[:, 0], gain.dtype), add_up(parts[:, 1], gain.dtype)
 
 
 class AddNorm(torch.autograd.Function):
@@ -211,9 +243,9 @@ class RmsNorm(torch.autograd.Function):
             plain = rms_norm(x.float(), gain.shape, gain.float(), ctx.eps).to(x.dtype)
             dx, dgain = torch.autograd.grad(plain, (x, gain), dnormal, create_graph=True)
         else:
-            dx, sums = rms_backward(dnormal, x, gain, None, ctx.eps)
-            assert sums is not None
-            dgain = sums[0]
+            dx, found, _ = rms_backward(dnormal, x, gain, None, ctx.eps)
+            assert found is not None
+            dgain = found
         return dx, dgain.to(gain.dtype), None
 
 
@@ -238,8 +270,10 @@ def _column_launch(
     return launch, down
 
 
-def column_sums(d: Tensor, hidden: Tensor | None = None, approximate: str = "none") -> Tensor:
-    """The sums over rows of d [M, C], float32 [C].
+def column_sums(
+    d: Tensor, hidden: Tensor | None = None, approximate: str = "none", dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """The sums over rows of d [M, C], added up in float32: [C] in `dtype`.
 
     With hidden [M, C], what a GELU was given: d, the gradient to its output, first becomes in place that to `hidden`.
     approximate: "none" or "tanh", as of `torch.nn.functional.gelu`.
@@ -248,4 +282,4 @@ def column_sums(d: Tensor, hidden: Tensor | None = None, approximate: str = "non
     launch, down = _column_launch(gpu_of(d.device), dtypes, *d.shape, None if hidden is None else approximate)
     parts = empty((down, d.shape[1]), torch.float32, d.device)
     launch(d, hidden, parts)
-    return parts.sum(0)
+    return add_up(parts, dtype)

@@ -1,16 +1,20 @@
 #include "common.cuh"
 
 // The adjoint scan: lines in reverse, one block per direction, image and group of channels, as in forward.cu.
-// It reads the state h that the forward saved, in the input's dtype, and writes every gradient once; the gradient
+// It reads the state h (with MEAN: h / n, and n) that the forward saved, in the input's dtype, and writes every gradient once; the gradient
 // of x is a plane per direction, merged at the end in float32. No atomics: the result does not depend on timing.
 //
 // Lines cut over a cluster: as in forward.cu, and what a halo position sends is put there by its owner.
 //
 // With g[i] the gradient of the state of line i: position j of line i sends w0 g to position j-1 of line i-1,
 // w1 g to j and w2 g to j+1. The first and the last cross threads through shared memory.
+//
+// With MEAN, y = u m, m = h / n, and n is one more channel whose x is 1: the gradient of h is u dy / n, that of n
+// -sum(u dy m) / n over the channels of a set. A neighbour's h is its m times its n, so rounding m to the input's dtype
+// leaves the same m on both sides of the differences that make the gradient of the logits.
 
 struct BackwardArguments {
-  View x, lam, u, logits, keep, dy, h, mask, dx, dlam, du, dlogits, dkeep, out;
+  View x, lam, u, logits, keep, dy, h, mask, dx, dlam, du, dlogits, dkeep, out, n;
   Shape s;
 };
 
@@ -30,10 +34,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
   const int line_slots = s.lanes * s.rows;
   const int plane = (s.rows * POS + 2) * s.lanes;
   float* sent = (float*)shared;  // two lines of what goes to the left and two of what goes to the right
-  char* stages = shared + 4 * plane * VEC * 4;
-  const int map_bytes = line_slots * POS * BYTES, stage_bytes = MAPS * map_bytes;
-  Mailbox<3> mailbox((float*)(stages + STAGES * stage_bytes), s);
-  for (int k = threadIdx.x; k < 4 * plane * VEC; k += blockDim.x) sent[k] = 0.f;
+  float* const n_sent = sent + 4 * plane * VEC;  // the same of n
+  char* stages = shared + 4 * plane * COUNTED * 4;
+  const int map_bytes = line_slots * POS * BYTES, stage_bytes = MAPS * map_bytes, count = line_slots * POS * SETS;
+  float* const n_stages = (float*)(stages + (STAGES * stage_bytes + 15) / 16 * 16);  // n of the line before
+  Mailbox<3 + 3 * MEAN> mailbox(n_stages + MEAN * STAGES * count, s);
+  for (int k = threadIdx.x; k < 4 * plane * COUNTED; k += blockDim.x) sent[k] = 0.f;
 
   const i64 sign = walk.backwards ? 1 : -1;  // from the last line of the scan to its first
 #define STEP(v) (sign * walk.line(a.v))
@@ -41,20 +47,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
   const char *x = walk.start(a.x, last), *lam = walk.start_parameter(a.lam, last),
              *u = walk.start_parameter(a.u, last), *logits = walk.start_parameter(a.logits, last),
              *keep = walk.start_parameter(a.keep, last), *dy = walk.start(a.dy, last), *h = walk.start(a.h, last),
-             *mask = walk.start(a.mask, last);
+             *n_at = walk.start_parameter(a.n, last), *mask = walk.start(a.mask, last);
   char *dx = walk.start(a.dx, last), *dlam = walk.start_parameter(a.dlam, last), *du = walk.start_parameter(a.du, last),
        *dlogits = walk.start_parameter(a.dlogits, last), *dkeep = walk.start_parameter(a.dkeep, last);
   bool works[POS];
   Vec state[POS];        // h of the line being worked on
   float kept[POS][VEC];  // what this position sends to itself
+  float total[POS][SETS], n_kept[POS][SETS];  // the same of n
 #pragma unroll
   for (int p = 0; p < POS; p++) {
     works[p] = walk.works(s, p);
     if (works[p]) state[p] = load(h + JUMP(h, p));
 #pragma unroll
     for (int k = 0; k < VEC; k++) kept[p][k] = 0.f;
+#pragma unroll
+    for (int k = 0; k < SETS; k++) {
+      n_kept[p][k] = 0.f;
+      if (MEAN && works[p]) total[p][k] = ((const float*)(n_at + JUMP(n, p)))[k];
+    }
   }
   h += STEP(h);
+  n_at += STEP(n);
 
   auto fetch = [&](int stage, bool first) {
 #pragma unroll
@@ -62,6 +75,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
       if (works[p]) {
         char* to = stages + stage * stage_bytes + (p * line_slots + walk.slot) * BYTES;
         if (!first) copy_in(to, h + JUMP(h, p));
+        if constexpr (MEAN)
+          if (!first) {
+            float* there = n_stages + stage * count + (p * line_slots + walk.slot) * SETS;
+#pragma unroll
+            for (int k = 0; k < SETS; k++) copy_async<4>(there + k, n_at + JUMP(n, p) + 4 * k);
+          }
         copy_in(to + map_bytes, x + JUMP(x, p));
         copy_in(to + 2 * map_bytes, dy + JUMP(dy, p));
         if constexpr (!SHARE) {
@@ -75,6 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
         }
       }
     h += STEP(h);
+    n_at += STEP(n);
     x += STEP(x);
     dy += STEP(dy);
     if constexpr (!SHARE) lam += STEP(lam), logits += STEP(logits), u += STEP(u), keep += STEP(keep);
@@ -107,6 +127,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
   for (int n = 0; n < walk.lines; n++) {
     float* to_left = sent + (n & 1 ? 0 : 2) * plane * VEC;
     float* to_right = to_left + plane * VEC;
+    float *n_to_left = n_sent + (n & 1 ? 0 : 2) * plane * SETS, *n_to_right = n_to_left + plane * SETS;
     if (waiting) {
       cluster_wait();
 #pragma unroll
@@ -119,6 +140,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
           mailbox.take(s, walk, p, 1, kept[p]);
           mailbox.take(s, walk, p, 2, arrived);
           state_put(to_right, plane, index, arrived);
+          if constexpr (MEAN) {
+            mailbox.template take<SETS>(s, walk, p, 3, arrived);
+            state_put<SETS>(n_to_left, plane, index, arrived);
+            mailbox.template take<SETS>(s, walk, p, 4, n_kept[p]);
+            mailbox.template take<SETS>(s, walk, p, 5, arrived);
+            state_put<SETS>(n_to_right, plane, index, arrived);
+          }
         }
       mailbox.odd ^= 1;
     }
@@ -138,6 +166,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
     const bool exchange = SPLIT > 1 && (n + 1) % (HALO + (SPLIT == 1)) == 0 && n + 1 < walk.lines;
     float* send_left = sent + (n & 1 ? 2 : 0) * plane * VEC;
     float* send_right = send_left + plane * VEC;
+    float *n_send_left = n_sent + (n & 1 ? 2 : 0) * plane * SETS, *n_send_right = n_send_left + plane * SETS;
 #pragma unroll
     for (int p = 0; p < POS; p++)
       if (works[p]) {
@@ -167,11 +196,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
         float from_right[VEC], from_left[VEC], o_dx[VEC], o_dlam[SETS], o_du[SETS], o_d[3][SETS], o_keep[SETS];
         state_get(to_left, plane, index + 2 * s.lanes, from_right);  // position j+1 sent this to its left
         state_get(to_right, plane, index, from_left);
+        float n_left[SETS], n_before[SETS], n_right[SETS], n_from_right[SETS], n_from_left[SETS], share = 1.f;
+        if constexpr (MEAN) {
+          const float* at = n_stages + stage * count + index * SETS;
+#pragma unroll
+          for (int k = 0; k < SETS; k++) {
+            n_before[k] = restart ? 0.f : at[k];
+            n_left[k] = restart || j == 0 || !own ? 0.f : at[k - s.lanes * SETS];
+            n_right[k] = restart || j + 1 == walk.positions || !own ? 0.f : at[k + s.lanes * SETS];
+          }
+          state_get<SETS>(n_to_left, plane, index + 2 * s.lanes, n_from_right);
+          state_get<SETS>(n_to_right, plane, index, n_from_left);
+        }
         float g[VEC], lam_grad = 0.f, u_grad = 0.f, d0 = 0.f, d1 = 0.f, d2 = 0.f, w0 = 0.f, w1 = 0.f, w2 = 0.f;
 #pragma unroll
         for (int k = 0; k < VEC; k++) {
           const float y_grad = get(vdy, k);
-          g[k] = kept[p][k] + from_right[k] + from_left[k] + (NORMALISE ? get(now.u, k) * y_grad : y_grad);
+          if (MEAN && k < SETS) share = reciprocal(fmaxf(total[p][k], SMALLEST));
+          g[k] = kept[p][k] + from_right[k] + from_left[k] + (NORMALISE ? get(now.u, k) * share * y_grad : y_grad);
           if (MASKED && !(bits & 8)) g[k] = 0.f;
           o_dx[k] = MASKED && !(bits & 8) ? 0.f : g[k] * get(now.lam, k);
           if constexpr (!SHARE) lam_grad = u_grad = d0 = d1 = d2 = 0.f;
@@ -180,6 +222,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
           d0 += g[k] * get(left, k), d1 += g[k] * get(before, k), d2 += g[k] * get(right, k);
           if (SHARE && k < VEC - 1) continue;
           const int set = SHARE ? 0 : k;  // its last channel
+          float n_grad = 0.f;
+          if constexpr (MEAN) {
+            n_grad = n_kept[p][set] + n_from_right[set] + n_from_left[set];
+            if (total[p][set] >= SMALLEST) n_grad -= get(now.u, k) * share * u_grad;
+            if (MASKED && !(bits & 8)) n_grad = 0.f;
+            lam_grad += n_grad;
+            d0 = d0 * fmaxf(n_left[set], SMALLEST) + n_grad * n_left[set];
+            d1 = d1 * fmaxf(n_before[set], SMALLEST) + n_grad * n_before[set];
+            d2 = d2 * fmaxf(n_right[set], SMALLEST) + n_grad * n_right[set];
+          }
           if constexpr (NORMALISE) {
             const Weights weights(get(now.l0, k), get(now.l1, k), get(now.l2, k), bits);
             w0 = weights.w[0], w1 = weights.w[1], w2 = weights.w[2];
@@ -207,6 +259,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
             o_d[0][set] = d0, o_d[1][set] = d1, o_d[2][set] = d2;
           }
           o_dlam[set] = lam_grad;
+          if constexpr (MEAN) {
+            n_kept[p][set] = restart ? 0.f : w1 * n_grad;
+            n_from_right[set] = restart ? 0.f : w0 * n_grad;
+            n_from_left[set] = restart ? 0.f : w2 * n_grad;
+            total[p][set] = n_before[set];
+          }
           if constexpr (!SHARE) {
             kept[p][k] = restart ? 0.f : w1 * g[k];
             from_right[k] = restart ? 0.f : w0 * g[k];
@@ -223,12 +281,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
         }
         state_put(send_left, plane, index + s.lanes, from_right);
         state_put(send_right, plane, index + s.lanes, from_left);
+        if constexpr (MEAN) {
+          state_put<SETS>(n_send_left, plane, index + s.lanes, n_from_right);
+          state_put<SETS>(n_send_right, plane, index + s.lanes, n_from_left);
+        }
         state[p] = before;
         if (!own) continue;
         if (exchange) {
           mailbox.put(s, walk, p, 0, from_right);
           mailbox.put(s, walk, p, 1, kept[p]);
           mailbox.put(s, walk, p, 2, from_left);
+          if constexpr (MEAN) {
+            mailbox.template put<SETS>(s, walk, p, 3, n_from_right);
+            mailbox.template put<SETS>(s, walk, p, 4, n_kept[p]);
+            mailbox.template put<SETS>(s, walk, p, 5, n_from_left);
+          }
         }
         if constexpr (MERGE)
           store_plane(dx + JUMP(dx, p), pack(o_dx));

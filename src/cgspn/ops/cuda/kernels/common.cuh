@@ -8,6 +8,7 @@
 //   NORMALISE  1: propagate_2d (sigmoid, normalised, gated); 0: line_scan (weights as they are, no gate)
 //   SHARE      1: the VEC channels of a thread have one set of parameters between them
 //   FORGET     1: a forget gate scales the line before
+//   MEAN       1: outputs and saved states are h / n, where n is the same scan over ones, one for each set of parameters
 //   MASKED     1: a mask is given
 //   SPLIT      blocks a line is cut into, a cluster (sm_90 and later)
 //   HALO       positions beyond its own part, on either side, that such a block scans too: one fewer of them is right
@@ -27,9 +28,9 @@
 #define ELEMENT (DTYPE == 0 ? 4 : 2)
 constexpr int BYTES = VEC * ELEMENT;
 constexpr int WORDS = BYTES < 4 ? 1 : BYTES / 4;
-constexpr int QUAD = VEC < 4 ? VEC : 4;  // channels of the float32 state that move in one shared-memory access
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float EPSILON = 1e-7f;
+constexpr float SMALLEST = 1e-6f;  // n is clamped below at this
 
 struct View {
   char* p;
@@ -66,6 +67,7 @@ struct ParameterOf<true> {
 };
 using Parameter = ParameterOf<SHARE>::type;
 constexpr int SETS = SHARE ? 1 : VEC;
+constexpr int COUNTED = VEC + MEAN * SETS;  // scans of a thread: its channels, and n of their sets
 
 // Where a block is and how its direction walks.
 struct Walk {
@@ -116,16 +118,37 @@ __device__ __forceinline__ void copy_in(void* to, const char* from) {
     *(unsigned short*)to = *(const unsigned short*)from;
 }
 
-__device__ __forceinline__ Vec load(const void* p) {
+// What one access moves.
+template <int N>
+struct WordOf {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using type = u32;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+using Word = WordOf<BYTES>::type;
+
+__device__ __forceinline__ Vec vector_of(const Word& word) {
   Vec v;
-  if constexpr (BYTES == 16)
-    *(uint4*)v.w = *(const uint4*)p;
-  else if constexpr (BYTES == 8)
-    *(uint2*)v.w = *(const uint2*)p;
-  else if constexpr (BYTES == 4)
-    v.w[0] = *(const u32*)p;
-  else
-    v.w[0] = *(const unsigned short*)p;
+  v.w[0] = 0;
+  *(Word*)v.w = word;
+  return v;
+}
+
+__device__ __forceinline__ Vec load(const void* p) { return vector_of(*(const Word*)p); }
+
+__device__ __forceinline__ Vec load_narrow(const char* p) {
+  Vec v;
+  load_around(v.w, p);
   return v;
 }
 
@@ -133,56 +156,22 @@ __device__ __forceinline__ Vec load(const void* p) {
 // reads, can stay. Not where its surroundings are read later.
 __device__ __forceinline__ Vec load_once(const char* p) {
   if constexpr (BYTES < 4) return load(p);
-  Vec v;
-  if constexpr (NARROW)
-    load_around(v.w, p);
-  else if constexpr (BYTES == 16)
-    *(uint4*)v.w = __ldcs((const uint4*)p);
-  else if constexpr (BYTES == 8)
-    *(uint2*)v.w = __ldcs((const uint2*)p);
-  else
-    v.w[0] = __ldcs((const u32*)p);
-  return v;
+  if constexpr (NARROW) return load_narrow(p);
+  return vector_of(__ldcs((const Word*)p));
 }
 
 __device__ __forceinline__ Vec load_shared_by_directions(const char* p) {
-  Vec v;
-  if constexpr (NARROW && BYTES >= 4)
-    load_around(v.w, p);
-  else if constexpr (BYTES == 16)
-    *(uint4*)v.w = __ldg((const uint4*)p);
-  else if constexpr (BYTES == 8)
-    *(uint2*)v.w = __ldg((const uint2*)p);
-  else if constexpr (BYTES == 4)
-    v.w[0] = __ldg((const u32*)p);
-  else
-    v.w[0] = __ldg((const unsigned short*)p);
-  return v;
+  if constexpr (NARROW && BYTES >= 4) return load_narrow(p);
+  return vector_of(__ldg((const Word*)p));
 }
 
 // A store of what is read again: a plane to be merged. Also of what fills only a part of a sector.
-__device__ __forceinline__ void store_plane(char* p, const Vec& v) {
-  if constexpr (BYTES == 16)
-    *(uint4*)p = *(const uint4*)v.w;
-  else if constexpr (BYTES == 8)
-    *(uint2*)p = *(const uint2*)v.w;
-  else if constexpr (BYTES == 4)
-    *(u32*)p = v.w[0];
-  else
-    *(unsigned short*)p = (unsigned short)v.w[0];
-}
+__device__ __forceinline__ void store_plane(char* p, const Vec& v) { *(Word*)p = *(const Word*)v.w; }
 
 // A store of what is not read again soon.
 __device__ __forceinline__ void store(char* p, const Vec& v) {
-  if constexpr (NARROW) return store_plane(p, v);
-  if constexpr (BYTES == 16)
-    __stcs((uint4*)p, *(const uint4*)v.w);
-  else if constexpr (BYTES == 8)
-    __stcs((uint2*)p, *(const uint2*)v.w);
-  else if constexpr (BYTES == 4)
-    __stcs((u32*)p, v.w[0]);
-  else
-    *(unsigned short*)p = (unsigned short)v.w[0];
+  if constexpr (NARROW || BYTES < 4) return store_plane(p, v);
+  __stcs((Word*)p, *(const Word*)v.w);
 }
 
 // Channel k of a vector; k must be known at compile time after unrolling.
@@ -238,10 +227,12 @@ __device__ __forceinline__ void store_parameter(char* p, const float* f) {
     *(unsigned short*)p = (unsigned short)pack_pair<DTYPE == 2>(*f, 0.f);
 }
 
-// The float32 state of a line in shared memory: VEC / QUAD planes of one access each, free of bank conflicts.
+// The float32 state of a line in shared memory: N values a position in planes of one access each, free of bank conflicts.
+template <int N = VEC>
 __device__ __forceinline__ void state_put(float* line, int plane, int index, const float* f) {
+  constexpr int QUAD = N < 4 ? N : 4;
 #pragma unroll
-  for (int q = 0; q < VEC / QUAD; q++) {
+  for (int q = 0; q < N / QUAD; q++) {
     float* at = line + (q * plane + index) * QUAD;
     if constexpr (QUAD == 4)
       *(float4*)at = *(const float4*)(f + 4 * q);
@@ -252,9 +243,11 @@ __device__ __forceinline__ void state_put(float* line, int plane, int index, con
   }
 }
 
+template <int N = VEC>
 __device__ __forceinline__ void state_get(const float* line, int plane, int index, float* f) {
+  constexpr int QUAD = N < 4 ? N : 4;
 #pragma unroll
-  for (int q = 0; q < VEC / QUAD; q++) {
+  for (int q = 0; q < N / QUAD; q++) {
     const float* at = line + (q * plane + index) * QUAD;
     if constexpr (QUAD == 4)
       *(float4*)(f + 4 * q) = *(const float4*)at;
@@ -266,7 +259,7 @@ __device__ __forceinline__ void state_get(const float* line, int plane, int inde
 }
 
 // Exchange of a cluster, once in HALO lines: a block's edge positions put their values where the neighbour's halo finds
-// them. COUNT values a channel; two boxes in turn, so that a block may put while its neighbour still reads.
+// them. COUNT times up to VEC values; two boxes in turn, so that a block may put while its neighbour still reads.
 template <int COUNT>
 struct Mailbox {
   float* boxes;  // [2][2 sides][HALO][COUNT][lanes][VEC]
@@ -275,22 +268,26 @@ struct Mailbox {
   __device__ float* at(const Shape& s, const Walk& walk, bool right, int k, int n) const {
     return boxes + (odd * 2 + right) * side + ((k * COUNT + n) * s.lanes + walk.lane) * VEC;
   }
-  // Value n of the p-th position, to the neighbours that have it in their halo.
+  // Values n of the p-th position, to the neighbours that have it in their halo.
+  template <int N = VEC>
   __device__ void put(const Shape& s, const Walk& walk, int p, int n, const float* f) const {
     const int k = walk.row + p * s.rows - HALO;
-    if (walk.part > 0 && k < HALO) send(at(s, walk, true, k, n), walk.part - 1, f);
-    if (walk.part < SPLIT - 1 && k >= s.own - HALO) send(at(s, walk, false, k - (s.own - HALO), n), walk.part + 1, f);
+    if (walk.part > 0 && k < HALO) send<N>(at(s, walk, true, k, n), walk.part - 1, f);
+    if (walk.part < SPLIT - 1 && k >= s.own - HALO)
+      send<N>(at(s, walk, false, k - (s.own - HALO), n), walk.part + 1, f);
   }
+  template <int N>
   __device__ static void send(float* here, int part, const float* f) {
 #pragma unroll
-    for (int c = 0; c < VEC; c++) store_remote(here + c, part, f[c]);
+    for (int c = 0; c < N; c++) store_remote(here + c, part, f[c]);
   }
   // What arrived for the p-th position, which is not the block's own.
+  template <int N = VEC>
   __device__ void take(const Shape& s, const Walk& walk, int p, int n, float* f) const {
     const int k = walk.row + p * s.rows - HALO;
     const float* from = k < 0 ? at(s, walk, false, k + HALO, n) : at(s, walk, true, k - s.own, n);
 #pragma unroll
-    for (int c = 0; c < VEC; c++) f[c] = from[c];
+    for (int c = 0; c < N; c++) f[c] = from[c];
   }
 };
 

@@ -4,10 +4,10 @@
 // threads through shared memory. A thread needs only its own inputs, so those of the next STAGES lines wait in its
 // registers: through shared memory (cp.async) each would pass the load/store unit twice, which is what a line costs
 // at small batches. One barrier a line, for the state, is all.
-//   SAVE   1 writes the state too, for the backward
+//   SAVE   1 writes the state too, for the backward; and n, in float32
 
 struct ForwardArguments {
-  View x, lam, u, logits, keep, y, h, mask, out;
+  View x, lam, u, logits, keep, y, h, mask, out, n;
   Shape s;
 };
 
@@ -27,19 +27,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
   const int line_slots = s.lanes * s.rows;
   const int plane = (s.rows * POS + 2) * s.lanes;  // a line of the state, one empty position at each end
   float* state = (float*)shared;                   // two lines
-  Mailbox<1> mailbox(state + 2 * plane * VEC, s);
+  float* const counts = state + 2 * plane * VEC;   // and of n
+  Mailbox<1 + MEAN> mailbox(state + 2 * plane * COUNTED, s);
 
   const Walk walk(s);
-  for (int k = threadIdx.x; k < 2 * plane * VEC; k += blockDim.x) state[k] = 0.f;
+  for (int k = threadIdx.x; k < 2 * plane * COUNTED; k += blockDim.x) state[k] = 0.f;
 
   const i64 sign = walk.backwards ? -1 : 1;
   const i64 x_step = sign * walk.line(a.x), lam_step = sign * walk.line(a.lam), u_step = sign * walk.line(a.u),
-            logits_step = sign * walk.line(a.logits), keep_step = sign * walk.line(a.keep), y_step = sign * walk.line(a.y), h_step = sign * walk.line(a.h),
+            logits_step = sign * walk.line(a.logits), keep_step = sign * walk.line(a.keep),
+            y_step = sign * walk.line(a.y), h_step = sign * walk.line(a.h), n_step = sign * walk.line(a.n),
             mask_step = sign * walk.line(a.mask);
   const char *x = walk.start(a.x, 0), *lam = walk.start_parameter(a.lam, 0), *u = walk.start_parameter(a.u, 0),
              *logits = walk.start_parameter(a.logits, 0), *keep = walk.start_parameter(a.keep, 0),
              *mask = walk.start(a.mask, 0);
-  char *y = walk.start(a.y, 0), *saved = walk.start(a.h, 0);
+  char *y = walk.start(a.y, 0), *saved = walk.start(a.h, 0), *counted = walk.start_parameter(a.n, 0);
   bool works[POS];
 #pragma unroll
   for (int p = 0; p < POS; p++) works[p] = walk.works(s, p);
@@ -80,13 +82,19 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
   for (int n = 0; n < STAGES; n++)
     if (n < walk.lines) fetch(ring[n]);
   if constexpr (SPLIT > 1) cluster_arrive(), cluster_wait();  // neighbours are there
-  float h[POS][VEC];
+  float h[POS][VEC], n[POS][SETS];
   int since = 0;
   bool waiting = false;  // for the neighbours' states
   auto line = [&](int i, Inputs (&inputs)[POS]) {
-    float w[POS][3][SETS], drive[POS][VEC];
+    float w[POS][3][SETS], drive[POS][VEC], scale[POS][SETS];  // the last: lam alone, which drives n
     Parameter gate[POS];
     u32 bits[POS];
+    auto prepare = [&](const Inputs& from, int p, int k) {
+      drive[p][k] = get(from.lam, k) * get(from.x, k);
+      if (k >= SETS) return;
+      scale[p][k] = get(from.lam, k);
+      weigh(from, k, bits[p], w[p]);
+    };
 #pragma unroll
     for (int p = 0; p < POS; p++)
       if (works[p]) {
@@ -96,10 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
                                walk.across(a.mask));
         if constexpr (!LATE) {
 #pragma unroll
-          for (int k = 0; k < VEC; k++) {
-            drive[p][k] = get(inputs[p].lam, k) * get(inputs[p].x, k);
-            if (k < SETS) weigh(inputs[p], k, bits[p], w[p]);
-          }
+          for (int k = 0; k < VEC; k++) prepare(inputs[p], p, k);
         }
       }
     if (!LATE && i + STAGES < walk.lines) fetch(inputs);
@@ -107,6 +112,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
     since = restart ? 1 : since + 1;
     float* before = state + ((i & 1) ^ 1) * plane * VEC;
     float* now = state + (i & 1) * plane * VEC;
+    float *n_before = counts + ((i & 1) ^ 1) * plane * SETS, *n_now = counts + (i & 1) * plane * SETS;
     if (waiting) {  // the barrier of a cluster is slow: what lies between its halves hides some of it
       cluster_wait();
 #pragma unroll
@@ -114,6 +120,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
         if (works[p] && !walk.owns(s, p)) {
           mailbox.take(s, walk, p, 0, h[p]);
           state_put(before, plane, p * line_slots + walk.slot + s.lanes, h[p]);
+          if constexpr (MEAN) {
+            mailbox.template take<SETS>(s, walk, p, 1, n[p]);
+            state_put<SETS>(n_before, plane, p * line_slots + walk.slot + s.lanes, n[p]);
+          }
         }
       mailbox.odd ^= 1;
     }
@@ -122,23 +132,33 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
     for (int p = 0; p < POS; p++)
       if (works[p]) {
         const int index = p * line_slots + walk.slot;  // of position j - 1: the line starts with an empty position
-        float left[VEC], right[VEC], out[VEC];
+        float left[VEC], right[VEC], out[VEC], kept[VEC], n_left[SETS], n_right[SETS], share = 1.f;
         state_get(before, plane, index, left);
         state_get(before, plane, index + 2 * s.lanes, right);
+        if constexpr (MEAN) {
+          state_get<SETS>(n_before, plane, index, n_left);
+          state_get<SETS>(n_before, plane, index + 2 * s.lanes, n_right);
+        }
 #pragma unroll
         for (int k = 0; k < VEC; k++) {
           const int set = SHARE ? 0 : k;
-          if constexpr (LATE) {
-            drive[p][k] = get(inputs[p].lam, k) * get(inputs[p].x, k);
-            weigh(inputs[p], k, bits[p], w[p]);
+          if constexpr (LATE) prepare(inputs[p], p, k);
+          const bool outside = MASKED && !(bits[p] & 8);
+          const float w0 = w[p][0][set], w1 = w[p][1][set], w2 = w[p][2][set];
+          if (MEAN && k < SETS) {
+            float sum = scale[p][k];
+            if (!restart) sum += w0 * n_left[k] + w1 * n[p][k] + w2 * n_right[k];
+            n[p][k] = outside ? 0.f : sum;
+            share = reciprocal(fmaxf(n[p][k], SMALLEST));
           }
           float sum = drive[p][k];
-          if (!restart) sum += w[p][0][set] * left[k] + w[p][1][set] * h[p][k] + w[p][2][set] * right[k];
-          if (MASKED && !(bits[p] & 8)) sum = 0.f;
-          h[p][k] = sum;
-          out[k] = NORMALISE ? (MASKED && !(bits[p] & 8) ? 0.f : get(gate[p], k) * sum) : sum;
+          if (!restart) sum += w0 * left[k] + w1 * h[p][k] + w2 * right[k];
+          h[p][k] = outside ? 0.f : sum;
+          kept[k] = h[p][k] * share;
+          out[k] = NORMALISE ? (outside ? 0.f : get(gate[p], k) * kept[k]) : kept[k];
         }
         state_put(now, plane, index + s.lanes, h[p]);
+        if constexpr (MEAN) state_put<SETS>(n_now, plane, index + s.lanes, n[p]);
         if (!walk.owns(s, p)) continue;
         const i64 jump = p * s.rows;
         char* const to = y + jump * walk.across(a.y);
@@ -146,19 +166,27 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
           store_plane(to, pack(out));
         else
           store(to, pack(out));
-        if constexpr (SAVE) store(saved + jump * walk.across(a.h), pack(h[p]));
+        if constexpr (SAVE) store(saved + jump * walk.across(a.h), pack(kept));
+        if constexpr (SAVE && MEAN) {
+#pragma unroll
+          for (int k = 0; k < SETS; k++) ((float*)(counted + jump * walk.across(a.n)))[k] = n[p][k];
+        }
       }
     const bool exchange = SPLIT > 1 && (i + 1) % (HALO + (SPLIT == 1)) == 0 && i + 1 < walk.lines;
     if (exchange) {
 #pragma unroll
       for (int p = 0; p < POS; p++)
-        if (works[p] && walk.owns(s, p)) mailbox.put(s, walk, p, 0, h[p]);
+        if (works[p] && walk.owns(s, p)) {
+          mailbox.put(s, walk, p, 0, h[p]);
+          if constexpr (MEAN) mailbox.template put<SETS>(s, walk, p, 1, n[p]);
+        }
       cluster_arrive();
     }
     if (LATE && i + STAGES < walk.lines) fetch(inputs);
     waiting = exchange;
     y += y_step;
     saved += h_step;
+    counted += n_step;
     mask += mask_step;
   };
   for (int first = 0; first < walk.lines; first += STAGES)
