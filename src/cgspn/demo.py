@@ -115,7 +115,7 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
     table = SummaryTable(
         "Held-out images: teacher, students of equal budget, and a student before distillation",
         [*METRICS, Metric("parameters", "encoder", 1e-6, "M", digits=2, higher_is_better=None)]
-        + [Metric(f"ms_{pixels}", f"{pixels} px", 1, "ms", 1, False) for pixels, _ in TIMED],
+        + [Metric(f"ms_{pixels}", f"{pixels} px", 1, "ms", 1, None) for pixels, _ in TIMED],
     )
     encoders = {name: model.image for name, model in models.items()}
     times = {pixels: milliseconds(encoders, pixels, batch) for pixels, batch in TIMED}
