@@ -13,6 +13,7 @@ from .family import (
     Family,
     Rule,
     Tower,
+    agreeing,
     attention_blocks,
     both,
     grid_positions,
@@ -32,12 +33,14 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def _stated(tower: Tower) -> dict[str, Any]:
+def stated_of(tower: Tower) -> dict[str, Any]:
+    """What config.json says of the image tower."""
     config = tower.source.configs.get("config.json", {})
     return dict(config.get("vision_config") or config.get("backbone_config") or config)
 
 
-def _activation(stated: dict[str, Any], default: str) -> Activation:
+def activation_of(stated: dict[str, Any], default: str) -> Activation:
+    """Of the MLPs. Raises ValueError for one that is not known."""
     name = str(stated.get("hidden_act", default))
     if name not in _ACTIVATIONS:
         raise ValueError(f"its config has hidden_act {name!r}; accepted: {', '.join(_ACTIVATIONS)}")
@@ -46,18 +49,18 @@ def _activation(stated: dict[str, Any], default: str) -> Activation:
 
 def clip_config(tower: Tower) -> EncoderConfig:
     """From shapes and config.json."""
-    stated = _stated(tower)
+    stated = stated_of(tower)
     width, channels, patch = tower.patches("embeddings.patch_embedding.weight")
-    side = tower.side(tower.shape("embeddings.position_embedding.weight")[0] - 1)
+    measured = sizes(tower, patch, tower.shape("embeddings.position_embedding.weight")[0] - 1, stated.get("image_size"))
     projection = tower.find("/visual_projection.weight")
-    return EncoderConfig(
-        name=title("clip", width, patch, side * patch),
-        **sizes(tower, patch, side, stated.get("image_size")),
+    found = EncoderConfig(
+        name=title("clip", width, patch, measured["image_size"][0]),
+        **measured,
         channels=channels,
         width=width,
-        mixers=attention_blocks(stated.get("num_hidden_layers") or tower.depth(r"encoder\.layers\.(\d+)\.")),
+        mixers=attention_blocks(tower.depth(r"encoder\.layers\.(\d+)\.")),
         mlp_hidden=tower.shape("encoder.layers.0.mlp.fc1.weight")[0],
-        activation=_activation(stated, "quick_gelu"),
+        activation=activation_of(stated, "quick_gelu"),
         attention=AttentionConfig(head_count(tower, width, stated.get("num_attention_heads"))),
         class_token=True,
         patch_bias=False,
@@ -67,31 +70,33 @@ def clip_config(tower: Tower) -> EncoderConfig:
         embed_dim=projection[1].shape[0] if projection else None,
         **normalisation(tower.source, CLIP_MEAN, CLIP_STD),
     )
+    return agreeing(found, stated)
 
 
 def siglip_config(tower: Tower) -> EncoderConfig:
     """From shapes and config.json; a linear patch embedding is SigLIP 2's NaFlex, which resizes in its own way."""
-    stated = _stated(tower)
+    stated = stated_of(tower)
     shape = tower.shape("embeddings.patch_embedding.weight")
     naflex = len(shape) == 2
     width = shape[0]
     channels = stated.get("num_channels", 3) if naflex else shape[1]
     patch = round((shape[1] / channels) ** 0.5) if naflex else shape[2]
-    side = tower.side(tower.shape("embeddings.position_embedding.weight")[0])
-    return EncoderConfig(
-        name=title("siglip2_naflex" if naflex else "siglip", width, patch, side * patch),
-        **sizes(tower, patch, side, stated.get("image_size")),
+    measured = sizes(tower, patch, tower.shape("embeddings.position_embedding.weight")[0], stated.get("image_size"))
+    found = EncoderConfig(
+        name=title("siglip2_naflex" if naflex else "siglip", width, patch, measured["image_size"][0]),
+        **measured,
         channels=channels,
         width=width,
-        mixers=attention_blocks(stated.get("num_hidden_layers") or tower.depth(r"encoder\.layers\.(\d+)\.")),
+        mixers=attention_blocks(tower.depth(r"encoder\.layers\.(\d+)\.")),
         mlp_hidden=tower.shape("encoder.layers.0.mlp.fc1.weight")[0],
-        activation=_activation(stated, "gelu_pytorch_tanh"),
+        activation=activation_of(stated, "gelu_pytorch_tanh"),
         attention=AttentionConfig(head_count(tower, width, stated.get("num_attention_heads"), sixteen=True)),
         position_resize="bilinear_antialias" if naflex else "bicubic",
         norm_eps=stated.get("layer_norm_eps", 1e-6),
         pooling="map" if tower.has("head.probe") else "mean",
         **normalisation(tower.source, HALF, HALF, squeeze=True),
     )
+    return agreeing(found, stated)
 
 
 _MLP = "encoder.layer.0.mlp.{}.weight"
@@ -99,20 +104,20 @@ _MLP = "encoder.layer.0.mlp.{}.weight"
 
 def dinov2_config(tower: Tower) -> EncoderConfig:
     """From shapes and config.json."""
-    stated = _stated(tower)
+    stated = stated_of(tower)
     width, channels, patch = tower.patches("embeddings.patch_embeddings.projection.weight")
-    side = tower.side(tower.shape("embeddings.position_embeddings")[-2] - 1)
+    measured = sizes(tower, patch, tower.shape("embeddings.position_embeddings")[-2] - 1, stated.get("image_size"))
     gated = tower.has("encoder.layer.0.mlp.weights_in.weight") or tower.has("encoder.layer.0.mlp.gate_proj.weight")
     registers = tower.has("embeddings.register_tokens")
     second = next(n for n in ("weights_out", "down_proj", "fc2") if n == "fc2" or tower.has(_MLP.format(n)))
-    return EncoderConfig(
-        name=title("reg_dinov2" if registers else "dinov2", width, patch, side * patch),
-        **sizes(tower, patch, side, stated.get("image_size")),
+    found = EncoderConfig(
+        name=title("reg_dinov2" if registers else "dinov2", width, patch, measured["image_size"][0]),
+        **measured,
         channels=channels,
         width=width,
-        mixers=attention_blocks(stated.get("num_hidden_layers") or tower.depth(r"encoder\.layer\.(\d+)\.")),
+        mixers=attention_blocks(tower.depth(r"encoder\.layer\.(\d+)\.")),
         mlp_hidden=tower.shape(_MLP.format(second))[1],
-        activation="swiglu" if gated else _activation(stated, "gelu"),
+        activation="swiglu" if gated else activation_of(stated, "gelu"),
         attention=AttentionConfig(
             head_count(tower, width, stated.get("num_attention_heads")),
             any(tower.has(f"encoder.layer.0.attention.{name}.bias") for name in ("attention.query", "q_proj")),
@@ -125,6 +130,7 @@ def dinov2_config(tower: Tower) -> EncoderConfig:
         pooling="cls",
         **normalisation(tower.source, IMAGENET_MEAN, IMAGENET_STD),
     )
+    return agreeing(found, stated)
 
 
 def _first_third(config: EncoderConfig, packed: Tensor) -> Tensor:
