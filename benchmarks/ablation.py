@@ -19,7 +19,6 @@ from torch import Tensor
 
 from cgspn.bench.checks import at_least, not_empty, tiled
 from cgspn.bench.contenders import OURS, PLAIN, Shape, build, names, paper_config
-from cgspn.bench.drawing import draw
 from cgspn.bench.machine import ceilings, free
 from cgspn.bench.results import write
 from cgspn.bench.timing import medians
@@ -27,6 +26,7 @@ from cgspn.environment import describe
 from cgspn.layers import GSPN_WALK, Grid, PropagationConfig, PropagationMixer
 from cgspn.layers.block import Block
 from cgspn.ops import line_scan
+from cgspn.report.drawing import draw
 
 Row = dict[str, Any]
 

@@ -18,11 +18,11 @@ import torch
 import tyro
 
 from cgspn.bench.checks import at_least, known, not_empty, tiled_by
-from cgspn.bench.drawing import draw, over_sizes
 from cgspn.bench.results import write
 from cgspn.environment import describe
 from cgspn.models.encoder import Encoder
 from cgspn.models.registry import create_model, model_config
+from cgspn.report.drawing import draw, over_sizes
 
 Row = dict[str, Any]
 KINDS = ("vit", "cgspn")  # teacher and student

@@ -17,7 +17,6 @@ import torch
 import tyro
 from torch import Tensor
 
-from cgspn.bench.drawing import draw
 from cgspn.bench.machine import copy_bandwidth
 from cgspn.bench.operator import Row, operator_rows
 from cgspn.bench.results import write
@@ -25,6 +24,7 @@ from cgspn.bench.timing import medians
 from cgspn.environment import describe
 from cgspn.ops.cuda import projected
 from cgspn.ops.projected import propagate_2d_projected
+from cgspn.report.drawing import draw
 
 PROJECTED = [(32, 74), (32, 147), (8, 74), (1, 74)]
 

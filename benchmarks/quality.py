@@ -24,7 +24,6 @@ from PIL import Image
 from torch import Tensor
 
 from cgspn.bench.checks import at_least, not_empty, tiled
-from cgspn.bench.drawing import draw
 from cgspn.bench.results import write
 from cgspn.data import ImageSet, resize
 from cgspn.data.transforms import normalize, to_float
@@ -34,6 +33,7 @@ from cgspn.evaluate import cosine, relative_mse, segment
 from cgspn.layers import PropagationConfig, value_config
 from cgspn.models.checkpoint import write_atomically
 from cgspn.models.encoder import Encoder
+from cgspn.report.drawing import draw
 from cgspn.teachers import attention_student, convert, load_encoder
 
 from .resolution.photographs import pixels, read_tar, square

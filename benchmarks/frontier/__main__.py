@@ -13,9 +13,9 @@ from typing import Any
 import tyro
 
 from benchmarks.resolution.publish import TASKS, mean_over_seeds
-from cgspn.bench.drawing import draw
 from cgspn.bench.results import table
 from cgspn.models.checkpoint import write_atomically
+from cgspn.report.drawing import draw
 
 Row = dict[str, Any]
 LARGE, SMALL = "vit_so400m_patch14_378", "vit_small_patch14_378"

@@ -14,9 +14,9 @@ from typing import Any
 
 import tyro
 
-from cgspn.bench.drawing import draw, over_sizes
 from cgspn.bench.results import table
 from cgspn.models.checkpoint import write_atomically
+from cgspn.report.drawing import draw, over_sizes
 
 Row = dict[str, Any]
 

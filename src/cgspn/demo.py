@@ -6,13 +6,14 @@ import copy
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from . import __version__
+from .bench.timing import medians
 from .data import ImageSet, load_embedded
 from .distill import DistillConfig, distill
 from .distill.presets import EMBEDDED
@@ -23,6 +24,8 @@ from .models.dual import DualEncoder
 from .models.encoder import Encoder
 from .report.demo import DemoResult
 from .teachers import attention_student, convert, load_embedded_teacher
+
+TIMED = ((28, 64), (224, 1))  # sides in pixels and images at once, of which the time is shown
 
 
 @dataclass(frozen=True)
@@ -40,9 +43,15 @@ class DemoConfig:
     probe_images: int = 1000
 
 
-def parameters(encoder: Encoder) -> int:
-    """Number of parameters of an image encoder."""
-    return sum(p.numel() for p in encoder.parameters())
+def milliseconds(encoders: Mapping[str, Encoder], pixels: int, batch: int) -> dict[str, float]:
+    """Of one image of `pixels` a side, in batches, by encoder: medians, all encoders in turn."""
+    images = torch.randn(batch, 3, pixels, pixels)
+
+    def inference(encoder: Encoder) -> Callable[[], object]:
+        return torch.inference_mode()(lambda: encoder(images))
+
+    times = medians({name: inference(encoder) for name, encoder in encoders.items()}, rounds=5, graph=False)
+    return {name: ms / batch for name, ms in times.items()}
 
 
 def _first(images: ImageSet, count: int, name: str) -> ImageSet:
@@ -105,11 +114,16 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
 
     table = SummaryTable(
         "Held-out images: teacher, students of equal budget, and a student before distillation",
-        [*METRICS, Metric("parameters", "encoder", 1e-6, "M", digits=2, higher_is_better=False)],
+        [*METRICS, Metric("parameters", "encoder", 1e-6, "M", digits=2, higher_is_better=None)]
+        + [Metric(f"ms_{pixels}", f"{pixels} px", 1, "ms", 1, False) for pixels, _ in TIMED],
     )
+    encoders = {name: model.image for name, model in models.items()}
+    times = {pixels: milliseconds(encoders, pixels, batch) for pixels, batch in TIMED}
     watch = watcher("evaluation", len(models)) if watcher else None
     for name, model in models.items():
-        table.add(name, {**evaluate_dual(model, test, probe), "parameters": parameters(model.image)})
+        size = {"parameters": sum(p.numel() for p in model.image.parameters())}
+        speed = {f"ms_{pixels}": found[name] for pixels, found in times.items()}
+        table.add(name, {**evaluate_dual(model, test, probe), **size, **speed})
         if watch:
             watch({})
     facts = {

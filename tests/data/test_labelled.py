@@ -2,6 +2,7 @@
 
 import pytest
 
+from cgspn.data import open_folder, open_shards
 from cgspn.data.captions import fill
 from cgspn.data.labelled import open_captioned, open_labelled
 from cgspn.data.prepare import open_picture
@@ -71,6 +72,48 @@ def test_wrong_labels_are_named(tmp_path):
     write_tar(root / "test" / "0.tar", {"x.png": encoded(picture(0)), "x.cls": b"cat"})
     with pytest.raises(ValueError, match=r"its \.cls file holds b'cat'; expected a number"):
         open_labelled(root)
+
+
+@pytest.mark.parametrize("number", [b"1_0", b"+1", b"9" * 5000, b"1" * (1 << 21)])
+def test_numbers_of_other_kinds_are_refused(tmp_path, number):
+    root = clip_benchmark(tmp_path / "wds", [picture(0)], [0], ["a", "b"])
+    write_tar(root / "test" / "0.tar", {"x.png": encoded(picture(0)), "x.cls": number})
+    with pytest.raises(ValueError, match=r"its \.cls file holds|has no \.cls file"):
+        open_labelled(root)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("classnames.txt", b"caf\xe9\nb\n", "classnames.txt is not UTF-8"),
+        ("classnames.txt", b"\n", "classnames.txt holds no lines; expected the names of the classes"),
+        ("zeroshot_classification_templates.txt", b"", "holds no lines; expected templates"),
+        ("zeroshot_classification_templates.txt", b"{0.__class__}", "expected exactly one"),
+    ],
+)
+def test_texts_beside_the_tars_that_cannot_be_used(tmp_path, name, content, said):
+    root = clip_benchmark(tmp_path / "wds", [picture(0)], [0], ["a", "b"])
+    (root / name).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        open_labelled(root)
+
+
+def test_captions_that_are_no_captions_are_left_out(tmp_path):
+    text = {"a.txt": b"x" * (2 << 20), "b.json": b'{"caption": "\\ud800"}', "c.json": b"[" + b"[]," * 700_000 + b"1]"}
+    pictures = {f"{name}.png": encoded(picture(0)) for name in "abc"}
+    write_tar(tmp_path / "0.tar", pictures | text)
+    shards = open_shards(str(tmp_path / "0.tar"), tmp_path / "cache")
+    assert [shards.read(number).caption for number in range(3)] == ["", "?", ""]
+    assert [(name[-5:], why) for name, why in shards.problems.files] == [
+        ("a.txt", "2097152 bytes; accepted: 1048576"),
+        (".json", "2100003 bytes; accepted: 1048576"),
+    ]
+    for name, content in (pictures | text).items():
+        (tmp_path / name).write_bytes(content)
+    folder = open_folder(tmp_path)
+    assert folder.read(1).caption == "?"
+    with pytest.raises(OSError, match="accepted: 1048576"):
+        folder.read(0)
 
 
 def test_other_layouts_are_refused_with_what_was_expected(tmp_path):

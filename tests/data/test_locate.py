@@ -82,7 +82,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"fff\r\nbroken off")
             self.close_connection = True
             return None
-        self.send_response(200)
+        if "heads" in self.path:  # each byte in time, and never a last one
+            self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
+            return self.drip()
+        self.send_response(206 if "part" in self.path else 200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if "broken" in self.path or ("once" in self.path and tries == 1):
@@ -93,11 +96,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             time.sleep(1.5)
             self.close_connection = True
         elif "drip" in self.path:
-            with contextlib.suppress(OSError):
-                for _ in range(100):
-                    self.wfile.write(b"x")
-                    self.wfile.flush()
-                    time.sleep(0.05)
+            self.drip()
         elif "slow" in self.path:
             for start in range(0, len(content), 4096):
                 self.wfile.write(content[start : start + 4096])
@@ -106,6 +105,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(content)
         return None
 
+    def drip(self):
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                self.wfile.write(b"x")
+                self.wfile.flush()
+                time.sleep(0.05)
+
     def log_message(self, *_):
         pass
 
@@ -113,7 +119,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch_module, "WAIT", 0.01)
-    monkeypatch.setattr(fetch_module, "TIMEOUT", 0.5)
+    monkeypatch.setattr(fetch_module, "TIMEOUT", 0.2)
     monkeypatch.setattr(fetch_module, "WINDOW", 0.4)
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.content = write_tar(tmp_path / "served.tar", members(range(5))).read_bytes()
@@ -147,6 +153,8 @@ def test_a_server_in_trouble_is_asked_again(server, tmp_path, name):
         ("chunked", "", 3),
         ("silent", "timed out", 2),
         ("drip", "less than 1024 bytes a second", 1),
+        ("heads", "less than 1024 bytes a second", 1),
+        ("part", "answers 206, not with a whole file", 3),
     ],
 )
 def test_what_cannot_be_had_is_named_and_leaves_no_file(server, tmp_path, name, reason, tries):

@@ -55,7 +55,10 @@ def test_what_tarfile_writes_is_found_where_tarfile_finds_it(tmp_path, kind):
     [
         (header("neg.png", b"\xff" + (256**11 - 512).to_bytes(11, "big")), "below zero"),
         (header("huge.png", b"\x80" + b"\xff" * 11), "below zero or beyond"),
-        (header("minus.png", b"-0000000512"), "below zero"),
+        (header("minus.png", b"-0000000512"), "no valid size"),
+        (header("score.png", b"1_0        "), "no valid size"),
+        (header("last.png", b"\x80\0\0\0" + (2**63 - 1).to_bytes(8, "big")), "cut off"),
+        (header("././@PaxHeader", b"00000000015", b"x") + b"12 size=-512\n".ljust(512, b"\0"), "no valid PAX record"),
         (header("letters.png", b"0000000zz00"), "no valid size"),
         (header("././@PaxHeader", b"77777777777", b"x"), "claims 8589934591 bytes"),
         (header("././@LongLink", b"77777777777", b"L"), "claims 8589934591 bytes"),

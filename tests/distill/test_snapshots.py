@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import warnings
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,9 @@ def test_a_process_that_is_alone_writes_and_reads_without_warnings(tmp_path):
     snapshots, weight = Snapshots(tmp_path, 1), torch.arange(3.0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        snapshots.save(1, {"weight": weight}, {"loss": 2})
+        snapshots.save(1, {"weight": weight}, [{"loss": 2}])
         read = {"weight": torch.zeros(3)}
-        assert snapshots.load(1, read) == {"loss": 2}
+        assert snapshots.load(1, read) == [{"loss": 2}]
     assert torch.equal(read["weight"], weight)
 
 
@@ -43,8 +44,30 @@ def flip(path, position=-1):
     path.write_bytes(content)
 
 
+def edit(folder, change):
+    """A signed index that claims something else."""
+    index = pickle.loads((folder / ".metadata").read_bytes())
+    for tensor, place in zip(index.state_dict_metadata.values(), index.storage_data.values(), strict=True):
+        change(tensor, place)
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+    resign(folder)
+
+
+def planted_index(content):
+    return lambda s: ((s / ".metadata").write_bytes(content), resign(s))
+
+
 DATA = "__0_0.distcp"
 DAMAGE = {
+    "index of bytes that are not there": planted_index(b"\x80\5\x96" + (1 << 36).to_bytes(8, "little") + b"."),
+    "index of marks": planted_index(b"\x80\2" + b"(" * 100_000 + b"."),
+    "index of another folder": lambda s: edit(s, lambda t, place: setattr(place, "relative_path", "..")),
+    "index beyond the data": lambda s: edit(s, lambda t, place: setattr(place, "offset", 10**12)),
+    "index of less": lambda s: edit(s, lambda t, place: t.chunks.clear()),
+    "index of more": lambda s: edit(s, lambda t, place: t.chunks.extend(t.chunks * 10**5)),
+    "a link": lambda s: (s.rename(s.parent / "away"), s.symlink_to("away")),
+    "record of other things": lambda s: ((s / "record.json").write_text('["a", "b", "c", "d"]'), resign(s)),
+    "record of small parts": lambda s: ((s / "record.json").write_text("[" + "[]," * 300_000 + "1]"), resign(s)),
     "a bit of the data": lambda s: flip(s / DATA, 700),
     "the last bit": lambda s: flip(s / DATA),
     "data cut off": lambda s: (s / DATA).write_bytes((s / DATA).read_bytes()[:-10]),
@@ -111,6 +134,29 @@ def test_a_snapshot_that_was_planted_runs_nothing_where_it_is_loaded_at_once(tmp
         snapshots.load(1, {"weight": torch.zeros(3)})
     with pytest.raises(DamageError):
         check_snapshot(tmp_path / "s/00000001", 1)
+    assert not Path("planted").exists()
+
+
+@pytest.mark.parametrize("kind", ["program", "deflated", "allocating", "old"])
+def test_a_tensor_that_was_planted_is_refused_before_it_runs_or_expands(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    snapshots = Snapshots(tmp_path / "s", 1)
+    snapshots.save(1, {"weight": torch.zeros(3)}, [{}])
+    how = zipfile.ZIP_DEFLATED if kind == "deflated" else zipfile.ZIP_STORED
+    take = b"\x80\2cbuiltins\nbytearray\n\x8a\6\0\0\0\0\x10\0\x85R."  # 64 GiB
+    path = tmp_path / "s/00000001" / DATA
+    if kind == "old":
+        path.write_bytes(take)
+    else:
+        with zipfile.ZipFile(path, "w", how) as archive:
+            archive.writestr("a/data.pkl", take if kind == "allocating" else pickle.dumps(Planted(), 2))
+            archive.writestr("a/version", "3")
+    edit(path.parent, lambda t, place: (setattr(place, "offset", 0), setattr(place, "length", path.stat().st_size)))
+    assert snapshots.newest_whole() == 1
+    with pytest.raises(SnapshotError) as caught:
+        snapshots.load(1, {"weight": torch.zeros(3)})
+    assert "\n" not in str(caught.value)
+    assert "will likely succeed" not in str(caught.value)
     assert not Path("planted").exists()
 
 

@@ -9,7 +9,7 @@ import torch
 from cgspn.data import load_embedded
 from cgspn.distill import DistillConfig, OptimConfig, distill
 from cgspn.evaluate.suite import METRICS
-from cgspn.evaluate.table import SummaryTable
+from cgspn.evaluate.table import Metric, SummaryTable
 from cgspn.report.demo import DemoResult, demo_report
 from cgspn.teachers import convert, load_embedded_teacher
 
@@ -45,9 +45,9 @@ def html():
     one = OptimConfig(steps=2, batch_size=8)
     histories = distill(teacher, student, images, DistillConfig(stage1=one, stage2=one))
     models = {"teacher": teacher, "C-GSPN": teacher.with_image(student).eval()}
-    table = SummaryTable("Demo", METRICS)
-    for name in models:
-        table.add(name, {m.key: 0.5 for m in METRICS})
+    table = SummaryTable("Demo", [*METRICS, Metric("ms_224", "224 px", 1, "ms", 1, False)])
+    for name, ms in zip(models, (30.0, 10.0)):
+        table.add(name, {m.key: 0.5 for m in METRICS} | {"ms_224": ms})
     return demo_report(DemoResult(table, {"C-GSPN": histories}, models, images, {"seed": "<0>"}))
 
 
@@ -79,6 +79,12 @@ def test_it_shows_every_section_and_escapes_what_it_is_given(html):
         assert word.lower() in html.lower()
     assert "&lt;0&gt;" in html
     assert "<0>" not in html
+
+
+def test_a_card_says_how_much_faster_as_the_table_does(html):
+    assert "the teacher takes 30.0 ms: 3.0 times as long" in html
+    assert html.count("<strong>10.0</strong>") == 1
+    assert "<strong>0.5" not in html.partition("<table>")[2].partition("</table>")[0]  # no best where all are the same
 
 
 def test_a_result_without_a_student_is_refused():

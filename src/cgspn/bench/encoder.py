@@ -17,8 +17,8 @@ from ..environment import describe
 from ..layers import quantize_mlps
 from ..models.encoder import Encoder
 from ..models.registry import create_model
+from ..report.drawing import draw, over_sizes
 from .checks import at_least, known, not_empty, tiled_by
-from .drawing import draw, over_sizes
 from .machine import ceilings, free
 from .results import write
 from .table import Mode, measured, peak_memory

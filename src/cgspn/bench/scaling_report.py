@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..models.checkpoint import write_atomically
-from .drawing import draw
+from ..report.drawing import draw
 from .results import table
 
 TOLERANCES = {"bfloat16": 1e-3, "float32": 1e-5}  # relative, of losses: sums have another order

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..environment import describe
 from ..layers import Grid
+from ..report.drawing import draw, over_sizes
 from .checks import at_least, not_empty, tiled
 from .contenders import OURS, Contender, Shape, build, names
-from .drawing import draw, over_sizes
 from .machine import ceilings, free
 from .results import write
 from .timing import launched, medians

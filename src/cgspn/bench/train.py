@@ -23,8 +23,8 @@ from ..distill.trainer import train
 from ..environment import describe
 from ..models.encoder import Encoder
 from ..models.registry import create_model
+from ..report.drawing import draw, over_sizes
 from .checks import at_least, known, not_empty, tiled_by
-from .drawing import draw, over_sizes
 from .machine import free
 from .results import write
 

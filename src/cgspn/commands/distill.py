@@ -7,7 +7,7 @@ import platform
 import shlex
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -20,14 +20,15 @@ import tyro
 from .. import __version__
 from ..console import console, progress_watcher, writable_folder
 from ..data import LoaderConfig, Skipped, load_embedded, open_samples
+from ..data.prepare import Picture
 from ..data.source import EMBEDDED
 from ..distill import DistillConfig, ImageSetFeed, SampleFeed, World, distill, gather_objects, join_world
 from ..distill.events import EventWatch, require_tensorboard
+from ..distill.manifest import MOST_RECORD
 from ..distill.parallel import barrier
 from ..distill.presets import PRESETS
 from ..distill.resume import RECORD, REPORT, carried_from, check_same_run, lacks_report, progress_of
 from ..distill.run_folder import left_clean, locked
-from ..distill.snapshots import MOST_RECORD
 from ..distill.stages import Watcher
 from ..distill.trainer import Watch
 from ..models.checkpoint import write_atomically
@@ -35,6 +36,7 @@ from ..models.dual import image_encoder, with_image
 from ..models.encoder import Encoder
 from ..models.reading import read_json_value
 from ..report.charts import require_matplotlib
+from ..report.held_out import MOST, Kept, compare
 from ..report.run import run_report
 from ..teachers import convert, load_encoder, load_model
 from ..terminal import warn
@@ -83,7 +85,8 @@ class Distill(Command):
     data: str = "embedded"
     """Image-text shards (webdataset tar: a path, a URL or a pattern with {000..009} or *), a folder of images or of
     shards, or "embedded". A caption is in the .txt or .json beside its image, or is made of the sub-folder's name.
-    Unreadable images and shards are skipped, counted and named."""
+    Unreadable images and shards are skipped, counted and named. One image in a hundred, at most 16, is kept out of
+    training for the report."""
     student: Path | None = None
     """Start from this converted checkpoint instead of converting; with --config.stage1.steps 0 and
     --config.stage2.steps 0, take the student of a finished run to higher resolutions, its adapters included."""
@@ -184,6 +187,7 @@ class Distill(Command):
             if world.rank:
                 return
             with_image(teacher, student).save_pretrained(out)
+            pictures, trained_on = pictures_of(feed)
             record = {
                 "command": shlex.join(["cgspn", *sys.argv[1:]]),
                 "versions": {"cgspn": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -192,6 +196,7 @@ class Distill(Command):
                 "device": device_name(world.device),
                 "images": images,
                 "peak_memory": max(peaks),
+                "held_out": compare(encoder, student, pictures) | {"trained_on": trained_on},
                 "skipped": {"images": noted(skipped), "shards": noted(problems)},
                 "throughput": {history.title: of_run(list(each)) for history, *each in zip(histories, *throughput)},
                 "losses": {history.title: history.steps for history in histories},
@@ -206,7 +211,7 @@ class Distill(Command):
         if self.data == EMBEDDED:
             return ImageSetFeed(load_embedded("train"))
         source = open_samples(self.data, cache=self.loader.cache, max_skipped=self.loader.max_skipped)
-        return SampleFeed(source, self.loader, captioned=self.settings.loss.contrastive > 0)
+        return SampleFeed(Kept(source), self.loader, captioned=self.settings.loss.contrastive > 0)
 
     def check_taken(self) -> None:
         """Raise ValueError for settings of a conversion beside a student that is converted already."""
@@ -228,6 +233,16 @@ class Distill(Command):
             keep_positions=config.keep_positions,
             value_expansion=config.value_expansion,
         )
+
+
+def pictures_of(feed: ImageSetFeed | SampleFeed) -> tuple[Iterable[Picture], bool]:
+    """What student and teacher are compared on, of the embedded images those for validation; whether it was trained on.
+
+    Of files these are the ones that were kept out, or where they are fewer than a hundred the first of them.
+    """
+    if isinstance(feed, SampleFeed) and isinstance(feed.source, Kept):
+        return feed.source.pictures(), not feed.source.out
+    return load_embedded("validation").images[:MOST], False
 
 
 def write_report(out: Path, record: dict[str, Any]) -> None:

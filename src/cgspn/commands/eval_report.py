@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ..bench.drawing import draw
 from ..console import console, progress_watcher
 from ..data.sizes import Size, parse_size
 from ..data.skipped import Skipped
@@ -19,6 +18,7 @@ from ..environment import describe
 from ..evaluate.measure import Watch
 from ..evaluate.table import Metric, SummaryTable
 from ..models.checkpoint import write_atomically
+from ..report.drawing import draw
 from ..terminal import warn
 from .checks import check_folder, check_free, device_of
 

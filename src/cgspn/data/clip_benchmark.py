@@ -9,6 +9,7 @@ from codecs import BOM_UTF8
 from pathlib import Path
 
 from .locate import MOST_NAMES, cache_folder, shard_of, tars_in
+from .opening import read_bytes
 from .shards import ShardSet, index_shards
 
 SPLIT = "test"
@@ -42,11 +43,18 @@ def open_benchmark_shards(root: Path) -> ShardSet:
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a text file that are not empty. Raises FileNotFoundError saying `what` was expected there."""
-    if not path.is_file():
-        raise FileNotFoundError(f"no such file: {path}; expected {what}")
-    if (size := path.stat().st_size) > MOST_BYTES:
-        raise ValueError(f"{path} has {size} bytes; accepted: {MOST_BYTES}")
-    # some editors put a mark before UTF-8, which is no part of the first line
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    return [line for line in lines if line]
+    """The lines of a text file that are not empty.
+
+    Raises FileNotFoundError or ValueError, saying `what` was expected there, for none, and OSError for too many.
+    """
+    try:
+        # some editors put a mark before UTF-8, which is no part of the first line
+        lines = read_bytes(path, MOST_BYTES).decode("utf-8-sig").splitlines()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}; expected {what}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"{path} holds no lines; expected {what}")
+    return found

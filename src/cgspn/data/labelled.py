@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .captions import TEMPLATES
+from .captions import TEMPLATES, fill
 from .clip_benchmark import is_clip_benchmark, open_benchmark_shards, read_lines
 from .embedded import load_embedded
 from .folder import SUFFIXES, list_folder
 from .locate import cache_folder
-from .opening import read_bytes
+from .opening import MOST_TEXT, read_bytes
 from .prepare import Member, Picture
 from .shards import ShardSet, open_shards
 from .source import EMBEDDED
@@ -95,14 +95,12 @@ def open_labelled(source: str | Path) -> LabelledPictures:
 def _labelled_shards(root: Path) -> LabelledPictures:
     shards = open_benchmark_shards(root)
     names = tuple(read_lines(root / "classnames.txt", "the names of the classes, one a line"))
-    templates = root / "zeroshot_classification_templates.txt"
-    return LabelledPictures(
-        set_name(root),
-        images_of(shards),
-        class_numbers(shards, len(names), f", the lines of {root / 'classnames.txt'}"),
-        names,
-        tuple(read_lines(templates, "")) if templates.exists() else TEMPLATES,
-    )
+    path = root / "zeroshot_classification_templates.txt"
+    templates = tuple(read_lines(path, "templates of captions, one a line")) if path.exists() else TEMPLATES
+    for template in templates:
+        fill(template, names[0])
+    labels = class_numbers(shards, len(names), f", the lines of {root / 'classnames.txt'}")
+    return LabelledPictures(set_name(root), images_of(shards), labels, names, templates)
 
 
 def open_numbered(source: str | Path, classes: int) -> LabelledPictures:
@@ -123,13 +121,10 @@ def class_numbers(shards: ShardSet, classes: int, where: str = "") -> list[int]:
         content = shards.read_parts(number, ("cls",))["cls"]
         if content is None:
             raise ValueError(f"{shards.name(number)} has no .cls file; expected a class number for each image")
-        try:
-            labels.append(int(content))
-        except ValueError as error:
-            raise ValueError(
-                f"{shards.name(number)}: its .cls file holds {content[:20]!r}; expected a number"
-            ) from error
-        if not 0 <= labels[-1] < classes:
+        if not (digits := content.strip()).isdigit() or len(digits) > 9:
+            raise ValueError(f"{shards.name(number)}: its .cls file holds {content[:20]!r}; expected a number")
+        labels.append(int(digits))
+        if labels[-1] >= classes:
             raise ValueError(f"{shards.name(number)} has class {labels[-1]}; accepted: 0 to {classes - 1}{where}")
     return labels
 
@@ -153,7 +148,7 @@ def open_captioned(source: str | Path) -> CaptionedPictures:
     else:
         files = [file for file, _ in list_folder(root)[1]]
         beside = [file.with_suffix(".txt") for file in files]
-        texts = [read_bytes(text) if text.is_file() else b"" for text in beside]
+        texts = [read_bytes(text, MOST_TEXT) if text.is_file() else b"" for text in beside]
         pictures = list(files)
     captions = [
         tuple(line.strip() for line in text.decode("utf-8-sig", errors="replace").splitlines() if line.strip())

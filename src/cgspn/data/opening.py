@@ -15,6 +15,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 MOST_PIXELS = 1 << 26  # of a picture: 256 MiB as RGB, for which Pillow takes four bytes
 MOST_PHOTOGRAPHED = 1 << 27  # of a JPEG, which the decoder can shrink: beyond the largest cameras
 MOST_BYTES = 1 << 28  # of a file
+MOST_TEXT = 1 << 20  # bytes of a caption, or of another text beside a picture
 MOST_METADATA = 1 << 24  # bytes that are read until its size is known
 MOST_READS = (1 << 13, 1 << 18)  # of a file until its size is known, and in all; Pillow takes microseconds for each
 MOST_SCANNED = 1 << 31  # pixels in all scans of a progressive JPEG, which take some seconds
@@ -84,15 +85,15 @@ class _Counted:
         return content
 
 
-def check_file(path: Path) -> None:
-    """Raise OSError for what is no regular file, which might have no end, and for files larger than `MOST_BYTES`."""
+def check_file(path: Path, most: int = MOST_BYTES) -> None:
+    """Raise OSError for what is no regular file, which might have no end, and for more than so many bytes."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
-    if (size := path.stat().st_size) > MOST_BYTES:
-        raise OSError(f"{path} has {size} bytes; accepted: {MOST_BYTES}")
+    if (size := path.stat().st_size) > most:
+        raise OSError(f"{path} has {size} bytes; accepted: {most}")
 
 
-def read_bytes(path: Path) -> bytes:
+def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     """What a file holds. Raises OSError as `check_file`, or if it cannot be read."""
-    check_file(path)
+    check_file(path, most)
     return path.read_bytes()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .folder import list_folder
-from .opening import read_bytes
+from .opening import MOST_TEXT, read_bytes
 from .skipped import Skipped
 
 
@@ -115,7 +115,7 @@ def caption_of(text: bytes | None, data: bytes | None) -> str:
     if isinstance(found, dict):
         for key in ("caption", "text"):
             if isinstance(value := found.get(key), str) and value.strip():
-                return value.strip()
+                return value.strip().encode(errors="replace").decode()  # JSON may hold halves of characters
     return ""
 
 
@@ -128,4 +128,4 @@ def digest_of(names: Iterable[bytes]) -> str:
 
 
 def _optional(path: Path) -> bytes | None:
-    return read_bytes(path) if path.is_file() else None
+    return read_bytes(path, MOST_TEXT) if path.is_file() else None

@@ -153,7 +153,7 @@ def _ade20k(root: Path, split: str) -> SegmentationSet:
     table = root / "objectInfo150.txt"  # columns of which the last is the name, below a line of headings
     names = _numbered(150)
     if table.is_file():
-        rows = [line.split("\t")[-1].strip() for line in read_lines(table, "")][1:]
+        rows = [line.split("\t")[-1].strip() for line in read_lines(table, "names of classes")][1:]
         names = tuple(row.split(",")[0] for row in rows) if len(rows) == 150 else names
     pairs = _twins(root / "images" / split, root / "annotations" / split, ".png")
     return SegmentationSet("ade20k", *_unzip(pairs), names, first=1, ignored=0)

@@ -111,7 +111,7 @@ def index_shards(source: str, located: Sequence[Shard], cache: Path, max_skipped
     _check_problems(problems, located, max_skipped)
     kept = [(shard, index) for shard, (index, _) in indexed if index is not None and len(index)]
     if not kept:
-        raise ValueError(f"{source}: no images in {len(located)} shards")
+        raise ValueError(f"{source}: no images in {len(located)} shards{_named(problems)}")
     indices = [index for _, index in kept]
     starts = np.cumsum([0] + [len(index.names) for index in indices])
     return ShardSet(
@@ -128,13 +128,17 @@ def index_shards(source: str, located: Sequence[Shard], cache: Path, max_skipped
 def _check_problems(problems: Sequence[tuple[str, str]], located: Sequence[Shard], max_skipped: float) -> None:
     if len(problems) <= max_skipped * len(located):
         return
-    named = "; ".join(f"{name}: {why}" for name, why in problems[:3])
     if len(located) == 1 and located[0].problem:
-        raise FileNotFoundError(named)
+        raise FileNotFoundError(_named(problems)[2:])
     raise ValueError(
         f"{len(problems)} of {len(located)} shards are lost or damaged, more than {max_skipped:.0%} "
-        f"(max_skipped): {named}"
+        f"(max_skipped){_named(problems)}"
     )
+
+
+def _named(problems: Sequence[tuple[str, str]]) -> str:
+    """The first of them, for the end of a message."""
+    return ": " + "; ".join(f"{name}: {why}" for name, why in problems[:3]) if problems else ""
 
 
 def _skipped(problems: tuple[tuple[str, str], ...], shards: int, kept: Sequence[tuple[Shard, TarIndex]]) -> Skipped:

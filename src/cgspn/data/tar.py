@@ -38,10 +38,10 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
     """
     at, records = 0, dict[bytes, bytes]()
     while True:
+        if at + BLOCK > size:
+            raise TarDamage(f"cut off after {size} bytes" if size else "empty file")
         file.seek(at)
         block = file.read(BLOCK)
-        if len(block) < BLOCK:
-            raise TarDamage(f"cut off after {size} bytes" if size else "empty file")
         if not any(block):
             return
         if not _is_header(block):
@@ -94,13 +94,10 @@ def _number(field: bytes, at: int) -> int:
         if field[0] != 0x80 or value >> 63:
             raise TarDamage(f"the header at byte {at} claims a size below zero or beyond any file's")
         return value
-    try:
-        value = int(field.split(b"\0")[0].strip() or b"0", 8)
-    except ValueError as error:
-        raise TarDamage(f"no valid size in the header at byte {at}") from error
-    if value < 0:
-        raise TarDamage(f"the header at byte {at} claims a size below zero or beyond any file's")
-    return value
+    digits = field.split(b"\0")[0].strip() or b"0"
+    if not all(48 <= digit < 56 for digit in digits):
+        raise TarDamage(f"no valid size in the header at byte {at}")
+    return int(digits, 8)
 
 
 def _decimal(digits: bytes, at: int) -> int:
@@ -117,7 +114,7 @@ def _pax_records(content: bytes, at: int) -> dict[bytes, bytes]:
         digits = content[position:space] if space > 0 else b""
         end = position + int(digits) if digits.isdigit() else 0
         key, equals, value = content[space + 1 : end - 1].partition(b"=")
-        if not space < end <= len(content) or not equals:
+        if not digits.isdigit() or not space < end <= len(content) or not equals:
             raise TarDamage(f"no valid PAX record in the header at byte {at}")
         if key in (b"path", b"size") or key.startswith(b"GNU.sparse."):
             found[key] = value

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .folder import SUFFIXES
-from .opening import MOST_BYTES
+from .opening import MOST_BYTES, MOST_TEXT
 from .tar import LONGEST_NAME, Member, TarDamage, members
 
-FORMAT = 3  # of the cached file; another number is read as no cache
+FORMAT = 4  # of the cached file; another number is read as no cache
 
 PARTS = ("image", "txt", "json", "mask", "cls")
 IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
@@ -109,7 +109,9 @@ class _Samples:
                 others.append((shown_name(member.name), NO_IMAGE))
             return
         spans = self.spans.setdefault(key, [(-1, -1)] * len(PARTS))
-        reason = _unusable(member) or (TAKEN if spans[PARTS.index(part)][0] >= 0 else "")
+        reason = _unusable(member, MOST_TEXT if part in ("txt", "json", "cls") else MOST_BYTES) or (
+            TAKEN if spans[PARTS.index(part)][0] >= 0 else ""
+        )
         if not reason:
             spans[PARTS.index(part)] = (member.offset, member.size)
         elif part == "image" or reason != TAKEN:
@@ -134,11 +136,11 @@ class _Samples:
         return TarIndex(*_joined(whole), spans, damage, left_out, self.count - len(left_out))
 
 
-def _unusable(member: Member) -> str:
+def _unusable(member: Member, most: int) -> str:
     if len(member.name) > LONGEST_NAME:
         return f"a name of {len(member.name)} bytes; accepted: {LONGEST_NAME}"
-    if member.size > MOST_BYTES:
-        return f"{member.size} bytes; accepted: {MOST_BYTES}"
+    if member.size > most:
+        return f"{member.size} bytes; accepted: {most}"
     return member.odd
 
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import io
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.futures import Future
 
+from ..teachers.pickles import check_archive
 from .manifest import DamageError
 
 _METADATA = ".metadata"
+MOST_INDEX = 1 << 24  # bytes: those of some 70,000 pieces of tensors
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 # What the index of a checkpoint of tensors is made of. No bytes: PyTorch unpickles those without limits.
 _ALLOWED = {
@@ -32,6 +36,8 @@ _ALLOWED = {
 
 
 class _Unpickler(pickle._Unpickler):  # the one in C allocates whatever a memo index asks for
+    dispatch: ClassVar = {code: do for code, do in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is not of a checkpoint of tensors")
@@ -45,18 +51,36 @@ class SafeReader(FileSystemReader):
         """Raises DamageError for any other index."""
         return read_index(Path(str(self.path)))
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """As PyTorch's. Raises CheckpointError for a tensor that may be more than its bytes."""
+        for item in plan.items:
+            place = self.storage_data[item.storage_index]
+            path = Path(str(self.path)) / place.relative_path
+            with path.open("rb") as file:
+                file.seek(place.offset)
+                check_archive(io.BytesIO(file.read(place.length)), f"{item.storage_index.fqn} in {path}")
+        return super().read_data(plan, planner)
+
 
 def read_index(folder: Path) -> Metadata:
     """The index of a distributed checkpoint. Raises DamageError for one of more than tensors of its own folder."""
-    content = (folder / _METADATA).read_bytes()
+    path = folder / _METADATA
+    if (size := path.stat().st_size) > MOST_INDEX:
+        raise DamageError(f"{_METADATA} has {size} bytes; accepted: {MOST_INDEX}")
+    content = path.read_bytes()
+    if sum(map(content.count, b"(]}\x8f")) > max(4096, size // 16):
+        raise DamageError(f"{_METADATA} takes far more memory than it has bytes")
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file() and not path.is_symlink()}
     try:
         found = _Unpickler(io.BytesIO(content)).load()
-        tensors, places = found.state_dict_metadata, found.storage_data
+        tensors, places = found.state_dict_metadata, found.storage_data.values()
         plain = isinstance(found, Metadata) and all(isinstance(t, TensorStorageMetadata) for t in tensors.values())
-        names = {place.relative_path for place in places.values()}
-        described = [place for place in places.values() if place.transform_descriptors]
+        covered = all(sum(chunk.sizes.numel() for chunk in t.chunks) == t.size.numel() for t in tensors.values())
+        sparse = any(len(t.chunks) > max(1, t.size.numel()) for t in tensors.values())
+        inside = all(0 <= p.offset <= p.offset + p.length <= sizes[p.relative_path] for p in places)
+        described = any(place.transform_descriptors for place in places)
     except Exception as error:  # pickles of strangers raise all kinds of errors
-        raise DamageError(f"{_METADATA} cannot be used: {error or type(error).__name__}") from error
-    if not plain or described or not all(isinstance(name, str) and Path(name).name == name for name in names):
-        raise DamageError(f"{_METADATA} names more than tensors of its own folder")
+        raise DamageError(f"{_METADATA} cannot be used: {str(error) or type(error).__name__}") from error
+    if not plain or not covered or sparse or not inside or described:
+        raise DamageError(f"{_METADATA} names more than tensors of its own folder, or less")
     return found

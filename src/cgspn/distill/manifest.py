@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from ..models.checkpoint import write_atomically
-from ..models.reading import CheckpointError, read_json
+from ..models.reading import CheckpointError, read_json, read_json_value
 
 NAME = "manifest.json"
+MOST_RECORD = 1 << 30  # bytes
 
 Entries = dict[str, dict[str, Any]]
 """Size and SHA-256 of files, by name."""
@@ -43,8 +44,8 @@ def check_manifest(folder: Path, counts: Mapping[str, int] | None = None) -> dic
     Raises DamageError for the first file that is missing, changed, a link or none of the manifest, and for other
     counts than `counts` has; OSError if a file cannot be read.
     """
-    if not (folder / NAME).is_file():
-        raise DamageError(f"it has no {NAME}")
+    if folder.is_symlink() or not (folder / NAME).is_file():
+        raise DamageError(f"it has no {NAME} of its own")
     try:
         manifest = read_json(folder / NAME)
     except CheckpointError as error:
@@ -67,3 +68,15 @@ def check_manifest(folder: Path, counts: Mapping[str, int] | None = None) -> dic
         if entry["sha256"] != files[name].get("sha256"):
             raise DamageError(f"{name} was changed: its checksum is another")
     return noted
+
+
+def read_steps(path: Path, steps: Any) -> list[dict[str, float]]:
+    """The record of each of so many steps. Raises DamageError for a file that holds anything else."""
+    try:
+        found = read_json_value(path, MOST_RECORD)
+    except CheckpointError as error:
+        raise DamageError(str(error)) from error
+    records = found if isinstance(found, list) and len(found) == steps else [None]
+    if not all(isinstance(each, dict) and all(isinstance(v, (int, float)) for v in each.values()) for each in records):
+        raise DamageError(f"{path.name} is no record of {steps} steps")
+    return found

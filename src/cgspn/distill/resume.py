@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ..models.checkpoint import CONFIG, WEIGHTS, read_model, write_atomically
 from ..models.encoder import Encoder
-from ..models.reading import CheckpointError, read_json, read_json_value
+from ..models.reading import CheckpointError, read_json
 from ..models.weights import open_safetensors, read_state
-from .manifest import DamageError, check_manifest, entries_of, write_manifest
+from .manifest import DamageError, check_manifest, entries_of, read_steps, write_manifest
 from .parallel import World, gather_objects
-from .snapshots import MOST_RECORD, Snapshots, set_aside
+from .snapshots import Snapshots, set_aside
 
 RUN, RECORD, REPORT = "run.json", "distill.json", "report.html"
 LOSSES, THROUGHPUT, ADAPTERS = "losses.json", "throughput.json", "adapters.safetensors"
@@ -190,10 +190,7 @@ def finished_stage(folder: Path, world: World) -> tuple[list[dict[str, float]], 
     if world.rank == 0 and (folder / LOSSES).exists():
         try:
             steps = check_manifest(folder).get("steps")
-            losses = read_json_value(folder / LOSSES, MOST_RECORD)
-            if not isinstance(losses, list) or len(losses) != steps:
-                raise DamageError(f"{LOSSES} is not of {steps} steps")
-            found = losses, read_json(folder / THROUGHPUT)
+            found = read_steps(folder / LOSSES, steps), read_json(folder / THROUGHPUT)
         except (DamageError, CheckpointError, OSError) as error:
             set_aside(folder, f"stage {folder.name} is damaged and run again: {error}")
     return gather_objects(found)[0]

@@ -20,15 +20,13 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from ..models.checkpoint import reason_of
-from ..models.reading import read_json_value
+from ..models.checkpoint import line_of, reason_of
 from ..terminal import warn
 from .dcp_reader import SafeReader, read_index
-from .manifest import DamageError, Entries, check_manifest, entries_of, write_manifest
+from .manifest import DamageError, Entries, check_manifest, entries_of, read_steps, write_manifest
 from .parallel import barrier, gather_objects
 
 RECORD = "record.json"
-MOST_RECORD = 1 << 30  # bytes
 KEPT = 2  # the last one, and the one before in case the machine dies while an old one is removed
 
 
@@ -81,14 +79,14 @@ class Snapshots:
     def _first(self) -> bool:
         return not dist.is_initialized() or dist.get_rank() == 0
 
-    def save(self, done: int, tensors: dict[str, Tensor], record: Any) -> None:
+    def save(self, done: int, tensors: dict[str, Tensor], record: list[dict[str, float]]) -> None:
         """Write one, then remove those that are no longer needed. All processes call this.
 
         Args:
             done: steps done.
             tensors: by name; sharded ones (DTensor) and ones that only some processes have are put together on
                 loading.
-            record: what goes into JSON beside them, from the first process.
+            record: of each of the steps; the first process's goes into JSON beside them.
 
         Raises SnapshotError, on every process, if the disk is full or the folder cannot be written.
         """
@@ -132,11 +130,11 @@ class Snapshots:
         if first:
             shutil.rmtree(whole, ignore_errors=True)
             os.replace(partial, whole)
-            for old in sorted(p for p in self.folder.glob("[0-9]*") if p.name.isdigit())[:-KEPT]:
-                shutil.rmtree(old, ignore_errors=True)
+            for old in sorted(self._steps())[:-KEPT]:
+                shutil.rmtree(self.folder / f"{old:08d}", ignore_errors=True)
         barrier()
 
-    def load(self, done: int, tensors: dict[str, Tensor]) -> Any:
+    def load(self, done: int, tensors: dict[str, Tensor]) -> list[dict[str, float]]:
         """Fill `tensors`, in place, from the snapshot after `done` steps; returns its record. No code of it is run.
 
         Raises SnapshotError if the snapshot does not hold one of them, or holds it in another shape.
@@ -145,9 +143,9 @@ class Snapshots:
         try:
             with _alone_unwarned():
                 load(tensors, storage_reader=SafeReader(folder), no_dist=not dist.is_initialized())
-            return read_json_value(folder / RECORD, MOST_RECORD)
+            return read_steps(folder / RECORD, done)
         except (OSError, RuntimeError, ValueError, KeyError, AssertionError, CheckpointException) as error:
-            raise SnapshotError(f"the snapshot in {folder} cannot be used: {_cause(error)}") from error
+            raise SnapshotError(f"the snapshot in {folder} cannot be used: {line_of(_cause(error))}") from error
 
     def clear(self) -> None:
         """Remove all of them: the stage is done."""
@@ -163,12 +161,7 @@ def check_snapshot(folder: Path, steps: int) -> None:
     counts = check_manifest(folder, {"steps": steps})
     if counts.get("tensors") != len(read_index(folder).state_dict_metadata):
         raise DamageError("it does not hold as many tensors as were written")
-    try:
-        record = read_json_value(folder / RECORD, MOST_RECORD)
-    except ValueError as error:
-        raise DamageError(str(error)) from error
-    if isinstance(record, list) and len(record) != steps:
-        raise DamageError(f"{RECORD} is of {len(record)} steps")
+    read_steps(folder / RECORD, steps)
 
 
 def set_aside(folder: Path, message: str) -> None:

@@ -107,9 +107,9 @@ def distill(
     with frozen(teacher):
         for number, (stage, stream) in enumerate(zip(stages, streams, strict=True)):
             if (found := folders.restore(number, student)) is not None:
-                *record, carried = found
+                losses, throughput, carried = found
                 record_sizes(student, stage.shapes(student.config.patch_size))
-                histories.append(History(stage.title, *record))
+                histories.append(History(stage.title, losses, throughput))
                 continue
             if not histories:
                 # of a stream of one step, which starts no more workers than that needs

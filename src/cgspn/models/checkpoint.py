@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -48,9 +49,16 @@ def _publish(temporary: str, path: Path) -> None:
     os.replace(temporary, path)
 
 
+def line_of(error: BaseException) -> str:
+    """An error in one line: the first, without the advice that PyTorch gives before, to read files without limits."""
+    lines = str(error).rpartition("WeightsUnpickler error: ")[2].split("\n")
+    said = (line for line in lines if line.strip() and not line.startswith("Weights only load failed"))
+    return re.sub(r"\x1b\[[0-9;]*m", "", next(said, type(error).__name__)).strip()
+
+
 def reason_of(error: BaseException, folder: Path) -> str:
     """An error in writing to a folder in one line, which says so if the disk is full."""
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = line_of(error)
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text
     with suppress(OSError):  # PyTorch and safetensors do not always say why
         full = full or shutil.disk_usage(folder).free < LITTLE

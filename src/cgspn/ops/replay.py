@@ -164,15 +164,18 @@ class Replay:
         self._bound = tuple([first for first, _ in changing])
         self._steps: list[tuple[Callable[[int], None] | None, Callable[[], Any]]] = []
         self._changing: list[tuple[Any, int, int, int]] = []
+        self._owners: list[Any] = []  # of what the driver and cuBLASLt read by address
         for step in recording.steps:
             what, where = step
             if isinstance(what, Launch):
                 launch = what.copy()
                 launch.place(where)
+                self._owners.append(launch)
                 self._steps.append((check, recording.gpu.submission(launch, recording.stream)))
                 words = [(launch.words, slot) for slot in launch.slots]
             else:
                 self._steps.append((what, where if what is None else where.run))
+                self._owners.append(where)
                 words = [] if what is None else [(pointer, 0) for pointer in where.pointers]
             for (written, slot), address in zip(words, addresses_of(step)):
                 for place, (first, size) in enumerate(changing):

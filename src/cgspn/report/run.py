@@ -29,7 +29,8 @@ def run_report(record: Record) -> str:
 
     Args:
         record: what `cgspn distill` leaves in distill.json: "command", "versions", "config", "losses" (by stage, a list
-            of steps), "throughput" (by stage), "images", "skipped" (file and reason), "processes", "device".
+            of steps), "throughput" (by stage), "images", "held_out" (`held_out.compare`), "skipped" (file and reason),
+            "processes", "device".
 
     Raises:
         ModuleNotFoundError: matplotlib is missing; the message names the extra.
@@ -57,10 +58,18 @@ def _summary(record: Record, stages: Mapping[str, Sequence[Mapping[str, float]]]
         rate = f"{speed['images_per_second']:,.0f} images/s" if "images_per_second" in speed else ""
         parts = [f"loss {first:.3g} at first; {len(steps):,} steps", rate, _wall_time(speed), rising(steps)]
         cards.append(page.card(title, f"{last:.3g}", ", ".join(part for part in parts if part), "var(--link)"))
+    held = record.get("held_out") or {}
+    if "cosine" in held:
+        seen = "that it was trained on, as fewer than 100 are there" if held["trained_on"] else "kept out of training"
+        note = f"of grid tokens, mean over {held['images']} images {seen}; 1 is the same direction"
+        cards.insert(0, page.card("Cosine to the teacher", f"{held['cosine']:.3f}", note, "var(--link)"))
     body = [
         page.paragraph("The loss of each stage at its end, mean of the last twentieth of its steps. Lower is better."),
         page.group(cards, "cards") if cards else page.paragraph("This run trained nothing."),
     ]
+    if "picture" in held:
+        words = "features as colours, one choice for all images; the student's are turned to fit the teacher's"
+        body.append(page.picture(held["picture"], f"Images and {words}", "Image, teacher, student", words))
     return Section("summary", "In short", "\n".join(body), "In short")
 
 

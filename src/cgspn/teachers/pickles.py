@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import mmap
 import re
 import struct
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from ..models.reading import CheckpointError
+from ..models.checkpoint import CheckpointError, line_of
 from ..models.weights import DTYPES
 
 MOST_LETTERS = 1 << 24  # of the names of all tensors and dictionaries
@@ -31,7 +32,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     if not path.is_file() or not (size := path.stat().st_size):
         raise CheckpointError(f"{path} is no file, or an empty one")
     if zipped := zipfile.is_zipfile(path):
-        _check_parts(path, size)
+        with path.open("rb") as file:
+            check_archive(file, str(path))
     elif _mentions(path, ALLOCATES):
         raise CheckpointError(f"{path} asks for memory of any size")
     try:
@@ -75,29 +77,29 @@ def _flat(content: Mapping[Any, Any], prefix: str, left: list[int]) -> Iterator[
                 yield from _flat(value, f"{prefix}{key}.", left)
 
 
-def _check_parts(path: Path, size: int) -> None:
-    """Raise CheckpointError for a zip file that is a program, or may expand."""
-    with path.open("rb") as file:
-        file.seek(max(0, size - (1 << 16)))
-        end = file.read().rpartition(b"PK\5\6")[2]
+def check_archive(file: IO[bytes], name: str) -> None:
+    """Raise CheckpointError for what `torch.save` did not write, is a program, or takes more memory than bytes."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - (1 << 16)))
+    end = file.read().rpartition(b"PK\5\6")[2]
     if len(end) < 12 or int.from_bytes(end[8:12], "little") > MOST_DIRECTORY:
-        raise CheckpointError(f"{path} has a list of parts that is damaged, or too long")
+        raise CheckpointError(f"{name} has no list of parts, or one that is too long")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
             if any(part.filename.endswith("/constants.pkl") for part in parts):
                 raise CheckpointError(
-                    f"{path} is a TorchScript program, which would be run to be read; where you trust it, write its "
-                    f"tensors alone: torch.save(torch.jit.load({path.name!r}, map_location='cpu').state_dict(), "
+                    f"{name} is a TorchScript program, which would be run to be read; where you trust it, write its "
+                    f"tensors alone: torch.save(torch.jit.load({Path(name).name!r}, map_location='cpu').state_dict(), "
                     "'weights.pt')"
                 )
             if any(part.compress_type != zipfile.ZIP_STORED or part.file_size > size for part in parts):
-                raise CheckpointError(f"{path} has compressed parts, which torch.save does not write and may expand")
+                raise CheckpointError(f"{name} has compressed parts, which torch.save does not write and may expand")
             programs = [part for part in parts if part.filename.endswith(".pkl")]
             if any(p.file_size > MOST_PICKLED or ALLOCATES in archive.read(p) for p in programs):
-                raise CheckpointError(f"{path} asks for memory of any size")
+                raise CheckpointError(f"{name} asks for memory of any size")
     except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error, OSError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+        raise CheckpointError(f"{name} is damaged: {error}") from error
 
 
 def _mentions(path: Path, words: bytes) -> bool:
@@ -116,7 +118,4 @@ def _reason(error: Exception, path: Path, zipped: bool) -> str:
         )
     if not zipped:
         return "the file is damaged, or no checkpoint"
-    if " error: " in str(error):  # below advice to read it without limits
-        error = ValueError(str(error).split(" error: ", 1)[1])
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return re.sub(r"\x1b\[[0-9;]*m", "", line)
+    return line_of(error)

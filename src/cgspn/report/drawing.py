@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..report.charts import require_matplotlib
+from .charts import require_matplotlib
 
 
 def draw(path: Path, paint: Callable[[Any], object], rows: int = 1, columns: int = 1, **options: Any) -> None:

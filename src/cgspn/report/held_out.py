@@ -1,0 +1,111 @@
+"""How near a student came to its teacher on images that are kept out of training: a cosine, and a picture."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import Sample, SampleSource, Skipped
+from ..data.opening import open_image
+from ..data.prepare import Picture, open_picture, prepare_for
+from ..distill.taps import observe
+from ..evaluate import cosine
+from ..models.encoder import Encoder
+from .pca import fit_colours
+from .pictures import jpeg_uri, mosaic
+
+MOST, ONE_IN = 16, 100  # images that are kept out: one in a hundred, at most sixteen
+SHOWN, SIDE = 4, 240  # rows of the picture, and pixels of a side of what is in it
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """The samples of a source but for some, evenly spread, that are kept out of training: a `SampleSource` itself."""
+
+    whole: SampleSource
+
+    @property
+    def source(self) -> str:
+        """As in `SampleSource`."""
+        return self.whole.source
+
+    @property
+    def problems(self) -> Skipped:
+        """As in `SampleSource`."""
+        return self.whole.problems
+
+    @property
+    def out(self) -> range:
+        """Numbers, in the whole source, of those that are kept out; none of fewer than a hundred."""
+        count = min(MOST, len(self.whole) // ONE_IN)
+        return range(0, count * (len(self.whole) // max(1, count)), len(self.whole) // max(1, count))
+
+    def __len__(self) -> int:
+        return len(self.whole) - len(self.out)
+
+    def place(self, number: int) -> int:
+        """The number in the whole source of a sample of this one."""
+        return number + min(number // (self.out.step - 1) + 1, len(self.out)) if self.out else number
+
+    def name(self, number: int) -> str:
+        """As in `SampleSource`."""
+        return self.whole.name(self.place(number))
+
+    def read(self, number: int) -> Sample:
+        """As in `SampleSource`."""
+        return self.whole.read(self.place(number))
+
+    def digest(self) -> str:
+        """As in `SampleSource`."""
+        return self.whole.digest()
+
+    def pictures(self) -> Iterator[Picture]:
+        """Those that are kept out and can be read; of a small source the first, which were trained on."""
+        for number in self.out or range(min(MOST, len(self.whole))):
+            try:
+                with open_image(io.BytesIO(self.whole.read(number).encoded)) as image:
+                    yield open_picture(image)
+            except Exception:  # damaged files raise all kinds of errors, and were named in training
+                continue
+
+
+def compare(teacher: Encoder, student: Encoder, pictures: Iterable[Picture]) -> dict[str, Any]:
+    """How near the tokens of a student are to its teacher's, at the student's own size; empty without pictures.
+
+    "cosine": mean over all grid tokens. "images": how many. "picture": a data URI of some of them with the features of
+    teacher and student as colours.
+    """
+    prepare = prepare_for(student.config)
+    device = next(student.parameters()).device
+    images = [prepare(open_picture(picture)) for picture in pictures]
+    features: tuple[list[Tensor], list[Tensor]] = [], []
+    with torch.no_grad():
+        for image in images:  # one by one, as large ones may fill the memory
+            pixels = image[None].to(device)
+            taps = observe(teacher, pixels, student.config)
+            mine = student(pixels).tokens[0].float().cpu()
+            features[0].append(taps.tokens[0].float().cpu().view_as(mine))
+            features[1].append(mine)
+    if not images:
+        return {}
+    theirs, own = features
+    basis = fit_colours(theirs)
+    colours = (basis, fit_colours(own, like=(basis, theirs)))
+    mean, std = (torch.tensor(v)[:, None, None] for v in (student.config.image_mean, student.config.image_std))
+    cells = []
+    for number, image in enumerate(images[:SHOWN]):
+        shown = (image * std + mean).expand(3, -1, -1)
+        row = [shown.permute(1, 2, 0), *(c.picture(f[number]) for c, f in zip(colours, features, strict=True))]
+        cells += [_square(picture.permute(2, 0, 1)) for picture in row]
+    picture = mosaic(cells, 3, 4)[..., :3]
+    near = cosine(torch.stack(own), torch.stack(theirs))
+    return {"cosine": near, "images": len(images), "picture": jpeg_uri(picture, 1024)}
+
+
+def _square(picture: Tensor) -> Tensor:
+    return torch.nn.functional.interpolate(picture[None], (SIDE, SIDE), mode="bilinear")[0].permute(1, 2, 0)

@@ -1,0 +1,49 @@
+"""What is kept out of training, and what student and teacher are compared by."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cgspn.data import load_embedded, open_samples
+from cgspn.evaluate import cosine
+from cgspn.report.held_out import Kept, compare
+from cgspn.teachers import convert, load_embedded_teacher
+
+
+@pytest.mark.parametrize(("count", "out"), [(30, 0), (100, 1), (250, 2), (1700, 16), (5000, 16)])
+def test_one_in_a_hundred_is_kept_out_and_no_other_sample_is_lost(tmp_path, count, out):
+    for number in range(count):
+        (tmp_path / f"{number:05d}.png").touch()
+    kept = Kept(open_samples(str(tmp_path)))
+    trained = [kept.name(number)[-9:-4] for number in range(len(kept))]
+    held = {kept.whole.name(number)[-9:-4] for number in kept.out}
+    assert len(held) == out
+    assert len(set(trained)) == len(trained) == count - out
+    assert sorted({*trained, *held}) == [f"{number:05d}" for number in range(count)]
+
+
+def test_pictures_of_a_folder_that_can_be_read(tmp_path):
+    for number in range(4):
+        Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    assert len(list(Kept(open_samples(str(tmp_path))).pictures())) == 3
+
+
+def test_the_cosine_is_that_of_the_tokens():
+    teacher = load_embedded_teacher().image
+    torch.manual_seed(0)
+    student = convert(teacher, compression=4).eval()
+    images = load_embedded("validation").images[:3]
+    found = compare(teacher, student, images)
+    assert found["images"] == 3
+    assert found["picture"].startswith("data:image/jpeg")
+    assert compare(teacher, teacher, images)["cosine"] == pytest.approx(1)
+    grey = images.float().expand(-1, 3, -1, -1) / 255
+    mean, std = (torch.tensor(v)[:, None, None] for v in (teacher.config.image_mean, teacher.config.image_std))
+    with torch.no_grad():
+        pixels = (grey - mean) / std
+        assert found["cosine"] == pytest.approx(cosine(student(pixels).tokens, teacher(pixels).tokens), abs=1e-5)
+    assert compare(teacher, student, []) == {}
