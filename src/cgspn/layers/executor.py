@@ -169,6 +169,9 @@ def keep(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion) -> Tensor | N
     stream = None if gpu is None else gpu.stream()
     if gpu is None or stream is None or not (is_plain(block.mixer, PropagationMixer) and is_plain(block.mlp, Mlp)):
         return None
+    if not gpu.is_current():
+        with gpu.current():
+            return keep(block, tokens, grid, fusion)
     if state.look() != state.seen:
         state.plans.clear()
         state.seen = state.look()
