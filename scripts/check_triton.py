@@ -29,9 +29,9 @@ from cgspn.ops.triton_scan import tile
 ARCHITECTURES = (80, 90, 100)
 SIZES = ("H", "W", "C", "D", "groups", "codes", "chunk")
 MAPS = ("x", "lam", "u", "logits", "keep", "dkeep", "y", "dy", "dx", "dlam", "du", "dlogits")
-STATES = ("saved", "h")  # in the dtype of the state
-FORWARD = {"NORMALISE": True, "KEEP": True, "MASKED": True, "WRITE": True, "SAVE": True}
-BACKWARD = {"NORMALISE": True, "KEEP": True, "MASKED": True}
+STATES = ("saved", "h", "counted", "n")  # in the dtype of the state
+FORWARD = {"NORMALISE": True, "KEEP": True, "MASKED": True, "MEAN": True, "WRITE": True, "SAVE": True}
+BACKWARD = {"NORMALISE": True, "KEEP": True, "MASKED": True, "MEAN": True}
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
 # kernels around the scan: tiles, warps, stages, as library.py launches them for bf16 tokens of 1152 channels

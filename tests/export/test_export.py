@@ -174,6 +174,6 @@ def test_an_onnx_graph_names_its_axes_and_refuses_other_sizes(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].shape == ["batch", 3, "height", "width"]
     assert session.get_outputs()[0].shape[:3] == ["batch", "rows", "columns"]
-    for shape in ((3, 3, 8, 8), (1, 3, 9, 8), (1, 3, 8, 32), (1, 3, 4, 8)):
+    for shape in ((3, 3, 8, 8), (0, 3, 8, 8), (1, 3, 9, 8), (1, 3, 8, 32), (1, 3, 4, 8)):
         with pytest.raises(Exception, match="sides_8_to_24_in_steps_of_4"):
             session.run(None, {"images": torch.zeros(shape).numpy()})

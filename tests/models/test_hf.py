@@ -56,6 +56,7 @@ def test_one_folder_for_both_libraries(encoder, folder, images, tmp_path):
     torch.testing.assert_close(AutoModel.from_pretrained(tmp_path / "again")(images).pooler_output, own.pooled)
     half = AutoModel.from_pretrained(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    assert half(images).pooler_output.dtype == torch.bfloat16  # of float32 images, as its processor gives them
 
 
 def test_hidden_states_are_the_tokens_before_and_after_each_block(encoder, folder, images):

@@ -99,6 +99,13 @@ def test_a_student_becomes_a_model_of_timm_and_shares_its_weights(images):
     assert not model.training
 
 
+def test_a_shared_model_without_pooling_comes_back(images, tmp_path):
+    model = timm.create_model(NAME, global_pool="", num_classes=5, **SHALLOW).eval()
+    save_for_hf(model, tmp_path)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert torch.equal(again(images), model(images))
+
+
 @pytest.mark.parametrize("resized", [False, True])
 def test_a_shared_student_comes_back_bit_for_bit(images, resized, tmp_path):
     student = cgspn.convert(cgspn.create_model("vit_mini_patch4_28"), compression=3, keep_attention=1).eval()
@@ -123,6 +130,8 @@ def test_options_mean_what_they_mean_in_timm(images):
     assert timm.create_model(NAME, embed_dim=96, **SHALLOW).config.mlp_hidden == 384
     tokens = timm.create_model(NAME, global_pool="", num_classes=5, **SHALLOW).eval()
     assert tokens(images).shape == (2, 15, 5)
+    overlaid = timm.create_model(NAME, pretrained_cfg_overlay={"mean": (0.0, 0.0, 0.0)}, **SHALLOW)
+    assert timm.data.resolve_model_data_config(overlaid)["mean"] == (0.0, 0.0, 0.0)
     padded = timm.create_model(NAME, dynamic_img_pad=True, **SHALLOW).eval()
     assert torch.equal(padded(images[..., :40, :60]), padded(pad(images[..., :40, :60], (0, 10, 0, 2))))
     with pytest.raises(TypeError, match="qk_norm"):

@@ -12,12 +12,13 @@ warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["cgspn_mini_patch4_28", "hybrid_mini_patch4_28"])
-def test_a_trace_takes_every_size_and_has_the_gradients(name):
+@pytest.mark.parametrize("name", ["cgspn_mini_patch4_28", "hybrid_mini_patch4_28", "vit_mini_patch4_28"])
+@pytest.mark.parametrize("size", [(12, 20), (28, 28)])  # the latter is the native one
+def test_a_trace_takes_every_size_and_has_the_gradients(name, size):
     torch.manual_seed(0)
     encoder = cgspn.create_model(name).eval()
     buffer = io.BytesIO()
-    torch.jit.save(torch.jit.trace(encoder, torch.randn(2, 3, 12, 20)), buffer)
+    torch.jit.save(torch.jit.trace(encoder, torch.randn(2, 3, *size)), buffer)
     buffer.seek(0)
     program = torch.jit.load(buffer)
     images = torch.randn(3, 3, 28, 24)

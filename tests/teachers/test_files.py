@@ -99,3 +99,26 @@ def test_videos_have_patches_of_another_shape(tmp_path):
     save_file(state | {"patch_embed.proj.weight": torch.zeros(C, 3, 2, 14, 14)}, tmp_path / "x.safetensors")
     with pytest.raises(CheckpointError, match=r"patch_embed.proj.weight has shape .*; expected \[width, channels"):
         cgspn.load_encoder(tmp_path / "x.safetensors", heads=2)
+
+
+@pytest.mark.parametrize(
+    "wrapper", ["_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_fsdp_wrapped_module._orig_mod"]
+)
+def test_wrapped_blocks_are_read(wrapper, tmp_path):
+    state = timm_state()
+    torch.save(
+        {f"module.{wrapper}.{k.replace('blocks.1.', f'blocks.1.{wrapper}.')}": v for k, v in state.items()},
+        tmp_path / "x.pt",
+    )
+    weight = cgspn.load_encoder(tmp_path / "x.pt", heads=2).blocks[1].mlp.fc1.weight
+    assert torch.equal(weight, state["blocks.1.mlp.fc1.weight"])
+    torch.save(state | {f"{wrapper}.pos_embed": state["pos_embed"]}, tmp_path / "y.pt")
+    with pytest.raises(CheckpointError, match="holds pos_embed twice"):
+        cgspn.load_encoder(tmp_path / "y.pt", heads=2)
+
+
+def test_the_target_of_an_online_network_is_not_the_usual_choice(tmp_path):
+    parts = {f"{part}.{k}": v for part in ("online_encoder", "target_encoder") for k, v in timm_state().items()}
+    torch.save(parts, tmp_path / "byol.pt")
+    with pytest.raises(CheckpointError, match="holds 2 models, 'online_encoder', 'target_encoder'"):
+        cgspn.load_encoder(tmp_path / "byol.pt", heads=2)

@@ -41,7 +41,7 @@ def test_options_are_heeded_or_refused(folder):
     [
         ({"image_size": 28}, "image_size is 28"),
         ({"later_field": 1}, "has no later_field"),
-        ({"width": 65}, "do not fit its config"),
+        ({"width": 66}, "do not fit its config"),
         ({"image_crop_pct": 0}, "image_crop_pct is 0"),
         ({"image_resample": "sinc"}, "image_resample is 'sinc'"),
         ({"summary_tokens": [3]}, "summary_tokens is"),
@@ -83,3 +83,34 @@ def test_shards_and_the_prefix_of_transformers_models_are_read(folder):
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     loaded = cgspn.load_encoder(folder).state_dict()
     assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+def test_wrappings_of_training_are_taken_off(folder):
+    state = load_file(folder / "model.safetensors")
+    wrapped = {f"module._orig_mod.{k.replace('blocks.1.', 'blocks.1._orig_mod.')}": v for k, v in state.items()}
+    save_file(wrapped, folder / "model.safetensors")
+    assert torch.equal(cgspn.load_encoder(folder).norm.weight, state["norm.weight"])
+    (folder / "model.safetensors").unlink()
+    torch.save({"model": state, "model_ema": {k: v + 1 for k, v in state.items()}}, folder / "pytorch_model.bin")
+    assert torch.equal(cgspn.load_encoder(folder).norm.weight, state["norm.weight"] + 1)
+    assert torch.equal(cgspn.load_encoder(folder, submodel="model").norm.weight, state["norm.weight"])
+    torch.save({"model": state}, folder.parent / "last.pth")
+    with pytest.raises(CheckpointError, match="this library's own"):
+        cgspn.load_encoder(folder.parent / "last.pth")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "float16"}, "dtype is 'float16'"),
+        ({"dtype": torch.int8}, r"dtype is torch\.int8"),
+        ({"heads": "4"}, "heads is '4'"),
+        ({"heads": 5}, "heads is 5; a width of 96"),
+        ({"image_mean": 0.5}, r"image_mean is 0\.5; accepted: a list"),
+        ({"norm_eps": "a"}, "norm_eps is 'a'; accepted: a finite number"),
+        ({"image_size": 28}, "image_size is 28; accepted: a list of 2"),
+    ],
+)
+def test_options_of_another_type_are_refused(folder, options, message):
+    with pytest.raises(CheckpointError, match=message):
+        cgspn.load_encoder(folder, **options)

@@ -70,3 +70,36 @@ def test_timm_and_openclip():
         fields(timm={"pretrained_cfg": {"crop_mode": "border"}})
     with pytest.raises(ValueError, match="filter 'sinc'"):
         fields(timm={"pretrained_cfg": {"interpolation": "sinc"}})
+
+
+def test_one_number_stands_for_every_channel():
+    found = fields(preprocessor={"image_mean": 0.25, "image_std": [0.5]})
+    assert (found["image_mean"], found["image_std"]) == ((0.25,) * 3, (0.5,) * 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mean", "resample", "crop"),
+    [("CLIPImageProcessor", 0.48145466, "bicubic", True), ("ViTImageProcessorFast", 0.5, "bilinear", False)],
+)
+def test_what_a_file_leaves_out_is_its_class_s_own(kind, mean, resample, crop):
+    found = fields(preprocessor={"image_processor_type": kind, "size": 224})
+    assert (found["image_mean"][0], found["image_resample"], found["image_crop"]) == (mean, resample, crop)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"size": {"shortest_edge": 224}, "do_center_crop": False},
+        {"size": {"longest_edge": 224}},
+        {"do_resize": False},
+        {"do_pad": True},
+    ],
+)
+def test_pictures_that_would_keep_their_shape_are_warned_of(stated):
+    with pytest.warns(UserWarning, match="leaves pictures their shape or pads them"):
+        fields(preprocessor=stated)
+
+
+def test_the_share_that_convnext_crops():
+    found = fields(preprocessor={"size": {"shortest_edge": 224}, "crop_pct": 0.875})
+    assert (found["image_crop"], found["image_crop_pct"]) == (True, 0.875)

@@ -110,3 +110,32 @@ def test_a_classifier_is_not_taken_for_a_projection(rows, stated, embed, tmp_pat
     state = state_of(768, pre_norm=True) | linear("head", rows, 768)
     config = None if stated is None else {"architecture": "vit_base_patch16_clip_224", **stated}
     assert load(tmp_path, state, config).config.embed_dim == embed
+
+
+@pytest.mark.parametrize("name", ["qwen3_vit_88m", "hiera_base_224", "cait_s24_224", "resnet50"])
+def test_a_stated_architecture_that_is_no_plain_vit_is_refused(name, tmp_path):
+    with pytest.raises(CheckpointError, match=r"rotary positions|none of timm's plain ViTs"):
+        load(tmp_path, state_of(), {"architecture": name}, heads=2)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ({"model_args": {"depth": 3}}, "depth = 3, and its tensors show 2"),
+        ({"model_args": {"embed_dim": 64}}, "embed_dim = 64, and its tensors show 32"),
+        ({"model_args": {"class_token": False}}, "class_token = False"),
+        ({"global_pool": "avgmax"}, "states the pooling 'avgmax'"),
+    ],
+)
+def test_a_config_and_tensors_that_disagree_are_refused(stated, message, tmp_path):
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, state_of(), {"architecture": "vit_x", **stated}, heads=2)
+
+
+def test_a_stated_size_says_that_the_table_is_no_square(tmp_path):
+    state = state_of(positions=2 * 6 + 1)
+    with pytest.raises(CheckpointError, match="no square grid"):
+        load(tmp_path, state, heads=2)
+    encoder = load(tmp_path, state, {"architecture": "vit_x", "model_args": {"img_size": [28, 84]}}, heads=2)
+    assert encoder.config.image_size == (28, 84)
+    assert torch.equal(encoder.positions.table, state["pos_embed"][0, 1:])

@@ -17,7 +17,7 @@ from ..environment import describe
 from ..layers import quantize_mlps
 from ..models.encoder import Encoder
 from ..models.registry import create_model
-from ..report.drawing import draw, over_sizes
+from ..report.drawing import draw, lines, over_sizes
 from .checks import at_least, known, not_empty, tiled_by
 from .machine import ceilings, free
 from .results import write
@@ -265,17 +265,8 @@ def plot(rows: list[Row], path: Path) -> None:
 
     def paint(axes: Any) -> None:
         for ax, mode in zip(axes[0], modes):
-            for model in dict.fromkeys(row["model"] for row in rows):
-                points = [
-                    (row["px"], row["images / s"])
-                    for row in rows
-                    if (row["mode"], row["model"]) == (mode, model) and "images / s" in row
-                ]
-                if points:
-                    ax.plot(*zip(*sorted(points)), "o-", label=model)
+            lines(ax, [row for row in rows if row["mode"] == mode], "px", "images / s", "model")
             over_sizes(ax, (row["px"] for row in rows), "images / s")
             ax.set_title(mode)
-            if ax.lines:
-                ax.legend(fontsize=8)
 
     draw(path, paint, columns=len(modes), figsize=(5 * len(modes), 4))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..environment import describe
 from ..layers import Grid
-from ..report.drawing import draw, over_sizes
+from ..report.drawing import draw, lines, over_sizes
 from .checks import at_least, not_empty, tiled
 from .contenders import OURS, Contender, Shape, build, names
 from .machine import ceilings, free
@@ -275,17 +275,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     def paint(axes: Any) -> None:
         for column, (mode, batch) in enumerate(panels):
+            shown = [row for row in rows if (row["mode"], row["B"]) == (mode, batch)]
             for ax, part in zip(axes[:, column], ("sub-layer", "block")):
-                for name in dict.fromkeys(r["mixer"] for r in rows):
-                    points = [
-                        (r["px"], r[f"{part} ms"])
-                        for r in rows
-                        if (r["mode"], r["B"], r["mixer"]) == (mode, batch, name) and r[f"{part} ms"]
-                    ]
-                    if points:
-                        ax.plot(*zip(*sorted(points)), "o-", label=name, linewidth=2.4 if name == OURS else 1.2)
-                over_sizes(ax, (r["px"] for r in rows), "ms")
+                lines(ax, shown, "px", f"{part} ms", "mixer")
+                over_sizes(ax, (row["px"] for row in rows), "ms")
                 ax.set_title(f"{part}, {mode}, B = {batch}")
-                ax.legend(fontsize=6)
 
     draw(path, paint, 2, len(panels), figsize=(4.6 * len(panels), 8))

@@ -23,7 +23,7 @@ from ..distill.trainer import train
 from ..environment import describe
 from ..models.encoder import Encoder
 from ..models.registry import create_model
-from ..report.drawing import draw, over_sizes
+from ..report.drawing import draw, lines, over_sizes
 from .checks import at_least, known, not_empty, tiled_by
 from .machine import free
 from .results import write
@@ -203,8 +203,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     def paint(axes: Any) -> None:
         for ax, key in zip(axes[0], panels):
-            points = [(row["image"], row[key]) for row in rows if row.get(key)]
-            ax.plot(*zip(*sorted(points)), "o-")
+            lines(ax, rows, "image", key)
             over_sizes(ax, (row["image"] for row in rows), key)
             if key == "MFU":  # shares of one ceiling, which do not differ by powers
                 ax.set(yscale="linear", ylim=(0, 1))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import ClassVar
 
 from ..console import console, waiting
 from ..data.segmentation_sets import SegmentationSet, open_pairs, open_segmentation
-from ..data.sizes import size_in_pixels
+from ..data.sizes import Size, size_in_pixels
 from ..evaluate.jobs import MIOU, PIXELS, Job, all_jobs, retrieval_job, zeroshot_job
 from ..evaluate.measure import MAX_SKIPPED, check_size, embed_pictures, segmentation
 from ..evaluate.predict import require_text
@@ -19,15 +21,8 @@ from .eval_report import Report, distinct, drawn_into, percents, typed_sizes
 MOST_CLASSES = 40  # whose IoU is printed; JSON has them all
 
 
-@dataclass(frozen=True)
-class _ImageText(Command):
-    models: Models
-    """Image-text models, a row each: checkpoint folders, hub ids, or "embedded"."""
-    data: tuple[str, ...] = ("embedded",)
-    """Data sets, one or more: "embedded" (its test split), folders or tars as described above."""
-    size: tuple[str, ...] = ()
-    """Pixels: a side of the square, or HEIGHTxWIDTH; by default each model's own size, the largest that it was trained
-    at. Several make a row each, and a plot of the scores."""
+@dataclass(frozen=True, kw_only=True)
+class _Evaluation(Command):
     batch_size: int = 64
     """Images at a time."""
     device: Device = "auto"
@@ -41,22 +36,33 @@ class _ImageText(Command):
     max_skipped: float = MAX_SKIPPED
     """Largest share of unreadable images that is tolerated, 0 to 1."""
 
+    def report(self, title: str, seeds: dict[str, int], sizes: Sequence[Size]) -> Report:
+        """What is shown and written. Raises ValueError as `Report`."""
+        plot = drawn_into(self.plot, self.out, sizes)
+        return Report(
+            title, self.device, self.batch_size, self.max_skipped, self.out, seeds, plot, overwrite=self.overwrite
+        )
+
+
+@dataclass(frozen=True)
+class _ImageText(_Evaluation):
+    usual: ClassVar = ("data", "size", "device", "out")
+
+    models: Models
+    """Image-text models, a row each: checkpoint folders, hub ids, or "embedded"."""
+    data: tuple[str, ...] = ("embedded",)
+    """Data sets, one or more: "embedded" (its test split), folders or tars as described above."""
+    size: tuple[str, ...] = ()
+    """Pixels: a side of the square, or HEIGHTxWIDTH; by default each model's own size, the largest that it was trained
+    at. Several make a row each, and a plot of the scores."""
+
     def measure(self, title: str, jobs: list[Job]) -> None:
         if not self.models:
             raise ValueError("models is empty; expected one or more image-text models")
         if not jobs:
             raise ValueError("data is empty; expected one or more data sets")
         sizes = typed_sizes(self.size)
-        report = Report(
-            title,
-            self.device,
-            self.batch_size,
-            self.max_skipped,
-            self.out,
-            {"captions": 0, "galleries": 0},
-            drawn_into(self.plot, self.out, sizes),
-            overwrite=self.overwrite,
-        )
+        report = self.report(title, {"captions": 0, "galleries": 0}, sizes)
         names = distinct([job.name for job in jobs])
         for source in self.models:
             model = require_text(load_model(source), f"models names {source}, which").to(report.device)
@@ -86,6 +92,8 @@ class Zeroshot(_ImageText):
         cgspn eval zeroshot embedded runs/student --data photos/ --size 28 56 84 --out sizes.json
         cgspn eval zeroshot google/siglip2-base-patch16-224 runs/student --data wds_imagenet1k/ wds_cars/ --device cuda
     """
+
+    usual: ClassVar = (*_ImageText.usual, "templates")
 
     templates: Path | None = None
     """A text file of prompts with {} for the class, one a line, instead of the data set's own or the built-in ones."""
@@ -128,7 +136,7 @@ class All(_ImageText):
 
 
 @dataclass(frozen=True)
-class Segment(Command):
+class Segment(_Evaluation):
     """Semantic segmentation by a linear probe on frozen final tokens: mIoU, pixel accuracy, IoU of each class.
 
     The probe is a ridge regression in closed form, its strength chosen on held-out training images, so it has no
@@ -143,6 +151,11 @@ class Segment(Command):
         cgspn eval segment runs/student --data ADEChallengeData2016/ coco-stuff/ --size 512 1024 --device cuda
         cgspn eval segment runs/student --train 'road-{000..004}.tar' --test road-005.tar --classes 12 --ignore-index 12
     """
+
+    usual: ClassVar = (
+        *("data", "train", "test", "classes", "ignore_index", "size", "train_images", "test_images"),
+        *("device", "out"),
+    )
 
     encoders: Encoders
     """Image encoders or image-text models, a row each: weight files, checkpoint folders, hub ids, or "embedded"."""
@@ -165,18 +178,8 @@ class Segment(Command):
     """Take this many alone, evenly spaced."""
     test_images: int | None = None
     """Take this many alone, evenly spaced."""
-    batch_size: int = 8
+    batch_size: int = field(default=8, kw_only=True)
     """Images at a time; those of one size share a batch."""
-    device: Device = "auto"
-    """Where to compute; "auto" is the GPU if there is one."""
-    out: Path | None = None
-    """Write the table, the IoU of each class, command, versions and commit as JSON to this file."""
-    overwrite: bool = False
-    """Replace the files that may be there."""
-    plot: Path | None = None
-    """Draw the scores of several sizes into this PNG; by default beside `out`."""
-    max_skipped: float = MAX_SKIPPED
-    """Largest share of unreadable images that is tolerated, 0 to 1."""
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
@@ -184,16 +187,7 @@ class Segment(Command):
             raise ValueError("encoders is empty; expected one or more")
         pairs = [(train.limited(self.train_images), test.limited(self.test_images)) for train, test in self.sets()]
         sizes = typed_sizes(self.size)
-        report = Report(
-            "Segmentation by a linear probe",
-            self.device,
-            self.batch_size,
-            self.max_skipped,
-            self.out,
-            {"held_out": 0},
-            drawn_into(self.plot, self.out, sizes),
-            overwrite=self.overwrite,
-        )
+        report = self.report("Segmentation by a linear probe", {"held_out": 0}, sizes)
         names = distinct([train.name for train, _ in pairs])
         each_class: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in names}
         for source in self.encoders:

@@ -99,6 +99,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((grey.astype(np.float32) / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point grey values, whose range is not known")
+    if image.mode == "La":  # grey times alpha, which Pillow converts to nothing else
+        image = image.convert("LA")
     if image.has_transparency_data:
         # Over white, as pages show it; dropping alpha would uncover whatever colour was saved under it.
         image = image.convert("RGBA")

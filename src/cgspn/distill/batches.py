@@ -41,6 +41,7 @@ from .sizes import SizeRange, tokens_of
 from .trainer import Stream, rows_of
 
 COLORS, BLENDS, BOXES = 2, 3, 4  # purposes of randomness, see `generator_of`
+Size = tuple[int, int]  # (height, width) in pixels
 EVEN = 8  # images of a batch are a multiple of it: kernels like that, and up to eight processes see the same batches
 
 
@@ -48,12 +49,7 @@ class Feed(Protocol):
     """A source of training images for any stage."""
 
     def stream(
-        self,
-        encoder: EncoderConfig,
-        size: tuple[int, int],
-        optim: OptimConfig,
-        world: World,
-        sizes: SizeRange | None = None,
+        self, encoder: EncoderConfig, size: Size, optim: OptimConfig, world: World, sizes: SizeRange | None = None
     ) -> Stream:
         """From a step to this process's share of the batches from there on, on its device.
 
@@ -93,12 +89,7 @@ class ImageSetFeed:
     images: ImageSet
 
     def stream(
-        self,
-        encoder: EncoderConfig,
-        size: tuple[int, int],
-        optim: OptimConfig,
-        world: World,
-        sizes: SizeRange | None = None,
+        self, encoder: EncoderConfig, size: Size, optim: OptimConfig, world: World, sizes: SizeRange | None = None
     ) -> Stream:
         """As in `Feed`. Raises ValueError as `blended_share`, and for a wrong size."""
         blended_share(optim, world)
@@ -143,12 +134,7 @@ class SampleFeed:
         object.__setattr__(self, "tally", SkipCounter(self.source.source, len(self.source), self.loader.max_skipped))
 
     def stream(
-        self,
-        encoder: EncoderConfig,
-        size: tuple[int, int],
-        optim: OptimConfig,
-        world: World,
-        sizes: SizeRange | None = None,
+        self, encoder: EncoderConfig, size: Size, optim: OptimConfig, world: World, sizes: SizeRange | None = None
     ) -> Stream:
         """As in `Feed`. The stream raises ValueError when too much is skipped, WorkerError when workers keep dying.
 

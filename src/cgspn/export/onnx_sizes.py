@@ -47,8 +47,8 @@ def refuse_other_sizes(graph: ir.Graph, bounds: Bounds) -> None:
     whole = add("Mul", add("Div", sizes, steps), steps)
     room = [add("Sub", sizes, least), add("Sub", most, sizes), add("Sub", whole, sizes)]
     outside = add("Min", add("ReduceMin", add("Concat", *room, axis=0), keepdims=1), integers(0))
-    # nothing for sizes that are accepted; more columns than there are for others
-    excess = add("Mul", integers(0, 0, 0, -1), outside)
+    # nothing for sizes that are accepted; for others a batch below -1, which no shape can have
+    excess = add("Mul", integers(1 << 20, 0, 0, -1), outside)
     checked = add("Reshape", images, add("Add", shape, excess))
     sides = f"sides_{bounds.min_size}_to_{bounds.max_size}_in_steps_of_{bounds.patch}"
     nodes[-1].name = f"accepted_batches_1_to_{bounds.max_batch}_{sides}"

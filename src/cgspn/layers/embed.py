@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from ..compat import is_tracing
 from .mixer import Grid
 from .plain import has_global_hooks, is_plain
 from .resize import PositionResize, resize_matrix, resize_table
@@ -119,7 +120,7 @@ class LearnedPositions(nn.Module):
         """The table for a height x width grid: [h*w, C]; with a mask [B, h, w] as `of_images`."""
         if mask is not None:
             return self.of_images(mask)
-        if (height, width) == self.grid:
+        if not is_tracing() and (height, width) == self.grid:  # a trace would keep to this size
             return self.table
         return self.resized(height, width)
 

@@ -46,8 +46,10 @@ class MapPool(nn.Module):
     """A learned probe attends to the grid, then an MLP refines it: tokens [B, N, C] -> [B, C]. As in SigLIP."""
 
     def __init__(self, width: int, heads: int, hidden: int, act: Activation, eps: float) -> None:
-        """width: C; heads: of the probe's attention; hidden: MLP width."""
+        """width: C; heads: of the probe's attention; hidden: MLP width. Raises ValueError for heads that do not fit."""
         super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"heads is {heads}; a width of {width} accepts its divisors")
         self.heads = heads
         self.probe = nn.Parameter(torch.randn(width) * width**-0.5)
         self.q = nn.Linear(width, width)

@@ -11,17 +11,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from ..ops import DIRECTIONS, replay
-from ..ops.arguments import split_parameters
+from ..ops.arguments import ProjectedScan, Scan, split_parameters
 from ..ops.gpu import on_accelerator
 from ..ops.projected import projected_unchecked
-from ..ops.propagate import propagate_2d_unchecked
+from ..ops.propagate import scan_unchecked
 from .mixer import Grid, Mixer
 from .norm import RMSNorm
 from .plain import has_global_hooks, is_plain
@@ -82,6 +82,11 @@ class PropagationConfig:
                 f"value_expansion is {self.value_expansion}; accepted: None, or with a compression more than 0"
             )
 
+    @property
+    def codes(self) -> list[int]:
+        """Indices of the directions in DIRECTIONS."""
+        return [DIRECTIONS.index(name) for name in self.directions]
+
     def latent_width(self, width: int) -> int:
         """Cc for tokens of `width` channels. Raises ValueError if nothing is left, or `channels_per_group` does not
         divide it."""
@@ -135,13 +140,6 @@ GSPN_WALK: dict[str, PropagationConfig] = {
     "+ latent space (C-GSPN)": replace(PropagationConfig(), merge="sum"),
     "+ concatenated directions": PropagationConfig(),
 }
-
-
-class Scans(TypedDict):
-    """Arguments of `propagate_2d` that a config decides."""
-
-    directions: tuple[str, ...]
-    merge: str
 
 
 class PropagationMixer(Mixer):
@@ -245,7 +243,8 @@ class PropagationMixer(Mixer):
         """All directions over x [B, H, W, Cc]: [B, H, W, D, Cc], or their sum [B, H, W, Cc]."""
         if not self.can_project_inside(x):
             return self.propagate(x, *self.split(replay.project(self.param_proj, x)), mask=mask)
-        return projected_unchecked(x, self.param_proj.weight, self.param_proj.bias, mask=mask, **self.scans())
+        made, config = self.param_proj, self.config
+        return projected_unchecked(ProjectedScan(x, made.weight, made.bias, mask, config.codes, config.merge == "sum"))
 
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Logits, lam, u and keep of what the projection makes: [B, H, W, D * made * own / share]."""
@@ -286,14 +285,9 @@ class PropagationMixer(Mixer):
         """`propagate_2d` in the config's directions, merged by its rule: [B, H, W, own] or [B, H, W, D, own]."""
         if self.config.normalise_state:
             lam = replay.pointwise(softplus, torch.ops.aten.softplus.out, lam).to(x.dtype)  # autocast: in float32
-        normalise = self.config.normalise_state
-        return propagate_2d_unchecked(
-            x, logits, lam, u, keep=keep, mask=mask, normalise_state=normalise, **self.scans()
-        )
-
-    def scans(self) -> Scans:
-        """The config's directions, and how the operator merges them."""
-        return {"directions": self.config.directions, "merge": "none" if self.config.merge == "concat" else "sum"}
+        config, summed = self.config, self.config.merge == "sum"
+        scan = Scan(x, logits, lam, u, keep, mask, config.codes, summed, normalise_state=config.normalise_state)
+        return scan_unchecked(scan)
 
 
 def check_grid(tokens: Tensor, grid: Grid) -> None:

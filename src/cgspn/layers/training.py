@@ -17,7 +17,6 @@ from ..ops.arguments import ProjectedScan
 from ..ops.fused import linear_residual, local_norm, norm_linear, rows
 from ..ops.gpu import Gpu
 from ..ops.projected_library import backward_in_memory, projected_now
-from ..ops.reference import DIRECTIONS
 from ..ops.replay import ALIGNED, Replay, active, matmul, recorded
 from .mixer import Grid
 
@@ -93,8 +92,7 @@ def forward(block: Block, tokens: Tensor, grid: Grid, out: Tensor) -> list[Tenso
     latent, statistics = norm_linear.forward(tokens, n1.weight, n1.bias, down.weight, down.bias, n1.eps, save=True)
     at = latent.view(tokens.shape[0], grid.height, grid.width, latent.shape[-1])
     x = local_norm.forward(at, local.weight, local.bias, mixer.norm.weight, mixer.norm.eps)
-    codes = [DIRECTIONS.index(name) for name in mixer.config.directions]
-    y = projected_now(*ProjectedScan(x, made.weight, made.bias, None, codes, mixer.config.merge == "sum"))
+    y = projected_now(*ProjectedScan(x, made.weight, made.bias, None, mixer.config.codes, mixer.config.merge == "sum"))
     y = y.flatten(1, 2).flatten(2)
     norm = mixer.merge_norm
     mixed = linear_residual.forward(tokens, y, norm.weight, up.weight, up.bias, None, norm.eps)
@@ -124,10 +122,9 @@ def backward(block: Block, tokens: Tensor, grid: Grid, saved: list[Tensor], dout
     dmixed, dgain2, dshift2 = rows.backward(dnormal, dout, mixed, n2.weight, of_norm2)
     norm = mixer.merge_norm
     dy, dmerge, dup, dup_bias, _ = linear_residual.backward(dmixed, y, norm.weight, up.weight, up.bias, None, norm.eps)
-    codes = [DIRECTIONS.index(name) for name in mixer.config.directions]
-    maps = (*x.shape[:3], len(codes), x.shape[-1]) if mixer.config.merge == "concat" else x.shape
+    maps = (*x.shape[:3], len(mixer.config.directions), x.shape[-1]) if mixer.config.merge == "concat" else x.shape
     assert dy is not None
-    p = ProjectedScan(x, made.weight, made.bias, None, codes, mixer.config.merge == "sum")
+    p = ProjectedScan(x, made.weight, made.bias, None, mixer.config.codes, mixer.config.merge == "sum")
     dx, dmade, dmade_bias = backward_in_memory(dy.view(maps), p, chip=False)
     at = latent.view(x.shape)
     dlatent, dlocal, dlocal_bias, dnorm = local_norm.backward(

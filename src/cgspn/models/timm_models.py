@@ -86,7 +86,7 @@ class TimmEncoder(Encoder):
     @property
     def _model_args(self) -> dict[str, Any]:
         """What timm saves to build the model again: all that it is now, however it came to be."""
-        return timm_args(self.config)
+        return timm_args(self.config) | ({} if self.pooled else {"global_pool": ""})
 
     @_model_args.setter
     def _model_args(self, value: Mapping[str, Any]) -> None:
@@ -254,6 +254,7 @@ def _entry(name: str) -> Callable[..., Any]:
             build, name, pretrained, feature_cfg=features, pretrained_filter_fn=checkpoint_filter_fn, **options
         )
         record_input(model, next(m for m in model.modules() if isinstance(m, TimmEncoder)).config)
+        model.pretrained_cfg |= options.get("pretrained_cfg_overlay") or {}  # the user's word is the last
         return model
 
     entry.__name__ = entry.__qualname__ = name

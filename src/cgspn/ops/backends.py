@@ -21,7 +21,7 @@ from .checks import check_tensor
 from .gpu import Gpu, gpu_of
 
 # In the order in which "auto" tries them; the PyTorch backend runs everywhere, so it is the last.
-PREFERENCE: dict[str, str] = {"cuda": "cuda", "triton": "triton_scan", "torch": "torch_scan"}
+PREFERENCE: dict[str, str] = {"cuda": "cuda.scan", "triton": "triton_scan", "torch": "torch_scan"}
 
 
 class Choice(NamedTuple):

@@ -1,14 +1,9 @@
-"""What every backend needs of sets of parameters, and of features of each direction's own."""
+"""What every backend needs of sets of parameters."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def features(x: Tensor | None) -> str:
-    """The dimensions of what is scanned: one map for all directions, or one each."""
-    return "bhwdc" if x is not None and x.dim() == 5 else "bhwc"
 
 
 def per_channel(sets: Tensor, each: int) -> Tensor:

@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import checks
-from .arguments import ProjectedScan, split_parameters
+from .arguments import ProjectedScan
 from .autocast import autocast_dtype
 from .backends import check_backend
 from .eager import is_eager
 from .functorch import check_plain, in_functorch
 from .gpu import on_accelerator
 from .projected_library import Projected, check_chip, projected_now, projected_op
-from .propagate import _look_at_values, propagate_2d_unchecked
+from .propagate import _look_at_values, scan_unchecked
 from .reference import DIRECTIONS
 
 PARAMETERS = ("auto", "memory", "chip")
@@ -87,37 +87,24 @@ def propagate_2d_projected(
     if _look_at_values(x):
         checks.check_finite(mask, x=x)
         checks.check_finite(weight=weight, **({} if bias is None else {"bias": bias}))
-    options: Any = {"directions": directions, "merge": merge, "mask": mask, "backend": backend}
-    return projected_unchecked(x, weight, bias, **options, recompute=recompute, parameters=parameters)
+    p = ProjectedScan(x, weight, bias, mask, codes, merge == "sum", parameters, backend)
+    return projected_unchecked(p, recompute)
 
 
-def projected_unchecked(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    directions: Sequence[str] = DIRECTIONS,
-    merge: str = "sum",
-    mask: Tensor | None = None,
-    backend: str = "auto",
-    recompute: bool = True,
-    parameters: str = "auto",
-) -> Tensor:
+def projected_unchecked(p: ProjectedScan, recompute: bool = True) -> Tensor:
     """`propagate_2d_projected` of arguments that fit one another and may hold any value: what layers call."""
-    x, weight, bias = _as_autocast(x, weight, bias)
-    inside = parameters == "chip"
+    x, weight, bias = _as_autocast(*p[:3])
+    p, wanted = p._replace(x=x, weight=weight, bias=bias), _wants_gradient(x, weight, bias)
+    inside = p.parameters == "chip"
     if not inside:  # an exported or transformed program knows projections and scans, and nothing of this operator
-        inside = recompute if _wants_gradient(x, weight, bias) else parameters == "auto" and on_accelerator(x)
+        inside = recompute if wanted else p.parameters == "auto" and on_accelerator(x)
         inside = inside and not torch.compiler.is_exporting() and not in_functorch()
     if not inside:
-        logits, lam, u = split_parameters(linear(x, weight, bias), len(directions))
-        options: Any = {"directions": directions, "merge": merge, "mask": mask, "backend": backend}
-        return propagate_2d_unchecked(x, logits, lam, u, **options)
+        return scan_unchecked(p.scan(linear(x, weight, bias)))
     scan: Any = projected_op
-    if is_eager(x, weight, bias, mask):
-        scan = Projected.apply if _wants_gradient(x, weight, bias) else projected_now
-    codes = [DIRECTIONS.index(name) for name in directions]
-    out: Tensor = scan(*ProjectedScan(x, weight, bias, mask, codes, merge == "sum", parameters, backend))
+    if is_eager(x, weight, bias, p.mask):
+        scan = Projected.apply if wanted else projected_now
+    out: Tensor = scan(*p)
     return out
 
 

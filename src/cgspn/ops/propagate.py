@@ -104,26 +104,11 @@ def propagate_2d(
     return scan_unchecked(Scan(x, logits, lam, u, keep, mask, codes, merge == "sum", backend, normalise_state))
 
 
-def propagate_2d_unchecked(
-    x: Tensor,
-    logits: Tensor,
-    lam: Tensor,
-    u: Tensor,
-    *,
-    keep: Tensor | None = None,
-    directions: Sequence[str] = DIRECTIONS,
-    merge: str = "sum",
-    mask: Tensor | None = None,
-    normalise_state: bool = False,
-    backend: str = "auto",
-) -> Tensor:
-    """`propagate_2d` of arguments that fit one another and may hold any value: what layers call."""
-    codes = [DIRECTIONS.index(name) for name in directions]
-    return scan_unchecked(Scan(x, logits, lam, u, keep, mask, codes, merge == "sum", backend, normalise_state))
-
-
 def scan_unchecked(scan: Scan) -> Tensor:
-    """The functions where operations run at once, else the ops, which a program can hold."""
+    """`propagate_2d` of arguments that fit one another and may hold any value: what layers call.
+
+    The functions where operations run at once, else the ops, which a program can hold.
+    """
     tensors = scan[:5]
     out: Tensor
     if in_functorch():

@@ -39,11 +39,11 @@ def _walk(strides, vertical, backwards):
 
 @triton.jit
 def _start(p, strides, b, d, j, c, vertical, backwards, line, lines):
-    """Addresses of the tile [M, C'] of line number `line` of the scan."""
+    """Addresses of the tile [M, C'] of line number `line` of the scan, and elements to that of the next line."""
     step, across = _walk(strides, vertical, backwards)
     first = tl.where(backwards, (lines - 1) * tl.abs(step), 0) + line * step
     base = p + b * strides[0] + d.to(tl.int64) * strides[3] + first
-    return base + j[:, None].to(tl.int64) * across + c[None, :].to(tl.int64) * strides[5]
+    return base + j[:, None].to(tl.int64) * across + c[None, :].to(tl.int64) * strides[5], step
 
 
 @triton.jit
@@ -92,27 +92,20 @@ def scan_forward(
     e2 = j + 1 < positions
     inside = e1
 
-    x_at = _start(x, xs, b, d, j, c, vertical, backwards, 0, lines)
-    lam_at = _start(lam, lams, b, d, j, c, vertical, backwards, 0, lines)
-    logits_at = _start(logits, ls, b, d, j, c, vertical, backwards, 0, lines)
-    x_step, _ = _walk(xs, vertical, backwards)
-    lam_step, _ = _walk(lams, vertical, backwards)
-    logits_step, _ = _walk(ls, vertical, backwards)
+    x_at, x_step = _start(x, xs, b, d, j, c, vertical, backwards, 0, lines)
+    lam_at, lam_step = _start(lam, lams, b, d, j, c, vertical, backwards, 0, lines)
+    logits_at, logits_step = _start(logits, ls, b, d, j, c, vertical, backwards, 0, lines)
     neighbour = tl.cast(ls[4], tl.int64)
     if NORMALISE:
-        u_at = _start(u, us, b, d, j, c, vertical, backwards, 0, lines)
-        u_step, _ = _walk(us, vertical, backwards)
+        u_at, u_step = _start(u, us, b, d, j, c, vertical, backwards, 0, lines)
     if KEEP:
-        keep_at = _start(keep, ks, b, d, j, c, vertical, backwards, 0, lines)
-        keep_step, _ = _walk(ks, vertical, backwards)
+        keep_at, keep_step = _start(keep, ks, b, d, j, c, vertical, backwards, 0, lines)
     if WRITE:
-        y_at = _start(y, ys, b, d, j, c, vertical, backwards, 0, lines)
-        y_step, _ = _walk(ys, vertical, backwards)
+        y_at, y_step = _start(y, ys, b, d, j, c, vertical, backwards, 0, lines)
     if SAVE:
-        saved_at = _start(saved, saveds, b, d, j, c, vertical, backwards, 0, lines)
-        saved_step, _ = _walk(saveds, vertical, backwards)
+        saved_at, saved_step = _start(saved, saveds, b, d, j, c, vertical, backwards, 0, lines)
         if MEAN:  # n lies as the state does
-            counted_at = _start(counted, counteds, b, d, j, c, vertical, backwards, 0, lines)
+            counted_at, _ = _start(counted, counteds, b, d, j, c, vertical, backwards, 0, lines)
     if MASKED:
         m_step, m_across = _walk(ms, vertical, backwards)
         m_at = b * ms[0] + tl.where(backwards, (lines - 1) * tl.abs(m_step), 0) + j.to(tl.int64) * m_across
@@ -206,36 +199,25 @@ def scan_backward(
     inside = e1
 
     last = lines - 1
-    x_at = _start(x, xs, b, d, j, c, vertical, backwards, last, lines)
-    lam_at = _start(lam, lams, b, d, j, c, vertical, backwards, last, lines)
-    logits_at = _start(logits, ls, b, d, j, c, vertical, backwards, last, lines)
-    dy_at = _start(dy, dys, b, d, j, c, vertical, backwards, last, lines)
-    h_at = _start(h, hs, b, d, j, c, vertical, backwards, last, lines)
+    x_at, x_step = _start(x, xs, b, d, j, c, vertical, backwards, last, lines)
+    lam_at, lam_step = _start(lam, lams, b, d, j, c, vertical, backwards, last, lines)
+    logits_at, logits_step = _start(logits, ls, b, d, j, c, vertical, backwards, last, lines)
+    dy_at, dy_step = _start(dy, dys, b, d, j, c, vertical, backwards, last, lines)
+    h_at, h_step = _start(h, hs, b, d, j, c, vertical, backwards, last, lines)
     if MEAN:  # it lies as h does
-        n_at = _start(n, ns, b, d, j, c, vertical, backwards, last, lines)
-    dx_at = _start(dx, dxs, b, d, j, c, vertical, backwards, last, lines)
-    dlam_at = _start(dlam, dlams, b, d, j, c, vertical, backwards, last, lines)
-    dlogits_at = _start(dlogits, dls, b, d, j, c, vertical, backwards, last, lines)
-    x_step, _ = _walk(xs, vertical, backwards)
-    lam_step, _ = _walk(lams, vertical, backwards)
-    logits_step, _ = _walk(ls, vertical, backwards)
-    dy_step, _ = _walk(dys, vertical, backwards)
-    h_step, h_across = _walk(hs, vertical, backwards)
-    dx_step, _ = _walk(dxs, vertical, backwards)
-    dlam_step, _ = _walk(dlams, vertical, backwards)
-    dlogits_step, _ = _walk(dls, vertical, backwards)
+        n_at, _ = _start(n, ns, b, d, j, c, vertical, backwards, last, lines)
+    dx_at, dx_step = _start(dx, dxs, b, d, j, c, vertical, backwards, last, lines)
+    dlam_at, dlam_step = _start(dlam, dlams, b, d, j, c, vertical, backwards, last, lines)
+    dlogits_at, dlogits_step = _start(dlogits, dls, b, d, j, c, vertical, backwards, last, lines)
+    _, h_across = _walk(hs, vertical, backwards)
     neighbour = tl.cast(ls[4], tl.int64)
     dneighbour = tl.cast(dls[4], tl.int64)
     if NORMALISE:
-        u_at = _start(u, us, b, d, j, c, vertical, backwards, last, lines)
-        du_at = _start(du, dus, b, d, j, c, vertical, backwards, last, lines)
-        u_step, _ = _walk(us, vertical, backwards)
-        du_step, _ = _walk(dus, vertical, backwards)
+        u_at, u_step = _start(u, us, b, d, j, c, vertical, backwards, last, lines)
+        du_at, du_step = _start(du, dus, b, d, j, c, vertical, backwards, last, lines)
     if KEEP:
-        keep_at = _start(keep, ks, b, d, j, c, vertical, backwards, last, lines)
-        dkeep_at = _start(dkeep, dks, b, d, j, c, vertical, backwards, last, lines)
-        keep_step, _ = _walk(ks, vertical, backwards)
-        dkeep_step, _ = _walk(dks, vertical, backwards)
+        keep_at, keep_step = _start(keep, ks, b, d, j, c, vertical, backwards, last, lines)
+        dkeep_at, dkeep_step = _start(dkeep, dks, b, d, j, c, vertical, backwards, last, lines)
     if MASKED:
         m_step, m_across = _walk(ms, vertical, backwards)
         m_at = b * ms[0] + tl.where(backwards, last * tl.abs(m_step), 0) + last * m_step

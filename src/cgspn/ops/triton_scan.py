@@ -18,10 +18,11 @@ from torch import Tensor
 from . import torch_scan
 from .arguments import Scan
 from .gpu import Gpu
-from .param_groups import features, per_channel, per_set
+from .param_groups import per_channel, per_set
 from .triton_kernels import scan_backward, scan_forward
 
 LONGEST = 2048  # positions of a line: beyond that a tile no longer fits in the registers of a program
+LOGITS = (3, 12)  # places of logits and their gradient among the kernels' arguments
 INTERPRETED = not isinstance(scan_forward, triton.runtime.JITFunction)
 STATES = {
     torch.float64: (tl.float64, torch.float64),
@@ -41,11 +42,12 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, gpu: Gpu | None
     return None
 
 
-def _strides(t: Tensor | None, dims: str) -> tuple[int, ...]:
+def _strides(t: Tensor | None, neighbours: bool) -> tuple[int, ...]:
     """Strides of batch, row, column, direction, neighbour, channel; 0 for those that `t` does not have."""
     if t is None:
         return (0,) * 6
-    named = dict(zip(dims, t.stride(), strict=True))
+    dims = {5: "bhwkc", 6: "bhwdkc"} if neighbours else {3: "bhw", 4: "bhwc", 5: "bhwdc"}
+    named = dict(zip(dims[t.dim()], t.stride(), strict=True))
     return tuple(named.get(name, 0) for name in "bhwdkc")
 
 
@@ -64,7 +66,13 @@ def tile(longest: int, channels: int, backward: bool) -> tuple[int, int, int]:
 
 
 def _launch(
-    kernel: Any, tensors: Sequence[Tensor | None], dims: Sequence[str], codes: Sequence[int], chunk: int, **flags: bool
+    kernel: Any,
+    tensors: Sequence[Tensor | None],
+    codes: Sequence[int],
+    chunk: int = 0,
+    *,
+    mean: bool = False,
+    **flags: bool,
 ) -> None:
     """Launch on the current stream of the tensors' device; `tensors` in the order of the kernel's arguments."""
     x = tensors[0]
@@ -75,12 +83,13 @@ def _launch(
     grid = b * groups * len(codes)
     if grid == 0:
         return
-    strides = [_strides(t, d) for t, d in zip(tensors, dims, strict=True)]
+    strides = [_strides(t, n in LOGITS) for n, t in enumerate(tensors)]
     # An argument that a variant does not read still needs a pointer.
     pointers = [x if t is None else t for t in tensors]
     packed = sum(code << 2 * d for d, code in enumerate(codes))
     sizes = (h, w, c, len(codes), groups, packed, chunk)
-    constants = {"STATE": STATES[x.dtype][0], "POSITIONS": positions, "CHANNELS": wide}
+    flags |= {"NORMALISE": tensors[2] is not None, "KEEP": tensors[4] is not None, "MASKED": tensors[5] is not None}
+    constants = {"MEAN": mean, "STATE": STATES[x.dtype][0], "POSITIONS": positions, "CHANNELS": wide}
     with torch.cuda.device(x.device if x.device.type == "cuda" else -1):
         kernel[(grid,)](*pointers, *strides, *sizes, **flags, **constants, num_warps=warps)
 
@@ -110,27 +119,13 @@ def _run(
     y: Tensor | None,
     state: Sequence[Tensor | None],
     codes: Sequence[int],
-    *,
-    mean: bool = False,
     chunk: int = 0,
+    mean: bool = False,
 ) -> None:
     """Scan x, lam, u, logits and keep: outputs to `y`, the state and n to `state`, each [B, H, W, D, C] (or without D)
     if wanted."""
-    d = "d" if tensors[1] is not None and tensors[1].dim() == 5 else ""
-    one = f"bhw{d}c"
-    _launch(
-        scan_forward,
-        (*tensors, _bytes(mask), y, *state),
-        (features(tensors[0]), one, one, f"bhw{d}kc", one, "bhw", one, one, one),
-        codes,
-        chunk,
-        NORMALISE=tensors[2] is not None,
-        KEEP=tensors[4] is not None,
-        MASKED=mask is not None,
-        MEAN=mean,
-        WRITE=y is not None,
-        SAVE=state[0] is not None,
-    )
+    flags = {"WRITE": y is not None, "SAVE": state[0] is not None}
+    _launch(scan_forward, (*tensors, _bytes(mask), y, *state), codes, chunk, mean=mean, **flags)
 
 
 def forward(scan: Scan) -> Tensor:
@@ -153,19 +148,8 @@ def backward(dy: Tensor, scan: Scan) -> tuple[Tensor | None, ...]:
     _run([x, *parameters], scan.mask, None, (state, n), scan.directions, mean=mean)
     dx = _planes(x, count, x.dtype) if x.dim() == 4 else x.new_empty(x.shape)
     gradients = [None if t is None else t.new_empty(t.shape) for t in parameters]
-    maps, scores = "bhwdc", "bhwdkc"
-    of_sets = (maps, maps, scores, maps)
-    _launch(
-        scan_backward,
-        (x, *parameters, _bytes(scan.mask), dy, state, n, dx, *gradients),
-        (features(x), *of_sets, "bhw", "bhwc" if scan.merge_sum else maps, maps, maps, maps, *of_sets),
-        scan.directions,
-        0,
-        NORMALISE=True,
-        KEEP=scan.keep is not None,
-        MASKED=scan.mask is not None,
-        MEAN=mean,
-    )
+    tensors = (x, *parameters, _bytes(scan.mask), dy, state, n, dx, *gradients)
+    _launch(scan_backward, tensors, scan.directions, mean=mean)
     # a set's gradient is the sum over its channels
     dlam, du, dlogits, dkeep = (None if t is None else per_set(t, scan.share) for t in gradients)
     return _summed(dx, x.dtype) if x.dim() == 4 else dx, dlogits, dlam, du, dkeep
@@ -176,7 +160,7 @@ def line_scan_forward(x: Tensor, weights: Tensor, lam: Tensor, direction: int, c
     if max(x.shape[1:3]) > LONGEST:
         return torch_scan.line_scan_forward(x, weights, lam, direction, chunk)
     y = x.new_empty(x.shape)
-    _run([x, lam, None, weights, None], None, y, (None, None), [direction], chunk=chunk or 0)
+    _run([x, lam, None, weights, None], None, y, (None, None), [direction], chunk or 0)
     return y
 
 
@@ -187,17 +171,8 @@ def line_scan_backward(
     if max(x.shape[1:3]) > LONGEST:
         return torch_scan.line_scan_backward(dh, x, weights, lam, direction, chunk)
     state = x.new_empty(x.shape, dtype=STATES[x.dtype][1])
-    _run([x, lam, None, weights, None], None, None, (state, None), [direction], chunk=chunk or 0)
+    _run([x, lam, None, weights, None], None, None, (state, None), [direction], chunk or 0)
     dx, dweights, dlam = x.new_empty(x.shape), weights.new_empty(weights.shape), lam.new_empty(lam.shape)
-    _launch(
-        scan_backward,
-        (x, lam, None, weights, None, None, dh, state, None, dx, dlam, None, dweights, None),
-        ("bhwc", "bhwc", "", "bhwkc", "", "", "bhwc", "bhwc", "", "bhwc", "bhwc", "", "bhwkc", ""),
-        [direction],
-        chunk or 0,
-        NORMALISE=False,
-        KEEP=False,
-        MASKED=False,
-        MEAN=False,
-    )
+    tensors = (x, lam, None, weights, None, None, dh, state, None, dx, dlam, None, dweights, None)
+    _launch(scan_backward, tensors, [direction], chunk or 0)
     return dx, dweights, dlam

@@ -71,7 +71,7 @@ def loss_chart(curves: Mapping[str, Sequence[float]], *, label: str) -> str:
         colour = colours[name].stand_in
         for line, style in ((values, {"linewidth": 0.8, "alpha": 0.35}), (smooth(values), {"linewidth": 1.9})):
             x, y = thin(line)
-            axes.plot(x, y, color=colour, **style)
+            axes.plot(x, y, color=colour, clip_on=False, **style)
             shown += y
     _scale(axes, shown)
     axes.set_xlabel("step")
@@ -103,7 +103,7 @@ def block_chart(
     for name, line in values.items():
         blocks = range(1, len(line) + 1)
         colour, marker = colours[name].stand_in, MARKERS.get(name, "o")
-        axes.plot(blocks, line, color=colour, marker=marker, markersize=4.5, linewidth=1.7)
+        axes.plot(blocks, line, color=colour, marker=marker, markersize=4.5, linewidth=1.7, clip_on=False)
     if limits == (None, None):
         _scale(axes, [v for line in values.values() for v in line])
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,3 +37,15 @@ def over_sizes(ax: Any, sizes: Iterable[int], ylabel: str) -> None:
     ax.set(xscale="log", yscale="log", xlabel="image size (px)", ylabel=ylabel)
     ax.set_xticks(named, list(map(str, named)), fontsize=8)
     ax.set_xticks([], minor=True)
+
+
+def lines(ax: Any, rows: Iterable[Mapping[str, Any]], x: str, y: str, name: str | None = None, **style: Any) -> None:
+    """A line over `x` for each value of the column `name`, or a single one; rows without a `y` are left out."""
+    found: dict[Any, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.get(y):
+            found.setdefault(row[name] if name else None, []).append((row[x], row[y]))
+    for label, points in found.items():
+        ax.plot(*zip(*sorted(points)), "o-", label=label, **style)
+    if name and found:
+        ax.legend(fontsize=7)

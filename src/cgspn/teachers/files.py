@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from ..models.weights import Stored, Weights, finite, listed, open_safetensors
 from .pickles import read_pickle
 
 __all__ = ["Stored", "Weights", "open_weights"]
+# what torch.compile, activation checkpointing and FSDP put into the names of what they wrap
+_WRAPPERS = re.compile(r"(?<![^.])((_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.)+")
 
 
 def open_weights(path: Path) -> tuple[Weights, dict[str, str]]:
@@ -23,7 +26,11 @@ def open_weights(path: Path) -> tuple[Weights, dict[str, str]]:
     weights, metadata = (_open_shards(path), {}) if indexed else _open_file(path)
     if not weights:
         raise CheckpointError(f"{path} holds no tensors")
-    return weights, metadata
+    plain = {_WRAPPERS.sub("", key): value for key, value in weights.items()}
+    if len(plain) < len(weights):
+        twice = [_WRAPPERS.sub("", key) for key in weights.keys() - plain.keys()]
+        raise CheckpointError(f"{path} holds {listed(twice)} twice, in a wrapper and outside of it")
+    return plain, metadata
 
 
 def _open_file(path: Path) -> tuple[Weights, dict[str, str]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 
 from ..models.checkpoint import CheckpointError
-from ..models.config import EncoderConfig
+from ..models.config import EncoderConfig, encoder_config_from_dict, to_dict
 
 
 @dataclass(frozen=True)
@@ -27,17 +27,22 @@ class Options:
         for name in self.overrides:
             if name not in known:
                 raise CheckpointError(f"there is no option {name!r}; {_similar(name, [*known, 'dtype', 'heads'])}")
-        if self.heads is not None and self.heads < 1:
-            raise CheckpointError(f"heads is {self.heads}; accepted: 1 or more")
+        if self.heads is not None and not (isinstance(self.heads, int) and self.heads >= 1):
+            raise CheckpointError(f"heads is {self.heads!r}; accepted: 1 or more")
+        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise CheckpointError(f"dtype is {self.dtype!r}; accepted: torch.float32, torch.bfloat16 and such")
 
     def apply(self, config: EncoderConfig) -> EncoderConfig:
         """The config of a checkpoint with the fields that the caller gives in place of its own.
 
-        Raises ValueError or TypeError for values that cannot be.
+        Raises ValueError, naming the field, for values that cannot be.
         """
         if self.heads is not None:
             config = replace(config, attention=replace(config.attention, heads=self.heads))
-        return replace(config, **self.overrides)
+        if not self.overrides:
+            return config
+        given = {key: to_dict(value) if is_dataclass(value) else value for key, value in self.overrides.items()}
+        return encoder_config_from_dict(to_dict(config) | given, "options")
 
 
 def _similar(name: str, accepted: list[str]) -> str:

@@ -9,14 +9,14 @@ from ..models.dual import DualEncoder, dual_of
 from ..models.encoder import Encoder
 from ..models.reading import CheckpointError, shown
 from ..models.timm_config import config_of
-from ..models.weights import below, check_depth, load
+from ..models.weights import Weights, below, check_depth, load
+from .formats.choice import choose
 from .options import Options
 from .source import Source
 from .text import pretrained_dual_of
 
 KINDS = ("encoder", "dual", "pretrained_dual")
-_ANCHORS = ("patch_embed.projection.weight", "image.patch_embed.projection.weight")
-_PREFIX = "encoder."  # that models of transformers have before an encoder's keys
+_ANCHOR = "patch_embed.projection.weight"
 
 
 def is_own(source: Source) -> bool:
@@ -27,7 +27,7 @@ def is_own(source: Source) -> bool:
     config = source.configs.get("config.json", {})
     if "model" in config and config.get("model_type", MODEL_TYPE) == MODEL_TYPE:
         return True
-    if any(key in source.weights for key in _ANCHORS):
+    if _prefixes(source.weights):
         if "architecture" in config:  # as timm's save_for_hf writes it
             return True
         raise CheckpointError(
@@ -48,7 +48,8 @@ def load_own(source: Source, options: Options, text: bool = True) -> Encoder | D
     kind = config["model"]
     if kind not in KINDS:
         raise CheckpointError(f"{source.name} holds a {shown(kind)} model; expected {' or '.join(map(repr, KINDS))}")
-    if options.submodel is not None:
+    found = _prefixes(source.weights)
+    if options.submodel is not None and len(found) < 2:
         raise CheckpointError(f"submodel is {options.submodel!r}, but {source.name} holds one model alone")
     encoder = encoder_config_from_dict(config.get("encoder"), f"{where}: encoder")
     try:
@@ -56,17 +57,23 @@ def load_own(source: Source, options: Options, text: bool = True) -> Encoder | D
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{source.name}: {error}") from error
     check_depth(encoder.depth, source.weights, source.name)
+    prefix = choose(source.name, found, options.submodel) if found else ""
+    weights = below(source.weights, prefix if kind == "encoder" else prefix.removesuffix("image."))
     if kind == "dual" and text:
-        return dual_of(config, encoder, source.weights, source.name, options.dtype)
-    prefix = "image." if kind != "encoder" else ""
-    if kind == "encoder" and all(key.startswith(_PREFIX) for key in source.weights):
-        prefix = _PREFIX
-    image = load(lambda: Encoder(encoder), below(source.weights, prefix), source.name, options.dtype)
+        return dual_of(config, encoder, weights, source.name, options.dtype)
+    own = below(weights, "image.") if kind != "encoder" else weights
+    image = load(lambda: Encoder(encoder), own, source.name, options.dtype)
     if kind == "encoder" or not text:
         return image
     assert source.folder is not None
-    rest = {key: value for key, value in source.weights.items() if not key.startswith(prefix)}
+    rest = {key: value for key, value in weights.items() if not key.startswith("image.")}
     return pretrained_dual_of(source.folder, image, rest)
+
+
+def _prefixes(weights: Weights) -> list[str]:
+    """The beginnings of keys below which encoders of this library lie, in wrappings of training too."""
+    found = [key.removesuffix(_ANCHOR) for key in weights if f".{key}".endswith(f".{_ANCHOR}")]
+    return [prefix for prefix in found if f"{prefix}blocks.0.norm1.weight" in weights]
 
 
 def _from_timm(config: dict[str, Any], where: str) -> dict[str, Any]:

@@ -113,7 +113,9 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         want_maps = config.output_attentions if output_attentions is None else output_attentions
         mask = None if pixel_mask is None else pixel_mask[:, ::patch, ::patch].bool()
-        tokens, grid = encoder.embed(pixel_values, mask)
+        # as transformers' own models, whose processors give float32 to weights of half precision
+        images = pixel_values.to(encoder.patch_embed.projection.weight.dtype)
+        tokens, grid = encoder.embed(images, mask)
         states, maps = [tokens], []
         # the blocks recompute in training mode; a frozen encoder that gradients pass through is left to this loop
         recompute = self.gradient_checkpointing and not self.training and torch.is_grad_enabled()

@@ -115,16 +115,10 @@ def _merge(planes: Tensor, out: Tensor, directions: int) -> None:
     launch((planes.data_ptr(), out.data_ptr()))
 
 
-def _aligned(t: Tensor) -> Tensor:
-    """`t` where 16-byte loads can read it: itself, or a copy."""
-    wide = scan.readable(t)
-    return wide if wide.data_ptr() % 16 == 0 else wide.clone()
-
-
 def _inputs(p: ProjectedScan) -> ProjectedScan:
     """The same with x, weight and bias where 16-byte loads can read them."""
-    bias = None if p.bias is None else _aligned(p.bias.contiguous())
-    return p._replace(x=_aligned(p.x), weight=_aligned(p.weight.contiguous()), bias=bias)
+    bias = None if p.bias is None else scan.aligned(p.bias.contiguous())
+    return p._replace(x=scan.aligned(p.x), weight=scan.aligned(p.weight.contiguous()), bias=bias)
 
 
 def _forward(p: ProjectedScan, target: Tensor, cut: ProjectedTileConfig | None, gated: bool) -> None:
@@ -161,7 +155,7 @@ def backward(dy: Tensor, p: ProjectedScan, cut: ProjectedTileConfig | None = Non
 
     Needs for a while, beside its outputs: 6 D + D maps of as many images as fill the GPU.
     """
-    p, dy = _inputs(p), _aligned(dy)
+    p, dy = _inputs(p), scan.aligned(dy)
     x, weight, bias, mask, directions = p[:5]
     (b, _, _, c), d = x.shape, len(directions)
     cut = cut or _cut_for(x, directions, backward=True)

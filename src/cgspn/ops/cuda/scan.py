@@ -7,6 +7,7 @@ gated or merged is kept, and no weights; the backward recomputes them line by li
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -82,14 +83,14 @@ def vector_width(scan: Scan) -> int:
     return bits & -bits
 
 
-def aligned(x: Tensor, width: int) -> Tensor:
-    """`x` where a thread can read `width` channels at once: itself, or a copy. Parameters for single channels instead
-    would be several times as many bytes."""
+def aligned(x: Tensor, width: int | None = None) -> Tensor:
+    """`x` where `width` channels can be read at once, by default as many as fill 16 bytes: itself, or a copy."""
+    width = width or math.gcd(16 // x.element_size(), x.shape[-1])
     bits = x.data_ptr() // x.element_size()
     for stride, size in zip(x.stride()[:-1], x.shape):
         bits |= stride if size > 1 else 0
-    readable_so = width == 1 or (x.stride(-1) == 1 and bits % width == 0)
-    return x if readable_so else x.clone(memory_format=torch.contiguous_format)
+    readable = width == 1 or (x.stride(-1) == 1 and bits % width == 0)
+    return x if readable else x.clone(memory_format=torch.contiguous_format)
 
 
 def mask_bytes(mask: Tensor | None) -> Tensor | None:
@@ -97,15 +98,11 @@ def mask_bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.view(torch.uint8)
 
 
-def readable(t: Tensor) -> Tensor:
-    """`t` in a layout that wide loads can read: autograd may hand over expanded or transposed cotangents."""
-    step = 16 // t.element_size()
-    wide = t.stride(-1) == 1 and all(s % step == 0 for s in t.stride()[:-1]) and t.data_ptr() % 16 == 0
-    return t if wide else t.contiguous()
-
-
 def _inputs(scan: Scan) -> tuple[int, int, list[Tensor | None]]:
-    """Channels of a set that a thread takes, how many threads a set needs, and x, lam, u, logits and keep for those."""
+    """Channels of a set that a thread takes, how many threads a set needs, and x, lam, u, logits and keep for those.
+
+    A copy of an x that cannot be read so is fewer bytes than parameters for every channel.
+    """
     share = vector_width(scan)
     times, parameters = scan.share // share, (scan.lam, scan.u, scan.logits, scan.keep)
     return share, times, [aligned(scan.x, share), *[None if t is None else per_channel(t, times) for t in parameters]]
@@ -157,7 +154,7 @@ def backward_saved(
     dx = empty(x.shape, x)
     gradients = [*into, None] if into is not None else [None if t is None else empty(t.shape, x) for t in given[1:]]
     first, out = (planes(x, scan.directions), dx) if x.dim() == 4 and len(scan.directions) > 1 else (dx, None)
-    seen = (readable(dy), h, mask_bytes(scan.mask))
+    seen = (aligned(dy), h, mask_bytes(scan.mask))
     tensors = (*given, *seen, first, *gradients, out, n if scan.normalise_state else None)
     if not _launch("backward", tensors, scan.directions, share=share, mean=scan.normalise_state, cut=cut):
         grads = torch_scan.backward(dy, scan)
@@ -196,7 +193,7 @@ def line_scan_backward_saved(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `line_scan_forward` to x, weights and lam; `h` is what it returned."""
     dx, dweights, dlam = (empty(t.shape, x) for t in (x, weights, lam))
-    tensors = (x, lam, None, weights, None, readable(dh), h, None, dx, dlam, None, dweights, *[None] * 3)
+    tensors = (x, lam, None, weights, None, aligned(dh), h, None, dx, dlam, None, dweights, *[None] * 3)
     if not _launch("backward", tensors, [direction], chunk=chunk, cut=cut):
         return torch_scan.line_scan_backward(dh, x, weights, lam, direction, chunk)
     return dx, dweights, dlam

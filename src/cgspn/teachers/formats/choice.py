@@ -12,6 +12,7 @@ from .family import Family, Tower, listed
 
 # What the authors of such files evaluate: the teacher (DINO, iBOT, DINOv2), the moving average (timm, DeiT), I-JEPA's.
 _USUAL = re.compile(r"(^|[._])(teacher|ema|target_encoder)([._]|$)")
+_ONLINE = re.compile(r"(^|[._])online")  # of BYOL, whose authors evaluate this one and not its target
 
 
 def find_tower(families: Sequence[Family], source: Source, options: Options) -> Tower | None:
@@ -27,7 +28,7 @@ def find_tower(families: Sequence[Family], source: Source, options: Options) -> 
             found.setdefault(prefix, family)
     if not found:
         return None
-    prefix = _chosen(source.name, list(found), options.submodel)
+    prefix = choose(source.name, list(found), options.submodel)
     others = tuple(other for other in found if len(other) > len(prefix))
     weights = {
         key.removeprefix(prefix): value
@@ -37,7 +38,8 @@ def find_tower(families: Sequence[Family], source: Source, options: Options) -> 
     return Tower(source, found[prefix], prefix, weights, options)
 
 
-def _chosen(name: str, prefixes: list[str], submodel: str | None) -> str:
+def choose(name: str, prefixes: list[str], submodel: str | None) -> str:
+    """The one of these beginnings of keys that is meant. Arguments and errors as of `find_tower`."""
     chosen = prefixes
     if submodel is not None:
         start = submodel.rstrip(".") + "." if submodel else ""
@@ -45,7 +47,8 @@ def _chosen(name: str, prefixes: list[str], submodel: str | None) -> str:
         if not chosen:
             raise CheckpointError(f"{name} has no submodel {submodel!r}; accepted: {_names(prefixes)}")
     elif len(prefixes) > 1:
-        chosen = [p for p in prefixes if _USUAL.search(p)] or prefixes
+        online = any(map(_ONLINE.search, prefixes))
+        chosen = [p for p in prefixes if _USUAL.search(p) and not online] or prefixes
     if len(chosen) > 1:
         raise CheckpointError(
             f"{name} holds {len(chosen)} models, {_names(chosen)}; choose one, submodel={chosen[0].rstrip('.')!r}"

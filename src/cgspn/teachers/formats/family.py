@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +91,7 @@ class Tower:
 
     def side(self, rows: int) -> int:
         """The side of a square grid of positions. Raises CheckpointError if the rows make no square."""
-        side = round(rows**0.5)
+        side = math.isqrt(rows)
         if side * side != rows:
             raise CheckpointError(f"{self.source.name} has {rows} positions, which make no square grid")
         return side
@@ -233,12 +234,45 @@ def both(ours: str, theirs: str) -> tuple[Rule, Rule]:
     )
 
 
-def sizes(tower: Tower, patch: int, side: int, native: Any) -> dict[str, Any]:
-    """image_size, patch_size and crop_remainder; the table of positions decides, a config may say a few pixels more."""
+def sizes(tower: Tower, patch: int, rows: int, native: Any) -> dict[str, Any]:
+    """image_size, patch_size and crop_remainder for a table of `rows` positions.
+
+    The table decides; a config may say that its grid is no square, or a few pixels more. Raises CheckpointError for
+    rows that make no square, of which no config says what they make.
+    """
     pair = tuple(native) if isinstance(native, (list, tuple)) else (native, native)
-    if not all(isinstance(n, int) and n // patch == side for n in pair):
-        pair = (side * patch, side * patch)
+    if grid_rows(native, patch) != rows:
+        pair = (tower.side(rows) * patch,) * 2
     return {"image_size": pair, "patch_size": patch, "crop_remainder": any(n % patch for n in pair)}
+
+
+def grid_rows(native: Any, patch: int) -> int | None:
+    """How many patches an image of a stated size has, one number or (height, width); None if no size is stated."""
+    pair = native if isinstance(native, (list, tuple)) and len(native) == 2 else (native, native)
+    return math.prod(n // patch for n in pair) if all(isinstance(n, int) for n in pair) else None
+
+
+_STATED = {"hidden_size": "width", "embed_dim": "width", "width": "width", "intermediate_size": "mlp_hidden"}
+_STATED |= dict.fromkeys(("num_hidden_layers", "depth", "layers"), "depth")
+_STATED |= {
+    "num_channels": "channels",
+    "in_chans": "channels",
+    "patch_size": "patch_size",
+    "class_token": "class_token",
+}
+_STATED |= {"num_register_tokens": "registers", "reg_tokens": "registers"}
+
+
+def agreeing(config: EncoderConfig, stated: Mapping[str, Any]) -> EncoderConfig:
+    """The config that tensors show, if what a file beside them states of the tower is the same.
+
+    Raises ValueError for a number that differs: the file is about another model, or the weights are not whole.
+    """
+    for key, field in _STATED.items():
+        told, shown = stated.get(key), getattr(config, field)
+        if isinstance(told, int) and told != shown:
+            raise ValueError(f"its config states {key} = {told}, and its tensors show {shown}")
+    return config
 
 
 def head_count(

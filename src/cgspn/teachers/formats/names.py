@@ -8,7 +8,7 @@ from typing import Any
 
 # Encoders whose tensors may be those of a plain ViT, and which compute something else with them.
 UNSUPPORTED = (
-    (r"eva02|_rope_|dinov3|lingbot|sapiens2|(^|_)pe_(core|lang|spatial)|^mlcd", "rotary positions"),
+    (r"eva02|_rope_|dinov3|lingbot|sapiens2|(^|_)pe_(core|lang|spatial)|^mlcd|^qwen3_vit", "rotary positions"),
     (r"_srelpos_|_relpos_|vit_relpos|vit_srelpos|^beit(v2)?_|^samvit", "relative position biases"),
     (r"^beit3", "norms inside of its branches"),
     (r"_rpn_|eva02_enormous|^swinv2", "norms after its branches"),
@@ -36,6 +36,11 @@ _USUAL = {192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24} | dict.fromkeys(_SIXTEEN,
 def unsupported_reason(name: str) -> str | None:
     """Why an encoder of this name is none that `Encoder` computes; None if nothing is known against it."""
     return next((f"it has {what}" for pattern, what in UNSUPPORTED if re.search(pattern, name)), None)
+
+
+def is_plain(architecture: str) -> bool:
+    """Whether a name that timm's config states is of its vision transformers, whose layers these encoders have."""
+    return bool(re.match(r"(vit|deit3?|eva)_|flexivit_|test_vit", architecture))
 
 
 def unsupported_argument(arguments: dict[str, Any]) -> str | None:

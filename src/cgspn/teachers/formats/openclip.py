@@ -8,6 +8,7 @@ from .family import (
     Family,
     Rule,
     Tower,
+    agreeing,
     attention_blocks,
     both,
     grid_positions,
@@ -32,22 +33,23 @@ def config(tower: Tower) -> EncoderConfig:
         wrong = wrong or "pool_type"
         raise ValueError(f"its config states {wrong} = {vision[wrong]!r}, which this library does not compute")
     width, channels, patch = tower.patches("conv1.weight")
-    side = tower.side(tower.shape("positional_embedding")[0] - 1)
+    measured = sizes(tower, patch, tower.shape("positional_embedding")[0] - 1, vision.get("image_size"))
     named = any(word in tower.source.name.lower().replace("-", "") for word in ("openai", "quickgelu"))
     heads = width // vision["head_width"] if "head_width" in vision else None
     if model and heads is None:
         heads = width // 64  # OpenCLIP's default
     by_tanh = (vision.get("act_kwargs") or {}).get("approximate") == "tanh"
     if not (model or named):
-        tower.warn_of("activation", "no tensor shows which GELU this CLIP has; the exact one is taken")
+        told = "no tensor shows which GELU this CLIP has, or that it averages tokens; the exact one and its class token"
+        tower.warn_of("activation", f"{told} are taken")
     average = vision.get("pool_type") == "avg"
     after = bool(vision.get("final_ln_after_pool"))
-    return EncoderConfig(
-        name=title("clip", width, patch, side * patch),
-        **sizes(tower, patch, side, vision.get("image_size")),
+    found = EncoderConfig(
+        name=title("clip", width, patch, measured["image_size"][0]),
+        **measured,
         channels=channels,
         width=width,
-        mixers=attention_blocks(vision.get("layers") or tower.depth(r"transformer\.resblocks\.(\d+)\.")),
+        mixers=attention_blocks(tower.depth(r"transformer\.resblocks\.(\d+)\.")),
         mlp_hidden=tower.shape("transformer.resblocks.0.mlp.c_fc.weight")[0],
         activation="quick_gelu" if model.get("quick_gelu", named) else "gelu_tanh" if by_tanh else "gelu",
         attention=AttentionConfig(head_count(tower, width, heads)),
@@ -63,6 +65,7 @@ def config(tower: Tower) -> EncoderConfig:
         embed_dim=tower.shape("proj")[1] if tower.has("proj") else None,
         **normalisation(tower.source, CLIP_MEAN, CLIP_STD),
     )
+    return agreeing(found, vision)
 
 
 _OTHER: tuple[str, ...] = ("attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner")

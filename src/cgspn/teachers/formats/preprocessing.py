@@ -14,6 +14,14 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 _PILLOW: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
 BYTE = 1 / 255
+# what the image processors of transformers leave unsaid in a file
+_CLASSES: dict[str, dict[str, Any]] = {
+    "CLIP": {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3, "do_center_crop": True},
+    "Bit": {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3, "do_center_crop": True},
+    "Siglip": {"image_mean": HALF, "image_std": HALF, "resample": 3},
+    "ViT": {"image_mean": HALF, "image_std": HALF, "resample": 2},
+    "ConvNext": {"image_mean": HALF, "image_std": HALF, "resample": 3},
+}
 
 
 def normalisation(
@@ -61,7 +69,9 @@ def _timm(stated: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _processor(stated: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a preprocessor_config.json of transformers, whatever class wrote it."""
+    """Of a preprocessor_config.json of transformers; what it leaves out is its class's own, or else the family's."""
+    kind = str(stated.get("image_processor_type", ""))
+    stated = next((own for name, own in _CLASSES.items() if kind.startswith(name)), {}) | dict(stated)
     found = _common(stated.get("image_mean"), stated.get("image_std"), stated.get("resample"))
     mean, std = found.get("image_mean", fields["image_mean"]), found.get("image_std", fields["image_std"])
     if stated.get("do_normalize") is False:
@@ -80,6 +90,14 @@ def _processor(stated: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str
     edge, inner = _edge(size), _edge(cut)
     if cropped and edge and inner and inner < edge:
         found["image_crop_pct"] = inner / edge
+    elif "crop_pct" in stated:  # ConvNeXT's
+        found |= {"image_crop": True, "image_crop_pct": float(stated["crop_pct"])}
+    sides = set(size) if isinstance(size, Mapping) else set()
+    keeps = sides & {"longest_edge", "max_height"} or (
+        "shortest_edge" in sides and stated.get("do_center_crop") is False
+    )
+    if keeps or stated.get("do_pad") or stated.get("do_resize") is False:
+        _warn("the image processor's file leaves pictures their shape or pads them")
     return found
 
 
@@ -94,6 +112,8 @@ def _edge(size: Any) -> int | None:
 def _common(mean: Any, std: Any, resample: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field, values in (("image_mean", mean), ("image_std", std)):
+        one = values[0] if isinstance(values, Sequence) and len(values) == 1 else values
+        values = [one] * 3 if isinstance(one, (int, float)) else values
         if isinstance(values, Sequence) and len(values):
             found[field] = tuple(float(value) for value in values)
     if isinstance(resample, int) and 0 <= resample < len(_PILLOW):

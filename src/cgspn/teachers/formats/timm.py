@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -11,15 +12,17 @@ from .family import (
     Family,
     Rule,
     Tower,
+    agreeing,
     attention_blocks,
     both,
     grid_positions,
+    grid_rows,
     head_count,
     prefix_tokens,
     sizes,
     title,
 )
-from .names import name_in_file, size_of, unsupported_argument, unsupported_reason
+from .names import is_plain, name_in_file, size_of, unsupported_argument, unsupported_reason
 from .preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, normalisation
 
 CLASSIFIERS = (1000, 10450, 11221, 11821, 21841, 21843)  # labels of ImageNet in its editions: no image embedding
@@ -46,60 +49,68 @@ def config(tower: Tower) -> EncoderConfig:
     args: dict[str, Any] = stated.get("model_args") or {}
     name = str(stated.get("architecture") or vision.get("timm_model_name") or source.metadata.get("layout", ""))
     name = (name or name_in_file(source.name)).split(".")[0]
+    if (told := stated.get("architecture") or vision.get("timm_model_name")) and not is_plain(told):
+        raise ValueError(f"its config states the architecture {told!r}, which is none of timm's plain ViTs")
     _refuse(tower, name, args)
     width, channels, patch = tower.patches("patch_embed.proj.weight")
     classes = int(tower.has("cls_token"))
     key = "reg_token" if tower.has("reg_token") else "register_tokens"
     registers = tower.shape(key)[-2] if tower.has(key) else 0
     rows = tower.shape("pos_embed")[-2] if tower.has("pos_embed") else 0
-    native = args.get("img_size") or stated.get("pretrained_cfg", {}).get("input_size", [0])[-1]
+    native = args.get("img_size") or stated.get("pretrained_cfg", {}).get("input_size", [])[-2:]
     native = vision.get("image_size") or native or size_of(name)
     # positions of all prefix tokens, of the class token alone, or of none
     extras = (e for e in (classes + registers, classes, 0) if e <= rows)
-    extra = next((e for e in extras if round((rows - e) ** 0.5) ** 2 == rows - e), 0)
-    side = tower.side(rows - extra) if rows else (native // patch if isinstance(native, int) and native else 16)
+    told = grid_rows(native, patch)
+    own = [rows - extra for extra in extras]
+    grid = next((n for n in own if n == told), next((n for n in own if math.isqrt(n) ** 2 == n), rows))
+    measured = sizes(tower, patch, grid if rows else told or 256, native)
     pre_norm, scale = tower.has("norm_pre.weight"), tower.has("blocks.0.ls1.gamma")
+    clip = not name or "clip" in name
     pooled_by_map = tower.has("attn_pool.latent")
     # pure grids that are averaged, of these widths, are SigLIP's with its pooling head taken off
-    grid = not (name or classes or registers or tower.has("fc_norm.weight")) and width in (1024, 1152, 1536)
-    sigmoid = pooled_by_map or "siglip" in name or grid
+    bare = not (name or classes or registers or tower.has("fc_norm.weight")) and width in (1024, 1152, 1536)
+    sigmoid = pooled_by_map or "siglip" in name or bare
     embed = _embed_dim(tower, pre_norm, stated)
     mean, std = (CLIP_MEAN, CLIP_STD) if pre_norm else (HALF, HALF) if sigmoid else (IMAGENET_MEAN, IMAGENET_STD)
     pooling = args.get("global_pool") or stated.get("global_pool") or vision.get("timm_pool")
-    if pooling not in ("token", "avg", "map"):  # a norm after the pooling is timm's sign of a mean
+    if pooling not in (None, "", "token", "avg", "map"):
+        raise ValueError(f"its config states the pooling {pooling!r}; accepted: 'token', 'avg', 'map'")
+    if not pooling:  # a norm after the pooling is timm's sign of a mean
         pooling = "avg" if tower.has("fc_norm.weight") or not classes else "token"
     kind = "clip" if pre_norm else "siglip" if sigmoid else "dinov2" if scale else "vit"
     # DINOv2's own files and copies of them say, by key or in words, that they resize as DINOv2 does
     plain = (tower.has("mask_token") and not registers) or "without antialias" in source.metadata.get("pos_embed", "")
     # without positions of the class and without a class: either of two models of 768 channels, with 12 heads or 16
     anonymous = not (name or stated or classes or registers or pooled_by_map) and width == 768
-    return EncoderConfig(
-        name=name if name.startswith("vit_") else title(kind, width, patch, side * patch),
-        **sizes(tower, patch, side, native),
+    found = EncoderConfig(
+        name=name if name.startswith("vit_") else title(kind, width, patch, measured["image_size"][0]),
+        **measured,
         channels=channels,
         width=width,
         mixers=attention_blocks(tower.depth(r"blocks\.(\d+)\.")),
         mlp_hidden=tower.shape("blocks.0.mlp.fc2.weight")[1],
-        activation=_activation(tower, name, args, sigmoid, width, patch, side),
+        activation=_activation(tower, name, args, sigmoid, width, patch, measured["image_size"][0] // patch),
         attention=AttentionConfig(
             head_count(tower, width, args.get("num_heads"), name, sixteen=sigmoid, by_width=not anonymous),
             tower.has("blocks.0.attn.qkv.bias"),
         ),
         layer_scale=1e-5 if scale else None,
-        positions=rows > 0,
+        positions=tower.has("pos_embed"),
         position_resize="bicubic" if plain else "bicubic_antialias",
         class_token=bool(classes),
         registers=registers,
         patch_bias=tower.has("patch_embed.proj.bias"),
         pre_norm=pre_norm,
         final_norm=tower.has("norm.weight"),
-        norm_eps=float(source.metadata.get("layer_norm_eps") or (1e-5 if pre_norm else 1e-6)),
+        norm_eps=float(source.metadata.get("layer_norm_eps") or (1e-5 if pre_norm and clip else 1e-6)),
         pooling="map" if pooled_by_map else "cls" if pooling == "token" and classes else "mean",
         pool_norm=tower.has("fc_norm.weight"),
         embed_dim=embed,
         embed_bias=embed is not None and _head(tower)[1],
         **normalisation(source, mean, std, squeeze=sigmoid),
     )
+    return agreeing(found, args)
 
 
 def _refuse(tower: Tower, name: str, args: dict[str, Any]) -> None:
@@ -129,7 +140,7 @@ def _activation(
 ) -> Activation:
     packed, hidden = tower.shape("blocks.0.mlp.fc1.weight")[0], tower.shape("blocks.0.mlp.fc2.weight")[1]
     stated = args.get("act_layer")
-    if packed == 2 * hidden:
+    if packed == 2 * hidden and stated in (None, "silu"):
         return "swiglu"
     if stated is not None and stated not in _ACTIVATIONS:
         raise ValueError(f"its config has act_layer {stated!r}; accepted: {', '.join(_ACTIVATIONS)}")

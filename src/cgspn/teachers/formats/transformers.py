@@ -13,6 +13,7 @@ from .family import (
     Family,
     Rule,
     Tower,
+    agreeing,
     attention_blocks,
     both,
     grid_positions,
@@ -48,14 +49,14 @@ def clip_config(tower: Tower) -> EncoderConfig:
     """From shapes and config.json."""
     stated = _stated(tower)
     width, channels, patch = tower.patches("embeddings.patch_embedding.weight")
-    side = tower.side(tower.shape("embeddings.position_embedding.weight")[0] - 1)
+    measured = sizes(tower, patch, tower.shape("embeddings.position_embedding.weight")[0] - 1, stated.get("image_size"))
     projection = tower.find("/visual_projection.weight")
-    return EncoderConfig(
-        name=title("clip", width, patch, side * patch),
-        **sizes(tower, patch, side, stated.get("image_size")),
+    found = EncoderConfig(
+        name=title("clip", width, patch, measured["image_size"][0]),
+        **measured,
         channels=channels,
         width=width,
-        mixers=attention_blocks(stated.get("num_hidden_layers") or tower.depth(r"encoder\.layers\.(\d+)\.")),
+        mixers=attention_blocks(tower.depth(r"encoder\.layers\.(\d+)\.")),
         mlp_hidden=tower.shape("encoder.layers.0.mlp.fc1.weight")[0],
         activation=_activation(stated, "quick_gelu"),
         attention=AttentionConfig(head_count(tower, width, stated.get("num_attention_heads"))),
@@ -67,6 +68,7 @@ def clip_config(tower: Tower) -> EncoderConfig:
         embed_dim=projection[1].shape[0] if projection else None,
         **normalisation(tower.source, CLIP_MEAN, CLIP_STD),
     )
+    return agreeing(found, stated)
 
 
 def siglip_config(tower: Tower) -> EncoderConfig:
@@ -77,13 +79,13 @@ def siglip_config(tower: Tower) -> EncoderConfig:
     width = shape[0]
     channels = stated.get("num_channels", 3) if naflex else shape[1]
     patch = round((shape[1] / channels) ** 0.5) if naflex else shape[2]
-    side = tower.side(tower.shape("embeddings.position_embedding.weight")[0])
-    return EncoderConfig(
-        name=title("siglip2_naflex" if naflex else "siglip", width, patch, side * patch),
-        **sizes(tower, patch, side, stated.get("image_size")),
+    measured = sizes(tower, patch, tower.shape("embeddings.position_embedding.weight")[0], stated.get("image_size"))
+    found = EncoderConfig(
+        name=title("siglip2_naflex" if naflex else "siglip", width, patch, measured["image_size"][0]),
+        **measured,
         channels=channels,
         width=width,
-        mixers=attention_blocks(stated.get("num_hidden_layers") or tower.depth(r"encoder\.layers\.(\d+)\.")),
+        mixers=attention_blocks(tower.depth(r"encoder\.layers\.(\d+)\.")),
         mlp_hidden=tower.shape("encoder.layers.0.mlp.fc1.weight")[0],
         activation=_activation(stated, "gelu_pytorch_tanh"),
         attention=AttentionConfig(head_count(tower, width, stated.get("num_attention_heads"), sixteen=True)),
@@ -92,6 +94,7 @@ def siglip_config(tower: Tower) -> EncoderConfig:
         pooling="map" if tower.has("head.probe") else "mean",
         **normalisation(tower.source, HALF, HALF, squeeze=True),
     )
+    return agreeing(found, stated)
 
 
 _MLP = "encoder.layer.0.mlp.{}.weight"
@@ -101,16 +104,16 @@ def dinov2_config(tower: Tower) -> EncoderConfig:
     """From shapes and config.json."""
     stated = _stated(tower)
     width, channels, patch = tower.patches("embeddings.patch_embeddings.projection.weight")
-    side = tower.side(tower.shape("embeddings.position_embeddings")[-2] - 1)
+    measured = sizes(tower, patch, tower.shape("embeddings.position_embeddings")[-2] - 1, stated.get("image_size"))
     gated = tower.has("encoder.layer.0.mlp.weights_in.weight") or tower.has("encoder.layer.0.mlp.gate_proj.weight")
     registers = tower.has("embeddings.register_tokens")
     second = next(n for n in ("weights_out", "down_proj", "fc2") if n == "fc2" or tower.has(_MLP.format(n)))
-    return EncoderConfig(
-        name=title("reg_dinov2" if registers else "dinov2", width, patch, side * patch),
-        **sizes(tower, patch, side, stated.get("image_size")),
+    found = EncoderConfig(
+        name=title("reg_dinov2" if registers else "dinov2", width, patch, measured["image_size"][0]),
+        **measured,
         channels=channels,
         width=width,
-        mixers=attention_blocks(stated.get("num_hidden_layers") or tower.depth(r"encoder\.layer\.(\d+)\.")),
+        mixers=attention_blocks(tower.depth(r"encoder\.layer\.(\d+)\.")),
         mlp_hidden=tower.shape(_MLP.format(second))[1],
         activation="swiglu" if gated else _activation(stated, "gelu"),
         attention=AttentionConfig(
@@ -125,6 +128,7 @@ def dinov2_config(tower: Tower) -> EncoderConfig:
         pooling="cls",
         **normalisation(tower.source, IMAGENET_MEAN, IMAGENET_STD),
     )
+    return agreeing(found, stated)
 
 
 def _first_third(config: EncoderConfig, packed: Tensor) -> Tensor:

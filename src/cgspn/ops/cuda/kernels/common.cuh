@@ -118,16 +118,37 @@ __device__ __forceinline__ void copy_in(void* to, const char* from) {
     *(unsigned short*)to = *(const unsigned short*)from;
 }
 
-__device__ __forceinline__ Vec load(const void* p) {
+// What one access moves.
+template <int N>
+struct WordOf {
+  using type = unsigned short;
+};
+template <>
+struct WordOf<4> {
+  using type = u32;
+};
+template <>
+struct WordOf<8> {
+  using type = uint2;
+};
+template <>
+struct WordOf<16> {
+  using type = uint4;
+};
+using Word = WordOf<BYTES>::type;
+
+__device__ __forceinline__ Vec vector_of(const Word& word) {
   Vec v;
-  if constexpr (BYTES == 16)
-    *(uint4*)v.w = *(const uint4*)p;
-  else if constexpr (BYTES == 8)
-    *(uint2*)v.w = *(const uint2*)p;
-  else if constexpr (BYTES == 4)
-    v.w[0] = *(const u32*)p;
-  else
-    v.w[0] = *(const unsigned short*)p;
+  v.w[0] = 0;
+  *(Word*)v.w = word;
+  return v;
+}
+
+__device__ __forceinline__ Vec load(const void* p) { return vector_of(*(const Word*)p); }
+
+__device__ __forceinline__ Vec load_narrow(const char* p) {
+  Vec v;
+  load_around(v.w, p);
   return v;
 }
 
@@ -135,56 +156,22 @@ __device__ __forceinline__ Vec load(const void* p) {
 // reads, can stay. Not where its surroundings are read later.
 __device__ __forceinline__ Vec load_once(const char* p) {
   if constexpr (BYTES < 4) return load(p);
-  Vec v;
-  if constexpr (NARROW)
-    load_around(v.w, p);
-  else if constexpr (BYTES == 16)
-    *(uint4*)v.w = __ldcs((const uint4*)p);
-  else if constexpr (BYTES == 8)
-    *(uint2*)v.w = __ldcs((const uint2*)p);
-  else
-    v.w[0] = __ldcs((const u32*)p);
-  return v;
+  if constexpr (NARROW) return load_narrow(p);
+  return vector_of(__ldcs((const Word*)p));
 }
 
 __device__ __forceinline__ Vec load_shared_by_directions(const char* p) {
-  Vec v;
-  if constexpr (NARROW && BYTES >= 4)
-    load_around(v.w, p);
-  else if constexpr (BYTES == 16)
-    *(uint4*)v.w = __ldg((const uint4*)p);
-  else if constexpr (BYTES == 8)
-    *(uint2*)v.w = __ldg((const uint2*)p);
-  else if constexpr (BYTES == 4)
-    v.w[0] = __ldg((const u32*)p);
-  else
-    v.w[0] = __ldg((const unsigned short*)p);
-  return v;
+  if constexpr (NARROW && BYTES >= 4) return load_narrow(p);
+  return vector_of(__ldg((const Word*)p));
 }
 
 // A store of what is read again: a plane to be merged. Also of what fills only a part of a sector.
-__device__ __forceinline__ void store_plane(char* p, const Vec& v) {
-  if constexpr (BYTES == 16)
-    *(uint4*)p = *(const uint4*)v.w;
-  else if constexpr (BYTES == 8)
-    *(uint2*)p = *(const uint2*)v.w;
-  else if constexpr (BYTES == 4)
-    *(u32*)p = v.w[0];
-  else
-    *(unsigned short*)p = (unsigned short)v.w[0];
-}
+__device__ __forceinline__ void store_plane(char* p, const Vec& v) { *(Word*)p = *(const Word*)v.w; }
 
 // A store of what is not read again soon.
 __device__ __forceinline__ void store(char* p, const Vec& v) {
-  if constexpr (NARROW) return store_plane(p, v);
-  if constexpr (BYTES == 16)
-    __stcs((uint4*)p, *(const uint4*)v.w);
-  else if constexpr (BYTES == 8)
-    __stcs((uint2*)p, *(const uint2*)v.w);
-  else if constexpr (BYTES == 4)
-    __stcs((u32*)p, v.w[0]);
-  else
-    *(unsigned short*)p = (unsigned short)v.w[0];
+  if constexpr (NARROW || BYTES < 4) return store_plane(p, v);
+  __stcs((Word*)p, *(const Word*)v.w);
 }
 
 // Channel k of a vector; k must be known at compile time after unrolling.
