@@ -73,6 +73,7 @@ FUSED: list[Piece] = [
         for even in (True, False)
     ),
     (fused.layer_norm_forward, {"ROWS": 2, "CHANNELS": 2048}, 4, 3),
+    *((fused.rms_forward, {"ROWS": 4096 // wide, "LATENT": wide}, 4, 3) for wide in (64, 512, 4096)),
     (fused.rms_backward, {"ROWS": 32, "LATENT": 256, "GAIN": False}, 8, 3),
     *((fused.rms_backward, {"ROWS": rows, "LATENT": 8192 // rows, "GAIN": True}, 8, 3) for rows in (64, 32, 2)),
     *(

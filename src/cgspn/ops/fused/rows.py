@@ -112,6 +112,15 @@ def backward(
     return dx, add_up(parts[:, 0], gain.dtype), add_up(parts[:, 1], gain.dtype)
 
 
+def rms_forward(y: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """RMSNorm of a contiguous y [..., K]."""
+    out, (channels, wide) = empty_like(y), (y.shape[-1], tile(y.shape[-1]))
+    rows, size = y.numel() // channels, max(1, (1 << 12) // wide)
+    numbers = (rows, channels, eps)
+    launch("rms_forward", (y, gain, out), (-(-rows // size),), numbers, ROWS=size, LATENT=wide, num_warps=4)
+    return out
+
+
 def rms_backward(
     dn: Tensor, y: Tensor, gain: Tensor | None, unit: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
