@@ -245,6 +245,19 @@ def test_launches_of_wide_sublayers_are_kept_too(options, monkeypatch):
     check(block, tokens_of(7))
 
 
+def test_too_little_memory_leaves_a_block_as_it_is(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(executor, "recorded", full)
+    monkeypatch.setattr(executor, "record", full)
+    block = block_of()
+    with torch.no_grad():
+        check(block, tokens_of(1), kept=False)
+    check_training(block, 2, kept=False)
+    assert list(block._state.plans.values()) == [executor.NO_MEMORY] * 2
+
+
 @torch.no_grad()
 def test_launches_that_give_something_else_are_not_kept(monkeypatch):
     block, plain = block_of(), executor.run_fused

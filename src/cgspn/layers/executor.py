@@ -8,6 +8,7 @@ exporter and counter knows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ class Fusion(NamedTuple):
 NOTHING, EVERYTHING = Fusion(), Fusion(norm1=True, norm2=True, mixer=True, mlp=True)
 FEW = 1 << 22  # numbers in tokens below which the host is slower than the GPU, and PyTorch's own norms spare it more
 TRIES = 4  # passes after which launches that still cannot be kept never are: the first compiles and sizes the workspace
+NO_MEMORY = "there was too little memory to keep launches"
 ALIKE = 3e-2  # the relative error that roundings to 16 bits may leave
 SHAPES_MOST = 64  # shapes of tokens for which a block keeps launches
 KEPT_MOST = 1 << 25  # numbers in tokens beyond which the GPU takes longer than the host: about 1 GB between launches
@@ -111,9 +113,10 @@ def run_block(block: Block, tokens: Tensor, grid: Grid, tapped: bool = False) ->
             return kept
     fusion = fusion_of(block, tokens)
     if not tapped and fusion.norm1 and fusion.norm2 and tokens.numel() <= KEPT_MOST and state_of(block).latent:
-        kept = keep(block, tokens, grid, fusion)
-        if kept is not None:
-            return kept
+        with suppress(torch.OutOfMemoryError):  # to keep launches takes memory that the block alone may do without
+            kept = keep(block, tokens, grid, fusion)
+            if kept is not None:
+                return kept
     out: Tensor | tuple[Tensor, Tensor] = run_fused(block, tokens, grid, fusion, tapped)
     return out
 
@@ -194,11 +197,13 @@ def keep(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion) -> Tensor | N
         state.plans.pop(next(iter(state.plans)))
     if torch.is_grad_enabled():
         if fusion.mixer and can_keep_training(block, tokens, grid):
+            state.plans[key] = NO_MEMORY
             state.plans[key] = record(block, tokens, grid, gpu, stream)
         return run_kept(block, state, tokens, grid)
     if fusion._replace(mixer=True) != EVERYTHING or not (fusion.mixer or can_keep_wide(block, tokens)):
         return None
     mlp: Any = block.mlp
+    state.plans[key] = NO_MEMORY
     with recorded(gpu, tokens.device, stream) as recording:
         state.workspace = recording.workspace
         if fusion.mixer:
@@ -222,7 +227,8 @@ def can_keep_wide(block: Block, tokens: Tensor) -> bool:
     """Whether a sub-layer too wide for the latent's tiles has the parts that `wide_residual` knows."""
     mixer: Any = block.mixer
     norms = isinstance(mixer.norm, RMSNorm) and isinstance(mixer.merge_norm, RMSNorm)
-    return norms and has_room(tokens) and mixer.local is not None and is_plain(block.scale1, nn.Identity)
+    few = tokens.numel() <= KEPT_MOST // 2  # more take the libraries' kernels less time than these
+    return few and norms and has_room(tokens) and mixer.local is not None and is_plain(block.scale1, nn.Identity)
 
 
 def wide_residual(block: Block, tokens: Tensor, grid: Grid, after: Tensor) -> tuple[Tensor, Tensor]:

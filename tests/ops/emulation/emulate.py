@@ -72,7 +72,6 @@ class EmulatedGpu:
 
     index, capability, arch, machine, runs_triton = -1, (9, 0), "host", SMALL_HOPPER, False
     computes = True
-    computes = True
 
     def load(self, name: str, entry: str, defines: Macros, shared: int) -> Kernel:
         assert shared <= SMALL_HOPPER.shared_bytes
