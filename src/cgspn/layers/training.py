@@ -190,7 +190,7 @@ class TrainedBlock(torch.autograd.Function):
         twice, dout = torch.is_grad_enabled(), dout.contiguous()
         # hooks on what is saved may hand back other tensors
         kept = type(dout) is Tensor and dout.dtype == tokens.dtype and tokens.is_contiguous()
-        kept = kept and len({t.device for t in (dout, tokens, saved, *parameters)}) == 1
+        kept = kept and len({t.get_device() for t in (dout, tokens, saved, *parameters)}) == 1
         kept = kept and not (dout.data_ptr() | saved.data_ptr() | tokens.data_ptr()) & ALIGNED
         if not twice and kept:
             with nullcontext() if trained.gpu.is_current() else trained.gpu.current():
