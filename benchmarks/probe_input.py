@@ -1,6 +1,6 @@
 """Input made to harm, by seed: what is read from strangers and broken disks, changed at random.
 
-    python -m benchmarks.probe_input --count 3000 --out results/probe_input.json
+    python -m benchmarks.probe_input --count 3000 --out results/safety/probes.json
 
 Each probe runs in a process of its own, forked from one that has imported the package. A probe fails if an error other
 than those for people comes out, if it takes more than 20 s, if its memory grows by more than `MOST` or twice the files
@@ -18,10 +18,13 @@ import pickle
 import random
 import resource
 import shutil
+import struct
 import sys
 import tarfile
 import tempfile
 import time
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
@@ -37,8 +40,13 @@ from safetensors.torch import save_file
 import cgspn
 from cgspn import cli
 from cgspn.data import open_samples
+from cgspn.data.decode import read_box, whole
 from cgspn.data.labelled import open_labelled
-from cgspn.distill.snapshots import Snapshots, check_snapshot
+from cgspn.data.prepare import open_picture
+from cgspn.distill.manifest import entries_of, write_manifest
+from cgspn.distill.snapshots import SnapshotError, Snapshots, check_snapshot
+from cgspn.environment import describe
+from cgspn.teachers.files import open_weights
 
 MOST = 500 << 20  # bytes
 SLOW = 20.0  # seconds
@@ -123,12 +131,7 @@ def foreign_model(root: Path, rng: random.Random) -> Callable[[], object]:
     width, t = 32, torch.zeros
     state = {"patch_embed.proj.weight": t(width, 3, 4, 4), "pos_embed": t(1, 50, width), "cls_token": t(1, 1, width)}
     for block in range(2):
-        for name, shape in (
-            ("attn.qkv", (96, 32)),
-            ("attn.proj", (32, 32)),
-            ("mlp.fc1", (64, 32)),
-            ("mlp.fc2", (32, 64)),
-        ):
+        for name, shape in LAYERS.items():
             state |= {f"blocks.{block}.{name}.weight": t(shape), f"blocks.{block}.{name}.bias": t(shape[0])}
         for norm in ("norm1", "norm2"):
             state |= {f"blocks.{block}.{norm}.weight": t(width), f"blocks.{block}.{norm}.bias": t(width)}
@@ -243,6 +246,119 @@ def snapshot(root: Path, rng: random.Random) -> Callable[[], object]:
     return read
 
 
+def signed_snapshot(root: Path, rng: random.Random) -> Callable[[], object]:
+    """A snapshot that is changed by somebody who makes its manifest agree: refused, or loaded, and no more."""
+    snapshots = Snapshots(root / "s", 1)
+    with contextlib.redirect_stderr(io.StringIO()):
+        snapshots.save(1, {"w": torch.ones(50)}, [{"total": 1.0}])
+    at = root / "s/00000001"
+    kind = rng.random()
+    if kind < 0.4:
+        path = rng.choice([at / ".metadata", at / "__0_0.distcp"])
+        path.write_bytes(noisy(path.read_bytes(), rng))
+    elif kind < 0.7:
+        index = pickle.loads((at / ".metadata").read_bytes())
+        tensor, place = index.state_dict_metadata["w"], next(iter(index.storage_data.values()))
+        chunk = tensor.chunks[0]
+        fields = [(tensor, "size"), (tensor, "chunks"), (chunk, "sizes"), (chunk, "offsets"), (place, "offset")]
+        fields += [(place, "length"), (place, "relative_path"), (index, "storage_data"), (index, "state_dict_metadata")]
+        owner, name = rng.choice(fields)
+        odd = [*ODD, torch.Size([10**12]), torch.Size([-1]), torch.Size(), [chunk] * 10**5, "/etc/passwd", ".."]
+        setattr(owner, name, rng.choice(odd))
+        (at / ".metadata").write_bytes(pickle.dumps(index))
+    elif kind < 0.8:
+        write_json(at / "record.json", changed([{"total": 1.0}], rng), rng)
+    else:
+        piece = io.BytesIO()
+        pickled(piece, rng)
+        (at / "__0_0.distcp").write_bytes(piece.getvalue())
+        index = pickle.loads((at / ".metadata").read_bytes())
+        for place in index.storage_data.values():
+            place.offset, place.length = 0, len(piece.getvalue())
+        (at / ".metadata").write_bytes(pickle.dumps(index))
+    write_manifest(at, entries_of(at) | entries_of(at, ".*"), {"steps": 1, "tensors": 1})
+
+    def read() -> None:
+        check_snapshot(at, 1)
+        snapshots.load(1, {"w": torch.zeros(50)})
+
+    return read
+
+
+ALLOCATING = b"\x80\2cbuiltins\nbytearray\n\x8a\6\0\0\0\0\x10\0\x85R."
+
+
+def pickled(file: Any, rng: random.Random) -> None:
+    """What `torch.save` might have written, and did not."""
+    state: dict[str, Any] = {"a": torch.ones(4), "b": {"c": torch.zeros(4)}}
+    kind = rng.randrange(7)
+    if kind == 0:
+        for _ in range(rng.randint(1, 60)):
+            state = {rng.choice("xyz"): state, "w": state}
+    elif kind == 1:
+        state["a"] = rng.choice([torch.zeros(1).expand(10**9), torch.zeros(2).to(torch.complex64), Program(), {1: 2}])
+    elif kind == 2:
+        state = {str(number): state["a"] for number in range(10**5)}
+    old = rng.random() < 0.3
+    if kind < 4 or old:
+        content = io.BytesIO()
+        torch.save(state, content, _use_new_zipfile_serialization=not old)
+        data = content.getvalue()
+        file.write(data if rng.random() < 0.5 else noisy(data, rng))
+        return
+    program = rng.choice([ALLOCATING, pickle.dumps(Program(), 2), b"\x80\2" + rng.choice([b"(", b"]", b"}"]) * 10**6])
+    with zipfile.ZipFile(file, "w", rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])) as archive:
+        archive.writestr("a/data.pkl", program if rng.random() < 0.7 else noisy(program, rng))
+        archive.writestr("a/version", "3")
+        for number in range(rng.choice([0, 0, 20_000])):
+            archive.writestr(f"a/data/{number}", b"")
+
+
+def pickle_file(root: Path, rng: random.Random) -> Callable[[], object]:
+    """A .pt file of any kind, each of whose tensors is read."""
+    path = root / f"x{rng.choice(['.pt', '.pth', '.bin'])}"
+    with path.open("wb") as file:
+        pickled(file, rng)
+    return lambda: [stored.read() for stored in open_weights(path)[0].values()]
+
+
+def picture(root: Path, rng: random.Random) -> Callable[[], object]:
+    """A picture put together from parts: sizes, tags and metadata that lie, and far too many of them."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    side, many = rng.choice([1, 8, 300, 9000, 60000, 2**31 - 1]), rng.choice([0, 1, 50, 200_000])
+    tags = [(rng.randrange(250, 350), rng.randrange(14), rng.choice([1, 2, 10**6]), rng.choice([0, 1, 8, 2**32 - 1]))]
+    tags = tags * rng.choice([1, 20, 5000]) + [(256, 4, 1, side), (257, 4, 1, 8), (258, 4, 1, 8), (259, 4, 1, 8)]
+    tags += [(322, 4, 1, side), (323, 4, 1, side), (324, 4, 1, 8), (325, 4, 1, 9), (274, 3, 1, rng.randrange(10))]
+    exif = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags)
+    shape = struct.pack(
+        ">IIBBBBB", side, rng.choice([8, side]), rng.choice([1, 8, 16]), rng.choice([0, 2, 3, 6]), 0, 0, 0
+    )
+    text = chunk(rng.choice([b"zTXt", b"iCCP"]), b"a\0\0" + zlib.compress(bytes(10**7)))
+    usual = io.BytesIO()
+    Image.new("RGB", (64, 48)).save(usual, "JPEG", progressive=True)
+    kinds = {
+        "png": b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", shape) + text * rng.randrange(3) + chunk(b"abCd", b"") * many
+        + chunk(b"eXIf", exif) + chunk(b"IDAT", zlib.compress(bytes(10**5))) * 2 + chunk(b"IEND", b""),
+        "tif": exif + bytes(64),
+        "gif": b"GIF89a" + struct.pack("<HHBBB", 8, 8, 0x80, 0, 0) + bytes(6) + b"!\xfe" + b"\4abcd" * many + b"\0,"
+        + bytes(20),
+        "jpg": usual.getvalue()[:2] + b"\xff\xfe\0\2" * many + usual.getvalue()[2:-2] + b"\xff\xda" * (many // 100),
+        "ppm": b"P5 #" + b"a" * many + b"\n%d 8 %d\n" % (side, rng.choice([0, 255, 65535, 10**9])) + bytes(64),
+    }  # fmt: skip
+    content = kinds[rng.choice(list(kinds))]
+    (root / "x.png").write_bytes(content if rng.random() < 0.6 else noisy(content, rng))
+
+    def read() -> None:
+        for look in (lambda: read_box(root / "x.png", (8, 8), whole), lambda: open_picture(root / "x.png")):
+            with contextlib.suppress(OSError, ValueError, SyntaxError, struct.error, TypeError, KeyError, IndexError):
+                look()  # all of which those that read pictures count
+
+    return read
+
+
 def options(root: Path, rng: random.Random) -> Callable[[], object]:
     """Options of commands with all kinds of values."""
     odd = ["0", "-1", "nan", "inf", "1e400", "x", "", "99999999999", "3.5", "[/x]", "\udcff", "{0..99999999}", "None"]
@@ -290,9 +406,12 @@ KINDS = {
     "shards": shards,
     "folder": folder,
     "snapshot": snapshot,
+    "signed snapshot": signed_snapshot,
+    "pickle": pickle_file,
+    "picture": picture,
     "options": options,
 }
-REFUSED = (ValueError, OSError)
+REFUSED = (ValueError, OSError, SnapshotError)
 
 
 @dataclass(frozen=True)
@@ -361,7 +480,7 @@ def run_forked(number: int) -> Outcome:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def main(count: int = 3000, start: int = 0, out: Path = Path("results/probe_input.json")) -> None:
+def main(count: int = 3000, start: int = 0, out: Path = Path("results/safety/probes.json")) -> None:
     """Run probes `start` to `start + count` - 1 and write what became of them."""
     torch.set_num_threads(1)
     outcomes = []
@@ -371,7 +490,7 @@ def main(count: int = 3000, start: int = 0, out: Path = Path("results/probe_inpu
     failed = [each for each in outcomes if each.end.startswith("FAILED")]
     kinds = {kind: dict(Counter(e.end.split(":")[0] for e in outcomes if e.kind == kind)) for kind in KINDS}
     record = {
-        "command": f"python -m benchmarks.probe_input --count {count} --start {start}",
+        "machine": describe(program="python -m benchmarks.probe_input"),
         "probes": count,
         "kinds": kinds,
         "failed": [asdict(each) for each in failed],

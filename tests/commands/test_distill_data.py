@@ -188,14 +188,15 @@ def test_processes_that_are_refused_leave_no_folder_whichever_is_late(tmp_path, 
     assert not (tmp_path / "new").exists()
 
 
-def test_a_model_that_is_of_no_run_is_left_alone(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["model.safetensors", "preprocessor_config.json", "report.html"])
+def test_a_file_that_is_of_no_run_is_left_alone(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path("old").mkdir()
-    Path("old/model.safetensors").write_text("precious")
-    with pytest.raises(ValueError, match=r"out is old, which holds model\.safetensors of something else"):
+    Path("old", name).write_text("precious")
+    with pytest.raises(ValueError, match=f"out is old, which holds {name} of something else"):
         Distill("embedded", Path("old"), config=replace(CONFIG, loss=LossConfig())).run()
-    assert Path("old/model.safetensors").read_text() == "precious"
-    assert [path.name for path in Path("old").iterdir()] == ["model.safetensors"]
+    assert Path("old", name).read_text() == "precious"
+    assert [path.name for path in Path("old").iterdir()] == [name]
 
 
 def with_sizes(config, *sizes):

@@ -29,6 +29,17 @@ def test_a_folder_with_a_sub_folder_for_each_class(tmp_path):
     assert found.name == "clothes"
 
 
+def test_names_that_are_not_utf8_are_texts_like_others(tmp_path):
+    for name in ("a", "\udcfe"):
+        (tmp_path / name).mkdir()
+        picture(0).save(tmp_path / name / "\udcff.png", "PNG")
+    labelled = open_labelled(tmp_path)
+    assert labelled.class_names == ("a", "\\udcfe")
+    assert open_picture(labelled.pictures[1]).size == picture(0).size
+    assert open_folder(tmp_path).read(1).class_name.encode() == b"\\udcfe"
+    assert len(open_folder(tmp_path).digest()) == 16
+
+
 @pytest.mark.parametrize("counted", [True, False])
 def test_clip_benchmark(tmp_path, counted):
     labels = [2, 0, 1, 1, 2, 0, 0, 1, 2]

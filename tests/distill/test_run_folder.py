@@ -47,6 +47,15 @@ def test_a_lock_that_a_killed_run_left_is_no_lock(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").symlink_to("../precious")
+    with locked(tmp_path / "run", World()):
+        pass
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
 @pytest.mark.parametrize("kind", ["losses", "weights", "lost", "count", "manifest"])
 def test_a_damaged_stage_is_named_and_run_again(tmp_path, capsys, kind):
     stage = tmp_path / "stages/0"

@@ -211,11 +211,14 @@ def test_pickles_that_run_or_expand(tmp_path, monkeypatch):
     torch.save({"a": one}, "old.pt", _use_new_zipfile_serialization=False)
     content = (tmp_path / "old.pt").read_bytes()
     (tmp_path / "old.pt").write_bytes(content.replace(b"\x80\2}q\0X\1\0\0\0a", take + b"}q\0X\1\0\0\0a", 1))
+    disks = bytearray((tmp_path / "good.pt").read_bytes())
+    disks[disks.rindex(b"PK\6\7") + 16] = 9  # of how many disks the file is
+    (tmp_path / "disks.pt").write_bytes(disks)
     os.mkfifo("fifo.pt")
     (tmp_path / "zero.pt").symlink_to("/dev/zero")
     (tmp_path / "empty.pt").touch()
     bad = ("stride", "sparse", "meta", "planted", "raw", "deflated", "shared", "twice", "complex", "nested", "take")
-    for name in (*bad, "old", "fifo", "zero", "empty"):
+    for name in (*bad, "old", "disks", "fifo", "zero", "empty"):
         with pytest.raises(CheckpointError) as caught:
             open_weights(tmp_path / f"{name}.pt")
         assert "will likely succeed" not in str(caught.value)  # PyTorch's advice to read it without limits

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..console import console
-from ..models.checkpoint import CONFIG, WEIGHTS, write_atomically
+from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, write_atomically
 from ..models.config import to_dict
 from ..models.dual import DualEncoder, image_encoder
 from ..teachers import convert, load_encoder, load_model
@@ -78,7 +78,7 @@ class Convert(Command):
             if getattr(self, number) and getattr(self, indices):
                 raise ValueError(f"{number} and {indices} are both given; accepted: a number or indices, not both")
         out = check_folder(self.out, "out")
-        check_free([out / name for name in (CONFIG, WEIGHTS, RECORD)], "out", self.overwrite)
+        check_free([out / name for name in (CONFIG, WEIGHTS, PREPROCESSING, RECORD)], "out", self.overwrite)
         load = load_encoder if self.image_only else load_model
         teacher = load(self.teacher, heads=self.heads, submodel=self.submodel)
         encoder = image_encoder(teacher)

@@ -46,7 +46,7 @@ class _Evaluation(Command):
 
 @dataclass(frozen=True)
 class _ImageText(_Evaluation):
-    usual: ClassVar = ("data", "size", "device", "out")
+    usual: ClassVar[tuple[str, ...]] = ("data", "size", "device", "out")
 
     models: Models
     """Image-text models, a row each: checkpoint folders, hub ids, or "embedded"."""

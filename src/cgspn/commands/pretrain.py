@@ -17,7 +17,7 @@ from ..console import console, progress_watcher
 from ..data import load_embedded
 from ..distill import PretrainConfig, pretrain
 from ..evaluate.suite import evaluate_zeroshot
-from ..models.checkpoint import CONFIG, WEIGHTS, write_atomically
+from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, write_atomically
 from .checks import check_folder, check_free, device_of, mixed_sizes
 from .command import Command, Device, Out
 
@@ -63,7 +63,7 @@ class Pretrain(Command):
         """Train, evaluate on the validation split, save. Raises ValueError, OSError or DivergedError."""
         device = device_of(self.device)
         check_folder(self.out, "out")
-        check_free([self.out / name for name in (CONFIG, WEIGHTS, RECORD)], "out", self.overwrite)
+        check_free([self.out / name for name in (CONFIG, WEIGHTS, PREPROCESSING, RECORD)], "out", self.overwrite)
         with progress_watcher() as watcher:
             model, history = pretrain(load_embedded("train"), self.config, watcher, device)
         model.cpu()

@@ -41,7 +41,7 @@ def fetch_all(urls: Sequence[str], folder: Path, most_failures: int) -> Iterator
     stop, failed = threading.Event(), [0]
 
     def one(url: str) -> tuple[Path, str]:
-        path = folder / f"{hashlib.blake2b(url.encode(), digest_size=8).hexdigest()}-{_base(url)}"
+        path = folder / f"{hashlib.blake2b(os.fsencode(url), digest_size=8).hexdigest()}-{_base(url)}"
         try:
             if failed[0] > most_failures:
                 raise OSError("not tried, as too many others failed")

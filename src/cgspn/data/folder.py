@@ -107,7 +107,9 @@ def list_folder(root: Path, *, mixed: bool = False) -> tuple[tuple[str, ...], li
         folders = [(root.resolve().name, loose)]
     if not folders:
         raise FileNotFoundError(f"no image files in {root} (looked for {', '.join(sorted(SUFFIXES))})")
-    return tuple(name for name, _ in folders), [(f, k) for k, (_, files) in enumerate(folders) for f in files]
+    # as texts, which those of bytes that are not UTF-8 are not yet
+    names = tuple(name.encode(errors="backslashreplace").decode() for name, _ in folders)
+    return names, [(f, k) for k, (_, files) in enumerate(folders) for f in files]
 
 
 def _walk(folder: Path, root: Path) -> Iterator[Path]:

@@ -90,7 +90,7 @@ class SampleFolder:
 
     def digest(self) -> str:
         """As in `SampleSource`; where the folder is does not count."""
-        return digest_of(os.path.relpath(file, self.source).encode() for file in self.files)
+        return digest_of(os.fsencode(os.path.relpath(file, self.source)) for file in self.files)
 
 
 def open_folder(path: Path) -> SampleFolder:

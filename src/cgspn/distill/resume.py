@@ -7,6 +7,7 @@ Of a stage that is done the folder holds the student, its record and its adapter
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from ..models.checkpoint import CONFIG, WEIGHTS, read_model, write_atomically
+from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, read_model, write_atomically
 from ..models.encoder import Encoder
 from ..models.reading import CheckpointError, read_json
 from ..models.weights import open_safetensors, read_state
@@ -56,7 +57,8 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
     path = out / RUN
     if (out / RECORD).exists():
         raise ValueError(f"out is {out}, which holds a finished run; give another folder, or remove it to begin again")
-    if not path.exists() and (held := [name for name in (CONFIG, WEIGHTS) if (out / name).exists()]):
+    made = (CONFIG, WEIGHTS, PREPROCESSING, REPORT)
+    if not path.exists() and (held := [name for name in made if os.path.lexists(out / name)]):
         raise ValueError(f"out is {out}, which holds {', '.join(held)} of something else; give another folder")
     wanted = identity(settings)
     begun = progress_of(out)

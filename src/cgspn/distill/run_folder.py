@@ -55,6 +55,8 @@ def locked(folder: Path, world: World) -> Iterator[None]:
     lock, refusal = FileLock(folder / LOCK), ""
     if world.rank == 0:
         try:
+            if (folder / LOCK).is_symlink():  # to a file that some versions of filelock would empty
+                (folder / LOCK).unlink()
             lock.acquire(timeout=0)
             write_atomically(folder / HOLDER, json.dumps(_this_run()) + "\n")
         except Timeout:

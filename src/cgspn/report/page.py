@@ -46,7 +46,7 @@ figcaption strong { color: var(--ink); font-weight: 600; }
   font-variant-numeric: tabular-nums; }
 .card .note { font-size: .86rem; line-height: 1.4; }
 .grid { display: grid; gap: 1rem; margin: 1rem 0; align-items: start; }
-.wide { grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); align-items: stretch; }
+.wide { grid-template-columns: repeat(auto-fill, minmax(min(20rem, 100%), 1fr)); align-items: stretch; }
 .three { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 .four { grid-template-columns: repeat(4, minmax(0, 1fr)); }
 .panel figcaption { margin: 0 0 .3rem; }

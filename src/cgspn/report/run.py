@@ -69,7 +69,8 @@ def _summary(record: Record, stages: Mapping[str, Sequence[Mapping[str, float]]]
     ]
     if "picture" in held:
         words = "features as colours, one choice for all images; the student's are turned to fit the teacher's"
-        body.append(page.picture(held["picture"], f"Images and {words}", "Image, teacher, student", words))
+        picture = page.picture(held["picture"], f"Images and {words}", "Image, teacher, student", words)
+        body.append(page.group([picture], "wide"))
     return Section("summary", "In short", "\n".join(body), "In short")
 
 

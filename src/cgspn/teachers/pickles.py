@@ -31,11 +31,13 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file() or not (size := path.stat().st_size):
         raise CheckpointError(f"{path} is no file, or an empty one")
-    if zipped := zipfile.is_zipfile(path):
-        with path.open("rb") as file:
+    with path.open("rb") as file:
+        if zipped := file.read(4) == b"PK\3\4":  # by which PyTorch tells the two formats apart
             check_archive(file, str(path))
-    elif _mentions(path, ALLOCATES):
-        raise CheckpointError(f"{path} asks for memory of any size")
+        else:
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                if content.find(ALLOCATES) >= 0:
+                    raise CheckpointError(f"{path} asks for memory of any size")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # of a damaged or hostile file, of nearly any kind
@@ -100,12 +102,6 @@ def check_archive(file: IO[bytes], name: str) -> None:
                 raise CheckpointError(f"{name} asks for memory of any size")
     except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error, OSError) as error:
         raise CheckpointError(f"{name} is damaged: {error}") from error
-
-
-def _mentions(path: Path, words: bytes) -> bool:
-    """Whether a file holds some bytes."""
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return content.find(words) >= 0
 
 
 def _reason(error: Exception, path: Path, zipped: bool) -> str:
