@@ -42,7 +42,7 @@ def main() -> None:
                 for mean in (False, True):
                     arguments = Scan(*tensors, mask=inside, normalise_state=mean)
                     y, *saved = scan.forward_saving(arguments)
-                    scan.backward_saved(y, arguments, *saved)
+                    scan.backward(y, arguments, *saved)
             launch.choose = choose
     for b, h, w, c in ((2, 9, 13, 24), (1, 21, 18, 136), (1, 11, 19, 40)):
         x, weight = (torch.randn(s, device="cuda").bfloat16() for s in ((b, h, w, c), (20 * c, c)))

@@ -27,7 +27,10 @@ CONFIGS = {
     "hybrid": HYBRID,
     "windows": replace(HYBRID, mixers=("propagation", "window_attention"), window=(2, 3)),
     "values": replace(
-        HYBRID, propagation=PropagationConfig(2, value_expansion=3, channels_per_group=2, forget_gate=True)
+        HYBRID,
+        propagation=PropagationConfig(
+            2, value_expansion=3, channels_per_group=2, forget_gate=True, normalise_state=True
+        ),
     ),
     "gspn": replace(HYBRID, mixers=("propagation",), propagation=replace(GSPN, expansion=1), pooling="mean"),
     "dinov2": replace(

@@ -1,5 +1,7 @@
 """Mixers behind one interface: what they mix, what they ignore, how they start."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -15,6 +17,7 @@ from cgspn.layers import (
     PropagationConfig,
     PropagationMixer,
 )
+from cgspn.layers.propagation import value_config
 from cgspn.ops import propagate_2d_reference
 
 CONFIGS = {
@@ -107,6 +110,25 @@ def test_every_weight_of_a_propagation_mixer_learns(name):
     for key, p in mixer.named_parameters():
         assert p.grad is not None, key
         assert p.grad.norm() > 0, key
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_normalised_state_trains_in_bfloat16(device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    torch.manual_seed(0)
+    mixer = PropagationMixer(32, replace(value_config(3), compression=4, local_kernel=0)).to(device)
+    tokens, wanted = torch.randn(2, 2, 12, 32, device=device)
+    optimizer = torch.optim.AdamW(mixer.parameters(), lr=2e-2)
+    losses = []
+    for _ in range(12):
+        with torch.autocast(device, torch.bfloat16):
+            loss = (mixer(tokens, Grid(3, 4)).float() - wanted).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0], losses
 
 
 @pytest.mark.parametrize("name", ["default", "sum", "bare", "GSPN"])

@@ -312,7 +312,7 @@ def test_more_than_two_to_the_31_elements() -> None:
     assert torch.equal(y[-1:], propagate_2d(*last, backend="cuda"))
     small = [t[..., 200:208].contiguous() for t in last]
     assert error(y[-1:, ..., 200:208], propagate_2d_reference(*small)) < 1e-2
-    grads = scan.backward_saved(x, whole, *saved)[:4]
+    grads = scan.backward(x, whole, *saved)[:4]
     _, *saved = scan.forward_saving(Scan(*last))
-    for a, b_ in zip(grads, scan.backward_saved(last[0], Scan(*last), *saved)[:4], strict=True):
+    for a, b_ in zip(grads, scan.backward(last[0], Scan(*last), *saved)[:4], strict=True):
         assert torch.equal(a[-1:], b_)

@@ -76,7 +76,7 @@ def check_scan(
     def run() -> list[Tensor]:
         arguments = Scan(*tensors, None, mask, codes, merge == "sum")
         out, *saved = scan.forward_saving(arguments, cut)
-        return [out, *scan.backward_saved(dy, arguments, *saved, back)[:4]]
+        return [out, *scan.backward(dy, arguments, *saved, back)[:4]]
 
     check(run, want, dtype)
 
@@ -127,7 +127,7 @@ def test_sets_of_parameters(shape, share, own, keep, masked, merge, dtype, cut, 
     def run() -> list[Tensor]:
         arguments = Scan(x, logits, lam, u, gate, mask, codes, merge == "sum", normalise_state=mean)
         out, *saved = scan.forward_saving(arguments, cut)
-        return [out, *[g for g in scan.backward_saved(dy, arguments, *saved, back) if g is not None]]
+        return [out, *[g for g in scan.backward(dy, arguments, *saved, back) if g is not None]]
 
     check(run, want, dtype)
 

@@ -35,7 +35,6 @@ def load(folder, state, config=None, name="model.safetensors", **options):
     [
         ("vit_pe_core_base_patch16_224.fb", "rotary positions"),
         ("vit_pe_spatial_large_patch14_448", "rotary positions"),
-        ("vit_small_patch16_dinov3.lvd1689m", "rotary positions"),
         ("eva02_base_patch14_448.mim", "rotary positions"),
         ("beitv2_base_patch16_224", "relative position biases"),
         ("vit_base_patch16_rpn_224", "norms after its branches"),

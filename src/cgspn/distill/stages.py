@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,7 +25,6 @@ from .parity import check_parity
 from .plan import Stage, plan
 from .resume import StageFolders
 from .runtime import Runtime, running
-from .sizes import whole
 from .tasks import ContrastiveTask, DistillTask, Task
 from .trainer import History, Watch, train
 
@@ -48,7 +47,7 @@ def pretrain(
     watch = watcher(title, config.optim.steps) if watcher else None
     history = train(task, stage.stream(feed, encoder, World(device=torch.device(device))), config.optim, title, watch)
     if config.optim.steps:
-        record_sizes(model.image, stage.shapes(encoder.patch_size))
+        model.image.record_sizes(stage.shapes(encoder.patch_size))
     return model.eval(), history
 
 
@@ -108,7 +107,7 @@ def distill(
         for number, (stage, stream) in enumerate(zip(stages, streams, strict=True)):
             if (found := folders.restore(number, student)) is not None:
                 losses, throughput, carried = found
-                record_sizes(student, stage.shapes(student.config.patch_size))
+                student.record_sizes(stage.shapes(student.config.patch_size))
                 histories.append(History(stage.title, losses, throughput))
                 continue
             if not histories:
@@ -132,7 +131,7 @@ def distill(
                 )
                 carried = task.carried() if isinstance(task, DistillTask) else {}
             histories.append(history)
-            record_sizes(student, stage.shapes(student.config.patch_size))
+            student.record_sizes(stage.shapes(student.config.patch_size))
             folders.finish(number, student, history.steps, history.throughput, carried)
             if snapshots is not None:
                 snapshots.clear()
@@ -147,24 +146,6 @@ def going_on(stage: Stage, carried: Mapping[str, Tensor], student: Encoder, runt
     if isinstance(task, DistillTask) and stage.goes_on:
         task.carry_on(carried)
     return task
-
-
-def record_sizes(encoder: Encoder, shapes: Iterable[tuple[int, int]]) -> None:
-    """Note in an encoder's config that it was trained at these shapes, (height, width) in pixels.
-
-    Its native size becomes the largest that it was ever trained at: the only shape, or a square. Learned positions stay
-    as they are and go on being resized.
-    """
-    config, patch = encoder.config, encoder.config.patch_size
-    chosen = tuple(shapes)
-    sides = [height if height == width else whole((height * width) ** 0.5, patch) for height, width in chosen]
-    trained = tuple(sorted({*config.trained_sizes, *sides}))
-    native = config.image_size
-    if max(sides) == trained[-1]:
-        native = chosen[0] if len(chosen) == 1 else (trained[-1], trained[-1])
-    grid = encoder.positions.grid if encoder.positions is not None else None
-    encoder.config = replace(config, trained_sizes=trained, image_size=native, position_table=grid)
-    encoder.patch_embed.img_size = native
 
 
 def check_cacheable(stage: Stage) -> None:

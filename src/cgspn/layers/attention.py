@@ -9,14 +9,19 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from .mixer import Grid, Mixer
+from .rotary import rotary_angles, rotate
 
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """heads: number of heads, a divisor of the width. qkv_bias: whether the QKV projection has a bias."""
+    """heads: number of heads, a divisor of the width. qkv_bias: whether the QKV projection has a bias.
+
+    rotary: the base of DINOv3's rotary positions; None for none.
+    """
 
     heads: int = 16
     qkv_bias: bool = True
+    rotary: float | None = None
 
 
 class AttentionMixer(Mixer):
@@ -28,6 +33,8 @@ class AttentionMixer(Mixer):
         self.config = config = config or AttentionConfig()
         if config.heads < 1 or width % config.heads:
             raise ValueError(f"heads is {config.heads}; a width of {width} accepts its divisors")
+        if config.rotary is not None and (config.rotary <= 0 or width // config.heads % 4):
+            raise ValueError(f"rotary is {config.rotary}; accepted: above 0, with heads of a multiple of 4 channels")
         self.heads, self.head_width = config.heads, width // config.heads
         self.qkv = nn.Linear(width, 3 * width, bias=config.qkv_bias)
         self.out = nn.Linear(width, width)
@@ -37,21 +44,25 @@ class AttentionMixer(Mixer):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def _split(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _split(self, tokens: Tensor, grid: Grid | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, heads, N, d] each. grid: where the tokens lie, for rotary positions."""
         batch, count, _ = tokens.shape
         q, k, v = self.qkv(tokens).view(batch, count, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4).unbind(0)
+        if grid is not None and self.config.rotary is not None:
+            angles = rotary_angles(grid, self.head_width, self.config.rotary, tokens.device)
+            q, k = rotate(q, angles, grid.prefix), rotate(k, angles, grid.prefix)
         return q, k, v
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """tokens [B, N, C] -> [B, N, C]; positions outside the grid's mask are not attended to."""
-        q, k, v = self._split(tokens)
+        q, k, v = self._split(tokens, grid)
         out = scaled_dot_product_attention(q, k, v, attn_mask=self.visible(tokens, grid))
         result: Tensor = self.out(out.transpose(1, 2).flatten(2))
         return result
 
     def with_map(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Of tokens in rows, what `forward` gives and its map: [B, N, C] and [B, heads, N, N], with gradients."""
-        q, k, v = self._split(tokens)
+        q, k, v = self._split(tokens, grid)
         weights = _softmax(q, k, self.visible(tokens, grid))
         return self.out((weights @ v).transpose(1, 2).flatten(2)), weights
 
@@ -61,7 +72,7 @@ class AttentionMixer(Mixer):
 
         rows: int64 [R], the tokens whose rows are wanted, which gives [B, heads, R, N]; None for all.
         """
-        q, k, _ = self._split(tokens)
+        q, k, _ = self._split(tokens, grid)
         return _softmax(q if rows is None else q[:, :, rows], k, self.visible(tokens, grid, rows))
 
     def visible(self, tokens: Tensor, grid: Grid, rows: Tensor | None = None) -> Tensor | None:

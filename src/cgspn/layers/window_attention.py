@@ -30,8 +30,12 @@ class WindowAttentionMixer(AttentionMixer):
     window: Window
 
     def __init__(self, width: int, config: AttentionConfig | None = None, window: Window = (8, 8)) -> None:
-        """width: C; window: rows and columns of positions. Raises ValueError for heads that do not divide C."""
+        """width: C; window: rows and columns of positions. Raises ValueError for heads that do not divide C, and
+        for rotary positions, which are those of the whole grid.
+        """
         super().__init__(width, config)
+        if self.config.rotary is not None:
+            raise ValueError(f"rotary is {self.config.rotary}; attention in windows accepts None")
         self.window = window
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -121,6 +122,22 @@ class Encoder(TimmContract):
         with torch.no_grad():
             for name, tensor in self.state_dict().items():
                 tensor.copy_(fresh[name])
+
+    def record_sizes(self, shapes: Iterable[tuple[int, int]]) -> None:
+        """Note in the config that it was trained at these shapes, (height, width) in pixels.
+
+        The native size becomes the largest that it was ever trained at: the only shape, or a square. Learned positions
+        stay as they are and go on being resized.
+        """
+        patch, chosen = self.config.patch_size, tuple(shapes)
+        sides = [h if h == w else max(1, round((h * w) ** 0.5 / patch)) * patch for h, w in chosen]
+        trained = tuple(sorted({*self.config.trained_sizes, *sides}))
+        native = self.config.image_size
+        if max(sides) == trained[-1]:
+            native = chosen[0] if len(chosen) == 1 else (trained[-1], trained[-1])
+        table = self.positions.grid if self.positions is not None else None
+        self.config = replace(self.config, trained_sizes=trained, image_size=native, position_table=table)
+        self.patch_embed.img_size = native
 
     def each_block(self) -> list[Block]:
         """What stands at the position of each block, in order: blocks, or what somebody wrapped around them."""

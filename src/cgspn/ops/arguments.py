@@ -44,6 +44,20 @@ class Scan(NamedTuple):
         return (*self.x.shape[:3], self.x.shape[-1]) if self.merge_sum else self.maps
 
 
+LINE_SCAN_SCHEMA = "Tensor x, Tensor weights, Tensor lam, int direction, int? chunk, str backend"
+
+
+class GivenScan(NamedTuple):
+    """The arguments of `line_scan`, checked: the scan whose weights are given. `direction` is an index."""
+
+    x: Tensor
+    weights: Tensor
+    lam: Tensor
+    direction: int = 0
+    chunk: int | None = None
+    backend: str = "auto"
+
+
 PARAMETERS = 5  # maps a direction that a projection makes: lam, u, three logits
 PROJECTED_SCHEMA = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? mask, int[] directions, bool merge_sum, str parameters, str backend"

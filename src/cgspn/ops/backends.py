@@ -2,9 +2,9 @@
 
 A backend is a module with the functions `forward`, `backward`, `line_scan_forward`, `line_scan_backward` (signatures
 of torch_scan.py) and, unless it runs everywhere, `unsupported_reason(device, dtype, gpu) -> str | None`: the reason it
-cannot run there. A backend whose backward wants more than the inputs also has `forward_saving` (returns the output and
-two tensors of `saved_shapes`), `backward_saved` (takes those last) and `line_scan_backward_saved` (takes the output
-last). Adding one = a module here and a line in PREFERENCE; the tests pick it up from there.
+cannot run there. A backend whose backward wants more than the inputs also has `forward_saving`, which returns the
+output and two tensors of `saved_shapes`; those come last to its `backward`. Adding one = a module here and a line in
+PREFERENCE; the tests pick it up from there.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .arguments import SCAN_SCHEMA, Scan
+from .arguments import LINE_SCAN_SCHEMA, SCAN_SCHEMA, GivenScan, Scan
 from .backends import backend_for
 from .functorch import check_reverse
 from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
@@ -25,9 +25,11 @@ from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
 Gradients = tuple[Tensor | None, ...]
 
 
-def register_op(name: str, function: Callable[..., Any], schema: str) -> Any:
-    """The custom op cgspn::`name` of a function without side effects."""
-    return torch.library.custom_op(f"cgspn::{name}", function, mutates_args=(), schema=schema)
+def register_op(name: str, function: Callable[..., Any], schema: str, fake: Callable[..., Any]) -> Any:
+    """The custom op cgspn::`name` of a function without side effects; fake: its outputs' shapes and dtypes."""
+    op = torch.library.custom_op(f"cgspn::{name}", function, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    return op
 
 
 def propagate_2d_now(*arguments: Any) -> Tensor:
@@ -38,11 +40,7 @@ def propagate_2d_now(*arguments: Any) -> Tensor:
     return out
 
 
-propagate_2d_op = register_op("propagate_2d", propagate_2d_now, f"({SCAN_SCHEMA}) -> Tensor")
-
-
-@propagate_2d_op.register_fake  # type: ignore[untyped-decorator]
-def _(*arguments: Any) -> Tensor:
+def _output(*arguments: Any) -> Tensor:
     scan = Scan(*arguments)
     return scan.x.new_empty(scan.output)
 
@@ -58,17 +56,10 @@ def propagate_2d_saving_now(*arguments: Any) -> tuple[Tensor, ...]:
     return module.forward(scan), scan.x.new_empty(0), scan.x.new_empty(0, dtype=torch.float32)
 
 
-propagate_2d_saving_op = register_op(
-    "propagate_2d_saving", propagate_2d_saving_now, f"({SCAN_SCHEMA}) -> (Tensor, Tensor, Tensor)"
-)
-
-
-@propagate_2d_saving_op.register_fake  # type: ignore[untyped-decorator]
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def _saved(*arguments: Any) -> tuple[Tensor, ...]:
     scan = Scan(*arguments)
-    module = backend_for(scan.backend, scan.x)
+    module, x = backend_for(scan.backend, scan.x), scan.x
     shapes = module.saved_shapes(scan) if hasattr(module, "forward_saving") else ((0,), (0,))
-    x = scan.x
     return x.new_empty(scan.output), x.new_empty(shapes[0]), x.new_empty(shapes[1], dtype=torch.float32)
 
 
@@ -78,73 +69,52 @@ def propagate_2d_backward_now(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]
     arguments: those of the forward, then, if there are more, what `propagate_2d_saving_op` returned to be saved.
     """
     count = len(Scan._fields)
-    scan, saved = Scan(*arguments[:count]), arguments[count:]
-    module = backend_for(scan.backend, scan.x)
-    if saved and saved[0] is not None and hasattr(module, "backward_saved"):
-        grads = module.backward_saved(dy, scan, *saved)
-    else:
-        grads = module.backward(dy, scan)
+    scan = Scan(*arguments[:count])
+    grads = backend_for(scan.backend, scan.x).backward(dy, scan, *arguments[count:])
     return tuple(scan.x.new_empty(0) if g is None else g for g in grads)
 
 
+def _gradients(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(dy.new_empty(0 if t is None else t.shape) for t in Scan(*arguments[: len(Scan._fields)])[:5])
+
+
+propagate_2d_op = register_op("propagate_2d", propagate_2d_now, f"({SCAN_SCHEMA}) -> Tensor", _output)
+propagate_2d_saving_op = register_op(
+    "propagate_2d_saving", propagate_2d_saving_now, f"({SCAN_SCHEMA}) -> (Tensor, Tensor, Tensor)", _saved
+)
 propagate_2d_backward_op = register_op(
     "propagate_2d_backward",
     propagate_2d_backward_now,
     f"(Tensor dy, {SCAN_SCHEMA}, Tensor? h=None, Tensor? n=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gradients,
 )
 
 
-@propagate_2d_backward_op.register_fake  # type: ignore[untyped-decorator]
-def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(dy.new_empty(0 if t is None else t.shape) for t in Scan(*arguments[: len(Scan._fields)])[:5])
-
-
-def line_scan_now(x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None, backend: str) -> Tensor:
-    """Checked arguments in, tensors out: see `cgspn.ops.line_scan`."""
+def line_scan_now(*arguments: Any) -> Tensor:
+    """The output for the fields of a `GivenScan`: see `cgspn.ops.line_scan`."""
+    scan = GivenScan(*arguments)
     check_reverse("line_scan")
-    out: Tensor = backend_for(backend, x).line_scan_forward(x, weights, lam, direction, chunk)
+    out: Tensor = backend_for(scan.backend, scan.x).line_scan_forward(scan)
     return out
 
 
-LINE_SCAN_SCHEMA = "Tensor x, Tensor weights, Tensor lam, int direction, int? chunk, str backend"
-line_scan_op = register_op("line_scan", line_scan_now, f"({LINE_SCAN_SCHEMA}) -> Tensor")
-
-
-@line_scan_op.register_fake  # type: ignore[untyped-decorator]
-def _(x: Tensor, *rest: Any) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def line_scan_backward_now(
-    dh: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    lam: Tensor,
-    direction: int,
-    chunk: int | None,
-    backend: str,
-    h: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `line_scan_op` to x, weights, lam. `h` is what `line_scan_op` returned."""
-    grads: tuple[Tensor, Tensor, Tensor]
-    module = backend_for(backend, x)
-    if h is None or not hasattr(module, "line_scan_backward_saved"):
-        grads = module.line_scan_backward(dh, x, weights, lam, direction, chunk)
-    else:
-        grads = module.line_scan_backward_saved(dh, x, weights, lam, direction, chunk, h)
+def line_scan_backward_now(dh: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Gradients of `line_scan_op` to x, weights, lam. Behind its arguments may come what it returned."""
+    count = len(GivenScan._fields)
+    scan = GivenScan(*arguments[:count])
+    grads: tuple[Tensor, ...] = backend_for(scan.backend, scan.x).line_scan_backward(dh, scan, *arguments[count:])
     return grads
 
 
+line_scan_op = register_op(
+    "line_scan", line_scan_now, f"({LINE_SCAN_SCHEMA}) -> Tensor", lambda x, *_: x.new_empty(x.shape)
+)
 line_scan_backward_op = register_op(
     "line_scan_backward",
     line_scan_backward_now,
     f"(Tensor dh, {LINE_SCAN_SCHEMA}, Tensor? h=None) -> (Tensor, Tensor, Tensor)",
+    lambda dh, *arguments: tuple(t.new_empty(t.shape) for t in arguments[:3]),
 )
-
-
-@line_scan_backward_op.register_fake  # type: ignore[untyped-decorator]
-def _(dh: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(t.new_empty(t.shape) for t in arguments[:3])
 
 
 def register_first(
@@ -274,10 +244,8 @@ LineScan = register_first(
 register_second(
     line_scan_backward_op,
     LINE_SCAN_TENSORS,
-    LINE_SCAN_TENSORS + 3,
-    lambda x, weights, lam, direction, chunk, backend: line_scan_reference(
-        x, weights, lam, DIRECTIONS[direction], chunk
-    ),
+    len(GivenScan._fields),
+    lambda x, weights, lam, code, chunk, _: line_scan_reference(x, weights, lam, DIRECTIONS[code], chunk),
 )
 
 

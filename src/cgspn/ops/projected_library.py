@@ -54,12 +54,12 @@ def projected_now(*arguments: Any) -> Tensor:
     return out
 
 
-projected_op = register_op("propagate_2d_projected", projected_now, f"({PROJECTED_SCHEMA}) -> Tensor")
+def _output(*arguments: Any) -> Tensor:
+    p = ProjectedScan(*arguments)
+    return p.x.new_empty(p.x.shape if p.merge_sum else (*p.x.shape[:3], len(p.directions), p.x.shape[3]))
 
 
-@projected_op.register_fake  # type: ignore[untyped-decorator]
-def _(x: Tensor, weight: Tensor, bias: Any, mask: Any, directions: Sequence[int], merge_sum: bool, *_: Any) -> Tensor:
-    return x.new_empty(x.shape if merge_sum else (*x.shape[:3], len(directions), x.shape[3]))
+projected_op = register_op("propagate_2d_projected", projected_now, f"({PROJECTED_SCHEMA}) -> Tensor", _output)
 
 
 def projected_backward_now(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -84,7 +84,7 @@ def backward_in_memory(dy: Tensor, p: ProjectedScan, chip: bool) -> tuple[Tensor
     """`projected_backward_now` with the parameters in memory; chip: the state alone is made without them."""
     x, weight, bias, mask = p[:4]
     module, scan = backend_for(p.backend, x), p.scan(linear(x, weight, bias))
-    if hasattr(module, "backward_saved"):
+    if hasattr(module, "forward_saving"):
         # gradients side by side as the projection made the parameters: one product for each of what they lead to
         packed = empty((*x.shape[:3], weight.shape[0]), x.dtype, x.device)
         if chip:  # the state at least is made there, without an output beside it
@@ -94,7 +94,7 @@ def backward_in_memory(dy: Tensor, p: ProjectedScan, chip: bool) -> tuple[Tensor
         else:
             _, h, _ = module.forward_saving(scan)
         dlogits, dlam, du = split_parameters(packed, len(p.directions))
-        dx = module.backward_saved(dy, scan, h, into=(dlam, du, dlogits))[0]
+        dx = module.backward(dy, scan, h, into=(dlam, du, dlogits))[0]
     else:
         dx, dlogits, dlam, du, _ = module.backward(dy, scan)
         packed = torch.cat([dlam.unsqueeze(-2), du.unsqueeze(-2), dlogits], -2)
@@ -108,12 +108,8 @@ projected_backward_op = register_op(
     "propagate_2d_projected_backward",
     projected_backward_now,
     f"(Tensor dy, {PROJECTED_SCHEMA}) -> (Tensor, Tensor, Tensor)",
+    lambda dy, x, weight, *_: (*(t.new_empty(t.shape) for t in (x, weight)), weight.new_empty(weight.shape[:1])),
 )
-
-
-@projected_backward_op.register_fake  # type: ignore[untyped-decorator]
-def _(dy: Tensor, x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    return x.new_empty(x.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape[:1])
 
 
 def _by_definition(*arguments: Any) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..compat import is_tracing
 from . import checks
-from .arguments import Scan
+from .arguments import GivenScan, Scan
 from .backends import check_backend
 from .eager import is_eager
 from .functorch import check_plain, in_functorch
@@ -165,5 +165,5 @@ def line_scan(
         check_plain(backend)
         return line_scan_reference(x, weights, lam, direction, chunk).to(x.dtype)
     scan: Any = LineScan.apply if is_eager(x, weights, lam) else line_scan_op
-    out: Tensor = scan(x, weights, lam, code, chunk, backend)
+    out: Tensor = scan(*GivenScan(x, weights, lam, code, chunk, backend))
     return out

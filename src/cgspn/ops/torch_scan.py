@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import Scan
+from .arguments import GivenScan, Scan
 from .param_groups import per_channel, per_set
 from .reference import DIRECTIONS, EPSILON, SMALLEST
 
@@ -225,7 +225,7 @@ def forward(scan: Scan) -> Tensor:
     return y.to(x.dtype)
 
 
-def backward(dy: Tensor, scan: Scan) -> tuple[Tensor | None, ...]:
+def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of `forward` to x, logits, lam, u and keep, each in its input's dtype and shape; None for None."""
     x, _, lam, u = scan[:4]
     dtype, each = _state_dtype(x), scan.share
@@ -282,38 +282,35 @@ def _restarts(step: int, chunk: int | None) -> bool:
     return step == 0 or (chunk is not None and step % chunk == 0)
 
 
-def _scan_given(
-    group: _Group, x: Tensor, weights: Tensor, lam: Tensor, chunk: int | None
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _scan_given(group: _Group, scan: GivenScan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """For every line of `line_scan`: its weights [3, 1, B, M, C], the padded state before it and its own."""
-    dtype = _state_dtype(x)
+    dtype = _state_dtype(scan.x)
     state: Tensor | None = None
     for step in range(group.count):
         line = range(step, step + 1)
-        taken = group.read_weights([weights], line, dtype)[:, 0]
-        h = group.read([lam], line, dtype)[0].mul_(group.read([x], line, dtype)[0])
-        before = _padded(torch.zeros_like(h)) if state is None or _restarts(step, chunk) else state
+        taken = group.read_weights([scan.weights], line, dtype)[:, 0]
+        h = group.read([scan.lam], line, dtype)[0].mul_(group.read([scan.x], line, dtype)[0])
+        before = _padded(torch.zeros_like(h)) if state is None or _restarts(step, scan.chunk) else state
         state = _padded(h.add_(_mix(taken.unbind(0), _neighbours(before).unbind(0))))
         yield taken, before, state
 
 
-def line_scan_forward(x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None) -> Tensor:
-    """`line_scan` without checks. Shapes as there."""
-    group = _Group([direction], [0], x.shape)
-    out = x.new_empty(x.shape)
-    for step, (_, _, state) in enumerate(_scan_given(group, x, weights, lam, chunk)):
+def line_scan_forward(scan: GivenScan) -> Tensor:
+    """The output of `line_scan`."""
+    group = _Group([scan.direction], [0], scan.x.shape)
+    out = scan.x.new_empty(scan.x.shape)
+    for step, (_, _, state) in enumerate(_scan_given(group, scan)):
         group.write([out], range(step, step + 1), _inner(state)[None])
     return out
 
 
-def line_scan_backward(
-    dh: Tensor, x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def line_scan_backward(dh: Tensor, scan: GivenScan, *_saved: Tensor | None) -> tuple[Tensor, ...]:
     """Gradients of `line_scan_forward` to x, weights and lam."""
+    x, weights, lam = scan[:3]
     dtype = _state_dtype(x)
-    group = _Group([direction], [0], x.shape)
-    dx, dweights, dlam = x.new_empty(x.shape), weights.new_empty(weights.shape), lam.new_empty(lam.shape)
-    lines = list(_scan_given(group, x, weights, lam, chunk))
+    group = _Group([scan.direction], [0], x.shape)
+    dx, dweights, dlam = (x.new_empty(t.shape) for t in (x, weights, lam))
+    lines = list(_scan_given(group, scan))
     from_next: Tensor | None = None
     for step in range(group.count - 1, -1, -1):
         taken, before, _ = lines.pop()
@@ -324,5 +321,5 @@ def line_scan_backward(
         group.write([dx], line, g * group.read([lam], line, dtype))
         group.write([dlam], line, g * group.read([x], line, dtype))
         group.write_weights([dweights], line, (_neighbours(before) * g)[:, None])
-        from_next = None if _restarts(step, chunk) else _spread(taken, g)
+        from_next = None if _restarts(step, scan.chunk) else _spread(taken, g)
     return dx, dweights, dlam

@@ -16,7 +16,7 @@ import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
 from torch import Tensor
 
 from . import torch_scan
-from .arguments import Scan
+from .arguments import GivenScan, Scan
 from .gpu import Gpu
 from .param_groups import per_channel, per_set
 from .triton_kernels import scan_backward, scan_forward
@@ -138,7 +138,7 @@ def forward(scan: Scan) -> Tensor:
     return _summed(y, x.dtype) if scan.merge_sum else y
 
 
-def backward(dy: Tensor, scan: Scan) -> tuple[Tensor | None, ...]:
+def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of `forward` to x, logits, lam, u and keep, each in its input's dtype and shape; None for None."""
     x, mean, count = scan.x, scan.normalise_state, len(scan.directions)
     if max(x.shape[1:3]) > LONGEST:
@@ -155,24 +155,24 @@ def backward(dy: Tensor, scan: Scan) -> tuple[Tensor | None, ...]:
     return _summed(dx, x.dtype) if x.dim() == 4 else dx, dlogits, dlam, du, dkeep
 
 
-def line_scan_forward(x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None) -> Tensor:
-    """`line_scan` without checks. Shapes as there."""
+def line_scan_forward(scan: GivenScan) -> Tensor:
+    """The output of `line_scan`."""
+    x, weights, lam = scan[:3]
     if max(x.shape[1:3]) > LONGEST:
-        return torch_scan.line_scan_forward(x, weights, lam, direction, chunk)
+        return torch_scan.line_scan_forward(scan)
     y = x.new_empty(x.shape)
-    _run([x, lam, None, weights, None], None, y, (None, None), [direction], chunk or 0)
+    _run([x, lam, None, weights, None], None, y, (None, None), [scan.direction], scan.chunk or 0)
     return y
 
 
-def line_scan_backward(
-    dh: Tensor, x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def line_scan_backward(dh: Tensor, scan: GivenScan, *_saved: Tensor | None) -> tuple[Tensor, ...]:
     """Gradients of `line_scan_forward` to x, weights and lam."""
+    x, weights, lam = scan[:3]
     if max(x.shape[1:3]) > LONGEST:
-        return torch_scan.line_scan_backward(dh, x, weights, lam, direction, chunk)
+        return torch_scan.line_scan_backward(dh, scan)
     state = x.new_empty(x.shape, dtype=STATES[x.dtype][1])
-    _run([x, lam, None, weights, None], None, None, (state, None), [direction], chunk or 0)
-    dx, dweights, dlam = x.new_empty(x.shape), weights.new_empty(weights.shape), lam.new_empty(lam.shape)
+    _run([x, lam, None, weights, None], None, None, (state, None), [scan.direction], scan.chunk or 0)
+    dx, dweights, dlam = (x.new_empty(t.shape) for t in (x, weights, lam))
     tensors = (x, lam, None, weights, None, None, dh, state, None, dx, dlam, None, dweights, None)
-    _launch(scan_backward, tensors, [direction], chunk or 0)
+    _launch(scan_backward, tensors, [scan.direction], scan.chunk or 0)
     return dx, dweights, dlam

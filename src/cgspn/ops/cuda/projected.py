@@ -143,7 +143,7 @@ def forward(p: ProjectedScan, cut: ProjectedTileConfig | None = None) -> Tensor:
 
 
 def state(p: ProjectedScan) -> Tensor:
-    """The state h [B, H, W, D, C] of `forward`, in the dtype of x: what `scan.backward_saved` takes."""
+    """The state h [B, H, W, D, C] of `forward`, in the dtype of x: what `scan.backward` takes."""
     p = _inputs(p)
     h = scan.planes(p.x, p.directions)
     _forward(p, h, None, False)

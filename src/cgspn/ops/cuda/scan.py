@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import replay, torch_scan
-from ..arguments import Scan
+from ..arguments import GivenScan, Scan
 from ..gpu import Gpu
 from ..param_groups import per_channel, per_set
 from .launch import ARGUMENTS, DTYPE_CODES, Call, addresses_of, gpu_behind, prepare
@@ -130,25 +130,28 @@ def saved_shapes(scan: Scan) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def forward_saving(scan: Scan, cut: TileConfig | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward`, and what `backward_saved` takes: the state [B, H, W, D, C] in the dtype of x; and n, float32, for a
+    """`forward`, and what `backward` takes: the state [B, H, W, D, C] in the dtype of x; and n, float32, for a
     normalised state, else [0]."""
     shapes = saved_shapes(scan)
     h, n = empty(shapes[0], scan.x), empty(shapes[1], scan.x.new_empty(0, dtype=torch.float32))
     return _forward(scan, h, n if scan.normalise_state else None, cut), h, n
 
 
-def backward_saved(
+def backward(
     dy: Tensor,
     scan: Scan,
-    h: Tensor,
+    h: Tensor | None = None,
     n: Tensor | None = None,
     cut: TileConfig | None = None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `forward` to x, logits, lam, u and keep, each in its input's dtype and shape; None without a keep.
 
+    h, n: what `forward_saving` returned; without them the forward runs again.
     into: where the gradients of lam, u and the logits go, of any strides; for one set of parameters a channel.
     """
+    if h is None:
+        _, h, n = forward_saving(scan)
     share, times, given = _inputs(scan)
     x = scan.x
     dx = empty(x.shape, x)
@@ -166,43 +169,23 @@ def backward_saved(
     return dx, dlogits, dlam, du, dkeep
 
 
-def backward(dy: Tensor, scan: Scan) -> tuple[Tensor | None, ...]:
-    """`backward_saved` without a saved state: the forward runs again for it."""
-    return backward_saved(dy, scan, *forward_saving(scan)[1:])
-
-
-def line_scan_forward(
-    x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None, cut: TileConfig | None = None
-) -> Tensor:
-    """`line_scan` without checks. Shapes as there; `cut` as in `forward`."""
-    h = empty(x.shape, x)
-    tensors = (x, lam, None, weights, None, h, *[None] * 4)
-    done = _launch("forward", tensors, [direction], chunk=chunk, cut=cut)
-    return h if done else torch_scan.line_scan_forward(x, weights, lam, direction, chunk)
-
-
-def line_scan_backward_saved(
-    dh: Tensor,
-    x: Tensor,
-    weights: Tensor,
-    lam: Tensor,
-    direction: int,
-    chunk: int | None,
-    h: Tensor,
-    cut: TileConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `line_scan_forward` to x, weights and lam; `h` is what it returned."""
-    dx, dweights, dlam = (empty(t.shape, x) for t in (x, weights, lam))
-    tensors = (x, lam, None, weights, None, aligned(dh), h, None, dx, dlam, None, dweights, *[None] * 3)
-    if not _launch("backward", tensors, [direction], chunk=chunk, cut=cut):
-        return torch_scan.line_scan_backward(dh, x, weights, lam, direction, chunk)
-    return dx, dweights, dlam
+def line_scan_forward(scan: GivenScan, cut: TileConfig | None = None) -> Tensor:
+    """The output of `line_scan`; `cut` as in `forward`."""
+    h = empty(scan.x.shape, scan.x)
+    tensors = (scan.x, scan.lam, None, scan.weights, None, h, *[None] * 4)
+    done = _launch("forward", tensors, [scan.direction], chunk=scan.chunk, cut=cut)
+    return h if done else torch_scan.line_scan_forward(scan)
 
 
 def line_scan_backward(
-    dh: Tensor, x: Tensor, weights: Tensor, lam: Tensor, direction: int, chunk: int | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`line_scan_backward_saved` without the saved output: the forward runs again for it."""
-    return line_scan_backward_saved(
-        dh, x, weights, lam, direction, chunk, line_scan_forward(x, weights, lam, direction, chunk)
-    )
+    dh: Tensor, scan: GivenScan, h: Tensor | None = None, cut: TileConfig | None = None
+) -> tuple[Tensor, ...]:
+    """Gradients of `line_scan_forward` to x, weights and lam; `h` is what it returned, or it runs again."""
+    if h is None:
+        h = line_scan_forward(scan)
+    x, weights, lam = scan[:3]
+    dx, dweights, dlam = (empty(t.shape, x) for t in (x, weights, lam))
+    tensors = (x, lam, None, weights, None, aligned(dh), h, None, dx, dlam, None, dweights, *[None] * 3)
+    if not _launch("backward", tensors, [scan.direction], chunk=scan.chunk, cut=cut):
+        return torch_scan.line_scan_backward(dh, scan)
+    return dx, dweights, dlam

@@ -9,6 +9,7 @@ from ...models.encoder import Encoder
 from ..options import Options
 from ..source import Source
 from .choice import find_tower
+from .dinov3 import DINOV3
 from .family import Family, build, listed
 from .names import unsupported_reason
 from .openclip import OPENCLIP
@@ -23,6 +24,7 @@ FAMILIES: tuple[Family, ...] = (
     CLIP,
     SIGLIP,
     DINOV2,
+    DINOV3,
 )  # SigLIP's anchors are CLIP's too: CLIP first
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 # Encoders whose tensors may be those of a plain ViT, and which compute something else with them.
 UNSUPPORTED = (
-    (r"eva02|_rope_|dinov3|lingbot|sapiens2|(^|_)pe_(core|lang|spatial)|^mlcd|^qwen3_vit", "rotary positions"),
+    (r"eva02|_rope_|lingbot|sapiens2|(^|_)pe_(core|lang|spatial)|^mlcd|^qwen3_vit", "rotary positions"),
     (r"_srelpos_|_relpos_|vit_relpos|vit_srelpos|^beit(v2)?_|^samvit", "relative position biases"),
     (r"^beit3", "norms inside of its branches"),
     (r"_rpn_|eva02_enormous|^swinv2", "norms after its branches"),
@@ -27,7 +27,8 @@ _PLAIN: dict[str, tuple[Any, ...]] = dict.fromkeys(
 )
 _PLAIN |= {"embed_norm_layer": (None,), "block_fn": (None,), "attn_layer": (None, "", "attn")}
 _PLAIN |= {"norm_layer": (None, "layernorm", "LayerNorm"), "use_abs_pos_emb": (True, None)}
-_HEADS = {"vit_base_patch16_gap_224": 16, "test_vit": 2, "test_vit2": 2}
+_HEADS = {"vit_base_patch16_gap_224": 16, "test_vit": 2, "test_vit2": 2, "vit_7b_patch16_dinov3": 32}
+_HEADS |= dict.fromkeys(("vit_huge_plus_patch16_dinov3", "vit_huge_plus_patch16_dinov3_qkvb"), 20)
 _TIMM = re.compile(r"((vit|deit3?|eva)_\w*_?patch\d+_\w+|flexivit_\w+|test_vit\d?)$")
 _SIXTEEN = (1152, 1280, 1408, 1664)  # widths whose heads are not 64 wide
 _USUAL = {192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24} | dict.fromkeys(_SIXTEEN, 16)

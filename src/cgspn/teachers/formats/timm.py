@@ -8,6 +8,7 @@ from typing import Any
 
 from ...layers import Activation, AttentionConfig
 from ...models.config import EncoderConfig
+from .dinov3 import ROTARY_BASE, with_key_bias
 from .family import (
     Family,
     Rule,
@@ -27,6 +28,7 @@ from .preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_ST
 
 CLASSIFIERS = (1000, 10450, 11221, 11821, 21841, 21843)  # labels of ImageNet in its editions: no image embedding
 _ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
+_FC1 = "blocks.{i}.mlp.fc1"
 _HEAD = "/head.proj.{p}|head.{p}"  # OpenCLIP's is beside the trunk
 _NAME_IT = "; give it its architecture's name, as of timm, or a config.json that states it"
 _TELLTALE = {
@@ -51,7 +53,8 @@ def config(tower: Tower) -> EncoderConfig:
     name = (name or name_in_file(source.name)).split(".")[0]
     if (told := stated.get("architecture") or vision.get("timm_model_name")) and not is_plain(told):
         raise ValueError(f"its config states the architecture {told!r}, which is none of timm's plain ViTs")
-    _refuse(tower, name, args)
+    rotary = "dinov3" in name
+    _refuse(tower, name, args, rotary)
     width, channels, patch = tower.patches("patch_embed.proj.weight")
     classes = int(tower.has("cls_token"))
     key = "reg_token" if tower.has("reg_token") else "register_tokens"
@@ -65,7 +68,8 @@ def config(tower: Tower) -> EncoderConfig:
     own = [rows - extra for extra in extras]
     grid = next((n for n in own if n == told), next((n for n in own if math.isqrt(n) ** 2 == n), rows))
     measured = sizes(tower, patch, grid if rows else told or 256, native)
-    pre_norm, scale = tower.has("norm_pre.weight"), tower.has("blocks.0.ls1.gamma")
+    pre_norm = tower.has("norm_pre.weight")
+    scale = tower.has("blocks.0.ls1.gamma") or tower.has("blocks.0.gamma_1")
     clip = not name or "clip" in name
     pooled_by_map = tower.has("attn_pool.latent")
     # pure grids that are averaged, of these widths, are SigLIP's with its pooling head taken off
@@ -77,8 +81,8 @@ def config(tower: Tower) -> EncoderConfig:
     if pooling not in (None, "", "token", "avg", "map"):
         raise ValueError(f"its config states the pooling {pooling!r}; accepted: 'token', 'avg', 'map'")
     if not pooling:  # a norm after the pooling is timm's sign of a mean
-        pooling = "avg" if tower.has("fc_norm.weight") or not classes else "token"
-    kind = "clip" if pre_norm else "siglip" if sigmoid else "dinov2" if scale else "vit"
+        pooling = "avg" if tower.has("fc_norm.weight") or not classes or rotary else "token"
+    kind = "dinov3" if rotary else "clip" if pre_norm else "siglip" if sigmoid else "dinov2" if scale else "vit"
     # DINOv2's own files and copies of them say, by key or in words, that they resize as DINOv2 does
     plain = (tower.has("mask_token") and not registers) or "without antialias" in source.metadata.get("pos_embed", "")
     # without positions of the class and without a class: either of two models of 768 channels, with 12 heads or 16
@@ -93,7 +97,8 @@ def config(tower: Tower) -> EncoderConfig:
         activation=_activation(tower, name, args, sigmoid, width, patch, measured["image_size"][0] // patch),
         attention=AttentionConfig(
             head_count(tower, width, args.get("num_heads"), name, sixteen=sigmoid, by_width=not anonymous),
-            tower.has("blocks.0.attn.qkv.bias"),
+            tower.has("blocks.0.attn.qkv.bias") or tower.has("blocks.0.attn.q_bias"),
+            ROTARY_BASE if rotary else None,
         ),
         layer_scale=1e-5 if scale else None,
         positions=tower.has("pos_embed"),
@@ -103,7 +108,7 @@ def config(tower: Tower) -> EncoderConfig:
         patch_bias=tower.has("patch_embed.proj.bias"),
         pre_norm=pre_norm,
         final_norm=tower.has("norm.weight"),
-        norm_eps=float(source.metadata.get("layer_norm_eps") or (1e-5 if pre_norm and clip else 1e-6)),
+        norm_eps=float(source.metadata.get("layer_norm_eps") or (1e-5 if (pre_norm and clip) or rotary else 1e-6)),
         pooling="map" if pooled_by_map else "cls" if pooling == "token" and classes else "mean",
         pool_norm=tower.has("fc_norm.weight"),
         embed_dim=embed,
@@ -113,7 +118,7 @@ def config(tower: Tower) -> EncoderConfig:
     return agreeing(found, args)
 
 
-def _refuse(tower: Tower, name: str, args: dict[str, Any]) -> None:
+def _refuse(tower: Tower, name: str, args: dict[str, Any], rotary: bool) -> None:
     """Raise ValueError for encoders that compute something else with tensors like these, and for files that may."""
     reason = unsupported_reason(name)
     argument = unsupported_argument(args)
@@ -121,6 +126,8 @@ def _refuse(tower: Tower, name: str, args: dict[str, Any]) -> None:
         raise ValueError(f"{name or 'its model_args'}: {reason or argument}, which this library does not compute")
     if tower.find("/head.mlp.fc1.weight"):
         raise ValueError("its projection is an MLP, which this library does not compute")
+    if rotary:
+        return
     tell = next((what for key, what in _TELLTALE.items() if any(re.search(key, k) for k in tower.weights)), None)
     if tell:
         raise ValueError(f"it has {tell}, which this library does not compute")
@@ -138,6 +145,8 @@ def _refuse(tower: Tower, name: str, args: dict[str, Any]) -> None:
 def _activation(
     tower: Tower, name: str, args: dict[str, Any], sigmoid: bool, width: int, patch: int, side: int
 ) -> Activation:
+    if tower.has("blocks.0.mlp.fc1_g.weight"):
+        return "swiglu"
     packed, hidden = tower.shape("blocks.0.mlp.fc1.weight")[0], tower.shape("blocks.0.mlp.fc2.weight")[1]
     stated = args.get("act_layer")
     if packed == 2 * hidden and stated in (None, "silu"):
@@ -185,13 +194,21 @@ TIMM = Family(
         Rule("positions.table", ("pos_embed",), grid_positions),
         *both("pre_norm", "norm_pre"),
         *both("blocks.{i}.norm1", "blocks.{i}.norm1"),
-        *both("blocks.{i}.mixer.qkv", "blocks.{i}.attn.qkv"),
+        Rule("blocks.{i}.mixer.qkv.weight", ("blocks.{i}.attn.qkv.weight",)),
+        Rule(
+            "blocks.{i}.mixer.qkv.bias",
+            ("blocks.{i}.attn.qkv.bias|blocks.{i}.attn.q_bias", "?blocks.{i}.attn.v_bias"),
+            with_key_bias,
+        ),
         *both("blocks.{i}.mixer.out", "blocks.{i}.attn.proj"),
-        Rule("blocks.{i}.scale1.gamma", ("blocks.{i}.ls1.gamma",)),
+        Rule("blocks.{i}.scale1.gamma", ("blocks.{i}.ls1.gamma|blocks.{i}.gamma_1",)),
         *both("blocks.{i}.norm2", "blocks.{i}.norm2"),
-        *both("blocks.{i}.mlp.fc1", "blocks.{i}.mlp.fc1"),
+        *(
+            Rule(f"blocks.{{i}}.mlp.fc1.{p}", (f"{_FC1}.{p}|{_FC1}_g.{p}", f"?{_FC1}_x.{p}"))
+            for p in ("weight", "bias")
+        ),
         *both("blocks.{i}.mlp.fc2", "blocks.{i}.mlp.fc2"),
-        Rule("blocks.{i}.scale2.gamma", ("blocks.{i}.ls2.gamma",)),
+        Rule("blocks.{i}.scale2.gamma", ("blocks.{i}.ls2.gamma|blocks.{i}.gamma_2",)),
         *both("norm", "norm"),
         Rule("pool.probe", ("attn_pool.latent",)),
         *both("pool.q", "attn_pool.q"),

@@ -33,12 +33,14 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def _stated(tower: Tower) -> dict[str, Any]:
+def stated_of(tower: Tower) -> dict[str, Any]:
+    """What config.json says of the image tower."""
     config = tower.source.configs.get("config.json", {})
     return dict(config.get("vision_config") or config.get("backbone_config") or config)
 
 
-def _activation(stated: dict[str, Any], default: str) -> Activation:
+def activation_of(stated: dict[str, Any], default: str) -> Activation:
+    """Of the MLPs. Raises ValueError for one that is not known."""
     name = str(stated.get("hidden_act", default))
     if name not in _ACTIVATIONS:
         raise ValueError(f"its config has hidden_act {name!r}; accepted: {', '.join(_ACTIVATIONS)}")
@@ -47,7 +49,7 @@ def _activation(stated: dict[str, Any], default: str) -> Activation:
 
 def clip_config(tower: Tower) -> EncoderConfig:
     """From shapes and config.json."""
-    stated = _stated(tower)
+    stated = stated_of(tower)
     width, channels, patch = tower.patches("embeddings.patch_embedding.weight")
     measured = sizes(tower, patch, tower.shape("embeddings.position_embedding.weight")[0] - 1, stated.get("image_size"))
     projection = tower.find("/visual_projection.weight")
@@ -58,7 +60,7 @@ def clip_config(tower: Tower) -> EncoderConfig:
         width=width,
         mixers=attention_blocks(tower.depth(r"encoder\.layers\.(\d+)\.")),
         mlp_hidden=tower.shape("encoder.layers.0.mlp.fc1.weight")[0],
-        activation=_activation(stated, "quick_gelu"),
+        activation=activation_of(stated, "quick_gelu"),
         attention=AttentionConfig(head_count(tower, width, stated.get("num_attention_heads"))),
         class_token=True,
         patch_bias=False,
@@ -73,7 +75,7 @@ def clip_config(tower: Tower) -> EncoderConfig:
 
 def siglip_config(tower: Tower) -> EncoderConfig:
     """From shapes and config.json; a linear patch embedding is SigLIP 2's NaFlex, which resizes in its own way."""
-    stated = _stated(tower)
+    stated = stated_of(tower)
     shape = tower.shape("embeddings.patch_embedding.weight")
     naflex = len(shape) == 2
     width = shape[0]
@@ -87,7 +89,7 @@ def siglip_config(tower: Tower) -> EncoderConfig:
         width=width,
         mixers=attention_blocks(tower.depth(r"encoder\.layers\.(\d+)\.")),
         mlp_hidden=tower.shape("encoder.layers.0.mlp.fc1.weight")[0],
-        activation=_activation(stated, "gelu_pytorch_tanh"),
+        activation=activation_of(stated, "gelu_pytorch_tanh"),
         attention=AttentionConfig(head_count(tower, width, stated.get("num_attention_heads"), sixteen=True)),
         position_resize="bilinear_antialias" if naflex else "bicubic",
         norm_eps=stated.get("layer_norm_eps", 1e-6),
@@ -102,7 +104,7 @@ _MLP = "encoder.layer.0.mlp.{}.weight"
 
 def dinov2_config(tower: Tower) -> EncoderConfig:
     """From shapes and config.json."""
-    stated = _stated(tower)
+    stated = stated_of(tower)
     width, channels, patch = tower.patches("embeddings.patch_embeddings.projection.weight")
     measured = sizes(tower, patch, tower.shape("embeddings.position_embeddings")[-2] - 1, stated.get("image_size"))
     gated = tower.has("encoder.layer.0.mlp.weights_in.weight") or tower.has("encoder.layer.0.mlp.gate_proj.weight")
@@ -115,7 +117,7 @@ def dinov2_config(tower: Tower) -> EncoderConfig:
         width=width,
         mixers=attention_blocks(tower.depth(r"encoder\.layer\.(\d+)\.")),
         mlp_hidden=tower.shape(_MLP.format(second))[1],
-        activation="swiglu" if gated else _activation(stated, "gelu"),
+        activation="swiglu" if gated else activation_of(stated, "gelu"),
         attention=AttentionConfig(
             head_count(tower, width, stated.get("num_attention_heads")),
             any(tower.has(f"encoder.layer.0.attention.{name}.bias") for name in ("attention.query", "q_proj")),

@@ -1,0 +1,36 @@
+"""Rotary positions of DINOv3: queries and keys are turned by where their patch lies, as a share of the image."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .mixer import Grid
+
+
+def rotary_angles(grid: Grid, head_width: int, base: float, device: torch.device) -> Tensor:
+    """Angles of the grid's tokens, float32 [h*w, head_width]; of padded images [B, 1, h*w, head_width].
+
+    The first half of a head's channels is turned with the second: a quarter of them by the row and one by the column.
+    base: of the periods. Source: Siméoni et al., "DINOv3", 2025, section 3.2.
+    """
+    quarter = head_width // 4
+    periods = base ** (2 * torch.arange(quarter, device=device, dtype=torch.float32) / (head_width // 2))
+    if grid.mask is None:
+        ranks = [torch.arange(1, side + 1, device=device) for side in (grid.height, grid.width)]
+    else:  # an image is the rows and columns in which its mask has a True
+        ranks = [grid.mask.any(across).cumsum(1) for across in (2, 1)]
+    rows, columns = (2 * math.pi * ((2 * n - 1) / n[..., -1:] - 1)[..., None] / periods for n in ranks)
+    parts = torch.broadcast_tensors(rows[..., :, None, :], columns[..., None, :, :])
+    angles = torch.cat([*parts, *parts], -1).flatten(-3, -2)
+    return angles if grid.mask is None else angles[:, None]
+
+
+def rotate(x: Tensor, angles: Tensor, prefix: int) -> Tensor:
+    """Queries or keys [B, heads, prefix + h*w, d] turned by `rotary_angles`, but for the tokens before the grid."""
+    own = x[:, :, prefix:].float()
+    first, second = own.chunk(2, -1)
+    turned = own * angles.cos() + torch.cat([-second, first], -1) * angles.sin()
+    return torch.cat([x[:, :, :prefix], turned.to(x.dtype)], 2)
