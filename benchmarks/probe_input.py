@@ -298,7 +298,7 @@ def pickled(file: Any, rng: random.Random) -> None:
     elif kind == 1:
         state["a"] = rng.choice([torch.zeros(1).expand(10**9), torch.zeros(2).to(torch.complex64), Program(), {1: 2}])
     elif kind == 2:
-        state = {str(number): state["a"] for number in range(10**5)}
+        state = {str(number): state["a"] for number in range(10**4)}
     old = rng.random() < 0.3
     if kind < 4 or old:
         content = io.BytesIO()
