@@ -60,6 +60,7 @@ class DroppedLaunches:
     """Stands for a Hopper GPU: launches are counted and dropped."""
 
     index, capability, arch, runs_triton = -1, (9, 0), "sm_90", True
+    computes = False
     machine = Machine(132, 227 * 1024, True)
 
     def __init__(self) -> None:
@@ -116,7 +117,7 @@ def microseconds(call: Callable[[], object], config: HostConfig) -> float:
 
 
 def host_row(name: str, config: HostConfig) -> Row:
-    """Microseconds of the host for a block in inference, and how many launches of ours it makes."""
+    """Microseconds of the host for a block, and how many launches and prepared products it makes in inference."""
     grid = Grid(2, 2)
     block = build(name, SHAPE, CPU, torch.bfloat16)
     tokens = torch.zeros(1, 4, SHAPE.width, dtype=torch.bfloat16)
@@ -126,7 +127,17 @@ def host_row(name: str, config: HostConfig) -> Row:
             gpu.launches = gpu.products = 0
             block.whole(tokens, grid)
         row: Row = {"block": name, "launches": gpu.launches, "products": gpu.products}
-        return row | {"host us": microseconds(lambda: block.whole(tokens, grid), config)}
+        row["host us"] = microseconds(lambda: block.whole(tokens, grid), config)
+    leaf, wanted = tokens.requires_grad_(), list(block.block.parameters())
+
+    def step() -> object:
+        return torch.autograd.grad(
+            block.whole(leaf, grid), [leaf, *wanted], torch.zeros_like(tokens), allow_unused=True
+        )
+
+    with registered(CPU, gpu):  # type: ignore[arg-type]
+        row["training, host us"] = microseconds(step, config)
+    return row
 
 
 def main(config: HostConfig) -> list[Row]:

@@ -81,10 +81,14 @@ def block_calls(names: tuple[str, ...], pixels: int, batch: int, trained: bool) 
     return calls
 
 
-def launches_kept(calls: dict[str, Any]) -> dict[str, int]:
-    """For how many shapes each contender's block keeps its launches."""
+def launches_kept(calls: dict[str, Any]) -> dict[str, list[str]]:
+    """Of each contender's block, what it keeps, or the reason why it does not, for each shape."""
     blocks = {name: getattr(call.__defaults__[0], "block", None) for name, call in calls.items()}
-    return {name: len(block._state.plans) for name, block in blocks.items() if block is not None and block._state}
+    states = {name: block._state for name, block in blocks.items() if block is not None and block._state}
+    return {
+        name: [plan if isinstance(plan, str) else type(plan).__name__ for plan in state.plans.values()]
+        for name, state in states.items()
+    }
 
 
 def rows_of(

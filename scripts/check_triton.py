@@ -73,6 +73,7 @@ FUSED: list[Piece] = [
         for even in (True, False)
     ),
     (fused.layer_norm_forward, {"ROWS": 2, "CHANNELS": 2048}, 4, 3),
+    *((fused.rms_forward, {"ROWS": 4096 // wide, "LATENT": wide}, 4, 3) for wide in (64, 512, 4096)),
     (fused.rms_backward, {"ROWS": 32, "LATENT": 256, "GAIN": False}, 8, 3),
     *((fused.rms_backward, {"ROWS": rows, "LATENT": 8192 // rows, "GAIN": True}, 8, 3) for rows in (64, 32, 2)),
     *(
@@ -94,6 +95,8 @@ FUSED: list[Piece] = [
         for mode, (widths, size, warps, stages, _) in enumerate(TILES.values())
         for wide in widths
     ),
+    *((over_rows.gelu, {"BLOCK": 4096, "GELU": mode}, 8, 3) for mode in (1, 2)),
+    (over_rows.add_up, {"CHANNELS": 64, "STEP": 32}, 4, 3),
     *(
         (kernel, {"ROWS": 1, "HEAD": 1024, "TAIL": tail, "KL": kl}, 1, 3)
         for kernel in (losses.tap_loss_forward, losses.tap_loss_backward)
@@ -109,6 +112,7 @@ def fused_piece(kernel: Any, constants: dict[str, Any], warps: int, stages: int,
     names = kernel.arg_names
     numbers = {"rows": "i32", "C": "i32", "K": "i32", "H": "i32", "W": "i32", "images": "i32"}
     numbers |= {"eps": "fp32", "normal_eps": "fp32", "mask": "*u8", "share": "i32", "N": "i32", "kl_weight": "fp32"}
+    numbers |= {"count": "i32", "stride": "i32"}
     numbers |= dict.fromkeys(("s_image", "s_row", "t_image", "t_row"), "i32")
     signature = {
         name: "constexpr" if name in constants else numbers.get(name, "*bf16" if name in TOKENS else "*fp32")

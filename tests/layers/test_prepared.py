@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import nn
 
-from cgspn.layers import Block, Grid, PropagationConfig, PropagationMixer
+from cgspn.layers import Block, Grid, PropagationConfig, PropagationMixer, executor
 from cgspn.layers.executor import TRIES, Plan
 from cgspn.layers.propagation import value_config
 from cgspn.layers.training import Trained
@@ -229,7 +229,43 @@ def test_a_pass_with_other_operations_is_not_kept():
     block = block_of(local_kernel=0)
     for seed in range(TRIES + 2):
         check(block, tokens_of(seed), kept=False)
-    assert list(block._state.plans.values()) == [TRIES]
+    assert list(block._state.plans.values()) == [
+        "a launch or product reads or writes memory that was not allocated in the pass"
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [OTHERS[2], {}])
+def test_launches_of_wide_sublayers_are_kept_too(options, monkeypatch):
+    monkeypatch.setattr(executor, "LATENT_MOST", 8)
+    monkeypatch.setattr(Block, "fusion_backend", "triton")
+    block = warm(block_of(**options))
+    mask = torch.rand(2, 4, 5, device=DEVICE) > 0.3
+    for seed in range(4):
+        check(block, tokens_of(seed), GRID._replace(mask=mask), kept=None)
+    check(block, tokens_of(7))
+
+
+def test_too_little_memory_leaves_a_block_as_it_is(monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(executor, "recorded", full)
+    monkeypatch.setattr(executor, "record", full)
+    block = block_of()
+    with torch.no_grad():
+        check(block, tokens_of(1), kept=False)
+    check_training(block, 2, kept=False)
+    assert list(block._state.plans.values()) == [executor.NO_MEMORY] * 2
+
+
+@torch.no_grad()
+def test_launches_that_give_something_else_are_not_kept(monkeypatch):
+    block, plain = block_of(), executor.run_fused
+    monkeypatch.setattr(executor, "run_fused", lambda *arguments: plain(*arguments) * 1.1)
+    for seed in range(5):
+        block(tokens_of(seed), GRID)
+    assert list(block._state.plans.values()) == ["what was kept gives something else"]
 
 
 @torch.no_grad()
@@ -309,6 +345,7 @@ def test_blocks_of_full_width(values, side):
     mixer = PropagationMixer(1152, replace(value_config(values), compression=18))
     block = Block(1152, mixer, 4304, "gelu_tanh", 1e-6, None).to(DEVICE, torch.bfloat16)
     nn.init.normal_(block.mixer.up.weight, std=0.05)
+    block.fusion_backend = "auto" if values is None else "triton"
     inputs = [torch.randn(2, grid.tokens, 1152, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
     with torch.no_grad():
         for tokens in inputs:

@@ -85,6 +85,15 @@ def test_shards_and_the_prefix_of_transformers_models_are_read(folder):
     assert all(torch.equal(loaded[key], value) for key, value in state.items())
 
 
+def test_null_in_what_timm_shares_is_a_value(folder):
+    encoder = cgspn.create_model("gspn_mini_patch4_28")
+    encoder.save_pretrained(folder)
+    own = json.loads((folder / "config.json").read_text())["encoder"]
+    shared = {"architecture": "gspn_mini_patch4_28", "num_classes": 0, "model_args": {"config": own}}
+    (folder / "config.json").write_text(json.dumps(shared))
+    assert cgspn.load_encoder(folder).config == encoder.config
+
+
 def test_wrappings_of_training_are_taken_off(folder):
     state = load_file(folder / "model.safetensors")
     wrapped = {f"module._orig_mod.{k.replace('blocks.1.', 'blocks.1._orig_mod.')}": v for k, v in state.items()}

@@ -8,6 +8,7 @@ exporter and counter knows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor, nn
 from ..ops.autocast import autocast_dtype
 from ..ops.backends import unsupported_reason
 from ..ops.eager import is_eager
-from ..ops.fused import linear_residual, local_norm, norm_linear
+from ..ops.fused import linear_residual, local_norm, norm_linear, rows
 from ..ops.fused.rows import CHANNELS_MOST, DTYPES
 from ..ops.gpu import gpu_of, on_accelerator
-from ..ops.replay import ALIGNED, Replay, recorded
+from ..ops.replay import ALIGNED, Replay, linear, product, recorded
 from .mixer import Grid
 from .mlp import Mlp
 from .norm import RMSNorm, add_norm
@@ -47,6 +48,8 @@ class Fusion(NamedTuple):
 NOTHING, EVERYTHING = Fusion(), Fusion(norm1=True, norm2=True, mixer=True, mlp=True)
 FEW = 1 << 22  # numbers in tokens below which the host is slower than the GPU, and PyTorch's own norms spare it more
 TRIES = 4  # passes after which launches that still cannot be kept never are: the first compiles and sizes the workspace
+NO_MEMORY = "there was too little memory to keep launches"
+ALIKE = 3e-2  # the relative error that roundings to 16 bits may leave
 SHAPES_MOST = 64  # shapes of tokens for which a block keeps launches
 KEPT_MOST = 1 << 25  # numbers in tokens beyond which the GPU takes longer than the host: about 1 GB between launches
 
@@ -70,10 +73,10 @@ def fusion_of(block: Block, tokens: Tensor) -> Fusion:
     if wanted == "auto" and not state.latent and tokens.numel() < FEW and not is_capturing(tokens):
         return NOTHING
     channels = tokens.shape[-1]
-    rows = reason is None and channels <= CHANNELS_MOST and state.widths == {tokens.shape[-1:]}
-    mixer = rows and state.latent and (wanted == "triton" or has_room(tokens)) and is_narrow(block)
+    by_rows = reason is None and channels <= CHANNELS_MOST and state.widths == {tokens.shape[-1:]}
+    mixer = by_rows and state.latent and (wanted == "triton" or has_room(tokens)) and is_narrow(block)
     mlp = state.mlp and not torch.is_grad_enabled() and has_dtype_of(block.mlp, tokens)
-    return Fusion(rows and state.norm1, rows and state.norm2, mixer, mlp)
+    return Fusion(by_rows and state.norm1, by_rows and state.norm2, mixer, mlp)
 
 
 def is_capturing(tokens: Tensor) -> bool:
@@ -109,10 +112,11 @@ def run_block(block: Block, tokens: Tensor, grid: Grid, tapped: bool = False) ->
         if kept is not None:
             return kept
     fusion = fusion_of(block, tokens)
-    if not tapped and fusion.norm1 and fusion.norm2 and fusion.mixer and tokens.numel() <= KEPT_MOST:
-        kept = keep(block, tokens, grid, fusion)
-        if kept is not None:
-            return kept
+    if not tapped and fusion.norm1 and fusion.norm2 and tokens.numel() <= KEPT_MOST and state_of(block).latent:
+        with suppress(torch.OutOfMemoryError):  # to keep launches takes memory that the block alone may do without
+            kept = keep(block, tokens, grid, fusion)
+            if kept is not None:
+                return kept
     out: Tensor | tuple[Tensor, Tensor] = run_fused(block, tokens, grid, fusion, tapped)
     return out
 
@@ -122,6 +126,16 @@ class Plan(NamedTuple):
 
     replay: Replay
     add_mlp: Callable[[Tensor], object]
+
+    def run(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The block's output; None where the memory between the launches is another's."""
+        with self.replay.workspace.lock:
+            if not self.replay.holds():
+                return None
+            out = torch.empty_like(tokens)
+            self.replay.run(tokens.data_ptr(), 0 if mask is None else mask.data_ptr(), out.data_ptr())
+            self.add_mlp(out.view(-1, out.shape[-1]))
+        return out
 
 
 def plan_key(block: Block, tokens: Tensor, grid: Grid, stream: int) -> tuple[Any, ...]:
@@ -140,8 +154,12 @@ def run_kept(block: Block, state: State, tokens: Tensor, grid: Grid) -> Tensor |
     stream = None if gpu is None else gpu.stream()
     if gpu is None or stream is None:
         return None
-    plan = state.plans.get(plan_key(block, tokens, grid, stream), 0)
-    if isinstance(plan, int) or state.look() != state.seen or autocast_dtype(tokens) not in (None, tokens.dtype):
+    plan = state.plans.get(plan_key(block, tokens, grid, stream))
+    if (
+        not isinstance(plan, Plan | Trained)
+        or state.look() != state.seen
+        or autocast_dtype(tokens) not in (None, tokens.dtype)
+    ):
         return None
     here, there = tokens.data_ptr(), 0 if mask is None else mask.data_ptr()
     if (here | there) & ALIGNED or not tokens.is_contiguous() or not (mask is None or mask.is_contiguous()):
@@ -154,13 +172,8 @@ def run_kept(block: Block, state: State, tokens: Tensor, grid: Grid) -> Tensor |
             return None
         out: Tensor = TrainedBlock.apply(block, grid, plan, tokens, *parameters_of(block))  # type: ignore[no-untyped-call]
         return out
-    with plan.replay.workspace.lock:
-        if not plan.replay.holds():
-            return None
-        out = torch.empty_like(tokens)
-        plan.replay.run(here, there, out.data_ptr())
-        plan.add_mlp(out.view(-1, out.shape[-1]))
-    return out
+    kept: Tensor | None = plan.run(tokens, mask)
+    return kept
 
 
 def keep(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion) -> Tensor | None:
@@ -169,33 +182,73 @@ def keep(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion) -> Tensor | N
     stream = None if gpu is None else gpu.stream()
     if gpu is None or stream is None or not (is_plain(block.mixer, PropagationMixer) and is_plain(block.mlp, Mlp)):
         return None
+    if not gpu.is_current():
+        with gpu.current():
+            return keep(block, tokens, grid, fusion)
     if state.look() != state.seen:
         state.plans.clear()
         state.seen = state.look()
     key = plan_key(block, tokens, grid, stream)
     tried = state.plans.get(key, 0)
     # weights in another dtype would be copied, and the copies kept
-    if tried == TRIES or state.seen[1] != [tokens.dtype] * len(state.tensors) or not all(state.seen[3]):
+    if isinstance(tried, str) or state.seen[1] != [tokens.dtype] * len(state.tensors) or not all(state.seen[3]):
         return None
     while len(state.plans) >= SHAPES_MOST:
         state.plans.pop(next(iter(state.plans)))
     if torch.is_grad_enabled():
-        if can_keep_training(block, tokens, grid):
-            state.plans[key] = record(block, tokens, grid, gpu, stream) or TRIES
+        if fusion.mixer and can_keep_training(block, tokens, grid):
+            state.plans[key] = NO_MEMORY
+            state.plans[key] = record(block, tokens, grid, gpu, stream)
         return run_kept(block, state, tokens, grid)
-    if fusion != EVERYTHING:
+    if fusion._replace(mixer=True) != EVERYTHING or not (fusion.mixer or can_keep_wide(block, tokens)):
         return None
+    mlp: Any = block.mlp
+    state.plans[key] = NO_MEMORY
     with recorded(gpu, tokens.device, stream) as recording:
         state.workspace = recording.workspace
-        normal, mixed = fused_residual(block, tokens, grid, EVERYTHING, block.mlp.fc2.bias)
+        if fusion.mixer:
+            normal, mixed = fused_residual(block, tokens, grid, EVERYTHING, mlp.fc2.bias)
+        else:
+            normal, mixed = wide_residual(block, tokens, grid, mlp.fc2.bias)
         replay = recording.replay(state.tensors, (tokens, grid.mask, mixed))
-        mlp: Any = block.mlp
         prepared = recording.mlp(normal.flatten(0, -2), mlp.fc1.weight, mlp.fc1.bias, mlp.fc2.weight)
-        add_mlp = prepared or mlp.adder(normal)
-        out = mixed.clone()
-        add_mlp(out.view(-1, out.shape[-1]))
-    state.plans[key] = Plan(replay, add_mlp) if replay else tried + 1 if isinstance(tried, int) else 1
+    out: Tensor = run_fused(block, tokens, grid, fusion)
+    tries = tried + 1 if isinstance(tried, int) else 1
+    state.plans[key] = replay if isinstance(replay, str) and tries >= TRIES else tries
+    if not isinstance(replay, str):
+        plan = Plan(replay, prepared or mlp.adder(normal))
+        found = plan.run(tokens, grid.mask)
+        alike = found is not None and bool((found - out).float().norm() <= ALIKE * out.float().norm())
+        state.plans[key] = plan if alike or not gpu.computes else "what was kept gives something else"
     return out
+
+
+def can_keep_wide(block: Block, tokens: Tensor) -> bool:
+    """Whether a sub-layer too wide for the latent's tiles has the parts that `wide_residual` knows."""
+    mixer: Any = block.mixer
+    norms = isinstance(mixer.norm, RMSNorm) and isinstance(mixer.merge_norm, RMSNorm)
+    few = tokens.numel() <= KEPT_MOST // 2  # more take the libraries' kernels less time than these
+    asked = block.fusion_backend == "triton"  # until a GPU has measured it
+    return (
+        asked and few and norms and has_room(tokens) and mixer.local is not None and is_plain(block.scale1, nn.Identity)
+    )
+
+
+def wide_residual(block: Block, tokens: Tensor, grid: Grid, after: Tensor) -> tuple[Tensor, Tensor]:
+    """As `fused_residual`, with the products of the libraries."""
+    check_grid(tokens, grid)
+    mixer: Any = block.mixer
+    n1, n2 = block.norm1, block.norm2
+    normal, _, _ = rows.forward(tokens, None, n1.weight, n1.bias, n1.eps)
+    latent = linear(normal, mixer.down.weight, mixer.down.bias)
+    x = latent.view(tokens.shape[0], grid.height, grid.width, latent.shape[-1])
+    (gain, eps), local = gain_of(mixer.norm), mixer.local
+    x = local_norm.forward(x, local.weight, local.bias, gain, eps, grid.mask)
+    merged, norm = mixer.scan(x, grid.mask)[1].contiguous(), mixer.merge_norm
+    unit = rows.rms_forward(merged, norm.weight, norm.eps)
+    flat, into = unit.flatten(0, -2), mixer.up.weight.t()
+    mixed = product(flat, into, mixer.up.bias, tokens.flatten(0, -2)).view(tokens.shape)
+    return rows.forward(mixed, None, n2.weight, n2.bias, n2.eps, after)[:2]
 
 
 def can_keep_training(block: Block, tokens: Tensor, grid: Grid) -> bool:

@@ -140,8 +140,9 @@ def backward(block: Block, tokens: Tensor, grid: Grid, saved: list[Tensor], dout
 
 
 @torch.no_grad()
-def record(block: Block, tokens: Tensor, grid: Grid, gpu: Gpu, stream: int) -> Trained | None:
-    """Both passes, kept; None where one runs something that is not."""
+def record(block: Block, tokens: Tensor, grid: Grid, gpu: Gpu, stream: int) -> Trained | str:
+    """Both passes, kept; or the reason why they are not."""
+    reason = ""
     held, tokens = parameters_of(block), tokens.detach()
     for _ in range(PASSES):
         with recorded(gpu, tokens.device, stream) as recording:
@@ -154,7 +155,8 @@ def record(block: Block, tokens: Tensor, grid: Grid, gpu: Gpu, stream: int) -> T
             grads = backward(block, tokens, grid, kept, seen)
             back = recording.replay(held, (tokens, seen, *kept, *grads))
             wanted = [g.clone() for g in grads]
-        if ahead is None or back is None or ahead.memory is not workspace.memory:
+        if isinstance(ahead, str) or isinstance(back, str) or ahead.memory is not workspace.memory:
+            reason = f"forward: {ahead}; backward: {back}"
             continue
         places = [0]
         for t in saved:
@@ -163,9 +165,10 @@ def record(block: Block, tokens: Tensor, grid: Grid, gpu: Gpu, stream: int) -> T
         # once more, elsewhere: no address may have been left behind
         again, memory = trained.run_forward(tokens)
         found = trained.run_backward(tokens, memory, again, held)
-        same = [torch.equal(a, b) for a, b in zip((again, *found), (seen, *wanted), strict=True)]
-        return trained if all(same) else None
-    return None
+        pairs = enumerate(zip((again, *found), (seen, *wanted), strict=True))
+        other = [n for n, (one, two) in pairs if not torch.equal(one, two)]
+        return f"run again, outputs {other} differ" if other and gpu.computes else trained
+    return reason
 
 
 class TrainedBlock(torch.autograd.Function):
@@ -185,9 +188,10 @@ class TrainedBlock(torch.autograd.Function):
         block, grid, trained = ctx.rest
         tokens, saved, *parameters = ctx.saved_tensors
         twice, dout = torch.is_grad_enabled(), dout.contiguous()
-        kept = (
-            type(dout) is Tensor and dout.dtype == tokens.dtype and not (dout.data_ptr() | saved.data_ptr()) & ALIGNED
-        )
+        # hooks on what is saved may hand back other tensors
+        kept = type(dout) is Tensor and dout.dtype == tokens.dtype and tokens.is_contiguous()
+        kept = kept and len({t.get_device() for t in (dout, tokens, saved, *parameters)}) == 1
+        kept = kept and not (dout.data_ptr() | saved.data_ptr() | tokens.data_ptr()) & ALIGNED
         if not twice and kept:
             with nullcontext() if trained.gpu.is_current() else trained.gpu.current():
                 if trained.holds():

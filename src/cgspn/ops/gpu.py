@@ -102,7 +102,7 @@ class Launch:
 class Gpu:
     """A CUDA device. `registered` puts another object with these members in its place, for tests and measurements."""
 
-    runs_triton = True
+    runs_triton = computes = True  # computes: what is launched runs, so that its output can be checked
 
     def __init__(self, index: int) -> None:
         """index: of the device in this process. Raises RuntimeError in a process forked after CUDA was initialised."""

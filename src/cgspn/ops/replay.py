@@ -57,7 +57,7 @@ class Recording:
         self.gpu, self.stream, self.workspace = gpu, stream, workspace
         self.memory = workspace.memory
         self.used = 0
-        self.complete = True
+        self.incomplete = ""  # why the pass is not all kept
         self.steps: list[tuple[Any, Any]] = []  # a launch and its addresses; or what checks a status, and what gives it
         self.reached: list[int] = []  # addresses of what products read and write
 
@@ -127,23 +127,25 @@ class Recording:
 
         return add_
 
-    def replay(self, held: Sequence[Tensor], own: Sequence[Tensor | None]) -> Replay | None:
-        """What runs the pass again; None if something ran that was not kept.
+    def replay(self, held: Sequence[Tensor], own: Sequence[Tensor | None]) -> Replay | str:
+        """What runs the pass again, or the reason why nothing does.
 
         held: tensors that stay where they are; own: those that each call has its own of, given or made, None for none.
         """
         self.workspace.grow(self.used)
-        if not self.complete or not self.fits or self.memory is None:
-            return None
+        if self.incomplete:
+            return self.incomplete
+        if not self.fits or self.memory is None:
+            return "the workspace was too small"
         changing = [(0, 0) if t is None else (t.data_ptr(), t.numel() * t.element_size()) for t in own]
         places = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (*held, self.memory)]
         for address in {a for step in self.steps for a in addresses_of(step)} | set(self.reached):
             here = any(first <= address < first + size for first, size in changing)
             # what PyTorch runs has its tensors, and no addresses to change
             if here and address in self.reached:
-                return None
+                return "PyTorch reads or writes what each call has its own of"
             if not here and address and not any(first <= address < last for first, last in places):
-                return None
+                return "a launch or product reads or writes memory that was not allocated in the pass"
         return Replay(self, changing)
 
 
@@ -247,6 +249,12 @@ def matmul(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
     if recording is None:
         return a @ b if add is None else torch.addmm(add, a, b)
     return recording.product(a, b, add=add)
+
+
+def product(a: Tensor, b: Tensor, bias: Tensor, add: Tensor) -> Tensor:
+    """a [M, K] b [K, N] + bias [N] + add [M, N], which a recorded pass keeps."""
+    recording = active()
+    return torch.addmm(bias, a, b) + add if recording is None else recording.product(a, b, bias=bias, add=add)
 
 
 def column_sums(x: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ class TritonLaunch:
             self._prepared(addresses)
         elif 0 not in self.grid:
             if (recording := getattr(thread, "recording", None)) is not None:
-                recording.complete = False
+                recording.incomplete = f"Triton launched {getattr(self.kernel, '__name__', self.kernel)}"
             if self.gpu is None:
                 self.through_triton(tensors)
                 return

@@ -71,6 +71,7 @@ class EmulatedGpu:
     """Stands for gpu.Gpu: kernels are those of g++, a launch runs them at once."""
 
     index, capability, arch, machine, runs_triton = -1, (9, 0), "host", SMALL_HOPPER, False
+    computes = True
 
     def load(self, name: str, entry: str, defines: Macros, shared: int) -> Kernel:
         assert shared <= SMALL_HOPPER.shared_bytes

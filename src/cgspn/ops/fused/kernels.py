@@ -230,6 +230,19 @@ def layer_norm_forward(
 
 
 @triton.jit(do_not_specialize=["rows", "eps"])
+def rms_forward(y, gain, out, rows, K, eps, ROWS: tl.constexpr, LATENT: tl.constexpr):
+    """RMSNorm of y [M, K]."""
+    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, LATENT)
+    valid = (m < rows)[:, None] & (k < K)[None, :]
+    at = m[:, None] * K + k[None, :]
+    value = tl.load(y + at, mask=valid, other=0).to(tl.float32)
+    value *= tl.rsqrt(tl.sum(value * value, 1) / K + eps)[:, None]
+    value *= tl.load(gain + k, mask=k < K, other=0).to(tl.float32)[None, :]
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=["rows", "eps"])
 def rms_backward(
     dn, y, gain, dy, unit, parts, rows, K, eps,
     ROWS: tl.constexpr, LATENT: tl.constexpr, GAIN: tl.constexpr,

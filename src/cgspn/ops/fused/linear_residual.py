@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from functools import partial
 from typing import Any
 
@@ -10,77 +9,24 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
-from ..gpu import Gpu, gpu_of
+from ..gpu import gpu_of
 from ..replay import empty, empty_like, matmul
-from ..triton_launch import TritonLaunch
-from .rows import column_sums, layer_norm_launch, rms_backward
-from .tiles import PARTS, is_large, plain_gradients, tile, weight_channels
-
-
-@functools.lru_cache(maxsize=512)
-def _fold_launch(gpu: Gpu | None, dtypes: tuple[torch.dtype | None, ...], channels: int, latent: int) -> TritonLaunch:
-    from . import kernels
-
-    _, gain, _, scale, after, _ = dtypes
-    return TritonLaunch(
-        kernels.linear_residual_fold, gpu, (-(-channels // 16),), (channels, latent),
-        CHANNELS=16, LATENT=tile(latent), NORM=gain is not None, SCALE=scale is not None, NEXT=after is not None,
-        num_warps=4,
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=512)
-def _forward_launch(
-    gpu: Gpu | None,
-    dtypes: tuple[torch.dtype, torch.dtype],
-    rows: int,
-    channels: int,
-    latent: int,
-    eps: float,
-    norm: bool,
-) -> TritonLaunch:
-    """Its tiles are the fastest on an H100 for a thousand to 175 thousand rows of 1152 channels."""
-    from . import kernels
-
-    dtype, wide = dtypes[1], tile(latent)
-    most = max(16, (1 << 16) // (wide * dtype.itemsize))  # y in at most 64 KB
-    large = is_large(gpu, dtypes[0]) and dtype.itemsize < 4 and rows >= 128 * PARTS
-    size = min(128 if large else 64, most)
-    chunk = weight_channels(latent, dtype, 1 << 15)
-    programs, chunks = -(-rows // size), -(-channels // chunk)
-    # where rows are few, a program has some of the channels
-    parts = max(1, min(chunks, PARTS // max(1, programs)))
-    share = -(-chunks // parts) * chunk
-    return TritonLaunch(
-        kernels.linear_residual_forward, gpu, (programs * -(-channels // share),), (rows, channels, latent, share, eps),
-        ROWS=size, LATENT=wide, CHANNELS=chunk, STAGES=3 if size == 128 else 2, NORM=norm, EVEN=channels % chunk == 0,
-        num_warps=8 if size == 128 else 4,
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=512)
-def _finish_launch(gpu: Gpu | None, dtypes: tuple[torch.dtype, ...], channels: int, latent: int) -> TritonLaunch:
-    from . import kernels
-
-    grid, numbers = (-(-latent // 16),), (channels, latent)
-    return TritonLaunch(kernels.linear_residual_finish, gpu, grid, numbers, CHANNELS=64, LATENT=16, num_warps=4)
+from .rows import column_sums, layer_norm_past, rms_backward
+from .tiles import PARTS, is_large, launch, plain_gradients, tile, weight_channels
 
 
 def _fold(
-    gpu: Gpu | None,
-    weight: Tensor,
-    gain: Tensor | None,
-    bias: Tensor,
-    scale: Tensor | None,
-    after: Tensor | None,
-    dtype: torch.dtype,
+    weight: Tensor, gain: Tensor | None, bias: Tensor, scale: Tensor | None, after: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The linear layer with gain and LayerScale in it, [C, K] in `dtype`, and all that is added: float32 [C]."""
-    folded = empty(weight.shape, dtype, weight.device)
-    offset = empty(weight.shape[:1], torch.float32, weight.device)
-    tensors = (weight.contiguous(), gain, bias, scale, after, folded)
-    dtypes = tuple([None if t is None else t.dtype for t in tensors])
-    _fold_launch(gpu, dtypes, *weight.shape)(*tensors, offset)
+    channels, latent = weight.shape
+    folded, offset = empty(weight.shape, dtype, weight.device), empty((channels,), torch.float32, weight.device)
+    launch(
+        "linear_residual_fold", (weight.contiguous(), gain, bias, scale, after, folded, offset),
+        (-(-channels // 16),), (channels, latent),
+        CHANNELS=16, LATENT=tile(latent), NORM=gain is not None, SCALE=scale is not None, NEXT=after is not None,
+        num_warps=4,
+    )  # fmt: skip
     return folded, offset
 
 
@@ -97,15 +43,25 @@ def forward(
     """residual + scale * linear(RMSNorm(y)) + after: residual [..., C], y [..., K] -> [..., C].
 
     gain [K], or None for no norm; weight [C, K]; bias [C]; scale [C] (LayerScale) or None; after [C] or None.
+    Its tiles are the fastest on an H100 for a thousand to 175 thousand rows of 1152 channels.
     """
-    residual, y, gpu = residual.contiguous(), y.contiguous(), gpu_of(residual.device)
-    channels, latent = weight.shape
+    residual, y = residual.contiguous(), y.contiguous()
+    (channels, latent), dtype = weight.shape, y.dtype
+    rows, wide = residual.numel() // channels, tile(latent)
+    folded, offset = _fold(weight, gain, bias, scale, after, dtype)
     out = empty_like(residual)
-    folded, offset = _fold(gpu, weight, gain, bias, scale, after, y.dtype)
-    rows = residual.numel() // channels
-    dtypes = (residual.dtype, y.dtype)
-    launch = _forward_launch(gpu, dtypes, rows, channels, latent, eps, gain is not None)
-    launch(residual, y, folded, offset, out)
+    most = max(16, (1 << 16) // (wide * dtype.itemsize))  # y in at most 64 KB
+    large = is_large(gpu_of(y.device), residual.dtype) and dtype.itemsize < 4 and rows >= 128 * PARTS
+    size = min(128 if large else 64, most)
+    chunk = weight_channels(latent, dtype, 1 << 15)
+    programs, chunks = -(-rows // size), -(-channels // chunk)
+    # where rows are few, a program has some of the channels
+    share = -(-chunks // max(1, min(chunks, PARTS // max(1, programs)))) * chunk
+    launch(
+        "linear_residual_forward", (residual, y, folded, offset, out), (programs * -(-channels // share),),
+        (rows, channels, latent, share, eps), ROWS=size, LATENT=wide, CHANNELS=chunk, STAGES=3 if size == 128 else 2,
+        NORM=gain is not None, EVEN=channels % chunk == 0, num_warps=8 if size == 128 else 4,
+    )  # fmt: skip
     return out
 
 
@@ -125,11 +81,7 @@ def forward_norm(
     norm: gain and shift [C] of the LayerNorm, and its eps; after: [C], the bias of the MLP's second layer.
     """
     out = forward(residual, y, gain, weight, bias, scale, eps, after)
-    normal, channels = empty_like(out), out.shape[-1]
-    dtypes = (out.dtype, norm[0].dtype, norm[1].dtype, after.dtype)
-    launch = layer_norm_launch(gpu_of(out.device), dtypes, out.numel() // channels, channels, norm[2])
-    launch(out, norm[0], norm[1], after, normal)
-    return normal, out
+    return layer_norm_past(out, norm[0], norm[1], after, norm[2]), out
 
 
 def backward(
@@ -137,7 +89,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients to y, gain [K], weight, bias and scale [C]; None for a gain or a scale that is not there."""
     d = dout.flatten(0, -2).to(y.dtype)
-    folded, _ = _fold(gpu_of(y.device), weight, gain, bias, scale, None, y.dtype)
+    folded, _ = _fold(weight, gain, bias, scale, None, y.dtype)
     dy, unit = matmul(d, folded).view(y.shape), y
     if gain is not None:
         unit = empty_like(y)
@@ -145,8 +97,9 @@ def backward(
     product = matmul(d.T, unit.reshape(-1, y.shape[-1]))  # [C, K]: all other gradients are sums of it
     if scale is None and gain is not None:
         dgain, dweight = (empty_like(t) for t in (gain, weight))
-        finish = _finish_launch(gpu_of(y.device), (product.dtype, gain.dtype, weight.dtype), *weight.shape)
-        finish(product, gain, weight.contiguous(), dgain, dweight)
+        tensors, numbers = (product, gain, weight.contiguous(), dgain, dweight), weight.shape
+        grid = (-(-weight.shape[1] // 16),)
+        launch("linear_residual_finish", tensors, grid, tuple(numbers), CHANNELS=64, LATENT=16, num_warps=4)
         return dy, dgain, dweight, column_sums(d, dtype=bias.dtype), None
     total, product = d.sum(0, dtype=torch.float32), product.float()
     wide = weight.float()

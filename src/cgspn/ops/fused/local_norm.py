@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from functools import partial
 from typing import Any
 
@@ -10,44 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, rms_norm
 
-from ..gpu import Gpu, gpu_of
 from ..replay import empty, empty_like
-from ..triton_launch import TritonLaunch
 from .rows import add_up, rms_backward
-from .tiles import PARTS, plain_gradients, tile
-
-
-@functools.lru_cache(maxsize=512)
-def _launch(
-    gpu: Gpu | None, dtypes: tuple[torch.dtype | None, ...], shape: torch.Size, side: int, eps: float, flip: bool
-) -> TritonLaunch:
-    """Its tiles are among the fastest on an H100 for 32 x 74 x 74 positions, with sixteen elements a thread."""
-    from . import kernels
-
-    b, h, w, c = shape
-    _, _, bias, gain, mask = dtypes
-    wide = tile(c)
-    columns = max(2, min(16, 1024 // wide))
-    return TritonLaunch(
-        kernels.local_norm_forward, gpu, (b * -(-h // 2), -(-w // columns)), (h, w, c, eps),
-        COLUMNS=columns, CHANNELS=wide, SIDE=side, BIAS=bias is not None, NORM=gain is not None,
-        MASKED=mask is not None, FLIP=flip, num_warps=max(1, columns * wide // 512),
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=512)
-def _gradient_launch(
-    gpu: Gpu | None, dtypes: tuple[torch.dtype, torch.dtype], shape: torch.Size, side: int, masked: bool
-) -> tuple[TritonLaunch, int]:
-    from . import kernels
-
-    b, h, w, c = shape
-    count, wide = min(PARTS, b * h), min(64, tile(c))
-    launch = TritonLaunch(
-        kernels.local_kernel_gradient, gpu, (count, side, -(-c // wide)), (b, h, w, c),
-        COLUMNS=16, CHANNELS=wide, SIDE=side, TAPS=tile(side, 1), MASKED=masked, num_warps=4,
-    )  # fmt: skip
-    return launch, count
+from .tiles import PARTS, launch, plain_gradients, tile
 
 
 def _bytes(mask: Tensor | None) -> Tensor | None:
@@ -66,13 +30,19 @@ def forward(
     """RMSNorm(x + convolution of x): [B, H, W, C] -> the same.
 
     kernel [C, 1, k, k], k odd, transposed with `flip`; bias [C] or None; gain [C], or None for no norm; mask [B, H, W],
-    False where x is taken as zero.
+    False where x is taken as zero. Its tiles are among the fastest on an H100 for 32 x 74 x 74 positions, with sixteen
+    elements a thread.
     """
     x = x.contiguous()
-    out = empty_like(x)
-    tensors = (x, kernel.contiguous(), bias, gain, _bytes(mask))
-    dtypes = tuple([None if t is None else t.dtype for t in tensors])
-    _launch(gpu_of(x.device), dtypes, x.shape, kernel.shape[-1], eps, flip)(*tensors, out)
+    out, (b, h, w, c) = empty_like(x), x.shape
+    wide = tile(c)
+    columns = max(2, min(16, 1024 // wide))
+    launch(
+        "local_norm_forward", (x, kernel.contiguous(), bias, gain, _bytes(mask), out),
+        (b * -(-h // 2), -(-w // columns)), (h, w, c, eps),
+        COLUMNS=columns, CHANNELS=wide, SIDE=kernel.shape[-1], BIAS=bias is not None, NORM=gain is not None,
+        MASKED=mask is not None, FLIP=flip, num_warps=max(1, columns * wide // 512),
+    )  # fmt: skip
     return out
 
 
@@ -91,9 +61,13 @@ def backward(
     dx = forward(d, kernel, None, None, eps, flip=True)
     if mask is not None:
         dx = dx.masked_fill(~mask[..., None], 0.0)
-    launch, count = _gradient_launch(gpu_of(x.device), (x.dtype, d.dtype), x.shape, side, mask is not None)
+    (b, h, w, _), wide = x.shape, min(64, tile(c))
+    count = min(PARTS, b * h)
     parts = empty((count, c, side * side), torch.float32, x.device)
-    launch(x.contiguous(), d, _bytes(mask), parts)
+    launch(
+        "local_kernel_gradient", (x.contiguous(), d, _bytes(mask), parts), (count, side, -(-c // wide)), (b, h, w, c),
+        COLUMNS=16, CHANNELS=wide, SIDE=side, TAPS=tile(side, 1), MASKED=mask is not None, num_warps=4,
+    )  # fmt: skip
     dkernel = add_up(parts, kernel.dtype).view_as(kernel)
     return dx, dkernel, None if bias is None or dbias is None else dbias.to(bias.dtype), dgain
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from functools import partial
 from typing import Any
 
@@ -10,74 +9,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear
 
-from ..gpu import Gpu, gpu_of
+from ..gpu import gpu_of
 from ..replay import empty, empty_like, matmul
-from ..triton_launch import TritonLaunch
 from .rows import add_up
-from .tiles import PARTS, ROWS, is_large, plain_gradients, tile, weight_channels
+from .tiles import PARTS, ROWS, is_large, launch, plain_gradients, tile, weight_channels
 
 
-@functools.lru_cache(maxsize=512)
-def _fold_launch(gpu: Gpu | None, dtypes: tuple[torch.dtype, ...], latent: int, channels: int) -> TritonLaunch:
-    from . import kernels
-
-    numbers = (channels, latent)
-    return TritonLaunch(kernels.norm_linear_fold, gpu, (latent,), numbers, CHANNELS=tile(channels), num_warps=4)
-
-
-@functools.lru_cache(maxsize=512)
-def _forward_launch(
-    gpu: Gpu | None, dtype: torch.dtype, rows: int, channels: int, latent: int, eps: float, save: bool
-) -> TritonLaunch:
-    from . import kernels
-
-    wide = tile(latent)
-    size, chunk, warps = min(ROWS, (1 << 14) // wide), weight_channels(latent, dtype, 1 << 14), 4
-    if size * wide > 1 << 13:
-        warps = 8
-    if wide == 256 and rows >= 128 * PARTS and is_large(gpu, dtype, (9,)):
-        size, chunk, warps = 128, 64, 8  # 0.26 instead of 0.31 ms; on an sm_100 it spills
-    return TritonLaunch(
-        kernels.norm_linear_forward, gpu, (-(-rows // size),), (rows, channels, latent, eps),
-        ROWS=size, LATENT=wide, CHANNELS=chunk, EVEN=channels % chunk == 0, SAVE=save, num_warps=warps, num_stages=4,
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=512)
-def _backward_launch(
-    gpu: Gpu | None, dtype: torch.dtype, rows: int, channels: int, latent: int, past: bool
-) -> tuple[TritonLaunch, int]:
-    from . import kernels
-
-    wide = tile(latent)
-    size, chunk = min(ROWS, (1 << 13) // wide), weight_channels(latent, dtype, 1 << 14)
-    programs = -(-rows // size)
-    launch = TritonLaunch(
-        kernels.norm_linear_backward, gpu, (programs,), (rows, channels, latent),
-        ROWS=size, LATENT=wide, CHANNELS=chunk, STAGES=2, EVEN=channels % chunk == 0, PAST=past, num_warps=4,
-    )  # fmt: skip
-    return launch, programs
-
-
-@functools.lru_cache(maxsize=512)
-def _finish_launch(gpu: Gpu | None, dtypes: tuple[torch.dtype, ...], latent: int, channels: int) -> TritonLaunch:
-    from . import kernels
-
-    numbers = (channels, latent)
-    return TritonLaunch(
-        kernels.norm_linear_finish, gpu, (-(-channels // 32),), numbers, CHANNELS=32, LATENT=32, num_warps=4
-    )
-
-
-def _fold(
-    gpu: Gpu | None, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _fold(gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The linear layer with the norm's gain in it, [K, C] in `dtype`; its sums, and what is added: float32 [2, K]."""
     latent, channels = weight.shape
-    folded = empty((latent, channels), dtype, weight.device)
-    sums = empty((2, latent), torch.float32, weight.device)
-    dtypes = (gain.dtype, shift.dtype, weight.dtype, bias.dtype, dtype)
-    _fold_launch(gpu, dtypes, latent, channels)(gain, shift, weight.contiguous(), bias, folded, sums)
+    folded, sums = empty(weight.shape, dtype, weight.device), empty((2, latent), torch.float32, weight.device)
+    tensors = (gain, shift, weight.contiguous(), bias, folded, sums)
+    launch("norm_linear_fold", tensors, (latent,), (channels, latent), CHANNELS=tile(channels), num_warps=4)
     return folded, sums
 
 
@@ -89,13 +32,21 @@ def forward(
     gain, shift [C]; weight [K, C]; bias [K], of any floating dtype. save: also mean and inverse deviation of each row,
     float32 [2, M].
     """
-    x, gpu = x.contiguous(), gpu_of(x.device)
+    x, dtype = x.contiguous(), x.dtype
     latent, channels = weight.shape
-    folded, sums = _fold(gpu, gain, shift, weight, bias, x.dtype)
-    out = empty((*x.shape[:-1], latent), x.dtype, x.device)
-    rows = x.numel() // channels
+    rows, wide = x.numel() // channels, tile(latent)
+    folded, sums = _fold(gain, shift, weight, bias, dtype)
+    out = empty((*x.shape[:-1], latent), dtype, x.device)
     statistics = empty((2, rows), torch.float32, x.device) if save else None
-    _forward_launch(gpu, x.dtype, rows, channels, latent, eps, save)(x, folded, sums, out, statistics)
+    size, chunk, warps = min(ROWS, (1 << 14) // wide), weight_channels(latent, dtype, 1 << 14), 4
+    if size * wide > 1 << 13:
+        warps = 8
+    if wide == 256 and rows >= 128 * PARTS and is_large(gpu_of(x.device), dtype, (9,)):
+        size, chunk, warps = 128, 64, 8  # 0.26 instead of 0.31 ms; on an sm_100 it spills
+    launch(
+        "norm_linear_forward", (x, folded, sums, out, statistics), (-(-rows // size),), (rows, channels, latent, eps),
+        ROWS=size, LATENT=wide, CHANNELS=chunk, EVEN=channels % chunk == 0, SAVE=save, num_warps=warps, num_stages=4,
+    )  # fmt: skip
     return out, statistics
 
 
@@ -111,19 +62,24 @@ def backward(
     statistics: Tensor,
 ) -> tuple[Tensor, ...]:
     """Gradients to x (plus `past`, the one that reaches it from elsewhere), gain, shift, weight and bias."""
-    x, dout, gpu = x.contiguous(), dout.contiguous(), gpu_of(x.device)
-    latent, channels = weight.shape
-    folded, sums = _fold(gpu, gain, shift, weight, bias, x.dtype)
-    dx, scaled = empty_like(x), empty_like(dout)
-    launch, programs = _backward_launch(gpu, x.dtype, statistics.shape[1], channels, latent, past is not None)
-    parts = empty((programs, 2, latent), torch.float32, x.device)
-    launch(dout, out, x, None if past is None else past.contiguous(), folded, sums, statistics, dx, scaled, parts)
+    x, dout, past = x.contiguous(), dout.contiguous(), None if past is None else past.contiguous()
+    (latent, channels), rows = weight.shape, statistics.shape[1]
+    folded, sums = _fold(gain, shift, weight, bias, x.dtype)
+    wide, chunk = tile(latent), weight_channels(latent, x.dtype, 1 << 14)
+    size = min(ROWS, (1 << 13) // wide)
+    programs = -(-rows // size)
+    dx, scaled, parts = empty_like(x), empty_like(dout), empty((programs, 2, latent), torch.float32, x.device)
+    launch(
+        "norm_linear_backward", (dout, out, x, past, folded, sums, statistics, dx, scaled, parts), (programs,),
+        (rows, channels, latent), ROWS=size, LATENT=wide, CHANNELS=chunk, STAGES=2, EVEN=channels % chunk == 0,
+        PAST=past is not None, num_warps=4,
+    )  # fmt: skip
     # the norm's part of the weight's gradient, without the normalised tokens in memory
     product = matmul(scaled.view(-1, latent).T, x.view(-1, channels))
     grads = [empty_like(t) for t in (gain, shift, weight, bias)]
-    dtypes = (product.dtype, *(t.dtype for t in (gain, shift, weight, bias)))
-    finish = _finish_launch(gpu, dtypes, latent, channels)
-    finish(product, add_up(parts), gain, shift, weight.contiguous(), *grads)
+    tensors = (product, add_up(parts), gain, shift, weight.contiguous(), *grads)
+    grid, numbers = (-(-channels // 32),), (channels, latent)
+    launch("norm_linear_finish", tensors, grid, numbers, CHANNELS=32, LATENT=32, num_warps=4)
     return dx, *grads
 
 

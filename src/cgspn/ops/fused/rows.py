@@ -4,7 +4,6 @@ want: one pass over memory each.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -13,15 +12,15 @@ from torch.nn.functional import layer_norm, rms_norm
 
 from ..backends import unsupported_reason
 from ..eager import is_eager
-from ..gpu import Gpu, gpu_of, on_accelerator
+from ..gpu import on_accelerator
 from ..replay import empty, empty_like
-from ..triton_launch import TritonLaunch
-from .tiles import tile
+from .tiles import launch, tile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CHANNELS_MOST = 4096  # of a row that stays on the chip
 SMALL = 1 << 23  # elements below which rows are few, and tiles smaller
 PROGRAMS = 528  # that share the sums over rows: four for each multiprocessor of the largest GPUs
+MODES = {None: 0, "none": 1, "tanh": 2}  # of a GELU in the kernels
 # Of sums alone and through the gradient of each GELU: widths of a tile, its elements in 16 bits, warps, loops fetched
 # ahead, and programs. The fastest on an H100 for 47 thousand rows of 1152 and 4304 channels.
 TILES: dict[str | None, tuple[tuple[int, ...], int, int, int, int]] = {
@@ -43,64 +42,20 @@ def can_use_rows(*tensors: Tensor | None) -> bool:
     return unsupported_reason("triton", first) is None
 
 
-@functools.lru_cache(maxsize=512)
-def _add_up_launch(gpu: Gpu | None, dtype: torch.dtype, count: int, stride: int, channels: int) -> TritonLaunch:
-    from . import row_kernels
-
-    numbers, grid = (count, stride, channels), (-(-channels // 64),)
-    return TritonLaunch(row_kernels.add_up, gpu, grid, numbers, CHANNELS=64, STEP=32, num_warps=4)
-
-
 def add_up(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The sum of float32 parts [P, ...] over the first dimension, in its order; the others contiguous."""
     count, channels = parts.shape[0], parts.shape[1:].numel()
     out = empty(parts.shape[1:], dtype, parts.device)
-    _add_up_launch(gpu_of(parts.device), dtype, count, parts.stride(0), channels)(parts, out)
+    numbers = (count, parts.stride(0), channels)
+    launch("add_up", (parts, out), (-(-channels // 64),), numbers, CHANNELS=64, STEP=32, num_warps=4)
     return out
-
-
-@functools.lru_cache(maxsize=512)
-def _gelu_launch(gpu: Gpu | None, dtype: torch.dtype, count: int, approximate: str) -> TritonLaunch:
-    from . import row_kernels
-
-    constants = {"BLOCK": 4096, "GELU": 2 if approximate == "tanh" else 1}
-    return TritonLaunch(row_kernels.gelu, gpu, (-(-count // 4096),), (count,), **constants, num_warps=8)
 
 
 def gelu(x: Tensor, approximate: str) -> Tensor:
     """As `torch.nn.functional.gelu`, of a contiguous x."""
-    out = empty_like(x)
-    _gelu_launch(gpu_of(x.device), x.dtype, x.numel(), approximate)(x, out)
+    out, count = empty_like(x), x.numel()
+    launch("gelu", (x, out), (-(-count // 4096),), (count,), BLOCK=4096, GELU=MODES[approximate], num_warps=8)
     return out
-
-
-@functools.lru_cache(maxsize=512)
-def _add_norm_launch(
-    gpu: Gpu | None, dtypes: tuple[torch.dtype | None, ...], rows: int, channels: int, eps: float, save: bool
-) -> TritonLaunch:
-    from . import row_kernels
-
-    _, branch, _, _, after = dtypes
-    wide = tile(channels)
-    size = max(1, (8192 if rows * channels > SMALL else 4096) // wide)
-    kept = branch is not None or after is not None
-    return TritonLaunch(
-        row_kernels.add_norm_forward, gpu, (-(-rows // size),), (rows, channels, eps), ROWS=size, CHANNELS=wide,
-        BRANCH=branch is not None, KEEP=kept, AFTER=after is not None, SAVE=save, num_warps=4,
-    )  # fmt: skip
-
-
-@functools.lru_cache(maxsize=512)
-def layer_norm_launch(
-    gpu: Gpu | None, dtypes: tuple[torch.dtype, ...], rows: int, channels: int, eps: float
-) -> TritonLaunch:
-    """LayerNorm of x - after: of x, gain, shift, after and the output."""
-    from . import kernels
-
-    return TritonLaunch(
-        kernels.layer_norm_forward, gpu, (-(-rows // 2),), (rows, channels, eps),
-        ROWS=2, CHANNELS=tile(channels), num_warps=4,
-    )  # fmt: skip
 
 
 def forward(
@@ -119,61 +74,51 @@ def forward(
     """
     x = x.contiguous()
     branch = None if branch is None else branch.contiguous()
-    channels = x.shape[-1]
-    rows = x.numel() // channels
-    normal = empty_like(x)
-    total = x if branch is None and after is None else empty_like(x)
+    channels, wide = x.shape[-1], tile(x.shape[-1])
+    rows, kept = x.numel() // channels, branch is not None or after is not None
+    normal, total = empty_like(x), empty_like(x) if kept else x
     statistics = empty((rows, 2), torch.float32, x.device) if save else None
-    tensors = (x, branch, gain, shift, after)
-    dtypes = tuple([None if t is None else t.dtype for t in tensors])
-    _add_norm_launch(gpu_of(x.device), dtypes, rows, channels, eps, save)(*tensors, total, normal, statistics)
+    size = max(1, (8192 if rows * channels > SMALL else 4096) // wide)
+    tensors = (x, branch, gain, shift, after, total, normal, statistics)
+    launch(
+        "add_norm_forward", tensors, (-(-rows // size),), (rows, channels, eps), ROWS=size, CHANNELS=wide,
+        BRANCH=branch is not None, KEEP=kept, AFTER=after is not None, SAVE=save, num_warps=4,
+    )  # fmt: skip
     return normal, total, statistics
 
 
-@functools.lru_cache(maxsize=512)
-def _norm_backward_launch(
-    gpu: Gpu | None, dtypes: tuple[torch.dtype | None, ...], rows: int, channels: int
-) -> tuple[TritonLaunch, int]:
-    from . import row_kernels
-
-    wide = tile(channels)
-    size = max(1, 2048 // wide)
-    programs = min(PROGRAMS, -(-rows // size))
-    launch = TritonLaunch(
-        row_kernels.norm_backward, gpu, (programs,), (rows, channels), ROWS=size, CHANNELS=wide, STAGES=3,
-        PAST=dtypes[1] is not None, num_warps=4,
-    )  # fmt: skip
-    return launch, programs
+def layer_norm_past(x: Tensor, gain: Tensor, shift: Tensor, after: Tensor, eps: float) -> Tensor:
+    """LayerNorm of x - after: [..., C]."""
+    out, channels = empty_like(x), x.shape[-1]
+    rows = x.numel() // channels
+    tensors, numbers = (x, gain, shift, after, out), (rows, channels, eps)
+    launch("layer_norm_forward", tensors, (-(-rows // 2),), numbers, ROWS=2, CHANNELS=tile(channels), num_warps=4)
+    return out
 
 
 def backward(
     dnormal: Tensor, past: Tensor | None, x: Tensor, gain: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of LayerNorm to x (plus `past`, the one that reaches it past the norm), gain and shift."""
-    tensors = (dnormal.contiguous(), None if past is None else past.contiguous(), x, gain)
-    channels = x.shape[-1]
-    dtypes = tuple([None if t is None else t.dtype for t in tensors])
-    launch, programs = _norm_backward_launch(gpu_of(x.device), dtypes, x.numel() // channels, channels)
-    dx = empty_like(x)
-    parts = empty((programs, 2, channels), torch.float32, x.device)
-    launch(*tensors, statistics, dx, parts)
+    past = None if past is None else past.contiguous()
+    channels, wide = x.shape[-1], tile(x.shape[-1])
+    rows, size = x.numel() // channels, max(1, 2048 // wide)
+    programs = min(PROGRAMS, -(-rows // size))
+    dx, parts = empty_like(x), empty((programs, 2, channels), torch.float32, x.device)
+    launch(
+        "norm_backward", (dnormal.contiguous(), past, x, gain, statistics, dx, parts), (programs,), (rows, channels),
+        ROWS=size, CHANNELS=wide, STAGES=3, PAST=past is not None, num_warps=4,
+    )  # fmt: skip
     return dx, add_up(parts[:, 0], gain.dtype), add_up(parts[:, 1], gain.dtype)
 
 
-@functools.lru_cache(maxsize=512)
-def _rms_backward_launch(
-    gpu: Gpu | None, dtypes: tuple[torch.dtype | None, ...], rows: int, channels: int, eps: float
-) -> tuple[TritonLaunch, int]:
-    from . import kernels
-
-    wide = tile(channels)
-    size = min(64, max(1, (1 << 13) // wide))
-    programs = -(-rows // size)
-    launch = TritonLaunch(
-        kernels.rms_backward, gpu, (programs,), (rows, channels, eps),
-        ROWS=size, LATENT=wide, GAIN=dtypes[2] is not None, num_warps=8,
-    )  # fmt: skip
-    return launch, programs
+def rms_forward(y: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """RMSNorm of a contiguous y [..., K]."""
+    out, (channels, wide) = empty_like(y), (y.shape[-1], tile(y.shape[-1]))
+    rows, size = y.numel() // channels, max(1, (1 << 12) // wide)
+    numbers = (rows, channels, eps)
+    launch("rms_forward", (y, gain, out), (-(-rows // size),), numbers, ROWS=size, LATENT=wide, num_warps=4)
+    return out
 
 
 def rms_backward(
@@ -183,13 +128,15 @@ def rms_backward(
 
     See `kernels.rms_backward`.
     """
-    tensors = (dn.contiguous(), y.contiguous(), gain)
-    channels = y.shape[-1]
-    dtypes = tuple([None if t is None else t.dtype for t in tensors])
-    launch, programs = _rms_backward_launch(gpu_of(y.device), dtypes, y.numel() // channels, channels, eps)
-    dy = empty_like(tensors[1])
+    dn, y = dn.contiguous(), y.contiguous()
+    channels, wide = y.shape[-1], tile(y.shape[-1])
+    rows, size = y.numel() // channels, min(64, max(1, (1 << 13) // wide))
+    programs, dy = -(-rows // size), empty_like(y)
     parts = None if gain is None else empty((programs, 2, channels), torch.float32, y.device)
-    launch(*tensors, dy, unit, parts)
+    launch(
+        "rms_backward", (dn, y, gain, dy, unit, parts), (programs,), (rows, channels, eps),
+        ROWS=size, LATENT=wide, GAIN=gain is not None, num_warps=8,
+    )  # fmt: skip
     if parts is None or gain is None:
         return dy, None, None
     return dy, add_up(parts[:, 0], gain.dtype), add_up(parts[:, 1], gain.dtype)
@@ -249,27 +196,6 @@ class RmsNorm(torch.autograd.Function):
         return dx, dgain.to(gain.dtype), None
 
 
-@functools.lru_cache(maxsize=512)
-def _column_launch(
-    gpu: Gpu | None, dtypes: tuple[torch.dtype | None, ...], rows: int, channels: int, mode: str | None
-) -> tuple[TritonLaunch, int]:
-    from . import row_kernels
-
-    widths, most, warps, stages, total = TILES[mode]
-    # the widest of which an eighth at most would be idle
-    fitting = (w for w in widths if (-channels % w) * 8 <= channels)
-    wide = min(next(fitting, widths[-1]), tile(channels))
-    # as many bytes whatever the dtype: what is fetched ahead has to fit
-    assert dtypes[0] is not None
-    size, across = most * 2 // (wide * dtypes[0].itemsize), -(-channels // wide)
-    down = max(1, min(-(-rows // size), total // across))
-    launch = TritonLaunch(
-        row_kernels.column_sums, gpu, (across, down), (rows, channels), ROWS=size, CHANNELS=wide, STAGES=stages,
-        GELU={None: 0, "none": 1, "tanh": 2}[mode], num_warps=warps,
-    )  # fmt: skip
-    return launch, down
-
-
 def column_sums(
     d: Tensor, hidden: Tensor | None = None, approximate: str = "none", dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -278,8 +204,18 @@ def column_sums(
     With hidden [M, C], what a GELU was given: d, the gradient to its output, first becomes in place that to `hidden`.
     approximate: "none" or "tanh", as of `torch.nn.functional.gelu`.
     """
-    dtypes = (d.dtype, None if hidden is None else hidden.dtype)
-    launch, down = _column_launch(gpu_of(d.device), dtypes, *d.shape, None if hidden is None else approximate)
-    parts = empty((down, d.shape[1]), torch.float32, d.device)
-    launch(d, hidden, parts)
+    mode = None if hidden is None else approximate
+    widths, most, warps, stages, total = TILES[mode]
+    rows, channels = d.shape
+    # the widest of which an eighth at most would be idle
+    fitting = (w for w in widths if (-channels % w) * 8 <= channels)
+    wide = min(next(fitting, widths[-1]), tile(channels))
+    # as many bytes whatever the dtype: what is fetched ahead has to fit
+    size, across = most * 2 // (wide * d.element_size()), -(-channels // wide)
+    down = max(1, min(-(-rows // size), total // across))
+    parts = empty((down, channels), torch.float32, d.device)
+    launch(
+        "column_sums", (d, hidden, parts), (across, down), (rows, channels), ROWS=size, CHANNELS=wide, STAGES=stages,
+        GELU=MODES[mode], num_warps=warps,
+    )  # fmt: skip
     return add_up(parts, dtype)
