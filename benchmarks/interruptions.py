@@ -61,7 +61,7 @@ def start(arguments: list[str], log: Path, ranks: int = 1) -> list[BaseProcess]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = []
+    started: list[BaseProcess] = []
     for rank in range(ranks):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
         environ = {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}

@@ -298,7 +298,7 @@ def pickled(file: Any, rng: random.Random) -> None:
     elif kind == 1:
         state["a"] = rng.choice([torch.zeros(1).expand(10**9), torch.zeros(2).to(torch.complex64), Program(), {1: 2}])
     elif kind == 2:
-        state = {str(number): state["a"] for number in range(10**5)}
+        state = {str(number): state["a"] for number in range(10**4)}
     old = rng.random() < 0.3
     if kind < 4 or old:
         content = io.BytesIO()
@@ -352,9 +352,9 @@ def picture(root: Path, rng: random.Random) -> Callable[[], object]:
     (root / "x.png").write_bytes(content if rng.random() < 0.6 else noisy(content, rng))
 
     def read() -> None:
-        for look in (lambda: read_box(root / "x.png", (8, 8), whole), lambda: open_picture(root / "x.png")):
-            with contextlib.suppress(OSError, ValueError, SyntaxError, struct.error, TypeError, KeyError, IndexError):
-                look()  # all of which those that read pictures count
+        with contextlib.suppress(OSError, ValueError):
+            read_box(root / "x.png", (8, 8), whole)
+        open_picture(root / "x.png")
 
     return read
 

@@ -238,6 +238,7 @@ def test_a_pass_with_other_operations_is_not_kept():
 @pytest.mark.parametrize("options", [OTHERS[2], {}])
 def test_launches_of_wide_sublayers_are_kept_too(options, monkeypatch):
     monkeypatch.setattr(executor, "LATENT_MOST", 8)
+    monkeypatch.setattr(Block, "fusion_backend", "triton")
     block = warm(block_of(**options))
     mask = torch.rand(2, 4, 5, device=DEVICE) > 0.3
     for seed in range(4):
@@ -344,6 +345,7 @@ def test_blocks_of_full_width(values, side):
     mixer = PropagationMixer(1152, replace(value_config(values), compression=18))
     block = Block(1152, mixer, 4304, "gelu_tanh", 1e-6, None).to(DEVICE, torch.bfloat16)
     nn.init.normal_(block.mixer.up.weight, std=0.05)
+    block.fusion_backend = "auto" if values is None else "triton"
     inputs = [torch.randn(2, grid.tokens, 1152, device=DEVICE, dtype=torch.bfloat16) for _ in range(4)]
     with torch.no_grad():
         for tokens in inputs:

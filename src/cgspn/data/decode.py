@@ -35,7 +35,7 @@ def read_box(file: Path | IO[bytes], size: tuple[int, int], choose: Callable[[in
     Returns:
         uint8 [height, width, 3].
 
-    Raises all kinds of errors for a damaged file: OSError, SyntaxError, ValueError, struct.error and others.
+    Raises OSError or ValueError for a file that is damaged, or takes more than it should.
     """
     with open_image(file) as opened:
         if not is_jpeg(opened):

@@ -24,27 +24,30 @@ TILE = (0x0142, 0x0143)  # tags of a TIFF: width and height of its tiles
 
 @contextmanager
 def open_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
-    """A picture that is not decoded yet, for the time of the context.
+    """A picture that is not decoded yet, for the time of the context, in which it is.
 
-    Raises OSError for what is none, for formats other than `FORMATS`, for files and pictures that are too large, and
-    for those that are small and take long: metadata in a million parts, scans without end.
+    Raises OSError or ValueError for a damaged one; OSError for what is none, for formats other than `FORMATS`, for
+    files and pictures that are too large, and for small ones that take long: metadata in a million parts, scans
+    without end.
     """
     if isinstance(file, Path):
         check_file(file)
-    with file.open("rb") if isinstance(file, Path) else nullcontext(file) as content:
-        counted = _Counted(content)
-        try:
+    try:
+        with file.open("rb") if isinstance(file, Path) else nullcontext(file) as content:
+            counted = _Counted(content)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about sizes, for which we have our own limit, and about odd metadata
                 image = Image.open(counted, formats=FORMATS)  # type: ignore[arg-type]
-        except UnidentifiedImageError as error:  # its message would name an object in memory
-            name = f": {file}" if isinstance(file, Path) else ""
-            raise OSError(f"no image, or of none of the kinds {', '.join(FORMATS)}{name}") from error
-        except Image.DecompressionBombError as error:
-            raise OSError(str(error)) from error
-        _check_size(image, content)
-        counted.reads, counted.room = MOST_READS[1], MOST_BYTES
-        yield image
+            _check_size(image, content)
+            counted.reads, counted.room = MOST_READS[1], MOST_BYTES
+            yield image
+    except UnidentifiedImageError as error:  # its message would name an object in memory
+        name = f": {file}" if isinstance(file, Path) else ""
+        raise OSError(f"no image, or of none of the kinds {', '.join(FORMATS)}{name}") from error
+    except (OSError, ValueError, MemoryError):
+        raise
+    except Exception as error:  # decoders raise all kinds for damaged files: SyntaxError, struct.error, assertions
+        raise OSError(f"damaged: {type(error).__name__}: {error}") from error
 
 
 def _check_size(image: Image.Image, file: IO[bytes]) -> None:

@@ -66,12 +66,12 @@ def picture_name(picture: Picture) -> str:
 
 
 def open_raw(picture: Picture) -> Image.Image:
-    """The decoded picture in the mode that it was saved in. Raises what Pillow does for a damaged file."""
+    """The decoded picture in the mode that it was saved in. Raises OSError or ValueError for a damaged file."""
     if isinstance(picture, Image.Image):
         return picture
     if isinstance(picture, np.ndarray | Tensor):
         return array_picture(picture)
-    with open_image(io.BytesIO(picture.read()) if isinstance(picture, Member) else Path(picture)) as opened:
+    with open_image(_content(picture)) as opened:
         opened.load()
         return opened
 
@@ -80,13 +80,19 @@ def open_picture(picture: Picture) -> Image.Image:
     """The picture as RGB, turned as its Exif orientation says, transparent pixels white, 16 bits scaled to 8.
 
     Arrays and tensors are as `array_picture` takes them. Raises OSError for a file that is missing, ValueError for
-    pixels whose range is not known or a picture without any, and all kinds of errors for a damaged file.
+    pixels whose range is not known or a picture without any, and either for a damaged file.
     """
-    image = open_raw(picture)
-    if image is picture:  # which is not ours to change
-        return to_rgb(ImageOps.exif_transpose(image))
-    turn_upright(image)
-    return to_rgb(image)
+    if isinstance(picture, Image.Image):  # which is not ours to change
+        return to_rgb(ImageOps.exif_transpose(picture))
+    if isinstance(picture, np.ndarray | Tensor):
+        return to_rgb(array_picture(picture))
+    with open_image(_content(picture)) as opened:
+        turn_upright(opened)
+        return to_rgb(opened)
+
+
+def _content(picture: str | Path | Member) -> Path | io.BytesIO:
+    return io.BytesIO(picture.read()) if isinstance(picture, Member) else Path(picture)
 
 
 def array_picture(pixels: np.ndarray | Tensor) -> Image.Image:
