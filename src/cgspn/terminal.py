@@ -13,6 +13,8 @@ from rich.segment import Segment
 # and halves of characters, which Python has in the place of bytes that are not UTF-8.
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+WIDE = 240  # columns where there is no terminal, whose 80 would cut the columns of tables
+
 
 def plain(text: str) -> str:
     """A text with what a terminal might take for a command shown as escapes; lines stay lines."""
@@ -25,6 +27,8 @@ class PlainConsole(Console):
     def __init__(self, **settings: Any) -> None:
         """settings: as of rich's Console."""
         super().__init__(markup=False, emoji=False, highlight=False, **settings)
+        if not self.is_terminal and self._width is None:
+            self.width = WIDE
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         """As rich's; its own commands, such as those of progress bars, are no text."""

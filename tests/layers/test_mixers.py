@@ -91,6 +91,8 @@ def test_propagation_equals_its_definition(name):
 @pytest.mark.parametrize(
     ("settings", "wrong"),
     [
+        ({"directions": ()}, "directions is ()"),
+        ({"directions": ("down", "down")}, "each once"),
         ({"channels_per_group": 0}, "channels_per_group is 0"),
         ({"channels_per_group": 4, "compression": 4}, "channels_per_group is 4; a latent of 6"),
         ({"value_expansion": 2, "compression": None}, "value_expansion is 2; accepted"),

@@ -114,12 +114,12 @@ def run_steps(
 
 
 def attempt(task: DistillTask, config: TrainBenchConfig, size: int, batch: int, steps: int) -> list[float] | None:
-    """`run_steps`, or None if the memory does not suffice; nothing is left of it either way."""
+    """`run_steps`, or None if the memory does not suffice; what it took is freed either way."""
     return unless_full(lambda: run_steps(task, config, size, batch, steps), task, config.compute)
 
 
 def unless_full(run: Callable[[], Result], task: Task, compute: ComputeConfig) -> Result | None:
-    """What a run of a task returns, or None if the memory does not suffice; nothing is left of it either way."""
+    """What a run of a task returns, or None if the memory does not suffice; what it took is freed either way."""
     result = None
     try:
         result = run()

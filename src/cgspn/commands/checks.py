@@ -34,8 +34,9 @@ def check_free(paths: Iterable[Path], name: str, overwrite: bool) -> None:
     """Raise ValueError, naming the argument `name`, if there are files at paths that would be written over unasked."""
     held = [path for path in paths if os.path.lexists(path)]
     if held and not overwrite:
-        found = ", ".join(path.name for path in held)
-        raise ValueError(f"{name} is {held[0].parent}, which holds {found}; give another {name}, or --overwrite")
+        found, folder = ", ".join(path.name for path in held), held[0].parent
+        where = f"{folder}, which holds" if folder != Path() else "this folder, which holds"
+        raise ValueError(f"{name} is {where} {found}; give another {name}, or --overwrite")
 
 
 def device_of(device: str) -> str:

@@ -40,7 +40,7 @@ def header(
             others = f" or as many tokens of {len(mixed)} sizes, {low} x {lower} to {high} x {higher} px"
         yield (
             f"{stage.title}: {optim.steps:,} steps of {optim.batch_size:,} images at {height} x {width} px{others}; "
-            f"{seen:,} images, {seen / images:.2g} epochs"
+            f"{seen:,} images, {round(seen / images, 1 if seen < 10 * images else None):g} epochs"
         )
         flop += optim.steps * optim.batch_size * flop_an_image(encoder, student, stage)
         tokens = stage.size[0] * stage.size[1] / student.config.patch_size**2
@@ -78,4 +78,5 @@ def device_name(device: torch.device) -> str:
     """The GPU's name, or "CPU" and the threads that PyTorch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'s' if threads > 1 else ''}"

@@ -75,6 +75,8 @@ class PropagationConfig:
             raise ValueError(f"expansion is {self.expansion}; accepted: more than 0, at most {MOST_EXPANSION}")
         if not 0 <= self.local_kernel <= MOST_KERNEL:
             raise ValueError(f"local_kernel is {self.local_kernel}; accepted: 0 to {MOST_KERNEL}")
+        if not self.directions or len({*self.directions}) < len(self.directions) or {*self.directions} - {*DIRECTIONS}:
+            raise ValueError(f"directions is {self.directions}; accepted: one or more of {DIRECTIONS}, each once")
         if self.channels_per_group < 1:
             raise ValueError(f"channels_per_group is {self.channels_per_group}; accepted: 1 or more")
         if self.value_expansion is not None and (self.compression is None or not self.value_expansion > 0):

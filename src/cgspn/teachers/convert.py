@@ -179,7 +179,7 @@ def student_of(teacher: Encoder, config: EncoderConfig, *, share: bool = False) 
 def inherit(teacher: Encoder, student: Encoder, *, share: bool = False) -> Inherited:
     """Give the student every weight of the same name and shape in the teacher; returns which.
 
-    Kept mixers count as twins only where both are attention. share: as in `student_of`. Raises nothing.
+    A mixer's weights are inherited only where both are attention. share: as in `student_of`. Raises nothing.
     """
     theirs, mine = teacher.state_dict(), student.state_dict()
     twins = [name for name, value in mine.items() if name in theirs and theirs[name].shape == value.shape]
