@@ -10,14 +10,14 @@ import json
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
 
 from cgspn import load_encoder
 from cgspn.data import scheduled
-from cgspn.distill import DistillConfig, OptimConfig, SizeRange, distill
+from cgspn.distill import DistillConfig, LossConfig, OptimConfig, SizeRange, distill
 from cgspn.distill.batches import batch_shapes
 from cgspn.environment import describe
 from cgspn.models.checkpoint import write_atomically
@@ -25,7 +25,7 @@ from cgspn.models.encoder import Encoder
 
 from .measure import scores, sublayer_errors
 from .photographs import load_photographs
-from .recipe import two_stages
+from .recipe import LOSS, two_stages
 from .students import STUDENTS
 from .tasks import Tasks
 
@@ -45,7 +45,9 @@ class StudyConfig:
         px: sizes to measure at.
         steps: of stage 1 and of stage 2.
         batch_size: images a step, of `size`.
-        rates: peak learning rates of stage 1 (Muon) and stage 2 (AdamW).
+        rates: peak learning rates of stage 1 (Muon) and stage 2 (`optimizer`).
+        optimizer: of stage 2.
+        loss: of stage 2.
         held_out: photographs to measure with.
         source: side of the squares that photographs are kept as, in pixels.
         out: folder for the rows, and for students with `save`.
@@ -66,6 +68,8 @@ class StudyConfig:
     steps: tuple[int, int] = (400, 800)
     batch_size: int = 64
     rates: tuple[float, float] = (1e-2, 2.5e-4)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    loss: LossConfig = LOSS
     held_out: int = 200
     source: int = 256
     out: Path = Path("build/resolution")
@@ -107,7 +111,15 @@ def run(config: StudyConfig) -> None:
                 student = STUDENTS[name].of(teacher, seed)
                 sizes, gpu = config.sizes if trained == "mixed" else None, device.type == "cuda"
                 settings = two_stages(
-                    config.size, sizes, config.steps, config.rates, batch_size=config.batch_size, seed=seed, gpu=gpu
+                    config.size,
+                    sizes,
+                    config.steps,
+                    config.rates,
+                    batch_size=config.batch_size,
+                    seed=seed,
+                    gpu=gpu,
+                    loss=config.loss,
+                    optimizer=config.optimizer,
                 )
                 began, images = time.monotonic(), 0
                 errors: dict[int, dict[str, float]] = {}

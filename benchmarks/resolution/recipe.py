@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 from cgspn.distill import ComputeConfig, DistillConfig, LossConfig, OptimConfig, SizeRange
+
+LOSS = LossConfig(output=0.05)
 
 
 def two_stages(
@@ -16,10 +19,13 @@ def two_stages(
     batch_size: int,
     seed: int,
     gpu: bool,
+    loss: LossConfig = LOSS,
+    optimizer: Literal["adamw", "muon"] = "adamw",
 ) -> DistillConfig:
     """Stages 1 and 2: images of `size` pixels, or drawn from `sizes`, `batch_size` of them at `size`.
 
-    steps, rates: of stage 1 (Muon) and of stage 2 (AdamW); rates are peaks. gpu: bfloat16, and steps from CUDA graphs.
+    steps, rates: of stage 1 (Muon) and of stage 2 (`optimizer`); rates are peaks. gpu: bfloat16, and steps from CUDA
+    graphs. loss: of stage 2.
     """
     common = OptimConfig(
         batch_size=batch_size, seed=seed, embedding_rate=0.0, crop_scale=(0.08, 1.0), mixup=1.0, cutmix=0.5
@@ -28,7 +34,7 @@ def two_stages(
         image_size=size,
         sizes=sizes,
         stage1=replace(common, steps=steps[0], learning_rate=rates[0], optimizer="muon"),
-        stage2=replace(common, steps=steps[1], learning_rate=rates[1]),
-        loss=LossConfig(output=0.05),
+        stage2=replace(common, steps=steps[1], learning_rate=rates[1], optimizer=optimizer),
+        loss=loss,
         compute=ComputeConfig("bfloat16" if gpu else "float32", capture=gpu),
     )

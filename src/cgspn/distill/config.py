@@ -82,11 +82,13 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What stage 2 minimises: alpha * PP + beta * PB + output * pooled [+ contrastive].
+    """What stage 2 minimises: alpha * PP + beta * PB + tokens * final + output * pooled [+ contrastive].
 
     Args:
         alpha: weight of the taps after sub-layers (PP), mean over blocks.
         beta: weight of the taps after blocks (PB), mean over blocks.
+        tokens: weight of the relative MSE of the final grid tokens, after the last norm: what users of dense features
+            get. The paper has no such term; the taps see each block alike, and the last one before its norm.
         output: weight of the pooled vector's relative MSE.
         kl_pp: weight of the KL term in the taps after sub-layers.
         kl_pb: the same after blocks.
@@ -96,6 +98,7 @@ class LossConfig:
 
     alpha: float = 1.0
     beta: float = 1.0
+    tokens: float = 0.0
     output: float = 1.0
     kl_pp: float = 1.0
     kl_pb: float = 1.0
@@ -104,8 +107,8 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError if nothing is minimised."""
-        if not (self.alpha or self.beta or self.output or self.contrastive):
-            raise ValueError("alpha, beta, output and contrastive are all 0; expected at least one above")
+        if not (self.alpha or self.beta or self.tokens or self.output or self.contrastive):
+            raise ValueError("alpha, beta, tokens, output and contrastive are all 0; expected at least one above")
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def plan(
         elif high.teacher == "original":
             task = distillation(config.loss)
         else:
-            task = distillation(replace(config.loss, alpha=0, beta=0, output=0))
+            task = distillation(replace(config.loss, alpha=0, beta=0, tokens=0, output=0))
         sizes = smaller.up_to(pixels, 1 - high.smaller) if high.smaller else None
         stages.append(Stage(f"{name}, {pixels} px", high.optim, size, task, sizes, high.teacher == "original"))
         before = size

@@ -243,7 +243,7 @@ class DistillTask(Task):
         self._look_at(teacher=teacher, dual=dual)
         self.sharded = self.runtime.sharded
         self.student = student
-        self.compares = bool(config.alpha or config.beta or config.output)
+        self.compares = bool(config.alpha or config.beta or config.tokens or config.output)
         self.capturable = not config.contrastive and self.runtime.cache is None
         self.learn_positions = learn_positions and lacks_positions(student, teacher)
         self.has_unused_params = not (config.output or config.contrastive)
@@ -253,7 +253,7 @@ class DistillTask(Task):
         self.adapters = Adapters(
             depth, width, sublayers=config.adapters and bool(config.alpha), blocks=config.adapters and bool(config.beta)
         ).to(device)
-        self.energies = TargetScales(2 * depth + 1).to(device)
+        self.energies = TargetScales(2 * depth + 2).to(device)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Adapters are fresh, and what stage 1 has changed counts as fresh too."""
@@ -297,10 +297,10 @@ class DistillTask(Task):
 
     @torch.no_grad()
     def calibrate(self, parts: list[Batch]) -> None:
-        """The energies of the teacher at every tap and of its pooled vector."""
+        """The energies of the teacher at every tap, of its final tokens and of its pooled vector."""
         if self.compares:
             seen = (self.observed(part, self.student.embed(part.images)[0]) for part in parts)
-            self.energies.measure([*taps.sublayers, *taps.blocks, taps.pooled] for taps in seen)
+            self.energies.measure([*taps.sublayers, *taps.blocks, taps.tokens, taps.pooled] for taps in seen)
 
     @torch.no_grad()
     def observed(self, batch: Batch, entry: Tensor) -> Taps:
@@ -311,7 +311,7 @@ class DistillTask(Task):
         return retarget_first_block(taps, entry) if self.learn_positions else taps
 
     def losses(self, batch: Batch) -> Losses:
-        """Mean PP and PB losses over blocks, the pooled vector's, the contrastive one, and their weighted sum "total".
+        """Mean PP and PB losses over blocks, those of final tokens and pooled vector, the contrastive one, and "total".
 
         Beside them the loss of each tap, "PP block i" and "PB block i".
         """
@@ -319,11 +319,12 @@ class DistillTask(Task):
         mine = tapped_forward(self.student, batch.images, self.runtime.tapped)
         parts: Losses = {}
         each: Losses = {}
-        weights = {"PP": config.alpha, "PB": config.beta, "pooled": config.output, "contrastive": config.contrastive}
+        weights = {"PP": config.alpha, "PB": config.beta, "tokens": config.tokens, "pooled": config.output}
+        weights["contrastive"] = config.contrastive
         if self.compares:
             theirs = self.observed(batch, mine.block_inputs[0])
-            energies = self.energies.of([*theirs.sublayers, *theirs.blocks, theirs.pooled])
-            at_sublayers, at_blocks, at_pooled = energies.split([len(mine.blocks), len(mine.blocks), 1])
+            energies = self.energies.of([*theirs.sublayers, *theirs.blocks, theirs.tokens, theirs.pooled])
+            at_sublayers, at_blocks, (at_tokens, at_pooled) = energies.split([len(mine.blocks), len(mine.blocks), 2])
             if config.alpha:
                 taps = zip(self.adapters.sublayers, mine.sublayers, theirs.sublayers, at_sublayers, strict=True)
                 values = [self.runtime.tap_loss(a, s, t, e, config.kl_pp) for a, s, t, e in taps]
@@ -334,8 +335,10 @@ class DistillTask(Task):
                 values = [self.runtime.tap_loss(a, s, t, e, config.kl_pb) for a, s, t, e in taps]
                 parts["PB"] = torch.stack(values).mean()
                 each |= {f"PB block {i}": value for i, value in enumerate(values)}
+            if config.tokens:
+                parts["tokens"] = relative_mse(mine.tokens, theirs.tokens, at_tokens)
             if config.output:
-                parts["pooled"] = relative_mse(mine.pooled, theirs.pooled, at_pooled[0])
+                parts["pooled"] = relative_mse(mine.pooled, theirs.pooled, at_pooled)
         if config.contrastive:
             parts["contrastive"] = self._contrastive(mine.pooled, batch)
         total = torch.stack([weights[name] * loss for name, loss in parts.items()]).sum()
