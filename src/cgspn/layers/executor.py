@@ -228,10 +228,7 @@ def can_keep_wide(block: Block, tokens: Tensor) -> bool:
     mixer: Any = block.mixer
     norms = isinstance(mixer.norm, RMSNorm) and isinstance(mixer.merge_norm, RMSNorm)
     few = tokens.numel() <= KEPT_MOST // 2  # more take the libraries' kernels less time than these
-    asked = block.fusion_backend == "triton"  # until a GPU has measured it
-    return (
-        asked and few and norms and has_room(tokens) and mixer.local is not None and is_plain(block.scale1, nn.Identity)
-    )
+    return few and norms and has_room(tokens) and mixer.local is not None and is_plain(block.scale1, nn.Identity)
 
 
 def wide_residual(block: Block, tokens: Tensor, grid: Grid, after: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,9 @@ def norm_linear_forward(
         there = (k < K)[:, None] if EVEN else (k < K)[:, None] & (c < C)[None, :]
         tile = tl.load(x + m[:, None] * C + c[None, :], mask=here, other=0)
         w = tl.load(folded + k[:, None] * C + c[None, :], mask=there, other=0)
-        product = tl.dot(tile, tl.trans(w), product, input_precision="ieee")
+        # a use of the product in every turn makes the compiler wait for it: Triton gives a tile that both products and
+        # registers read one buffer too few, and the next copy into it overtook products that were still reading
+        product = tl.where(inside[:, None], tl.dot(tile, tl.trans(w), product, input_precision="ieee"), 0.0)
         apart = tile.to(tl.float32) - pilot[:, None]
         if not EVEN:
             apart = tl.where((c < C)[None, :], apart, 0.0)
