@@ -24,7 +24,7 @@ from cgspn.bench.operator import Row, inputs, size_of
 from cgspn.bench.results import write
 from cgspn.bench.timing import medians
 from cgspn.environment import describe
-from cgspn.ops.arguments import GivenScan, ProjectedScan, Scan
+from cgspn.ops.arguments import ProjectedScan, Scan, given_scan
 from cgspn.ops.backends import unsupported_reason
 from cgspn.ops.cuda import launch, projected, scan
 from cgspn.ops.cuda.compile import cubin, macros
@@ -150,13 +150,13 @@ def line_scan_rows(machine: Machine, copy: float) -> list[Row]:
     """`line_scan` on [16, 1024, 1024, 8] float32: forward down and right, backward down, every cut."""
     x, lam, dh = (torch.randn(16, 1024, 1024, 8, device="cuda") for _ in range(3))
     weights = torch.rand(16, 1024, 1024, 3, 8, device="cuda") / 3
-    down = GivenScan(x, weights, lam)
-    h = scan.line_scan_forward(down)
+    down = given_scan(x, weights, lam)
+    h = scan.forward(down)
     forward, backward = size_of(x, weights, lam, h), size_of(x, weights, lam, dh, h, x, weights, lam)
     runs: dict[str, tuple[Callable[..., object], int]] = {
-        "forward down": (partial(scan.line_scan_forward, down), forward),
-        "forward right": (partial(scan.line_scan_forward, down._replace(direction=2)), forward),
-        "backward down": (partial(scan.line_scan_backward, dh, down, h), backward),
+        "forward down": (partial(scan.forward, down), forward),
+        "forward right": (partial(scan.forward, down._replace(directions=(2,))), forward),
+        "backward down": (partial(scan.backward, dh, down, h), backward),
     }
     rows: list[Row] = []
     for kind, (function, count) in runs.items():

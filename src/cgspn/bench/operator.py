@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..environment import describe
 from ..ops import DIRECTIONS, propagate_2d
-from ..ops.arguments import GivenScan, Scan
+from ..ops.arguments import Scan, given_scan
 from ..ops.backends import backend_module, unsupported_reason
 from .machine import copy_bandwidth, matmul_rate
 from .results import write
@@ -135,14 +135,14 @@ def line_scan_rows(copy: float) -> list[Row]:
     cuda = backend_module("cuda")
     x, lam, dh = (torch.randn(16, 1024, 1024, 8, device="cuda") for _ in range(3))
     weights = torch.rand(16, 1024, 1024, 3, 8, device="cuda") / 3
-    scan = GivenScan(x, weights, lam)
-    h = cuda.line_scan_forward(scan)
+    scan = given_scan(x, weights, lam)
+    h = cuda.forward(scan)
     forward, backward = size_of(x, weights, lam, h), size_of(x, weights, lam, dh, h, x, weights, lam)
     calls: dict[str, Callable[[], object]] = {
-        f"forward {name}": partial(cuda.line_scan_forward, scan._replace(direction=d))
+        f"forward {name}": partial(cuda.forward, scan._replace(directions=(d,)))
         for d, name in enumerate(("down", "up", "right", "left"))
     }
-    calls["backward down"] = partial(cuda.line_scan_backward, dh, scan, h)
+    calls["backward down"] = partial(cuda.backward, dh, scan, h)
     rows = []
     for name, ms in medians(calls).items():
         kind = name.split()[0]

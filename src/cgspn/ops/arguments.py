@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# as a custom op takes them, in the order of `Scan`
+# as a custom op takes them, in the order of `Scan`, whose last field is `line_scan`'s alone
 SCAN_SCHEMA = (
     "Tensor x, Tensor logits, Tensor lam, Tensor u, Tensor? keep, Tensor? mask, int[] directions, bool merge_sum, "
     "str backend, bool normalise_state=False"
@@ -15,18 +15,22 @@ SCAN_SCHEMA = (
 
 
 class Scan(NamedTuple):
-    """The arguments of `propagate_2d`, checked. Shapes as there; `directions` are indices into DIRECTIONS."""
+    """The arguments of `propagate_2d`, checked. Shapes as there; `directions` are indices into DIRECTIONS.
+
+    u None: a scan whose weights are given, `line_scan`, which starts again every `chunk` lines (0: never).
+    """
 
     x: Tensor
     logits: Tensor
     lam: Tensor
-    u: Tensor
+    u: Tensor | None
     keep: Tensor | None = None
     mask: Tensor | None = None
     directions: Sequence[int] = (0, 1, 2, 3)
     merge_sum: bool = True
     backend: str = "auto"
     normalise_state: bool = False
+    chunk: int = 0
 
     @property
     def share(self) -> int:
@@ -47,15 +51,12 @@ class Scan(NamedTuple):
 LINE_SCAN_SCHEMA = "Tensor x, Tensor weights, Tensor lam, int direction, int? chunk, str backend"
 
 
-class GivenScan(NamedTuple):
-    """The arguments of `line_scan`, checked: the scan whose weights are given. `direction` is an index."""
-
-    x: Tensor
-    weights: Tensor
-    lam: Tensor
-    direction: int = 0
-    chunk: int | None = None
-    backend: str = "auto"
+def given_scan(
+    x: Tensor, weights: Tensor, lam: Tensor, direction: int = 0, chunk: int | None = None, backend: str = "auto"
+) -> Scan:
+    """The scan behind the arguments of `line_scan`, checked. `direction` is an index."""
+    given = weights.unsqueeze(3), lam.unsqueeze(3), None
+    return Scan(x, *given, directions=(direction,), backend=backend, chunk=chunk or 0)
 
 
 PARAMETERS = 5  # maps a direction that a projection makes: lam, u, three logits

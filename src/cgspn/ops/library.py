@@ -17,27 +17,24 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .arguments import LINE_SCAN_SCHEMA, SCAN_SCHEMA, GivenScan, Scan
+from .arguments import SCAN_SCHEMA, Scan, given_scan
 from .backends import backend_for
 from .functorch import check_reverse
 from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
 
 Gradients = tuple[Tensor | None, ...]
+FIELDS = SCAN_SCHEMA.count(",") + 1
 
 
-def register_op(name: str, function: Callable[..., Any], schema: str, fake: Callable[..., Any]) -> Any:
-    """The custom op cgspn::`name` of a function without side effects; fake: its outputs' shapes and dtypes."""
-    op = torch.library.custom_op(f"cgspn::{name}", function, mutates_args=(), schema=schema)
-    op.register_fake(fake)
-    return op
+def _forward(name: str, scan: Scan) -> Tensor:
+    check_reverse(name)
+    out: Tensor = backend_for(scan.backend, scan.x).forward(scan)
+    return out
 
 
 def propagate_2d_now(*arguments: Any) -> Tensor:
     """The output for the fields of a `Scan`: see `cgspn.ops.propagate_2d`."""
-    scan = Scan(*arguments)
-    check_reverse("propagate_2d")
-    out: Tensor = backend_for(scan.backend, scan.x).forward(scan)
-    return out
+    return _forward("propagate_2d", Scan(*arguments))
 
 
 def _output(*arguments: Any) -> Tensor:
@@ -48,12 +45,12 @@ def _output(*arguments: Any) -> Tensor:
 def propagate_2d_saving_now(*arguments: Any) -> tuple[Tensor, ...]:
     """`propagate_2d_now` in training: also the two tensors that the backend's backward wants saved, else [0]."""
     scan = Scan(*arguments)
-    check_reverse("propagate_2d")
     module = backend_for(scan.backend, scan.x)
-    if hasattr(module, "forward_saving"):
-        out: tuple[Tensor, ...] = module.forward_saving(scan)
-        return out
-    return module.forward(scan), scan.x.new_empty(0), scan.x.new_empty(0, dtype=torch.float32)
+    if not hasattr(module, "forward_saving"):
+        return propagate_2d_now(*arguments), scan.x.new_empty(0), scan.x.new_empty(0, dtype=torch.float32)
+    check_reverse("propagate_2d")
+    out: tuple[Tensor, ...] = module.forward_saving(scan)
+    return out
 
 
 def _saved(*arguments: Any) -> tuple[Tensor, ...]:
@@ -68,69 +65,41 @@ def propagate_2d_backward_now(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]
 
     arguments: those of the forward, then, if there are more, what `propagate_2d_saving_op` returned to be saved.
     """
-    count = len(Scan._fields)
-    scan = Scan(*arguments[:count])
-    grads = backend_for(scan.backend, scan.x).backward(dy, scan, *arguments[count:])
+    scan = Scan(*arguments[:FIELDS])
+    grads = backend_for(scan.backend, scan.x).backward(dy, scan, *arguments[FIELDS:])
     return tuple(scan.x.new_empty(0) if g is None else g for g in grads)
 
 
-def _gradients(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return tuple(dy.new_empty(0 if t is None else t.shape) for t in Scan(*arguments[: len(Scan._fields)])[:5])
-
-
-propagate_2d_op = register_op("propagate_2d", propagate_2d_now, f"({SCAN_SCHEMA}) -> Tensor", _output)
-propagate_2d_saving_op = register_op(
-    "propagate_2d_saving", propagate_2d_saving_now, f"({SCAN_SCHEMA}) -> (Tensor, Tensor, Tensor)", _saved
-)
-propagate_2d_backward_op = register_op(
-    "propagate_2d_backward",
-    propagate_2d_backward_now,
-    f"(Tensor dy, {SCAN_SCHEMA}, Tensor? h=None, Tensor? n=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _gradients,
-)
-
-
 def line_scan_now(*arguments: Any) -> Tensor:
-    """The output for the fields of a `GivenScan`: see `cgspn.ops.line_scan`."""
-    scan = GivenScan(*arguments)
-    check_reverse("line_scan")
-    out: Tensor = backend_for(scan.backend, scan.x).line_scan_forward(scan)
-    return out
+    """The output for the arguments of `given_scan`: see `cgspn.ops.line_scan`."""
+    return _forward("line_scan", given_scan(*arguments))
 
 
 def line_scan_backward_now(dh: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of `line_scan_op` to x, weights, lam. Behind its arguments may come what it returned."""
-    count = len(GivenScan._fields)
-    scan = GivenScan(*arguments[:count])
-    grads: tuple[Tensor, ...] = backend_for(scan.backend, scan.x).line_scan_backward(dh, scan, *arguments[count:])
-    return grads
+    """Gradients of `line_scan_op` to x, weights, lam. Behind its six arguments may come what it returned."""
+    scan = given_scan(*arguments[:6])
+    dx, dweights, dlam, *_ = backend_for(scan.backend, scan.x).backward(dh, scan, *arguments[6:])
+    return dx, dweights.squeeze(3), dlam.squeeze(3)
 
 
-line_scan_op = register_op(
-    "line_scan", line_scan_now, f"({LINE_SCAN_SCHEMA}) -> Tensor", lambda x, *_: x.new_empty(x.shape)
-)
-line_scan_backward_op = register_op(
-    "line_scan_backward",
-    line_scan_backward_now,
-    f"(Tensor dh, {LINE_SCAN_SCHEMA}, Tensor? h=None) -> (Tensor, Tensor, Tensor)",
-    lambda dh, *arguments: tuple(t.new_empty(t.shape) for t in arguments[:3]),
-)
+def register_op(name: str, function: Callable[..., Any], schema: str, fake: Callable[..., Any]) -> Any:
+    """The custom op cgspn::`name` of a function without side effects; fake: its outputs' shapes and dtypes."""
+    op = torch.library.custom_op(f"cgspn::{name}", function, mutates_args=(), schema=schema)
+    op.register_fake(fake)
+    return op
 
 
-def register_first(
-    forward_op: Any,
-    forward: Callable[..., Any],
-    backward_op: Any,
-    backward: Callable[..., Any],
-    tensors: int,
-    *,
-    saves: bool = False,
-) -> type[torch.autograd.Function]:
-    """First derivatives of a forward op through a backward op; and the same of the functions, without the dispatcher.
+def register_forward(
+    name: str, schema: str, forward: Callable[..., Any], fake: Callable[..., Any], backward_op: Any,
+    backward: Callable[..., Any], *, outputs: int = 1, saves: bool = False,
+) -> tuple[Any, type[torch.autograd.Function]]:  # fmt: skip
+    """A forward op with first derivatives by `backward_op`; and the functions behind both, without the dispatcher.
 
-    tensors: how many arguments are tensors, the first ones; a backward returns their gradients in order. saves: it also
-    takes, last, what the forward returned to be saved: all outputs but the first, or the only one.
+    schema: of the arguments, tensors first; a backward returns their gradients in order. saves: it also takes, last,
+    what the forward returned to be saved: all outputs but the first, or the only one.
     """
+    tensors, returns = schema.count("Tensor"), ", ".join(["Tensor"] * outputs)
+    forward_op = register_op(name, forward, f"({schema}) -> ({returns})", fake)
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         outputs = output if isinstance(output, tuple) else (output,)
@@ -166,7 +135,7 @@ def register_first(
             """The op where a gradient of this gradient is wanted."""
             return through(backward_op if torch.is_grad_enabled() else backward, ctx, dy)
 
-    return Direct
+    return forward_op, Direct
 
 
 def _leaf_of(t: Tensor, graph: bool) -> Tensor:
@@ -174,17 +143,26 @@ def _leaf_of(t: Tensor, graph: bool) -> Tensor:
     return t.view_as(t) if graph and t.requires_grad else t.detach().requires_grad_()
 
 
-def register_second(backward_op: Any, tensors: int, arguments: int, reference: Callable[..., Tensor]) -> None:
-    """Second and higher derivatives through the reference: right on every backend, if slow.
+def register_backward(
+    name: str, schema: str, backward: Callable[..., Any], reference: Callable[..., Tensor], gradients: int,
+    saved: str = "",
+) -> Any:  # fmt: skip
+    """The op that gives the gradients to as many tensors; its derivatives are those of the reference: right, if slow.
 
-    arguments: of the forward, `tensors` of them first; what a backward takes behind them is a function of those.
+    schema: of the forward's arguments; saved: of what the backward takes behind them, a function of those.
     """
+    tensors, arguments = schema.count("Tensor"), schema.count(",") + 1
+    signature = f"(Tensor dy, {schema}{saved}) -> ({', '.join(['Tensor'] * gradients)})"
+    backward_op = register_op(
+        name, backward, signature,
+        lambda dy, *given: tuple(dy.new_empty(0 if t is None else t.shape) for t in given[:gradients]),
+    )  # fmt: skip
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.save_for_backward(*inputs[: tensors + 1])
         ctx.rest = inputs[tensors + 1 :]
 
-    def backward(ctx: Any, *cotangents: Tensor | None) -> Gradients:
+    def second(ctx: Any, *cotangents: Tensor | None) -> Gradients:
         graph = torch.is_grad_enabled()  # create_graph of the caller: without it third derivatives would lack terms
         with torch.enable_grad():
             dy, *inputs = ctx.saved_tensors  # keep and mask may be None, and a mask has no gradient
@@ -197,26 +175,23 @@ def register_second(backward_op: Any, tensors: int, arguments: int, reference: C
             first = torch.autograd.grad(y, leaves[1:], dy.to(y.dtype), create_graph=True)
             asked = [cotangents[k] for k in wanted]
             pairs = [(g, c.to(g.dtype)) for g, c in zip(first, asked, strict=True) if c is not None]
-            second = torch.autograd.grad(
+            of_first = torch.autograd.grad(
                 [g for g, _ in pairs], leaves, [c for _, c in pairs], create_graph=graph, allow_unused=True
             )
         found: list[Tensor | None] = [None] * (len(ctx.rest) + tensors + 1)
-        for place, gradient in zip([0, *(k + 1 for k in wanted)], second, strict=True):
+        for place, gradient in zip([0, *(k + 1 for k in wanted)], of_first, strict=True):
             found[place] = gradient
         return tuple(found)
 
-    backward_op.register_autograd(backward, setup_context=setup)
-
-
-PROPAGATE_TENSORS = 6  # x, logits, lam, u, keep and the mask, which has no gradient
-LINE_SCAN_TENSORS = 3  # x, weights, lam
+    backward_op.register_autograd(second, setup_context=setup)
+    return backward_op
 
 
 def by_definition(*arguments: Any) -> Tensor:
     """The reference's output, float64, for the fields of a `Scan`."""
     scan = Scan(*arguments)
     return propagate_2d_reference(
-        *scan[:4],
+        *arguments[:4],
         keep=scan.keep,
         mask=scan.mask,
         directions=[DIRECTIONS[code] for code in scan.directions],
@@ -225,28 +200,30 @@ def by_definition(*arguments: Any) -> Tensor:
     )
 
 
-Propagate = register_first(
-    propagate_2d_saving_op,
-    propagate_2d_saving_now,
-    propagate_2d_backward_op,
+propagate_2d_backward_op = register_backward(
+    "propagate_2d_backward",
+    SCAN_SCHEMA,
     propagate_2d_backward_now,
-    PROPAGATE_TENSORS,
-    saves=True,
+    by_definition,
+    5,
+    ", Tensor? h=None, Tensor? n=None",
+)
+_backward = (propagate_2d_backward_op, propagate_2d_backward_now)
+propagate_2d_saving_op, Propagate = register_forward(
+    "propagate_2d_saving", SCAN_SCHEMA, propagate_2d_saving_now, _saved, *_backward, outputs=3, saves=True
 )
 # `propagate_2d` takes the saving op where a gradient is wanted; this is for a program traced without one
-register_first(
-    propagate_2d_op, propagate_2d_now, propagate_2d_backward_op, propagate_2d_backward_now, PROPAGATE_TENSORS
-)
-register_second(propagate_2d_backward_op, PROPAGATE_TENSORS, len(Scan._fields), by_definition)
-LineScan = register_first(
-    line_scan_op, line_scan_now, line_scan_backward_op, line_scan_backward_now, LINE_SCAN_TENSORS, saves=True
-)
-register_second(
-    line_scan_backward_op,
-    LINE_SCAN_TENSORS,
-    len(GivenScan._fields),
+propagate_2d_op, _ = register_forward("propagate_2d", SCAN_SCHEMA, propagate_2d_now, _output, *_backward)
+LINE_SCAN_SCHEMA = "Tensor x, Tensor weights, Tensor lam, int direction, int? chunk, str backend"
+line_scan_backward_op = register_backward(
+    "line_scan_backward", LINE_SCAN_SCHEMA, line_scan_backward_now,
     lambda x, weights, lam, code, chunk, _: line_scan_reference(x, weights, lam, DIRECTIONS[code], chunk),
-)
+    3, ", Tensor? h=None",
+)  # fmt: skip
+line_scan_op, LineScan = register_forward(
+    "line_scan", LINE_SCAN_SCHEMA, line_scan_now, lambda x, *_: x.new_empty(x.shape), line_scan_backward_op,
+    line_scan_backward_now, saves=True,
+)  # fmt: skip
 
 
 # Per position and direction. Forward, of a set of parameters: 3 sigmoids, 2 adds, 3 divisions; of a channel: 3
@@ -273,21 +250,21 @@ def _scan_flops(
     return channels * (each - of_set) + sets * (of_set + (0 if keep_shape is None else FLOPS_KEEP[which]))
 
 
-@register_flop_formula([torch.ops.cgspn.propagate_2d, torch.ops.cgspn.propagate_2d_saving])
-def _(x_shape, logits_shape, lam_shape, u_shape, keep_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return _scan_flops("forward", sum(FLOPS_FORWARD.values()), x_shape, lam_shape, keep_shape, args)
+def register_flops(formula: Callable[..., int], *ops: Any) -> None:
+    """Count the FLOPs of ops by a function of the shapes of their arguments."""
+    register_flop_formula(list(ops))(lambda *shapes, out_shape=None, **_: formula(*shapes))
 
 
-@register_flop_formula(torch.ops.cgspn.propagate_2d_backward)
-def _(dy_shape, x_shape, logits_shape, lam_shape, u_shape, keep_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return _scan_flops("backward", FLOPS_BACKWARD, x_shape, lam_shape, keep_shape, args)
-
-
-@register_flop_formula(torch.ops.cgspn.line_scan)
-def _(x_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return _elements(x_shape) * FLOPS_FORWARD["recurrence"]
-
-
-@register_flop_formula(torch.ops.cgspn.line_scan_backward)
-def _(dh_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return _elements(dh_shape) * (FLOPS_FORWARD["recurrence"] + 6 + 2 + 3)
+register_flops(
+    lambda x, logits, lam, u, keep, *rest: _scan_flops("forward", sum(FLOPS_FORWARD.values()), x, lam, keep, rest),
+    torch.ops.cgspn.propagate_2d,
+    torch.ops.cgspn.propagate_2d_saving,
+)
+register_flops(
+    lambda dy, x, logits, lam, u, keep, *rest: _scan_flops("backward", FLOPS_BACKWARD, x, lam, keep, rest),
+    torch.ops.cgspn.propagate_2d_backward,
+)
+register_flops(lambda x, *_: _elements(x) * FLOPS_FORWARD["recurrence"], torch.ops.cgspn.line_scan)
+register_flops(
+    lambda dh, *_: _elements(dh) * (FLOPS_FORWARD["recurrence"] + 6 + 2 + 3), torch.ops.cgspn.line_scan_backward
+)

@@ -11,20 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import linear as plain_linear
-from torch.utils.flop_counter import register_flop_formula
 
 from .arguments import PARAMETERS, PROJECTED_SCHEMA, ProjectedScan, split_parameters
 from .backends import backend_for
+from .cuda import projected as chip_kernels
 from .functorch import check_reverse
-from .library import FLOPS_BACKWARD, FLOPS_FORWARD, by_definition, register_first, register_op, register_second
+from .library import (
+    FLOPS_BACKWARD,
+    FLOPS_FORWARD,
+    by_definition,
+    register_backward,
+    register_flops,
+    register_forward,
+)
 from .replay import column_sums, empty, linear, matmul
 
 
 def check_chip(x: Tensor, *, backward: bool) -> None:
     """Raise RuntimeError, with the reason, where the kernels of a pass cannot run on `x`."""
-    from .cuda import projected
-
-    reason = projected.unsupported_reason(x, backward)
+    reason = chip_kernels.unsupported_reason(x, backward)
     if reason is not None:
         raise RuntimeError(f"parameters='chip' cannot run here: {reason}")
 
@@ -35,22 +40,16 @@ def _on_chip(p: ProjectedScan) -> bool:
         return True
     if p.parameters == "memory" or p.backend not in ("auto", "cuda"):
         return False
-    from .cuda import projected
-
-    return projected.is_faster(p.x, p.directions)
+    return chip_kernels.is_faster(p.x, p.directions)
 
 
 def projected_now(*arguments: Any) -> Tensor:
     """The output for the fields of a `ProjectedScan`. Saves no more than its arguments."""
     p = ProjectedScan(*arguments)
     check_reverse("propagate_2d_projected")
-    out: Tensor
     if _on_chip(p):
-        from .cuda import projected
-
-        out = projected.forward(p)
-    else:
-        out = backend_for(p.backend, p.x).forward(p.scan(linear(p.x, p.weight, p.bias)))
+        return chip_kernels.forward(p)
+    out: Tensor = backend_for(p.backend, p.x).forward(p.scan(linear(p.x, p.weight, p.bias)))
     return out
 
 
@@ -59,11 +58,8 @@ def _output(*arguments: Any) -> Tensor:
     return p.x.new_empty(p.x.shape if p.merge_sum else (*p.x.shape[:3], len(p.directions), p.x.shape[3]))
 
 
-projected_op = register_op("propagate_2d_projected", projected_now, f"({PROJECTED_SCHEMA}) -> Tensor", _output)
-
-
 def projected_backward_now(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of `projected_op` to x, weight and bias; that of the bias also where there is none.
+    """Gradients of `projected_op` to x, weight and bias, [0] for a bias that is not there.
 
     On the chip where the forward is and lines fit: with the passes in one, an H100 took a fifth less time than with
     parameters made again in memory (B = 32, 74x74, C = 64: 1.59 against 1.98 ms, forward included).
@@ -71,12 +67,10 @@ def projected_backward_now(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     p = ProjectedScan(*arguments)
     chip = _on_chip(p)
     if chip:
-        from .cuda import projected
-
         if p.parameters == "chip":
             check_chip(p.x, backward=True)
-        if p.parameters == "chip" or projected.unsupported_reason(p.x, backward=True) is None:
-            return projected.backward(dy, p)
+        if p.parameters == "chip" or chip_kernels.unsupported_reason(p.x, backward=True) is None:
+            return chip_kernels.backward(dy, p)
     return backward_in_memory(dy, p, chip)
 
 
@@ -87,12 +81,8 @@ def backward_in_memory(dy: Tensor, p: ProjectedScan, chip: bool) -> tuple[Tensor
     if hasattr(module, "forward_saving"):
         # gradients side by side as the projection made the parameters: one product for each of what they lead to
         packed = empty((*x.shape[:3], weight.shape[0]), x.dtype, x.device)
-        if chip:  # the state at least is made there, without an output beside it
-            from .cuda import projected
-
-            h = projected.state(p)
-        else:
-            _, h, _ = module.forward_saving(scan)
+        # on the chip the state at least is made without an output beside it
+        h = chip_kernels.state(p) if chip else module.forward_saving(scan)[1]
         dlogits, dlam, du = split_parameters(packed, len(p.directions))
         dx = module.backward(dy, scan, h, into=(dlam, du, dlogits))[0]
     else:
@@ -101,15 +91,7 @@ def backward_in_memory(dy: Tensor, p: ProjectedScan, chip: bool) -> tuple[Tensor
     seen = x if mask is None else x.where(mask[..., None], 0)  # padding may hold anything
     flat, seen = packed.view(-1, weight.shape[0]), seen.reshape(-1, x.shape[-1])
     dx = matmul(flat, weight, dx.reshape(-1, x.shape[-1])).view(x.shape)
-    return dx, matmul(flat.T, seen), flat.new_zeros(weight.shape[0]) if bias is None else column_sums(flat)
-
-
-projected_backward_op = register_op(
-    "propagate_2d_projected_backward",
-    projected_backward_now,
-    f"(Tensor dy, {PROJECTED_SCHEMA}) -> (Tensor, Tensor, Tensor)",
-    lambda dy, x, weight, *_: (*(t.new_empty(t.shape) for t in (x, weight)), weight.new_empty(weight.shape[:1])),
-)
+    return dx, matmul(flat.T, seen), x.new_empty(0) if bias is None else column_sums(flat)
 
 
 def _by_definition(*arguments: Any) -> Tensor:
@@ -117,12 +99,15 @@ def _by_definition(*arguments: Any) -> Tensor:
     p = ProjectedScan(*arguments)
     x = p.x.double() if p.mask is None else p.x.double().where(p.mask[..., None], 0.0)
     packed = plain_linear(x, p.weight.double(), None if p.bias is None else p.bias.double())
-    return by_definition(*p._replace(x=x).scan(packed))
+    return by_definition(*p._replace(x=x).scan(packed)[:-1])
 
 
-TENSORS = 4  # x, weight, bias and the mask, which has no gradient
-Projected = register_first(projected_op, projected_now, projected_backward_op, projected_backward_now, TENSORS)
-register_second(projected_backward_op, TENSORS, len(ProjectedScan._fields), _by_definition)
+projected_backward_op = register_backward(
+    "propagate_2d_projected_backward", PROJECTED_SCHEMA, projected_backward_now, _by_definition, 3
+)
+projected_op, Projected = register_forward(
+    "propagate_2d_projected", PROJECTED_SCHEMA, projected_now, _output, projected_backward_op, projected_backward_now
+)
 
 
 def _counts(x_shape: Sequence[int], weight_shape: Sequence[int]) -> tuple[int, int]:
@@ -131,14 +116,16 @@ def _counts(x_shape: Sequence[int], weight_shape: Sequence[int]) -> tuple[int, i
     return 2 * positions * torch.Size(weight_shape).numel(), positions * weight_shape[0] // PARAMETERS
 
 
-@register_flop_formula(torch.ops.cgspn.propagate_2d_projected)
-def _(x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _flops(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any) -> int:
     projection, elements = _counts(x_shape, weight_shape)
     return projection + elements * sum(FLOPS_FORWARD.values())
 
 
-@register_flop_formula(torch.ops.cgspn.propagate_2d_projected_backward)
-def _(dy_shape, x_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
+def _flops_backward(dy_shape: Sequence[int], x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any) -> int:
     # the projection again, and its two gradients
     projection, elements = _counts(x_shape, weight_shape)
     return 3 * projection + elements * FLOPS_BACKWARD
+
+
+register_flops(_flops, torch.ops.cgspn.propagate_2d_projected)
+register_flops(_flops_backward, torch.ops.cgspn.propagate_2d_projected_backward)

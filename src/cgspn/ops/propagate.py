@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..compat import is_tracing
 from . import checks
-from .arguments import GivenScan, Scan
+from .arguments import Scan
 from .backends import check_backend
 from .eager import is_eager
 from .functorch import check_plain, in_functorch
@@ -109,21 +109,21 @@ def scan_unchecked(scan: Scan) -> Tensor:
 
     The functions where operations run at once, else the ops, which a program can hold.
     """
-    tensors = scan[:5]
+    tensors, arguments = scan[:5], scan[:-1]  # without the chunk, which only `line_scan` has
     out: Tensor
     if in_functorch():
         check_plain(scan.backend)
-        return by_definition(*scan).to(scan.x.dtype)
+        return by_definition(*arguments).to(scan.x.dtype)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     eager = is_eager(*tensors, scan.mask)
     if is_tracing():
         # A trace keeps the op, and its program finds the gradients. torch.jit.trace compares it, names and line numbers
         # too, with a trace without gradients.
-        out = propagate_2d_op(*scan)
+        out = propagate_2d_op(*arguments)
     elif wanted:
-        out, *_ = Propagate.apply(*scan) if eager else propagate_2d_saving_op(*scan)  # type: ignore[no-untyped-call]
+        out, *_ = Propagate.apply(*arguments) if eager else propagate_2d_saving_op(*arguments)  # type: ignore[no-untyped-call]
     else:
-        out = (propagate_2d_now if eager else propagate_2d_op)(*scan)
+        out = (propagate_2d_now if eager else propagate_2d_op)(*arguments)
     return out
 
 
@@ -165,5 +165,5 @@ def line_scan(
         check_plain(backend)
         return line_scan_reference(x, weights, lam, direction, chunk).to(x.dtype)
     scan: Any = LineScan.apply if is_eager(x, weights, lam) else line_scan_op
-    out: Tensor = scan(*GivenScan(x, weights, lam, code, chunk, backend))
+    out: Tensor = scan(x, weights, lam, code, chunk, backend)
     return out

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import GivenScan, Scan
+from .arguments import Scan
 from .param_groups import per_channel, per_set
 from .reference import DIRECTIONS, EPSILON, SMALLEST
 
@@ -163,7 +163,9 @@ def _scan(group: _Group, scan: Scan) -> Iterator[_Slab]:
     last: Tensor | None = None
     outside: Tensor | None = None
     for steps in group.slabs():
-        sigma = group.read_weights(scores, steps, dtype).sigmoid_()
+        sigma = group.read_weights(scores, steps, dtype)
+        if scan.u is not None:
+            sigma.sigmoid_()
         sigma[0, ..., 0, :] = 0.0
         sigma[2, ..., -1, :] = 0.0
         scale = group.read(scales, steps, dtype)
@@ -181,7 +183,9 @@ def _scan(group: _Group, scan: Scan) -> Iterator[_Slab]:
             drive.masked_fill_(outside, 0.0)  # no neighbour and no drive: the state is zero there
             kept = None if kept is None else kept.masked_fill_(outside, 0.0)
         sigma = per_channel(sigma, every)
-        total = (sigma[0] + sigma[1]).add_(sigma[2]).clamp_(min=EPSILON)
+        total = torch.ones_like(drive)
+        if scan.u is not None:
+            total = (sigma[0] + sigma[1]).add_(sigma[2]).clamp_(min=EPSILON)
         states = drive.new_zeros((len(drive) + 1, *drive.shape[1:3], drive.shape[3] + 2, drive.shape[4]))
         if last is not None:
             states[0] = last
@@ -189,10 +193,17 @@ def _scan(group: _Group, scan: Scan) -> Iterator[_Slab]:
         weights, before = zip(*(t.unbind(0) for t in sigma)), zip(*(t.unbind(0) for t in _neighbours(states)))
         lines = zip(weights, before, drive, total, mean, _inner(states)[1:])
         for k, (w, neighbours, d, sums, m, h) in enumerate(lines):
-            torch.div(_mix(w, neighbours), sums, out=m)
+            if _restarts(scan, steps[k]):
+                m.zero_()
+            else:
+                torch.div(_mix(w, neighbours), sums, out=m)
             torch.add(d, m, out=h) if kept is None else torch.addcmul(d, m, kept[k], out=h)
         last = states[-1]
         yield _Slab(steps, outside, sigma, total, kept, mean, states)
+
+
+def _restarts(scan: Scan, step: int) -> bool:
+    return scan.chunk > 0 and step % scan.chunk == 0
 
 
 def _gated(slab: _Slab, t: Tensor, gate: Tensor) -> Tensor:
@@ -215,9 +226,10 @@ def forward(scan: Scan) -> Tensor:
     x, dtype, each = scan.x, _state_dtype(scan.x), scan.share
     y = x.new_zeros(scan.output, dtype=dtype) if scan.merge_sum else x.new_empty(scan.output)
     for group in _groups(scan.directions, (*x.shape[:3], x.shape[-1])):
-        gates = group.maps(scan.u)
         for slab in _scan(group, scan):
-            out = _gated(slab, _state(slab, scan)[0], per_channel(group.read(gates, slab.steps, dtype), each))
+            out = _state(slab, scan)[0]
+            if scan.u is not None:
+                out = _gated(slab, out, per_channel(group.read(group.maps(scan.u), slab.steps, dtype), each))
             if scan.merge_sum:
                 group.add(y, slab.steps, out)
             else:
@@ -227,26 +239,27 @@ def forward(scan: Scan) -> Tensor:
 
 def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of `forward` to x, logits, lam, u and keep, each in its input's dtype and shape; None for None."""
-    x, _, lam, u = scan[:4]
+    x, u = scan.x, scan.u
     dtype, each = _state_dtype(x), scan.share
     every = each + scan.normalise_state
     dx = x.new_zeros(x.shape, dtype=dtype)
-    dlogits, dlam, du = (t.new_empty(t.shape) for t in scan[1:4])
-    dkeep = None if scan.keep is None else scan.keep.new_empty(scan.keep.shape)
+    dlogits, dlam = (t.new_empty(t.shape) for t in scan[1:3])
+    du, dkeep = (None if t is None else t.new_empty(t.shape) for t in (u, scan.keep))
     for group in _groups(scan.directions, (*x.shape[:3], x.shape[-1])):
-        xs, scales, gates = group.features(x), group.maps(lam), group.maps(u)
+        xs, scales = group.features(x), group.maps(scan.lam)
         dys = group.shared(dy) if scan.merge_sum else group.maps(dy)
         slabs = list(_scan(group, scan))
         from_next: Tensor | None = None  # kept W^T g of the line that follows
         while slabs:
             slab = slabs.pop()
             steps, kept = slab.steps, slab.kept
-            grad = group.read(dys, steps, dtype)
+            g = grad = group.read(dys, steps, dtype)
             state, n = _state(slab, scan)
-            gate = group.read(gates, steps, dtype)
-            gate_grad = per_set(_gated(slab, state, grad), each)
-            group.write(group.maps(du), steps, gate_grad)
-            g = _gated(slab, grad, per_channel(gate, each))
+            if u is not None and du is not None:
+                gate = group.read(group.maps(u), steps, dtype)
+                gate_grad = per_set(_gated(slab, state, grad), each)
+                group.write(group.maps(du), steps, gate_grad)
+                g = _gated(slab, grad, per_channel(gate, each))
             if scan.normalise_state:  # y = u h / n
                 n_grad = torch.where(n >= SMALLEST, _gated(slab, gate_grad, gate) / n, 0.0).neg_()
                 g = _counted(g / per_channel(n.clamp(min=SMALLEST), each), n_grad, each)
@@ -257,7 +270,7 @@ def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | N
                 torch.div(g[k], slab.total[k], out=q[k])
                 if kept is not None:
                     q[k] *= kept[k]
-                from_next = _spread(slab.sigma[:, k], q[k])
+                from_next = None if _restarts(scan, steps[k]) else _spread(slab.sigma[:, k], q[k])
             if dkeep is not None and kept is not None:
                 wanted = per_set(torch.ops.aten.sigmoid_backward(g * slab.mean, kept), every)
                 group.write(group.maps(dkeep), steps, wanted)
@@ -270,56 +283,12 @@ def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | N
             else:
                 group.add(dx, steps, scaled)
             # d(sigma_k / total) gives neighbour k minus the mean; where the total is clamped, the neighbour alone
-            centre = slab.mean.masked_fill_(slab.total <= EPSILON, 0.0)
+            centre = slab.mean.zero_() if u is None else slab.mean.masked_fill_(slab.total <= EPSILON, 0.0)
             before = _neighbours(slab.states[:-1])
             dsigma = torch.sub(before, centre, out=torch.empty_like(slab.sigma)).mul_(q)
-            wanted = torch.ops.aten.sigmoid_backward(per_set(dsigma, every), slab.sigma[..., ::every])
-            group.write_weights(group.maps(dlogits), steps, wanted)
+            if u is not None:
+                dsigma = torch.ops.aten.sigmoid_backward(per_set(dsigma, every), slab.sigma[..., ::every])
+            for k in (k for k, step in enumerate(steps) if _restarts(scan, step)):
+                dsigma[:, k] = 0.0
+            group.write_weights(group.maps(dlogits), steps, dsigma)
     return dx.to(x.dtype), dlogits, dlam, du, dkeep
-
-
-def _restarts(step: int, chunk: int | None) -> bool:
-    return step == 0 or (chunk is not None and step % chunk == 0)
-
-
-def _scan_given(group: _Group, scan: GivenScan) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """For every line of `line_scan`: its weights [3, 1, B, M, C], the padded state before it and its own."""
-    dtype = _state_dtype(scan.x)
-    state: Tensor | None = None
-    for step in range(group.count):
-        line = range(step, step + 1)
-        taken = group.read_weights([scan.weights], line, dtype)[:, 0]
-        h = group.read([scan.lam], line, dtype)[0].mul_(group.read([scan.x], line, dtype)[0])
-        before = _padded(torch.zeros_like(h)) if state is None or _restarts(step, scan.chunk) else state
-        state = _padded(h.add_(_mix(taken.unbind(0), _neighbours(before).unbind(0))))
-        yield taken, before, state
-
-
-def line_scan_forward(scan: GivenScan) -> Tensor:
-    """The output of `line_scan`."""
-    group = _Group([scan.direction], [0], scan.x.shape)
-    out = scan.x.new_empty(scan.x.shape)
-    for step, (_, _, state) in enumerate(_scan_given(group, scan)):
-        group.write([out], range(step, step + 1), _inner(state)[None])
-    return out
-
-
-def line_scan_backward(dh: Tensor, scan: GivenScan, *_saved: Tensor | None) -> tuple[Tensor, ...]:
-    """Gradients of `line_scan_forward` to x, weights and lam."""
-    x, weights, lam = scan[:3]
-    dtype = _state_dtype(x)
-    group = _Group([scan.direction], [0], x.shape)
-    dx, dweights, dlam = (x.new_empty(t.shape) for t in (x, weights, lam))
-    lines = list(_scan_given(group, scan))
-    from_next: Tensor | None = None
-    for step in range(group.count - 1, -1, -1):
-        taken, before, _ = lines.pop()
-        line = range(step, step + 1)
-        g = group.read([dh], line, dtype)[0]
-        if from_next is not None:
-            g = g + from_next
-        group.write([dx], line, g * group.read([lam], line, dtype))
-        group.write([dlam], line, g * group.read([x], line, dtype))
-        group.write_weights([dweights], line, (_neighbours(before) * g)[:, None])
-        from_next = None if _restarts(step, scan.chunk) else _spread(taken, g)
-    return dx, dweights, dlam

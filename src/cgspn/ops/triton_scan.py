@@ -7,7 +7,6 @@ the environment it runs on the CPU, slowly: for tests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
 from torch import Tensor
 
 from . import torch_scan
-from .arguments import GivenScan, Scan
+from .arguments import Scan
 from .gpu import Gpu
 from .param_groups import per_channel, per_set
 from .triton_kernels import scan_backward, scan_forward
@@ -65,33 +64,26 @@ def tile(longest: int, channels: int, backward: bool) -> tuple[int, int, int]:
     return positions, wide, max(1, min(16, positions * wide // (256 if backward else 512)))
 
 
-def _launch(
-    kernel: Any,
-    tensors: Sequence[Tensor | None],
-    codes: Sequence[int],
-    chunk: int = 0,
-    *,
-    mean: bool = False,
-    **flags: bool,
-) -> None:
-    """Launch on the current stream of the tensors' device; `tensors` in the order of the kernel's arguments."""
-    x = tensors[0]
-    assert x is not None
+def _launch(kernel: Any, scan: Scan, *tensors: Tensor | None, **flags: bool) -> None:
+    """Launch on the current stream; `tensors` are the kernel's after x, lam, u, logits, keep and the mask."""
+    x = scan.x
     b, h, w, c = *x.shape[:3], x.shape[-1]
     positions, wide, warps = tile(max(h, w), c, kernel is scan_backward)
     groups = triton.cdiv(c, wide)
-    grid = b * groups * len(codes)
+    grid = b * groups * len(scan.directions)
     if grid == 0:
         return
+    mask = None if scan.mask is None else scan.mask.view(torch.uint8)
+    tensors = (x, scan.lam, scan.u, scan.logits, scan.keep, mask, *tensors)
     strides = [_strides(t, n in LOGITS) for n, t in enumerate(tensors)]
     # An argument that a variant does not read still needs a pointer.
     pointers = [x if t is None else t for t in tensors]
-    packed = sum(code << 2 * d for d, code in enumerate(codes))
-    sizes = (h, w, c, len(codes), groups, packed, chunk)
-    flags |= {"NORMALISE": tensors[2] is not None, "KEEP": tensors[4] is not None, "MASKED": tensors[5] is not None}
-    constants = {"MEAN": mean, "STATE": STATES[x.dtype][0], "POSITIONS": positions, "CHANNELS": wide}
+    packed = sum(code << 2 * d for d, code in enumerate(scan.directions))
+    sizes = (h, w, c, len(scan.directions), groups, packed, scan.chunk)
+    flags |= {"NORMALISE": scan.u is not None, "KEEP": scan.keep is not None, "MASKED": mask is not None}
+    constants = {"STATE": STATES[x.dtype][0], "POSITIONS": positions, "CHANNELS": wide}
     with torch.cuda.device(x.device if x.device.type == "cuda" else -1):
-        kernel[(grid,)](*pointers, *strides, *sizes, **flags, **constants, num_warps=warps)
+        kernel[(grid,)](*pointers, *strides, *sizes, **flags, MEAN=scan.normalise_state, **constants, num_warps=warps)
 
 
 def _planes(x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -99,9 +91,11 @@ def _planes(x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty((count, *x.shape[:3], x.shape[-1]), dtype=dtype).permute(1, 2, 3, 0, 4)
 
 
-def _expanded(scan: Scan) -> list[Tensor | None]:
-    """lam, u, logits and keep for every channel: the kernels know no sets of several."""
-    return [None if t is None else per_channel(t, scan.share) for t in (scan.lam, scan.u, scan.logits, scan.keep)]
+def _expanded(scan: Scan) -> Scan:
+    """With lam, u, logits and keep for every channel: the kernels know no sets of several."""
+    fields: list[Any] = list(scan)
+    fields[1:5] = [None if t is None else per_channel(t, scan.share) for t in fields[1:5]]
+    return Scan(*fields)
 
 
 def _summed(planes: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,70 +103,29 @@ def _summed(planes: Tensor, dtype: torch.dtype) -> Tensor:
     return planes.sum(3).to(dtype)
 
 
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.view(torch.uint8)
-
-
-def _run(
-    tensors: Sequence[Tensor | None],
-    mask: Tensor | None,
-    y: Tensor | None,
-    state: Sequence[Tensor | None],
-    codes: Sequence[int],
-    chunk: int = 0,
-    mean: bool = False,
-) -> None:
-    """Scan x, lam, u, logits and keep: outputs to `y`, the state and n to `state`, each [B, H, W, D, C] (or without D)
-    if wanted."""
-    flags = {"WRITE": y is not None, "SAVE": state[0] is not None}
-    _launch(scan_forward, (*tensors, _bytes(mask), y, *state), codes, chunk, mean=mean, **flags)
-
-
 def forward(scan: Scan) -> Tensor:
     """The output of `propagate_2d`."""
-    x, mean = scan.x, scan.normalise_state
+    x, count = scan.x, len(scan.directions)
     if max(x.shape[1:3]) > LONGEST:
         return torch_scan.forward(scan)
-    y = _planes(x, len(scan.directions), x.dtype) if scan.merge_sum else x.new_empty(scan.output)
-    _run([x, *_expanded(scan)], scan.mask, y, (None, None), scan.directions, mean=mean)
-    return _summed(y, x.dtype) if scan.merge_sum else y
+    merged = scan.merge_sum and count > 1
+    y = _planes(x, count, x.dtype) if merged else x.new_empty(scan.output)
+    _launch(scan_forward, _expanded(scan), y, None, None, WRITE=True, SAVE=False)
+    return _summed(y, x.dtype) if merged else y
 
 
 def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of `forward` to x, logits, lam, u and keep, each in its input's dtype and shape; None for None."""
-    x, mean, count = scan.x, scan.normalise_state, len(scan.directions)
+    x, count = scan.x, len(scan.directions)
     if max(x.shape[1:3]) > LONGEST:
         return torch_scan.backward(dy, scan)
-    parameters = _expanded(scan)
-    state, n = (_planes(x, count, STATES[x.dtype][1]) if wanted else None for wanted in (True, mean))
-    _run([x, *parameters], scan.mask, None, (state, n), scan.directions, mean=mean)
-    dx = _planes(x, count, x.dtype) if x.dim() == 4 else x.new_empty(x.shape)
-    gradients = [None if t is None else t.new_empty(t.shape) for t in parameters]
-    tensors = (x, *parameters, _bytes(scan.mask), dy, state, n, dx, *gradients)
-    _launch(scan_backward, tensors, scan.directions, mean=mean)
+    wide = _expanded(scan)
+    state, n = (_planes(x, count, STATES[x.dtype][1]) if wanted else None for wanted in (True, scan.normalise_state))
+    _launch(scan_forward, wide, None, state, n, WRITE=False, SAVE=True)
+    merged = x.dim() == 4 and count > 1
+    dx = _planes(x, count, x.dtype) if merged else x.new_empty(x.shape)
+    gradients = [None if t is None else t.new_empty(t.shape) for t in (wide.lam, wide.u, wide.logits, wide.keep)]
+    _launch(scan_backward, wide, dy, state, n, dx, *gradients)
     # a set's gradient is the sum over its channels
     dlam, du, dlogits, dkeep = (None if t is None else per_set(t, scan.share) for t in gradients)
-    return _summed(dx, x.dtype) if x.dim() == 4 else dx, dlogits, dlam, du, dkeep
-
-
-def line_scan_forward(scan: GivenScan) -> Tensor:
-    """The output of `line_scan`."""
-    x, weights, lam = scan[:3]
-    if max(x.shape[1:3]) > LONGEST:
-        return torch_scan.line_scan_forward(scan)
-    y = x.new_empty(x.shape)
-    _run([x, lam, None, weights, None], None, y, (None, None), [scan.direction], scan.chunk or 0)
-    return y
-
-
-def line_scan_backward(dh: Tensor, scan: GivenScan, *_saved: Tensor | None) -> tuple[Tensor, ...]:
-    """Gradients of `line_scan_forward` to x, weights and lam."""
-    x, weights, lam = scan[:3]
-    if max(x.shape[1:3]) > LONGEST:
-        return torch_scan.line_scan_backward(dh, scan)
-    state = x.new_empty(x.shape, dtype=STATES[x.dtype][1])
-    _run([x, lam, None, weights, None], None, None, (state, None), [scan.direction], scan.chunk or 0)
-    dx, dweights, dlam = (x.new_empty(t.shape) for t in (x, weights, lam))
-    tensors = (x, lam, None, weights, None, None, dh, state, None, dx, dlam, None, dweights, None)
-    _launch(scan_backward, tensors, [scan.direction], scan.chunk or 0)
-    return dx, dweights, dlam
+    return _summed(dx, x.dtype) if merged else dx, dlogits, dlam, du, dkeep

@@ -151,7 +151,7 @@ def state(p: ProjectedScan) -> Tensor:
 
 
 def backward(dy: Tensor, p: ProjectedScan, cut: ProjectedTileConfig | None = None) -> tuple[Tensor, ...]:
-    """Gradients of `forward` to x, weight and bias (also where there is none), in the dtype of x.
+    """Gradients of `forward` to x, weight and bias ([0] where there is none), in the dtype of x.
 
     Needs for a while, beside its outputs: 6 D + D maps of as many images as fill the GPU.
     """
@@ -178,4 +178,4 @@ def backward(dy: Tensor, p: ProjectedScan, cut: ProjectedTileConfig | None = Non
         # a product an image, then a sum in a fixed order: that many more blocks than one long product has
         dweight += torch.bmm(flat.transpose(1, 2), seen.reshape(len(out), -1, c)).float().sum(0)
     kept = dweight.view(d, OUTPUTS, c, c)[:, :PARAMETERS].reshape(weight.shape)
-    return dx, kept.to(x.dtype), dbias.sum(0).flatten().to(x.dtype)
+    return dx, kept.to(x.dtype), x.new_empty(0) if bias is None else dbias.sum(0).flatten().to(x.dtype)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import replay, torch_scan
-from ..arguments import GivenScan, Scan
+from ..arguments import Scan
 from ..gpu import Gpu
 from ..param_groups import per_channel, per_set
 from .launch import ARGUMENTS, DTYPE_CODES, Call, addresses_of, gpu_behind, prepare
@@ -42,28 +42,18 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     return replay.empty(shape, like.dtype, like.device)
 
 
-def _launch(
-    name: str,
-    tensors: Sequence[Tensor | None],
-    codes: Sequence[int],
-    *,
-    share: int = 1,
-    mean: bool = False,
-    chunk: int | None = None,
-    cut: TileConfig | None = None,
-) -> bool:
+def _launch(name: str, scan: Scan, tensors: Sequence[Tensor | None], share: int, cut: TileConfig | None) -> bool:
     """Launch with `tensors` in the order of ARGUMENTS; those with fewer channels than x are parameters of sets of
     `share` channels. False, with nothing done, where the lines are too long for the kernels.
     """
-    x = tensors[0]
-    assert x is not None
-    addresses, geometries = addresses_of(tensors)
-    c, bits = x.shape[-1], 16
+    x, (addresses, geometries) = scan.x, addresses_of(tensors)
+    bits = 16
     for n, (address, geometry) in enumerate(zip(addresses, geometries)):
-        if n != MASK and geometry is not None and (share == 1 or geometry[0][-1] == c):  # single parameters need none
+        # single parameters need no alignment
+        if n != MASK and geometry is not None and (share == 1 or geometry[0][-1] == x.shape[-1]):
             bits |= address
-    call = Call(name, gpu_behind(x), x.dtype, tuple(codes), geometries, bits & -bits, share, mean, chunk or 0, cut)
-    prepared = prepare(call)
+    rest = (bits & -bits, share, scan.normalise_state, scan.chunk, cut)
+    prepared = prepare(Call(name, gpu_behind(x), x.dtype, tuple(scan.directions), geometries, *rest))
     if prepared is None:
         return False
     prepared.scan(addresses)
@@ -108,19 +98,15 @@ def _inputs(scan: Scan) -> tuple[int, int, list[Tensor | None]]:
     return share, times, [aligned(scan.x, share), *[None if t is None else per_channel(t, times) for t in parameters]]
 
 
-def _forward(scan: Scan, h: Tensor | None, n: Tensor | None, cut: TileConfig | None) -> Tensor:
+def forward(scan: Scan, cut: TileConfig | None = None, h: Tensor | None = None, n: Tensor | None = None) -> Tensor:
+    """The output of `propagate_2d`; the state and n go to `h` and `n`. `cut` is for measurements; ValueError for one
+    that does not fit."""
     share, _, given = _inputs(scan)
     y = empty(scan.output, scan.x)
     merged = scan.merge_sum and len(scan.directions) > 1
     first, out = (planes(scan.x, scan.directions), y) if merged else (y, None)
     tensors = (*given, first, h, mask_bytes(scan.mask), out, n)
-    done = _launch("forward", tensors, scan.directions, share=share, mean=scan.normalise_state, cut=cut)
-    return y if done else torch_scan.forward(scan)
-
-
-def forward(scan: Scan, cut: TileConfig | None = None) -> Tensor:
-    """The output of `propagate_2d`. `cut` is for measurements; ValueError for one that does not fit."""
-    return _forward(scan, None, None, cut)
+    return y if _launch("forward", scan, tensors, share, cut) else torch_scan.forward(scan)
 
 
 def saved_shapes(scan: Scan) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -134,7 +120,7 @@ def forward_saving(scan: Scan, cut: TileConfig | None = None) -> tuple[Tensor, T
     normalised state, else [0]."""
     shapes = saved_shapes(scan)
     h, n = empty(shapes[0], scan.x), empty(shapes[1], scan.x.new_empty(0, dtype=torch.float32))
-    return _forward(scan, h, n if scan.normalise_state else None, cut), h, n
+    return forward(scan, cut, h, n if scan.normalise_state else None), h, n
 
 
 def backward(
@@ -147,11 +133,11 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `forward` to x, logits, lam, u and keep, each in its input's dtype and shape; None without a keep.
 
-    h, n: what `forward_saving` returned; without them the forward runs again.
+    h, n: what `forward_saving` returned, or `forward` where there is no gate; without them that runs again.
     into: where the gradients of lam, u and the logits go, of any strides; for one set of parameters a channel.
     """
     if h is None:
-        _, h, n = forward_saving(scan)
+        h, n = forward_saving(scan)[1:] if scan.u is not None else (forward(scan), None)
     share, times, given = _inputs(scan)
     x = scan.x
     dx = empty(x.shape, x)
@@ -159,7 +145,7 @@ def backward(
     first, out = (planes(x, scan.directions), dx) if x.dim() == 4 and len(scan.directions) > 1 else (dx, None)
     seen = (aligned(dy), h, mask_bytes(scan.mask))
     tensors = (*given, *seen, first, *gradients, out, n if scan.normalise_state else None)
-    if not _launch("backward", tensors, scan.directions, share=share, mean=scan.normalise_state, cut=cut):
+    if not _launch("backward", scan, tensors, share, cut):
         grads = torch_scan.backward(dy, scan)
         for target, gradient in zip(into or (), (grads[2], grads[3], grads[1])):
             assert gradient is not None
@@ -167,25 +153,3 @@ def backward(
         return grads
     dlam, du, dlogits, dkeep = (None if g is None else per_set(g, times) for g in gradients)
     return dx, dlogits, dlam, du, dkeep
-
-
-def line_scan_forward(scan: GivenScan, cut: TileConfig | None = None) -> Tensor:
-    """The output of `line_scan`; `cut` as in `forward`."""
-    h = empty(scan.x.shape, scan.x)
-    tensors = (scan.x, scan.lam, None, scan.weights, None, h, *[None] * 4)
-    done = _launch("forward", tensors, [scan.direction], chunk=scan.chunk, cut=cut)
-    return h if done else torch_scan.line_scan_forward(scan)
-
-
-def line_scan_backward(
-    dh: Tensor, scan: GivenScan, h: Tensor | None = None, cut: TileConfig | None = None
-) -> tuple[Tensor, ...]:
-    """Gradients of `line_scan_forward` to x, weights and lam; `h` is what it returned, or it runs again."""
-    if h is None:
-        h = line_scan_forward(scan)
-    x, weights, lam = scan[:3]
-    dx, dweights, dlam = (empty(t.shape, x) for t in (x, weights, lam))
-    tensors = (x, lam, None, weights, None, aligned(dh), h, None, dx, dlam, None, dweights, *[None] * 3)
-    if not _launch("backward", tensors, [scan.direction], chunk=scan.chunk, cut=cut):
-        return torch_scan.line_scan_backward(dh, scan)
-    return dx, dweights, dlam
