@@ -42,14 +42,14 @@ class WorkerError(OSError):
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How image files are read; nothing here changes what a run sees.
+    """How image files are read. These settings do not change the data of a run.
 
     Args:
-        workers: processes that read and decode, for each training process; None for one a core, at most 16; 0 reads
-            between the steps.
-        prefetch: parts of batches, of up to 32 images, that each worker reads ahead.
-        max_skipped: largest share of unreadable images, or of lost or damaged shards, that is tolerated, 0 to 1.
-        cache: folder for fetched shards and for indices; None for $XDG_CACHE_HOME/cgspn/data or ~/.cache/cgspn/data.
+        workers: number of reader processes per training process. None uses one per core, at most 16; 0 reads in the
+            training process.
+        prefetch: number of parts of a batch, of up to 32 images each, that every worker reads ahead.
+        max_skipped: largest tolerated fraction of unreadable images, or of missing or damaged shards, 0 to 1.
+        cache: folder for downloaded shards and for indices; None for $XDG_CACHE_HOME/cgspn/data or ~/.cache/cgspn/data.
     """
 
     workers: int | None = None
