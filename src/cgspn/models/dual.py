@@ -89,7 +89,7 @@ class DualEncoder(nn.Module):
         return other
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json and model.safetensors into `folder`, each whole or not at all. Raises OSError.
+        """Write config.json and model.safetensors to `folder`, each atomically. Raises OSError.
 
         dtype: of the stored weights.
         """

@@ -22,13 +22,13 @@ def propagate_2d_normalised(
     mask: Tensor | None = None,
     scan: Callable[..., Tensor] = propagate_2d,
 ) -> Tensor:
-    """Scan as `propagate_2d` does, and divide each state by the weights that were summed into it.
+    """Scan as in `propagate_2d`, and divide each state by the sum of its weights.
 
-    With h as there and n the same recurrence over ones in place of x::
+    With h as in `propagate_2d` and n the same recurrence over an input of ones::
 
         y[i] = u[i] * h[i] / n[i]
 
-    So y does not grow with the number of lines. Not in the paper; results/resolution says what it brings.
+    The output does not grow with the number of lines. Not in the paper; see results/resolution.
 
     Args:
         x, logits, lam, u, keep, directions, merge, mask: as in `propagate_2d`; lam above 0.
