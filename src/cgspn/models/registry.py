@@ -91,9 +91,9 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def model_config(name: str, **overrides: Any) -> EncoderConfig:
-    """The config behind a name, with fields of EncoderConfig overridden.
+    """Return the config of a named model, with overridden fields of EncoderConfig.
 
-    Raises ValueError for a name that does not exist (with the nearest that do) or an unknown field.
+    Raises ValueError for an unknown field or an unknown name, with suggestions.
     """
     if name not in _CONFIGS:
         near = difflib.get_close_matches(name, _CONFIGS, 3, 0.4)

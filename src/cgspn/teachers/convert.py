@@ -194,9 +194,9 @@ def inherit(teacher: Encoder, student: Encoder, *, share: bool = False) -> Inher
 
 
 def attention_student(teacher: Encoder) -> Encoder:
-    """The ViT-to-ViT baseline: everything as in the teacher but the attention mixers, which start afresh.
+    """Create the ViT student used as a baseline: a copy of the teacher with randomly initialised attention.
 
-    Raises nothing. See results/quality, row "ViT".
+    See results/quality, row "ViT".
     """
     student = copy.deepcopy(teacher)
     for layer, block in enumerate(student.each_block()):

@@ -89,9 +89,10 @@ def _load(source: str | Path, options: Options, text: bool) -> Encoder | DualEnc
 
 
 def load_embedded_teacher() -> DualEncoder:
-    """The small attention image-text model that comes with the package, in eval mode.
+    """Load the small attention image-text model included in the package, in eval mode.
 
-    Trained from scratch on the embedded images; pretrain.json beside its weights holds the command, seed and losses.
+    It was trained from scratch on the embedded images; pretrain.json beside its weights has the command, seed and
+    losses.
     Raises CheckpointError if the installation is damaged.
     """
     model = load_model(EMBEDDED)
