@@ -11,7 +11,8 @@ from ..models.config import EncoderConfig
 
 @dataclass(frozen=True)
 class Bounds:
-    """Every height and width from `min_size` to `max_size` pixels, in steps of the patch size, and 1 to `max_batch`.
+    """Accepted input sizes: heights and widths from `min_size` to `max_size` pixels in steps of the patch size, and
+    batches of 1 to `max_batch`.
 
     Height and width are independent: any aspect ratio within the bounds.
     """
@@ -23,11 +24,11 @@ class Bounds:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The bounds in patches a side."""
+        """Return the bounds in patches."""
         return self.min_size // self.patch, self.max_size // self.patch
 
     def check(self, images: Tensor) -> None:
-        """Raise ValueError unless images [B, channels, H, W] lie within the bounds."""
+        """Raise ValueError if images [B, channels, H, W] are outside the bounds."""
         batch, _, *sides = images.shape
         fits = all(self.min_size <= side <= self.max_size and side % self.patch == 0 for side in sides)
         if not (fits and 1 <= batch <= self.max_batch):
@@ -37,9 +38,10 @@ class Bounds:
             )
 
     def sizes(self, native: tuple[int, int]) -> list[tuple[int, int, int]]:
-        """(batch, height, width) to compare at: both corners, the two most extreme shapes, and the native size.
+        """Return the (batch, height, width) to compare at: smallest and largest, the two most extreme aspect ratios,
+        and the native size.
 
-        The largest square is tried alone and the smallest in a full batch, so that the check stays affordable.
+        The largest square has batch size 1 and the smallest has the full batch, which keeps the check fast.
         """
         small, large, most = self.min_size, self.max_size, self.max_batch
         own = tuple(min(max(side // self.patch * self.patch, small), large) for side in native)
@@ -58,9 +60,9 @@ class Bounds:
 def bounds_for(
     config: EncoderConfig, min_size: int | None = None, max_size: int | None = None, max_batch: int = 32
 ) -> Bounds:
-    """Bounds for an encoder; by default from one patch to twice its longer native side.
+    """Return the bounds for an encoder; by default from one patch to twice its longer native side.
 
-    Raises ValueError for sizes that are no multiples of the patch size, an empty range, or a batch below 1.
+    Raises ValueError for sizes that are not multiples of the patch size, an empty range, or a batch size below 1.
     """
     patch = config.patch_size
     low = patch if min_size is None else min_size
