@@ -68,10 +68,7 @@ def _configs() -> dict[str, EncoderConfig]:
     for size, (width, depth, heads, hidden) in SIZES.items():
         attention: MixerName = "attention"
         base = EncoderConfig(
-            width=width,
-            mixers=(attention,) * depth,
-            mlp_hidden=hidden,
-            attention=AttentionConfig(heads=heads),
+            width=width, mixers=(attention,) * depth, mlp_hidden=hidden, attention=AttentionConfig(heads=heads)
         )
         add(size, "patch14_378", base, COMPRESSION[size])
     return configs

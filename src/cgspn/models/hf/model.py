@@ -229,10 +229,7 @@ class CgspnBackbone(BackboneMixin, CgspnPreTrainedModel):  # type: ignore[misc]
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
-        self,
-        pixel_values: Tensor,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, output_attentions: bool | None = None
     ) -> BackboneOutput:
         """The maps of the stages asked for. pixel_values: [B, channels, H, W], normalised."""
         patch, (height, width) = self.config.patch_size, pixel_values.shape[-2:]
