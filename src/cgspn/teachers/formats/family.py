@@ -225,13 +225,43 @@ def _grid_rows(config: EncoderConfig) -> int:
     return rows * columns
 
 
-def both(ours: str, theirs: str) -> tuple[Rule, Rule]:
-    """The rules for a weight and its bias; "{p}" in theirs stands for either."""
-    with_p = theirs if "{p}" in theirs else theirs + ".{p}"
-    return (
-        Rule(f"{ours}.weight", (with_p.replace("{p}", "weight"),)),
-        Rule(f"{ours}.bias", (with_p.replace("{p}", "bias"),)),
-    )
+def both(ours: str, *theirs: str, take: Take | None = None) -> tuple[Rule, ...]:
+    """The rules for a weight and its bias; each name of theirs ends in either, or has it where "{p}" stands."""
+
+    def keys(key: str, p: str) -> str:
+        return "|".join(name.replace("{p}", p) if "{p}" in name else f"{name}.{p}" for name in key.split("|"))
+
+    return tuple(Rule(f"{ours}.{p}", tuple(keys(key, p) for key in theirs), take) for p in ("weight", "bias"))
+
+
+def built(
+    tower: Tower,
+    kind: str,
+    patches: tuple[int, int, int],
+    rows: int,
+    native: Any,
+    blocks: str,
+    stated: Mapping[str, Any],
+    **own: Any,
+) -> EncoderConfig:
+    """A config with the fields that every family has, and those of its `own`.
+
+    Args:
+        tower: of it. kind: for the name. patches: width, channels and patch size. blocks: a pattern of their keys.
+        rows, native: as of `sizes`.
+        stated: what a file beside the tensors says of the tower.
+
+    Raises ValueError where tensors and file differ: the file is about another model, or the weights are not whole.
+    """
+    width, channels, patch = patches
+    measured = sizes(tower, patch, rows, native)
+    fields: dict[str, Any] = {"name": title(kind, width, patch, measured["image_size"][0]), **measured, **own}
+    config = EncoderConfig(channels=channels, width=width, mixers=attention_blocks(tower.depth(blocks)), **fields)
+    for key, field in _STATED.items():
+        told, shown = stated.get(key), getattr(config, field)
+        if isinstance(told, int) and told != shown:
+            raise ValueError(f"its config states {key} = {told}, and its tensors show {shown}")
+    return config
 
 
 def sizes(tower: Tower, patch: int, rows: int, native: Any) -> dict[str, Any]:
@@ -254,25 +284,8 @@ def grid_rows(native: Any, patch: int) -> int | None:
 
 _STATED = {"hidden_size": "width", "embed_dim": "width", "width": "width", "intermediate_size": "mlp_hidden"}
 _STATED |= dict.fromkeys(("num_hidden_layers", "depth", "layers"), "depth")
-_STATED |= {
-    "num_channels": "channels",
-    "in_chans": "channels",
-    "patch_size": "patch_size",
-    "class_token": "class_token",
-}
-_STATED |= {"num_register_tokens": "registers", "reg_tokens": "registers"}
-
-
-def agreeing(config: EncoderConfig, stated: Mapping[str, Any]) -> EncoderConfig:
-    """The config that tensors show, if what a file beside them states of the tower is the same.
-
-    Raises ValueError for a number that differs: the file is about another model, or the weights are not whole.
-    """
-    for key, field in _STATED.items():
-        told, shown = stated.get(key), getattr(config, field)
-        if isinstance(told, int) and told != shown:
-            raise ValueError(f"its config states {key} = {told}, and its tensors show {shown}")
-    return config
+_STATED |= {"num_channels": "channels", "in_chans": "channels", "patch_size": "patch_size"}
+_STATED |= {"class_token": "class_token", "num_register_tokens": "registers", "reg_tokens": "registers"}
 
 
 def head_count(

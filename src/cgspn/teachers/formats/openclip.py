@@ -4,20 +4,7 @@ from __future__ import annotations
 
 from ...layers import AttentionConfig
 from ...models.config import EncoderConfig
-from .family import (
-    Family,
-    Rule,
-    Tower,
-    agreeing,
-    attention_blocks,
-    both,
-    grid_positions,
-    head_count,
-    prefix_tokens,
-    sizes,
-    title,
-    transposed,
-)
+from .family import Family, Rule, Tower, both, built, grid_positions, head_count, prefix_tokens, transposed
 from .preprocessing import CLIP_MEAN, CLIP_STD, normalisation
 
 
@@ -32,8 +19,8 @@ def config(tower: Tower) -> EncoderConfig:
     if wrong or vision.get("pool_type", "tok") not in ("tok", "avg"):
         wrong = wrong or "pool_type"
         raise ValueError(f"its config states {wrong} = {vision[wrong]!r}, which this library does not compute")
-    width, channels, patch = tower.patches("conv1.weight")
-    measured = sizes(tower, patch, tower.shape("positional_embedding")[0] - 1, vision.get("image_size"))
+    patches = tower.patches("conv1.weight")
+    width = patches[0]
     named = any(word in tower.source.name.lower().replace("-", "") for word in ("openai", "quickgelu"))
     heads = width // vision["head_width"] if "head_width" in vision else None
     if model and heads is None:
@@ -44,12 +31,14 @@ def config(tower: Tower) -> EncoderConfig:
         tower.warn_of("activation", f"{told} are taken")
     average = vision.get("pool_type") == "avg"
     after = bool(vision.get("final_ln_after_pool"))
-    found = EncoderConfig(
-        name=title("clip", width, patch, measured["image_size"][0]),
-        **measured,
-        channels=channels,
-        width=width,
-        mixers=attention_blocks(tower.depth(r"transformer\.resblocks\.(\d+)\.")),
+    return built(
+        tower,
+        "clip",
+        patches,
+        tower.shape("positional_embedding")[0] - 1,
+        vision.get("image_size"),
+        r"transformer\.resblocks\.(\d+)\.",
+        vision,
         mlp_hidden=tower.shape("transformer.resblocks.0.mlp.c_fc.weight")[0],
         activation="quick_gelu" if model.get("quick_gelu", named) else "gelu_tanh" if by_tanh else "gelu",
         attention=AttentionConfig(head_count(tower, width, heads)),
@@ -65,7 +54,6 @@ def config(tower: Tower) -> EncoderConfig:
         embed_dim=tower.shape("proj")[1] if tower.has("proj") else None,
         **normalisation(tower.source, CLIP_MEAN, CLIP_STD),
     )
-    return agreeing(found, vision)
 
 
 _OTHER: tuple[str, ...] = ("attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner")
