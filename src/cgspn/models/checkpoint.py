@@ -17,10 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .reading import CheckpointError, read_json
-from .weights import Weights, open_safetensors
+from .reading import CheckpointError
 
-__all__ = ["CheckpointError", "read_model", "save_model", "write_atomically"]
+__all__ = ["CheckpointError", "save_model", "write_atomically"]
 
 LITTLE = 1 << 16  # bytes: a disk with no more is full
 CONFIG, WEIGHTS, PREPROCESSING = "config.json", "model.safetensors", "preprocessor_config.json"
@@ -82,18 +81,3 @@ def save_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[str
         Path(temporary).unlink(missing_ok=True)
         raise
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-
-
-def read_model(folder: str | Path) -> tuple[dict[str, Any], Weights]:
-    """The config of a checkpoint folder and its weights, which are not read yet.
-
-    Raises CheckpointError if it is none, or if a file in it is truncated.
-    """
-    folder = Path(folder)
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{folder} has no {' and no '.join(missing)}; expected a checkpoint folder with both")
-    try:
-        return read_json(folder / CONFIG), open_safetensors(folder / WEIGHTS)[0]
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder} is not a readable checkpoint: {error}") from error

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
-from .checkpoint import CONFIG, CheckpointError, read_model, save_model
-from .config import WIDEST, EncoderConfig, TextConfig, encoder_config_from_dict, text_config_from_dict, to_dict
+from .checkpoint import CheckpointError, save_model
+from .config import WIDEST, EncoderConfig, TextConfig, text_config_from_dict, to_dict
 from .encoder import Encoder
 from .reading import checked
 from .text import TextTower
@@ -106,18 +106,6 @@ class DualEncoder(nn.Module):
 def build_dual(encoder: EncoderConfig, text: TextConfig, embed_dim: int, loss: Loss = "clip") -> DualEncoder:
     """A freshly initialised DualEncoder. Raises ValueError for configs whose parts do not fit."""
     return DualEncoder(Encoder(encoder), TextTower(text), embed_dim, loss)
-
-
-def load_dual(folder: str | Path) -> DualEncoder:
-    """The DualEncoder of a checkpoint folder, in eval mode.
-
-    Raises CheckpointError if the folder holds none, or weights that do not fit its config.
-    """
-    config, weights = read_model(folder)
-    if config.get("model") != "dual":
-        raise CheckpointError(f"{folder} holds a {config.get('model')!r} model; expected an image-text model, 'dual'")
-    encoder = encoder_config_from_dict(config.get("encoder"), f"{Path(folder) / CONFIG}: encoder")
-    return dual_of(config, encoder, weights, str(folder))
 
 
 def dual_of(

@@ -55,14 +55,6 @@ def build_mixer(config: EncoderConfig, layer: int) -> Mixer:
     return PropagationMixer(config.width, config.propagation)
 
 
-def recomputed(function: Callable[[Tensor, Grid], Any], tokens: Tensor, grid: Grid) -> Any:
-    """What a block makes of tokens [B, N, C], its activations made again in backward.
-
-    Nothing in a block is random: generators are not asked for their state, which a CUDA graph could not tell.
-    """
-    return checkpoint(function, tokens, grid, use_reentrant=False, preserve_rng_state=False)
-
-
 class Encoder(TimmContract):
     """Images [B, channels, H, W] (normalised with config.image_mean and image_std) to tokens and a pooled vector.
 
@@ -71,7 +63,7 @@ class Encoder(TimmContract):
     finds what it looks for under the same names. See docs/timm.md.
 
     Attributes:
-        block_type: what the blocks are; subclasses for other libraries give them a block of their own.
+        block_type: what the blocks are; other libraries' subclasses have their own.
     """
 
     block_type: type[Block] = Block
@@ -80,32 +72,24 @@ class Encoder(TimmContract):
         """Raises ValueError for a config whose parts do not fit one another."""
         super().__init__()
         self.config = config
-        width, patch = config.width, config.patch_size
+        width, patch, eps = config.width, config.patch_size, config.norm_eps
         self.patch_embed = PatchEmbed(
             patch, config.channels, width, config.patch_bias, config.crop_remainder, config.image_size
         )
         self.prefix = nn.Parameter(torch.randn(config.prefix, width) * 0.02) if config.prefix else None
         table = LearnedPositions(config.position_grid, width, config.position_resize) if config.positions else None
         self.positions = table
-        self.pre_norm = LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(
-            self.block_type(
-                width,
-                build_mixer(config, layer),
-                config.mlp_hidden,
-                config.activation,
-                config.norm_eps,
-                config.layer_scale,
-            )
-            for layer in range(config.depth)
-        )
-        self.norm = LayerNorm(width, eps=config.norm_eps) if config.final_norm else nn.Identity()
+        self.pre_norm = LayerNorm(width, eps=eps) if config.pre_norm else nn.Identity()
+        mlp = (config.mlp_hidden, config.activation, eps)
+        mixers = (build_mixer(config, layer) for layer in range(config.depth))
+        self.blocks = nn.ModuleList(self.block_type(width, mixer, *mlp, config.layer_scale) for mixer in mixers)
+        self.norm = LayerNorm(width, eps=eps) if config.final_norm else nn.Identity()
         self.pool: nn.Module
         if config.pooling == "map":
-            self.pool = MapPool(width, config.attention.heads, config.mlp_hidden, config.activation, config.norm_eps)
+            self.pool = MapPool(width, config.attention.heads, *mlp)
         else:
             self.pool = MeanPool() if config.pooling == "mean" else ClassTokenPool(config.summary_tokens)
-        self.pool_norm = LayerNorm(width, eps=config.norm_eps) if config.pool_norm else nn.Identity()
+        self.pool_norm = LayerNorm(width, eps=eps) if config.pool_norm else nn.Identity()
         self.project: nn.Module = nn.Identity()
         if config.embed_dim is not None:
             self.project = nn.Linear(width, config.embed_dim, bias=config.embed_bias)
@@ -177,8 +161,7 @@ class Encoder(TimmContract):
 
     def run_block(self, block: Block, tokens: Tensor, grid: Grid) -> Tensor:
         """One block, with activation checkpointing if that is on."""
-        recompute = self.checkpointing and torch.is_grad_enabled()
-        out: Tensor = recomputed(block, tokens, grid) if recompute else block(tokens, grid)
+        out: Tensor = self._recomputed(block, tokens, grid)
         return out
 
     def run_tapped(
@@ -189,10 +172,14 @@ class Encoder(TimmContract):
         run: Callable[[Block, Tensor, Grid], tuple[Tensor, Tensor]] = Block.tapped,
     ) -> tuple[Tensor, Tensor]:
         """One block's output and its mixing branch as `run` gives them, with activation checkpointing if that is on."""
-        tapped = partial(run, block)
-        recompute = self.checkpointing and torch.is_grad_enabled()
-        out: tuple[Tensor, Tensor] = recomputed(tapped, tokens, grid) if recompute else tapped(tokens, grid)
+        out: tuple[Tensor, Tensor] = self._recomputed(partial(run, block), tokens, grid)
         return out
+
+    def _recomputed(self, function: Callable[[Tensor, Grid], Any], tokens: Tensor, grid: Grid) -> Any:
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return function(tokens, grid)
+        # nothing in a block is random: generators are not asked for their state, which a CUDA graph could not tell
+        return checkpoint(function, tokens, grid, use_reentrant=False, preserve_rng_state=False)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False, mask: Tensor | None = None) -> Tensor:
         """Normalised tokens [B, prefix + h*w, C] -> logits [B, num_classes], or pooled [B, config.pooled_width].
