@@ -212,10 +212,7 @@ def preprocessing(config: EncoderConfig) -> dict[str, Any]:
 
 
 def encoder_config_from_dict(values: Any, where: str = "encoder") -> EncoderConfig:
-    """The inverse of `to_dict` for an EncoderConfig; where: the file and key that it is from, for messages.
-
-    Raises CheckpointError for unknown keys, values of another type, and settings that no encoder can have.
-    """
+    """The inverse of `to_dict`; where: file and key, for messages. Raises CheckpointError for any other values."""
     return build(EncoderConfig, values, where)
 
 

@@ -111,10 +111,7 @@ def build_dual(encoder: EncoderConfig, text: TextConfig, embed_dim: int, loss: L
 def dual_of(
     config: Mapping[str, Any], encoder: EncoderConfig, weights: Weights, where: str, dtype: torch.dtype = torch.float32
 ) -> DualEncoder:
-    """The DualEncoder of a saved config, of which `encoder` was read already, and its weights, in eval mode.
-
-    Raises CheckpointError, beginning with `where`, for a config that cannot be or weights that do not fit it.
-    """
+    """The DualEncoder of a saved config and its weights, in eval mode. Raises CheckpointError naming `where`."""
     text = text_config_from_dict(config.get("text"), f"{where}: text")
     embed_dim = checked(config.get("embed_dim"), int, f"{where}: embed_dim")
     if not 1 <= embed_dim <= WIDEST:
@@ -130,8 +127,5 @@ def image_encoder(model: Encoder | DualEncoder) -> Encoder:
 
 
 def with_image(model: Encoder | DualEncoder, image: Encoder) -> Encoder | DualEncoder:
-    """An image-text model around another image encoder, as `DualEncoder.with_image`; in place of an encoder, it alone.
-
-    Raises ValueError if the widths differ.
-    """
+    """A model around another image encoder; in place of an encoder, it alone. Raises ValueError if widths differ."""
     return model.with_image(image) if isinstance(model, DualEncoder) else image

@@ -21,10 +21,7 @@ def text_list(texts: str | Sequence[str]) -> list[str]:
 
 
 def tokenize(texts: str | Sequence[str], context: int) -> Tensor:
-    """UTF-8 bytes + 1, padded with 0 to the longest: [len(texts), at most context] int64; longer texts are cut.
-
-    Raises ValueError for an empty sequence or an empty text.
-    """
+    """UTF-8 bytes + 1, cut, padded with 0: int64 [len(texts), at most context]. Raises ValueError for empty texts."""
     texts = text_list(texts)
     encoded = [list(text.lower().encode()[:context]) for text in texts]
     out = torch.zeros(len(texts), max(map(len, encoded)), dtype=torch.int64)

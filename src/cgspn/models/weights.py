@@ -101,10 +101,7 @@ def _as(tensor: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Tensor:
 
 
 def load(make: Callable[[], Model], weights: Weights, where: str, dtype: torch.dtype = torch.float32) -> Model:
-    """A module in eval mode with the weights of a file; `make` is called on the meta device, which allocates nothing.
-
-    Raises CheckpointError if it cannot be made, and as `read_state`.
-    """
+    """A module in eval mode with the weights of a file; `make` runs on the meta device. Raises CheckpointError."""
     try:
         with torch.device("meta"):
             module = make()

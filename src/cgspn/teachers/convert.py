@@ -177,10 +177,7 @@ def student_of(teacher: Encoder, config: EncoderConfig, *, share: bool = False) 
 
 @torch.no_grad()
 def inherit(teacher: Encoder, student: Encoder, *, share: bool = False) -> Inherited:
-    """Give the student every weight of the same name and shape in the teacher; returns which.
-
-    A mixer's weights are inherited only where both are attention. share: as in `student_of`. Raises nothing.
-    """
+    """Give the student every weight of the same name and shape; returns which. share: as in `student_of`."""
     theirs, mine = teacher.state_dict(), student.state_dict()
     twins = [name for name, value in mine.items() if name in theirs and theirs[name].shape == value.shape]
     bias = "patch_embed.projection.bias"
@@ -194,10 +191,7 @@ def inherit(teacher: Encoder, student: Encoder, *, share: bool = False) -> Inher
 
 
 def attention_student(teacher: Encoder) -> Encoder:
-    """The ViT-to-ViT baseline: everything as in the teacher but the attention mixers, which start afresh.
-
-    Raises nothing. See results/quality, row "ViT".
-    """
+    """The ViT-to-ViT baseline: everything as in the teacher but the attention mixers, which start afresh."""
     student = copy.deepcopy(teacher)
     for layer, block in enumerate(student.each_block()):
         block.mixer = build_mixer(teacher.config, layer).to(next(teacher.parameters()).device)

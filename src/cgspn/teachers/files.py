@@ -18,10 +18,7 @@ _WRAPPERS = re.compile(r"(?<![^.])((_orig_mod|_checkpoint_wrapped_module|_fsdp_w
 
 
 def open_weights(path: Path) -> tuple[Weights, dict[str, str]]:
-    """The tensors of a .safetensors, .pt, .pth or .bin file, or of a sharded one's index, and its metadata.
-
-    Raises CheckpointError for another kind of file, a truncated one, or one that holds more than tensors.
-    """
+    """The tensors of a weight file, or of a sharded one's index, and its metadata. Raises CheckpointError."""
     indexed = path.name.endswith(".index.json")
     weights, metadata = (_open_shards(path), {}) if indexed else _open_file(path)
     if not weights:

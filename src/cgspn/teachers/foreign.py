@@ -58,10 +58,7 @@ KINDS: dict[str, Kind] = {
 
 
 def checked_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A foreign config without the keys that are null, which state nothing.
-
-    Raises CheckpointError naming file, key, what was found and what is accepted.
-    """
+    """A foreign config without the keys that are null, which state nothing. Raises CheckpointError naming the key."""
     found: dict[str, Any] = {}
     todo = [(config, found, str(path))]
     while todo:

@@ -33,10 +33,7 @@ class Part:
 
 
 def parameter_table(teacher: Encoder, student: Encoder, inherited: Iterable[str]) -> list[Part]:
-    """A `Part` for each of `PARTS` that either model has, and their sum as "all".
-
-    inherited: names of the student's tensors that are not fresh. Raises nothing.
-    """
+    """A `Part` for each of `PARTS` of either model, and their sum, "all". inherited: tensors that are not fresh."""
     before, after = _sizes(teacher), _sizes(student)
     kept = set(inherited)
     rows = []

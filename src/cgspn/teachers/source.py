@@ -61,10 +61,7 @@ def _hint(source: str) -> str:
 
 
 def open_source(path: Path, name: str) -> Source:
-    """The weights and configs of a local file or folder.
-
-    Raises CheckpointError if there are none, or if a file is truncated.
-    """
+    """The weights and configs of a local file or folder. Raises CheckpointError for none or a truncated file."""
     if path.is_file():
         weights, metadata = open_weights(path)
         folder = path.parent

@@ -131,10 +131,7 @@ def missing_for_text(source: Source) -> str | None:
 
 
 def load_text(folder: str | Path) -> PretrainedText:
-    """The text tower and tokenizer of a transformers folder of CLIP, SigLIP or SigLIP 2, in eval mode, float32.
-
-    Raises CheckpointError if transformers is not installed, or the folder holds another model.
-    """
+    """The text tower and tokenizer of a folder of transformers, in eval mode, float32. Raises CheckpointError."""
     try:
         import transformers
     except ImportError as error:
@@ -175,11 +172,7 @@ def with_text(image: Encoder, source: Source) -> PretrainedDual:
 
 
 def pretrained_dual_of(folder: Path, image: Encoder, rest: Weights) -> PretrainedDual:
-    """What `PretrainedDual.save_pretrained` wrote, in eval mode: from the folder around it, its image encoder and its
-    other weights.
-
-    Raises CheckpointError for a text tower that cannot be read, or weights that do not fit.
-    """
+    """What `PretrainedDual.save_pretrained` wrote, around its image encoder. Raises CheckpointError."""
     dual = PretrainedDual(image, load_text(folder / "text"), 0.0, 0.0)
     wanted = {k: v for k, v in dual.state_dict().items() if not k.startswith(("image.", "text."))}
     if {k: tuple(v.shape) for k, v in wanted.items()} != {k: v.shape for k, v in rest.items()}:

@@ -74,10 +74,7 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         self.encoder.patch_embed = value  # type: ignore[assignment]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Start all that no checkpoint gave as a new encoder has it, as soon as one such module comes up.
-
-        transformers marks the parameters that it has loaded.
-        """
+        """Start what transformers has not marked as loaded as a new encoder has it, with the first such module."""
         if all(map(_is_initialised, module.parameters(recurse=False))):
             return
         encoder = self.encoder

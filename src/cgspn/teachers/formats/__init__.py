@@ -29,11 +29,7 @@ FAMILIES: tuple[Family, ...] = (
 
 
 def read_encoder(source: Source, options: Options) -> Encoder:
-    """The image encoder of a foreign checkpoint, in eval mode.
-
-    Raises CheckpointError for an unknown, ambiguous or incomplete one, naming the nearest family and the keys that
-    differ.
-    """
+    """The encoder of a foreign checkpoint, in eval mode. Raises CheckpointError naming the nearest family and keys."""
     for name in _stated_names(source):
         if reason := unsupported_reason(name):
             raise CheckpointError(f"{source.name} is a {name}: {reason}, which this library does not compute")

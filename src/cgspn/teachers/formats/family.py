@@ -122,10 +122,7 @@ class Family:
 
 
 def build(tower: Tower, options: Options) -> Encoder:
-    """The encoder of a tower, in eval mode; each tensor is read, changed and let go before the next.
-
-    Raises CheckpointError naming keys that are missing, left over, or of a shape that does not fit.
-    """
+    """The encoder in eval mode; tensors are read one by one. Raises CheckpointError naming keys that do not fit."""
     family = tower.family
     try:
         config = options.apply(family.config(tower))

@@ -9,10 +9,7 @@ from .preprocessing import CLIP_MEAN, CLIP_STD, normalisation
 
 
 def config(tower: Tower) -> EncoderConfig:
-    """From shapes and open_clip_config.json. No tensor shows which GELU was used; a file's name may (openai).
-
-    Raises ValueError for a stated option that `Encoder` does not compute.
-    """
+    """From shapes, open_clip_config.json and the file's name. Raises ValueError for options that `Encoder` lacks."""
     model = tower.source.configs.get("open_clip_config.json", {}).get("model_cfg", {})
     vision = model.get("vision_cfg", {})
     wrong = next((key for key in _OTHER if vision.get(key)), None)

@@ -22,11 +22,7 @@ _TOKENS, _EMBED = "patch_generator.cls_token.token", "patch_generator.embedder.w
 
 
 def config(tower: Tower) -> EncoderConfig:
-    """From shapes, the buffers beside the tower and config.json.
-
-    Pooled are the summary tokens, one after the other. Raises ValueError for a checkpoint with a normalisation of its
-    features, which `Encoder` does not compute.
-    """
+    """From shapes, buffers beside the tower and config.json. Raises ValueError if features are normalised."""
     if tower.find("/feature_normalizer.mean"):
         raise ValueError("it normalises its features with a matrix, which this library does not compute")
     stated = tower.source.configs.get("config.json", {})

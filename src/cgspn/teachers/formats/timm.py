@@ -28,10 +28,7 @@ _TELLTALE = {
 
 
 def config(tower: Tower) -> EncoderConfig:
-    """From shapes, timm's config.json or OpenCLIP's where there is one, file metadata and the file's name.
-
-    Raises ValueError for what `Encoder` does not compute, and for files that may be of such a model.
-    """
+    """From shapes, configs, metadata and the file's name. Raises ValueError for what `Encoder` may not compute."""
     source = tower.source
     stated = source.configs.get("config.json", {})
     vision = source.configs.get("open_clip_config.json", {}).get("model_cfg", {}).get("vision_cfg", {})
