@@ -13,21 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import (
-    AttentionMixer,
-    Block,
-    ClassTokenPool,
-    Grid,
-    LayerNorm,
-    LearnedPositions,
-    MapPool,
-    MeanPool,
-    Mixer,
-    PatchEmbed,
-    PropagationMixer,
-    WindowAttentionMixer,
-)
-from ..layers.window_attention import order
+from ..layers import AttentionMixer, Block, Grid, LayerNorm, LearnedPositions, Mixer, PatchEmbed, PropagationMixer
+from ..layers.pooling import ClassTokenPool, MapPool, MeanPool
+from ..layers.window_attention import WindowAttentionMixer, order
 from .card import write_card
 from .checkpoint import PREPROCESSING, save_model, write_atomically
 from .config import MODEL_TYPE, EncoderConfig, preprocessing, to_dict

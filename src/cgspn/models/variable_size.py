@@ -155,10 +155,10 @@ def encode_variable_size(
     packing = pack(grids, method=method, max_tokens=max_tokens, max_shapes=max_shapes, shapes=shapes)
     for batch in packing.batches:
         own = [grids[index] for index in batch.indices]
-        padded = _padded([images[index] for index in batch.indices], own, batch.shape, encoder.config.patch_size)
+        batched = padded([images[index] for index in batch.indices], own, batch.shape, encoder.config.patch_size)
         # without a mask where none is needed: attention has faster kernels then
-        mask = None if all(grid == batch.shape for grid in own) else _mask(own, batch.shape).to(padded.device)
-        out = encoder(padded, mask)
+        mask = None if all(grid == batch.shape for grid in own) else inside(own, batch.shape).to(batched.device)
+        out = encoder(batched, mask)
         for row, (index, (height, width)) in enumerate(zip(batch.indices, own, strict=True)):
             outputs[index] = out._replace(tokens=out.tokens[row, :height, :width], pooled=out.pooled[row])
     return [output for output in outputs if output is not None]
@@ -175,7 +175,7 @@ def _grid_of(encoder: Encoder | CapturedEncoder, image: Tensor, index: int) -> S
         raise ValueError(f"images[{index}]: {error}") from error
 
 
-def _padded(images: Sequence[Tensor], grids: Sequence[Shape], shape: Shape, patch: int) -> Tensor:
+def padded(images: Sequence[Tensor], grids: Sequence[Shape], shape: Shape, patch: int) -> Tensor:
     """[B, channels, H, W] with zeros to the right and below; pixels beyond the last whole patch are left out."""
     rows = []
     for image, (height, width) in zip(images, grids, strict=True):
@@ -184,7 +184,7 @@ def _padded(images: Sequence[Tensor], grids: Sequence[Shape], shape: Shape, patc
     return torch.stack(rows)
 
 
-def _mask(grids: Sequence[Shape], shape: Shape) -> Tensor:
+def inside(grids: Sequence[Shape], shape: Shape) -> Tensor:
     """[B, h, w] bool, True inside each image."""
     heights, widths = torch.tensor(grids).T[..., None, None]
     return (torch.arange(shape[0])[:, None] < heights) & (torch.arange(shape[1]) < widths)

@@ -137,8 +137,8 @@ def check_depth(blocks: int, weights: Weights, where: str) -> None:
         raise CheckpointError(f"{where} has {blocks} blocks, but weights of {len(weights)} tensors; they do not fit")
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first names in order, and how many there are."""
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """The first names in order, and how many more there are."""
     names = sorted(names)
-    shown = ", ".join(name[:100] for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    shown = ", ".join(name[:100].replace("|", " or ") for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 
 from ...models.checkpoint import CheckpointError
+from ...models.weights import listed
 from ..options import Options
 from ..source import Source
-from .family import Family, Tower, listed
+from .family import Family, Tower
 
 # What the authors of such files evaluate: the teacher (DINO, iBOT, DINOv2), the moving average (timm, DeiT), I-JEPA's.
 _USUAL = re.compile(r"(^|[._])(teacher|ema|target_encoder)([._]|$)")
@@ -57,4 +58,4 @@ def choose(name: str, prefixes: list[str], submodel: str | None) -> str:
 
 
 def _names(prefixes: Iterable[str]) -> str:
-    return listed([repr(prefix.rstrip(".")) for prefix in prefixes])
+    return listed(repr(prefix.rstrip(".")) for prefix in prefixes)

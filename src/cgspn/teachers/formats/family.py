@@ -15,7 +15,7 @@ from torch import Tensor
 from ...models.checkpoint import CheckpointError
 from ...models.config import EncoderConfig, MixerName
 from ...models.encoder import Encoder
-from ..files import Stored, Weights
+from ...models.weights import Stored, Weights, listed
 from ..options import Options
 from ..source import Source
 from .names import heads_of
@@ -179,12 +179,6 @@ def build(tower: Tower, options: Options) -> Encoder:
 
 def _trim(shape: torch.Size) -> list[int]:
     return [size for size in shape if size != 1]
-
-
-def listed(keys: list[str], most: int = 6) -> str:
-    """Keys for a message, the first few and a count of the others."""
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(key.replace("|", " or ") for key in keys[:most]) + more
 
 
 def grid_positions(config: EncoderConfig, table: Tensor) -> Tensor:
