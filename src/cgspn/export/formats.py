@@ -84,8 +84,7 @@ WRITERS: dict[Format, Callable[[ImageSide, Bounds, Path], None]] = {
 def open_file(path: Path, format: Format) -> Runner:
     """The format's own loader: images [B, channels, H, W] -> the exported outputs, in order. Raises what it raises."""
     if format == "torch":
-        program: Runner = torch.export.load(path).module()
-        return program
+        return torch.export.load(path).module()
     if format == "aot":
         package: Runner = private("_inductor.aoti_load_package")(str(path))
         return package

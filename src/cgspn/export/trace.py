@@ -80,8 +80,7 @@ class ShiftedPropagation(PropagationMixer):
                 for j in range(2 * reach + 1):
                     near = near + wide[:, i : i + height, j : j + width] * self.local.weight[:, 0, i, j]
             x = near
-        out: Tensor = self.norm(x.flatten(1, 2)).view(x.shape)
-        return out
+        return self.norm(x.flatten(1, 2)).view(x.shape)
 
 
 def trace(side: ImageSide, bounds: Bounds, *, onnx: bool = False) -> ExportedProgram:

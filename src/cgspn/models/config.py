@@ -214,8 +214,3 @@ def preprocessing(config: EncoderConfig) -> dict[str, Any]:
 def encoder_config_from_dict(values: Any, where: str = "encoder") -> EncoderConfig:
     """The inverse of `to_dict`; where: file and key, for messages. Raises CheckpointError for any other values."""
     return build(EncoderConfig, values, where)
-
-
-def text_config_from_dict(values: Any, where: str = "text") -> TextConfig:
-    """The inverse of `to_dict` for a TextConfig. Arguments and errors as in `encoder_config_from_dict`."""
-    return build(TextConfig, values, where)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
 from .checkpoint import CheckpointError, save_model
-from .config import WIDEST, EncoderConfig, TextConfig, text_config_from_dict, to_dict
+from .config import WIDEST, EncoderConfig, TextConfig, to_dict
 from .encoder import Encoder
-from .reading import checked
+from .reading import build, checked
 from .text import TextTower
 from .weights import Weights, check_depth, load
 
@@ -112,7 +112,7 @@ def dual_of(
     config: Mapping[str, Any], encoder: EncoderConfig, weights: Weights, where: str, dtype: torch.dtype = torch.float32
 ) -> DualEncoder:
     """The DualEncoder of a saved config and its weights, in eval mode. Raises CheckpointError naming `where`."""
-    text = text_config_from_dict(config.get("text"), f"{where}: text")
+    text = build(TextConfig, config.get("text"), f"{where}: text")
     embed_dim = checked(config.get("embed_dim"), int, f"{where}: embed_dim")
     if not 1 <= embed_dim <= WIDEST:
         raise CheckpointError(f"{where}: embed_dim is {embed_dim}; accepted: 1 to {WIDEST}")

@@ -149,8 +149,7 @@ class Encoder(TimmContract):
 
     def run_block(self, block: Block, tokens: Tensor, grid: Grid) -> Tensor:
         """One block, with activation checkpointing if that is on."""
-        out: Tensor = self._recomputed(block, tokens, grid)
-        return out
+        return self._recomputed(block, tokens, grid)
 
     def run_tapped(
         self,
@@ -160,8 +159,7 @@ class Encoder(TimmContract):
         run: Callable[[Block, Tensor, Grid], tuple[Tensor, Tensor]] = Block.tapped,
     ) -> tuple[Tensor, Tensor]:
         """One block's output and its mixing branch as `run` gives them, with activation checkpointing if that is on."""
-        out: tuple[Tensor, Tensor] = self._recomputed(partial(run, block), tokens, grid)
-        return out
+        return self._recomputed(partial(run, block), tokens, grid)
 
     def _recomputed(self, function: Callable[[Tensor, Grid], Any], tokens: Tensor, grid: Grid) -> Any:
         if not (self.checkpointing and torch.is_grad_enabled()):

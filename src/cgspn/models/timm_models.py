@@ -116,8 +116,7 @@ class TimmEncoder(Encoder):
     def run_block(self, block: Any, tokens: Tensor, grid: Any) -> Tensor:
         """As `Encoder.run_block`; what is recomputed skips the same images again."""
         if self.checkpointing and self.training and self.drop_path_rate and torch.is_grad_enabled():
-            out: Tensor = checkpoint(block, tokens, grid, use_reentrant=False)
-            return out
+            return checkpoint(block, tokens, grid, use_reentrant=False)
         return super().run_block(block, tokens, grid)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -192,8 +191,7 @@ class Traced(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, channels, H, W] -> what the model gives."""
-        out: torch.Tensor = self.program(images)
-        return out
+        return self.program(images)
 
 
 def from_encoder(encoder: Encoder, num_classes: int | None = None) -> TimmEncoder:

@@ -71,8 +71,7 @@ class PretrainedText(nn.Module):
         ids = texts if isinstance(texts, Tensor) else self.tokenize(texts)
         out: Any = self.model(input_ids=ids.to(next(self.model.parameters()).device))
         embeds = getattr(out, "text_embeds", None)
-        result: Tensor = out.pooler_output if embeds is None else embeds
-        return result
+        return out.pooler_output if embeds is None else embeds
 
 
 class PretrainedDual(DualEncoder):

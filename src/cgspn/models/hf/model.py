@@ -152,7 +152,6 @@ class CgspnModel(CgspnPreTrainedModel):
     """An encoder's features: last_hidden_state [B, prefix + h*w, C] normalised, pooler_output [B, pooled width]."""
 
     def __init__(self, config: CgspnConfig) -> None:
-        """Raises ValueError for a config whose parts do not fit one another."""
         super().__init__(config)
         self.post_init()
 
@@ -188,7 +187,6 @@ class CgspnForImageClassification(CgspnPreTrainedModel):
     """An encoder with a classifier of config.num_labels after its pooling: logits [B, num_labels]."""
 
     def __init__(self, config: CgspnConfig) -> None:
-        """Raises ValueError for a config whose parts do not fit one another."""
         config.encoder["num_classes"] = config.num_labels
         super().__init__(config)
         self.post_init()
@@ -219,7 +217,6 @@ class CgspnBackbone(BackboneMixin, CgspnPreTrainedModel):  # type: ignore[misc]
     has_attentions = False
 
     def __init__(self, config: CgspnConfig) -> None:
-        """Raises ValueError for a config whose parts do not fit one another."""
         super().__init__(config)
         self.num_features = [config.hidden_size] * len(config.stage_names)
         self.post_init()

@@ -225,6 +225,11 @@ def both(ours: str, *theirs: str, take: Take | None = None) -> tuple[Rule, ...]:
     return tuple(Rule(f"{ours}.{p}", tuple(keys(key, p) for key in theirs), take) for p in ("weight", "bias"))
 
 
+def alike(ours: str, theirs: str, *parts: str) -> tuple[Rule, ...]:
+    """The rules of `both` for layers that have the same names below `ours` and `theirs`."""
+    return tuple(rule for part in parts for rule in both(f"{ours}.{part}", f"{theirs}.{part}"))
+
+
 def built(
     tower: Tower,
     kind: str,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...layers import AttentionConfig, PositionResize
 from ...models.config import EncoderConfig
-from .family import Family, Rule, Tower, attention_blocks, both, grid_positions, head_count, title
+from .family import Family, Rule, Tower, alike, attention_blocks, both, grid_positions, head_count, title
 from .preprocessing import CLIP_MEAN, CLIP_STD
 
 NATIVE = 512  # pixels of a side, where the checkpoint states nothing
@@ -93,13 +93,10 @@ RADIO = Family(
         Rule("patch_embed.projection.weight", (_EMBED,), _patches),
         Rule("prefix", (_TOKENS,), _tokens),
         Rule("positions.table", ("patch_generator.pos_embed",), grid_positions),
-        *both("blocks.{i}.norm1", "blocks.{i}.norm1"),
+        *alike("blocks.{i}", "blocks.{i}", "norm1", "norm2", "mlp.fc1", "mlp.fc2"),
         *both("blocks.{i}.mixer.qkv", "blocks.{i}.attn.qkv"),
         *both("blocks.{i}.mixer.out", "blocks.{i}.attn.proj"),
         Rule("blocks.{i}.scale1.gamma", ("blocks.{i}.ls1.gamma|blocks.{i}.ls1.grandma",)),
-        *both("blocks.{i}.norm2", "blocks.{i}.norm2"),
-        *both("blocks.{i}.mlp.fc1", "blocks.{i}.mlp.fc1"),
-        *both("blocks.{i}.mlp.fc2", "blocks.{i}.mlp.fc2"),
         Rule("blocks.{i}.scale2.gamma", ("blocks.{i}.ls2.gamma|blocks.{i}.ls2.grandma",)),
         *both("norm", "norm"),
     ),

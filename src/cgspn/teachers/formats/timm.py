@@ -9,7 +9,7 @@ from typing import Any
 from ...layers import Activation, AttentionConfig
 from ...models.config import EncoderConfig
 from .dinov3 import ROTARY_BASE, with_key_bias
-from .family import Family, Rule, Tower, both, built, grid_positions, grid_rows, head_count, prefix_tokens
+from .family import Family, Rule, Tower, alike, both, built, grid_positions, grid_rows, head_count, prefix_tokens
 from .names import is_plain, name_in_file, size_of, unsupported_argument, unsupported_reason
 from .preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, normalisation
 
@@ -179,7 +179,7 @@ TIMM = Family(
         Rule("prefix", ("?cls_token", "?reg_token|register_tokens", "?pos_embed"), prefix_tokens),
         Rule("positions.table", ("pos_embed",), grid_positions),
         *both("pre_norm", "norm_pre"),
-        *both("blocks.{i}.norm1", "blocks.{i}.norm1"),
+        *alike("blocks.{i}", "blocks.{i}", "norm1", "norm2", "mlp.fc2"),
         Rule("blocks.{i}.mixer.qkv.weight", ("blocks.{i}.attn.qkv.weight",)),
         Rule(
             "blocks.{i}.mixer.qkv.bias",
@@ -188,18 +188,12 @@ TIMM = Family(
         ),
         *both("blocks.{i}.mixer.out", "blocks.{i}.attn.proj"),
         Rule("blocks.{i}.scale1.gamma", ("blocks.{i}.ls1.gamma|blocks.{i}.gamma_1",)),
-        *both("blocks.{i}.norm2", "blocks.{i}.norm2"),
         *both("blocks.{i}.mlp.fc1", f"{_FC1}|{_FC1}_g", f"?{_FC1}_x"),
-        *both("blocks.{i}.mlp.fc2", "blocks.{i}.mlp.fc2"),
         Rule("blocks.{i}.scale2.gamma", ("blocks.{i}.ls2.gamma|blocks.{i}.gamma_2",)),
         *both("norm", "norm"),
         Rule("pool.probe", ("attn_pool.latent",)),
-        *both("pool.q", "attn_pool.q"),
-        *both("pool.kv", "attn_pool.kv"),
+        *alike("pool", "attn_pool", "q", "kv", "norm", "mlp.fc1", "mlp.fc2"),
         *both("pool.out", "attn_pool.proj"),
-        *both("pool.norm", "attn_pool.norm"),
-        *both("pool.mlp.fc1", "attn_pool.mlp.fc1"),
-        *both("pool.mlp.fc2", "attn_pool.mlp.fc2"),
         *both("pool_norm", "fc_norm"),
         *both("project", _HEAD),
     ),

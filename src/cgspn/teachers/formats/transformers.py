@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ...layers import Activation, AttentionConfig
 from ...models.config import EncoderConfig
-from .family import Family, Rule, Tower, both, built, grid_positions, head_count, linear_patches, prefix_tokens
+from .family import Family, Rule, Tower, alike, both, built, grid_positions, head_count, linear_patches, prefix_tokens
 from .preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, normalisation
 
 _POSITIONS = "embeddings.position_embedding.weight"
@@ -135,8 +135,7 @@ _BLOCKS = (
     *both("blocks.{i}.mixer.qkv", *(f"{_LAYER}.self_attn.{name}_proj" for name in "qkv")),
     *both("blocks.{i}.mixer.out", _LAYER + ".self_attn.out_proj"),
     *both("blocks.{i}.norm2", _LAYER + ".layer_norm2"),
-    *both("blocks.{i}.mlp.fc1", _LAYER + ".mlp.fc1"),
-    *both("blocks.{i}.mlp.fc2", _LAYER + ".mlp.fc2"),
+    *alike("blocks.{i}.mlp", _LAYER + ".mlp", "fc1", "fc2"),
 )
 CLIP = Family(
     "transformers' CLIP",
@@ -167,8 +166,7 @@ SIGLIP = Family(
         *both("pool.kv", "head.attention.in_proj_{p}", take=_last_thirds),
         *both("pool.out", "head.attention.out_proj"),
         *both("pool.norm", "head.layernorm"),
-        *both("pool.mlp.fc1", "head.mlp.fc1"),
-        *both("pool.mlp.fc2", "head.mlp.fc2"),
+        *alike("pool.mlp", "head.mlp", "fc1", "fc2"),
     ),
     siglip_config,
     (r"embeddings\.position_ids$", r"text_", r"logit_", r"classifier"),
