@@ -1,7 +1,5 @@
 """The program `cgspn`: which command was asked for, and what is said when it cannot be done."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

@@ -4,8 +4,6 @@ Supported are the versions of `SUPPORTED`. A name that is missing raises an Impo
 is imported, if everything needs it, and when it is used otherwise.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress

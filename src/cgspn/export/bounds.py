@@ -1,7 +1,5 @@
 """Which sizes and batches an exported program takes, and which of them its check tries."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The three files an encoder can become: a torch.export program, an AOTInductor package, an ONNX graph in plain ops."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence

@@ -4,8 +4,6 @@ Scan takes the axis and the direction as attributes, so no feature map is transp
 for the whole map beforehand; the loop holds nine small operators a line.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

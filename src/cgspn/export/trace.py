@@ -1,7 +1,5 @@
 """An image encoder as one program of tensors, with batch, height and width left open: torch.export."""
 
-from __future__ import annotations
-
 import copy
 
 import torch

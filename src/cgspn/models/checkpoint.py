@@ -1,7 +1,5 @@
 """Checkpoint folders: config.json + model.safetensors, written whole or not at all."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """What an encoder is made of: typed, printable, saved as config.json beside the weights."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args

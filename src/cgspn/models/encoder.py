@@ -1,7 +1,5 @@
 """The image encoder: one class for ViT, C-GSPN, GSPN and hybrids, which differ in a list of mixers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """JSON and typed configs from files that may hold anything; errors name the file, the key and what is accepted."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

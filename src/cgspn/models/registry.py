@@ -1,7 +1,5 @@
 """Models by name, named as timm names them: `vit_so400m_patch14_378`, `cgspn_so400m_patch14_378`."""
 
-from __future__ import annotations
-
 import difflib
 import fnmatch
 from dataclasses import replace

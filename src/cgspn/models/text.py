@@ -1,7 +1,5 @@
 """A small text tower over bytes, for the embedded teacher and for training from scratch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """What code written for a ViT of timm asks of an encoder, besides its forward passes: names, groups, surgery."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any

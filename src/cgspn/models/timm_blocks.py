@@ -1,7 +1,5 @@
 """Blocks for timm: stochastic depth in training, and a module that gives hooks the feature map."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """timm's arguments for a model, and an `EncoderConfig`: each from the other. Needs no timm."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any

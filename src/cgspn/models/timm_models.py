@@ -15,8 +15,6 @@ What timm's `save_for_hf` and `push_to_hf_hub` write of it, timm opens as `local
 module is imported, and so does `cgspn.load_encoder`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Weight files as tables of tensors that are read one at a time, after their shapes were compared with a model's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial

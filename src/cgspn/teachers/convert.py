@@ -1,7 +1,5 @@
 """Teacher to student: the same encoder with propagation or windows in place of attention, all else inherited."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Sequence

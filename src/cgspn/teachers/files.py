@@ -1,7 +1,5 @@
 """Weight files as tables of tensors that are read one at a time: a conversion never holds a checkpoint twice."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What foreign configs may state: the kind of every key that is read, wherever in a file it is."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

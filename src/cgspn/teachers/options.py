@@ -1,7 +1,5 @@
 """What a caller says about a checkpoint that is loaded."""
 
-from __future__ import annotations
-
 import difflib
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any

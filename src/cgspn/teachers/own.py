@@ -1,7 +1,5 @@
 """This library's own checkpoints, as strict and as forgiving as foreign ones."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ..models.config import MODEL_TYPE, encoder_config_from_dict, to_dict

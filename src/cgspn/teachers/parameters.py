@@ -1,7 +1,5 @@
 """What a conversion did to a model's parameters, part by part."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields

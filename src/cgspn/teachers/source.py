@@ -1,7 +1,5 @@
 """What a user names, a file, a folder or a hub id, as weights and the configs beside them."""
 
-from __future__ import annotations
-
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """One picture of any kind to float32 [C, H, W] as an image processor's options say, by way of `cgspn.data.prepare`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Encoders as models of transformers: features, classification, backbone."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple

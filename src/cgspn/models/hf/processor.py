@@ -1,7 +1,5 @@
 """Pictures to what an encoder takes, as an image processor of transformers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args

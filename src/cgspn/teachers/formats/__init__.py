@@ -1,7 +1,5 @@
 """Families of foreign checkpoints, one table each, and how a checkpoint's family is recognised: by its keys."""
 
-from __future__ import annotations
-
 import re
 
 from ...models.checkpoint import CheckpointError

@@ -1,7 +1,5 @@
 """Which image tower of a file is meant, where training has left more than one model in it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """DINOv3 as transformers saves it: rotary positions, register tokens, and keys without a bias. timm's is in timm.py."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

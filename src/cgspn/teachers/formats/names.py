@@ -1,7 +1,5 @@
 """What the name of an architecture says that no tensor shows. timm's names, as in its config.json and file names."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """OpenCLIP's own vision transformer, and OpenAI's, whose keys it keeps."""
 
-from __future__ import annotations
-
 from ...layers import AttentionConfig
 from ...models.config import EncoderConfig
 from .family import Family, Rule, Tower, both, built, grid_positions, head_count, prefix_tokens, transposed

@@ -1,7 +1,5 @@
 """How pictures are prepared for a foreign encoder, from the files beside its weights."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args

@@ -5,8 +5,6 @@ registers in one table, and positions of a large grid, of which an image gets a 
 "AM-RADIO: Agglomerative Vision Foundation Model", 2024, and the released checkpoints.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

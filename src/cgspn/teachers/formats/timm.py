@@ -1,7 +1,5 @@
 """timm's vision transformers: CLIP, SigLIP and DINOv2 ones, alone or as the trunk of an OpenCLIP model."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

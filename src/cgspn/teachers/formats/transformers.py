@@ -1,8 +1,6 @@
 """Models of transformers: CLIP, SigLIP and SigLIP 2 (the fixed-size and the NaFlex one), DINOv2 with and without
 registers. Folders that `save_pretrained` wrote, of the image tower alone or of the whole model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor
