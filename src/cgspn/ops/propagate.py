@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -102,6 +103,9 @@ def propagate_2d(
         if normalise_state:
             checks.check_not_negative(mask, lam=lam)
     return scan_unchecked(Scan(x, logits, lam, u, keep, mask, codes, merge == "sum", backend, normalise_state))
+
+
+propagate_2d_normalised = partial(propagate_2d, normalise_state=True)
 
 
 def scan_unchecked(scan: Scan) -> Tensor:

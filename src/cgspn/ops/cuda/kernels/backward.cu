@@ -165,7 +165,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
         const int j = walk.j + p * s.rows, index = p * line_slots + walk.slot;
         const char* from = stages + stage * stage_bytes + index * BYTES;
         const u32 bits = surroundings(walk, j, last - n, mask + JUMP(mask, p), -STEP(mask), walk.across(a.mask));
-        const Vec none = {};
+        Vec none;
+#pragma unroll
+        for (int k = 0; k < WORDS; k++) none.w[k] = 0;
         const Vec before = restart ? none : load(from);
         const bool own = walk.owns(s, p);  // a halo's neighbours may lie outside the stage, and it writes no gradients
         const Vec left = restart || j == 0 || !own ? none : load(from - s.lanes * BYTES);
