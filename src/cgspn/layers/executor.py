@@ -70,8 +70,8 @@ def fusion_of(block: Block, tokens: Tensor) -> Fusion:
     if reason is not None and wanted == "triton":
         raise RuntimeError(f"fusion_backend is 'triton', which cannot run here: {reason}")
     state = state_of(block)
-    in_graph = tokens.is_cuda and torch.cuda.is_current_stream_capturing()  # where launches cost nothing later
-    if wanted == "auto" and not state.latent and tokens.numel() < FEW and not in_graph:
+    few = wanted == "auto" and not state.latent and tokens.numel() < FEW
+    if few and not (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):  # in a graph launches cost nothing
         return NOTHING
     channels = tokens.shape[-1]
     by_rows = reason is None and channels <= CHANNELS_MOST and state.widths == {tokens.shape[-1:]}
