@@ -19,7 +19,11 @@ def text_list(texts: str | Sequence[str]) -> list[str]:
 
 
 def tokenize(texts: str | Sequence[str], context: int) -> Tensor:
-    """UTF-8 bytes + 1, cut, padded with 0: int64 [len(texts), at most context]. Raises ValueError for empty texts."""
+    """Convert texts to UTF-8 bytes + 1, padded with 0 to the longest: int64 [len(texts), at most context]. Longer texts
+    are truncated.
+
+    Raises ValueError for an empty sequence or an empty text.
+    """
     texts = text_list(texts)
     encoded = [list(text.lower().encode()[:context]) for text in texts]
     out = torch.zeros(len(texts), max(map(len, encoded)), dtype=torch.int64)
@@ -29,7 +33,7 @@ def tokenize(texts: str | Sequence[str], context: int) -> Tensor:
 
 
 class TextTower(nn.Module):
-    """Texts to one vector each: bidirectional attention over bytes, mean over the text. Output [B, width]."""
+    """Encode texts with bidirectional attention over bytes, averaged over the text. Output [B, width]."""
 
     def __init__(self, config: TextConfig) -> None:
         """Raises ValueError if the heads do not divide the width."""
@@ -46,7 +50,7 @@ class TextTower(nn.Module):
 
     @property
     def context_length(self) -> int:
-        """The longest text in tokens, which are bytes."""
+        """Maximum number of tokens (bytes) of a text."""
         return self.config.context
 
     def tokenize(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
