@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Sequence
 
 from ...models.checkpoint import CheckpointError
-from ...models.weights import listed
 from ..options import Options
 from ..source import Source
 from .family import Family, Tower
@@ -56,4 +55,5 @@ def choose(name: str, prefixes: list[str], submodel: str | None) -> str:
 
 
 def _names(prefixes: Iterable[str]) -> str:
-    return listed(repr(prefix.rstrip(".")) for prefix in prefixes)
+    names = [repr(prefix.rstrip(".")) for prefix in prefixes]
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")
