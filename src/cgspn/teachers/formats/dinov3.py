@@ -27,7 +27,6 @@ def config(tower: Tower) -> EncoderConfig:
         patches,
         grid_rows(native, patches[2]) or 256,
         native,
-        r"layer\.(\d+)\.",
         stated,
         mlp_hidden=tower.shape("layer.0.mlp.down_proj.weight")[1],
         activation="swiglu" if gated else activation_of(stated, "gelu"),

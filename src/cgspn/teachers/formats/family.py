@@ -84,10 +84,12 @@ class Tower:
             raise ValueError(f"{self.prefix}{key} has shape {shape}; expected [width, channels, patch, patch]")
         return shape[0], shape[1], shape[2]
 
-    def depth(self, pattern: str) -> int:
-        """The number of blocks, from the highest index that `pattern` finds."""
-        found = [int(m[1]) for key in self.weights if (m := re.match(pattern, key))]
-        return max(found, default=-1) + 1
+    def mixers(self) -> tuple[MixerName, ...]:
+        """Attention in every block, of which there are as many as their keys count."""
+        mixer: MixerName = "attention"
+        blocks = next(rule.theirs[0] for rule in self.family.rules if rule.ours.startswith("blocks."))
+        pattern = re.escape(blocks.partition("{i}")[0]) + r"(\d+)\."
+        return (mixer,) * (max((int(m[1]) for key in self.weights if (m := re.match(pattern, key))), default=-1) + 1)
 
     def side(self, rows: int) -> int:
         """The side of a square grid of positions. Raises CheckpointError if the rows make no square."""
@@ -236,23 +238,18 @@ def built(
     patches: tuple[int, int, int],
     rows: int,
     native: Any,
-    blocks: str,
     stated: Mapping[str, Any],
     **own: Any,
 ) -> EncoderConfig:
-    """A config with the fields that every family has, and those of its `own`.
+    """A config with the fields that every family has, and its `own`. kind: for the name.
 
-    Args:
-        tower: of it. kind: for the name. patches: width, channels and patch size. blocks: a pattern of their keys.
-        rows, native: as of `sizes`.
-        stated: what a file beside the tensors says of the tower.
-
+    patches: width, channels and patch size. rows, native: as of `sizes`. stated: what a file beside the tensors says.
     Raises ValueError where tensors and file differ: the file is about another model, or the weights are not whole.
     """
     width, channels, patch = patches
     measured = sizes(tower, patch, rows, native)
     fields: dict[str, Any] = {"name": title(kind, width, patch, measured["image_size"][0]), **measured, **own}
-    config = EncoderConfig(channels=channels, width=width, mixers=attention_blocks(tower.depth(blocks)), **fields)
+    config = EncoderConfig(channels=channels, width=width, mixers=tower.mixers(), **fields)
     for key, field in _STATED.items():
         told, shown = stated.get(key), getattr(config, field)
         if isinstance(told, int) and told != shown:
@@ -299,12 +296,6 @@ def head_count(
             f"width is {width}, and no config states the number of heads; give it: load_encoder(source, heads=...)"
         )
     return known
-
-
-def attention_blocks(depth: int) -> tuple[MixerName, ...]:
-    """The mixers of a teacher."""
-    mixer: MixerName = "attention"
-    return (mixer,) * depth
 
 
 def title(kind: str, width: int, patch: int, image: int) -> str:

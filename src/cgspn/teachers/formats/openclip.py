@@ -32,7 +32,6 @@ def config(tower: Tower) -> EncoderConfig:
         patches,
         tower.shape("positional_embedding")[0] - 1,
         vision.get("image_size"),
-        r"transformer\.resblocks\.(\d+)\.",
         vision,
         mlp_hidden=tower.shape("transformer.resblocks.0.mlp.c_fc.weight")[0],
         activation="quick_gelu" if model.get("quick_gelu", named) else "gelu_tanh" if by_tanh else "gelu",

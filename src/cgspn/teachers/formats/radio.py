@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...layers import AttentionConfig, PositionResize
 from ...models.config import EncoderConfig
-from .family import Family, Rule, Tower, alike, attention_blocks, both, grid_positions, head_count, title
+from .family import Family, Rule, Tower, alike, both, grid_positions, head_count, title
 from .preprocessing import CLIP_MEAN, CLIP_STD
 
 NATIVE = 512  # pixels of a side, where the checkpoint states nothing
@@ -36,7 +36,7 @@ def config(tower: Tower) -> EncoderConfig:
         image_size=size,
         patch_size=patch,
         width=width,
-        mixers=attention_blocks(tower.depth(r"blocks\.(\d+)\.")),
+        mixers=tower.mixers(),
         mlp_hidden=tower.shape("blocks.0.mlp.fc1.weight")[0],
         activation="gelu",
         attention=AttentionConfig(head_count(tower, width), tower.has("blocks.0.attn.qkv.bias")),

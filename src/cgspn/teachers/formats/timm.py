@@ -75,7 +75,6 @@ def config(tower: Tower) -> EncoderConfig:
         (width, channels, patch),
         grid,
         native,
-        r"blocks\.(\d+)\.",
         args,
         **own_name,
         mlp_hidden=tower.shape("blocks.0.mlp.fc2.weight")[1],
