@@ -19,14 +19,14 @@ TEMPLATES = (
 
 
 def fill(template: str, name: str) -> str:
-    """Put a class name into a template, with the article that fits: "a photo of an ankle boot".
+    """Insert a class name into a template and adapt the article: "a photo of an ankle boot".
 
     Args:
-        template: text with exactly one `{}`; or with `{c}`, as CLIP-benchmark writes it, which keeps its article.
+        template: text with exactly one `{}`, or one `{c}` as in CLIP-benchmark, whose article does not change.
         name: the class name.
 
     Raises:
-        ValueError: the template does not hold exactly one of them.
+        ValueError: the template does not contain exactly one of them.
     """
     if template.count("{}") + template.count("{c}") != 1:
         raise ValueError(f"template is {template!r}; expected exactly one '{{}}' or '{{c}}'")

@@ -57,23 +57,23 @@ class ImageSet:
         return ImageSet(self.images[indices], self.labels[indices], self.class_names)
 
     def captions(self, seed: int = 0, indices: Tensor | None = None, templates: Sequence[str] = TEMPLATES) -> list[str]:
-        """One caption for each image: its class name in a template chosen at random.
+        """Return one caption per image: its class name in a random template.
 
-        The caption of an image depends on its own index and the seed alone, so a batch has the captions it would
-        have in the whole set. Vary the seed over epochs to see every template.
+        The caption of an image depends only on its index and the seed, so it does not depend on the batch. Change the
+        seed every epoch to use all templates.
 
         Args:
-            seed: which draw of templates.
-            indices: int64 [M], the images that captions are wanted for; None for all.
+            seed: random seed of the templates.
+            indices: int64 [M], indices of the images; None for all.
             templates: texts with one `{}` for the class name.
         """
         return class_captions(self.labels, self.class_names, seed, indices, templates)
 
     def masks(self, threshold: int = 16) -> Tensor:
-        """Semantic masks uint8 [N, H, W]: 0 background, 1 + label foreground.
+        """Return semantic masks uint8 [N, H, W]: 0 for background, 1 + label for foreground.
 
-        Foreground is what the dark surroundings do not reach from the border (see `foreground`), so this is for
-        images of one object on a dark background, as in the embedded set.
+        The foreground is everything that is not connected to the border by dark pixels (see `foreground`). This works
+        for images of one object on a dark background, such as the embedded ones.
         """
         inside = foreground(self.images, threshold)
         return inside.to(torch.uint8) * (self.labels + 1).to(torch.uint8)[:, None, None]

@@ -15,7 +15,7 @@ Transform = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class ImageSource(Protocol):
-    """What `batches` needs: a length and random access. `ImageSet` is one; anything else may be."""
+    """Protocol for the source of `batches`: a length and random access. `ImageSet` implements it."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -29,11 +29,11 @@ class Batch:
     """One batch.
 
     Attributes:
-        step: its number in the stream.
-        indices: int64 [B], which images of the source.
-        images: what the transform returned, or uint8 [B, 1 or 3, H, W] without one.
+        step: step number.
+        indices: int64 [B], indices of the images in the source.
+        images: output of the transform, or uint8 [B, 1 or 3, H, W] without a transform.
         labels: int64 [B]; -1 for an image without a class.
-        captions: one for each image, or empty.
+        captions: one per image, or empty.
     """
 
     step: int
@@ -68,16 +68,17 @@ def _order(size: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
 
 
 def batch_indices(size: int, batch_size: int, step: int, *, seed: int = 0, shuffle: bool = True) -> Tensor:
-    """Which images batch `step` holds: a slice of an endless stream of epochs, each a permutation of all images.
+    """Return the indices of the images in batch `step`, from an infinite sequence of epochs, each a permutation of all
+    images.
 
-    Every batch is full; one that crosses the end of an epoch takes the rest from the next.
+    Every batch is full. A batch at the end of an epoch is completed with images of the next epoch.
 
     Args:
         size: images in the source, at least 1.
         batch_size: images in a batch, at least 1; may exceed `size`.
-        step: number of the batch from 0.
-        seed: which stream.
-        shuffle: False for the order of the source, over and over.
+        step: index of the batch, from 0.
+        seed: random seed.
+        shuffle: False repeats the order of the source.
 
     Returns:
         int64 [batch_size].
@@ -117,21 +118,21 @@ def batches(
     shuffle: bool = True,
     transform: Transform | None = None,
 ) -> Iterator[Batch]:
-    """Batches number `start` to `steps` - 1 of the stream of `batch_indices`.
+    """Yield batches `start` to `steps` - 1 of the sequence given by `batch_indices`.
 
-    To resume after step s, pass start = s + 1 and the same seed: order and augmentation go on bit for bit.
+    To resume after step s, pass start = s + 1 and the same seed; order and augmentation then continue exactly.
 
     Args:
         source: an `ImageSet` or any other `ImageSource`.
         batch_size: images in a batch.
-        steps: number of the step to stop before; an epoch is ceil(len(source) / batch_size) steps.
+        steps: end step (exclusive); an epoch is ceil(len(source) / batch_size) steps.
         start: first step.
-        seed: which stream of orders and of augmentations.
+        seed: random seed of order and augmentation.
         shuffle: False for the order of the source.
-        transform: called as transform(images, generator); its generator depends on seed and step alone.
+        transform: called as transform(images, generator), where the generator depends only on seed and step.
 
     Raises:
-        ValueError: from `batch_indices`, when the first batch is asked for.
+        ValueError: from `batch_indices`, at the first batch.
     """
     for step in range(start, steps):
         indices = batch_indices(len(source), batch_size, step, seed=seed, shuffle=shuffle)
@@ -141,7 +142,7 @@ def batches(
 def one_pass(
     source: ImageSource, batch_size: int, *, seed: int = 0, transform: Transform | None = None
 ) -> Iterator[Batch]:
-    """Every image once, in order; the last batch may be smaller. For evaluation.
+    """Yield every image once, in order, for evaluation. The last batch may be smaller.
 
     Raises ValueError for a batch below 1.
     """

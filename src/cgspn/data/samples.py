@@ -17,13 +17,13 @@ from .skipped import Skipped
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture as it is stored.
+    """One stored image.
 
     Attributes:
         encoded: the bytes of the image file.
         caption: "" if there is none.
-        class_name: "" if it has no class.
-        label: number of the class, or -1.
+        class_name: "" if there is none.
+        label: class number, or -1.
     """
 
     encoded: bytes
@@ -33,7 +33,7 @@ class Sample:
 
 
 class SampleSource(Protocol):
-    """Random access to samples, in an order that does not change. Worker processes get a copy of it."""
+    """Protocol for random access to samples in a fixed order. Every worker process gets a copy."""
 
     @property
     def source(self) -> str:
@@ -41,29 +41,30 @@ class SampleSource(Protocol):
 
     @property
     def problems(self) -> Skipped:
-        """What is lost or damaged as a whole."""
+        """Missing or damaged shards."""
 
     def __len__(self) -> int:
         """Number of samples."""
 
     def name(self, number: int) -> str:
-        """What to call a sample in a message."""
+        """Name of a sample, for messages."""
 
     def read(self, number: int) -> Sample:
-        """Read a sample. Raises OSError or ValueError if it cannot be had."""
+        """Read a sample. Raises OSError or ValueError if it cannot be read."""
 
     def digest(self) -> str:
-        """Equal for equal names in equal order: whether a run can go on with this source."""
+        """A hash of the names in order, which decides whether a run can resume with this source."""
 
 
 @dataclass(frozen=True, eq=False)
 class SampleFolder:
-    """Images in a folder, flat or in a sub-folder for each class; the caption of `1.jpg` is in `1.txt` or `1.json`.
+    """Images in a folder, either directly or in one sub-folder per class. The caption of `1.jpg` is in `1.txt` or
+    `1.json`.
 
     Attributes:
-        source: as the user wrote it.
+        source: the source as given by the user.
         files: paths, in order.
-        labels: a class number each, or -1.
+        labels: class number of each file, or -1.
         class_names: names of the sub-folders; empty for a flat folder.
         problems: none.
     """
@@ -89,12 +90,12 @@ class SampleFolder:
         return Sample(read_bytes(path), caption_of(text, data), class_name, label)
 
     def digest(self) -> str:
-        """As in `SampleSource`; where the folder is does not count."""
+        """As in `SampleSource`; independent of where the folder is."""
         return digest_of(os.fsencode(os.path.relpath(file, self.source)) for file in self.files)
 
 
 def open_folder(path: Path) -> SampleFolder:
-    """List a folder; images beside its sub-folders make it one without classes.
+    """List a folder of images. If there are images outside of its sub-folders, it has no classes.
 
     Raises FileNotFoundError or NotADirectoryError, as `load_folder` does.
     """

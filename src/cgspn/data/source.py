@@ -18,16 +18,16 @@ EMBEDDED = "embedded"
 
 
 def load_images(source: str | Path, size: tuple[int, int], channels: int, split: Split) -> ImageSet:
-    """Images for an encoder of `channels` input channels.
+    """Load images for an encoder with `channels` input channels.
 
     Args:
-        source: "embedded", or a folder with one sub-folder for each class, or of images alone.
-        size: height and width that a folder's images are brought to; the embedded ones keep theirs.
-        channels: 1 or 3; colour becomes grey, and grey becomes three equal channels, where the encoder needs it.
-        split: which part of the embedded images; a folder has no parts.
+        source: "embedded", or a folder of images, directly or in one sub-folder per class.
+        size: height and width to which the images of a folder are resized; the embedded images keep their size.
+        channels: 1 or 3. Colour images are converted to grey or grey images to three equal channels if necessary.
+        split: split of the embedded images; not used for a folder.
 
-    Raises what `load_folder` raises, and ValueError for other numbers of channels. Unreadable files are skipped,
-    counted and named on standard error.
+    Raises the errors of `load_folder`, and ValueError for another number of channels. Unreadable files are skipped,
+    counted and reported on standard error.
     """
     if channels not in (1, 3):
         raise ValueError(f"the encoder takes {channels} channels; accepted: 1 or 3")
@@ -42,12 +42,12 @@ def load_images(source: str | Path, size: tuple[int, int], channels: int, split:
 
 
 def open_samples(source: str, *, cache: Path | None = None, max_skipped: float = 0.1) -> SampleSource:
-    """Images that are read while they are trained on.
+    """Open images that are read during training.
 
     Args:
         source: a folder of images or of shards, or shards: a path, a pattern or a URL (`open_shards`).
-        cache: folder for fetched shards and indices; None for the user's cache folder.
-        max_skipped: largest share of lost or damaged shards that is tolerated, 0 to 1.
+        cache: folder for downloaded shards and indices; None for the user's cache folder.
+        max_skipped: largest tolerated fraction of missing or damaged shards, 0 to 1.
 
     Raises FileNotFoundError, NotADirectoryError or ValueError, as `open_shards` and `load_folder` do.
     """

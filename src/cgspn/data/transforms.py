@@ -34,7 +34,7 @@ def _pair(name: str, size: Size) -> tuple[int, int]:
 def to_float(images: Tensor) -> Tensor:
     """Images uint8 or float [B, 1 or 3, H, W] to float32 [B, 3, H, W] in 0..1; grey is repeated.
 
-    Floats are taken to be in 0..1 already.
+    Float images must already be in 0..1.
 
     Raises:
         ValueError: another number of channels or dimensions.
@@ -96,7 +96,7 @@ def resize(images: Tensor, size: Size) -> Tensor:
 
 
 def center_crop(images: Tensor, size: Size) -> Tensor:
-    """The middle of the images at the largest scale that fills `size`: resize the shorter side, cut the longer.
+    """Resize the images so that they cover `size`, and take a centre crop.
 
     Args:
         images: float [B, C, H, W].
@@ -140,7 +140,7 @@ def random_boxes(
         height: of the images, pixels.
         width: of the images, pixels.
         generator: on the CPU.
-        scale: smallest and largest share of the image's area.
+        scale: smallest and largest area of the crop, as fractions of the image area.
         ratio: smallest and largest width / height.
     """
     return boxes_from(torch.rand(4, count, generator=generator, dtype=torch.float64), height, width, scale, ratio)
@@ -169,15 +169,15 @@ def random_resized_crop(
     ratio: tuple[float, float] = RATIO,
     flip: float = 0.5,
 ) -> Tensor:
-    """A random box of each image, resized, and mirrored with probability `flip`.
+    """Take a random crop of each image, resize it, and flip it horizontally with probability `flip`.
 
     Args:
         images: float [B, C, H, W].
         size: new height and width.
         generator: on the CPU; the same state gives the same result.
-        scale: smallest and largest share of the image's area.
-        ratio: smallest and largest width / height of the box.
-        flip: probability of mirroring left and right.
+        scale: smallest and largest area of the crop, as fractions of the image area.
+        ratio: smallest and largest aspect ratio (width / height) of the crop.
+        flip: probability of a horizontal flip.
 
     Returns:
         [B, C, h, w].
@@ -255,13 +255,13 @@ def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """uint8 [B, 1 or 3, H, W] to normalised float32 [B, 3, h, w], nothing random.
+    """Transform uint8 [B, 1 or 3, H, W] to normalised float32 [B, 3, h, w] without randomness.
 
     Attributes:
         size: new height and width.
-        crop: True keeps the aspect ratio and cuts the middle, False squeezes the whole image into `size`.
-        mean: per channel, of images in 0..1.
-        std: per channel.
+        crop: True keeps the aspect ratio and takes a centre crop; False resizes the whole image to `size`.
+        mean: mean per channel, for images in 0..1.
+        std: standard deviation per channel.
     """
 
     size: Size
@@ -279,16 +279,17 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """uint8 [B, 1 or 3, H, W] to normalised float32 [B, 3, h, w] by a random resized crop and a random flip.
+    """Transform uint8 [B, 1 or 3, H, W] to normalised float32 [B, 3, h, w] with a random resized crop and a random
+    flip.
 
     Attributes:
         size: new height and width.
-        scale: smallest and largest share of the image's area.
-        ratio: smallest and largest width / height of the box.
-        flip: probability of mirroring left and right.
-        jitter: strength of random changes of brightness, contrast and saturation, 0 to 1.
-        mean: per channel, of images in 0..1.
-        std: per channel.
+        scale: smallest and largest area of the crop, as fractions of the image area.
+        ratio: smallest and largest aspect ratio (width / height) of the crop.
+        flip: probability of a horizontal flip.
+        jitter: strength of random brightness, contrast and saturation changes, 0 to 1.
+        mean: mean per channel, for images in 0..1.
+        std: standard deviation per channel.
     """
 
     size: Size

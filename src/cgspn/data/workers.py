@@ -37,7 +37,7 @@ Failure = tuple[int, str, str]
 
 
 class WorkerError(OSError):
-    """Worker processes die as fast as they are started; the message says what may help."""
+    """Raised if worker processes die repeatedly; the message suggests what to do."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class LoaderConfig:
             raise ValueError(f"max_skipped is {self.max_skipped}; accepted: 0 to 1")
 
     def workers_for(self, processes: int) -> int:
-        """The number of workers where `processes` training processes share the machine."""
+        """Return the number of workers per training process if `processes` of them share the machine."""
         if self.workers is not None:
             return self.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -76,17 +76,18 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What a stream of batches is a function of, beside the source.
+    """Everything that determines the batches of a stage, apart from the source.
 
     Attributes:
         batch_size: images in a batch of `size`.
-        rows: first and end row of such a batch that this process reads; of others it reads the same share.
+        rows: first and end row that this process reads of a batch of `size`; of other shapes it reads the same
+            fraction.
         size: (height, width) in pixels.
-        seed: of order and augmentation.
-        augment: a random box of each image, mirrored or not; else the middle.
-        scale: smallest and largest share of the image's area that a random box has.
-        captioned: an image without a caption or class cannot be used.
-        shapes: what batches may look like (`scheduled`); empty for `batch_size` images of `size` every time.
+        seed: random seed of order and augmentation.
+        augment: random crop and flip of each image, instead of a centre crop.
+        scale: smallest and largest area of a random crop, as fractions of the image area.
+        captioned: skip images without a caption or class.
+        shapes: shapes of the batches (`scheduled`); empty if every batch has `batch_size` images of `size`.
     """
 
     batch_size: int
@@ -99,13 +100,13 @@ class BatchPlan:
     shapes: tuple[BatchShape, ...] = ()
 
     def at(self, step: int) -> tuple[BatchShape, int, slice]:
-        """The shape of a batch, its position in the stream of epochs, and the rows that this process reads."""
+        """Return the shape of a batch, its position in the sequence of epochs, and the rows that this process reads."""
         shape, begin = scheduled(self.shapes or (BatchShape(self.size, self.batch_size),), self.seed, step)
         first, end = (row * shape.images // self.batch_size for row in self.rows)
         return shape, begin, slice(first, end)
 
     def parts(self, step: int) -> list[slice]:
-        """The rows of a step that this process reads, in parts for its workers."""
+        """Return the rows that this process reads in a step, divided between its workers."""
         shape, _, rows = self.at(step)
         count = max(1, min(PART_IMAGES, PART_PIXELS // (shape.size[0] * shape.size[1])))
         return [slice(first, min(first + count, rows.stop)) for first in range(rows.start, rows.stop, count)]
@@ -220,7 +221,7 @@ def joined(parts: list[Rows], device: torch.device) -> Rows:
 def read_rows(
     source: SampleSource, plan: BatchPlan, start: int, end: int, *, workers: int, prefetch: int, device: torch.device
 ) -> Iterator[tuple[int, Rows]]:
-    """The rows of steps `start` to `end` - 1, read ahead, those that this process reads.
+    """Yield the rows of steps `start` to `end` - 1 that this process reads, with prefetching.
 
     Args:
         source: what is read.
@@ -232,7 +233,7 @@ def read_rows(
         device: where images go; through page-locked memory to a GPU.
 
     Raises:
-        WorkerError: a worker dies again before one batch has come after its restart.
+        WorkerError: a restarted worker dies again before it delivers a batch.
         ValueError: nothing readable was found for a row.
     """
     step, restarted_at = start, -1

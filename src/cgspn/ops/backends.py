@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_tensor
+from .checks import check_choice, check_tensor
 from .gpu import Gpu, gpu_of
 
 # In the order in which "auto" tries them; the PyTorch backend runs everywhere, so it is the last.
@@ -25,7 +25,7 @@ PREFERENCE: dict[str, str] = {"cuda": "cuda.scan", "triton": "triton_scan", "tor
 
 
 class Choice(NamedTuple):
-    """What `explain_backend` returns: the backend that runs and why each faster one does not."""
+    """The result of `explain_backend`: the backend that runs, and why each faster one does not."""
 
     backend: str
     passed_over: dict[str, str]
@@ -63,10 +63,10 @@ def unsupported_reason(name: str, x: Tensor) -> str | None:
 
 
 def explain_backend(x: Tensor) -> Choice:
-    """What `backend="auto"` runs for features `x` [B, H, W, C], and why the faster ones were passed over.
+    """Say which backend `backend="auto"` runs for features `x` [B, H, W, C], and why the faster ones do not run.
 
-    Raises TypeError for what is no tensor or of a dtype that no backend takes, RuntimeError for a CUDA tensor in a
-    process that was forked after CUDA was initialised.
+    Raises TypeError if `x` is not a tensor or has an unsupported dtype, and RuntimeError for a CUDA tensor in a process
+    that was forked after CUDA was initialised.
     """
     check_tensor(x)
     return _choose(x)
@@ -84,8 +84,7 @@ def _choose(x: Tensor) -> Choice:
 
 def check_backend(backend: str) -> None:
     """Raise ValueError unless `backend` is "auto" or a name in PREFERENCE."""
-    if backend != "auto" and backend not in PREFERENCE:
-        raise ValueError(f"backend is {backend!r}; accepted: 'auto', {', '.join(map(repr, PREFERENCE))}")
+    check_choice("backend", backend, ("auto", *PREFERENCE))
 
 
 def backend_for(backend: str, x: Tensor) -> ModuleType:
