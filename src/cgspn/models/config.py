@@ -177,8 +177,8 @@ class TextConfig:
     """Settings of a small text tower over UTF-8 bytes, which needs no vocabulary and reads any language.
 
     Args:
-        width: channels per token. depth: number of blocks. heads: number of attention heads. context: maximum length of a
-            text in bytes; longer texts are truncated.
+        width: channels per token. depth: number of blocks. heads: number of attention heads. context: maximum length of
+            a text in bytes; longer texts are truncated.
     """
 
     width: int = 64
