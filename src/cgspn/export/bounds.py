@@ -1,7 +1,5 @@
 """Which sizes and batches an exported program takes, and which of them its check tries."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,11 +22,11 @@ class Bounds:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Return the bounds in patches."""
+        """The bounds in patches a side."""
         return self.min_size // self.patch, self.max_size // self.patch
 
     def check(self, images: Tensor) -> None:
-        """Raise ValueError if images [B, channels, H, W] are outside the bounds."""
+        """Raise ValueError unless images [B, channels, H, W] lie within the bounds."""
         batch, _, *sides = images.shape
         fits = all(self.min_size <= side <= self.max_size and side % self.patch == 0 for side in sides)
         if not (fits and 1 <= batch <= self.max_batch):
@@ -38,11 +36,7 @@ class Bounds:
             )
 
     def sizes(self, native: tuple[int, int]) -> list[tuple[int, int, int]]:
-        """Return the (batch, height, width) to compare at: smallest and largest, the two most extreme aspect ratios,
-        and the native size.
-
-        The largest square has batch size 1 and the smallest has the full batch, which keeps the check fast.
-        """
+        """Return the (batch, height, width) to compare at: smallest, largest, extreme aspect ratios and native size."""
         small, large, most = self.min_size, self.max_size, self.max_batch
         own = tuple(min(max(side // self.patch * self.patch, small), large) for side in native)
         middle = (small + large) // 2 // self.patch * self.patch
@@ -60,9 +54,9 @@ class Bounds:
 def bounds_for(
     config: EncoderConfig, min_size: int | None = None, max_size: int | None = None, max_batch: int = 32
 ) -> Bounds:
-    """Return the bounds for an encoder; by default from one patch to twice its longer native side.
+    """Bounds for an encoder; by default from one patch to twice its longer native side.
 
-    Raises ValueError for sizes that are not multiples of the patch size, an empty range, or a batch size below 1.
+    Raises ValueError for sizes that are no multiples of the patch size, an empty range, or a batch below 1.
     """
     patch = config.patch_size
     low = patch if min_size is None else min_size

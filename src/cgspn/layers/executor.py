@@ -70,18 +70,17 @@ def fusion_of(block: Block, tokens: Tensor) -> Fusion:
     if reason is not None and wanted == "triton":
         raise RuntimeError(f"fusion_backend is 'triton', which cannot run here: {reason}")
     state = state_of(block)
-    if wanted == "auto" and not state.latent and tokens.numel() < FEW and not is_capturing(tokens):
+    few = wanted == "auto" and not state.latent and tokens.numel() < FEW
+    if few and not (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):  # in a graph launches cost nothing
         return NOTHING
     channels = tokens.shape[-1]
     by_rows = reason is None and channels <= CHANNELS_MOST and state.widths == {tokens.shape[-1:]}
-    mixer = by_rows and state.latent and (wanted == "triton" or has_room(tokens)) and is_narrow(block)
+    mixer = by_rows and state.latent and (wanted == "triton" or has_room(tokens))
+    if mixer:  # the latent and the merged directions have to fit a tile of rows
+        parts: Any = block.mixer
+        mixer = max(parts.down.out_features, parts.up.in_features) <= LATENT_MOST
     mlp = state.mlp and not torch.is_grad_enabled() and has_dtype_of(block.mlp, tokens)
     return Fusion(by_rows and state.norm1, by_rows and state.norm2, mixer, mlp)
-
-
-def is_capturing(tokens: Tensor) -> bool:
-    """Whether launches go into a CUDA graph, where they cost nothing later."""
-    return tokens.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def has_room(tokens: Tensor) -> bool:
@@ -96,12 +95,6 @@ def has_dtype_of(mlp: nn.Module, tokens: Tensor) -> bool:
     if not isinstance(mlp, Mlp):
         return True
     return mlp.act.approximate == "tanh" and tokens.dtype in (autocast_dtype(tokens), mlp.fc1.weight.dtype)
-
-
-def is_narrow(block: Block) -> bool:
-    """Whether the latent and the merged directions of a C-GSPN sub-layer fit a tile of rows."""
-    mixer: Any = block.mixer
-    return bool(max(mixer.down.out_features, mixer.up.in_features) <= LATENT_MOST)
 
 
 def run_block(block: Block, tokens: Tensor, grid: Grid, tapped: bool = False) -> Tensor | tuple[Tensor, Tensor]:

@@ -69,11 +69,6 @@ class Recording:
             return torch.empty(shape, dtype=dtype, device=device)
         return self.memory[start : start + size].view(dtype).view(shape)
 
-    @property
-    def fits(self) -> bool:
-        """Whether all lay in the workspace."""
-        return self.memory is not None and self.used <= self.memory.numel()
-
     def launched(self, launch: Launch, addresses: Sequence[int]) -> None:
         """Keep a launch."""
         self.steps.append((launch, tuple(addresses)))
@@ -135,7 +130,7 @@ class Recording:
         self.workspace.grow(self.used)
         if self.incomplete:
             return self.incomplete
-        if not self.fits or self.memory is None:
+        if self.memory is None or self.used > self.memory.numel():
             return "the workspace was too small"
         changing = [(0, 0) if t is None else (t.data_ptr(), t.numel() * t.element_size()) for t in own]
         places = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (*held, self.memory)]

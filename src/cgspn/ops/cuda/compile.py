@@ -84,13 +84,8 @@ def compile_cubin(name: str, defines: Macros, arch: str) -> tuple[bytes, str]:
     Needs NVRTC, no GPU and no driver. Raises cuda.core's NVRTCError with the log if the source does not compile.
     """
     core = cuda_core()
-    options = core.ProgramOptions(
-        name=f"{name}.cu",
-        arch=arch,
-        std="c++17",
-        define_macro=[(key, str(value)) for key, value in defines],
-        ptxas_options=["-v"],
-    )
+    given = [(key, str(value)) for key, value in defines]
+    options = core.ProgramOptions(f"{name}.cu", arch, std="c++17", define_macro=given, ptxas_options=["-v"])
     report = io.StringIO()
     code = core.Program(source(name), "c++", options).compile("cubin", logs=report).code
     assert isinstance(code, bytes)
@@ -112,21 +107,16 @@ def cubin(name: str, defines: Macros, arch: str) -> bytes:
                 return code
     code, _ = compile_cubin(name, defines, arch)
     with suppress(OSError):
-        _keep(path, hashlib.sha256(code).digest() + code)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+        try:  # a file is written whole or not at all
+            with os.fdopen(handle, "wb") as file:
+                file.write(hashlib.sha256(code).digest() + code)
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
     return code
-
-
-def _keep(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 class Kernel:
