@@ -1,7 +1,5 @@
 """Which sizes and batches an exported program takes, and which of them its check tries."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -37,10 +35,7 @@ class Bounds:
             )
 
     def sizes(self, native: tuple[int, int]) -> list[tuple[int, int, int]]:
-        """(batch, height, width) to compare at: both corners, the two most extreme shapes, and the native size.
-
-        The largest square is tried alone and the smallest in a full batch, so that the check stays affordable.
-        """
+        """(batch, height, width) to compare at: both corners, the most extreme shapes, and the native size."""
         small, large, most = self.min_size, self.max_size, self.max_batch
         own = tuple(min(max(side // self.patch * self.patch, small), large) for side in native)
         middle = (small + large) // 2 // self.patch * self.patch

@@ -1,7 +1,5 @@
 """Export with the check built in: write, load back, compare with the encoder, and only then give the file its name."""
 
-from __future__ import annotations
-
 import copy
 import importlib.metadata
 import json

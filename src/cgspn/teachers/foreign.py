@@ -1,7 +1,5 @@
 """What foreign configs may state: the kind of every key that is read, wherever in a file it is."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -58,10 +56,7 @@ KINDS: dict[str, Kind] = {
 
 
 def checked_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A foreign config without the keys that are null, which state nothing.
-
-    Raises CheckpointError naming file, key, what was found and what is accepted.
-    """
+    """A foreign config without the keys that are null, which state nothing. Raises CheckpointError naming the key."""
     found: dict[str, Any] = {}
     todo = [(config, found, str(path))]
     while todo:
