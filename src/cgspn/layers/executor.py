@@ -20,7 +20,7 @@ from ..ops.eager import is_eager
 from ..ops.fused import linear_residual, local_norm, norm_linear, rows
 from ..ops.fused.rows import CHANNELS_MOST, DTYPES
 from ..ops.gpu import gpu_of, on_accelerator
-from ..ops.replay import ALIGNED, Replay, linear, product, recorded
+from ..ops.replay import ALIGNED, Replay, linear, matmul, recorded
 from .mixer import Grid
 from .mlp import Mlp
 from .norm import RMSNorm, add_norm
@@ -237,7 +237,7 @@ def wide_residual(block: Block, tokens: Tensor, grid: Grid, after: Tensor) -> tu
     merged, norm = mixer.scan(x, grid.mask)[1].contiguous(), mixer.merge_norm
     unit = rows.rms_forward(merged, norm.weight, norm.eps)
     flat, into = unit.flatten(0, -2), mixer.up.weight.t()
-    mixed = product(flat, into, mixer.up.bias, tokens.flatten(0, -2)).view(tokens.shape)
+    mixed = matmul(flat, into, tokens.flatten(0, -2), mixer.up.bias).view(tokens.shape)
     return rows.forward(mixed, None, n2.weight, n2.bias, n2.eps, after)[:2]
 
 
