@@ -17,11 +17,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 
 
 def load_folder(
-    path: str | Path,
-    size: int | tuple[int, int],
-    *,
-    crop: bool = True,
-    max_skipped_fraction: float = 0.1,
+    path: str | Path, size: int | tuple[int, int], *, crop: bool = True, max_skipped_fraction: float = 0.1
 ) -> tuple[ImageSet, Skipped]:
     """Read a folder of images: one sub-folder for each class, or flat (one class, named after the folder).
 

@@ -158,12 +158,7 @@ class StageFolders:
         return Snapshots(folder, self.every) if folder and self.every else None
 
     def finish(
-        self,
-        number: int,
-        student: Encoder,
-        losses: Losses,
-        throughput: dict[str, Any],
-        carried: Mapping[str, Tensor],
+        self, number: int, student: Encoder, losses: Losses, throughput: dict[str, Any], carried: Mapping[str, Tensor]
     ) -> None:
         """Keep what a stage has made, on the first process. Raises OSError."""
         done = self._of("stages", number)
