@@ -8,12 +8,8 @@ import torch
 from torch import Tensor
 
 TEMPLATES = (
-    "a photo of a {}",
-    "a picture of a {}",
-    "an image of a {}",
-    "a small photo of a {}",
-    "a grey photo of a {}",
-    "a {}",
+    *("a photo of a {}", "a picture of a {}", "an image of a {}"),
+    *("a small photo of a {}", "a grey photo of a {}", "a {}"),
 )
 """Templates for captions and for the zero-shot classifier; `{}` stands for the class name."""
 
@@ -21,12 +17,8 @@ TEMPLATES = (
 def fill(template: str, name: str) -> str:
     """Put a class name into a template, with the article that fits: "a photo of an ankle boot".
 
-    Args:
-        template: text with exactly one `{}`; or with `{c}`, as CLIP-benchmark writes it, which keeps its article.
-        name: the class name.
-
-    Raises:
-        ValueError: the template does not hold exactly one of them.
+    template: text with exactly one `{}`; or with `{c}`, as CLIP-benchmark writes it, which keeps its article.
+    Raises ValueError for one that does not hold exactly one of them.
     """
     if template.count("{}") + template.count("{c}") != 1:
         raise ValueError(f"template is {template!r}; expected exactly one '{{}}' or '{{c}}'")

@@ -69,10 +69,8 @@ def fetch(url: str, path: Path, stop: threading.Event | None = None) -> None:
     http, https and file are read by the standard library, other schemes by fsspec and the plugin that it names.
     What an interrupted download left is overwritten by the next. Setting `stop` ends it at once.
 
-    Raises:
-        OSError: the file cannot be had after three tries (one, if the server says that there is none, or sends less
-            than a kilobyte a second), or written.
-        ImportError, ValueError: fsspec does not know the scheme.
+    Raises OSError if the file cannot be had after three tries (one, if the server says that there is none, or sends
+    less than a kilobyte a second), or written; ImportError or ValueError if fsspec does not know the scheme.
     """
     if path.exists():
         return

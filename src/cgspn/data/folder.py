@@ -22,21 +22,14 @@ def load_folder(
     """Read a folder of images: one sub-folder for each class, or flat (one class, named after the folder).
 
     Files are taken in the order of their names, from sub-folders at any depth; hidden files and folders are passed
-    over. How pictures are read is said at `read_box`. If files were skipped, the report is printed once, on standard
-    error.
+    over. How pictures are read is said at `read_box`. size: (h, w), or one number for both. crop: True keeps the aspect
+    ratio and cuts the middle, False squeezes the whole image into `size`. max_skipped_fraction: largest share of
+    unreadable files that is tolerated, 0 to 1; those that were skipped are named once, on standard error.
 
-    Args:
-        path: the folder.
-        size: height and width of all images, or one number for both.
-        crop: True keeps the aspect ratio and cuts the middle, False squeezes the whole image into `size`.
-        max_skipped_fraction: largest share of unreadable files that is tolerated, 0 to 1.
-
-    Returns:
-        The set, images uint8 [N, 3, h, w], and the report of what was skipped (empty if nothing was).
+    Returns the set, images uint8 [N, 3, h, w], and the report of what was skipped (empty if nothing was).
 
     Raises:
-        FileNotFoundError: no such folder, or no image files in it.
-        NotADirectoryError: a file, not a folder.
+        FileNotFoundError, NotADirectoryError: no such folder, or no image files in it.
         ValueError: `size` or the fraction out of range, images both in sub-folders and beside them, or too many
             unreadable files.
     """

@@ -26,15 +26,9 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One batch.
-
-    Attributes:
-        step: its number in the stream.
-        indices: int64 [B], which images of the source.
-        images: what the transform returned, or uint8 [B, 1 or 3, H, W] without one.
-        labels: int64 [B]; -1 for an image without a class.
-        captions: one for each image, or empty.
-    """
+    """One batch. step: its number in the stream. indices: int64 [B], which images of the source. images: what the
+    transform returned, or uint8 [B, 1 or 3, H, W] without one. labels: int64 [B]; -1 for an image without a class.
+    captions: one for each image, or empty."""
 
     step: int
     indices: Tensor
@@ -70,20 +64,10 @@ def _order(size: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
 def batch_indices(size: int, batch_size: int, step: int, *, seed: int = 0, shuffle: bool = True) -> Tensor:
     """Which images batch `step` holds: a slice of an endless stream of epochs, each a permutation of all images.
 
-    Every batch is full; one that crosses the end of an epoch takes the rest from the next.
+    Every batch is full; one that crosses the end of an epoch takes the rest from the next. size: images in the source;
+    `batch_size` may exceed it. seed: which stream. shuffle: False for the order of the source, over and over.
 
-    Args:
-        size: images in the source, at least 1.
-        batch_size: images in a batch, at least 1; may exceed `size`.
-        step: number of the batch from 0.
-        seed: which stream.
-        shuffle: False for the order of the source, over and over.
-
-    Returns:
-        int64 [batch_size].
-
-    Raises:
-        ValueError: a size, batch size or step out of range.
+    Returns int64 [batch_size]. Raises ValueError for a size, batch size or step out of range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; must be at least 1")
@@ -119,19 +103,9 @@ def batches(
 ) -> Iterator[Batch]:
     """Batches number `start` to `steps` - 1 of the stream of `batch_indices`.
 
-    To resume after step s, pass start = s + 1 and the same seed: order and augmentation go on bit for bit.
-
-    Args:
-        source: an `ImageSet` or any other `ImageSource`.
-        batch_size: images in a batch.
-        steps: number of the step to stop before; an epoch is ceil(len(source) / batch_size) steps.
-        start: first step.
-        seed: which stream of orders and of augmentations.
-        shuffle: False for the order of the source.
-        transform: called as transform(images, generator); its generator depends on seed and step alone.
-
-    Raises:
-        ValueError: from `batch_indices`, when the first batch is asked for.
+    To resume after step s, pass start = s + 1 and the same seed: order and augmentation go on bit for bit. `transform`
+    is called as transform(images, generator); its generator depends on seed and step alone. Raises ValueError as
+    `batch_indices`, when the first batch is asked for.
     """
     for step in range(start, steps):
         indices = batch_indices(len(source), batch_size, step, seed=seed, shuffle=shuffle)

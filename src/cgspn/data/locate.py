@@ -24,13 +24,7 @@ MOST_NAMES = 300_000  # of a brace pattern; the largest public sets have some 23
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file to be read.
-
-    Attributes:
-        name: as the user wrote it, patterns expanded: a path or a URL.
-        path: the local file, which may be missing.
-        problem: why it is missing, or "".
-    """
+    """A tar file: its name as the user wrote it, patterns expanded, its local path, and why it is missing, or ""."""
 
     name: str
     path: Path

@@ -17,14 +17,7 @@ from .skipped import Skipped
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture as it is stored.
-
-    Attributes:
-        encoded: the bytes of the image file.
-        caption: "" if there is none.
-        class_name: "" if it has no class.
-        label: number of the class, or -1.
-    """
+    """One picture as it is stored: the bytes of its file, and caption, class and its number where there are any."""
 
     encoded: bytes
     caption: str = ""
@@ -60,12 +53,8 @@ class SampleSource(Protocol):
 class SampleFolder:
     """Images in a folder, flat or in a sub-folder for each class; the caption of `1.jpg` is in `1.txt` or `1.json`.
 
-    Attributes:
-        source: as the user wrote it.
-        files: paths, in order.
-        labels: a class number each, or -1.
-        class_names: names of the sub-folders; empty for a flat folder.
-        problems: none.
+    files: paths, in order. labels: a class number each, or -1. class_names: names of the sub-folders; empty for a flat
+    folder.
     """
 
     source: str

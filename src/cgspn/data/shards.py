@@ -24,14 +24,10 @@ class ShardSet:
     """The samples of shards, in the order of the shards and of each tar.
 
     Attributes:
-        source: as the user wrote it.
-        shards: those that hold samples.
         problems: shards that are lost or damaged, and samples that are left out of others; of a damaged shard the
             samples before the damage are used.
-        ends: for each shard, the number of samples up to its end.
-        names: uint8 [total], the samples' names one after the other.
-        name_ends: int64 [N], where each ends in `names`.
-        spans: int64 [N, len(PARTS), 2], offset and size in bytes of each of `PARTS`; -1 where there is none.
+        ends: for each shard that holds samples, their number up to its end.
+        names, name_ends, spans: as in `TarIndex`, of all shards.
     """
 
     source: str
@@ -88,14 +84,11 @@ def open_shards(source: str, cache: Path, max_skipped: float = 0.1) -> ShardSet:
     A shard that was indexed before and is lost or damaged now keeps its place, so that the order of the others stays
     what it was; its samples are skipped when their turn comes.
 
-    Args:
-        source: a path, a pattern with `{000..009}`, `{a,b}` or `*`, or a URL; URLs are fetched into `cache`, whole.
-        cache: folder for fetched shards and indices.
-        max_skipped: largest share of lost or damaged shards that is tolerated, 0 to 1.
+    source: a path, a pattern with `{000..009}`, `{a,b}` or `*`, or a URL, which is fetched into `cache`, whole.
+    max_skipped: largest share of lost or damaged shards that is tolerated, 0 to 1.
 
-    Raises:
-        FileNotFoundError: nothing there.
-        ValueError: a wrong pattern, more problems than `max_skipped`, or no sample at all.
+    Raises FileNotFoundError for nothing there, ValueError for a wrong pattern, more problems than `max_skipped`, or no
+    sample at all.
     """
     return index_shards(source, locate(source, cache, max_skipped), cache, max_skipped)
 

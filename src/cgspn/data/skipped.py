@@ -11,13 +11,9 @@ FIRST = 1000  # images that a stream is given before its share of unreadable one
 
 @dataclass(frozen=True)
 class Skipped:
-    """What could not be read.
+    """What could not be read, of `total` that were tried; `what`: what they are, in the plural.
 
-    Attributes:
-        files: name and reason of each, in the order of reading.
-        total: how many were tried.
-        what: what they are, in the plural.
-        unnamed: how many more there are beside `files`.
+    files: name and reason of each, in the order of reading. unnamed: how many more there are.
     """
 
     files: tuple[tuple[str, str], ...] = ()
@@ -41,11 +37,9 @@ class Skipped:
 class SkipCounter:
     """Counts what a run skips. An image that is met again in a later epoch counts once.
 
-    Attributes:
-        source: what is read, for messages.
-        size: number of its images.
-        limit: largest share of unreadable ones that is tolerated, 0 to 1.
-        read: how many were tried. used: how many could be read. bad: the others, name and reason by number.
+    source: what is read, for messages. size: number of its images. limit: largest share of unreadable ones that is
+    tolerated, 0 to 1. read: how many were tried. used: how many could be read. bad: the others, name and reason by
+    number.
     """
 
     source: str

@@ -18,13 +18,10 @@ EMBEDDED = "embedded"
 
 
 def load_images(source: str | Path, size: tuple[int, int], channels: int, split: Split) -> ImageSet:
-    """Images for an encoder of `channels` input channels.
+    """Images for an encoder of `channels` input channels, 1 or 3: colour becomes grey, and grey three equal channels.
 
-    Args:
-        source: "embedded", or a folder with one sub-folder for each class, or of images alone.
-        size: height and width that a folder's images are brought to; the embedded ones keep theirs.
-        channels: 1 or 3; colour becomes grey, and grey becomes three equal channels, where the encoder needs it.
-        split: which part of the embedded images; a folder has no parts.
+    source: "embedded", of which `split` is a part; or a folder with one sub-folder for each class, or of images alone,
+    which are brought to `size`, (height, width); the embedded ones keep theirs.
 
     Raises what `load_folder` raises, and ValueError for other numbers of channels. Unreadable files are skipped,
     counted and named on standard error.
@@ -44,10 +41,8 @@ def load_images(source: str | Path, size: tuple[int, int], channels: int, split:
 def open_samples(source: str, *, cache: Path | None = None, max_skipped: float = 0.1) -> SampleSource:
     """Images that are read while they are trained on.
 
-    Args:
-        source: a folder of images or of shards, or shards: a path, a pattern or a URL (`open_shards`).
-        cache: folder for fetched shards and indices; None for the user's cache folder.
-        max_skipped: largest share of lost or damaged shards that is tolerated, 0 to 1.
+    source: a folder of images or of shards, or shards: a path, a pattern or a URL (`open_shards`). cache: folder for
+    fetched shards and indices; None for the user's cache folder. max_skipped: as in `open_shards`.
 
     Raises FileNotFoundError, NotADirectoryError or ValueError, as `open_shards` and `load_folder` do.
     """

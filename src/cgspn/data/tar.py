@@ -15,7 +15,6 @@ LONGEST_NAME = 4096  # bytes, as Linux allows of a path
 
 _LINKS = {b"1": "a hard link", b"2": "a symbolic link"}
 _WITHOUT_CONTENT = b"123456"  # links, devices, folders and FIFOs, whatever size they state
-_SPARSE = "a sparse file"
 
 
 class TarDamage(ValueError):
@@ -23,7 +22,7 @@ class TarDamage(ValueError):
 
 
 class Member(NamedTuple):
-    """A file of a tar: its name, where its content lies, and why its content is not there as it is ("" if it is)."""
+    """A file of a tar: its name, where its content lies, and why that is not there as it is ("" if it is)."""
 
     name: bytes
     offset: int
@@ -57,8 +56,10 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
                 records[b"path"] = content.rstrip(b"\0")
             at = start + _padded(length)
             continue
-        if b"size" in records:
-            length = _decimal(records[b"size"], at)
+        if (digits := records.get(b"size")) is not None:
+            if not digits.isdigit() or len(digits) > 18:
+                raise TarDamage(f"no valid size in the PAX records before byte {at}")
+            length = int(digits)
         name = records.get(b"path") or _name(block)
         more = kind == b"S" and block[482]
         while more:  # GNU's map of the holes goes on between header and content
@@ -71,7 +72,7 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
         sparse = kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in records)
         records = {}
         if kind in _LINKS or sparse:
-            yield Member(name, start, length, _LINKS.get(kind, _SPARSE))
+            yield Member(name, start, length, _LINKS.get(kind, "a sparse file"))
         elif kind in (b"\0", b"0", b"7") and not name.endswith(b"/"):
             yield Member(name, start, length)
 
@@ -98,12 +99,6 @@ def _number(field: bytes, at: int) -> int:
     if not all(48 <= digit < 56 for digit in digits):
         raise TarDamage(f"no valid size in the header at byte {at}")
     return int(digits, 8)
-
-
-def _decimal(digits: bytes, at: int) -> int:
-    if not digits.isdigit() or len(digits) > 18:
-        raise TarDamage(f"no valid size in the PAX records before byte {at}")
-    return int(digits)
 
 
 def _pax_records(content: bytes, at: int) -> dict[bytes, bytes]:

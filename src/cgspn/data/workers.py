@@ -34,6 +34,8 @@ AUGMENT, SUBSTITUTE = 1, 3  # purposes of randomness
 
 Failure = tuple[int, str, str]
 """Number, name and reason of a sample that could not be used."""
+Key = tuple[int, slice, list[int]]
+"""A step, rows of its batch, and the numbers of their samples."""
 
 
 class WorkerError(OSError):
@@ -76,17 +78,12 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What a stream of batches is a function of, beside the source.
+    """What a stream of batches of `batch_size` images of `size`, (height, width), is a function of, beside the source.
 
-    Attributes:
-        batch_size: images in a batch of `size`.
-        rows: first and end row of such a batch that this process reads; of others it reads the same share.
-        size: (height, width) in pixels.
-        seed: of order and augmentation.
-        augment: a random box of each image, mirrored or not; else the middle.
-        scale: smallest and largest share of the image's area that a random box has.
-        captioned: an image without a caption or class cannot be used.
-        shapes: what batches may look like (`scheduled`); empty for `batch_size` images of `size` every time.
+    rows: first and end row of such a batch that this process reads; of others it reads the same share. augment: a
+    random box of each image, mirrored or not; else the middle. scale: smallest and largest share of the image's area
+    that a random box has. captioned: an image without a caption or class cannot be used. shapes: what batches may look
+    like (`scheduled`); empty for `batch_size` images of `size` every time.
     """
 
     batch_size: int
@@ -112,10 +109,7 @@ class BatchPlan:
 
 
 class Rows(NamedTuple):
-    """Rows of a batch: uint8 [b, h, w, 3], int64 [b], int64 [b], captions, what could not be used.
-
-    `images` is None if nothing that could be used was found.
-    """
+    """Rows of a batch: uint8 [b, h, w, 3] (None if nothing can be used), int64 [b], int64 [b]; and what cannot be."""
 
     images: Tensor | None
     indices: Tensor
@@ -128,10 +122,9 @@ class RowsReader(Dataset[Rows]):
     """From a step, rows of its batch and their sample numbers to decoded rows; what each worker process runs."""
 
     def __init__(self, source: SampleSource, plan: BatchPlan) -> None:
-        """The two things that rows are a function of."""
         self.source, self.plan = source, plan
 
-    def __getitem__(self, key: tuple[int, slice, list[int]]) -> Rows:
+    def __getitem__(self, key: Key) -> Rows:
         """Rows of one step. Never raises for damaged data: what a worker raises loses its place in the stream."""
         step, rows, numbers = key
         shape = self.plan.at(step)[0]
@@ -139,9 +132,7 @@ class RowsReader(Dataset[Rows]):
         # of the whole batch, so that a row has its own whoever reads it
         draws = torch.rand(shape.images, 6, generator=generator, dtype=torch.float64)[rows]
         images = torch.empty(len(numbers), *shape.size, 3, dtype=torch.uint8)
-        found, labels = list(numbers), list[int]()
-        captions: list[str] = []
-        failures: list[Failure] = []
+        found, labels, captions, failures = list(numbers), list[int](), list[str](), list[Failure]()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about oddities in files
             for row, number in enumerate(numbers):
@@ -187,22 +178,13 @@ class RowsReader(Dataset[Rows]):
         return choose
 
 
-@dataclass(frozen=True)
-class Steps:
+def _keys(size: int, plan: BatchPlan, start: int, end: int) -> Iterator[Key]:
     """The keys of `RowsReader`, in order; made in the training process, which alone holds the order of an epoch."""
-
-    size: int
-    plan: BatchPlan
-    start: int
-    end: int
-
-    def __iter__(self) -> Iterator[tuple[int, slice, list[int]]]:
-        """Step, rows and their sample numbers, of each part that this process reads."""
-        for step in range(self.start, self.end):
-            shape, begin, _ = self.plan.at(step)
-            whole = stream_indices(self.size, begin, shape.images, seed=self.plan.seed)
-            for rows in self.plan.parts(step):
-                yield step, rows, whole[rows].tolist()
+    for step in range(start, end):
+        shape, begin, _ = plan.at(step)
+        whole = stream_indices(size, begin, shape.images, seed=plan.seed)
+        for rows in plan.parts(step):
+            yield step, rows, whole[rows].tolist()
 
 
 def joined(parts: list[Rows], device: torch.device) -> Rows:
@@ -222,24 +204,14 @@ def read_rows(
 ) -> Iterator[tuple[int, Rows]]:
     """The rows of steps `start` to `end` - 1, read ahead, those that this process reads.
 
-    Args:
-        source: what is read.
-        plan: how.
-        start: first step.
-        end: step to stop before.
-        workers: processes; 0 for none.
-        prefetch: parts of batches that each reads ahead.
-        device: where images go; through page-locked memory to a GPU.
-
-    Raises:
-        WorkerError: a worker dies again before one batch has come after its restart.
-        ValueError: nothing readable was found for a row.
+    workers: processes; 0 for none. prefetch: parts of batches that each reads ahead. device: where images go; through
+    page-locked memory to a GPU. Raises WorkerError if a worker dies again before one batch has come after its restart.
     """
     step, restarted_at = start, -1
     while step < end:
         used = min(workers, sum(len(plan.parts(ahead)) for ahead in range(step, min(end, step + workers))))
         pin = device.type == "cuda"
-        parts = _started(RowsReader(source, plan), Steps(len(source), plan, step, end), used, prefetch, pin)
+        parts = _started(RowsReader(source, plan), _keys(len(source), plan, step, end), used, prefetch, pin)
         while step < end:
             try:
                 rows = joined([next(parts) for _ in plan.parts(step)], device)
@@ -253,15 +225,14 @@ def read_rows(
                         f"a process that reads images died twice at step {step} ({error}); if memory ran out, fewer "
                         "workers or a smaller prefetch need less"
                     ) from error
-                message = f"a process that reads images died ({error}); started again at step {step}, nothing is lost"
-                warn(message)
+                warn(f"a process that reads images died ({error}); started again at step {step}, nothing is lost")
                 restarted_at = step
                 break
             yield step, rows
             step += 1
 
 
-def _started(reader: RowsReader, steps: Steps, workers: int, prefetch: int, pin: bool) -> Iterator[Rows]:
+def _started(reader: RowsReader, keys: Iterator[Key], workers: int, prefetch: int, pin: bool) -> Iterator[Rows]:
     """A loader whose workers run, and the process's signal handler what it was.
 
     The loader's own one raises wherever the process happens to be when a worker dies, in an optimiser step too. Without
@@ -275,7 +246,7 @@ def _started(reader: RowsReader, steps: Steps, workers: int, prefetch: int, pin:
             loader = DataLoader(
                 reader,
                 batch_size=None,
-                sampler=steps,
+                sampler=keys,
                 num_workers=workers,
                 prefetch_factor=prefetch if workers else None,
                 pin_memory=pin,

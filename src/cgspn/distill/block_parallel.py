@@ -67,7 +67,7 @@ class PlacedSublayerTask(SublayerTask):
     def losses(self, batch: Batch) -> Losses:
         """As in `SublayerTask`; losses of blocks that are elsewhere are zero, and so are left out of "total"."""
         taps = self.observed(batch)
-        energies = self.energies.of([taps.sublayers[i] for i in self.learning])
+        energies = self.energies.of(self.targets(taps))
         energy = dict(zip(self.learning, energies, strict=True))
         zero = energies.new_zeros(())
         losses: Losses = {f"block {i}": zero for i in self.learning}
