@@ -14,7 +14,6 @@ class Adapter(nn.Module):
     """x + MLP(norm(x)), starting as the identity: [B, N, C] -> [B, N, C]. Paper: adapters (docs/paper.md)."""
 
     def __init__(self, width: int) -> None:
-        """width: C."""
         super().__init__()
         self.norm = LayerNorm(width)
         self.mlp = Mlp(width, width)

@@ -21,19 +21,9 @@ from ..data import (
     TrainTransform,
     read_rows,
     scheduled,
+    transforms,
 )
 from ..data.loader import fetch, generator_of, stream_indices
-from ..data.transforms import (
-    blend,
-    blend_factors,
-    jitter_colors,
-    jitter_factors,
-    normalize,
-    paste,
-    paste_boxes,
-    ratio_around,
-    to_float,
-)
 from ..models.config import EncoderConfig
 from .config import OptimConfig
 from .parallel import World
@@ -53,13 +43,8 @@ class Feed(Protocol):
     ) -> Stream:
         """From a step to this process's share of the batches from there on, on its device.
 
-        Args:
-            encoder: whose normalisation the images get.
-            size: (height, width) in pixels.
-            optim: the optimisation.
-            world: the processes of the run.
-            sizes: what batches are drawn from; each has about the tokens of `optim.batch_size` images of `size`. A
-                feed that does not know mixed sizes may lack this argument.
+        encoder: whose normalisation the images get. sizes: what batches are drawn from; each has about the tokens of
+        `optim.batch_size` images of `size`. A feed that does not know mixed sizes may lack this argument.
         """
 
     def captions(self, batch: Batch) -> list[str]:
@@ -94,13 +79,13 @@ class ImageSetFeed:
         """As in `Feed`. Raises ValueError as `blended_share`, and for a wrong size."""
         blended_share(optim, world)
         shapes = batch_shapes(encoder, size, optim, world.size, sizes)
-        transforms = {shape.size: transform_of(encoder, shape.size, optim) for shape in shapes}
+        prepared = {shape.size: transform_of(encoder, shape.size, optim) for shape in shapes}
 
         def start_at(start: int) -> Iterator[Batch]:
             for step in range(start, optim.steps):
                 shape, begin = scheduled(shapes, optim.seed, step)
                 indices = stream_indices(len(self.images), begin, shape.images, seed=optim.seed)
-                whole = fetch(self.images, step, indices, transforms[shape.size], optim.seed)
+                whole = fetch(self.images, step, indices, prepared[shape.size], optim.seed)
                 share = share_of(shape.images, world)
                 own = rows_of(whole, share) if world.size > 1 else whole
                 images = blended(own.images.to(world.device), optim, step, shape.images, share)
@@ -117,11 +102,8 @@ class ImageSetFeed:
 class SampleFeed:
     """Images that are read, decoded and cropped by worker processes while the model trains.
 
-    Attributes:
-        source: shards or a folder.
-        loader: how they are read.
-        captioned: skip images without a caption or class, for a contrastive loss.
-        tally: counts what this process reads and skips, over all its streams.
+    captioned: skip images without a caption or class, for a contrastive loss. tally: counts what this process reads and
+    skips, over all its streams.
     """
 
     source: SampleSource
@@ -167,11 +149,13 @@ class SampleFeed:
                         f"{rows.failures[-1][1]}: {rows.failures[-1][2]}"
                     )
                 shape, _, own = plan.at(step)
-                images = to_float(rows.images.permute(0, 3, 1, 2).contiguous())  # bytes travelled
+                images = transforms.to_float(rows.images.permute(0, 3, 1, 2).contiguous())  # bytes travelled
                 if optim.augment and optim.jitter:
-                    factors = jitter_factors(shape.images, optim.jitter, generator_of(optim.seed, COLORS, step))
-                    images = jitter_colors(images, factors[own])
-                images = normalize(images, encoder.image_mean, encoder.image_std)
+                    factors = transforms.jitter_factors(
+                        shape.images, optim.jitter, generator_of(optim.seed, COLORS, step)
+                    )
+                    images = transforms.jitter_colors(images, factors[own])
+                images = transforms.normalize(images, encoder.image_mean, encoder.image_std)
                 images = blended(images, optim, step, shape.images, own)
                 yield Batch(step, rows.indices, images, rows.labels.to(world.device), tuple(rows.captions))
 
@@ -187,7 +171,7 @@ def transform_of(encoder: EncoderConfig, size: tuple[int, int], optim: OptimConf
     if not optim.augment:
         return eval_transform(encoder, size)
     return replace(
-        train_transform(encoder, size), scale=optim.crop_scale, ratio=ratio_around(size), jitter=optim.jitter
+        train_transform(encoder, size), scale=optim.crop_scale, ratio=transforms.ratio_around(size), jitter=optim.jitter
     )
 
 
@@ -198,13 +182,7 @@ def batch_shapes(
 
     Numbers of images are rounded to multiples of eight, and of what processes and accumulation steps divide. They are
     the same for any number of processes whose product with `OptimConfig.accumulate` divides both eight and the batch.
-
-    Args:
-        encoder: whose patches tile the images.
-        size: (height, width) in pixels at which a batch has `OptimConfig.batch_size` images.
-        optim: the optimisation.
-        processes: that share each batch.
-        sizes: what else batches may look like; None for `size` alone.
+    sizes: what else batches may look like; None for `size` alone.
     """
     if sizes is None:
         return (BatchShape(size, optim.batch_size),)
@@ -226,12 +204,12 @@ def blended(images: Tensor, optim: OptimConfig, step: int, count: int, share: sl
     Alike on any number of processes whose shares are multiples of four.
     """
     if optim.mixup:
-        factors = blend_factors(count, optim.mixup, generator_of(optim.seed, BLENDS, step))
-        images = blend(images, factors[share])
+        factors = transforms.blend_factors(count, optim.mixup, generator_of(optim.seed, BLENDS, step))
+        images = transforms.blend(images, factors[share])
     if optim.cutmix:
         random = generator_of(optim.seed, BOXES, step)
-        boxes = paste_boxes(count, optim.cutmix, images.shape[2], images.shape[3], random)
-        images = paste(images, boxes[share])
+        boxes = transforms.paste_boxes(count, optim.cutmix, images.shape[2], images.shape[3], random)
+        images = transforms.paste(images, boxes[share])
     return images
 
 

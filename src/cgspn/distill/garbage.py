@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from types import TracebackType
 
 FULL = 1000  # steps between collections of everything: about a second each, at the same step everywhere
 
@@ -22,9 +21,7 @@ class Garbage:
         self.before = gc.isenabled()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.before:
             gc.enable()
 

@@ -35,7 +35,6 @@ class Optimizers:
     """Several optimisers over disjoint parameters, stepped as one."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        """parts: the optimisers."""
         self.parts = parts
         self.param_groups = [group for part in parts for group in part.param_groups]
 

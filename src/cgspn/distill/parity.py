@@ -19,14 +19,10 @@ class ParityError(RuntimeError):
 def check_parity(teacher: Encoder, images: Tensor, precision: str) -> float:
     """Compare the taps of a teacher, in the run's precision, with its plain forward pass in float32.
 
-    Args:
-        teacher: an encoder in eval mode.
-        images: [B, channels, H, W], normalised; two are enough.
-        precision: "float32" or "bfloat16".
+    teacher: in eval mode. images: [B, channels, H, W], normalised; two are enough. precision: "float32" or "bfloat16".
 
-    Returns the relative error of the final tokens.
-
-    Raises ParityError if it is more than the precision explains: damaged weights, features that overflow.
+    Returns the relative error of the final tokens. Raises ParityError if it is more than the precision explains:
+    damaged weights, features that overflow.
     """
     plain = teacher(images).tokens.flatten(1, 2)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):

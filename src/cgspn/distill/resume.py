@@ -43,9 +43,8 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
 def lacks_report(out: Path, settings: dict[str, Any]) -> bool:
     """Whether `out` holds a finished run of these settings without its report: it was killed in between, or had not
     what reports need."""
-    if not (out / RECORD).exists() or (out / REPORT).exists() or not (out / RUN).exists():
-        return False
-    return read_json(out / RUN) == identity(settings)
+    unfinished = (out / RECORD).exists() and (out / RUN).exists() and not (out / REPORT).exists()
+    return unfinished and read_json(out / RUN) == identity(settings)
 
 
 def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
@@ -61,13 +60,11 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
     if not path.exists() and (held := [name for name in made if os.path.lexists(out / name)]):
         raise ValueError(f"out is {out}, which holds {', '.join(held)} of something else; give another folder")
     wanted = identity(settings)
-    begun = progress_of(out)
-    if begun and not path.exists():
-        raise ValueError(f"out is {out}, which holds a run ({begun}) without its {RUN}; give another folder")
-    if begun:
+    if begun := progress_of(out):
+        if not path.exists():
+            raise ValueError(f"out is {out}, which holds a run ({begun}) without its {RUN}; give another folder")
         found = read_run(path)
-        ahead = ahead_of(out, found["config"])
-        for name in ahead:  # nothing was made of them yet
+        for name in ahead_of(out, found["config"]):  # nothing was made of them yet
             found["config"][name] = wanted["config"].get(name)
         if found != wanted:
             changed = ", ".join(sorted(differences(found, wanted)))

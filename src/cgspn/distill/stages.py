@@ -72,8 +72,6 @@ def distill(
     Args:
         teacher: an encoder, or the image-text model whose image side is the teacher; it is not changed.
         student: a converted encoder, on the device of the teacher.
-        images: what both look at.
-        config: steps, rates and losses; a stage of 0 steps is left out.
         watcher: makes the progress callback of each stage.
         name: of the student, in titles.
         folder: where each stage leaves its student, losses and snapshots; a run that stopped goes on from them.
@@ -83,11 +81,8 @@ def distill(
 
     Returns the record of each stage; the student is left in eval mode.
 
-    Raises:
-        ValueError: a student that does not match, a contrastive loss without a text tower, a batch that does not
-            divide.
-        ParityError: the teacher's taps are not its features.
-        DivergedError, SnapshotError: as `train`.
+    Raises ValueError for a student that does not match, a contrastive loss without a text tower or a batch that does
+    not divide, ParityError if the teacher's taps are not its features, and what `train` raises.
     """
     feed = ImageSetFeed(images) if isinstance(images, ImageSet) else images
     world = world or World(device=next(student.parameters()).device)

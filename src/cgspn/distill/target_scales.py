@@ -18,7 +18,6 @@ class TargetScales(nn.Module):
     """
 
     def __init__(self, count: int) -> None:
-        """count: how many features are measured."""
         super().__init__()
         self.register_buffer("values", torch.zeros(count))
         self.known = False

@@ -319,7 +319,7 @@ class DistillTask(TeacherTask):
             ):
                 if weights[name]:
                     taps = zip(*of_blocks, strict=True)
-                    values = [self.runtime.tap_loss(*tap, kl_weight) for tap in taps]
+                    values = [self.runtime.tap_loss(a, s, t, e, kl_weight) for a, s, t, e in taps]
                     parts[name] = torch.stack(values).mean()
                     each |= {f"{name} block {i}": value for i, value in enumerate(values)}
             if config.tokens:
