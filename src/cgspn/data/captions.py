@@ -1,7 +1,5 @@
 """Prompt templates, and class names put into them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

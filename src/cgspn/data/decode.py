@@ -1,7 +1,5 @@
 """From an image file to RGB pixels of a given size: one box of the picture, upright, whatever its format and mode."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from pathlib import Path

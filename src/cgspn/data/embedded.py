@@ -1,7 +1,5 @@
 """The image set that comes with the package: part of Fashion-MNIST (MIT licence, see fashion_mnist/LICENSE)."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from functools import cache

@@ -1,7 +1,5 @@
 """Downloads into a cache: whole or not at all, once for all processes, given up where a server keeps us waiting."""
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import os
@@ -97,12 +95,12 @@ def _download(url: str, path: Path, stop: threading.Event | None) -> None:
     ended = queue.SimpleQueue[BaseException | None]()
 
     def work() -> None:
+        failure = None
         try:
             _copy(url, partial, unwanted)
         except BaseException as error:
-            ended.put(error)
-        else:
-            ended.put(None)
+            failure = error
+        ended.put(failure)
 
     threading.Thread(target=work, daemon=True).start()
     try:

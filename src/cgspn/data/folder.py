@@ -1,7 +1,5 @@
 """A folder of image files as an `ImageSet`; files that cannot be read are skipped, counted and named."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,8 +61,7 @@ def load_folder(
         warn(f"{root}: {skipped.summary()}")
     if not labels:
         raise ValueError(f"{root}: none of its {len(files)} image files can be read")
-    # The clone lets go of the rows that skipped files left over.
-    kept = images if not skipped else images[: len(labels)].clone()
+    kept = images[: len(labels)].clone() if skipped else images  # without the rows that skipped files left over
     return ImageSet(kept, torch.tensor(labels, dtype=torch.int64), names), skipped
 
 
@@ -111,10 +108,8 @@ def _walk(folder: Path, root: Path) -> Iterator[Path]:
             if not path.is_dir():
                 if _is_image(path):
                     yield path
-                continue
-            if path.is_symlink() and _leads_back(path, seen):
-                continue
-            todo.append(path)
+            elif not (path.is_symlink() and _leads_back(path, seen)):
+                todo.append(path)
 
 
 def _leads_back(link: Path, seen: set[Path]) -> bool:

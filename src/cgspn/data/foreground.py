@@ -1,7 +1,5 @@
 """The object in an image with a dark background: a threshold, and everything it encloses."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

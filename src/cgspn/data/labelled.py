@@ -1,7 +1,5 @@
 """Pictures with classes or captions, as they lie on disk, for measuring: nothing is decoded before its turn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

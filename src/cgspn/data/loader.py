@@ -1,7 +1,5 @@
 """Batches whose content is a pure function of the seed and the step, so that a run resumes exactly."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Pictures of any kind and size, one at a time: from paths, tars or memory to what an encoder takes."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from collections import deque

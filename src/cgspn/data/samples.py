@@ -1,7 +1,5 @@
 """Pictures with captions that stay on disk until training asks for them: what a source of them is, and a folder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

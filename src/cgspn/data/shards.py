@@ -1,7 +1,5 @@
 """Image-text shards (webdataset tar) as one source with random access, so that no stream has to be replayed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
@@ -57,17 +55,15 @@ class ShardSet:
 
     def read_parts(self, number: int, wanted: tuple[str, ...]) -> dict[str, bytes | None]:
         """The bytes of some of `PARTS`; None for those that a sample lacks. Raises OSError as `read`."""
-        found: dict[str, bytes | None] = {}
+        found: dict[str, bytes | None] = dict.fromkeys(wanted)
         with self._shard(number).path.open("rb") as file:
             for part in wanted:
                 offset, size = self.spans[number, PARTS.index(part)].tolist()
-                if offset < 0:
-                    found[part] = None
-                    continue
-                file.seek(offset)
-                found[part] = content = file.read(size)
-                if len(content) < size:
-                    raise OSError(f"{part}: the shard ends before byte {offset + size}")
+                if offset >= 0:
+                    file.seek(offset)
+                    found[part] = content = file.read(size)
+                    if len(content) < size:
+                        raise OSError(f"{part}: the shard ends before byte {offset + size}")
         return found
 
     def digest(self) -> str:

@@ -1,7 +1,5 @@
 """What could not be read: named, counted, and tolerated up to a limit."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

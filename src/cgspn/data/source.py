@@ -1,7 +1,5 @@
 """One entry for the commands: the embedded images by name, a folder of one's own, or shards."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

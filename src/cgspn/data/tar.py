@@ -4,8 +4,6 @@ Python's tarfile reads headers of any length and follows negative sizes backward
 CVE-2024-6232), so the headers of ustar, GNU and PAX archives are read here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 

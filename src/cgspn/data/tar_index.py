@@ -3,8 +3,6 @@
 A sample is the members that share a path up to the first dot of the file name: `0001.jpg`, `0001.txt`, `0001.json`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json
@@ -41,8 +39,7 @@ class TarIndex:
         ends: int64 [N], where each name ends in `names`.
         spans: int64 [N, 5, 2], offset and size in bytes of the members `PARTS`; -1 where there is none.
         damage: what is wrong with the file, or ""; the samples before the damage are all there.
-        left_out: name and reason of files and samples that cannot be used, the first `NAMED` of them.
-        unnamed: how many more there are.
+        left_out: name and reason of the first `NAMED` files and samples that cannot be used; there are `unnamed` more.
     """
 
     names: NDArray[np.uint8]
@@ -100,13 +97,10 @@ class _Samples:
         if not stem or not ending:  # hidden files such as the "._" twins that macOS leaves, and files like README
             return
         key, last = folder + slash + stem, ending.lower().decode("latin-1")
-        part = ENDINGS.get(last)
-        if part is None:
-            others = self.others.setdefault(key, [])
-            if last.rpartition(".")[2] in IMAGES:
-                others.append((shown_name(member.name), DOTS))
-            elif not others:
-                others.append((shown_name(member.name), NO_IMAGE))
+        if (part := ENDINGS.get(last)) is None:
+            others, dots = self.others.setdefault(key, []), last.rpartition(".")[2] in IMAGES
+            if dots or not others:
+                others.append((shown_name(member.name), DOTS if dots else NO_IMAGE))
             return
         spans = self.spans.setdefault(key, [(-1, -1)] * len(PARTS))
         reason = _unusable(member, MOST_TEXT if part in ("txt", "json", "cls") else MOST_BYTES) or (

@@ -7,8 +7,6 @@ to image, and the result equals cropping first and then resizing with torch's an
 Shapes: B images, C channels, H x W size, h x w new size.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

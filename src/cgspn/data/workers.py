@@ -1,14 +1,12 @@
 """Training batches read by worker processes. A batch is a function of the source, the settings and its step alone, so
 neither the number of workers or processes nor a restart changes what a run sees."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -161,21 +159,17 @@ class RowsReader(Dataset[Rows]):
         if plan.captioned and not caption:
             raise ValueError('no caption (looked for .txt, and .json with "caption" or "text")')
         size = (row.shape[0], row.shape[1])
-        pixels = read_box(io.BytesIO(sample.encoded), size, self.box(draw, size) if plan.augment else middle(size))
+
+        def box(height: int, width: int) -> Box:
+            found = boxes_from(draw[:4, None], height, width, plan.scale, ratio_around(size))
+            top, left, box_height, box_width = found[0].tolist()
+            return top, left, box_height, box_width
+
+        pixels = read_box(io.BytesIO(sample.encoded), size, box if plan.augment else middle(size))
         row.copy_(torch.from_numpy(pixels))
         if plan.augment and draw[4] < FLIP:
             row.copy_(row.flip(1))
         return sample, caption
-
-    def box(self, draw: Tensor, size: tuple[int, int]) -> Callable[[int, int], Box]:
-        """The random box of a picture of any size, of about the shape of `size`, (height, width)."""
-        ratio = ratio_around(size)
-
-        def choose(height: int, width: int) -> Box:
-            top, left, box_height, box_width = boxes_from(draw[:4, None], height, width, self.plan.scale, ratio)[0]
-            return int(top), int(left), int(box_height), int(box_width)
-
-        return choose
 
 
 def _keys(size: int, plan: BatchPlan, start: int, end: int) -> Iterator[Key]:
@@ -235,8 +229,7 @@ def read_rows(
 def _started(reader: RowsReader, keys: Iterator[Key], workers: int, prefetch: int, pin: bool) -> Iterator[Rows]:
     """A loader whose workers run, and the process's signal handler what it was.
 
-    The loader's own one raises wherever the process happens to be when a worker dies, in an optimiser step too. Without
-    it the loader notices while it waits for a batch.
+    The loader's own one raises wherever the process happens to be when a worker dies, in an optimiser step too.
     """
     ours = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if ours else None

@@ -1,7 +1,5 @@
 """The learnable bridge before each tap, on the student's side, for training only."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from ..layers import LayerNorm, Mlp

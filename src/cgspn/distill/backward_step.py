@@ -1,7 +1,5 @@
 """The losses of a batch and their gradients: launched one by one, or replayed as one CUDA graph for each shape."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager

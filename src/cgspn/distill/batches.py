@@ -1,7 +1,5 @@
 """Where a run's batches come from, each process taking its share."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -51,19 +49,13 @@ class Feed(Protocol):
         """One caption for each image of a batch."""
 
 
-def train_transform(config: EncoderConfig, size: tuple[int, int] | None = None) -> TrainTransform:
-    """Random crop and flip to `size`, the encoder's native one if None, normalised as it expects.
-
-    Raises ValueError for a wrong size.
-    """
+def train_transform(config: EncoderConfig, size: Size | None = None) -> TrainTransform:
+    """Random crop and flip to `size`, the encoder's native one if None, normalised as it expects."""
     return TrainTransform(size or config.image_size, mean=config.image_mean, std=config.image_std)
 
 
-def eval_transform(config: EncoderConfig, size: tuple[int, int] | None = None) -> EvalTransform:
-    """Resize and centre crop to `size`, the native one if None, normalised as it expects.
-
-    Raises ValueError for a wrong size.
-    """
+def eval_transform(config: EncoderConfig, size: Size | None = None) -> EvalTransform:
+    """Resize and centre crop to `size`, the native one if None, normalised as it expects."""
     return EvalTransform(size or config.image_size, config.image_crop, config.image_mean, config.image_std)
 
 
@@ -166,7 +158,7 @@ class SampleFeed:
         return list(batch.captions)
 
 
-def transform_of(encoder: EncoderConfig, size: tuple[int, int], optim: OptimConfig) -> TrainTransform | EvalTransform:
+def transform_of(encoder: EncoderConfig, size: Size, optim: OptimConfig) -> TrainTransform | EvalTransform:
     """What makes images of `size` out of those in memory. Raises ValueError for a wrong size."""
     if not optim.augment:
         return eval_transform(encoder, size)
@@ -176,7 +168,7 @@ def transform_of(encoder: EncoderConfig, size: tuple[int, int], optim: OptimConf
 
 
 def batch_shapes(
-    encoder: EncoderConfig, size: tuple[int, int], optim: OptimConfig, processes: int, sizes: SizeRange | None
+    encoder: EncoderConfig, size: Size, optim: OptimConfig, processes: int, sizes: SizeRange | None
 ) -> tuple[BatchShape, ...]:
     """What the batches of a stage look like: all with about the tokens of `batch_size` images of `size`.
 
@@ -191,8 +183,7 @@ def batch_shapes(
     least = processes * (3 if optim.cutmix else 2 if optim.mixup else 1)
     budget = optim.batch_size * tokens_of(size, patch)
 
-    def images(shape: tuple[int, int]) -> int:
-        """Images of a batch of this shape."""
+    def images(shape: Size) -> int:
         return max(round(budget / tokens_of(shape, patch) / step), math.ceil(least / step), 1) * step
 
     return tuple(BatchShape(shape, images(shape)) for shape in sizes.shapes(patch))

@@ -1,7 +1,5 @@
 """Stage 1 with each block on one process: no gradient is ever exchanged, only the teacher's features."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain, islice

@@ -1,12 +1,9 @@
 """The teacher's features kept from one epoch to the next, for images that look the same each time.
 
 It helps where an image is seen often and the features fit: small sets, small teachers, crops that do not change
-(`OptimConfig.augment` off). They are large: a ViT-S/14 at 224 px leaves 5.1 MB an image (800 photographs: 4.1 GB), an
-SO400M/14 at 378 px 94 MB, which a disk of 7 GB/s delivers 75 times a second, a tenth of what an H100 computes anew. So
-the cache is in memory, bounded, and there is none on disk.
+(`OptimConfig.augment` off). A ViT-S/14 at 224 px leaves 5.1 MB an image, an SO400M/14 at 378 px 94 MB, which a disk of
+7 GB/s delivers a tenth as fast as an H100 computes it anew. So the cache is in memory, and there is none on disk.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -67,8 +64,8 @@ def pack(taps: Taps) -> list[Tensor]:
 
 def nothing_of(taps: Taps) -> Taps:
     """Taps of no image, of the same shapes, dtypes, device and grid."""
-    of_blocks = ([f[:0] for f in features] for features in (taps.block_inputs, taps.sublayers, taps.blocks))
-    return Taps(*of_blocks, taps.tokens[:0], taps.pooled[:0], taps.grid)
+    entries, branches, blocks = ([f[:0] for f in each] for each in (taps.block_inputs, taps.sublayers, taps.blocks))
+    return Taps(entries, branches, blocks, taps.tokens[:0], taps.pooled[:0], taps.grid)
 
 
 def unpack(rows: list[Tensor], like: Taps) -> Taps:

@@ -1,7 +1,5 @@
 """Settings of training runs: typed, printable, overridable from the command line."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """What training minimises. All losses return float32 scalars."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, logsigmoid

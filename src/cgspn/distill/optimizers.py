@@ -1,7 +1,5 @@
 """AdamW, or Muon for matrices with AdamW for the rest, stepped as one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """One process or many: who is in the run, and how its models are spread over them."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import time

@@ -1,7 +1,5 @@
 """A check before the first step: what training compares with is what the teacher says."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

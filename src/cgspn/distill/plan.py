@@ -1,7 +1,5 @@
 """The stages of a distillation run: what each trains, at which sizes, taught by whom."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace

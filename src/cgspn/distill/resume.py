@@ -4,8 +4,6 @@ Of a stage that is done the folder holds the student, its record and its adapter
 (`Snapshots.newest_whole` says from which step the trainer goes on).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -98,9 +96,8 @@ def begun_in(out: Path) -> tuple[list[int], dict[int, int]]:
     """The stages of an unfinished run in `out` that are done, and the last step of those that have a snapshot."""
     done = sorted(int(name) for path in (out / "stages").glob("*/losses.json") if is_number(name := path.parent.name))
     folders = [folder for folder in sorted((out / "snapshots").glob("[0-9]*")) if is_number(folder.name)]
-    under_way = [folder for folder in folders if int(folder.name) not in done]
-    newest = {int(folder.name): Snapshots(folder, 0).newest() for folder in under_way}
-    return done, {stage: step for stage, step in newest.items() if step}
+    newest = {int(folder.name): Snapshots(folder, 0).newest() for folder in folders}
+    return done, {stage: step for stage, step in newest.items() if step and stage not in done}
 
 
 def progress_of(out: Path) -> str:
@@ -131,10 +128,7 @@ def differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
 
 @dataclass(frozen=True)
 class StageFolders:
-    """Where the stages of a run leave what they made, by number; nowhere if `folder` is None.
-
-    every: steps between snapshots, 0 for none.
-    """
+    """Where the stages of a run leave what they made, by number; nowhere without a folder. every: see `Snapshots`."""
 
     folder: Path | None
     every: int

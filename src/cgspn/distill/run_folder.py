@@ -1,7 +1,5 @@
 """The folder of a run: one run at a time, and none that a refused run has made."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -1,7 +1,5 @@
 """Snapshots of a training stage on disk: whole or not there, and readable by any number of processes."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Where teacher and student are compared: after each sub-layer (PP) and after each block (PB)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """What losses are divided by: the size of the teacher's features, the same for all batches of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -1,7 +1,5 @@
 """What is learned: each task holds its models and turns a batch into a loss. The trainer knows nothing else."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -232,9 +230,8 @@ class DistillTask(TeacherTask):
         """dual and captions: the teacher's image-text model and the captions of a batch, for the contrastive loss.
 
         teacher_size: (height, width) in pixels of the largest images that the teacher sees; larger ones are resized to
-        that area for it, and its taps are then upsampled to the student's grid. None shows both the same.
-        learn_positions: see `DistillConfig`. inherited: names of the student's weights that count as the teacher's;
-        None for those that are equal to the teacher's now.
+        that area for it, and its taps are then upsampled to the student's grid. learn_positions: see `DistillConfig`.
+        inherited: names of the student's weights that count as the teacher's; None for those that are equal to its now.
 
         Raises ValueError if the contrastive loss is on without what it needs, or if depths or widths differ.
         """

@@ -1,7 +1,5 @@
 """How fast a stage ran, and how long it waited for data."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator

@@ -1,7 +1,5 @@
 """The loop: a task, batches, warm-up and cosine, a guard against NaN, snapshots, a record of every step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -38,8 +36,7 @@ class DivergedError(RuntimeError):
 class History:
     """Losses of every step: steps[i] is {"step": .., "lr": .., "total": .., ...}; and `Throughput.summary`.
 
-    Losses of single blocks, "block i", "PP block i" and "PB block i", are in every step of a short stage, in about two
-    hundred steps of a long one, and always in its last.
+    Losses of single blocks are in every step of a short stage, in some two hundred of a long one, and in its last.
     """
 
     title: str
@@ -182,7 +179,7 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
 def rows_of(batch: Batch, rows: slice) -> Batch:
     """Some images of a batch, with everything that belongs to them."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    cut = {name: value[rows] for name, value in values.items() if isinstance(value, (Tensor, list, tuple))}
+    cut: dict[str, Any] = {n: value[rows] for n, value in values.items() if isinstance(value, (Tensor, list, tuple))}
     return replace(batch, **cut)
 
 
