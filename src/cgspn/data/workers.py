@@ -58,7 +58,6 @@ class LoaderConfig:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values out of range."""
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers is {self.workers}; accepted: 0 or more, or None")
         if self.prefetch < 1:

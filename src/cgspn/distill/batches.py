@@ -104,7 +104,6 @@ class SampleFeed:
     tally: SkipCounter = field(init=False)
 
     def __post_init__(self) -> None:
-        """Begin to count."""
         object.__setattr__(self, "tally", SkipCounter(self.source.source, len(self.source), self.loader.max_skipped))
 
     def stream(

@@ -55,7 +55,6 @@ class OptimConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values that no optimisation can have."""
         smallest, largest = self.crop_scale
         check_fields(
             self,
@@ -98,7 +97,6 @@ class LossConfig:
     contrastive: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError if nothing is minimised."""
         if not (self.alpha or self.beta or self.tokens or self.output or self.contrastive):
             raise ValueError("alpha, beta, tokens, output and contrastive are all 0; expected at least one above")
 
@@ -173,7 +171,6 @@ class HighResConfig:
     )
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a share that leaves nothing for the new size."""
         check_fields(self, ("smaller", 0 <= self.smaller < 1, "0 to below 1"))
 
 

@@ -14,7 +14,6 @@ class Garbage:
     """
 
     def __init__(self, wanted: bool) -> None:
-        """wanted: False leaves everything as it is."""
         self.wanted, self.steps = wanted, 0
 
     def __enter__(self) -> Garbage:

@@ -34,7 +34,6 @@ class SizeRange:
     largest_share: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an empty range."""
         aspects = bool(self.aspects) and all(0 < aspect < math.inf for aspect in self.aspects)
         check_fields(
             self,
