@@ -1,4 +1,4 @@
-"""The program `cgspn`: which command was asked for, and what is said when it cannot be done."""
+"""The entry point of `cgspn`: find the command, run it, and report errors in one line."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from importlib import import_module
 
 from . import __version__
 
-# words: where the command is, and what it is for. A module is imported when its command is asked for.
+# name: (module and class, description). A module is imported only when its command is used.
 COMMANDS = {
-    "demo": ("demo:Demo", "distill and evaluate on images that come with the package, in minutes on a laptop"),
-    "convert": ("convert:Convert", "replace the attention of a pretrained encoder by propagation"),
-    "distill": ("distill:Distill", "train a converted student on its teacher's features"),
-    "eval all": ("eval:All", "everything that the data sets allow an image-text model"),
+    "demo": ("demo:Demo", "run the whole pipeline on included images, in minutes on a laptop"),
+    "convert": ("convert:Convert", "convert a pretrained attention encoder into a C-GSPN student"),
+    "distill": ("distill:Distill", "convert a teacher and distill the student"),
+    "eval all": ("eval:All", "all evaluations of an image-text model that the datasets support"),
     "eval zeroshot": ("eval:Zeroshot", "zero-shot classification"),
     "eval retrieval": ("eval:Retrieval", "image-text retrieval"),
-    "eval segment": ("eval:Segment", "semantic segmentation by a linear probe"),
-    "show": ("show:Show", "write a page that shows photographs as an encoder sees them"),
-    "export": ("export:Export", "write an encoder as ONNX, torch.export or AOTInductor"),
+    "eval segment": ("eval:Segment", "semantic segmentation with a linear probe"),
+    "show": ("show:Show", "visualise the features of an encoder on photographs"),
+    "export": ("export:Export", "export an encoder to ONNX, torch.export or AOTInductor"),
     "pretrain": ("pretrain:Pretrain", "train a small image-text model from scratch"),
-    "bench operator": ("bench:Operator", "the operator against memory bandwidth, PyTorch and attention"),
+    "bench operator": ("bench:Operator", "the operator, compared with memory bandwidth, PyTorch and attention"),
     "bench table": ("bench:Table", "blocks with attention, GSPN and C-GSPN, from 378 to 4116 px"),
-    "bench encoder": ("bench:Encoders", "whole encoders: images/s, memory, one image at a time"),
-    "bench train": ("bench:Train", "steps of distillation: images/s, MFU, memory, the largest batch"),
+    "bench encoder": ("bench:Encoders", "whole encoders: images/s, memory, latency of one image"),
+    "bench train": ("bench:Train", "distillation steps: images/s, MFU, memory, largest batch"),
     "bench scaling": ("bench:Scaling", "distillation on several GPUs"),
 }
 HELP = ("-h", "--help", "--help-all")
@@ -34,7 +34,7 @@ HELP = ("-h", "--help", "--help-all")
 
 def main() -> None:
     """Run one command. Exit code 0, or 2 with one line for any error, or 130 when interrupted."""
-    for stream in (sys.stdout, sys.stderr):  # names may hold what the terminal's encoding has no character for
+    for stream in (sys.stdout, sys.stderr):  # file names may contain characters that the terminal cannot encode
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
@@ -43,11 +43,11 @@ def main() -> None:
         arguments.remove("--debug")
     try:
         run(arguments)
-    except BrokenPipeError:  # what reads our output, such as `head`, has had enough
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit(_said("interrupted; files that were being written are left as they were before", 130))
+        sys.exit(_said("interrupted; unfinished output files were discarded", 130))
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -92,7 +92,7 @@ def command_of(arguments: list[str]) -> tuple[str, list[str]]:
         if argument not in names:
             near = get_close_matches(argument, names, 2)
             hint = f"did you mean {' or '.join(near)}?" if near else f"accepted: {', '.join(names)}"
-            raise ValueError(f"{argument!r} is no command of {' '.join(['cgspn', *words])}; {hint}")
+            raise ValueError(f"{argument!r} is not a command of {' '.join(['cgspn', *words])}; {hint}")
         words.append(argument)
         if " ".join(words) in COMMANDS:
             break
@@ -106,12 +106,12 @@ def overview(group: str) -> str:
     lines = [f"  {words:<{width}}  {about}" for words, about in shown.items()]
     return f"""usage: cgspn {group or "[--version] [--debug]"} COMMAND [OPTIONS]
 
-Attention encoders to C-GSPN students: convert, distill, evaluate, show, export, measure.
+Convert attention encoders into C-GSPN encoders; distill, evaluate, visualise, export and measure them.
 
 {chr(10).join(lines)}
 
-`cgspn COMMAND --help` shows examples and the usual options, `--help-all` every option.
-`--debug` shows where an error comes from."""
+`cgspn COMMAND --help` shows examples and common options, `--help-all` all options.
+`--debug` prints the traceback of an error."""
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ class DemoConfig:
     """Settings of the demo.
 
     Args:
-        distill: both stages; the ViT student gets the same.
-        test_images: how many held-out images are evaluated; at most 4000.
-        probe_images: how many training images the segmentation probe is fitted on.
+        distill: settings of both stages, used for the C-GSPN and the ViT student.
+        test_images: number of held-out images for evaluation, at most 4000.
+        probe_images: number of training images for the segmentation probe.
     """
 
     distill: DistillConfig = EMBEDDED

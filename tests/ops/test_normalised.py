@@ -41,7 +41,7 @@ def test_it_is_the_scan_over_the_scan_of_ones(merge: str) -> None:
     expected = expected / propagate_2d_reference(ones, logits, lam, torch.ones_like(u), **shared)
     expected = expected.sum(3) if merge == "sum" else expected
     for scan in (propagate_2d, propagate_2d_reference):
-        found = propagate_2d_normalised(x, logits, lam, u, **(shared | {"merge": merge}), scan=scan)
+        found = scan(x, logits, lam, u, **(shared | {"merge": merge}), normalise_state=True)
         assert relative_error(found, expected) < 1e-12
 
 

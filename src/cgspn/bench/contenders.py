@@ -44,14 +44,14 @@ FUSED_MLP = ", fused MLP"
 
 @dataclass(frozen=True)
 class Shape:
-    """Of blocks; SO400M/14 by default.
+    """Dimensions of the blocks. The defaults are those of SO400M/14.
 
     Args:
-        width: C, channels of a token.
-        heads: of attention.
-        hidden: width of the MLP.
-        patch: pixels of a side of a patch.
-        compression: s; C-GSPN scans floor(C / s) channels.
+        width: C, the number of channels per token.
+        heads: number of attention heads.
+        hidden: hidden width of the MLP.
+        patch: patch size in pixels.
+        compression: s in the paper; C-GSPN scans floor(C / s) channels.
     """
 
     width: int = 1152

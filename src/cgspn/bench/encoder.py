@@ -35,15 +35,16 @@ class EncoderBenchConfig:
     """Settings.
 
     Args:
-        models: names of `cgspn.list_models()`; ratios are to the first. With "+fp8" or "+fp8-triton" its MLPs are in
-            8 bits (`cgspn.layers.quantize_mlps`), for inference; with "+window18" windows have 18 positions a side.
-        sizes: of the square images, in pixels.
-        batch: images at once; halved for a model until it fits.
-        modes: "inference", "training" (forward and backward, blocks checkpointed).
-        tables: which; "one image" is launched, and replayed from a CUDA graph.
-        compile: one image also with torch.compile(mode="max-autotune"); takes minutes.
-        largest: pixels and batches of the pass at very high resolution.
-        rounds: interleaved timings of each.
+        models: model names from `cgspn.list_models()`. Ratios are relative to the first one. The suffixes "+fp8" and
+            "+fp8-triton" use FP8 MLPs (`cgspn.layers.quantize_mlps`) for inference; "+window18" uses windows of 18 x 18
+            tokens.
+        sizes: side lengths of the square images in pixels.
+        batch: batch size, halved for each model until it fits in memory.
+        modes: "inference" or "training" (forward and backward pass with activation checkpointing).
+        tables: tables to measure; "one image" compares eager mode with a CUDA graph.
+        compile: measure "one image" also with torch.compile(mode="max-autotune"), which takes minutes.
+        largest: pairs of image size and batch size for "very high resolution".
+        rounds: number of interleaved timings.
     """
 
     models: tuple[str, ...] = (

@@ -37,7 +37,7 @@ class OperatorConfig:
     """Settings.
 
     Args:
-        quick: leave out the slowest rivals.
+        quick: skip the slowest baselines.
     """
 
     quick: bool = False

@@ -48,25 +48,25 @@ FULL = 0.92  # share of the memory beyond which a batch counts as too large: sev
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    """What is measured.
+    """Settings of the benchmark.
 
     Args:
-        teacher: name of a model.
-        student: name of one of the same depth and width.
-        modes: on one GPU those of a stage are the same.
-        sizes: of the images, in pixels.
-        batches: images a GPU, one number for each size; halved on one GPU until they fit. Several GPUs take what one
-            took, if that has been measured.
-        steps: that are timed, after four that are not.
-        check_size: of the images of the run whose losses are compared, in pixels.
-        check_batch: its images a step on all GPUs together.
-        check_steps: its steps. A graph is replayed from the fourth on.
-        check_rate: its learning rate.
-        link: MiB of the buffers that links are measured with.
-        seed: of weights and images.
-        loss: what stage 2 minimises.
-        compute: precision, compilation, checkpointing, units of FSDP2; with `capture`, steps on GPUs are replayed as
-            CUDA graphs, on one GPU too. Both kinds of a launch before stay in the file.
+        teacher: model name of the teacher.
+        student: model name of the student, with the same depth and width.
+        modes: combinations of stage and parallelism; on one GPU, all modes of a stage are the same.
+        sizes: side lengths of the square images in pixels.
+        batches: images per GPU for each size, halved on one GPU until they fit in memory. A run on several GPUs uses
+            the batch sizes found on one, if they have been measured.
+        steps: number of timed steps, after four warm-up steps.
+        check_size: image size in pixels of the run that compares losses with those of one GPU.
+        check_batch: images per step of that run, over all GPUs.
+        check_steps: number of steps of that run. CUDA graphs are replayed from the fourth step on.
+        check_rate: learning rate of that run.
+        link: size in MiB of the buffers for measuring the bandwidth between GPUs.
+        seed: random seed of weights and images.
+        loss: settings of the loss of stage 2.
+        compute: precision, compilation, checkpointing and FSDP2 units. With `capture`, steps are replayed as CUDA
+            graphs, also on one GPU. Results with and without `capture` are both kept in the file.
     """
 
     teacher: str = "vit_so400m_patch14_378"

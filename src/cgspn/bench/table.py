@@ -46,12 +46,12 @@ class TableConfig:
     """Settings of the efficiency table.
 
     Args:
-        sizes: of the square images, in pixels.
-        batches: B; where C-GSPN does not fit, it is halved, for all contenders, until it does.
-        modes: "inference", "training" (forward and backward of the block).
-        contenders: names; empty for all that run on the device.
-        shape: of the blocks.
-        rounds: interleaved timings of each.
+        sizes: side lengths of the square images in pixels.
+        batches: batch sizes. A batch size is halved for all contenders until C-GSPN fits in memory.
+        modes: "inference" or "training" (forward and backward pass of the block).
+        contenders: names of the implementations to compare; empty for all that run on the device.
+        shape: dimensions of the blocks.
+        rounds: number of interleaved timings.
     """
 
     sizes: tuple[int, ...] = SIZES

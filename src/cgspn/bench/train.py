@@ -36,19 +36,19 @@ TRIES = 2  # steps that a batch must last to fit: the second has the optimiser's
 
 @dataclass(frozen=True)
 class TrainBenchConfig:
-    """What is measured.
+    """Settings of the benchmark.
 
     Args:
-        teacher: name of a model.
-        student: name of one of the same depth and width.
-        sizes: of the images, in pixels.
-        teacher_is: "original" is the teacher at the student's size; "previous" the student itself, frozen, at the size
-            before, as in the curriculum, for all sizes but the first.
-        largest: batch beyond which no larger one is tried.
-        steps: that are timed, after four that are not.
-        smallest: batch with which the search begins; if it does not fit, smaller ones are tried.
-        loss: what is minimised.
-        compute: precision, compilation, checkpointing.
+        teacher: model name of the teacher.
+        student: model name of the student, with the same depth and width.
+        sizes: side lengths of the square images in pixels.
+        teacher_is: "original" uses the teacher at the student's size. "previous" uses the frozen student at the
+            previous size, as in the curriculum, for all sizes but the first.
+        largest: largest batch size to try.
+        steps: number of timed steps, after four warm-up steps.
+        smallest: first batch size to try; if it does not fit, smaller ones are tried.
+        loss: settings of the loss.
+        compute: precision, compilation and activation checkpointing.
     """
 
     teacher: str = "vit_so400m_patch14_378"

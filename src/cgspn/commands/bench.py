@@ -25,9 +25,9 @@ class _Measurement(Command):
     module: ClassVar[str]
     config: Any
     out: Path = Path("runs/bench")
-    """Folder for the results: JSON, a table and, where matplotlib is installed, a plot."""
+    """Folder for the results: JSON, a table, and a plot if matplotlib is installed."""
     commit: str = ""
-    """The commit to note in the results; by default that of the working tree."""
+    """Commit to record in the results. The default is that of the working tree."""
 
     def run(self) -> None:
         """Raises ValueError for settings that cannot be measured, and for what this machine lacks."""
@@ -42,7 +42,7 @@ class _Measurement(Command):
 
 @dataclass(frozen=True)
 class Operator(_Measurement):
-    """propagate_2d and line_scan against the memory bandwidth, PyTorch and attention. Needs a CUDA GPU.
+    """Compare propagate_2d and line_scan with memory bandwidth, PyTorch and attention. Needs a CUDA GPU.
 
     Examples:
         cgspn bench operator --out results/operator
@@ -50,12 +50,13 @@ class Operator(_Measurement):
 
     module: ClassVar = "operator"
     config: Settings[OperatorConfig] = field(default_factory=OperatorConfig)
-    """What is left out."""
+    """Settings of the benchmark."""
 
 
 @dataclass(frozen=True)
 class Table(_Measurement):
-    """The paper's efficiency table: attention by every kernel, GSPN, C-GSPN and hybrid, from 378 to 4116 px.
+    """Measure the paper's efficiency table: attention with each available kernel, GSPN, C-GSPN and hybrid, from 378 to
+    4116 px.
 
     Examples:
         cgspn bench table --out results/efficiency
@@ -64,12 +65,12 @@ class Table(_Measurement):
 
     module: ClassVar = "table"
     config: Settings[TableConfig] = field(default_factory=TableConfig)
-    """Sizes, batches, contenders."""
+    """Settings of the benchmark."""
 
 
 @dataclass(frozen=True)
 class Encoders(_Measurement):
-    """Whole encoders: images/s, memory, one image at a time, very high resolution.
+    """Measure whole encoders: images/s, memory, latency of one image, and very high resolution.
 
     Examples:
         cgspn bench encoder --out results/efficiency
@@ -78,12 +79,12 @@ class Encoders(_Measurement):
 
     module: ClassVar = "encoder"
     config: Settings[EncoderBenchConfig] = field(default_factory=EncoderBenchConfig)
-    """Models, sizes, batches."""
+    """Settings of the benchmark."""
 
 
 @dataclass(frozen=True)
 class Train(_Measurement):
-    """Steps of distillation end to end: images/s, MFU, memory, and the largest batch, found by trying.
+    """Measure distillation steps end to end: images/s, MFU, memory, and the largest batch that fits.
 
     Examples:
         cgspn bench train --out results/training
@@ -92,15 +93,16 @@ class Train(_Measurement):
 
     module: ClassVar = "train"
     config: Settings[TrainBenchConfig] = field(default_factory=TrainBenchConfig)
-    """Models, sizes, losses, precision."""
+    """Settings of the benchmark."""
 
 
 @dataclass(frozen=True)
 class Scaling(_Measurement):
-    """Distillation on several GPUs: efficiency, communication, memory, and whether the losses are one GPU's.
+    """Measure distillation on several GPUs: scaling efficiency, communication, memory, and equality of losses with one
+    GPU.
 
-    Each launch measures its own number of GPUs and adds to what the others have left in the folder. One GPU comes
-    first: it says which batches fit.
+    Each launch measures one number of GPUs and adds its results to those in the folder. Start with one GPU, which
+    determines the batch sizes that fit.
 
     Examples:
         torchrun --nproc-per-node 1 -m cgspn.cli bench scaling --out results/scaling
@@ -108,7 +110,7 @@ class Scaling(_Measurement):
     """
 
     config: Settings[ScalingConfig] = field(default_factory=ScalingConfig)
-    """Models, modes, sizes, batches."""
+    """Settings of the benchmark."""
 
     def run(self) -> None:
         """Raises ValueError for an unknown model, other settings than before, or batches that do not fit."""

@@ -54,7 +54,7 @@ def parsed(kind: type[Command], program: str, arguments: list[str]) -> Command:
         try:
             tyro.cli(usual_settings(kind, start), args=["--help"], **about)
         finally:
-            print(f"These are the usual options; {program} --help-all shows all of them.")
+            print(f"These are the common options. {program} --help-all shows all of them.")
     box = io.StringIO()
     try:
         with redirect_stderr(box):

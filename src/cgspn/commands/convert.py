@@ -25,10 +25,12 @@ RECORD = "conversion.json"
 
 @dataclass(frozen=True)
 class Convert(Command):
-    """Replace attention by propagation; all weights with matching name and shape are inherited.
+    """Convert a teacher into a student: replace attention with C-GSPN and copy all weights with matching name and
+    shape.
 
-    Prints the parameters of both, part by part, and writes them with what was inherited into conversion.json beside
-    the student. A class token and registers are dropped: a fresh MAP head is there to learn the class feature.
+    Prints the parameter counts of teacher and student, and writes them to conversion.json together with the list of
+    copied tensors. Class and register tokens are removed. If the teacher pools by its class token, the student gets a
+    new MAP head.
 
     Examples:
         cgspn convert embedded runs/student --compression 3
@@ -39,38 +41,39 @@ class Convert(Command):
     """
 
     teacher: Teacher
-    """A checkpoint (this library's folder; a file, folder or hub id of OpenCLIP, timm or transformers), or
+    """A checkpoint (a folder of this library, or a file, folder or hub id of OpenCLIP, timm or transformers), or
     "embedded"."""
     out: Out
-    """Folder for the student. Of an image-text model, the text tower is copied along."""
+    """Folder for the student. The text tower of an image-text model is copied too."""
     compression: float = 18
-    """s: the scan runs on floor(C / s) channels."""
+    """s in the paper: the latent has floor(C / s) channels."""
     value_expansion: float | None = None
-    """Channels that carry values beside the latent, in units of it, split across the directions; 6 brings students
-    closer to their teachers at more time for a sub-layer."""
+    """Number of scanned channels over all directions, as a multiple of the latent width. With 6, students are closer to
+    their teacher, but layers are slower. None scans the latent itself."""
     keep_attention: int = 0
-    """Number of attention layers that stay, spread evenly: of 27, 3 are layers 8, 17 and 26."""
+    """Number of attention layers to keep, spread evenly. With 3 of 27, these are layers 8, 17 and 26."""
     keep_layers: tuple[int, ...] = ()
-    """Indices from 0 of the attention layers that stay, in place of a number."""
+    """Indices (from 0) of the attention layers to keep, instead of a number."""
     window_attention: int = 0
-    """Number of attention layers that stay with windows in place of the whole grid, spread evenly over what is left."""
+    """Number of layers that become window attention, spread evenly over the remaining layers."""
     window_layers: tuple[int, ...] = ()
-    """Indices from 0 of those layers, in place of a number."""
+    """Indices (from 0) of the layers that become window attention, instead of a number."""
     window: int = 8
-    """Side of a window, in positions of the grid."""
+    """Side length of a window in tokens."""
     keep_positions: bool = False
-    """Keep the teacher's learned positions, resized to each grid; without them the first layer has to count lines."""
+    """Keep the teacher's position embeddings, resized to each grid. Otherwise the student has to learn positions
+    itself."""
     heads: int | None = None
-    """Of attention, where a foreign file is of no known width and no config lies beside it."""
+    """Number of attention heads, if the checkpoint has no config and its width is not a known one."""
     submodel: str | None = None
-    """The beginning of the keys of one model, such as "student", where a file of a training run holds several; by
-    default the teacher or the moving average."""
+    """Key prefix of the model to load, such as "student", if the file of a training run holds several models. By
+    default the teacher or the moving average is loaded."""
     image_only: bool = False
-    """Leave the text tower of an image-text model out."""
+    """Do not copy the text tower of an image-text model."""
     overwrite: bool = False
-    """Replace the model that the folder may hold."""
+    """Replace an existing model in the folder."""
     seed: int = 0
-    """Of the fresh weights."""
+    """Random seed of the new weights."""
 
     def run(self) -> None:
         """Raises ValueError or OSError."""

@@ -18,7 +18,7 @@ from .command import Command
 class Demo(Command):
     """Convert the embedded teacher, distill a C-GSPN and a ViT student, evaluate, and write an HTML report.
 
-    Needs no download. About four minutes on two CPU cores.
+    Takes about four minutes on two CPU cores and downloads nothing.
 
     Examples:
         cgspn demo
@@ -28,9 +28,9 @@ class Demo(Command):
     usual: ClassVar = ("out", "config.distill.compression", "config.distill.keep_attention", "config.test_images")
 
     out: Path = Path("demo")
-    """Folder for report.html, table.json and the students' checkpoints."""
+    """Folder for report.html, table.json and the checkpoints of the students."""
     config: DemoConfig = field(default_factory=DemoConfig)
-    """Steps, rates, losses, numbers of images."""
+    """Settings of the demo."""
 
     def run(self) -> None:
         """Raises ValueError, OSError or DivergedError."""

@@ -52,10 +52,11 @@ EVENTS = "events"
 
 @dataclass(frozen=True)
 class Distill(Command):
-    """Convert a teacher and distill it: stage 1 on its sub-layers, stage 2 end to end, then higher resolutions.
+    """Convert a teacher and distill it: stage 1 for each sub-layer, stage 2 end to end, then optional higher
+    resolutions.
 
-    A run that was interrupted goes on from its last snapshot when the same command is given again; settings of stages
-    that have not begun may be other ones then, where all high resolutions count as one stage.
+    To resume an interrupted run from its last snapshot, repeat the command. You may change the settings of stages that
+    have not started. All high resolutions count as one stage here.
 
     Examples:
         cgspn distill embedded runs/student --config.compression 3
@@ -79,32 +80,34 @@ class Distill(Command):
     teacher: Teacher
     """A checkpoint (file, folder or hub id; encoder or image-text model), or "embedded"."""
     out: Out
-    """Folder for the student, its stages and snapshots, distill.json (command, versions, losses) and report.html."""
+    """Folder for the student, stages, snapshots, distill.json (command, versions, losses) and report.html."""
     preset: Preset = "embedded"
-    """Where the settings below start from."""
+    """Named set of default settings."""
     data: str = "embedded"
-    """Image-text shards (webdataset tar: a path, a URL or a pattern with {000..009} or *), a folder of images or of
-    shards, or "embedded". A caption is in the .txt or .json beside its image, or is made of the sub-folder's name.
-    Unreadable images and shards are skipped, counted and named. One image in a hundred, at most 16, is kept out of
-    training for the report."""
+    """Image-text shards (webdataset tar: a path, a URL or a pattern with {000..009} or *), a folder of images or
+    shards, or "embedded". Captions come from .txt or .json files beside the images, or from the names of sub-folders.
+    Unreadable images and shards are skipped, counted and reported. One image in a hundred, at most 16, is held out for
+    the report."""
     student: Path | None = None
-    """Start from this converted checkpoint instead of converting; with --config.stage1.steps 0 and
-    --config.stage2.steps 0, take the student of a finished run to higher resolutions, its adapters included."""
+    """Start from this converted checkpoint instead of converting the teacher. With --config.stage1.steps 0 and
+    --config.stage2.steps 0, continue a finished run at higher resolutions, with its adapters."""
     config: tyro.conf.AvoidSubcommands[DistillConfig | None] = None
-    """Stages, rates, losses, precision, processes; None for those of the preset."""
+    """All settings of the run; None uses those of the preset."""
     sizes: tuple[int, int] | None = None
-    """Draw the size of each batch of stages 1 and 2 from this range, in pixels (config.sizes); a batch has about the
-    same number of tokens at each. Students trained so hold their features at all sizes."""
+    """Train stages 1 and 2 at mixed sizes: draw the size of each batch from this range, in pixels (config.sizes). All
+    batches have about the same number of tokens. The student then works well at all these sizes."""
     aspects: tuple[float, ...] = ()
-    """Draw aspect ratios, width / height, beside sizes."""
+    """Aspect ratios (width / height) to combine with the sizes."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
-    """How files are read; the embedded images are in memory."""
+    """How image files are read; not used for the embedded images."""
     device: Device = "auto"
-    """Where to compute; "auto" is the GPU if there is one."""
+    """Device to run on; "auto" uses a GPU if there is one."""
     tensorboard: bool = False
-    """Write event files into the folder (pip install 'cgspn[watch]'); watch with: tensorboard --logdir OUT."""
+    """Write TensorBoard event files to the folder (pip install 'cgspn[watch]'). View them with: tensorboard --logdir
+    OUT."""
     report: bool = True
-    """Write report.html at the end: curves, blocks, speed, settings (pip install 'cgspn[report]')."""
+    """Write report.html at the end, with loss curves, errors per block, speed and settings (pip install
+    'cgspn[report]')."""
     show_config: bool = False
     """Print the settings and stop."""
 

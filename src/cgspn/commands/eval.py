@@ -24,17 +24,17 @@ MOST_CLASSES = 40  # whose IoU is printed; JSON has them all
 @dataclass(frozen=True, kw_only=True)
 class _Evaluation(Command):
     batch_size: int = 64
-    """Images at a time."""
+    """Batch size."""
     device: Device = "auto"
-    """Where to compute; "auto" is the GPU if there is one."""
+    """Device to run on; "auto" uses a GPU if there is one."""
     out: Path | None = None
-    """Write the table, everything measured, command, versions and commit as JSON to this file."""
+    """JSON file for the table, all measurements, the command, versions and commit."""
     overwrite: bool = False
-    """Replace the files that may be there."""
+    """Replace existing files."""
     plot: Path | None = None
-    """Draw the scores of several sizes into this PNG; by default beside `out`."""
+    """PNG file for the plot over several sizes. The default is next to the file given by --out."""
     max_skipped: float = MAX_SKIPPED
-    """Largest share of unreadable images that is tolerated, 0 to 1."""
+    """Largest tolerated fraction of unreadable images, 0 to 1."""
 
     def report(self, title: str, seeds: dict[str, int], sizes: Sequence[Size]) -> Report:
         """What is shown and written. Raises ValueError as `Report`."""
@@ -49,12 +49,12 @@ class _ImageText(_Evaluation):
     usual: ClassVar[tuple[str, ...]] = ("data", "size", "device", "out")
 
     models: Models
-    """Image-text models, a row each: checkpoint folders, hub ids, or "embedded"."""
+    """Image-text models, one row each: checkpoint folders, hub ids, or "embedded"."""
     data: tuple[str, ...] = ("embedded",)
-    """Data sets, one or more: "embedded" (its test split), folders or tars as described above."""
+    """One or more datasets: "embedded" (its test split), or folders or tars as described above."""
     size: tuple[str, ...] = ()
-    """Pixels: a side of the square, or HEIGHTxWIDTH; by default each model's own size, the largest that it was trained
-    at. Several make a row each, and a plot of the scores."""
+    """Image size in pixels: the side of a square, or HEIGHTxWIDTH. The default is the native size of each model.
+    Several sizes give one row each and a plot."""
 
     def measure(self, title: str, jobs: list[Job]) -> None:
         if not self.models:
@@ -82,11 +82,10 @@ class _ImageText(_Evaluation):
 
 @dataclass(frozen=True)
 class Zeroshot(_ImageText):
-    """Zero-shot classification: top-1, top-5 and the mean over classes.
+    """Zero-shot classification: top-1, top-5 and mean per-class accuracy.
 
-    Data: "embedded"; a folder with a sub-folder for each class, whose names are the classes; or the layout of
-    CLIP-benchmark: test/0.tar ... (test/nshards.txt) with .cls files, classnames.txt and
-    zeroshot_classification_templates.txt.
+    Data: "embedded"; a folder with one sub-folder per class, named after the class; or the layout of CLIP-benchmark:
+        test/0.tar ... (test/nshards.txt) with .cls files, classnames.txt and zeroshot_classification_templates.txt.
 
     Examples:
         cgspn eval zeroshot embedded runs/student --data photos/ --size 28 56 84 --out sizes.json
@@ -96,7 +95,8 @@ class Zeroshot(_ImageText):
     usual: ClassVar = (*_ImageText.usual, "templates")
 
     templates: Path | None = None
-    """A text file of prompts with {} for the class, one a line, instead of the data set's own or the built-in ones."""
+    """Text file with one prompt per line and {} for the class, instead of the prompts of the dataset or the built-in
+    ones."""
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
@@ -105,11 +105,11 @@ class Zeroshot(_ImageText):
 
 @dataclass(frozen=True)
 class Retrieval(_ImageText):
-    """Image-text retrieval: R@1, R@5 and R@10, images looking for captions and captions for images.
+    """Image-text retrieval: R@1, R@5 and R@10, from image to text and from text to image.
 
-    Data: "embedded"; a folder of images with NAME.txt beside each, a caption a line; tars with .txt files (a path,
-    pattern or URL); or the layout of CLIP-benchmark, test/0.tar ... Of a folder without captions, sub-folders' names
-    make captions, which look for any image of their class among about a hundred.
+    Data: "embedded"; a folder of images, each with captions in NAME.txt, one per line; tars with .txt files (a path,
+        pattern or URL); or the layout of CLIP-benchmark, test/0.tar ... If a folder has no captions, they are made from
+        the names of its sub-folders. Such a caption matches any image of its class, among about a hundred images.
 
     Examples:
         cgspn eval retrieval embedded runs/student --data flickr30k/
@@ -123,7 +123,7 @@ class Retrieval(_ImageText):
 
 @dataclass(frozen=True)
 class All(_ImageText):
-    """Everything that the data sets allow an image-text model: see zeroshot and retrieval.
+    """Run every evaluation of an image-text model that the datasets support: see zeroshot and retrieval.
 
     Examples:
         cgspn eval all embedded demo/c-gspn
@@ -137,14 +137,15 @@ class All(_ImageText):
 
 @dataclass(frozen=True)
 class Segment(_Evaluation):
-    """Semantic segmentation by a linear probe on frozen final tokens: mIoU, pixel accuracy, IoU of each class.
+    """Semantic segmentation with a linear probe on the frozen final tokens: mIoU, pixel accuracy, and IoU of each
+    class.
 
-    The probe is a ridge regression in closed form, its strength chosen on held-out training images, so it has no
-    rates or epochs to tune. Logits are upsampled and masks compared at their full size. Data are streamed.
+    The probe is a closed-form ridge regression. Its penalty is chosen on held-out training images, so there is no
+    learning rate or number of epochs to tune. Logits are upsampled to the full size of the masks. Data are streamed.
 
     Data: ADE20K (images/{training,validation}, annotations/...), COCO-Stuff (train2017, val2017 and stuffthingmaps/ or
-    annotations/), CamVid (camvid-train.tar, camvid-test.tar); or --train and --test, each a folder or tars of pairs
-    NAME.jpg, NAME.mask.png, with --classes.
+    annotations/), CamVid (camvid-train.tar, camvid-test.tar); or --train, --test and --classes, where --train and
+    --test are folders or tars with pairs of NAME.jpg and NAME.mask.png.
 
     Examples:
         cgspn eval segment vit_s14.safetensors runs/student --data camvid/
@@ -158,28 +159,28 @@ class Segment(_Evaluation):
     )
 
     encoders: Encoders
-    """Image encoders or image-text models, a row each: weight files, checkpoint folders, hub ids, or "embedded"."""
+    """Image encoders or image-text models, one row each: weight files, checkpoint folders, hub ids, or "embedded"."""
     data: tuple[str, ...] = ()
-    """Data sets that are known by their layout, one or more."""
+    """One or more datasets with a layout listed above."""
     train: str | None = None
-    """Pairs that the probe is fitted on."""
+    """Image and mask pairs for training the probe."""
     test: str | None = None
-    """Pairs that it is measured on."""
+    """Image and mask pairs for testing the probe."""
     classes: int | None = None
-    """Number of classes of --train and --test; their ids are 0, 1, ..."""
+    """Number of classes in --train and --test. Class ids start at 0."""
     ignore_index: int = 255
-    """Id of the pixels of --train and --test that do not count."""
+    """Class id of pixels to ignore in --train and --test."""
     scored: tuple[int, ...] = ()
-    """Classes whose IoU goes into the mean; all by default."""
+    """Classes that are averaged for mIoU. The default is all."""
     size: tuple[str, ...] = ()
-    """Pixels: the shorter side, or HEIGHTxWIDTH; by default that of each encoder's own size, the largest that it was
-    trained at. Several make a row each, and a plot of the scores."""
+    """Image size in pixels: the shorter side, or HEIGHTxWIDTH. The default is the native size of each encoder. Several
+    sizes give one row each and a plot."""
     train_images: int | None = None
-    """Take this many alone, evenly spaced."""
+    """Use only this many images, evenly spaced."""
     test_images: int | None = None
-    """Take this many alone, evenly spaced."""
+    """Use only this many images, evenly spaced."""
     batch_size: int = field(default=8, kw_only=True)
-    """Images at a time; those of one size share a batch."""
+    """Batch size; a batch holds images of one size."""
 
     def run(self) -> None:
         """Raises ValueError or OSError."""

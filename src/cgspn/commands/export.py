@@ -16,10 +16,10 @@ from .command import Command, Out, Source
 
 @dataclass(frozen=True)
 class Export(Command):
-    """Write an encoder as ONNX, a torch.export program or an AOTInductor package, and compare it with the encoder.
+    """Export an encoder to ONNX, torch.export or AOTInductor, and compare the exported file with the encoder.
 
-    Inputs are normalised images [B, channels, H, W]; outputs the tokens and the pooled vector (and logits or the
-    image-text embedding, where the model has such). A description, OUT.json, is written beside the file.
+    The input is a batch of normalised images [B, channels, H, W]. The outputs are the tokens and the pooled vector, and
+    the logits or image-text embedding if the model has them. OUT.json, written beside the file, describes both.
 
     Examples:
         cgspn export embedded teacher.onnx --max-size 56
@@ -28,25 +28,25 @@ class Export(Command):
     """
 
     source: Source
-    """A checkpoint folder or file of any format that is read here, a hub id, or "embedded"."""
+    """A checkpoint (file, folder or hub id in any supported format), or "embedded"."""
     out: Out
-    """The file: .onnx for onnx, .pt2 for torch and aot."""
+    """Output file: .onnx for onnx, .pt2 for torch and aot."""
     format: Literal["onnx", "torch", "aot"] = "onnx"
-    """"onnx": plain operators of opset 18, for ONNX Runtime and others. "torch": torch.export, custom operators of
-    this library. "aot": the same, compiled for this kind of machine; needs a C++ compiler."""
+    """"onnx": standard operators of opset 18, for ONNX Runtime and others. "torch": a torch.export program with the
+    custom operators of this library. "aot": the same, compiled for this machine; needs a C++ compiler."""
     min_size: int | None = None
-    """Smallest height and width in pixels, a multiple of the patch size; one patch by default."""
+    """Smallest height and width in pixels, a multiple of the patch size. The default is one patch."""
     max_size: int | None = None
-    """Largest height and width; twice the native size by default."""
+    """Largest height and width. The default is twice the native size."""
     size: int | None = None
-    """One height and width alone, in place of a smallest and a largest: programs of a fixed size."""
+    """Export for this height and width only, instead of a range."""
     max_batch: int = 32
-    """Largest batch."""
+    """Largest batch size."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where a torch or aot program runs. ONNX is the same for both."""
+    """Device that a torch or aot program runs on. ONNX files run on both."""
 
     overwrite: bool = False
-    """Replace the files that may be there."""
+    """Replace existing files."""
 
     def run(self) -> None:
         """Raises ValueError (ExportError if the file does not give what the encoder gives) or OSError."""

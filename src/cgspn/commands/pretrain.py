@@ -26,7 +26,7 @@ RECORD = "pretrain.json"
 
 @dataclass(frozen=True)
 class Pretrain(Command):
-    """Train an image encoder and a text tower from scratch, contrastively. Attention and C-GSPN encoders alike.
+    """Train an image encoder, with attention or C-GSPN, and a text tower from scratch with a contrastive loss.
 
     Examples:
         cgspn pretrain runs/vit
@@ -41,17 +41,17 @@ class Pretrain(Command):
     out: Out
     """Folder for config.json, model.safetensors and pretrain.json (command, versions, losses)."""
     config: tyro.conf.AvoidSubcommands[PretrainConfig] = field(default_factory=PretrainConfig)
-    """What is trained, and how."""
+    """All settings of the run."""
     sizes: tuple[int, int] | None = None
-    """Draw the size of each batch from this range, in pixels (config.sizes)."""
+    """Train at mixed sizes: draw the size of each batch from this range, in pixels (config.sizes)."""
     aspects: tuple[float, ...] = ()
-    """Draw aspect ratios, width / height, beside sizes."""
+    """Aspect ratios (width / height) to combine with the sizes."""
     device: Device = "auto"
-    """Where to compute; "auto" is the GPU if there is one."""
+    """Device to run on; "auto" uses a GPU if there is one."""
     half: bool = False
     """Store the weights as float16."""
     overwrite: bool = False
-    """Replace the model that the folder may hold."""
+    """Replace an existing model in the folder."""
 
     def __post_init__(self) -> None:
         """Take sizes and aspects into the config."""

@@ -25,10 +25,12 @@ from .command import Command, Device, Student
 
 @dataclass(frozen=True)
 class Show(Command):
-    """Write a page that shows photographs as an encoder sees them, and its teacher beside it if one is named.
+    """Write an HTML page that visualises the features of an encoder on photographs, optionally next to those of its
+    teacher.
 
-    Features as colours, similarity to a patch that is clicked, and where each layer takes what it brings to a patch.
-    One pass over each photograph, at any size that fits: a student is linear in its area, a teacher quadratic.
+    The page shows a PCA visualisation of the features, the similarity of all patches to a clicked one, and which image
+    positions influence a patch in each layer. Each photograph is processed in one pass, at any size that fits in
+    memory.
 
     Examples:
         cgspn show demo/c-gspn --teacher embedded
@@ -39,28 +41,28 @@ class Show(Command):
     student: Student
     """A checkpoint (file, folder or hub id; encoder or image-text model), or "embedded"."""
     teacher: str | None = None
-    """Another one, of the same patch size, to lay beside it."""
+    """A second encoder with the same patch size, for comparison."""
     images: str = "embedded"
-    """A folder of photographs, or "embedded" (test images, sixteen to a canvas). Unreadable ones are skipped, counted
-    and named."""
+    """A folder of photographs, or "embedded" (test images, sixteen per canvas). Unreadable ones are skipped, counted
+    and reported."""
     size: int | None = None
-    """Pixels of the longer side, rounded to whole patches; by default the student's native size (of each embedded
+    """Longer side in pixels, rounded to whole patches. The default is the student's native size (for each embedded
     image)."""
     limit: int = 10
-    """How many photographs at most, in the order of their names. Each makes the page up to 2 MB larger."""
+    """Maximum number of photographs, in the order of their names. Each adds up to 2 MB to the page."""
     layers: tuple[int, ...] | None = None
-    """Numbers of the layers, from 1, whose influence is shown; by default four spread evenly."""
+    """Layers (numbered from 1) whose influence is shown. The default is four layers, spread evenly."""
     at: tuple[tuple[float, float], ...] = PLACES
-    """Patches whose influence is shown: pairs of shares of height and width."""
+    """Patches whose influence is shown, as pairs of fractions of height and width."""
     out: Path = Path("page.html")
-    """The page, one file that needs nothing else."""
+    """The HTML page, a single self-contained file."""
     picture: Path | None = None
-    """Also write a PNG of the first photographs and the features of both models, for a README or a slide."""
+    """Also write a PNG with the first photographs and the features of both models, for a README or a slide."""
     device: Device = "auto"
-    """Where to compute; "auto" is the GPU if there is one."""
+    """Device to run on; "auto" uses a GPU if there is one."""
 
     overwrite: bool = False
-    """Replace the files that may be there."""
+    """Replace existing files."""
 
     def run(self) -> None:
         """Raises ValueError or OSError."""

@@ -13,10 +13,10 @@ TEMPLATES = (
 
 
 def fill(template: str, name: str) -> str:
-    """Put a class name into a template, with the article that fits: "a photo of an ankle boot".
+    """Insert a class name into a template and adapt the article: "a photo of an ankle boot".
 
-    template: text with exactly one `{}`; or with `{c}`, as CLIP-benchmark writes it, which keeps its article.
-    Raises ValueError for one that does not hold exactly one of them.
+    template: text with exactly one `{}`, or one `{c}` as in CLIP-benchmark, whose article does not change. Raises
+    ValueError for a template that does not contain exactly one of them.
     """
     if template.count("{}") + template.count("{c}") != 1:
         raise ValueError(f"template is {template!r}; expected exactly one '{{}}' or '{{c}}'")

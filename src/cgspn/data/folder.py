@@ -17,14 +17,18 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 def load_folder(
     path: str | Path, size: int | tuple[int, int], *, crop: bool = True, max_skipped_fraction: float = 0.1
 ) -> tuple[ImageSet, Skipped]:
-    """Read a folder of images: one sub-folder for each class, or flat (one class, named after the folder).
+    """Read a folder of images, either with one sub-folder per class or flat (one class, named after the folder).
 
-    Files are taken in the order of their names, from sub-folders at any depth; hidden files and folders are passed
-    over. How pictures are read is said at `read_box`. size: (h, w), or one number for both. crop: True keeps the aspect
-    ratio and cuts the middle, False squeezes the whole image into `size`. max_skipped_fraction: largest share of
-    unreadable files that is tolerated, 0 to 1; those that were skipped are named once, on standard error.
+    Files are read in the order of their names, from sub-folders at any depth; hidden files and folders are ignored.
+    `read_box` describes how images are decoded. If files are skipped, a report is printed once on standard error.
 
-    Returns the set, images uint8 [N, 3, h, w], and the report of what was skipped (empty if nothing was).
+    Args:
+        size: height and width of all images, or one number for both.
+        crop: True keeps the aspect ratio and takes a centre crop; False resizes the whole image to `size`.
+        max_skipped_fraction: largest tolerated fraction of unreadable files, 0 to 1.
+
+    Returns the image set, with images uint8 [N, 3, h, w], and the skipped files.
+
 
     Raises:
         FileNotFoundError, NotADirectoryError: no such folder, or no image files in it.

@@ -49,14 +49,14 @@ class ImageSet:
         return ImageSet(self.images[indices], self.labels[indices], self.class_names)
 
     def captions(self, seed: int = 0, indices: Tensor | None = None, templates: Sequence[str] = TEMPLATES) -> list[str]:
-        """`class_captions` of all images, or those at `indices`, int64 [M]; another seed draws other templates."""
+        """Return one caption per image, or per index in `indices`, int64 [M]: `class_captions` of their labels."""
         return class_captions(self.labels, self.class_names, seed, indices, templates)
 
     def masks(self, threshold: int = 16) -> Tensor:
-        """Semantic masks uint8 [N, H, W]: 0 background, 1 + label foreground.
+        """Return semantic masks uint8 [N, H, W]: 0 for background, 1 + label for foreground.
 
-        Foreground is what the dark surroundings do not reach from the border (see `foreground`), so this is for
-        images of one object on a dark background, as in the embedded set.
+        The foreground is everything that is not connected to the border by dark pixels (see `foreground`). This works
+        for images of one object on a dark background, such as the embedded ones.
         """
         inside = foreground(self.images, threshold)
         return inside.to(torch.uint8) * (self.labels + 1).to(torch.uint8)[:, None, None]

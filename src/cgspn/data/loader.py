@@ -13,7 +13,7 @@ Transform = Callable[[Tensor, torch.Generator], Tensor]
 
 
 class ImageSource(Protocol):
-    """What `batches` needs: a length and random access. `ImageSet` is one; anything else may be."""
+    """Protocol for the source of `batches`: a length and random access. `ImageSet` implements it."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -24,9 +24,10 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One batch. step: its number in the stream. indices: int64 [B], which images of the source. images: what the
-    transform returned, or uint8 [B, 1 or 3, H, W] without one. labels: int64 [B]; -1 for an image without a class.
-    captions: one for each image, or empty."""
+    """One batch: its step, images and their int64 [B] indices in the source and labels (-1 for none).
+
+    images: output of the transform, or uint8 [B, 1 or 3, H, W] without one. captions: one per image, or empty.
+    """
 
     step: int
     indices: Tensor
@@ -60,10 +61,11 @@ def _order(size: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
 
 
 def batch_indices(size: int, batch_size: int, step: int, *, seed: int = 0, shuffle: bool = True) -> Tensor:
-    """Which images batch `step` holds: a slice of an endless stream of epochs, each a permutation of all images.
+    """Return the indices of the images in batch `step`, from an infinite sequence of epochs, each a permutation of all
+    images.
 
-    Every batch is full; one that crosses the end of an epoch takes the rest from the next. size: images in the source;
-    `batch_size` may exceed it. seed: which stream. shuffle: False for the order of the source, over and over.
+    Every batch is full. A batch at the end of an epoch is completed with images of the next epoch. `batch_size` may
+    exceed `size`, the number of images in the source. shuffle: False repeats the order of the source.
 
     Returns int64 [batch_size]. Raises ValueError for a size, batch size or step out of range.
     """
@@ -99,11 +101,11 @@ def batches(
     shuffle: bool = True,
     transform: Transform | None = None,
 ) -> Iterator[Batch]:
-    """Batches number `start` to `steps` - 1 of the stream of `batch_indices`.
+    """Yield batches `start` to `steps` - 1 of the sequence given by `batch_indices`.
 
-    To resume after step s, pass start = s + 1 and the same seed: order and augmentation go on bit for bit. `transform`
-    is called as transform(images, generator); its generator depends on seed and step alone. Raises ValueError as
-    `batch_indices`, when the first batch is asked for.
+    To resume after step s, pass start = s + 1 and the same seed; order and augmentation then continue exactly.
+    `transform` is called as transform(images, generator), where the generator depends only on seed and step. Raises
+    ValueError as `batch_indices`, at the first batch.
     """
     for step in range(start, steps):
         indices = batch_indices(len(source), batch_size, step, seed=seed, shuffle=shuffle)
@@ -113,7 +115,7 @@ def batches(
 def one_pass(
     source: ImageSource, batch_size: int, *, seed: int = 0, transform: Transform | None = None
 ) -> Iterator[Batch]:
-    """Every image once, in order; the last batch may be smaller. For evaluation.
+    """Yield every image once, in order, for evaluation. The last batch may be smaller.
 
     Raises ValueError for a batch below 1.
     """

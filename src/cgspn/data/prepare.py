@@ -167,7 +167,7 @@ class Prepare:
 def prepare_for(config: EncoderConfig, size: Size = None) -> Prepare:
     """How pictures become what an encoder was trained on, at its native size or another.
 
-    Raises ValueError for a size that patches do not tile.
+    Raises ValueError for a size that is not a multiple of the patch size.
     """
     return Prepare(
         size_in_pixels(config, size),

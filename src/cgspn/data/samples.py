@@ -15,7 +15,7 @@ from .skipped import Skipped
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture as it is stored: the bytes of its file, and caption, class and its number where there are any."""
+    """One stored image: the bytes of its file, and its caption, class name and class number, if there are any."""
 
     encoded: bytes
     caption: str = ""
@@ -24,7 +24,7 @@ class Sample:
 
 
 class SampleSource(Protocol):
-    """Random access to samples, in an order that does not change. Worker processes get a copy of it."""
+    """Protocol for random access to samples in a fixed order. Every worker process gets a copy."""
 
     @property
     def source(self) -> str:
@@ -32,27 +32,28 @@ class SampleSource(Protocol):
 
     @property
     def problems(self) -> Skipped:
-        """What is lost or damaged as a whole."""
+        """Missing or damaged shards."""
 
     def __len__(self) -> int:
         """Number of samples."""
 
     def name(self, number: int) -> str:
-        """What to call a sample in a message."""
+        """Name of a sample, for messages."""
 
     def read(self, number: int) -> Sample:
-        """Read a sample. Raises OSError or ValueError if it cannot be had."""
+        """Read a sample. Raises OSError or ValueError if it cannot be read."""
 
     def digest(self) -> str:
-        """Equal for equal names in equal order: whether a run can go on with this source."""
+        """A hash of the names in order, which decides whether a run can resume with this source."""
 
 
 @dataclass(frozen=True, eq=False)
 class SampleFolder:
-    """Images in a folder, flat or in a sub-folder for each class; the caption of `1.jpg` is in `1.txt` or `1.json`.
+    """Images in a folder, either directly or in one sub-folder per class. The caption of `1.jpg` is in `1.txt` or
+    `1.json`.
 
-    files: paths, in order. labels: a class number each, or -1. class_names: names of the sub-folders; empty for a flat
-    folder.
+    files: paths, in order. labels: class number of each file, or -1. class_names: names of the sub-folders; empty for a
+    flat folder.
     """
 
     source: str
@@ -76,12 +77,12 @@ class SampleFolder:
         return Sample(read_bytes(path), caption_of(text, data), class_name, label)
 
     def digest(self) -> str:
-        """As in `SampleSource`; where the folder is does not count."""
+        """As in `SampleSource`; independent of where the folder is."""
         return digest_of(os.fsencode(os.path.relpath(file, self.source)) for file in self.files)
 
 
 def open_folder(path: Path) -> SampleFolder:
-    """List a folder; images beside its sub-folders make it one without classes.
+    """List a folder of images. If there are images outside of its sub-folders, it has no classes.
 
     Raises FileNotFoundError or NotADirectoryError, as `load_folder` does.
     """

@@ -11,17 +11,17 @@ SHAPES = 5  # purpose of randomness, see `generator_of`
 
 
 class BatchShape(NamedTuple):
-    """What a batch may look like. size: (height, width) in pixels. images: their number."""
+    """Shape of a batch. size: (height, width) in pixels. images: number of images."""
 
     size: tuple[int, int]
     images: int
 
 
 def scheduled(shapes: Sequence[BatchShape], seed: int, step: int) -> tuple[BatchShape, int]:
-    """The shape of batch `step`, and the number of images in all batches before it.
+    """Return the shape of batch `step`, and the number of images in all previous batches.
 
-    Every run of as many steps as there are shapes has each shape once, in an order drawn anew. So all shapes are
-    equally frequent in a stage of any length, and the position of a step needs no sum over the steps before it.
+    The shapes are visited in random order, and each is used once before any is repeated. All shapes are therefore
+    equally frequent in a stage of any length, and the position of a step is computed without a sum over earlier steps.
     """
     turn, place = divmod(step, len(shapes))
     order = torch.randperm(len(shapes), generator=generator_of(seed, SHAPES, turn)).tolist()

@@ -22,10 +22,10 @@ class ShardSet:
     """The samples of shards, in the order of the shards and of each tar.
 
     Attributes:
-        problems: shards that are lost or damaged, and samples that are left out of others; of a damaged shard the
-            samples before the damage are used.
-        ends: for each shard that holds samples, their number up to its end.
-        names, name_ends, spans: as in `TarIndex`, of all shards.
+        problems: missing or damaged shards, and skipped samples of the others. The samples before the damage in a shard
+            are used.
+        ends: for each shard that contains samples, the number of samples up to its end.
+        names, name_ends, spans: as `names`, `ends` and `spans` of `TarIndex`, for all shards.
     """
 
     source: str
@@ -41,20 +41,20 @@ class ShardSet:
         return len(self.spans)
 
     def name(self, number: int) -> str:
-        """The shard, and the path in it without endings."""
+        """Name of the shard, and path in it without extension."""
         start = int(self.name_ends[number - 1]) if number else 0
         key = self.names[start : int(self.name_ends[number])].numpy().tobytes()
         return f"{self._shard(number).name}: {shown_name(key)}"
 
     def read(self, number: int) -> Sample:
-        """Read a sample. Raises OSError if its shard cannot be read as far as that."""
+        """Read a sample. Raises OSError if its shard cannot be read up to it."""
         parts = self.read_parts(number, ("image", "txt", "json"))
         encoded, text, data = parts["image"], parts["txt"], parts["json"]
         assert encoded is not None  # the index leaves out samples without an image
         return Sample(encoded, caption_of(text, data))
 
     def read_parts(self, number: int, wanted: tuple[str, ...]) -> dict[str, bytes | None]:
-        """The bytes of some of `PARTS`; None for those that a sample lacks. Raises OSError as `read`."""
+        """Read some of the `PARTS` of a sample as bytes, None for missing ones. Raises OSError as `read`."""
         found: dict[str, bytes | None] = dict.fromkeys(wanted)
         with self._shard(number).path.open("rb") as file:
             for part in wanted:
@@ -67,7 +67,7 @@ class ShardSet:
         return found
 
     def digest(self) -> str:
-        """As in `SampleSource`; where the shards are does not count."""
+        """As in `SampleSource`; independent of where the shards are."""
         return digest_of([tensor.numpy().tobytes() for tensor in (self.ends, self.names, self.name_ends)])
 
     def _shard(self, number: int) -> Shard:
@@ -75,16 +75,18 @@ class ShardSet:
 
 
 def open_shards(source: str, cache: Path, max_skipped: float = 0.1) -> ShardSet:
-    """Find the shards of a source and index them.
+    """Find and index the shards of a source.
 
-    A shard that was indexed before and is lost or damaged now keeps its place, so that the order of the others stays
-    what it was; its samples are skipped when their turn comes.
+    A shard that was indexed earlier and is now missing or damaged keeps its place, so the order of the others does not
+    change. Its samples are skipped.
 
-    source: a path, a pattern with `{000..009}`, `{a,b}` or `*`, or a URL, which is fetched into `cache`, whole.
-    max_skipped: largest share of lost or damaged shards that is tolerated, 0 to 1.
+    Args:
+        source: a path, a pattern with `{000..009}`, `{a,b}` or `*`, or a URL, which is downloaded completely.
+        cache: folder for downloaded shards and indices.
+        max_skipped: largest tolerated fraction of missing or damaged shards, 0 to 1.
 
-    Raises FileNotFoundError for nothing there, ValueError for a wrong pattern, more problems than `max_skipped`, or no
-    sample at all.
+    Raises FileNotFoundError if there are no such files, ValueError for a wrong pattern, more problems than
+    `max_skipped`, or no sample at all.
     """
     return index_shards(source, locate(source, cache, max_skipped), cache, max_skipped)
 

@@ -15,7 +15,7 @@ def parse_size(text: str) -> int | tuple[int, int]:
 
 
 def size_in_pixels(config: EncoderConfig, size: Size) -> tuple[int, int]:
-    """Height and width that pictures get. Raises ValueError for a size that patches do not tile."""
+    """Height and width that pictures get. Raises ValueError for a size that is not a multiple of the patch size."""
     if size is None:
         return config.image_size
     height, width = (size, size) if isinstance(size, int) else size

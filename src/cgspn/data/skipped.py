@@ -9,9 +9,9 @@ FIRST = 1000  # images that a stream is given before its share of unreadable one
 
 @dataclass(frozen=True)
 class Skipped:
-    """What could not be read, of `total` that were tried; `what`: what they are, in the plural.
+    """Images or shards that could not be read, of `total` that were tried. what: plural noun for them, for messages.
 
-    files: name and reason of each, in the order of reading. unnamed: how many more there are.
+    files: name and reason of each, in the order of reading. unnamed: number of those that are not in `files`.
     """
 
     files: tuple[tuple[str, str], ...] = ()
@@ -23,7 +23,7 @@ class Skipped:
         return len(self.files) + self.unnamed
 
     def summary(self) -> str:
-        """A line for the count and one for each file, the first ten by name."""
+        """Return one line with the count, and one line for each of the first ten files."""
         lines = [f"skipped {len(self)} of {self.total} {self.what} that could not be read:"]
         lines += [f"  {name}: {reason}" for name, reason in self.files[:SHOWN]]
         if len(self) > SHOWN:
@@ -33,11 +33,11 @@ class Skipped:
 
 @dataclass
 class SkipCounter:
-    """Counts what a run skips. An image that is met again in a later epoch counts once.
+    """Counts the images that a run skips. An image that is skipped in several epochs counts once.
 
-    source: what is read, for messages. size: number of its images. limit: largest share of unreadable ones that is
-    tolerated, 0 to 1. read: how many were tried. used: how many could be read. bad: the others, name and reason by
-    number.
+    source: name of the source, for messages. size: number of images in the source. limit: largest tolerated fraction of
+    unreadable images, 0 to 1. read: number of images tried. used: number of images read. bad: name and reason of the
+    others, by index.
     """
 
     source: str
@@ -48,9 +48,9 @@ class SkipCounter:
     bad: dict[int, tuple[str, str]] = field(default_factory=dict)
 
     def add(self, read: int, bad: Sequence[tuple[int, str, str]]) -> None:
-        """Count images that were read, and number, name and reason of those that could not be.
+        """Count the images that were read, and record index, name and reason of those that were not.
 
-        Raises ValueError if these are more than the limit.
+        Raises ValueError if there are more of these than the limit allows.
         """
         self.read += read + len(bad)
         self.used += read
@@ -66,5 +66,5 @@ class SkipCounter:
             )
 
     def report(self) -> Skipped:
-        """What was skipped so far."""
+        """Return what has been skipped so far."""
         return Skipped(tuple(self.bad.values()), min(self.read, self.size))

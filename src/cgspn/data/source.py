@@ -16,13 +16,16 @@ EMBEDDED = "embedded"
 
 
 def load_images(source: str | Path, size: tuple[int, int], channels: int, split: Split) -> ImageSet:
-    """Images for an encoder of `channels` input channels, 1 or 3: colour becomes grey, and grey three equal channels.
+    """Load images for an encoder with `channels` input channels, 1 or 3, to which they are converted if necessary.
 
-    source: "embedded", of which `split` is a part; or a folder with one sub-folder for each class, or of images alone,
-    which are brought to `size`, (height, width); the embedded ones keep theirs.
+    Args:
+        source: "embedded", or a folder of images, directly or in one sub-folder per class.
+        size: height and width to which the images of a folder are resized; the embedded images keep their size.
+        split: split of the embedded images; not used for a folder.
 
-    Raises what `load_folder` raises, and ValueError for other numbers of channels. Unreadable files are skipped,
-    counted and named on standard error.
+
+    Raises the errors of `load_folder`, and ValueError for another number of channels. Unreadable files are skipped,
+    counted and reported on standard error.
     """
     if channels not in (1, 3):
         raise ValueError(f"the encoder takes {channels} channels; accepted: 1 or 3")
@@ -37,10 +40,10 @@ def load_images(source: str | Path, size: tuple[int, int], channels: int, split:
 
 
 def open_samples(source: str, *, cache: Path | None = None, max_skipped: float = 0.1) -> SampleSource:
-    """Images that are read while they are trained on.
+    """Open images that are read during training.
 
     source: a folder of images or of shards, or shards: a path, a pattern or a URL (`open_shards`). cache: folder for
-    fetched shards and indices; None for the user's cache folder. max_skipped: as in `open_shards`.
+    downloaded shards and indices; None for the user's cache folder. max_skipped: as in `open_shards`.
 
     Raises FileNotFoundError, NotADirectoryError or ValueError, as `open_shards` and `load_folder` do.
     """

@@ -86,7 +86,8 @@ def resize(images: Tensor, size: Size) -> Tensor:
 
 
 def center_crop(images: Tensor, size: Size) -> Tensor:
-    """The middle of float [B, C, H, W], [B, C, h, w]: the shorter side is resized, the longer one cut.
+    """Resize float [B, C, H, W] so that it covers `size`, and take a centre crop, [B, C, h, w].
+
 
     Raises ValueError for a wrong size.
     """
@@ -115,8 +116,8 @@ def random_boxes(
 ) -> Tensor:
     """Random boxes int64 [count, 4] (top, left, height, width) of images of `height` x `width` pixels.
 
-    The area is uniform in `scale`, shares of the image's, and the aspect ratio, width / height, log-uniform in `ratio`.
-    A draw that does not fit is shortened to fit, so that the stream of random numbers (on the CPU) has a fixed length.
+    The area is uniform in `scale`, fractions of the image area, and width / height log-uniform in `ratio`. A draw that
+    does not fit is shortened to fit, so the stream of random numbers has a fixed length. generator: on the CPU.
     """
     return boxes_from(torch.rand(4, count, generator=generator, dtype=torch.float64), height, width, scale, ratio)
 
@@ -144,10 +145,10 @@ def random_resized_crop(
     ratio: tuple[float, float] = RATIO,
     flip: float = 0.5,
 ) -> Tensor:
-    """A random box of each image, resized, and mirrored with probability `flip`.
+    """Take a random crop of each image, resize it, and flip it horizontally with probability `flip`.
 
-    float [B, C, H, W] to [B, C, h, w]. `generator`, `scale` and `ratio` are as in `random_boxes`; the same state of the
-    generator gives the same result. Raises ValueError for a wrong size. Source: the crop of Inception and timm.
+    float [B, C, H, W] to [B, C, h, w]. `scale` and `ratio` are those of `random_boxes`; the same state of the generator
+    gives the same result. Raises ValueError for a wrong size. Source: the crop of Inception and timm.
     """
     boxes = random_boxes(len(images), images.shape[2], images.shape[3], generator, scale, ratio)
     mirrored = torch.rand(len(images), generator=generator) < flip
@@ -217,10 +218,10 @@ def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """uint8 [B, 1 or 3, H, W] to normalised float32 [B, 3, h, w], nothing random.
+    """Transform uint8 [B, 1 or 3, H, W] to normalised float32 [B, 3, h, w] without randomness.
 
-    size: (h, w). crop: True keeps the aspect ratio and cuts the middle, False squeezes the whole image into `size`.
-    mean, std: per channel, of images in 0..1.
+    crop: True keeps the aspect ratio and takes a centre crop; False resizes the whole image to `size`. mean, std: per
+    channel, for images in 0..1.
     """
 
     size: Size
@@ -236,10 +237,11 @@ class EvalTransform:
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """uint8 [B, 1 or 3, H, W] to normalised float32 [B, 3, h, w] by a random resized crop and a random flip.
+    """Transform uint8 [B, 1 or 3, H, W] to normalised float32 [B, 3, h, w] with a random resized crop and a random
+    flip.
 
-    size: (h, w). scale, ratio: as in `random_boxes`. flip: probability of mirroring left and right. jitter: strength of
-    random changes of brightness, contrast and saturation, 0 to 1. mean, std: per channel, of images in 0..1.
+    scale, ratio: as in `random_boxes`. flip: probability of a horizontal flip. jitter: strength of random brightness,
+    contrast and saturation changes, 0 to 1. mean, std: per channel, for images in 0..1.
     """
 
     size: Size

@@ -37,19 +37,19 @@ Key = tuple[int, slice, list[int]]
 
 
 class WorkerError(OSError):
-    """Worker processes die as fast as they are started; the message says what may help."""
+    """Raised if worker processes die repeatedly; the message suggests what to do."""
 
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How image files are read; nothing here changes what a run sees.
+    """How image files are read. These settings do not change the data of a run.
 
     Args:
-        workers: processes that read and decode, for each training process; None for one a core, at most 16; 0 reads
-            between the steps.
-        prefetch: parts of batches, of up to 32 images, that each worker reads ahead.
-        max_skipped: largest share of unreadable images, or of lost or damaged shards, that is tolerated, 0 to 1.
-        cache: folder for fetched shards and for indices; None for $XDG_CACHE_HOME/cgspn/data or ~/.cache/cgspn/data.
+        workers: number of reader processes per training process. None uses one per core, at most 16; 0 reads in the
+            training process.
+        prefetch: number of parts of a batch, of up to 32 images each, that every worker reads ahead.
+        max_skipped: largest tolerated fraction of unreadable images, or of missing or damaged shards, 0 to 1.
+        cache: folder for downloaded shards and for indices; None for $XDG_CACHE_HOME/cgspn/data or ~/.cache/cgspn/data.
     """
 
     workers: int | None = None
@@ -66,7 +66,7 @@ class LoaderConfig:
             raise ValueError(f"max_skipped is {self.max_skipped}; accepted: 0 to 1")
 
     def workers_for(self, processes: int) -> int:
-        """The number of workers where `processes` training processes share the machine."""
+        """Return the number of workers per training process if `processes` of them share the machine."""
         if self.workers is not None:
             return self.workers
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -75,12 +75,15 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """What a stream of batches of `batch_size` images of `size`, (height, width), is a function of, beside the source.
+    """Everything that determines the batches of a stage, apart from the source.
 
-    rows: first and end row of such a batch that this process reads; of others it reads the same share. augment: a
-    random box of each image, mirrored or not; else the middle. scale: smallest and largest share of the image's area
-    that a random box has. captioned: an image without a caption or class cannot be used. shapes: what batches may look
-    like (`scheduled`); empty for `batch_size` images of `size` every time.
+    Attributes:
+        rows: first and end row that this process reads of a batch of `batch_size` images of `size`, (height, width) in
+            pixels; of other shapes it reads the same fraction.
+        augment: random crop and flip of each image, instead of a centre crop.
+        scale: smallest and largest area of a random crop, as fractions of the image area.
+        captioned: skip images without a caption or class.
+        shapes: shapes of the batches (`scheduled`); empty if every batch has `batch_size` images of `size`.
     """
 
     batch_size: int
@@ -93,13 +96,13 @@ class BatchPlan:
     shapes: tuple[BatchShape, ...] = ()
 
     def at(self, step: int) -> tuple[BatchShape, int, slice]:
-        """The shape of a batch, its position in the stream of epochs, and the rows that this process reads."""
+        """Return the shape of a batch, its position in the sequence of epochs, and the rows that this process reads."""
         shape, begin = scheduled(self.shapes or (BatchShape(self.size, self.batch_size),), self.seed, step)
         first, end = (row * shape.images // self.batch_size for row in self.rows)
         return shape, begin, slice(first, end)
 
     def parts(self, step: int) -> list[slice]:
-        """The rows of a step that this process reads, in parts for its workers."""
+        """Return the rows that this process reads in a step, divided between its workers."""
         shape, _, rows = self.at(step)
         count = max(1, min(PART_IMAGES, PART_PIXELS // (shape.size[0] * shape.size[1])))
         return [slice(first, min(first + count, rows.stop)) for first in range(rows.start, rows.stop, count)]
@@ -195,10 +198,10 @@ def joined(parts: list[Rows], device: torch.device) -> Rows:
 def read_rows(
     source: SampleSource, plan: BatchPlan, start: int, end: int, *, workers: int, prefetch: int, device: torch.device
 ) -> Iterator[tuple[int, Rows]]:
-    """The rows of steps `start` to `end` - 1, read ahead, those that this process reads.
+    """Yield the rows of steps `start` to `end` - 1 that this process reads, with prefetching.
 
-    workers: processes; 0 for none. prefetch: parts of batches that each reads ahead. device: where images go; through
-    page-locked memory to a GPU. Raises WorkerError if a worker dies again before one batch has come after its restart.
+    prefetch: parts of batches that each of the worker processes reads ahead. device: where images go; through
+    page-locked memory to a GPU. Raises WorkerError if a restarted worker dies again before it delivers a batch.
     """
     step, restarted_at = start, -1
     while step < end:

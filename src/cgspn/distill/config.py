@@ -8,32 +8,32 @@ from .sizes import SizeRange, check_fields
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """One optimisation.
+    """Settings of the optimiser and of augmentation for one stage.
 
     Args:
-        steps: optimiser steps.
-        batch_size: images a step; where sizes are mixed, at the size of the stage, and at others as many as have about
-            as many tokens.
-        optimizer: "adamw", or "muon": matrices by Muon, its updates as large as AdamW's so that rates carry over, and
-            the rest by AdamW. Muon gets further in the same steps; it costs a few matrix products a weight and step.
-        learning_rate: peak, of fresh weights; reached by a linear warm-up, then a cosine to zero.
-        inherited_rate: factor on the learning rate of weights that come from the teacher.
-        embedding_rate: factor on that of the patch embedding; 0 leaves it as it is. The pixels of a patch are much
-            alike, so that steps of one sign add up over all of them: in a student that inherits it, one step of AdamW
-            at 2e-4 undoes what stage 1 has learned, where the same step of all other weights is harmless.
-        weight_decay: of matrices; vectors and scalars have none.
-        warmup: share of the steps.
-        clip: largest norm of the gradient.
-        augment: crop and flip at random; off, a run of an epoch or so sees just the images that it is judged on.
-        crop_scale: smallest and largest share of an image's area that a random crop of `augment` has.
-        jitter: strength of random changes of brightness, contrast and saturation beside it, 0 to 1; 0 for none.
-        mixup: share of the images that are blended with their neighbour in the batch, in random proportions. Teacher
-            and student look at the same blend, so that few images make many; not beside a contrastive loss, whose
-            captions would fit neither image.
-        cutmix: share of the images of which a random box shows another one of the batch, after `mixup` and like it.
-        accumulate: parts that a batch is cut into, one after the other, to fit the memory.
-        ema: decay of the moving average of the weights that the run ends with; 0 for the last weights.
-        seed: of initialisation, order and augmentation.
+        steps: number of optimiser steps.
+        batch_size: images per step. With mixed sizes, batches at other sizes have about the same number of tokens.
+        optimizer: "adamw", or "muon" for Muon on matrices and AdamW on all other weights. Muon's updates are scaled to
+            the size of AdamW's, so learning rates carry over. Muon learns more per step, but needs a few matrix
+            products per weight and step.
+        learning_rate: peak learning rate of new weights, with linear warm-up and cosine decay to zero.
+        inherited_rate: learning rate multiplier for weights copied from the teacher.
+        embedding_rate: additional learning rate multiplier for the patch embedding; 0 freezes it. The pixels of a patch
+            are similar, so updates of the same sign add up. In a student that inherits it, one AdamW step at 2e-4
+            destroys what stage 1 has learned, while the same step on all other weights is harmless.
+        weight_decay: weight decay of matrices; vectors and scalars have none.
+        warmup: fraction of the steps used for warm-up.
+        clip: maximum gradient norm.
+        augment: random crops and flips. Without it, the student sees whole images, as in evaluation.
+        crop_scale: smallest and largest area of a random crop, as fractions of the image area.
+        jitter: strength of random brightness, contrast and saturation changes, 0 to 1; used only with `augment`.
+        mixup: fraction of the images that are blended with another image of the batch, in random proportions. Teacher
+            and student see the same blend. Not allowed with a contrastive loss, because the captions would not match.
+        cutmix: fraction of the images that get a random box from another image of the batch, after `mixup`. Not allowed
+            with a contrastive loss.
+        accumulate: number of gradient-accumulation steps per batch.
+        ema: decay of the moving average of the weights, which becomes the result; 0 uses the last weights.
+        seed: random seed of initialisation, image order and augmentation.
     """
 
     steps: int = 100
@@ -73,18 +73,19 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """What stage 2 minimises: alpha * PP + beta * PB + tokens * final + output * pooled [+ contrastive].
+    """The loss of stage 2: alpha * PP + beta * PB + tokens * final + output * pooled [+ contrastive].
 
     Args:
-        alpha: weight of the taps after sub-layers (PP), mean over blocks.
-        beta: weight of the taps after blocks (PB), mean over blocks.
-        tokens: weight of the relative MSE of the final grid tokens, after the last norm: what users of dense features
-            get. The paper has no such term; the taps see each block alike, and the last one before its norm.
-        output: weight of the pooled vector's relative MSE.
-        kl_pp: weight of the KL term in the taps after sub-layers.
-        kl_pb: the same after blocks.
-        adapters: learnable bridges before the taps.
-        contrastive: weight of an image-text loss against the teacher's text tower; 0 for none.
+        alpha: weight of the PP taps (sub-layer outputs), averaged over blocks.
+        beta: weight of the PB taps (block outputs), averaged over blocks.
+        tokens: weight of the relative MSE of the final grid tokens after the last norm, which are the encoder's dense
+            features. The paper has no such term. Without it, the loss sees the last block only before the norm, with
+            the same weight as any other block.
+        output: weight of the relative MSE of the pooled vector.
+        kl_pp: weight of the KL term at the PP taps.
+        kl_pb: weight of the KL term at the PB taps.
+        adapters: train a small MLP on the student's side of each tap.
+        contrastive: weight of a contrastive loss with the teacher's text tower; 0 disables it.
     """
 
     alpha: float = 1.0
@@ -103,25 +104,26 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How steps are computed; the result is the same within rounding.
+    """How steps are computed. The results are the same up to rounding.
 
     Args:
-        precision: of the arithmetic; weights, optimiser state and losses are float32 either way.
-        compile: compile the blocks of teacher and student, and the losses at their taps, once for each shape of batches
-            and when it first comes: kernels of a fixed shape are faster, and a long run has time to make them.
-        capture: replay forward and backward as one CUDA graph for each shape of batches, for steps whose kernels are
-            shorter than their launches; on several GPUs what "fsdp" and "placed" exchange is in it, and gradients of
-            "ddp" are averaged after it. CUDA alone; not with a contrastive loss or a teacher's cache.
-        checkpointing: recompute the student's activations block by block in backward.
-        parallel: on several processes (torchrun), "ddp" copies the student, "fsdp" shards it; "placed" is as "ddp",
-            but stage 1 gives each process the blocks that it alone trains. The frozen teacher is whole everywhere.
-        blocks_per_unit: of a sharded student, how many blocks are gathered and scattered at once: more make fewer and
-            larger exchanges, which hide worse.
-        reshard_after_forward: of a sharded student, let gathered weights go until backward, which gathers them again;
-            off, they stay, and only gradients and the optimiser's state are smaller than in a copied student.
-        teacher_cache: GiB of host memory, a process, for the teacher's features from one epoch to the next, rounded to
-            bfloat16; 0 for none. For images that look the same each time (`OptimConfig.augment` off); see `cache.py`.
-        save_every: steps between checkpoints that a run can go on from; 0 for none.
+        precision: dtype of the computation; weights, optimiser state and losses are always float32.
+        compile: use torch.compile for the blocks of teacher and student and for the losses at the taps. Each batch
+            shape is compiled when it first occurs.
+        capture: replay forward and backward as one CUDA graph per batch shape, which speeds up steps that are limited
+            by kernel launches. The graph includes the communication of "fsdp" and "placed"; "ddp" averages gradients
+            after it. Requires CUDA; cannot be combined with a contrastive loss or `teacher_cache`.
+        checkpointing: activation checkpointing of the student's blocks.
+        parallel: how several processes (torchrun) share the work. "ddp" replicates the student and "fsdp" shards it.
+            "placed" is "ddp", except that in stage 1 each process trains different blocks. Every process holds the
+            whole teacher.
+        blocks_per_unit: number of blocks that "fsdp" gathers and scatters at once. Larger units need fewer transfers,
+            but overlap less with computation.
+        reshard_after_forward: with "fsdp", free the gathered weights after the forward pass and gather them again in
+            the backward pass. Otherwise only gradients and optimiser state take less memory than with "ddp".
+        teacher_cache: GiB of host memory per process for caching the teacher's features (in bfloat16) across epochs; 0
+            disables it. Requires `augment` to be off.
+        save_every: number of steps between snapshots, from which an interrupted run resumes; 0 writes none.
     """
 
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -135,7 +137,7 @@ class ComputeConfig:
     save_every: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for units of no block, or a captured step that would wait for the host."""
+        """Raise ValueError for values out of range, or for `capture` together with `teacher_cache`."""
         check_fields(
             self,
             ("blocks_per_unit", self.blocks_per_unit >= 1, "1 or more"),
@@ -147,20 +149,20 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class HighResConfig:
-    """After stage 2, to higher resolutions, one after the other.
+    """Stages at higher resolutions after stage 2 (the curriculum).
 
-    Each of these stages goes on from the one before: with its adapters and scales if the teacher stays the same, at a
-    rate of a tenth. A stage that began anew lowered what it should raise: at the rate of stage 2, with fresh adapters,
-    16 images a step and one size, a ViT student of 224 px went from 0.971 to 0.946 at 448 px.
+    Each stage continues from the previous one at a tenth of the learning rate, and reuses its adapters and loss scales
+    if the teacher is the same. Starting with new adapters made the student worse: at the learning rate of stage 2, with
+    16 images per step and one size, a ViT student fell from 0.971 to 0.946 at 448 px.
 
     Args:
-        sizes: in pixels; empty for no such stage. One large size alone is the direct jump.
-        teacher: "original" is the attention teacher at that size; "previous" the frozen student of the size before,
-            whose taps are upsampled where images are larger: for a teacher that loses its features at that size (the
-            embedded one: zero-shot on 1000 images 83% at its 28 px, 68% at 56 px); "none" leaves the contrastive loss.
-        smaller: share of the batches that have a smaller size, from the smallest of `DistillConfig.sizes` or the size
-            of the stages before; 0 for the new size alone, at which others are forgotten.
-        optim: of each size; its batch size is that of the new size.
+        sizes: image sizes in pixels, one stage each; empty for none. A single large size is the paper's direct jump.
+        teacher: "original" is the attention teacher at the new size. "previous" is the frozen student of the previous
+            size, with upsampled taps; use it if the original teacher is poor at the new size (zero-shot accuracy of the
+            embedded teacher on 1000 images: 83% at 28 px, 68% at 56 px). "none" uses only the contrastive loss.
+        smaller: fraction of the batches with a smaller size, so that the student keeps its quality there. The smallest
+            is that of `DistillConfig.sizes`, or the size of the earlier stages.
+        optim: settings of each stage; the batch size is at the new size.
     """
 
     sizes: tuple[int, ...] = ()
@@ -176,28 +178,28 @@ class HighResConfig:
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """Teacher to student in two stages.
+    """Settings of a distillation run.
 
     Args:
-        compression: s of the student's propagation; its latent has floor(C / s) channels.
-        value_expansion: channels that carry values beside the latent, in units of it (`layers.value_config`): 6 brought
-            students closer to their teachers, at more time a sub-layer (results/quality). None for the latent alone.
-        keep_attention: number of attention layers that stay, spread evenly, or their indices.
-        window_attention: number of those that stay with windows in place of the whole grid, spread evenly over what is
-            left, or their indices.
-        window: side of a window, in positions of the grid.
-        keep_positions: the student keeps the teacher's learned positions, interpolated to each grid; `learn_positions`
-            has nothing to do then.
-        image_size: in pixels, of stages 1 and 2; None for the student's native size.
-        sizes: what the batches of stages 1 and 2 are drawn from, for teacher and student alike, `image_size` then only
-            setting how many tokens a batch has; None for `image_size` alone.
-        stage1: sub-layers alone, each on the teacher's own features.
-        stage2: the whole student, end to end.
-        learn_positions: the first sub-layer of a student without positions also learns what the teacher's positions
-            add to its tokens (`taps.retarget_first_block`).
-        loss: what stage 2 minimises, and the stages after it.
-        highres: the curriculum after stage 2.
-        compute: precision, compilation, processes.
+        compression: s in the paper; the latent of each C-GSPN layer has floor(C / s) channels.
+        value_expansion: number of scanned channels over all directions, as a multiple of the latent width. With 6,
+            students are closer to their teacher, but layers are slower (results/quality). None scans the latent itself.
+        keep_attention: number of attention layers to keep, spread evenly, or their indices.
+        window_attention: number of layers that become window attention, spread evenly over the remaining layers, or
+            their indices.
+        window: side length of a window in tokens.
+        keep_positions: keep the teacher's position embeddings, interpolated to each grid. `learn_positions` then has no
+            effect.
+        image_size: image size of stages 1 and 2 in pixels; None for the student's native size.
+        sizes: range of image sizes for the batches of stages 1 and 2. `image_size` then only sets the number of tokens
+            per batch. None uses `image_size` for all batches.
+        stage1: settings of stage 1, which trains each sub-layer separately on the teacher's features.
+        stage2: settings of stage 2, which trains the whole student end to end.
+        learn_positions: the first sub-layer of a student without position embeddings also learns what the teacher's
+            position embeddings add to its tokens.
+        loss: the loss of stage 2 and of the later stages.
+        highres: stages at higher resolutions after stage 2.
+        compute: precision, compilation and parallelism.
     """
 
     compression: float = 18
@@ -216,7 +218,7 @@ class DistillConfig:
     compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
-        """Raise ValueError for stages that minimise nothing, blend what captions are for, or cannot be captured."""
+        """Raise ValueError for settings that cannot be combined."""
         for name in ("mixup", "cutmix") if self.loss.contrastive else ():
             if getattr(self.stage2, name) or getattr(self.highres.optim, name):
                 raise ValueError(f"{name} is on beside loss.contrastive; expected one of them to be 0")
@@ -228,14 +230,14 @@ class DistillConfig:
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """An image-text pair of encoders from scratch, without a teacher.
+    """Settings for training an image-text model from scratch.
 
     Args:
-        model: name of the image encoder, attention or propagation alike.
-        loss: "clip" or "sigmoid".
-        embed_dim: width of the shared space.
-        sizes: what batches are drawn from; None for the encoder's native size alone.
-        optim: the optimisation.
+        model: name of the image encoder, with attention or C-GSPN.
+        loss: "clip" for the softmax loss, "sigmoid" for SigLIP's.
+        embed_dim: width of the shared image-text embedding.
+        sizes: range of image sizes; None for the encoder's native size.
+        optim: settings of the optimiser.
     """
 
     model: str = "vit_mini_patch4_28"

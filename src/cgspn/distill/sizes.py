@@ -11,20 +11,21 @@ USUAL = 4 ** (1 / 5)  # from one side to the next, where a range has but one: th
 
 @dataclass(frozen=True)
 class SizeRange:
-    """Sizes and aspect ratios of batches, one of them drawn for each batch.
+    """Range of image sizes and aspect ratios; each batch uses one of them.
 
-    A student that sees one size loses its features at others (results/resolution). The range should reach as far as the
-    student will be used, as a batch of large images costs no more than one of small ones: a student with values that
-    was trained at 224 px alone kept 0.75 of its cosine at 756 px, from 112 to 448 px 0.97, and from 112 to 784 px, the
-    default, 0.99. Others draw from similar ranges: C-RADIOv4 from 128 to 432 px and from 512 to 1152 px; DINOv3 ends
-    its training with mixed sizes.
+    A student trained at one size gets worse at other sizes (results/resolution). The range should include the largest
+    size that the student will be used at; a batch of large images costs no more than one of small images. At 756 px, a
+    student with `value_expansion` kept 0.75 of its cosine similarity when it was trained only at 224 px, 0.97 with 112
+    to 448 px, and 0.99 with the default of 112 to 784 px. C-RADIOv4 uses similar ranges, 128 to 432 px and 512 to 1152
+    px, and DINOv3 ends its training with mixed sizes.
 
     Args:
-        smallest: side of the smallest square, in pixels.
-        largest: side of the largest square, in pixels.
-        count: how many sizes, evenly spaced in log scale from the smallest to the largest and rounded to whole patches.
-        aspects: width / height; a shape has the area of its square.
-        largest_share: of the batches, how many have the largest size, 0 to 1; None for as many as any other size has.
+        smallest: side of the smallest square in pixels.
+        largest: side of the largest square in pixels.
+        count: number of sizes from smallest to largest, evenly spaced on a log scale and rounded to whole patches.
+        aspects: aspect ratios (width / height). A shape has the same area as the square of its size.
+        largest_share: fraction of the batches that have the largest size, 0 to 1. None gives every size the same number
+            of batches.
     """
 
     smallest: int = 112

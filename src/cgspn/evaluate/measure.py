@@ -44,7 +44,8 @@ def embed_pictures(
     Returns:
         unit vectors float32 [n, D] on the CPU, the numbers of the n pictures, and what was skipped.
 
-    Raises ValueError if a larger share than `max_skipped` cannot be read, or for a size that patches do not tile.
+    Raises ValueError if a larger share than `max_skipped` cannot be read, or for a size that is not a multiple of the
+    patch size.
     """
     prepare = prepare_for(model.image.config, size)
     return encode_pictures(

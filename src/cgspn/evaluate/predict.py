@@ -60,19 +60,21 @@ def classify(
     *,
     size: Size = None,
 ) -> Classification:
-    """Zero-shot classification: the names in the templates are the classifier.
+    """Classify images zero-shot, with text embeddings of the class names as the classifier.
 
     Args:
-        model: of `load_model`, an image-text model, on any device.
-        images: paths, PIL images, or arrays and tensors as of `data.prepare.array_picture`; or one of them.
+        model: an image-text model from `load_model`, on any device.
+        images: one image or a list. An image is a path, a PIL image, or an array or tensor as for
+            `data.prepare.array_picture`.
         class_names: K names.
-        templates: texts with one `{}` for the name (the article before it is made to fit), or `{c}` (it is not).
-        size: that pictures get, in pixels: a side or (height, width); None for the encoder's own.
+        templates: prompts with one `{}` for the class name, whose preceding article is adapted, or `{c}`, whose article
+            is not.
+        size: image size in pixels, a side or (height, width); None for the encoder's native size.
 
     Raises:
-        OSError: an image that is missing or damaged.
+        OSError: an image is missing or damaged.
         ValueError: an encoder without a text tower, no images, no names, one text in place of a list of them, a
-            template without its place, or a size that patches do not tile.
+            template without its place, or a size that is not a multiple of the patch size.
     """
     model = require_text(model, "model")
     for argument, given in (("class_names", class_names), ("templates", templates)):
@@ -90,17 +92,19 @@ def similarity(
     *,
     size: Size = None,
 ) -> Similarity:
-    """How well each picture goes with each text, for search in both directions.
+    """Compute the similarity of each image to each text, for search in both directions.
 
     Args:
-        model: of `load_model`, an image-text model, on any device.
-        images: paths, PIL images, or arrays and tensors as of `data.prepare.array_picture`; or one of them.
+        model: an image-text model from `load_model`, on any device.
+        images: one image or a list. An image is a path, a PIL image, or an array or tensor as for
+            `data.prepare.array_picture`.
         texts: M texts, or one.
-        size: that pictures get, in pixels: a side or (height, width); None for the encoder's own.
+        size: image size in pixels, a side or (height, width); None for the encoder's native size.
 
     Raises:
-        OSError: an image that is missing or damaged.
-        ValueError: an encoder without a text tower, no images, an empty text, or a size that patches do not tile.
+        OSError: an image is missing or damaged.
+        ValueError: an encoder without a text tower, no images, an empty text, or a size that is not a multiple of the
+            patch size.
     """
     model = require_text(model, "model")
     texts = [texts] if isinstance(texts, str) else list(texts)

@@ -28,7 +28,7 @@ class AttentionMixer(Mixer):
     """Multi-head self-attention: tokens [B, prefix + h*w, C] -> the same shape. Quadratic in the number of tokens."""
 
     def __init__(self, width: int, config: AttentionConfig | None = None) -> None:
-        """width: C. Raises ValueError if it is not a multiple of the number of heads."""
+        """width: channels per token. Raises ValueError if it is not a multiple of the number of heads."""
         super().__init__()
         self.config = config = config or AttentionConfig()
         if config.heads < 1 or width % config.heads:

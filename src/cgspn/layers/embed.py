@@ -109,7 +109,7 @@ class LearnedPositions(nn.Module):
     """
 
     def __init__(self, grid: tuple[int, int], width: int, resize: PositionResize = "bicubic") -> None:
-        """grid: rows and columns that the table covers; width: C. Raises ValueError for an unknown `resize`."""
+        """grid: rows and columns that the table covers; width: channels per token. Raises ValueError for an unknown `resize`."""
         super().__init__()
         if resize not in get_args(PositionResize):
             raise ValueError(f"resize is {resize!r}; accepted: {', '.join(map(repr, get_args(PositionResize)))}")

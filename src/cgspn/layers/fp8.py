@@ -13,12 +13,11 @@ from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import gelu
-from torch.utils.flop_counter import register_flop_formula
 
 from ..compat import private
 from ..ops import backends
-from .mlp import Activation, Mlp, QuickGELU
+from ..ops.library import register_flops
+from .mlp import Activation, Mlp, activation
 from .plain import is_plain
 
 FP8 = torch.float8_e4m3fn
@@ -26,7 +25,7 @@ LARGEST = 448.0
 TINY = 1e-30  # of a row of zeros
 LONGER = 1 + 2.0**-4  # what rounding to four bits can add to the length of a token
 UNIT = 16  # widths must be multiples of this
-COLUMNS = 256  # of a tile of the Triton products: with 128 rows no registers are spilled
+TILE = (128, 256, 128)  # rows, columns and depth of the Triton products: with so many no registers are spilled
 Products = Literal["library", "triton"]
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -49,28 +48,28 @@ def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def activated(x: Tensor, act: Activation) -> Tensor:
     """The activation by its name, in the dtype of x."""
-    if act == "quick_gelu":
-        quick: Tensor = QuickGELU()(x)
-        return quick
-    return gelu(x, approximate="tanh" if act == "gelu_tanh" else "none")
+    out: Tensor = activation(act)(x)
+    return out
 
 
 def _no_kernels(x: Tensor) -> str | None:
     return unsupported_reason(x.device) or backends.unsupported_reason("triton", x.new_empty(0, dtype=torch.float32))
 
 
+def _eight_bits_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=FP8, memory_format=torch.contiguous_format)
+
+
 @torch.library.custom_op("cgspn::fp8_rows", mutates_args=())
 def fp8_rows(x: Tensor, steep: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
     """x [M, K] -> 8 bits, the scale of each row [M, 1], and the scale (steep |row| + offset) / LARGEST, [M, 1]."""
     if _no_kernels(x) is not None:
-        values, scales = rounded_rows(x)
         reach = x.float().norm(dim=1, keepdim=True) * steep + offset
-        return values, scales, reach.clamp_min(TINY) / LARGEST
+        return *rounded_rows(x), reach.clamp_min(TINY) / LARGEST
     from . import fp8_kernels
 
     x = x.contiguous()
-    rows, width = x.shape
-    values = torch.empty_like(x, dtype=FP8)
+    (rows, width), values = x.shape, _eight_bits_like(x)
     scales, ahead = (x.new_empty(rows, 1, dtype=torch.float32) for _ in range(2))
     wide = 1 << (width - 1).bit_length()
     tile = max(1, 4096 // wide)
@@ -81,33 +80,20 @@ def fp8_rows(x: Tensor, steep: float, offset: float) -> tuple[Tensor, Tensor, Te
     return values, scales, ahead
 
 
-@fp8_rows.register_fake
-def _(x, steep, offset):  # type: ignore[no-untyped-def]
-    row = x.new_empty(x.shape[0], 1, dtype=torch.float32)
-    return torch.empty_like(x, dtype=FP8, memory_format=torch.contiguous_format), row, torch.empty_like(row)
-
-
 @torch.library.custom_op("cgspn::fp8_activate", mutates_args=())
 def fp8_activate(x: Tensor, scales: Tensor, act: str) -> Tensor:
     """The activation of x [M, K] in 8 bits of the scales [M, 1]."""
     if _no_kernels(x) is not None:
-        wide = activated(x.float(), act)  # type: ignore[arg-type]
-        return (wide * scales.reciprocal()).to(FP8)
+        return (activated(x.float(), act) * scales.reciprocal()).to(FP8)  # type: ignore[arg-type]
     from . import fp8_kernels
 
     x = x.contiguous()
-    rows, width = x.shape
-    out = torch.empty_like(x, dtype=FP8)
+    (rows, width), out = x.shape, _eight_bits_like(x)
     with torch.cuda.device(x.device):
         fp8_kernels.activate[((rows + 7) // 8, (width + 511) // 512)](
             x, scales, out, rows, width, ROWS=8, CHANNELS=512, ACT=act, num_warps=4
         )
     return out
-
-
-@fp8_activate.register_fake
-def _(x, scales, act):  # type: ignore[no-untyped-def]
-    return torch.empty_like(x, dtype=FP8, memory_format=torch.contiguous_format)
 
 
 @torch.library.custom_op("cgspn::fp8_linear", mutates_args=())
@@ -119,31 +105,15 @@ def fp8_linear(
         out = (x.float() @ weight.float().T) * scales * weight_scales.T
         return (out if bias is None else out + bias.float()).to(dtype)
     short = torch.bfloat16  # the one dtype that every version scales rows into
-    return private("_scaled_mm")(
-        x,
-        weight.T,
-        scale_a=scales,
-        scale_b=weight_scales.T,
-        bias=None if bias is None else bias.to(short),
-        out_dtype=short,
-        use_fast_accum=True,
-    ).to(dtype)
-
-
-@fp8_linear.register_fake
-def _(x, scales, weight, weight_scales, bias, dtype):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=dtype)
-
-
-@register_flop_formula(torch.ops.cgspn.fp8_linear)
-def _(x_shape, scales_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+    options = {"bias": None if bias is None else bias.to(short), "out_dtype": short, "use_fast_accum": True}
+    return private("_scaled_mm")(x, weight.T, scale_a=scales, scale_b=weight_scales.T, **options).to(dtype)
 
 
 def _product(
-    x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, out: Tensor, columns: int, **options: Any
-) -> None:
-    """The kernel that multiplies and goes on: activates into `out`, or adds onto it."""
+    x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, ahead: Tensor | None,
+    out: Tensor, act: str,
+) -> None:  # fmt: skip
+    """The kernel that multiplies and goes on: activates into `out`, or without `act` adds onto it."""
     reason = _no_kernels(x)
     if reason is None and torch.cuda.get_device_capability(x.device) < (9, 0):
         reason = f"{torch.cuda.get_device_name(x.device)} has no engine that copies tiles"
@@ -153,58 +123,45 @@ def _product(
 
     from . import fp8_kernels
 
-    rows, depth = 128, 128
+    rows, columns, depth = TILE
     programs = torch.cuda.get_device_properties(x.device).multi_processor_count
-    a = TensorDescriptor.from_tensor(x, [rows, depth])
-    b = TensorDescriptor.from_tensor(weight, [columns, depth])
-    target = out if options["ONTO"] else TensorDescriptor.from_tensor(out, [rows, columns])
-    sizes = {"ROWS": rows, "COLUMNS": columns, "DEPTH": depth, "PROGRAMS": programs}
+    a, b = TensorDescriptor.from_tensor(x, [rows, depth]), TensorDescriptor.from_tensor(weight, [columns, depth])
+    target = TensorDescriptor.from_tensor(out, [rows, columns]) if act else out
     with torch.cuda.device(x.device):
         fp8_kernels.product[(programs,)](
-            a, b, scales, weight_scales, options.pop("bias", None), options.pop("ahead", None), target,
-            x.shape[0], weight.shape[0], x.shape[1],
-            **sizes, **options, num_warps=8, num_stages=3 if columns > 128 else 4,
+            a, b, scales, weight_scales, bias, ahead, target, x.shape[0], weight.shape[0], x.shape[1], *TILE, programs,
+            ACT=act, ONTO=not act, num_warps=8, num_stages=3,
         )  # fmt: skip
 
 
 @torch.library.custom_op("cgspn::fp8_linear_activate", mutates_args=())
 def fp8_linear_activate(
-    x: Tensor,
-    scales: Tensor,
-    weight: Tensor,
-    weight_scales: Tensor,
-    bias: Tensor,
-    ahead: Tensor,
-    act: str,
-    columns: int = COLUMNS,
+    x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor, ahead: Tensor, act: str
 ) -> Tensor:
     """`fp8_activate` of `fp8_linear` in one launch: the hidden tokens leave the chip as 8 bits alone."""
     out = x.new_empty(x.shape[0], weight.shape[0])
-    _product(x, scales, weight, weight_scales, out, columns, bias=bias, ahead=ahead, ACT=act, ONTO=False)
+    _product(x, scales, weight, weight_scales, bias, ahead, out, act)
     return out
 
 
-@fp8_linear_activate.register_fake
-def _(x, scales, weight, weight_scales, bias, ahead, act, columns=COLUMNS):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
 @torch.library.custom_op("cgspn::fp8_linear_onto", mutates_args=("tokens",))
-def fp8_linear_onto(
-    tokens: Tensor, x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, columns: int = COLUMNS
-) -> None:
+def fp8_linear_onto(tokens: Tensor, x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor) -> None:
     """tokens [M, N] += `fp8_linear` without a bias, in one launch."""
-    _product(x, scales, weight, weight_scales, tokens, columns, ACT="", ONTO=True)
+    _product(x, scales, weight, weight_scales, None, None, tokens, "")
 
 
-@register_flop_formula(torch.ops.cgspn.fp8_linear_activate)
-def _(x_shape, scales_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+def _fake_rows(x: Tensor, steep: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
+    row = x.new_empty(x.shape[0], 1, dtype=torch.float32)
+    return _eight_bits_like(x), row, torch.empty_like(row)
 
 
-@register_flop_formula(torch.ops.cgspn.fp8_linear_onto)
-def _(tokens_shape, x_shape, scales_shape, weight_shape, *args, out_shape=None, **kwargs) -> int:  # type: ignore[no-untyped-def]
-    return 2 * torch.Size(x_shape).numel() * weight_shape[0]
+fp8_rows.register_fake(_fake_rows)
+fp8_activate.register_fake(lambda x, *_: _eight_bits_like(x))
+fp8_linear.register_fake(lambda x, _, weight, *rest: x.new_empty(x.shape[0], weight.shape[0], dtype=rest[-1]))
+fp8_linear_activate.register_fake(lambda x, _, weight, *__: x.new_empty(x.shape[0], weight.shape[0]))
+_ops = torch.ops.cgspn
+register_flops(lambda x, _, w, *__: 2 * x[0] * x[1] * w[0], _ops.fp8_linear, _ops.fp8_linear_activate)
+register_flops(lambda _, x, __, w, *___: 2 * x[0] * x[1] * w[0], _ops.fp8_linear_onto)
 
 
 class Fp8Linear(nn.Module):
@@ -221,9 +178,8 @@ class Fp8Linear(nn.Module):
         """layer: [K] -> [N], with a bias. Raises ValueError for another layer, and widths that 16 does not divide."""
         super().__init__()
         if not is_plain(layer, nn.Linear):
-            raise ValueError(
-                f"a layer of type {type(layer).__name__}, or with hooks; products of 8 bits take nn.Linear"
-            )
+            kind = type(layer).__name__
+            raise ValueError(f"a layer of type {kind}, or with hooks; products of 8 bits take nn.Linear")
         for width in layer.weight.shape:
             if width % UNIT:
                 raise ValueError(f"a width of {width}; products of 8 bits take multiples of {UNIT}")
@@ -282,8 +238,7 @@ class Fp8Mlp(nn.Module):
         return add_
 
     def _through(self, x: Tensor, bias: bool) -> Tensor:
-        hidden, ahead = self._hidden(x)
-        out: Tensor = self.fc2(hidden, ahead, x.dtype, bias)
+        out: Tensor = self.fc2(*self._hidden(x), x.dtype, bias)
         return out
 
     def _hidden(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -152,7 +152,7 @@ class PropagationMixer(Mixer):
     """
 
     def __init__(self, width: int, config: PropagationConfig | None = None) -> None:
-        """width: C. Raises ValueError if the compression leaves no channel."""
+        """width: C, the number of channels per token. Raises ValueError if the compression leaves no channel."""
         super().__init__()
         self.config = config = config or PropagationConfig()
         expanded, latent = int(width * config.expansion), config.latent_width(width)

@@ -65,18 +65,8 @@ def parameters_of(block: Block) -> list[Tensor]:
     """The parameters, in the order in which `backward` gives their gradients."""
     mixer: Any = block.mixer
     mlp: Any = block.mlp
-    layers = [
-        block.norm1,
-        mixer.down,
-        mixer.local,
-        None,
-        mixer.param_proj,
-        None,
-        mixer.up,
-        block.norm2,
-        mlp.fc1,
-        mlp.fc2,
-    ]
+    layers = [block.norm1, mixer.down, mixer.local, None, mixer.param_proj, None, mixer.up]
+    layers += [block.norm2, mlp.fc1, mlp.fc2]
     norms = iter((mixer.norm, mixer.merge_norm))
     found: list[Tensor] = []
     for layer in layers:

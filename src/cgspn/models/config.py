@@ -17,41 +17,43 @@ WIDEST, DEEPEST = 1 << 16, 1 << 12  # of what is built: beyond any model, and sm
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """An image encoder: patch embedding, a list of blocks that differ only in their mixer, a pooling.
+    """The architecture of an image encoder: patch embedding, blocks that differ only in their mixer, and pooling.
 
     Args:
-        name: what it calls itself.
+        name: name of the model.
         image_size: native size in pixels, (height, width); any multiple of the patch size may be given to forward.
-        crop_remainder: take sizes that are no multiples too, and leave out the pixels beyond the last whole patch.
-        patch_size: in pixels.
-        channels: of the images.
-        width: C.
-        mixers: one entry a block, "attention", "window_attention" or "propagation".
-        mlp_hidden: inner width of the MLPs.
-        activation: of the MLPs.
-        attention, propagation: what each kind of mixer is made of; the first, of whole attention and in windows alike.
-        window: rows and columns of positions in a window of attention, or one number for both.
-        layer_scale: initial LayerScale of the residual branches, None for none.
-        positions: learned positions, resized to the grid of each image. C-GSPN needs none.
-        position_resize: how; checkpoints follow the library they come from.
-        position_table: rows and columns of their table; None for those of the native grid.
-        class_token: a class token before the grid. Its position, if it had one of its own, is part of it.
+        crop_remainder: also accept sizes that are not multiples of the patch size, and ignore the pixels beyond the
+            last whole patch.
+        patch_size: side length of a patch in pixels.
+        channels: number of image channels.
+        width: C, the number of channels per token.
+        mixers: one entry per block: "attention", "window_attention" or "propagation".
+        mlp_hidden: hidden width of the MLPs.
+        activation: activation function of the MLPs.
+        attention, propagation: settings of each kind of mixer; `attention` is used for global and window attention.
+        window: rows and columns of tokens in a window of window attention, or one number for both.
+        layer_scale: initial LayerScale of the residual branches; None for no LayerScale.
+        positions: add position embeddings, resized to the grid of each image. C-GSPN needs none.
+        position_resize: how they are resized; checkpoints follow their original library.
+        position_table: rows and columns of the table of positions; None for those of the native grid.
+        class_token: add a class token before the grid. It includes its own position embedding, if there was one.
         registers: number of register tokens after the class token.
-        patch_bias, pre_norm, final_norm: a bias in the patch embedding, a LayerNorm before the blocks (CLIP), one
-            after them.
-        norm_eps: of every LayerNorm.
+        patch_bias, pre_norm, final_norm: a bias in the patch embedding, a LayerNorm before the blocks (CLIP), and a
+        LayerNorm after the blocks.
+        norm_eps: eps of every LayerNorm.
         pooling: "map" (attention pooling), "mean" or "cls".
-        summary_tokens: which tokens before the grid "cls" returns, one after the other; (0,) is the class token.
-        pool_norm: a LayerNorm on the pooled vector (timm's fc_norm).
-        embed_dim: width that the pooled vector is projected to, as in CLIP; None for no projection.
-        embed_bias: a bias in that projection.
-        num_classes: outputs of a classifier after that; 0 for none.
-        image_mean, image_std: how pixel values in [0, 1] are normalised.
-        image_crop: how a picture of another shape gets the native size: its middle cut out, or all of it squeezed.
-        image_crop_pct: share of the resized picture's side that is cut out, in (0, 1]; timm's crop_pct.
-        image_resample: how it is resized for that.
-        trained_sizes: at which a student was distilled, in pixels: sides of squares of the same area, ascending.
-            Empty if that is not known.
+        summary_tokens: indices of the prefix tokens that "cls" concatenates; (0,) is the class token.
+        pool_norm: apply a LayerNorm to the pooled vector (timm's fc_norm).
+        embed_dim: output width of a projection of the pooled vector, as in CLIP; None for no projection.
+        embed_bias: add a bias to that projection.
+        num_classes: number of outputs of a classifier; 0 for no classifier.
+        image_mean, image_std: normalisation of pixel values in [0, 1].
+        image_crop: how an image of another shape is brought to the native size: centre crop, or resize without keeping
+            the aspect ratio.
+        image_crop_pct: fraction of the resized image's side that the centre crop keeps, in (0, 1]; timm's crop_pct.
+        image_resample: interpolation filter for resizing.
+        trained_sizes: image sizes at which a student was distilled, as sides of squares of the same area in pixels,
+            ascending. Empty if unknown.
     """
 
     name: str = "encoder"
@@ -172,10 +174,11 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A small text tower over UTF-8 bytes: no vocabulary file, any language.
+    """Settings of a small text tower over UTF-8 bytes, which needs no vocabulary and reads any language.
 
     Args:
-        width: C. depth: number of blocks. heads: of the attention. context: longest text in bytes, the rest is cut.
+        width: channels per token. depth: number of blocks. heads: number of attention heads. context: maximum length of a
+            text in bytes; longer texts are truncated.
     """
 
     width: int = 64

@@ -30,14 +30,14 @@ class _Recording:
 
 
 class CapturedEncoder:
-    """The forward pass of an encoder in inference, as one CUDA graph for each shape of images that it meets.
+    """Runs an encoder in inference with one CUDA graph per image shape.
 
-    `encoder.captured()` makes one; call it as the encoder. The first call of a shape records it, in seconds; the next
-    ones replay. For images of any size, bound the shapes: `encode_variable_size(captured, images,
-    shapes=choose_shapes(...))` pads each image up to one of a few.
+    Create one with `encoder.captured()` and call it like the encoder. The first call with a shape records a graph,
+    which takes seconds; later calls replay it. For images of any size, limit the number of shapes:
+    `encode_variable_size(captured, images, shapes=choose_shapes(...))` pads each image to one of a few.
 
-    What a call depends on is looked at each time: shape and dtype of the images, autocast, and the encoder. Weights
-    that change in place count at once; where modules, hooks or tensors are others, all shapes are recorded anew.
+    Every call checks the shape and dtype of the images, autocast, and the encoder. In-place changes to weights take
+    effect immediately. If modules, hooks or weight tensors have been replaced, all shapes are recorded again.
 
     Attributes:
         config, patch_embed: the encoder's, which `encode_variable_size` reads.

@@ -25,7 +25,7 @@ Loss = Literal["clip", "sigmoid"]
 class DualEncoder(nn.Module):
     """An image `Encoder`, a `TextTower`, a projection of each to `embed_dim`, and the scale and bias of the loss.
 
-    logit_scale is the logarithm of the scale; a "clip" loss has no use for logit_bias.
+    logit_scale is the logarithm of the scale. A "clip" loss does not use logit_bias.
     """
 
     def __init__(self, image: Encoder, text: TextTower, embed_dim: int, loss: Loss = "clip") -> None:
@@ -41,21 +41,21 @@ class DualEncoder(nn.Module):
 
     @property
     def tokenizer(self) -> Callable[..., Tensor]:
-        """Texts, or one, to token ids int64 [N, context_length], which `encode_text` takes in place of texts."""
+        """Convert one or more texts to token ids, int64 [N, context_length], which `encode_text` also accepts."""
         return self.text.tokenize
 
     @property
     def context_length(self) -> int:
-        """The longest text in tokens; what is beyond is cut."""
+        """Maximum number of tokens of a text; longer texts are truncated."""
         return self.text.context_length
 
     def encode_image(self, image: Tensor, normalize: bool = True) -> Tensor:
-        """Normalised images [B, channels, H, W] -> embeddings [B, embed_dim], of length one with `normalize`."""
+        """Normalised images [B, channels, H, W] -> embeddings [B, embed_dim], with unit norm if `normalize`."""
         embeddings: Tensor = self.image_projection(self.image(image).pooled)
         return unit(embeddings, dim=-1) if normalize else embeddings
 
     def encode_text(self, text: Sequence[str] | Tensor, normalize: bool = True) -> Tensor:
-        """Texts, or their token ids [N, T], -> embeddings [N, embed_dim], of length one with `normalize`.
+        """Texts or token ids [N, T] -> embeddings [N, embed_dim], with unit norm if `normalize`.
 
         Raises ValueError for an empty text.
         """
@@ -66,9 +66,10 @@ class DualEncoder(nn.Module):
     def forward(
         self, image: Tensor | None = None, text: Sequence[str] | Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        """Unit embeddings of images and texts, the scale of the loss, and for a sigmoid its bias, as open_clip has it.
+        """Return normalised embeddings of images and texts, the logit scale, and for a sigmoid loss the bias, as in
+        open_clip.
 
-        image: [B, channels, H, W]; text: texts or token ids; what is left out comes back as None.
+        image: [B, channels, H, W]; text: texts or token ids. For an omitted input, the embedding is None.
         """
         images = None if image is None else self.encode_image(image)
         texts = None if text is None else self.encode_text(text)
@@ -76,7 +77,7 @@ class DualEncoder(nn.Module):
         return (*scaled, self.logit_bias) if self.loss == "sigmoid" else scaled
 
     def with_image(self, image: Encoder) -> DualEncoder:
-        """A copy around another image encoder of the same width; text tower and projections are copied.
+        """Return a copy with another image encoder of the same width. Text tower and projections are copied.
 
         Raises ValueError if the widths differ.
         """
@@ -89,9 +90,9 @@ class DualEncoder(nn.Module):
         return other
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json and model.safetensors into `folder`, each whole or not at all. Raises OSError.
+        """Write config.json and model.safetensors to `folder`, each atomically. Raises OSError.
 
-        dtype: of the stored weights.
+        dtype: dtype of the stored weights.
         """
         config = {
             "model": "dual",
@@ -104,14 +105,14 @@ class DualEncoder(nn.Module):
 
 
 def build_dual(encoder: EncoderConfig, text: TextConfig, embed_dim: int, loss: Loss = "clip") -> DualEncoder:
-    """A freshly initialised DualEncoder. Raises ValueError for configs whose parts do not fit."""
+    """Create a DualEncoder with random weights. Raises ValueError if the configs do not match."""
     return DualEncoder(Encoder(encoder), TextTower(text), embed_dim, loss)
 
 
 def load_dual(folder: str | Path) -> DualEncoder:
-    """The DualEncoder of a checkpoint folder, in eval mode.
+    """Load the DualEncoder of a checkpoint folder, in eval mode.
 
-    Raises CheckpointError if the folder holds none, or weights that do not fit its config.
+    Raises CheckpointError if the folder contains none, or if the weights do not match the config.
     """
     config, weights = read_model(folder)
     if config.get("model") != "dual":
@@ -137,7 +138,7 @@ def dual_of(
 
 
 def image_encoder(model: Encoder | DualEncoder) -> Encoder:
-    """The image encoder of an image-text model; an encoder is its own."""
+    """Return the image encoder of an image-text model, or the encoder itself."""
     return model.image if isinstance(model, DualEncoder) else model
 
 

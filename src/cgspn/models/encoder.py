@@ -37,9 +37,10 @@ from .variable_size import encode_variable_size
 
 
 class EncoderOutput(NamedTuple):
-    """tokens [B, h, w, C]: the grid after the last norm. pooled [B, C or embed_dim]: one vector an image.
+    """The output of an encoder. tokens [B, h, w, C]: the grid after the last norm. pooled [B, C or embed_dim]: one
+    vector per image.
 
-    For the image towers of image-text models the pooled vector is their image embedding, of any length.
+    For the image encoder of an image-text model, the pooled vector is the image embedding, not normalised.
     """
 
     tokens: Tensor
@@ -64,14 +65,14 @@ def recomputed(function: Callable[[Tensor, Grid], Any], tokens: Tensor, grid: Gr
 
 
 class Encoder(TimmContract):
-    """Images [B, channels, H, W] (normalised with config.image_mean and image_std) to tokens and a pooled vector.
+    """An image encoder: normalised images [B, channels, H, W] to tokens and a pooled vector.
 
-    Any H and W that are multiples of the patch size. With config.num_classes a classifier follows the pooling: its
-    logits are `forward_head(forward_features(images))`, and `forward` stays as it is. Code written for a ViT of timm
-    finds what it looks for under the same names. See docs/timm.md.
+    H and W may be any multiples of the patch size. Images are normalised with config.image_mean and config.image_std.
+    With config.num_classes, a classifier follows the pooling; its logits are `forward_head(forward_features(images))`,
+    and `forward` does not change. The method names are those of timm's vision transformers (docs/timm.md).
 
     Attributes:
-        block_type: what the blocks are; subclasses for other libraries give them a block of their own.
+        block_type: class of the blocks; subclasses for other libraries override it.
     """
 
     block_type: type[Block] = Block
@@ -114,9 +115,9 @@ class Encoder(TimmContract):
         self.checkpointing = False
 
     def init_weights(self, mode: str = "") -> None:
-        """Draw every weight again as a new encoder of this config has it, as after `to_empty` from the meta device.
+        """Initialise all weights as in a new encoder, for example after `to_empty` from the meta device.
 
-        mode: timm's name for a scheme of its own; it has no effect.
+        mode: accepted for compatibility with timm; it has no effect.
         """
         fresh = Encoder(self.config).state_dict()
         with torch.no_grad():
@@ -124,10 +125,10 @@ class Encoder(TimmContract):
                 tensor.copy_(fresh[name])
 
     def record_sizes(self, shapes: Iterable[tuple[int, int]]) -> None:
-        """Note in the config that it was trained at these shapes, (height, width) in pixels.
+        """Record in the config that the encoder was trained at these shapes, (height, width) in pixels.
 
-        The native size becomes the largest that it was ever trained at: the only shape, or a square. Learned positions
-        stay as they are and go on being resized.
+        The native size becomes the largest size it was trained at: the only shape, or a square. Position embeddings do
+        not change; they are resized as before.
         """
         patch, chosen = self.config.patch_size, tuple(shapes)
         sides = [h if h == w else max(1, round((h * w) ** 0.5 / patch)) * patch for h, w in chosen]
@@ -140,7 +141,7 @@ class Encoder(TimmContract):
         self.patch_embed.img_size = native
 
     def each_block(self) -> list[Block]:
-        """What stands at the position of each block, in order: blocks, or what somebody wrapped around them."""
+        """The blocks in order, including any wrappers around them."""
         return list(self.blocks)  # type: ignore[arg-type]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -148,9 +149,11 @@ class Encoder(TimmContract):
         self.checkpointing = enable
 
     def embed(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Grid]:
-        """Everything before the first block: images [B, channels, H, W] -> tokens [B, prefix + h*w, C] and grid.
+        """Apply everything before the first block: images [B, channels, H, W] -> tokens [B, prefix + h*w, C] and the
+        grid.
 
-        mask: [B, h, w] bool, False where a position is padding. Raises ValueError for sizes that patches do not tile.
+        mask: [B, h, w] bool, False where a position is padding. Raises ValueError for sizes that are not multiples of
+            the patch size.
         """
         tokens, grid = self.patch_embed(images, mask)
         if self.positions is not None:
@@ -163,7 +166,8 @@ class Encoder(TimmContract):
     def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
         """Images [B, channels, H, W] -> normalised tokens [B, prefix + h*w, C] after the last block, as timm's.
 
-        mask: [B, h, w] bool, False where a position is padding. Raises ValueError for sizes that patches do not tile.
+        mask: [B, h, w] bool, False where a position is padding. Raises ValueError for sizes that are not multiples of
+            the patch size.
         """
         return self._features(images, mask)[0]
 
@@ -211,16 +215,17 @@ class Encoder(TimmContract):
         return EncoderOutput(to_map(tokens, grid), self.forward_head(tokens, pre_logits=True, mask=mask))
 
     def forward_variable_size(self, images: Sequence[Tensor], **options: Any) -> list[EncoderOutput]:
-        """Images [channels, H, W] of different sizes -> what each gives alone: tokens [h, w, C] and pooled, in order.
+        """Encode images [channels, H, W] of different sizes, each as on its own: tokens [h, w, C] and pooled, in order.
 
-        options: `method`, `max_tokens`, `max_shapes`, `shapes` of `cgspn.models.encode_variable_size`; errors as there.
+        options: `method`, `max_tokens`, `max_shapes` and `shapes` of `cgspn.models.encode_variable_size`, with the same
+            errors.
         """
         return encode_variable_size(self, images, **options)
 
     def captured(self, *, limit: int = 16, memory: float = 8.0) -> CapturedEncoder:
-        """This encoder in inference from CUDA graphs: to be called as itself, for one or few images at a time.
+        """Return a callable that runs this encoder with CUDA graphs, for inference on one or a few images.
 
-        Arguments and errors as of `CapturedEncoder`.
+        Arguments and errors are those of `CapturedEncoder`.
         """
         return CapturedEncoder(self, limit=limit, memory=memory)
 
@@ -236,17 +241,18 @@ class Encoder(TimmContract):
         intermediates_only: bool = True,
         mask: Tensor | None = None,
     ) -> Any:
-        """Feature maps after chosen blocks, as timm gives them: list of [B, C, h, w], in the order of `indices`.
+        """Return feature maps after the given blocks, as in timm: a list of [B, C, h, w] in the order of `indices`.
 
         Args:
             images: [B, channels, H, W].
-            indices: the last n blocks (int), or block indices, negative ones from the end; None for all.
+            indices: an int n for the last n blocks, or block indices (negative ones count from the end); None for all.
             norm: apply the final LayerNorm to each.
-            return_prefix_tokens: pairs (map, prefix tokens [B, prefix, C]) in place of maps, if there are such tokens.
-            stop_early: run no block after the last one asked for, even if the final tokens are wanted.
+            return_prefix_tokens: return pairs (map, prefix tokens [B, prefix, C]) instead of maps, if there are prefix
+                tokens.
+            stop_early: do not run blocks after the last requested one, even if the final tokens are returned.
             output_fmt: "NCHW", or "NLC" for [B, h*w, C].
-            intermediates_only: False for the tuple (final tokens as of `forward_features`, list). timm's default is
-                False and this one's True: with the list alone, no block runs that it does not need.
+            intermediates_only: return only the list, and run no block that it does not need. False returns the tuple
+                (final tokens as in `forward_features`, list). The default is True here and False in timm.
             mask: [B, h, w] bool, False where a position is padding.
 
         Raises ValueError for an index outside the encoder or another output_fmt.
@@ -270,10 +276,10 @@ class Encoder(TimmContract):
         return maps if intermediates_only else (self.norm(order(tokens, grid, None)[0]), maps)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors into `folder`, each whole or not at all.
+        """Write config.json and model.safetensors to `folder`, each atomically.
 
-        preprocessor_config.json beside them is for transformers, which opens the folder too (`cgspn.models.hf`).
-        README.md, a model card, is written where there is none. Raises OSError if the folder cannot be written.
+        Also writes preprocessor_config.json, with which transformers can load the folder (`cgspn.models.hf`), and a
+        model card, README.md, if there is none. Raises OSError if the folder cannot be written.
         """
         write_atomically(Path(folder) / PREPROCESSING, json.dumps(preprocessing(self.config), indent=2) + "\n")
         config = {"model": "encoder", "model_type": MODEL_TYPE, "architectures": ["CgspnModel"]}

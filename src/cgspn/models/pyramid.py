@@ -22,12 +22,13 @@ class ChannelNorm(nn.LayerNorm):
 
 
 class FeaturePyramid(nn.Module):
-    """Images [B, in, H, W] to maps of several strides, each [B, channels, ceil(H / stride), ceil(W / stride)].
+    """A feature pyramid: images [B, in, H, W] to maps of several strides, each [B, channels, ceil(H / stride), ceil(W /
+    stride)].
 
-    Any height and width: images are padded with zeros below and to the right to whole patches, and cell (i, j) of a
-    map lies over the pixels that start at (i * stride, j * stride) whatever the patch size. A patch of 14 pixels
-    meets no power of two; its maps of stride 3.5, 7, 14 and 28 are read off bilinearly at 4, 8, 16 and 32, and
-    `strides=(3.5, 7, 14, 28)` gives them as they are.
+    Images may have any height and width; they are padded with zeros at the bottom and right to whole patches. Cell (i,
+    j) of a map covers the pixels that start at (i * stride, j * stride). With 14 px patches, the maps have strides 3.5,
+    7, 14 and 28 and are resampled bilinearly to 4, 8, 16 and 32; `strides=(3.5, 7, 14, 28)` returns them without
+    resampling.
 
     The maps come in an OrderedDict "p2", "p3", ... (two to that power is about the stride), and `out_channels` is
     what torchvision's detectors ask of a backbone:
@@ -35,8 +36,8 @@ class FeaturePyramid(nn.Module):
         pyramid = FeaturePyramid(cgspn.load_encoder("runs/student"))
         maps = pyramid(images)  # {"p2": [B, 256, H/4, W/4], ..., "p5": [B, 256, H/32, W/32]}
 
-    Blocks after `index`, the pooling and a classifier take no part; `encoder.prune_intermediate_layers([index])` drops
-    them beforehand, which DistributedDataParallel wants.
+    Blocks after `index`, the pooling and a classifier are not used. With DistributedDataParallel, remove them first
+    with `encoder.prune_intermediate_layers([index])`.
     Source: the simple feature pyramid of ViTDet (Li et al., 2022), section 3.
     """
 

@@ -20,7 +20,7 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a finite number"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message says what was expected and what was found."""
+    """Raised if a checkpoint cannot be read. The message says what was expected and what was found."""
 
     def __init__(self, message: str) -> None:
         """message: names from files in it may hold halves of characters, which no stream can print."""

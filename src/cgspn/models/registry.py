@@ -81,18 +81,19 @@ _CONFIGS = _configs()
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """Names that `create_model` knows, sorted: `vit_*`, `cgspn_*`, `gspn_*` (the original), `hybrid_*` (1/9 kept),
-    `window_*` (attention, 1/9 of it whole and the rest in windows of 8 x 8 positions).
+    """Return the sorted names that `create_model` accepts. `vit_*` use attention, `cgspn_*` C-GSPN, `gspn_*` the
+    original GSPN, `hybrid_*` C-GSPN with attention in 1/9 of the layers, and `window_*` window attention (8 x 8 tokens)
+    with global attention in 1/9 of the layers.
 
-    pattern: which of them, with `*` and `?` as in file names. Raises nothing.
+    pattern: filter with `*` and `?` as in file names.
     """
     return sorted(fnmatch.filter(_CONFIGS, pattern))
 
 
 def model_config(name: str, **overrides: Any) -> EncoderConfig:
-    """The config behind a name, with fields of EncoderConfig overridden.
+    """Return the config of a named model, with overridden fields of EncoderConfig.
 
-    Raises ValueError for a name that does not exist (with the nearest that do) or an unknown field.
+    Raises ValueError for an unknown field or an unknown name, with suggestions.
     """
     if name not in _CONFIGS:
         near = difflib.get_close_matches(name, _CONFIGS, 3, 0.4)
@@ -106,7 +107,7 @@ def model_config(name: str, **overrides: Any) -> EncoderConfig:
 
 
 def create_model(name: str, **overrides: Any) -> Encoder:
-    """A freshly initialised encoder by name.
+    """Create an encoder by name, with random weights.
 
     Args:
         name: one of `list_models()`.

@@ -21,7 +21,8 @@ def text_list(texts: str | Sequence[str]) -> list[str]:
 
 
 def tokenize(texts: str | Sequence[str], context: int) -> Tensor:
-    """UTF-8 bytes + 1, padded with 0 to the longest: [len(texts), at most context] int64; longer texts are cut.
+    """Convert texts to UTF-8 bytes + 1, padded with 0 to the longest: int64 [len(texts), at most context]. Longer texts
+    are truncated.
 
     Raises ValueError for an empty sequence or an empty text.
     """
@@ -34,7 +35,7 @@ def tokenize(texts: str | Sequence[str], context: int) -> Tensor:
 
 
 class TextTower(nn.Module):
-    """Texts to one vector each: bidirectional attention over bytes, mean over the text. Output [B, width]."""
+    """Encode texts with bidirectional attention over bytes, averaged over the text. Output [B, width]."""
 
     def __init__(self, config: TextConfig) -> None:
         """Raises ValueError if the heads do not divide the width."""
@@ -58,7 +59,7 @@ class TextTower(nn.Module):
 
     @property
     def context_length(self) -> int:
-        """The longest text in tokens, which are bytes."""
+        """Maximum number of tokens (bytes) of a text."""
         return self.config.context
 
     def tokenize(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:

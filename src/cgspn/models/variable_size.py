@@ -34,34 +34,35 @@ class Batch:
 
 @dataclass(frozen=True)
 class Packing:
-    """How a list of images is cut into batches. grids: rows and columns of each image; batches: every image in one."""
+    """How a list of images is divided into batches. grids: rows and columns of each image; batches: the images of each
+    batch."""
 
     grids: tuple[Shape, ...]
     batches: tuple[Batch, ...]
 
     @property
     def efficiency(self) -> float:
-        """Share of the tokens computed that belong to an image; the rest is padding."""
+        """Fraction of the computed tokens that are not padding."""
         computed = sum(len(batch.indices) * _area(batch.shape) for batch in self.batches)
         return sum(map(_area, self.grids)) / computed
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
-        """The different (batch size, rows, columns) that the encoder meets: what a compiled encoder compiles for."""
+        """The distinct input shapes (batch size, rows, columns); a compiled encoder compiles each of them."""
         return sorted({(len(batch.indices), *batch.shape) for batch in self.batches})
 
 
 def choose_shapes(grids: Sequence[Shape], count: int) -> list[Shape]:
-    """At most `count` shapes, each image fitting into one of them, with little padding.
+    """Choose at most `count` shapes such that each image fits into one of them with little padding.
 
-    Starts with every grid as a shape of its own and joins, one pair after another, the two that cost the least.
-    Give it the sizes of a whole data set once, and its result to `encode_variable_size` for every batch. Of 2000
-    pictures of one area with aspect ratios around 1 (standard deviation of the logarithm 0.35), 8 shapes leave 11% of
-    the tokens to padding and 16 leave 4%; where the sides vary too (0.3), 16 leave 28% and 64 leave 13%.
+    Starts with one shape per grid and repeatedly merges the pair that adds the least padding. Call it once with the
+    sizes of the whole dataset, and pass the result to `encode_variable_size` for every batch. For 2000 images of equal
+    area with aspect ratios around 1 (standard deviation of the logarithm 0.35), 11% of the tokens are padding with 8
+    shapes and 4% with 16. If the side lengths vary too (0.3), 28% are padding with 16 shapes and 13% with 64.
 
     Args:
         grids: rows and columns of patches of each image.
-        count: how many shapes at most, from 1 up.
+        count: maximum number of shapes, at least 1.
 
     Raises ValueError for an empty sequence or a count below 1.
     """
@@ -99,7 +100,8 @@ def pack(
     max_shapes: int = 16,
     shapes: Sequence[Shape] | None = None,
 ) -> Packing:
-    """How `encode_variable_size` cuts images of these grids into batches. Arguments and errors as there."""
+    """Return how `encode_variable_size` divides images of these grids into batches. It has the same arguments and
+    errors."""
     if method not in ("bucket", "pad"):
         raise ValueError(f"method is {method!r}; accepted: 'bucket', 'pad'")
     for name, value in (("max_tokens", max_tokens), ("max_shapes", max_shapes)):
@@ -123,25 +125,25 @@ def encode_variable_size(
     max_shapes: int = 16,
     shapes: Sequence[Shape] | None = None,
 ) -> list[EncoderOutput]:
-    """Images of any sizes and aspect ratios to what the encoder gives for each of them alone, gradients included.
+    """Encode images of any sizes and aspect ratios, with the same results and gradients as for each image on its own.
 
     Args:
         encoder: an `Encoder`, compiled or not, or a `CapturedEncoder`.
-        images: [channels, H, W] each, of one dtype, on one device.
-        method: "bucket" sorts the images into few shapes and pads each to its own; "pad" pads consecutive images to
-            the largest among them, in one batch as long as the budget allows.
-        max_tokens: budget of grid tokens a batch, padding included. A larger image goes alone.
-        max_shapes: how many shapes "bucket" may choose for these images. A shape's batches are powers of two, so the
-            encoder meets at most max_shapes * (1 + log2(max_tokens)) different inputs.
-        shapes: rows and columns of patches to use instead, such as `choose_shapes` of a whole data set: the inputs
-            stay bounded over all calls, for `torch.compile` and CUDA graphs.
+        images: tensors [channels, H, W] with the same dtype and device.
+        method: "bucket" groups the images into a few shapes and pads each image to its shape. "pad" puts as many
+            consecutive images as `max_tokens` allows into a batch and pads them to the largest.
+        max_tokens: maximum number of grid tokens per batch, including padding. A larger image gets its own batch.
+        max_shapes: maximum number of shapes for "bucket". Batch sizes are powers of two, so the encoder sees at most
+            max_shapes * (1 + log2(max_tokens)) different input shapes.
+        shapes: fixed list of (rows, columns) in patches, such as the result of `choose_shapes` for a whole dataset. It
+            limits the number of input shapes over all calls, for `torch.compile` and CUDA graphs.
 
     Returns:
-        An EncoderOutput for each image, in their order: tokens [h, w, C] and pooled [C or embed_dim].
-        `pack` tells the batches and how much of them is padding.
+        One EncoderOutput per image, in order: tokens [h, w, C] and pooled [C or embed_dim]. `pack` returns the batches
+        and the amount of padding.
 
-    Raises ValueError for an image that the encoder does not take alone either, images of different dtypes or devices,
-    an image that fits none of `shapes`, or a wrong option.
+    Raises ValueError for an image that the encoder does not accept, images of different dtypes or devices, an image
+    that fits none of `shapes`, or a wrong option.
     See docs/sizes.md.
     """
     grids = [_grid_of(encoder, image, index) for index, image in enumerate(images)]

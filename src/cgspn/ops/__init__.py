@@ -1,9 +1,8 @@
 """The operator: tensors in, tensors out. Definition in reference.py, implementations behind `backend=`."""
 
 from .backends import PREFERENCE, Choice, explain_backend
-from .normalised import propagate_2d_normalised
 from .projected import propagate_2d_projected
-from .propagate import line_scan, propagate_2d
+from .propagate import line_scan, propagate_2d, propagate_2d_normalised
 from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
 
 __all__ = [

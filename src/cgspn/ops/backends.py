@@ -25,7 +25,7 @@ PREFERENCE: dict[str, str] = {"cuda": "cuda.scan", "triton": "triton_scan", "tor
 
 
 class Choice(NamedTuple):
-    """What `explain_backend` returns: the backend that runs and why each faster one does not."""
+    """The result of `explain_backend`: the backend that runs, and why each faster one does not."""
 
     backend: str
     passed_over: dict[str, str]
@@ -63,10 +63,10 @@ def unsupported_reason(name: str, x: Tensor) -> str | None:
 
 
 def explain_backend(x: Tensor) -> Choice:
-    """What `backend="auto"` runs for features `x` [B, H, W, C], and why the faster ones were passed over.
+    """Say which backend `backend="auto"` runs for features `x` [B, H, W, C], and why the faster ones do not run.
 
-    Raises TypeError for what is no tensor or of a dtype that no backend takes, RuntimeError for a CUDA tensor in a
-    process that was forked after CUDA was initialised.
+    Raises TypeError if `x` is not a tensor or has an unsupported dtype, and RuntimeError for a CUDA tensor in a process
+    that was forked after CUDA was initialised.
     """
     check_tensor(x)
     return _choose(x)

@@ -47,15 +47,9 @@ class Launch:
     """A kernel with everything fixed but the addresses of its tensors. Safe from several threads."""
 
     def __init__(
-        self,
-        gpu: Gpu,
-        function: int,
-        grid: Sequence[int],
-        threads: int,
-        shared: int,
-        values: Sequence[bytes],
+        self, gpu: Gpu, function: int, grid: Sequence[int], threads: int, shared: int, values: Sequence[bytes],
         slots: Sequence[tuple[int, int]],
-    ) -> None:
+    ) -> None:  # fmt: skip
         """values: the kernel's arguments; slots: where each address goes, an argument (-1: none) and a byte in it."""
         self._given = (grid, threads, shared, values, slots)
         offsets = [0]

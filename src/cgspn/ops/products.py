@@ -26,13 +26,8 @@ IN_FLOAT = 2  # sums of parts of a product are taken in float32
 class Heuristic(ctypes.Structure):
     """cublasLtMatmulHeuristicResult_t."""
 
-    _fields_ = [
-        ("algorithm", c_uint64 * 8),
-        ("workspace", c_size_t),
-        ("state", c_int),
-        ("waves", c_float),
-        ("reserved", c_int * 4),
-    ]
+    _fields_ = [("algorithm", c_uint64 * 8), ("workspace", c_size_t), ("state", c_int)]
+    _fields_ += [("waves", c_float), ("reserved", c_int * 4)]
 
 
 @functools.cache

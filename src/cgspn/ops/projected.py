@@ -37,27 +37,28 @@ def propagate_2d_projected(
 ) -> Tensor:
     """`propagate_2d(x, logits, lam, u)` where lam, u and logits are a linear projection of `x`.
 
-    On the chip, one kernel makes the parameters line by line where it scans with them, in float32 instead of rounded
-    to the dtype of x, and they never reach memory; in memory, the projection and the scan run in turn. In training
-    nothing of them is kept (`recompute`): the backward makes them again from `x`, so that a layer saves one map of C
-    channels instead of 25. Under torch.autocast its dtype is that of x, weight and bias, as in a linear layer.
+    With parameters="chip", one kernel computes the parameters line by line during the scan, in float32, and never
+    writes them to memory. With "memory", the projection and the scan run one after the other. In training the
+    parameters are not saved (`recompute`); the backward pass computes them again from `x`, so a layer saves one map of
+    C channels instead of 25. Under torch.autocast, x, weight and bias are cast as in a linear layer.
 
     Args:
         x: features [B, H, W, C], channels last.
-        weight: [D * 5 * C, C], rows in the order [D, 5, C]; the five are lam, u and the logits of j-1, j, j+1.
+        weight: [D * 5 * C, C], with rows in the order [D, 5, C], where 5 stands for lam, u and the logits of j-1, j,
+            j+1.
         bias: [D * 5 * C] or None.
         directions, merge, mask, backend: as in `propagate_2d`.
-        recompute: project and scan again in the backward; False keeps the parameters and the state.
-        parameters: "memory"; "chip" for both passes: CUDA, float16 or bfloat16, C a multiple of 8 up to 256, lines
-            that fit; "auto": on the chip where that is faster and no gradient wants the parameters kept, the backward
-            in memory where lines are too long for its kernel.
+        recompute: compute projection and scan again in the backward pass; False saves the parameters and the state.
+        parameters: where the parameters are computed: "memory" or "chip". "chip" needs CUDA, float16 or bfloat16, C a
+            multiple of 8 up to 256, and lines that fit. "auto" uses the chip where it is faster and no saved parameters
+            are needed; its backward pass uses memory if the lines are too long.
 
     Returns:
         As `propagate_2d`: [B, H, W, C] or [B, H, W, D, C], in the dtype of x.
 
     Raises:
-        TypeError, ValueError, RuntimeError: as `propagate_2d`; for a weight or bias of another shape, dtype or device
-            than `x` asks for; RuntimeError for parameters="chip" where it cannot run, with the reason.
+        TypeError, ValueError, RuntimeError: as `propagate_2d`, and if the shape, dtype or device of weight or bias does
+            not match `x`; RuntimeError also if parameters="chip" cannot run, with the reason.
 
     Not in the paper: docs/operator.md, "Memory in training".
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,43 +45,44 @@ def propagate_2d(
     normalise_state: bool = False,
     backend: str = "auto",
 ) -> Tensor:
-    """Scan a 2D grid line by line in up to four directions, each line mixing three neighbours of the one before.
+    """Scan a 2D grid line by line in up to four directions; each position mixes three neighbours on the previous line.
 
     For each direction, over lines i and per channel, with h[-1] = 0::
 
         h[i] = sigmoid(keep[i]) * W[i] h[i-1] + lam[i] * x[i]        y[i] = u[i] * h[i]
 
-    W[i] is tridiagonal and row-stochastic: sigmoid(logits), normalised over the neighbours that exist. Without `keep`
-    its factor is 1, as in the paper. "down" runs from row 0 to row H-1 and "right" from column 0 to column W-1.
+    W[i] is tridiagonal and row-stochastic: sigmoid(logits), normalised over the neighbours that exist. Without `keep`,
+    the factor sigmoid(keep[i]) is 1, as in the paper. "down" runs from row 0 to row H-1 and "right" from column 0 to
+    column W-1.
 
     Args:
-        x: features [B, H, W, C] that all directions scan, or [B, H, W, D, C] for each its own; channels last; float16,
-            bfloat16, float32 or float64. Any strides.
+        x: features [B, H, W, C] that all directions scan, or [B, H, W, D, C] with separate features for each direction.
+            Channels last, any strides; float16, bfloat16, float32 or float64.
         logits: [B, H, W, D, 3, C], D = len(directions); neighbours j-1, j, j+1, where j grows to the right in vertical
-            scans and downwards in horizontal ones. Here and below, G channels instead of C are a set of parameters for
-            each C / G channels that follow one another; G divides C.
+            scans and downwards in horizontal ones. Here and below, the last dimension may be G, a divisor of C; then C
+            / G consecutive channels share their parameters.
         lam: input scale [B, H, W, D, C].
         u: output gate [B, H, W, D, C].
-        keep: logits of the forget gate [B, H, W, D, C]: how much stays of the line before. None for all of it.
+        keep: logits of the forget gate [B, H, W, D, C], which scales the previous line. None for a factor of 1.
         directions: any non-empty subset of ("down", "up", "right", "left"), in any order.
-        merge: "sum" adds the directions up, "none" returns them separately.
-        mask: bool [B, H, W] or None. False positions are padding: they hold h = 0, are neither read as neighbours
-            nor counted in the normalisation, their output is 0 and what they hold has no effect.
-        normalise_state: y[i] = u[i] * h[i] / n[i], n being the same recurrence over ones in place of x, at least 1e-6:
-            a weighted mean of what the scan has seen, which does not grow with the number of lines. lam is then at
-            least 0. Not in the paper; results/resolution says what it brings.
+        merge: "sum" adds the directions; "none" returns them separately.
+        mask: bool [B, H, W] or None. False marks padding: there h = 0, the output is 0 and the input is ignored.
+            Padding is excluded from the neighbours and the normalisation.
+        normalise_state: compute y[i] = u[i] * h[i] / n[i], where n is the same recurrence over an input of ones, at
+            least 1e-6. The state is then a weighted mean and does not grow with the number of lines. Requires lam >= 0.
+            Not in the paper; see results/resolution.
         backend: "auto", or one of `cgspn.ops.PREFERENCE`. `cgspn.ops.explain_backend(x)` tells what "auto" picks.
 
     Returns:
         [B, H, W, C] for merge="sum", [B, H, W, D, C] for merge="none", in the dtype of x.
-        State, normalisation and sums are float32 inside (float64 for float64 inputs). Under torch.func's transforms and
-        in forward-mode AD the reference runs instead, in float64: right, and slow.
+        State, normalisation and sums are float32 (float64 for float64 inputs). With torch.func transforms and in
+        forward-mode AD, the float64 reference runs instead, which is slow.
 
     Raises:
-        TypeError: not a tensor, a dtype that is not accepted, or dtypes that differ.
-        ValueError: a wrong shape, device, direction, merge or backend name; on the CPU in eager mode also a value that
-            is not finite, or a lam below 0 for a normalised state (on an accelerator that look would stall the queue).
-        RuntimeError: an explicit backend that cannot run here, with the reason.
+        TypeError: an argument is not a tensor, a dtype is not supported, or dtypes differ.
+        ValueError: a wrong shape, device, direction, merge or backend name. On the CPU in eager mode also a value that
+            is not finite, or lam < 0 with a normalised state; on a GPU this check would synchronise the device.
+        RuntimeError: the requested backend cannot run here, with the reason.
 
     Paper: "Scaling Parallel Sequence Models to Vision Foundation Models", equations (1) and (2); docs/operator.md.
     """
@@ -102,6 +104,9 @@ def propagate_2d(
         if normalise_state:
             checks.check_not_negative(mask, lam=lam)
     return scan_unchecked(Scan(x, logits, lam, u, keep, mask, codes, merge == "sum", backend, normalise_state))
+
+
+propagate_2d_normalised = partial(propagate_2d, normalise_state=True)
 
 
 def scan_unchecked(scan: Scan) -> Tensor:
@@ -130,14 +135,14 @@ def scan_unchecked(scan: Scan) -> Tensor:
 def line_scan(
     x: Tensor, weights: Tensor, lam: Tensor, direction: str, chunk: int | None = None, *, backend: str = "auto"
 ) -> Tensor:
-    """One direction of the recurrence with weights as they are given: the operator of the original GSPN.
+    """Scan one direction with the given weights: the operator of the original GSPN.
 
-    h[i] = W[i] h[i-1] + lam[i] * x[i], with h[-1] = 0; nothing is normalised and nothing gated. Neighbours outside
-    the line count as zero.
+    h[i] = W[i] h[i-1] + lam[i] * x[i], with h[-1] = 0. There is no normalisation and no gate. Neighbours outside the
+    line are zero.
 
     Args:
         x: features [B, H, W, C], channels last; float16, bfloat16, float32 or float64. Any strides.
-        weights: [B, H, W, 3, C]: what position j takes from j-1, j, j+1 of the line before.
+        weights: [B, H, W, 3, C]: the weights of the neighbours j-1, j and j+1 on the previous line.
         lam: input scale [B, H, W, C].
         direction: "down", "up", "right" or "left".
         chunk: restart from h = 0 every `chunk` lines, counted in the order of the scan; None never restarts.

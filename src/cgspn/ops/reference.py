@@ -51,7 +51,7 @@ def propagate_2d_reference(
     mask: Tensor | None = None,
     normalise_state: bool = False,
 ) -> Tensor:
-    """The definition of `cgspn.ops.propagate_2d`: plain PyTorch, any device, differentiable any number of times.
+    """The definition of `cgspn.ops.propagate_2d` in plain PyTorch, for any device, differentiable any number of times.
 
     For each direction, over lines i and channels, with h[-1] = 0::
 
@@ -65,7 +65,7 @@ def propagate_2d_reference(
     Shapes: x [B, H, W, C], or [B, H, W, D, C] for what each direction scans; logits [B, H, W, D, 3, G]; lam, u, keep
     [B, H, W, D, G], where G divides C and channel c takes set c // (C / G); mask [B, H, W] bool or None.
     Returns float64, whatever came in: [B, H, W, C] for merge="sum", [B, H, W, D, C] for "none".
-    Raises KeyError or IndexError on wrong input; `propagate_2d` is the one that explains.
+    Raises KeyError or IndexError on wrong input; `propagate_2d` has better error messages.
     Paper: "Scaling Parallel Sequence Models to Vision Foundation Models", equations (1) and (2); docs/operator.md.
     """
     if normalise_state:
@@ -99,11 +99,11 @@ def propagate_2d_reference(
 
 
 def line_scan_reference(x: Tensor, weights: Tensor, lam: Tensor, direction: str, chunk: int | None = None) -> Tensor:
-    """The definition of `cgspn.ops.line_scan`: the recurrence with weights as given, one direction, no gate.
+    """The definition of `cgspn.ops.line_scan`: one direction with the given weights, without a gate.
 
     Shapes: x, lam [B, H, W, C]; weights [B, H, W, 3, C]; returns h [B, H, W, C] in float64.
     The state restarts from zero every `chunk` lines, counted in the order of the scan.
-    Raises KeyError or IndexError on wrong input; `line_scan` is the one that explains.
+    Raises KeyError or IndexError on wrong input; `line_scan` has better error messages.
     Paper: equation (1), and the local variant of the original GSPN.
     """
     steps = [_lines(t.double(), direction) for t in (x, weights, lam)]

@@ -14,7 +14,7 @@ from torch.nn.functional import linear, softplus
 
 from ..layers import AttentionMixer, Grid, PropagationMixer
 from ..models.encoder import Encoder, to_map
-from ..ops import propagate_2d, propagate_2d_normalised
+from ..ops import propagate_2d
 
 ATTENTION, TOGETHER = "attention", "together"
 Positions = Sequence[tuple[int, int]]
@@ -114,8 +114,10 @@ def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Pos
         with torch.enable_grad():
             gate = inputs[4] if config.forget_gate else None
             lam_in = softplus(inputs[1]) if config.normalise_state else inputs[1]
-            scan = propagate_2d_normalised if config.normalise_state else propagate_2d
-            y = scan(inputs[0], inputs[3], lam_in, inputs[2], keep=gate, directions=(name,))
+            mean = config.normalise_state
+            y = propagate_2d(
+                inputs[0], inputs[3], lam_in, inputs[2], keep=gate, directions=(name,), normalise_state=mean
+            )
             asked = y[list(count), rows, columns].sum()
         in_x, in_lam, in_u, in_logits, *in_keep = torch.autograd.grad(asked, inputs)
         gradient = torch.cat([in_x[..., None, :], in_lam, in_u, in_logits.squeeze(3), *in_keep], -2)

@@ -106,34 +106,33 @@ def convert(
     share: bool = False,
     report: Callable[[Inherited], object] | None = None,
 ) -> Encoder:
-    """A C-GSPN student of `encoder`: attention sub-layers become propagation, the rest starts from the teacher's.
+    """Convert an attention encoder into a C-GSPN student, which inherits all other weights.
 
-    Inherited: patch embedding, norms, LayerScale, MLPs, pooling head, projection, and attention where it stays, whole
-    or in windows.
-    Fresh: the propagation mixers, and a pooling head if the teacher pools by a class token. Class and register tokens
-    have no place in a pure grid and are dropped; the fresh MAP head is there to learn the class feature, and the taps
-    of distillation compare grid tokens only. Learned positions are dropped too if any layer propagates, unless they are
-    kept; their mean goes into the bias of the patch embedding, so that the first block sees tokens centred as before.
+    Inherited weights: patch embedding, norms, LayerScale, MLPs, pooling head, projection, and the attention layers that
+    are kept, global or windowed. New weights: the propagation mixers, and a MAP head if the teacher pools by its class
+    token. Class and register tokens are removed, and distillation compares grid tokens only. Position embeddings are
+    removed too if any layer propagates, unless `keep_positions` is set; their mean is added to the bias of the patch
+    embedding so that the mean of the tokens does not change.
 
     Args:
-        encoder: the attention teacher, or an image-text model with one; it is not changed.
-        compression: s; the scan runs on floor(C / s) channels.
-        value_expansion: channels that carry values beside that latent, in units of it, as in `layers.value_config`;
-            None for none.
-        keep_attention: how many attention layers stay, spread evenly (the last of each equal stretch: of 27 layers,
-            3 are 8, 17 and 26; the paper says how many, not which), or their indices from 0.
-        window_attention: how many attention layers stay with windows in place of the whole grid, spread evenly over the
-            layers that are left, or their indices. With all layers in one of the two, none propagates.
-        window: rows and columns of positions in a window, or one number for both.
-        keep_positions: the teacher's learned positions stay, resized to the grid of each image. Without them the first
-            sub-layer finds positions by counting lines, and counts wrong on grids that it was not trained on.
+        encoder: the attention teacher, or an image-text model that contains it; it is not modified.
+        compression: s in the paper; the latent has floor(C / s) channels.
+        value_expansion: number of scanned channels over all directions, as a multiple of the latent width
+            (`layers.value_config`); None scans the latent itself.
+        keep_attention: number of attention layers to keep, spread evenly (3 of 27 are layers 8, 17 and 26; the paper
+            says how many, but not which), or their indices from 0.
+        window_attention: number of layers that become window attention, spread evenly over the remaining layers, or
+            their indices.
+        window: rows and columns of tokens in a window, or one number for both.
+        keep_positions: keep the teacher's position embeddings, resized to the grid of each image. Without them, the
+            first sub-layer has to infer positions from the scan, which fails on grids of other sizes than in training.
         propagation: other settings of the propagation sub-layer; its `compression` is overridden.
-        share: the student takes the teacher's tensors themselves, no memory for a second copy. For those who only
-            write the student down: training it would change the teacher.
-        report: called with the names of the tensors that were inherited and of those that start afresh.
+        share: share tensors with the teacher instead of copying them, to save memory. Use it only if the student is
+            saved and not trained, because training it would change the teacher.
+        report: called with the names of the inherited tensors and of the new ones.
 
-    Raises ValueError for a compression that leaves no channel, a layer that does not exist or is named twice, a window
-    of nothing, and for values beside propagation.
+    Raises ValueError for a compression that leaves no channel, a layer index that is out of range or repeated, an empty
+    window, or values without propagation.
     See docs/tutorial.md, "Convert".
     """
     teacher = image_encoder(encoder)
@@ -156,8 +155,9 @@ def convert(
 def student_of(teacher: Encoder, config: EncoderConfig, *, share: bool = False) -> tuple[Encoder, Inherited]:
     """The student with a config of `student_config`, and what it inherited.
 
-    share: the student takes the teacher's tensors themselves, no memory for a second copy. For those who only write
-    the student down: training it would change the teacher. Raises ValueError for a config whose parts do not fit.
+    share: share tensors with the teacher instead of copying them, to save memory. Use it only if the student is saved
+        and not trained, because training it would change the teacher. Raises ValueError for a config whose
+        parts do not fit.
     """
     if teacher.positions is not None and not config.positions:
         config = replace(config, patch_bias=True)
@@ -194,9 +194,9 @@ def inherit(teacher: Encoder, student: Encoder, *, share: bool = False) -> Inher
 
 
 def attention_student(teacher: Encoder) -> Encoder:
-    """The ViT-to-ViT baseline: everything as in the teacher but the attention mixers, which start afresh.
+    """Create the ViT student used as a baseline: a copy of the teacher with randomly initialised attention.
 
-    Raises nothing. See results/quality, row "ViT".
+    See results/quality, row "ViT".
     """
     student = copy.deepcopy(teacher)
     for layer, block in enumerate(student.each_block()):

@@ -31,20 +31,21 @@ def load_model(
     submodel: str | None = None,
     **overrides: Any,
 ) -> Encoder | DualEncoder:
-    """The encoder of a checkpoint, or the whole image-text model if it is one, in eval mode.
+    """Load the encoder or the image-text model of a checkpoint, in eval mode.
 
     Args:
-        source: a weight file (.safetensors; .pt, .pth, .bin with tensors alone), a folder (this library's,
-            transformers', OpenCLIP's, timm's), a hub id (`org/name`, `hf-hub:org/name`, `org/name@revision`), or
-            "embedded" for the teacher that comes with the package.
+        source: a weight file (.safetensors, or .pt, .pth or .bin with only tensors), a folder of this library,
+            transformers, OpenCLIP or timm, a hub id (`org/name`, `hf-hub:org/name`, `org/name@revision`), or "embedded"
+            for the teacher included in the package.
         dtype: of the weights.
-        heads: of attention, where neither a config beside a foreign file nor its name states them.
-        submodel: the beginning of the keys of one model, such as "student", where a file of a training run holds
-            several; None for the teacher or the moving average, which their authors evaluate.
-        overrides: fields of `EncoderConfig` that a foreign file does not show, such as `activation="quick_gelu"`.
+        heads: number of attention heads, if neither a config nor the file name states it.
+        submodel: key prefix of the model to load, such as "student", if the file of a training run holds several
+            models. None loads the teacher or the moving average, which the authors evaluate.
+        overrides: fields of `EncoderConfig` that the checkpoint does not state, such as `activation="quick_gelu"`.
 
-    Of transformers' CLIP and SigLIP the text tower comes along if transformers and the tokenizer's files are there;
-    a warning says so if not. Raises CheckpointError, saying what was expected and what was found.
+    For CLIP and SigLIP folders of transformers, the text tower is loaded too if transformers and the tokenizer files
+    are available; otherwise a warning says what is missing. Raises CheckpointError with what was expected and what was
+    found.
     """
     return _load(source, Options(dtype, heads, submodel, overrides), text=True)
 
@@ -57,10 +58,10 @@ def load_encoder(
     submodel: str | None = None,
     **overrides: Any,
 ) -> Encoder:
-    """The image encoder of a checkpoint, in eval mode; of an image-text model, its image side.
+    """Load the image encoder of a checkpoint, in eval mode.
 
-    Its pooled output is the family's own: the image embedding of CLIP and SigLIP, the class token of DINOv2, the
-    summary tokens of RADIO. Arguments and errors as in `load_model`; no text tower is read.
+    The pooled output depends on the model family: the image embedding for CLIP and SigLIP, the class token for DINOv2,
+    the summary tokens for RADIO. Arguments and errors are those of `load_model`; a text tower is not loaded.
     """
     return image_encoder(_load(source, Options(dtype, heads, submodel, overrides), text=False))
 
@@ -88,9 +89,10 @@ def _load(source: str | Path, options: Options, text: bool) -> Encoder | DualEnc
 
 
 def load_embedded_teacher() -> DualEncoder:
-    """The small attention image-text model that comes with the package, in eval mode.
+    """Load the small attention image-text model included in the package, in eval mode.
 
-    Trained from scratch on the embedded images; pretrain.json beside its weights holds the command, seed and losses.
+    It was trained from scratch on the embedded images; pretrain.json beside its weights has the command, seed and
+    losses.
     Raises CheckpointError if the installation is damaged.
     """
     model = load_model(EMBEDDED)

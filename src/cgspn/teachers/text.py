@@ -30,7 +30,8 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.
 
 
 class PretrainedText(nn.Module):
-    """A text model of transformers and its tokenizer: texts -> [len(texts), embed_dim], as the original embeds them."""
+    """A text model of transformers and its tokenizer: texts -> [len(texts), embed_dim], with the same results as the
+    original."""
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
         """model: a text model of transformers whose output has text_embeds or pooler_output; tokenizer: its own."""
@@ -45,13 +46,14 @@ class PretrainedText(nn.Module):
 
     @property
     def context_length(self) -> int:
-        """The longest text in tokens."""
+        """Maximum number of tokens of a text."""
         return int(self.config.max_position_embeddings)
 
     def tokenize(self, texts: str | Sequence[str], context_length: int | None = None) -> Tensor:
-        """Texts -> ids int64 [len(texts), context_length], padded and cut. Raises ValueError for an empty text.
+        """Texts -> ids int64 [len(texts), context_length], padded and truncated. Raises ValueError for an empty text.
 
-        SigLIP was trained on lower-cased texts; the tokenizer that SigLIP 2's folders name keeps capitals.
+        Texts for SigLIP are lower-cased, as in its training; the tokenizer named in SigLIP 2's folders does not do
+        this.
         """
         texts = text_list(texts)
         if str(self.config.model_type).startswith("siglip"):
@@ -65,8 +67,8 @@ class PretrainedText(nn.Module):
     def forward(self, texts: Sequence[str] | Tensor) -> Tensor:
         """Texts, or their ids [N, T], -> embeddings [N, embed_dim] of any length.
 
-        Longer texts are cut. No mask is needed: CLIP reads its texts from the left up to their end, SigLIP attends to
-        its padding. Raises ValueError for an empty text or none.
+        Longer texts are truncated. No mask is needed, because CLIP's attention is causal and SigLIP attends to padding.
+        Raises ValueError for an empty text or an empty list.
         """
         ids = texts if isinstance(texts, Tensor) else self.tokenize(texts)
         out: Any = self.model(input_ids=ids.to(next(self.model.parameters()).device))
@@ -76,7 +78,7 @@ class PretrainedText(nn.Module):
 
 
 class PretrainedDual(DualEncoder):
-    """An image encoder whose pooled output is the image embedding, beside the text tower of the same model."""
+    """An image encoder whose pooled output is the image embedding, and the text tower of the same model."""
 
     def __init__(self, image: Encoder, text: PretrainedText, logit_scale: float, logit_bias: float) -> None:
         """logit_scale, the logarithm of the loss's scale, and logit_bias, as the checkpoint has them."""
@@ -94,7 +96,8 @@ class PretrainedDual(DualEncoder):
         self.logit_bias = nn.Parameter(torch.tensor(logit_bias))
 
     def with_image(self, image: Encoder) -> PretrainedDual:
-        """A copy around another image encoder; the text tower is copied. Raises ValueError if the widths differ."""
+        """Return a copy with another image encoder; the text tower is copied. Raises ValueError if the widths
+        differ."""
         width, own = image.config.pooled_width, self.image.config.pooled_width
         if width != own:
             raise ValueError(f"image has width {width}; expected {own}")
@@ -104,7 +107,7 @@ class PretrainedDual(DualEncoder):
         return other.to(self.logit_scale.device).train(self.training)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write the text tower and tokenizer into `folder`/text, then config.json and model.safetensors.
+        """Write the text tower and tokenizer to `folder`/text, then config.json and model.safetensors.
 
         dtype: of the stored weights of everything but the text tower. Raises OSError.
         """
@@ -131,9 +134,9 @@ def missing_for_text(source: Source) -> str | None:
 
 
 def load_text(folder: str | Path) -> PretrainedText:
-    """The text tower and tokenizer of a transformers folder of CLIP, SigLIP or SigLIP 2, in eval mode, float32.
+    """Load the text tower and tokenizer of a transformers folder of CLIP, SigLIP or SigLIP 2, in eval mode and float32.
 
-    Raises CheckpointError if transformers is not installed, or the folder holds another model.
+    Raises CheckpointError if transformers is not installed or the folder contains another model.
     """
     try:
         import transformers

@@ -178,7 +178,7 @@ class CgspnModel(CgspnPreTrainedModel):
                 without attention blocks attentions are None.
             interpolate_pos_encoding: of no effect; positions, where there are any, follow the size of the images.
 
-        Raises ValueError for sizes that patches do not tile.
+        Raises ValueError for sizes that are not multiples of the patch size.
         """
         tokens, grid, states, maps = self.run(pixel_values, pixel_mask, output_hidden_states, output_attentions)
         pooled = self.encoder.forward_head(tokens, pre_logits=True, mask=grid.mask)

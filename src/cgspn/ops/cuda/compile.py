@@ -84,13 +84,8 @@ def compile_cubin(name: str, defines: Macros, arch: str) -> tuple[bytes, str]:
     Needs NVRTC, no GPU and no driver. Raises cuda.core's NVRTCError with the log if the source does not compile.
     """
     core = cuda_core()
-    options = core.ProgramOptions(
-        name=f"{name}.cu",
-        arch=arch,
-        std="c++17",
-        define_macro=[(key, str(value)) for key, value in defines],
-        ptxas_options=["-v"],
-    )
+    given = [(key, str(value)) for key, value in defines]
+    options = core.ProgramOptions(f"{name}.cu", arch, std="c++17", define_macro=given, ptxas_options=["-v"])
     report = io.StringIO()
     code = core.Program(source(name), "c++", options).compile("cubin", logs=report).code
     assert isinstance(code, bytes)

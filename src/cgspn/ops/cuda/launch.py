@@ -118,23 +118,10 @@ def scan_defines(
     cut: TileConfig, p: Problem, dtype: int, *, masked: bool, merged: bool, save: bool | None
 ) -> dict[str, int]:
     """The macros of kernels/forward.cu, or of backward.cu, which has no `save`."""
-    defines = {
-        "DTYPE": dtype,
-        "VEC": cut.vec,
-        "POS": cut.pos,
-        "STAGES": cut.stages,
-        "THREADS": cut.thread_bound(p),
-        "NORMALISE": int(p.normalise),
-        "SHARE": int(p.share > 1),
-        "FORGET": int(p.keep),
-        "MEAN": int(p.mean),
-        "MASKED": int(masked),
-        "SPLIT": cut.split,
-        "HALO": cut.halo_width(),
-        "MERGE": int(merged),
-        "NARROW": int(cut.partial_sector(p)),
-    }
-    return defines if save is None else defines | {"SAVE": int(save)}
+    defines = {"DTYPE": dtype, "VEC": cut.vec, "POS": cut.pos, "STAGES": cut.stages, "THREADS": cut.thread_bound(p)}
+    defines |= {"SPLIT": cut.split, "HALO": cut.halo_width(), "NARROW": cut.partial_sector(p), "MASKED": masked}
+    defines |= {"NORMALISE": p.normalise, "SHARE": p.share > 1, "FORGET": p.keep, "MEAN": p.mean, "MERGE": merged}
+    return {name: int(value) for name, value in (defines if save is None else defines | {"SAVE": save}).items()}
 
 
 def problem(call: Call) -> Problem:

@@ -63,15 +63,9 @@ def projected_defines(
 
 @functools.lru_cache(maxsize=1024)
 def _prepare(
-    name: str,
-    gpu: Gpu,
-    dtype: torch.dtype,
-    codes: tuple[int, ...],
-    cut: ProjectedTileConfig,
-    gated: bool,
-    geometries: tuple[Geometry | None, ...],
-    dims: tuple[str, ...],
-) -> Launch:
+    name: str, gpu: Gpu, dtype: torch.dtype, codes: tuple[int, ...], cut: ProjectedTileConfig, gated: bool,
+    geometries: tuple[Geometry | None, ...], dims: tuple[str, ...],
+) -> Launch:  # fmt: skip
     """The launch of a pass, but for the addresses. Raises ValueError for a cut too short for the lines."""
     assert geometries[0] is not None
     b, h, w, c = geometries[0][0]
@@ -90,13 +84,9 @@ def _prepare(
 
 
 def _run(
-    name: str,
-    tensors: Sequence[Tensor | None],
-    dims: tuple[str, ...],
-    codes: Directions,
-    cut: ProjectedTileConfig,
+    name: str, tensors: Sequence[Tensor | None], dims: tuple[str, ...], codes: Directions, cut: ProjectedTileConfig,
     gated: bool = True,
-) -> None:
+) -> None:  # fmt: skip
     x = tensors[0]
     assert x is not None
     addresses, geometries = addresses_of(tensors)
@@ -108,11 +98,6 @@ def _cut_for(x: Tensor, codes: Directions, backward: bool = False) -> ProjectedT
     cut = (choose_backward if backward else choose)(b, max(h, w), c, len(codes), gpu_behind(x).machine)
     assert cut is not None  # unsupported_reason said that there is one
     return cut
-
-
-def _merge(planes: Tensor, out: Tensor, directions: int) -> None:
-    launch = merge_launch(gpu_behind(out), out.dtype, out.numel(), directions)
-    launch((planes.data_ptr(), out.data_ptr()))
 
 
 def _inputs(p: ProjectedScan) -> ProjectedScan:
@@ -138,7 +123,7 @@ def forward(p: ProjectedScan, cut: ProjectedTileConfig | None = None) -> Tensor:
     target = scan.planes(p.x, p.directions) if merged else y.unsqueeze(3) if p.merge_sum else y
     _forward(p, target, cut, True)
     if merged:
-        _merge(target, y, directions)
+        merge_launch(gpu_behind(y), y.dtype, y.numel(), directions)((target.data_ptr(), y.data_ptr()))
     return y
 
 

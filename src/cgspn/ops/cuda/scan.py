@@ -124,13 +124,9 @@ def forward_saving(scan: Scan, cut: TileConfig | None = None) -> tuple[Tensor, T
 
 
 def backward(
-    dy: Tensor,
-    scan: Scan,
-    h: Tensor | None = None,
-    n: Tensor | None = None,
-    cut: TileConfig | None = None,
+    dy: Tensor, scan: Scan, h: Tensor | None = None, n: Tensor | None = None, cut: TileConfig | None = None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
-) -> tuple[Tensor | None, ...]:
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of `forward` to x, logits, lam, u and keep, each in its input's dtype and shape; None without a keep.
 
     h, n: what `forward_saving` returned, or `forward` where there is no gate; without them that runs again.

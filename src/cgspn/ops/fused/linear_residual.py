@@ -31,15 +31,9 @@ def _fold(
 
 
 def forward(
-    residual: Tensor,
-    y: Tensor,
-    gain: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    eps: float,
+    residual: Tensor, y: Tensor, gain: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float,
     after: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """residual + scale * linear(RMSNorm(y)) + after: residual [..., C], y [..., K] -> [..., C].
 
     gain [K], or None for no norm; weight [C, K]; bias [C]; scale [C] (LayerScale) or None; after [C] or None.
@@ -66,16 +60,9 @@ def forward(
 
 
 def forward_norm(
-    residual: Tensor,
-    y: Tensor,
-    gain: Tensor | None,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    eps: float,
-    norm: tuple[Tensor, Tensor, float],
-    after: Tensor,
-) -> tuple[Tensor, Tensor]:
+    residual: Tensor, y: Tensor, gain: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float,
+    norm: tuple[Tensor, Tensor, float], after: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """t = `forward(...)` and what the next half of a block wants of it: LayerNorm(t) and t + after, [..., C].
 
     norm: gain and shift [C] of the LayerNorm, and its eps; after: [C], the bias of the MLP's second layer.
@@ -128,15 +115,9 @@ class LinearResidual(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        residual: Tensor,
-        y: Tensor,
-        gain: Tensor | None,
-        weight: Tensor,
-        bias: Tensor,
-        scale: Tensor | None,
-        eps: float,
-    ) -> Tensor:
+        ctx: Any, residual: Tensor, y: Tensor, gain: Tensor | None, weight: Tensor, bias: Tensor,
+        scale: Tensor | None, eps: float,
+    ) -> Tensor:  # fmt: skip
         """-> [..., C]."""
         ctx.eps = eps
         ctx.save_for_backward(y, gain, weight, bias, scale)

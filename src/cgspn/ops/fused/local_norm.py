@@ -19,14 +19,9 @@ def _bytes(mask: Tensor | None) -> Tensor | None:
 
 
 def forward(
-    x: Tensor,
-    kernel: Tensor,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    eps: float,
-    mask: Tensor | None = None,
+    x: Tensor, kernel: Tensor, bias: Tensor | None, gain: Tensor | None, eps: float, mask: Tensor | None = None,
     flip: bool = False,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """RMSNorm(x + convolution of x): [B, H, W, C] -> the same.
 
     kernel [C, 1, k, k], k odd, transposed with `flip`; bias [C] or None; gain [C], or None for no norm; mask [B, H, W],

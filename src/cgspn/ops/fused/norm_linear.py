@@ -51,16 +51,9 @@ def forward(
 
 
 def backward(
-    dout: Tensor,
-    past: Tensor | None,
-    x: Tensor,
-    out: Tensor,
-    gain: Tensor,
-    shift: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    statistics: Tensor,
-) -> tuple[Tensor, ...]:
+    dout: Tensor, past: Tensor | None, x: Tensor, out: Tensor, gain: Tensor, shift: Tensor, weight: Tensor,
+    bias: Tensor, statistics: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients to x (plus `past`, the one that reaches it from elsewhere), gain, shift, weight and bias."""
     x, dout, past = x.contiguous(), dout.contiguous(), None if past is None else past.contiguous()
     (latent, channels), rows = weight.shape, statistics.shape[1]

@@ -59,15 +59,9 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
 
 
 def forward(
-    x: Tensor,
-    branch: Tensor | None,
-    gain: Tensor,
-    shift: Tensor,
-    eps: float,
-    after: Tensor | None = None,
-    *,
+    x: Tensor, branch: Tensor | None, gain: Tensor, shift: Tensor, eps: float, after: Tensor | None = None, *,
     save: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
     """LayerNorm(t) of t = x + branch, and t + after, in the dtype of x: [..., C] each; x itself if nothing is added.
 
     With `save` also mean and inverse deviation of each row, float32 [M, 2].

@@ -20,12 +20,9 @@ _launches: dict[tuple[Any, ...], TritonLaunch] = {}
 
 
 def launch(
-    name: str,
-    tensors: Sequence[Tensor | None],
-    grid: tuple[int, ...],
-    numbers: tuple[int | float, ...],
+    name: str, tensors: Sequence[Tensor | None], grid: tuple[int, ...], numbers: tuple[int | float, ...],
     **constants: Any,
-) -> None:
+) -> None:  # fmt: skip
     """Run a kernel of kernels.py or row_kernels.py, and keep what it is made of for the next call with such tensors.
 
     Its arguments: tensors, then numbers, then constants, among them Triton's options.

@@ -1,8 +1,8 @@
 #include "common.cuh"
 
 // The adjoint scan: lines in reverse, one block per direction, image and group of channels, as in forward.cu.
-// It reads the state h (with MEAN: h / n, and n) that the forward saved, in the input's dtype, and writes every gradient once; the gradient
-// of x is a plane per direction, merged at the end in float32. No atomics: the result does not depend on timing.
+// It reads the state h (with MEAN: h / n, and n) that the forward saved, in the input's dtype, and writes every gradient
+// once; that of x is a plane per direction, merged at the end in float32. No atomics: timing does not change the result.
 //
 // Lines cut over a cluster: as in forward.cu, and what a halo position sends is put there by its owner.
 //
@@ -21,10 +21,6 @@ struct BackwardArguments {
 // In shared memory: h of the line before, x, dy and, unless a thread has single ones, the parameters: lam, three logits,
 // u and keep. Single parameters are too narrow to be copied there; they wait in registers for the next line.
 constexpr int MAPS = SHARE ? 3 : 7 + NORMALISE + FORGET;
-
-struct Parameters {
-  Parameter lam, l0, l1, l2, u, keep;
-};
 
 extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(const __grid_constant__ BackwardArguments a) {
   char* const shared = shared_memory();
@@ -66,8 +62,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
       if (MEAN && works[p]) total[p][k] = ((const float*)(n_at + JUMP(n, p)))[k];
     }
   }
-  h += STEP(h);
-  n_at += STEP(n);
+  h += STEP(h), n_at += STEP(n);
 
   auto fetch = [&](int stage, bool first) {
 #pragma unroll
@@ -93,10 +88,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
           if constexpr (FORGET) copy_in(to + 8 * map_bytes, keep + JUMP(keep, p));
         }
       }
-    h += STEP(h);
-    n_at += STEP(n);
-    x += STEP(x);
-    dy += STEP(dy);
+    h += STEP(h), n_at += STEP(n), x += STEP(x), dy += STEP(dy);
     if constexpr (!SHARE) lam += STEP(lam), logits += STEP(logits), u += STEP(u), keep += STEP(keep);
   };
   Parameters ahead[POS];  // of single parameters: the next line's
@@ -311,11 +303,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
       }
     if (exchange) cluster_arrive();
     waiting = exchange;
-    dx += STEP(dx);
-    dlam += STEP(dlam);
-    du += STEP(du);
-    dlogits += STEP(dlogits);
-    dkeep += STEP(dkeep);
+    dx += STEP(dx), dlam += STEP(dlam), du += STEP(du), dlogits += STEP(dlogits), dkeep += STEP(dkeep);
     mask += STEP(mask);
     stage = stage + 1 == STAGES ? 0 : stage + 1;
   }

@@ -57,22 +57,42 @@ struct __align__(BYTES < 4 ? 4 : BYTES) Vec {
 struct Single {
   u32 w;
 };
-template <bool ONE>
-struct ParameterOf {
-  using type = Vec;
+template <bool FIRST, class A, class B>
+struct Either {
+  using type = A;
 };
-template <>
-struct ParameterOf<true> {
-  using type = Single;
+template <class A, class B>
+struct Either<false, A, B> {
+  using type = B;
 };
-using Parameter = ParameterOf<SHARE>::type;
+using Parameter = Either<SHARE, Single, Vec>::type;
 constexpr int SETS = SHARE ? 1 : VEC;
 constexpr int COUNTED = VEC + MEAN * SETS;  // scans of a thread: its channels, and n of their sets
 
-// Where a block is and how its direction walks.
-struct Walk {
-  int b, d, lines, positions, lane, j, vec, slot, part, row;
-  bool vertical, backwards, busy;
+// How a direction walks the grid.
+struct Way {
+  int lines, positions;
+  bool vertical, backwards;
+  template <class S>
+  __device__ void take(const S& s, int d) {
+    const int code = s.codes[d];
+    vertical = code < 2;
+    backwards = code & 1;
+    lines = vertical ? s.H : s.W;
+    positions = vertical ? s.W : s.H;
+  }
+  __device__ i64 line(const View& v) const { return vertical ? v.h : v.w; }
+  __device__ i64 across(const View& v) const { return vertical ? v.w : v.h; }
+  __device__ i64 step(const View& v) const { return backwards ? -line(v) : line(v); }
+  __device__ char* start(const View& v, int b, int d, int i) const {
+    return v.p + b * v.b + d * v.d + (backwards ? lines - 1 - i : i) * line(v);
+  }
+};
+
+// Where a block is, and its way.
+struct Walk : Way {
+  int b, d, lane, j, vec, slot, part, row;
+  bool busy;
   __device__ explicit Walk(const Shape& s) {
     u32 block = blockIdx.x;
     part = block % SPLIT;
@@ -80,11 +100,7 @@ struct Walk {
     d = block % s.D;
     block /= s.D;
     b = block / s.groups;
-    int code = s.codes[d];
-    vertical = code < 2;
-    backwards = code & 1;
-    lines = vertical ? s.H : s.W;
-    positions = vertical ? s.W : s.H;
+    take(s, d);
     slot = threadIdx.x;
     lane = slot % s.lanes;
     row = slot / s.lanes;
@@ -101,8 +117,6 @@ struct Walk {
     const int k = row + p * s.rows - HALO;
     return SPLIT == 1 || (k >= 0 && k < s.own);
   }
-  __device__ i64 line(const View& v) const { return vertical ? v.h : v.w; }
-  __device__ i64 across(const View& v) const { return vertical ? v.w : v.h; }
   __device__ char* start(const View& v, int i) const { return at(v, i, (i64)vec * VEC); }
   __device__ char* start_parameter(const View& v, int i) const { return at(v, i, (i64)vec * SETS); }
   __device__ char* at(const View& v, int i, i64 channel) const {
@@ -119,23 +133,8 @@ __device__ __forceinline__ void copy_in(void* to, const char* from) {
 }
 
 // What one access moves.
-template <int N>
-struct WordOf {
-  using type = unsigned short;
-};
-template <>
-struct WordOf<4> {
-  using type = u32;
-};
-template <>
-struct WordOf<8> {
-  using type = uint2;
-};
-template <>
-struct WordOf<16> {
-  using type = uint4;
-};
-using Word = WordOf<BYTES>::type;
+using Short = Either<BYTES == 4, u32, unsigned short>::type;
+using Word = Either<BYTES == 16, uint4, Either<BYTES == 8, uint2, Short>::type>::type;
 
 __device__ __forceinline__ Vec vector_of(const Word& word) {
   Vec v;
@@ -187,6 +186,11 @@ __device__ __forceinline__ float get(const Single& v, int) {
   if constexpr (DTYPE == 2) return __uint_as_float(v.w << 16);
   return half_to_float(v.w);
 }
+
+// The parameters of a position; the gates are there only for kernels that have them.
+struct Parameters {
+  Parameter lam, l0, l1, l2, u, keep;
+};
 
 // A parameter is read and written once. Single ones fill only a part of a sector, which the caches must then keep.
 __device__ __forceinline__ Parameter load_parameter(const char* p) {
@@ -321,8 +325,8 @@ struct Weights {
 
 // Bits 0..2: the neighbours j-1, j, j+1 on the line before that exist; bit 3: the position itself is inside.
 // `here` is the mask's byte at this position of line i.
-__device__ __forceinline__ u32 surroundings(const Walk& walk, int j, int i, const char* here, i64 step, i64 across) {
-  u32 bits = (j > 0 ? 1u : 0u) | 2u | (j + 1 < walk.positions ? 4u : 0u) | 8u;
+__device__ __forceinline__ u32 surroundings(const Way& way, int j, int i, const char* here, i64 step, i64 across) {
+  u32 bits = (j > 0 ? 1u : 0u) | 2u | (j + 1 < way.positions ? 4u : 0u) | 8u;
 #if MASKED
   u32 inside = *here ? 8u : 0u;
   if (i > 0) {

@@ -15,10 +15,9 @@ struct ForwardArguments {
 // after next early. Wide ones would hold 32 more registers for it, and memory is what they wait for.
 constexpr bool LATE = !SHARE && VEC * POS >= 8;
 
-// What a position reads of a line. The gates are there only for kernels that have them.
-struct Inputs {
+// What a position reads of a line.
+struct Inputs : Parameters {
   Vec x;
-  Parameter lam, l0, l1, l2, u, keep;
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const __grid_constant__ ForwardArguments a) {
@@ -60,11 +59,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
         if constexpr (NORMALISE) to[p].u = load_parameter(u + jump * walk.across(a.u));
         if constexpr (FORGET) to[p].keep = load_parameter(keep + jump * walk.across(a.keep));
       }
-    x += x_step;
-    lam += lam_step;
-    u += u_step;
-    logits += logits_step;
-    keep += keep_step;
+    x += x_step, lam += lam_step, u += u_step, logits += logits_step, keep += keep_step;
   };
   // Weights of the neighbours for the k-th set of parameters.
   auto weigh = [&](const Inputs& from, int k, u32 bits, float (&w)[3][SETS]) {
@@ -184,10 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
     }
     if (LATE && i + STAGES < walk.lines) fetch(inputs);
     waiting = exchange;
-    y += y_step;
-    saved += h_step;
-    counted += n_step;
-    mask += mask_step;
+    y += y_step, saved += h_step, counted += n_step, mask += mask_step;
   };
   for (int first = 0; first < walk.lines; first += STAGES)
 #pragma unroll

@@ -27,24 +27,6 @@ struct ProjectedShape {
   int blocks;    // along the channels
 };
 
-// How a direction walks the grid.
-struct Way {
-  bool vertical, backwards;
-  int lines, positions;
-  __device__ Way(const ProjectedShape& s, int code) {
-    vertical = code < 2;
-    backwards = code & 1;
-    lines = vertical ? s.H : s.W;
-    positions = vertical ? s.W : s.H;
-  }
-  __device__ i64 line(const View& v) const { return vertical ? v.h : v.w; }
-  __device__ i64 across(const View& v) const { return vertical ? v.w : v.h; }
-  __device__ i64 step(const View& v) const { return backwards ? -line(v) : line(v); }
-  __device__ char* start(const View& v, int b, int d, int i) const {
-    return v.p + b * v.b + d * v.d + (backwards ? lines - 1 - i : i) * line(v);
-  }
-};
-
 // Chunks of a position change places so that neither the 16-byte reads of products nor the 4-byte reads of single
 // channels meet in a bank of shared memory.
 __device__ __forceinline__ int place(int row, int chunk) {
@@ -86,22 +68,14 @@ struct Seat {
   }
 };
 
-// Begin to copy a line of x, all channels.
-__device__ __forceinline__ void fetch_all(uint4* to, const char* from, i64 across, int positions, int chunks) {
+// Begin to copy a line: `chunks` of a position, which start at `from`, to where PLACE has room for WIDE.
+template <int WIDE, int PLACE(int, int)>
+__device__ __forceinline__ void fetch_line(uint4* to, const char* from, i64 across, int positions, int chunks) {
 #pragma unroll
-  for (int k = 0; k < (LINE * CHUNKS + THREADS - 1) / THREADS; k++) {
-    const int n = threadIdx.x + k * THREADS, row = n / CHUNKS, chunk = n % CHUNKS;
+  for (int k = 0; k < (LINE * WIDE + THREADS - 1) / THREADS; k++) {
+    const int n = threadIdx.x + k * THREADS, row = n / WIDE, chunk = n % WIDE;
     if (row < positions && row < LINE && chunk < chunks)
-      copy_async<16>(to + place(row, chunk), from + row * across + chunk * 16);
-  }
-}
-// Begin to copy a line of the block's own channels, which start at `from`.
-__device__ __forceinline__ void fetch_own(uint4* to, const char* from, i64 across, int positions, int own) {
-#pragma unroll
-  for (int k = 0; k < (LINE * OWN + THREADS - 1) / THREADS; k++) {
-    const int n = threadIdx.x + k * THREADS, row = n / OWN, chunk = n % OWN;
-    if (row < positions && row < LINE && chunk < own)
-      copy_async<16>(to + place_own(row, chunk), from + row * across + chunk * 16);
+      copy_async<16>(to + PLACE(row, chunk), from + row * across + chunk * 16);
   }
 }
 
@@ -140,8 +114,8 @@ struct Projection {
     }
   }
 
-  // After a barrier, also by warps without channels, for nothing. Read as vectors, the weights lie in registers as the tensor core wants them; put together from
-  // the halves above, the compiler would put them together again for every product.
+  // After a barrier, also by warps without channels, for nothing. Read as vectors, the weights lie in registers as the
+  // tensor core wants them; put together from the halves above, the compiler would do that again for every product.
   __device__ __forceinline__ void keep() {
     if constexpr (KEEP)
 #pragma unroll
@@ -151,11 +125,10 @@ struct Projection {
           kept[f][s][0] = shared[(f * STEPS + s) * 64], kept[f][s][1] = shared[(f * STEPS + s) * 64 + 32];
   }
 
-  // The parameters of the warp's tile T, without their biases; [2 c + r] is channel c of
-  // position r of this thread's.
+  // The parameters of the warp's tile T, without their biases; [2 c + r] is channel c of position r of this thread's.
   template <bool GATE>
   __device__ __forceinline__ void make(float (&out)[PARAMETERS][4], const uint4* x, int T, const Seat& seat) const {
-    const float zero[4] = {0.f, 0.f, 0.f, 0.f};
+    const float zero[4] = {};
 #pragma unroll
     for (int s = 0; s < STEPS; s++) {
       const uint4 v = x[seat.feed[s] + T * 8 * CHUNKS];

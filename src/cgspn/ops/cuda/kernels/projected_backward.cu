@@ -24,7 +24,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const int own = min(OWN, s.chunks - first);
   const Seat seat(first);
   const bool works = 2 * seat.n < own;
-  const Way way(s, s.codes[d]);
+  Way way;
+  way.take(s, d);
   const int last = way.lines - 1;
 
   constexpr int STAGE = LINE * (CHUNKS + 2 * OWN);  // x, dy, h of the line before
@@ -66,10 +67,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
   auto fetch = [&](int stage, int line) {
     uint4* to = stages + stage * STAGE;
-    fetch_all(to, x, way.across(a.x), way.positions, s.chunks);
-    fetch_own(to + LINE * CHUNKS, dy, way.across(a.dy), way.positions, own);
+    fetch_line<CHUNKS, place>(to, x, way.across(a.x), way.positions, s.chunks);
+    fetch_line<OWN, place_own>(to + LINE * CHUNKS, dy, way.across(a.dy), way.positions, own);
     if (line > 0)
-      fetch_own(to + LINE * (CHUNKS + OWN), h, way.across(a.h), way.positions, own);
+      fetch_line<OWN, place_own>(to + LINE * (CHUNKS + OWN), h, way.across(a.h), way.positions, own);
     x -= way.step(a.x), dy -= way.step(a.dy), h -= way.step(a.h);
   };
   auto flush = [&](const uint4* from) {

@@ -30,7 +30,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int k = threadIdx.x; k < STAGES * LINE * CHUNKS; k += THREADS) lines_x[k] = {0, 0, 0, 0};
 
   Projection projection(seat, room);
-  const Way way(s, s.codes[d]);
+  Way way;
+  way.take(s, d);
   for (int k = threadIdx.x; k < 2 * GROUPS * (LINE + 2) * STATE; k += THREADS) states[k] = 0.f;
   if (works) projection.load(a.weight.p, a.bias.p, d, (first + 2 * seat.n) * 8, s.C, seat);
   __syncthreads();
@@ -48,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const i64 x_across = way.across(a.x), y_across = way.across(a.y), mask_across = way.across(a.mask);
 #pragma unroll
   for (int n = 0; n < STAGES - 1; n++, x += x_step) {
-    if (n < way.lines) fetch_all(lines_x + n * LINE * CHUNKS, x, x_across, way.positions, s.chunks);
+    if (n < way.lines) fetch_line<CHUNKS, place>(lines_x + n * LINE * CHUNKS, x, x_across, way.positions, s.chunks);
     copies_commit();
   }
 
@@ -70,7 +71,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int i = 0; i < way.lines; i++) {
     copies_wait<STAGES - 2>();
     __syncthreads();
-    if (i + STAGES - 1 < way.lines) fetch_all(lines_x + filling * LINE * CHUNKS, x, x_across, way.positions, s.chunks);
+    if (i + STAGES - 1 < way.lines) fetch_line<CHUNKS, place>(lines_x + filling * LINE * CHUNKS, x, x_across, way.positions, s.chunks);
     copies_commit();
     x += x_step;
     filling = filling + 1 == STAGES ? 0 : filling + 1;
