@@ -31,7 +31,7 @@ from typing import Any
 
 import tyro
 
-from cgspn.bench.checks import at_least, not_empty, shares
+from cgspn.bench.checks import at_least, not_empty
 from cgspn.bench.results import table, write
 from cgspn.bench.scaling_report import is_captured, report
 
@@ -65,7 +65,9 @@ class SimulationConfig:
         not_empty(self, "gpus")
         at_least(self, 1, "gpus", "node")
         at_least(self, 0, "hop")
-        shares(self, "backward", "overlap")
+        for name in ("backward", "overlap"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: 0 to 1")
         if not self.between > 0:
             raise ValueError(f"between is {self.between}; accepted: more than 0")
 

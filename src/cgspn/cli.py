@@ -1,7 +1,5 @@
 """The entry point of `cgspn`: find the command, run it, and report errors in one line."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys
@@ -80,10 +78,7 @@ def run(arguments: list[str]) -> None:
 
 
 def command_of(arguments: list[str]) -> tuple[str, list[str]]:
-    """The words of a command and the arguments after them; or of a group of commands, if no more words are given.
-
-    Raises ValueError for words that are no command.
-    """
+    """The words of a command or a group of them, and the arguments after them. Raises ValueError for others."""
     words: list[str] = []
     for argument in arguments:
         if argument in HELP:

@@ -4,8 +4,6 @@ Supported are the versions of `SUPPORTED`. A name that is missing raises an Impo
 is imported, if everything needs it, and when it is used otherwise.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
@@ -22,10 +20,7 @@ SUPPORTED = ("2.9", "2.14")  # the oldest that pyproject.toml allows, and the ne
 
 @cache
 def private(path: str) -> Any:
-    """The object of torch at a dotted path, as "_C._functorch.CInterpreter".
-
-    Raises ImportError that names the path, the version of torch and the versions that have it.
-    """
+    """The object of torch at a dotted path. Raises ImportError with the path and the versions of torch that have it."""
     found: Any = torch
     for name in path.split("."):
         if not hasattr(found, name) and hasattr(found, "__path__"):

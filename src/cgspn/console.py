@@ -24,10 +24,7 @@ EVERY = 30.0  # seconds between lines of progress, where there is no terminal
 
 
 def writable_folder(path: Path, name: str) -> Path:
-    """Make the folder if it is not there and try it out, before the long work starts.
-
-    Raises ValueError, naming the argument `name`, if nothing can be written there.
-    """
+    """Make the folder and write in it, before the long work starts. Raises ValueError naming the argument `name`."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):

@@ -1,7 +1,5 @@
 """The whole job on what comes with the package: convert, distill in two stages, evaluate, show."""
 
-from __future__ import annotations
-
 import copy
 import os
 import platform

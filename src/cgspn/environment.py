@@ -1,7 +1,5 @@
 """What a result was made with: command, machine, versions, commit."""
 
-from __future__ import annotations
-
 import platform
 import shlex
 import subprocess

@@ -1,7 +1,5 @@
 """What people read in a terminal: texts as they are, whatever names of files and errors hold."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from typing import Any

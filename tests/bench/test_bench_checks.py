@@ -43,7 +43,6 @@ WRONG: list[tuple[type, dict[str, Any], str]] = [
     (ScalingConfig, {"steps": 1}, "steps is 1; accepted: 2 or more"),
     (ScalingConfig, {"batches": (64, 0)}, f"batches is (64, 0); {EACH}"),
     (ScalingConfig, {"check_batch": 0}, f"check_batch is 0; {ONE}"),
-    (ScalingConfig, {"check_steps": 0}, f"check_steps is 0; {ONE}"),
     (ScalingConfig, {"link": 0}, f"link is 0; {ONE}"),
     (ScalingConfig, {"check_size": 380}, f"check_size is 380; {TILES}"),
     (ScalingConfig, {"sizes": (378, 0)}, f"sizes holds 0; {TILES}"),

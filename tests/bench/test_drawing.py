@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cgspn.bench import encoder, train
+from cgspn.report.drawing import draw_sizes
 
 
 @pytest.fixture
@@ -40,7 +40,8 @@ def test_encoders_are_lines_over_sizes_and_what_did_not_fit_is_left_out(tmp_path
         for px in (200, 100)  # in the order in which they were asked for
     ]
     del rows[-1]["images / s"]
-    encoder.plot(rows, tmp_path / "encoder.png")
+    panels = [(mode, [row for row in rows if row["mode"] == mode], "images / s") for mode in ("inference", "training")]
+    draw_sizes(tmp_path / "encoder.png", panels, name="model")
     ((inference, training),) = drawn[0]
     assert lines(inference) == {"vit": ([100, 200], [1.0, 0.5]), "cgspn": ([100, 200], [4.0, 2.0])}
     assert lines(training)["cgspn"] == ([200], [2.0])
@@ -49,7 +50,8 @@ def test_encoders_are_lines_over_sizes_and_what_did_not_fit_is_left_out(tmp_path
 
 def test_steps_show_images_and_mfu(tmp_path: Path, drawn: list[Any]) -> None:
     rows: list[dict[str, Any]] = [{"image": px, "images/s": 1e4 / px, "MFU": 0.4} for px in (100, 200)]
-    train.plot([*rows, {"image": 400, "largest batch": 0}], tmp_path / "train.png")
+    rows.append({"image": 400, "largest batch": 0})
+    draw_sizes(tmp_path / "train.png", [(key, rows, key) for key in ("images/s", "MFU")], x="image")
     ((speed, mfu),) = drawn[0]
     assert [list(ax.lines[0].get_ydata()) for ax in (speed, mfu)] == [[100.0, 50.0], [0.4, 0.4]]
     assert [ax.get_ylabel() for ax in (speed, mfu)] == ["images/s", "MFU"]
@@ -59,5 +61,5 @@ def test_steps_show_images_and_mfu(tmp_path: Path, drawn: list[Any]) -> None:
 def test_without_matplotlib_a_plot_is_missed_and_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.warns(UserWarning, match=r"train.png is not drawn: charts need matplotlib.*cgspn\[report\]"):
-        train.plot([{"image": 100, "images/s": 1.0}], tmp_path / "train.png")
+        draw_sizes(tmp_path / "train.png", [("", [{"image": 100, "images/s": 1.0}], "images/s")], x="image")
     assert list(tmp_path.iterdir()) == []

@@ -34,8 +34,6 @@ def test_ratios_are_to_the_attention_with_the_fastest_block():
     assert ours["sub-layer share"] == pytest.approx(2 / 3)
     assert gspn["note"] == "OOM"
     assert gspn["block: attention / this"] is None
-    (hybrid,) = table.hybrid_rows(rows)
-    assert hybrid["block ms"] == pytest.approx((3 * 6 + 24 * 3) / 27)
 
 
 def test_crossover_is_the_size_from_which_it_wins_at_every_larger_one():

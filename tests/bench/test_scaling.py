@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cgspn import cli
-from cgspn.bench.communication import busy_and_exposed, of_trace, union
+from cgspn.bench.communication import busy_and_exposed, of_trace
 from cgspn.bench.scaling import ScalingConfig, load, merge, run, settings_of
 from cgspn.bench.scaling_report import loss_rows, speed_rows
 from cgspn.distill import ComputeConfig, World
@@ -27,10 +27,6 @@ TINY = ScalingConfig(
 )
 
 
-def test_intervals_that_overlap_are_one():
-    assert union([(3, 4), (0, 1), (0.5, 2), (2, 2.5), (3, 3)]) == [(0, 2.5), (3, 4)]
-
-
 @pytest.mark.parametrize(
     ("communication", "other", "wanted"),
     [
@@ -38,6 +34,7 @@ def test_intervals_that_overlap_are_one():
         ([(0, 4)], [], (4, 4)),
         ([(0, 4), (2, 6)], [(1, 3), (5, 9)], (6, 3)),
         ([(0, 1), (2, 3)], [(0, 3)], (2, 0)),
+        ([(3, 4), (0, 1), (0.5, 2), (2, 2.5), (3, 3)], [], (3.5, 3.5)),
     ],
 )
 def test_communication_is_exposed_where_nothing_else_runs(communication, other, wanted):

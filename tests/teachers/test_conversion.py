@@ -9,7 +9,6 @@ import torch
 import cgspn
 from cgspn.commands.convert import RECORD, Convert
 from cgspn.layers import PropagationConfig, value_config
-from cgspn.models import load_dual
 from cgspn.teachers.convert import student_config, student_mixers, student_of
 from cgspn.teachers.parameters import parameter_table
 
@@ -86,7 +85,8 @@ def test_of_an_image_text_model_the_text_tower_comes_along(tmp_path):
     Convert("embedded", tmp_path / "image", compression=4, image_only=True).run()
     texts = ["a photo of a bag", "a boot"]
     torch.testing.assert_close(
-        load_dual(tmp_path / "whole").encode_text(texts), cgspn.teachers.load_embedded_teacher().encode_text(texts)
+        cgspn.load_model(tmp_path / "whole").encode_text(texts),
+        cgspn.teachers.load_embedded_teacher().encode_text(texts),
     )
     assert isinstance(cgspn.teachers.load_model(tmp_path / "image"), cgspn.Encoder)
 

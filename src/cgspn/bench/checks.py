@@ -24,13 +24,6 @@ def not_empty(config: object, *names: str) -> None:
             raise ValueError(f"{name} is empty; expected one or more")
 
 
-def shares(config: object, *names: str) -> None:
-    """Raise ValueError unless each of these fields is from 0 to 1."""
-    for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; accepted: 0 to 1")
-
-
 def tiled(name: str, pixels: int | tuple[int, ...], patch: int) -> None:
     """Raise ValueError unless patches of `patch` pixels tile images of this side, or of all of these."""
     wrong = [side for side in _numbers(pixels) if side < 1 or side % patch]

@@ -21,30 +21,18 @@ WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace in which 
 ROUNDS = 10  # of a collective that is timed, after three that are not
 
 
-def union(intervals: Iterable[Interval]) -> list[Interval]:
-    """The same time as disjoint intervals in order."""
-    merged: list[Interval] = []
-    for begin, end in sorted(intervals):
-        if merged and begin <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(merged[-1][1], end))
-        else:
-            merged.append((begin, end))
-    return merged
-
-
 def busy_and_exposed(communication: Iterable[Interval], other: Iterable[Interval]) -> tuple[float, float]:
     """Time with at least one communication kernel, and the part of it with no other kernel. In the intervals' unit."""
-    mine, theirs = union(communication), union(other)
-    busy = sum(end - begin for begin, end in mine)
-    hidden, first = 0.0, 0
-    for begin, end in mine:
-        while first < len(theirs) and theirs[first][1] <= begin:
-            first += 1
-        at = first
-        while at < len(theirs) and theirs[at][0] < end:
-            hidden += min(end, theirs[at][1]) - max(begin, theirs[at][0])
-            at += 1
-    return busy, busy - hidden
+    both = enumerate((communication, other))
+    marks = [(at, kind, step) for kind, found in both for one in found for at, step in zip(one, (1, -1), strict=True)]
+    active, busy, exposed, last = [0, 0], 0.0, 0.0, 0.0
+    for at, kind, step in sorted(marks):
+        if active[0]:
+            busy += at - last
+            exposed += 0.0 if active[1] else at - last
+        active[kind] += step
+        last = at
+    return busy, exposed
 
 
 def of_trace(events: Iterable[dict[str, Any]]) -> tuple[float, float] | None:
@@ -99,10 +87,8 @@ class Watched:
         whole = [one for one in each if one is not None]
         if len(whole) < len(each):
             return {"communication": None, "exposed": None}
-        return {
-            "communication": sum(one[0] for one in whole) / len(whole),
-            "exposed": sum(one[1] for one in whole) / len(whole),
-        }
+        means = (sum(part) / len(whole) for part in zip(*whole, strict=True))
+        return dict(zip(("communication", "exposed"), means, strict=True))
 
 
 def link_rates(device: torch.device, size: int) -> dict[str, float]:

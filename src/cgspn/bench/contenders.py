@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -31,7 +30,6 @@ ATTENTION = {
     "attention, cuDNN": SDPBackend.CUDNN_ATTENTION,
     "attention, efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-FLASH_PACKAGE = "attention, flash-attn package"
 OURS = "C-GSPN"
 PAPER = "C-GSPN, the paper's sub-layer"
 PLAIN = "C-GSPN, plain pieces"
@@ -66,19 +64,6 @@ class Shape:
         PropagationConfig(compression=self.compression).latent_width(self.width)
 
 
-class FlashPackageMixer(AttentionMixer):
-    """Attention through the flash-attn package, where that is installed."""
-
-    def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """tokens [B, N, C] -> [B, N, C]."""
-        from flash_attn import flash_attn_qkvpacked_func  # type: ignore[import-not-found,import-untyped]
-
-        batch, count, _ = tokens.shape
-        qkv = self.qkv(tokens).view(batch, count, 3, self.heads, -1)
-        out: Tensor = self.out(flash_attn_qkvpacked_func(qkv).flatten(2))
-        return out
-
-
 @dataclass(frozen=True, eq=False)
 class Contender:
     """A block, and the context in which it runs (which kernels attention may use)."""
@@ -101,17 +86,6 @@ class Contender:
             return out
 
 
-def propagation(shape: Shape, config: PropagationConfig | None = None) -> PropagationMixer:
-    """A C-GSPN mixer of the shape's compression, or of any other settings."""
-    return PropagationMixer(shape.width, config or PropagationConfig(compression=shape.compression))
-
-
-def windows(name: str, shape: Shape) -> WindowAttentionMixer:
-    """Attention in the windows of a name of `WINDOWS` or `KERNELS`."""
-    side = WINDOWS[name.split(",")[0]]
-    return WindowAttentionMixer(shape.width, AttentionConfig(shape.heads), (side, side))
-
-
 def paper_config(shape: Shape) -> PropagationConfig:
     """The sub-layer as published: no norms, no convolution, directions summed."""
     return PropagationConfig(
@@ -122,22 +96,25 @@ def paper_config(shape: Shape) -> PropagationConfig:
 def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Contender:
     """A contender with random weights. Raises ValueError for a name that does not exist."""
     kind = name.removesuffix(FUSED_MLP)
-    mixers: dict[str, Callable[[], Mixer]] = {
-        **{n: lambda: AttentionMixer(shape.width, AttentionConfig(shape.heads)) for n in ATTENTION},
-        FLASH_PACKAGE: lambda: FlashPackageMixer(shape.width, AttentionConfig(shape.heads)),
-        **{n: lambda n=n: windows(n, shape) for n in (*WINDOWS, *KERNELS)},  # type: ignore[misc]
-        "GSPN": lambda: propagation(shape, GSPN),
-        OURS: lambda: propagation(shape),
-        PAPER: lambda: propagation(shape, paper_config(shape)),
-        PLAIN: lambda: propagation(shape),  # with PyTorch's own layers around the scan
-        **{
-            n: lambda v=v: propagation(shape, replace(value_config(v), compression=shape.compression))  # type: ignore[misc]
-            for n, v in VALUES.items()
-        },
-    }
-    if kind not in mixers:
-        raise ValueError(f"{name!r} is no contender; accepted: {', '.join(map(repr, mixers))}")
-    block = Block(shape.width, mixers[kind](), shape.hidden, "gelu_tanh", 1e-6, None).to(device, dtype)
+    ours = PropagationConfig(compression=shape.compression)
+    configs = {
+        "GSPN": GSPN,
+        OURS: ours,
+        PLAIN: ours,
+        PAPER: paper_config(shape),
+    }  # plain: PyTorch's own around the scan
+    configs |= {n: replace(value_config(v), compression=shape.compression) for n, v in VALUES.items()}
+    attention, side = AttentionConfig(shape.heads), WINDOWS.get(kind.split(", ")[0])
+    if kind in configs:
+        mixer: Mixer = PropagationMixer(shape.width, configs[kind])
+    elif kind in ATTENTION:
+        mixer = AttentionMixer(shape.width, attention)
+    elif side is not None and (kind in WINDOWS or kind in KERNELS):
+        mixer = WindowAttentionMixer(shape.width, attention, (side, side))
+    else:
+        accepted = (*ATTENTION, *WINDOWS, *KERNELS, *configs)
+        raise ValueError(f"{name!r} is no contender; accepted: {', '.join(map(repr, accepted))}")
+    block = Block(shape.width, mixer, shape.hidden, "gelu_tanh", 1e-6, None).to(device, dtype)
     if name == PLAIN or (name.startswith("attention") and not name.endswith(FUSED_MLP)):
         block.fusion_backend = "torch"
     kernels = (ATTENTION | KERNELS).get(kind)
@@ -147,8 +124,6 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
 def names(device: torch.device) -> list[str]:
     """The contenders that can run on a device, attention first."""
     found = list(ATTENTION) if device.type == "cuda" else ["attention, math", "attention, flash"]
-    if device.type == "cuda" and importlib.util.find_spec("flash_attn") is not None:
-        found.append(FLASH_PACKAGE)
     # the same MLP serves attention: what makes ours faster must not be what attention was denied
     same = ["attention, flash" + FUSED_MLP] + (["attention, cuDNN" + FUSED_MLP] if device.type == "cuda" else [])
     plain = [PLAIN] if device.type == "cuda" else []  # elsewhere ours is that

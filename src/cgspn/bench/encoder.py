@@ -17,7 +17,7 @@ from ..environment import describe
 from ..layers import quantize_mlps
 from ..models.encoder import Encoder
 from ..models.registry import create_model
-from ..report.drawing import draw, lines, over_sizes
+from ..report.drawing import draw_sizes
 from .checks import at_least, known, not_empty, tiled_by
 from .machine import ceilings, free
 from .results import write
@@ -25,6 +25,7 @@ from .table import Mode, measured, peak_memory
 from .timing import medians
 
 Row = dict[str, Any]
+Say = Callable[[str], object]
 Table = Literal["throughput", "one image", "very high resolution"]
 EVERY: tuple[Table, ...] = ("throughput", "one image", "very high resolution")
 FP8 = {"fp8": "library", "fp8-triton": "triton"}  # what may follow a model\'s name and "+", beside "window18"
@@ -94,16 +95,15 @@ def with_options(name: str) -> tuple[str, dict[str, Any], str | None]:
 def encoder_step(encoder: Encoder, images: Tensor, mode: Mode) -> Callable[[], object]:
     """One forward pass, or one forward and backward of the sum of the pooled vector."""
 
-    def inference() -> object:
-        with torch.no_grad():
-            return encoder(images)
+    def step() -> object:
+        with torch.set_grad_enabled(mode == "training"):
+            out = encoder(images)
+            if mode == "inference":
+                return out
+            loss = out.pooled.float().sum() + out.tokens.float().mean()
+            return torch.autograd.grad(loss, [p for p in encoder.parameters() if p.requires_grad], allow_unused=True)
 
-    def training() -> object:
-        out = encoder(images)
-        loss = out.pooled.float().sum() + out.tokens.float().mean()
-        return torch.autograd.grad(loss, [p for p in encoder.parameters() if p.requires_grad], allow_unused=True)
-
-    return inference if mode == "inference" else training
+    return step
 
 
 def fitted(name: str, pixels: int, batch: int, mode: Mode, device: torch.device) -> Row:
@@ -128,10 +128,8 @@ def model_step(name: str, pixels: int, batch: int, mode: Mode, device: torch.dev
     """`encoder_step` of a fresh model on random images; blocks checkpointed in training."""
     encoder = make(name, pixels, device)
     encoder.set_grad_checkpointing(mode == "training")
-    dtype = next(encoder.parameters()).dtype
-    return encoder_step(
-        encoder, torch.randn(batch, encoder.config.channels, pixels, pixels, device=device, dtype=dtype), mode
-    )
+    shape, dtype = (batch, encoder.config.channels, pixels, pixels), next(encoder.parameters()).dtype
+    return encoder_step(encoder, torch.randn(shape, device=device, dtype=dtype), mode)
 
 
 def timed(rows: list[Row], device: torch.device, rounds: int) -> list[Row]:
@@ -172,7 +170,7 @@ def make(name: str, pixels: int, device: torch.device) -> Encoder:
     return encoder if products is None else quantize_mlps(encoder, products=products)  # type: ignore[arg-type]
 
 
-def throughput_rows(config: EncoderBenchConfig, device: torch.device, say: Callable[[str], object]) -> list[Row]:
+def throughput_rows(config: EncoderBenchConfig, device: torch.device, say: Say) -> list[Row]:
     """Every model, size and mode."""
     rows = []
     for pixels in config.sizes:
@@ -180,10 +178,8 @@ def throughput_rows(config: EncoderBenchConfig, device: torch.device, say: Calla
             fitting = [fitted(name, pixels, config.batch, mode, device) for name in config.models]
             found = with_ratios(timed(fitting, device, config.rounds), "images / s")
             rows += found
-            say(
-                f"{pixels} px, {mode}: "
-                + ", ".join(f"{r['model']} {r.get('images / s', float('nan')):.3g} images/s" for r in found)
-            )
+            rates = (f"{r['model']} {r.get('images / s', float('nan')):.3g} images/s" for r in found)
+            say(f"{pixels} px, {mode}: " + ", ".join(rates))
     return rows
 
 
@@ -198,29 +194,26 @@ def single_rows(config: EncoderBenchConfig, device: torch.device) -> list[Row]:
     rows = []
     for pixels in config.sizes:
         encoders = {name: make(name, pixels, device) for name in config.models}
-        ways: dict[str, bool] = {"launched": False} | ({"CUDA graph": True} if device.type == "cuda" else {})
-        for way, graph in ways.items():
-            rows += single_way(encoders, pixels, way, graph, config.rounds, device)
+        ways: dict[str, dict[str, Any]] = {"launched": encoders}
+        if device.type == "cuda":
+            ways["CUDA graph"] = encoders
         if config.compile:
             compiled = {name: torch.compile(model, mode="max-autotune") for name, model in encoders.items()}
-            rows += single_way(compiled, pixels, "torch.compile, max-autotune", False, config.rounds, device)
-        del encoders
+            ways["torch.compile, max-autotune"] = compiled
+        image = torch.randn(
+            1, 3, pixels, pixels, device=device, dtype=next(encoders[config.models[0]].parameters()).dtype
+        )
+        for way, models in ways.items():
+            calls = {name: encoder_step(model, image, "inference") for name, model in models.items()}
+            times = measured(calls, max(config.rounds, 5), way == "CUDA graph")
+            first = times[config.models[0]]
+            rows += [
+                {"px": pixels, "way": way, "model": name, "ms": ms, "the first / this": first / ms}
+                for name, ms in times.items()
+            ]
+        del encoders, ways
         free(device)
     return rows
-
-
-def single_way(
-    encoders: dict[str, Any], pixels: int, way: str, graph: bool, rounds: int, device: torch.device
-) -> list[Row]:
-    """One way of running every encoder on one image."""
-    calls: dict[str, Callable[[], object]] = {}
-    for name, encoder in encoders.items():
-        parameter = next(encoder.parameters())
-        images = torch.randn(1, 3, pixels, pixels, device=device, dtype=parameter.dtype)
-        calls[name] = encoder_step(encoder, images, "inference")
-    times = measured(calls, max(rounds, 5), graph)
-    first = next(iter(times.values()))
-    return [{"px": pixels, "way": way, "model": n, "ms": ms, "the first / this": first / ms} for n, ms in times.items()]
 
 
 def largest_rows(config: EncoderBenchConfig, device: torch.device) -> list[Row]:
@@ -233,12 +226,7 @@ def largest_rows(config: EncoderBenchConfig, device: torch.device) -> list[Row]:
 
 
 def run(
-    config: EncoderBenchConfig,
-    out: Path,
-    device: torch.device,
-    *,
-    commit: str = "",
-    say: Callable[[str], object] = print,
+    config: EncoderBenchConfig, out: Path, device: torch.device, *, commit: str = "", say: Say = print
 ) -> dict[str, list[Row]]:
     """Measure and write encoder.json, .md and, of the throughput, .png to `out`; finished tables as they come.
 
@@ -256,18 +244,7 @@ def run(
         free(device)
         write(out, "encoder", machine, tables)
     if "throughput" in tables:
-        plot(tables["throughput"], out / "encoder.png")
+        rows = tables["throughput"]
+        shown = {mode: [row for row in rows if row["mode"] == mode] for mode in config.modes}
+        draw_sizes(out / "encoder.png", [(mode, part, "images / s") for mode, part in shown.items()], name="model")
     return tables
-
-
-def plot(rows: list[Row], path: Path) -> None:
-    """Images/s over the image size, a panel for each mode and a line for each model."""
-    modes = list(dict.fromkeys(row["mode"] for row in rows))
-
-    def paint(axes: Any) -> None:
-        for ax, mode in zip(axes[0], modes):
-            lines(ax, [row for row in rows if row["mode"] == mode], "px", "images / s", "model")
-            over_sizes(ax, (row["px"] for row in rows), "images / s")
-            ax.set_title(mode)
-
-    draw(path, paint, columns=len(modes), figsize=(5 * len(modes), 4))

@@ -71,15 +71,9 @@ def operator_rows(
     codes: list[int] = FOUR,
     with_torch: bool = False,
     merges: tuple[str, ...] = ("sum", "none"),
-    backward: bool = True,
 ) -> list[Row]:
     """Forward (merged and not) and backward of one size on the CUDA backend; `with_torch`: the others beside it."""
     cuda, plain = backend_module("cuda"), backend_module("torch")
-    triton = (
-        backend_module("triton")
-        if with_torch and unsupported_reason("triton", torch.empty(0, device="cuda")) is None
-        else None
-    )
     t = inputs(b, n, c, dtype, len(codes))
     x, logits, lam, u = t
     summed = Scan(x, logits, lam, u, directions=codes)
@@ -88,45 +82,27 @@ def operator_rows(
     for merge, scan in scans.items():
         count = size_of(*t, x if scan.merge_sum else u)
         calls[f"forward {merge}"] = (partial(cuda.forward, scan), partial(plain.forward, scan), count)
-    if backward:
-        _, *saved = cuda.forward_saving(summed)
-        calls["backward sum"] = (
-            partial(cuda.backward, x, summed, *saved),
-            partial(plain.backward, x, summed),
-            size_of(*t, *t, x, *saved),
-        )
+    _, *saved = cuda.forward_saving(summed)
+    both = partial(cuda.backward, x, summed, *saved), partial(plain.backward, x, summed)
+    calls["backward sum"] = (*both, size_of(*t, *t, x, *saved))
     times = medians({name: call[0] for name, call in calls.items()})
     rivals = medians({n_: call[1] for n_, call in calls.items()}, rounds=3, graph=False) if with_torch else {}
     portable: dict[str, float] = {}
-    if triton is not None:  # its backward has no saved state: it includes a forward
-        runs: dict[str, Callable[[], object]] = {
-            f"forward {merge}": partial(triton.forward, scan) for merge, scan in scans.items()
-        }
-        if backward:
-            runs["backward sum"] = partial(triton.backward, x, summed)
-        portable = medians(runs, rounds=3)
+    if with_torch and unsupported_reason("triton", x) is None:
+        triton = backend_module("triton")  # its backward has no saved state: it includes a forward
+        runs: dict[str, Callable[[], object]] = {f"forward {m}": partial(triton.forward, s) for m, s in scans.items()}
+        portable = medians({**runs, "backward sum": partial(triton.backward, x, summed)}, rounds=3)
     flop = flop_of(t, codes, "cuda")
     rows = []
     for name, (_, _, count) in calls.items():
         kind = name.split()[0]
         published = PUBLISHED.get((kind, n)) if (b, c, len(codes)) == (32, 64, 4) else None
-        rows.append(
-            {
-                "B": b,
-                "grid": n,
-                "C": c,
-                "dtype": str(dtype).removeprefix("torch."),
-                "directions": len(codes),
-                "pass": name,
-                "ms": times[name],
-                "MB": count / 1e6,
-                "GFLOP": flop / 1e9 if kind == "forward" else None,
-                "share of copy": count / copy / times[name] * 1e3,
-                "PyTorch / this": rivals[name] / times[name] if name in rivals else None,
-                "Triton / this": portable[name] / times[name] if name in portable else None,
-                "NVlabs / this": published / times[name] if published else None,
-            }
-        )
+        row: Row = {"B": b, "grid": n, "C": c, "dtype": str(dtype).removeprefix("torch."), "directions": len(codes)}
+        row |= {"pass": name, "ms": times[name], "MB": count / 1e6, "GFLOP": flop / 1e9 if kind == "forward" else None}
+        row["share of copy"] = count / copy / times[name] * 1e3
+        for rival, ms in (("PyTorch", rivals.get(name)), ("Triton", portable.get(name)), ("NVlabs", published)):
+            row[f"{rival} / this"] = ms / times[name] if ms else None
+        rows.append(row)
     return rows
 
 
@@ -147,15 +123,8 @@ def line_scan_rows(copy: float) -> list[Row]:
     for name, ms in medians(calls).items():
         kind = name.split()[0]
         count = forward if kind == "forward" else backward
-        rows.append(
-            {
-                "pass": name,
-                "ms": ms,
-                "MB": count / 1e6,
-                "share of copy": count / copy / ms * 1e3,
-                "NVlabs / this": PUBLISHED_LINE[kind] / ms,
-            }
-        )
+        row: Row = {"pass": name, "ms": ms, "MB": count / 1e6, "share of copy": count / copy / ms * 1e3}
+        rows.append(row | {"NVlabs / this": PUBLISHED_LINE[kind] / ms})
     return rows
 
 

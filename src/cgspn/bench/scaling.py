@@ -60,8 +60,6 @@ class ScalingConfig:
         steps: number of timed steps, after four warm-up steps.
         check_size: image size in pixels of the run that compares losses with those of one GPU.
         check_batch: images per step of that run, over all GPUs.
-        check_steps: number of steps of that run. CUDA graphs are replayed from the fourth step on.
-        check_rate: learning rate of that run.
         link: size in MiB of the buffers for measuring the bandwidth between GPUs.
         seed: random seed of weights and images.
         loss: settings of the loss of stage 2.
@@ -77,8 +75,6 @@ class ScalingConfig:
     steps: int = 8
     check_size: int = 378
     check_batch: int = 16
-    check_steps: int = 5
-    check_rate: float = 1e-4
     link: int = 256
     seed: int = 0
     loss: LossConfig = field(default_factory=LossConfig)
@@ -91,9 +87,9 @@ class ScalingConfig:
             raise ValueError(f"batches is {self.batches}; expected one number for each of the sizes, {self.sizes}")
         not_empty(self, "modes", "sizes")
         at_least(self, 2, "steps")
-        at_least(self, 1, "batches", "check_batch", "check_steps", "link")
-        for name in ("teacher", "student"):
-            known(name, [getattr(self, name)])
+        at_least(self, 1, "batches", "check_batch", "link")
+        known("teacher", [self.teacher])
+        known("student", [self.student])
         for name in ("sizes", "check_size"):
             tiled_by(name, getattr(self, name), (self.teacher, self.student))
 
@@ -127,11 +123,8 @@ def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def merge(rows: list[dict[str, Any]], row: dict[str, Any], keys: tuple[str, ...]) -> None:
     """Put a row in the place of the one with the same values of `keys`, or at the end."""
-    for place, old in enumerate(rows):
-        if all(old[key] == row[key] for key in keys):
-            rows[place] = row
-            return
-    rows.append(row)
+    place = next((n for n, old in enumerate(rows) if all(old[key] == row[key] for key in keys)), len(rows))
+    rows[place : place + 1] = [row]
 
 
 @dataclass(frozen=True)
@@ -179,9 +172,7 @@ class Bench:
         indices = torch.arange(config.check_batch)
         own = rows_of(Batch(0, indices, images, torch.zeros_like(indices)), share_of(config.check_batch, self.world))
         own = replace(own, images=own.images.to(self.world.device))
-        optim = OptimConfig(
-            steps=config.check_steps, batch_size=config.check_batch, learning_rate=config.check_rate, seed=config.seed
-        )
+        optim = OptimConfig(steps=5, batch_size=config.check_batch, learning_rate=1e-4, seed=config.seed)  # 2 replayed
         with self.ready(mode, replayed) as (task, compute):
             history = train(task, lambda _: repeat(own), optim, mode, compute=compute)
         row = {"mode": mode, "gpus": self.world.size, "captured": replayed, "image": size, "batch": config.check_batch}
@@ -193,11 +184,12 @@ class Bench:
         On several GPUs raises ValueError for that: some may be in the middle of a step.
         """
         with self.ready(mode, replayed) as (task, compute):
-            return self._speed(task, compute, mode, size, batch)
+            return self._measured({"mode": mode, "image": size, "batch": batch}, task, compute)
 
-    def _speed(
-        self, task: DistillTask | SublayerTask, compute: ComputeConfig, mode: str, size: int, batch: int
+    def _measured(
+        self, row: dict[str, Any], task: DistillTask | SublayerTask, compute: ComputeConfig
     ) -> dict[str, Any] | None:
+        mode, size, batch = row.values()
         world, timed = self.world, WARM + self.config.steps
         cuda, several = world.device.type == "cuda", world.size > 1
         stamps: list[float] = []
@@ -219,9 +211,7 @@ class Bench:
 
         trained = [p for p in task.parameters() if p.requires_grad]
         sent = 4 * sum(p.numel() for p in trained)
-        row: dict[str, Any] = {"mode": mode, "image": size, "batch": batch, "gpus": world.size}
-        row["captured"] = compute.capture
-        row |= {"bytes": sent, "blocks": self.student.config.depth}
+        row |= {"gpus": world.size, "captured": compute.capture, "bytes": sent, "blocks": self.student.config.depth}
         if cuda:
             torch.cuda.reset_peak_memory_stats(world.device)
         if several:

@@ -7,21 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from ..models.checkpoint import write_atomically
-from ..report.drawing import draw
+from ..report.drawing import draw, lines
 from .results import table
 
 TOLERANCES = {"bfloat16": 1e-3, "float32": 1e-5}  # relative, of losses: sums have another order
 WEAK, PLACED = 0.94, 0.9  # targets: efficiency on 2 GPUs, and that of placed blocks on any number
 
-HOW = """The batch of a GPU is constant. ms a step: mean, of the slowest process; ±: standard deviation of the first's.
-Captured: forward and backward are replayed as a CUDA graph. Efficiency: images/s over those of one GPU times their
-number, of the same stage, size and batch, captured or not alike; of the fastest: over the faster of captured and plain
-steps of one GPU, which the targets are held against. Gradients of captured DDP travel after backward and hide behind
-nothing; what FSDP2 and placed blocks exchange is in the graph. Communication: share of the wall time of two more steps,
-under a profiler, with a kernel of NCCL running, waiting for the slowest included; exposed: in which nothing else does;
-means over processes. Memory: the largest peak of a process; the frozen teacher is whole on every GPU, and so is,
-beside FSDP's shards, the student that they came from.
-Communication and memory are blank without GPUs. The targets are this project's, for SO400M on H100s."""
+HOW = """Weak scaling: the batch of each GPU is constant. ms a step: mean of the slowest process; ±: its deviation in
+the first. Captured: forward and backward replay one CUDA graph. Efficiency: images/s over those of one GPU (same stage,
+size and batch) times their number; "of the fastest": over the faster of one GPU's captured and launched steps, which
+the targets, this project's for SO400M on H100s, are held against. Communication: share of the wall time of two profiled
+steps in which an NCCL kernel runs, waiting included; exposed: in which nothing else does; means over processes, blank
+without GPUs. Memory: the largest peak of a process, which holds the whole frozen teacher."""
 
 
 def stage_of(mode: str) -> str:
@@ -127,21 +124,19 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
     """Efficiency over the number of GPUs, a line for each mode and size."""
 
     def paint(axes: Any) -> None:
-        ax = axes[0, 0]
-        lines: dict[str, dict[int, float]] = {}
-        for row in rows:
-            if "efficiency" in row and row["GPUs"] > 1:
-                name = f"{row['mode']}{', captured' if row['captured'] == 'yes' else ''}, {row['image']} px"
-                lines.setdefault(name, {1: 1.0})[row["GPUs"]] = row["efficiency"]
-        for name, line in lines.items():
-            ax.plot(list(line), list(line.values()), "o-", label=name)
+        ax, shown = axes[0, 0], [row for row in rows if "efficiency" in row and row["GPUs"] > 1]
+        named = [
+            row | {"line": f"{row['mode']}{', captured' if row['captured'] == 'yes' else ''}, {row['image']} px"}
+            for row in shown
+        ]
+        alone = [{"line": line, "GPUs": 1, "efficiency": 1.0} for line in dict.fromkeys(row["line"] for row in named)]
+        lines(ax, alone + named, "GPUs", "efficiency", "line")
         ax.axhline(WEAK, color="black", linestyle=":", linewidth=1)
+        ticks = sorted({1, *(row["GPUs"] for row in shown)})
         ax.set_xscale("log", base=2)
-        ticks = sorted({n for line in lines.values() for n in line})
         ax.set_xticks(ticks, list(map(str, ticks)))
         ax.set(xlabel="GPUs", ylabel="images/s over one GPU's times their number")
-        values = [value for line in lines.values() for value in line.values()]
+        values = [row["efficiency"] for row in shown]
         ax.set_ylim(min(0.8, *values) - 0.02, max(1.0, *values) + 0.005)  # nothing beyond 1 but what was measured so
-        ax.legend(fontsize=8)
 
     draw(path, paint, figsize=(6, 3.6))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..environment import describe
 from ..layers import Grid
-from ..report.drawing import draw, lines, over_sizes
+from ..report.drawing import draw_sizes
 from .checks import at_least, not_empty, tiled
 from .contenders import OURS, Contender, Shape, build, names
 from .machine import ceilings, free
@@ -29,7 +29,6 @@ Row = dict[str, Any]
 Mode = Literal["inference", "training"]
 SIZES = (378, 518, 756, 1036, 1512, 2058, 4116)
 CAPTURED = 1 << 18  # tokens up to which kernels may be shorter than their launches
-HYBRID = "hybrid 3/27 (3 attention, 24 C-GSPN)"
 # milliseconds on one A100, B = 32, C = 1152 (the paper's efficiency table): sub-layer and block
 PUBLISHED = {
     ("attention, math", 1036): (205.90, 238.18),
@@ -70,27 +69,18 @@ class TableConfig:
 
 def steps(contender: Contender, tokens: Tensor, grid: Grid, mode: Mode) -> dict[str, Callable[[], object]]:
     """What is timed of one contender: "sub-layer" and "block"."""
-    if mode == "inference":
+    trained = mode == "training"
+    leaf = tokens.detach().requires_grad_(trained)
+    direction = torch.randn_like(tokens) if trained else None
 
-        def inference(run: Callable[[Tensor, Grid], Tensor]) -> Tensor:
-            with torch.no_grad():
-                return run(tokens, grid)
+    def step(run: Callable[[Tensor, Grid], Tensor], module: torch.nn.Module) -> object:
+        with torch.set_grad_enabled(trained):
+            out = run(leaf, grid)
+            wanted = [leaf, *module.parameters()]
+            return torch.autograd.grad(out, wanted, direction, allow_unused=True) if trained else out
 
-        return {
-            "sub-layer": lambda: inference(contender.sublayer),
-            "block": lambda: inference(contender.whole),
-        }
-    leaf = tokens.detach().requires_grad_()
-    direction = torch.randn_like(tokens)
-
-    def training(run: Callable[[Tensor, Grid], Tensor], module: torch.nn.Module) -> object:
-        wanted = [leaf, *module.parameters()]
-        return torch.autograd.grad(run(leaf, grid), wanted, direction, allow_unused=True)
-
-    return {
-        "sub-layer": lambda: training(contender.sublayer, contender.block.mixer),
-        "block": lambda: training(contender.whole, contender.block),
-    }
+    whole, mixer = contender.block, contender.block.mixer
+    return {"sub-layer": lambda: step(contender.sublayer, mixer), "block": lambda: step(contender.whole, whole)}
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> float | None:
@@ -131,8 +121,7 @@ def size_rows(config: TableConfig, pixels: int, batch: int, mode: Mode, device: 
         if part == "block" and mode == "inference":
             for name, (ms, _) in launched(wanted, rounds=config.rounds).items():
                 rows[name]["block launched ms"] = ms
-    found = list(rows.values())
-    return compared(found + hybrid_rows(found))
+    return compared(list(rows.values()))
 
 
 def tried(row: Row, config: TableConfig, tokens: Tensor, grid: Grid) -> dict[str, Callable[[], object]]:
@@ -161,15 +150,6 @@ def measured(calls: dict[str, Callable[[], object]], rounds: int, graph: bool) -
     return medians(calls, rounds=rounds, graph=False)
 
 
-def hybrid_rows(rows: Sequence[Row]) -> list[Row]:
-    """An average block of a hybrid encoder, worked out from the rows of its two kinds."""
-    attention, ours = fastest(rows), next((r for r in rows if r["mixer"] == OURS), {})
-    if attention is None or "block ms" not in ours:
-        return []
-    mixed = {key: (3 * attention[key] + 24 * ours[key]) / 27 for key in ("sub-layer ms", "block ms")}
-    return [{key: ours[key] for key in ("px", "B", "mode")} | {"mixer": HYBRID} | mixed | {"note": "worked out"}]
-
-
 def fastest(rows: Sequence[Row]) -> Row | None:
     """The attention row with the fastest block."""
     attention = [r for r in rows if r["mixer"].startswith("attention") and "block ms" in r]
@@ -187,10 +167,9 @@ def compared(rows: list[Row]) -> list[Row]:
             timed = best is not None and row.get(f"{part} ms")
             full[f"{part}: attention / this"] = best[f"{part} ms"] / row[f"{part} ms"] if timed and best else None
         if best is not None and row.get("block launched ms"):
-            quickest = min(
-                r["block launched ms"] for r in rows if r["mixer"].startswith("attention") and "block ms" in r
-            )
+            attention = [r for r in rows if r["mixer"].startswith("attention") and "block ms" in r]
             full["block launched ms"] = row["block launched ms"]
+            quickest = min(r["block launched ms"] for r in attention)
             full["launched: attention / this"] = quickest / row["block launched ms"]
         if row.get("block ms") and row.get("sub-layer ms"):
             full["sub-layer share"] = row["sub-layer ms"] / row["block ms"]
@@ -213,10 +192,9 @@ def crossovers(rows: Sequence[Row]) -> list[Row]:
             )
             loses = [px for px, ratio in ratios if ratio <= 1]
             wins = [px for px, _ in ratios if px > max(loses, default=0)]
-            found.append(
-                {"B": batch, "mode": mode, "part": part, "slower at px": ", ".join(map(str, loses)) or "none measured"}
-                | {"faster from px": wins[0] if wins else "nowhere measured"}
-            )
+            row: Row = {"B": batch, "mode": mode, "part": part}
+            row["slower at px"] = ", ".join(map(str, loses)) or "none measured"
+            found.append(row | {"faster from px": wins[0] if wins else "nowhere measured"})
     return found
 
 
@@ -265,20 +243,11 @@ def run(
                     ratio = best["block: attention / this"] or float("nan")
                     say(f"{pixels} px, B = {batch}, {mode}: block {best['block ms']:.3g} ms, {ratio:.3g} x")
         write(out, "table", machine, {"blocks": rows, "crossover": crossovers(rows)})
-    plot(rows, out / "table.png")
+    panels = list(dict.fromkeys((row["mode"], row["B"]) for row in rows))
+    shown = [
+        (f"{part}, {mode}, B = {batch}", [r for r in rows if (r["mode"], r["B"]) == (mode, batch)], f"{part} ms")
+        for part in ("sub-layer", "block")
+        for mode, batch in panels
+    ]
+    draw_sizes(out / "table.png", shown, columns=len(panels), name="mixer")
     return rows
-
-
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Block and sub-layer latency against the image size, one panel for each batch and mode."""
-    panels = [(mode, batch) for mode, batch in dict.fromkeys((r["mode"], r["B"]) for r in rows)]
-
-    def paint(axes: Any) -> None:
-        for column, (mode, batch) in enumerate(panels):
-            shown = [row for row in rows if (row["mode"], row["B"]) == (mode, batch)]
-            for ax, part in zip(axes[:, column], ("sub-layer", "block")):
-                lines(ax, shown, "px", f"{part} ms", "mixer")
-                over_sizes(ax, (row["px"] for row in rows), "ms")
-                ax.set_title(f"{part}, {mode}, B = {batch}")
-
-    draw(path, paint, 2, len(panels), figsize=(4.6 * len(panels), 8))

@@ -6,9 +6,10 @@ Teacher and student have random weights: a step costs the same. The loop is the 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -23,7 +24,7 @@ from ..distill.trainer import train
 from ..environment import describe
 from ..models.encoder import Encoder
 from ..models.registry import create_model
-from ..report.drawing import draw, lines, over_sizes
+from ..report.drawing import draw_sizes
 from .checks import at_least, known, not_empty, tiled_by
 from .machine import free
 from .results import write
@@ -65,8 +66,8 @@ class TrainBenchConfig:
         """Raise ValueError for what cannot be measured, or a model that does not exist."""
         not_empty(self, "sizes")
         at_least(self, 1, "largest", "steps", "smallest")
-        for name in ("teacher", "student"):
-            known(name, [getattr(self, name)])
+        known("teacher", [self.teacher])
+        known("student", [self.student])
         tiled_by("sizes", self.sizes, (self.teacher, self.student))
 
 
@@ -97,11 +98,6 @@ def run_steps(
     device = next(task.parameters()).device
     images = torch.randn(batch, task.student.config.channels, size, size, device=device)
     one = Batch(0, torch.arange(batch), images, torch.zeros(batch, dtype=torch.long))
-
-    def stream(start: int) -> Iterator[Batch]:
-        while True:
-            yield one
-
     times: list[float] = []
 
     def watch(_: dict[str, float]) -> None:
@@ -109,13 +105,8 @@ def run_steps(
         after(len(times))
 
     optim = OptimConfig(steps=steps, batch_size=batch, learning_rate=1e-6)
-    train(task, stream, optim, f"{size} px", watch, compute=config.compute)
+    train(task, lambda _: repeat(one), optim, f"{size} px", watch, compute=config.compute)
     return times
-
-
-def attempt(task: DistillTask, config: TrainBenchConfig, size: int, batch: int, steps: int) -> list[float] | None:
-    """`run_steps`, or None if the memory does not suffice; what it took is freed either way."""
-    return unless_full(lambda: run_steps(task, config, size, batch, steps), task, config.compute)
 
 
 def unless_full(run: Callable[[], Result], task: Task, compute: ComputeConfig) -> Result | None:
@@ -139,15 +130,17 @@ def measure(task: DistillTask, config: TrainBenchConfig, size: int) -> dict[str,
     device = next(task.parameters()).device
     patch = task.student.config.patch_size
     row: dict[str, Any] = {"image": size, "tokens": (size // patch) ** 2}
-    batch = largest_fitting(
-        lambda n: attempt(task, config, size, n, TRIES) is not None, config.largest, config.smallest
-    )
+
+    def attempt(batch: int, steps: int, config: TrainBenchConfig = config) -> list[float] | None:
+        return unless_full(lambda: run_steps(task, config, size, batch, steps), task, config.compute)
+
+    batch = largest_fitting(lambda n: attempt(n, TRIES) is not None, config.largest, config.smallest)
     row["largest batch"] = f"{batch} or more" if batch == config.largest else batch
     times = None
     while batch and times is None:
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        times = attempt(task, config, size, batch, WARM + config.steps)
+        times = attempt(batch, WARM + config.steps)
         if times is None:  # what fitted by a hair
             batch = batch * 7 // 8
     if times is None:
@@ -158,7 +151,7 @@ def measure(task: DistillTask, config: TrainBenchConfig, size: int) -> dict[str,
     row["way"] = "captured" if config.compute.capture else "launched"
     if device.type == "cuda" and not config.compute.capture and not config.compute.compile and task.capturable:
         replayed = replace(config, compute=replace(config.compute, capture=True))
-        again = attempt(task, replayed, size, batch, WARM + config.steps)
+        again = attempt(batch, WARM + config.steps, replayed)
         row["captured images/s"] = again and batch * config.steps / (again[-1] - again[WARM - 1])
     row |= {
         "TFLOP an image": flops / 1e12,
@@ -171,12 +164,7 @@ def measure(task: DistillTask, config: TrainBenchConfig, size: int) -> dict[str,
 
 
 def run(
-    config: TrainBenchConfig,
-    out: Path,
-    device: torch.device,
-    *,
-    commit: str = "",
-    say: Callable[[str], object] = print,
+    config: TrainBenchConfig, out: Path, device: torch.device, *, commit: str = "", say: Callable[[str], object] = print
 ) -> list[dict[str, Any]]:
     """Measure every size and write train.json, .md and .png after each. Raises ValueError for an unknown model."""
     rows: list[dict[str, Any]] = []
@@ -188,28 +176,12 @@ def run(
             rows.append(measure(task, config, size))
         del task
         before = size
-        say(
-            f"{size} px: "
-            + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items())
-        )
+        shown = (f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items())
+        say(f"{size} px: " + ", ".join(shown))
         write(out, "train", machine, {"stage 2, one step": rows})
-        plot(rows, out / "train.png")
+        panels = [(key, rows, key) for key in ("images/s", "MFU") if any(row.get(key) for row in rows)]
+        draw_sizes(out / "train.png", panels, x="image")
     return rows
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Images/s and, where the device's peak is known, MFU over the image size."""
-    panels = [key for key in ("images/s", "MFU") if any(row.get(key) for row in rows)]
-
-    def paint(axes: Any) -> None:
-        for ax, key in zip(axes[0], panels):
-            lines(ax, rows, "image", key)
-            over_sizes(ax, (row["image"] for row in rows), key)
-            if key == "MFU":  # shares of one ceiling, which do not differ by powers
-                ax.set(yscale="linear", ylim=(0, 1))
-
-    if panels:
-        draw(path, paint, columns=len(panels), figsize=(5 * len(panels), 4))
 
 
 def task_of(

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, read_model, write_atomically
+from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, write_atomically
 from ..models.encoder import Encoder
 from ..models.reading import CheckpointError, read_json
 from ..models.weights import open_safetensors, read_state
@@ -140,7 +140,7 @@ class StageFolders:
         record = finished_stage(done, self.world) if done else None
         if done is None or record is None:
             return None
-        student.load_state_dict(read_state(student, read_model(done)[1], str(done)))
+        student.load_state_dict(read_state(student, open_safetensors(done / WEIGHTS)[0], str(done)))
         return *record, read_tensors(done / ADAPTERS)
 
     def snapshots(self, number: int) -> Snapshots | None:

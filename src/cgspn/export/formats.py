@@ -1,7 +1,5 @@
 """The three files an encoder can become: a torch.export program, an AOTInductor package, an ONNX graph in plain ops."""
 
-from __future__ import annotations
-
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -41,10 +39,7 @@ def write_aot(side: ImageSide, bounds: Bounds, path: Path) -> None:
 
 
 def write_onnx(side: ImageSide, bounds: Bounds, path: Path) -> None:
-    """Save an ONNX graph, opset 18, no custom domain; above 2 GB its weights lie in `path`.data beside it.
-
-    side: float32, on the CPU. Raises ValueError without the packages of the extra `export`.
-    """
+    """Save an ONNX graph, opset 18, no custom domain; side: float32, on the CPU. Raises ValueError without onnx."""
     check_onnx()
     from .onnx_scan import propagate_2d_onnx
     from .onnx_sizes import name_axes, refuse_other_sizes
@@ -85,13 +80,9 @@ WRITERS: dict[Format, Callable[[ImageSide, Bounds, Path], None]] = {
 
 
 def open_file(path: Path, format: Format) -> Runner:
-    """A function from images [B, channels, H, W] to the exported outputs, in order: the format's own loader.
-
-    Raises what that raises for a damaged file.
-    """
+    """The format's own loader: images [B, channels, H, W] -> the exported outputs, in order. Raises what it raises."""
     if format == "torch":
-        program: Runner = torch.export.load(path).module()
-        return program
+        return torch.export.load(path).module()
     if format == "aot":
         package: Runner = private("_inductor.aoti_load_package")(str(path))
         return package

@@ -4,8 +4,6 @@ Scan takes the axis and the direction as attributes, so no feature map is transp
 for the whole map beforehand; the loop holds nine small operators a line.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,10 +28,7 @@ def propagate_2d_onnx(
     backend: str,
     normalise_state: bool = False,
 ) -> Any:
-    """The translation of `cgspn::propagate_2d`, called by PyTorch's exporter with ONNX values, float32.
-
-    Raises NotImplementedError with a mask.
-    """
+    """`cgspn::propagate_2d` for PyTorch's exporter, of float32 ONNX values. Raises NotImplementedError with a mask."""
     if mask is not None:
         raise NotImplementedError("the ONNX form of propagate_2d takes no mask; export an encoder without one")
     channels, sets = x.shape[-1], lam.shape[-1]

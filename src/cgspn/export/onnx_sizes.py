@@ -4,8 +4,6 @@ ONNX has no operator that raises. The images are reshaped to their own shape, wh
 wrong: the runtime then fails in a node whose name says what is accepted.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import onnx_ir as ir

@@ -1,7 +1,5 @@
 """An image encoder as one program of tensors, with batch, height and width left open: torch.export."""
 
-from __future__ import annotations
-
 import copy
 
 import torch
@@ -80,8 +78,7 @@ class ShiftedPropagation(PropagationMixer):
                 for j in range(2 * reach + 1):
                     near = near + wide[:, i : i + height, j : j + width] * self.local.weight[:, 0, i, j]
             x = near
-        out: Tensor = self.norm(x.flatten(1, 2)).view(x.shape)
-        return out
+        return self.norm(x.flatten(1, 2)).view(x.shape)
 
 
 def trace(side: ImageSide, bounds: Bounds, *, onnx: bool = False) -> ExportedProgram:

@@ -20,7 +20,7 @@ from ..ops.eager import is_eager
 from ..ops.fused import linear_residual, local_norm, norm_linear, rows
 from ..ops.fused.rows import CHANNELS_MOST, DTYPES
 from ..ops.gpu import gpu_of, on_accelerator
-from ..ops.replay import ALIGNED, Replay, linear, product, recorded
+from ..ops.replay import ALIGNED, Replay, linear, matmul, recorded
 from .mixer import Grid
 from .mlp import Mlp
 from .norm import RMSNorm, add_norm
@@ -70,18 +70,17 @@ def fusion_of(block: Block, tokens: Tensor) -> Fusion:
     if reason is not None and wanted == "triton":
         raise RuntimeError(f"fusion_backend is 'triton', which cannot run here: {reason}")
     state = state_of(block)
-    if wanted == "auto" and not state.latent and tokens.numel() < FEW and not is_capturing(tokens):
+    few = wanted == "auto" and not state.latent and tokens.numel() < FEW
+    if few and not (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):  # in a graph launches cost nothing
         return NOTHING
     channels = tokens.shape[-1]
     by_rows = reason is None and channels <= CHANNELS_MOST and state.widths == {tokens.shape[-1:]}
-    mixer = by_rows and state.latent and (wanted == "triton" or has_room(tokens)) and is_narrow(block)
+    mixer = by_rows and state.latent and (wanted == "triton" or has_room(tokens))
+    if mixer:  # the latent and the merged directions have to fit a tile of rows
+        parts: Any = block.mixer
+        mixer = max(parts.down.out_features, parts.up.in_features) <= LATENT_MOST
     mlp = state.mlp and not torch.is_grad_enabled() and has_dtype_of(block.mlp, tokens)
     return Fusion(by_rows and state.norm1, by_rows and state.norm2, mixer, mlp)
-
-
-def is_capturing(tokens: Tensor) -> bool:
-    """Whether launches go into a CUDA graph, where they cost nothing later."""
-    return tokens.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def has_room(tokens: Tensor) -> bool:
@@ -96,12 +95,6 @@ def has_dtype_of(mlp: nn.Module, tokens: Tensor) -> bool:
     if not isinstance(mlp, Mlp):
         return True
     return mlp.act.approximate == "tanh" and tokens.dtype in (autocast_dtype(tokens), mlp.fc1.weight.dtype)
-
-
-def is_narrow(block: Block) -> bool:
-    """Whether the latent and the merged directions of a C-GSPN sub-layer fit a tile of rows."""
-    mixer: Any = block.mixer
-    return bool(max(mixer.down.out_features, mixer.up.in_features) <= LATENT_MOST)
 
 
 def run_block(block: Block, tokens: Tensor, grid: Grid, tapped: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -244,7 +237,7 @@ def wide_residual(block: Block, tokens: Tensor, grid: Grid, after: Tensor) -> tu
     merged, norm = mixer.scan(x, grid.mask)[1].contiguous(), mixer.merge_norm
     unit = rows.rms_forward(merged, norm.weight, norm.eps)
     flat, into = unit.flatten(0, -2), mixer.up.weight.t()
-    mixed = product(flat, into, mixer.up.bias, tokens.flatten(0, -2)).view(tokens.shape)
+    mixed = matmul(flat, into, tokens.flatten(0, -2), mixer.up.bias).view(tokens.shape)
     return rows.forward(mixed, None, n2.weight, n2.bias, n2.eps, after)[:2]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from torch.nn.functional import gelu, linear, silu
 
 from ..compat import addmm_activation
 from ..ops.autocast import autocast_dtype
+from ..ops.checks import check_choice
 from ..ops.eager import is_eager
 from ..ops.fused import rows as over_rows
 from ..ops.gpu import on_accelerator
@@ -36,17 +38,14 @@ class SwiGLU(nn.Module):
         return silu(gate) * value
 
 
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "gelu_tanh": partial(nn.GELU, "tanh")}
+ACTIVATIONS |= {"quick_gelu": QuickGELU, "swiglu": SwiGLU}
+
+
 def activation(name: Activation) -> nn.Module:
     """The module behind an activation's name. Raises ValueError for an unknown one."""
-    if name == "gelu":
-        return nn.GELU()
-    if name == "gelu_tanh":
-        return nn.GELU(approximate="tanh")
-    if name == "quick_gelu":
-        return QuickGELU()
-    if name == "swiglu":
-        return SwiGLU()
-    raise ValueError(f"activation is {name!r}; accepted: 'gelu', 'gelu_tanh', 'quick_gelu', 'swiglu'")
+    check_choice("activation", name, tuple(ACTIVATIONS))
+    return ACTIVATIONS[name]()
 
 
 class Mlp(nn.Module):
@@ -77,7 +76,7 @@ class Mlp(nn.Module):
         return plain
 
     def is_bare(self) -> bool:
-        """Whether this is two plain linear layers around a GELU, whose work another function may then do."""
+        """Whether this is two plain linear layers with a GELU, which fused kernels can replace."""
         layers = is_plain(self.fc1, nn.Linear) and is_plain(self.act, nn.GELU) and is_plain(self.fc2, nn.Linear)
         return layers and not has_global_hooks()
 

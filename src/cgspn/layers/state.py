@@ -16,7 +16,7 @@ from ..compat import HOOKS
 from .fp8 import Fp8Mlp
 from .mlp import Mlp
 from .norm import LayerNorm, RMSNorm
-from .plain import is_plain
+from .plain import has_no_hooks, is_plain
 from .propagation import PropagationMixer
 
 if TYPE_CHECKING:
@@ -77,7 +77,8 @@ class State(Snapshot):
         super().__init__(block)
         self.norm1, self.norm2 = is_layer_norm(block.norm1), is_layer_norm(block.norm2)
         self.widths = {n.weight.shape for n in (block.norm1, block.norm2) if is_layer_norm(n)}
-        self.latent = self.norm1 and is_latent(block.mixer) and is_scale(block.scale1)
+        scale = is_plain(block.scale1, nn.Identity) or (has_no_hooks(block.scale1) and hasattr(block.scale1, "gamma"))
+        self.latent = self.norm1 and is_latent(block.mixer) and scale
         self.mlp = is_plain(block.scale2, nn.Identity) and (is_plain(block.mlp, Fp8Mlp) or is_tanh(block.mlp))
         self.plans: dict[tuple[Any, ...], Any] = {}
         self.workspace: Any = None  # of the launches, so that it is there for the next that are kept
@@ -110,11 +111,6 @@ def is_latent(mixer: nn.Module) -> bool:
     if not all(is_plain(n, RMSNorm, nn.Identity) and getattr(n, "eps", 0.0) is not None for n in norms):
         return False
     return mixer.local is None or is_plain(mixer.local, nn.Conv2d)
-
-
-def is_scale(scale: nn.Module) -> bool:
-    """Whether a LayerScale, or nothing, is all there is on a branch."""
-    return is_plain(scale, type(scale)) and (isinstance(scale, nn.Identity) or hasattr(scale, "gamma"))
 
 
 def is_tanh(mlp: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 from .checkpoint import CheckpointError
 from .config import EncoderConfig, TextConfig
 from .cuda_graphs import CapturedEncoder
-from .dual import DualEncoder, build_dual, image_encoder, load_dual
+from .dual import DualEncoder, build_dual, image_encoder
 from .encoder import Encoder, EncoderOutput
 from .pyramid import FeaturePyramid
 from .registry import create_model, list_models, model_config
@@ -27,7 +27,6 @@ __all__ = [
     "encode_variable_size",
     "image_encoder",
     "list_models",
-    "load_dual",
     "model_config",
     "pack",
     "tokenize",

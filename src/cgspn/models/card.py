@@ -1,7 +1,5 @@
 """README.md beside a checkpoint: what the model is and how each library opens it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from .checkpoint import write_atomically

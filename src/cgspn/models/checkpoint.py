@@ -1,15 +1,13 @@
 """Checkpoint folders: config.json + model.safetensors, written whole or not at all."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .reading import CheckpointError, read_json
-from .weights import Weights, open_safetensors
+from .reading import CheckpointError
 
-__all__ = ["CheckpointError", "read_model", "save_model", "write_atomically"]
+__all__ = ["CheckpointError", "save_model", "write_atomically"]
 
 LITTLE = 1 << 16  # bytes: a disk with no more is full
 CONFIG, WEIGHTS, PREPROCESSING = "config.json", "model.safetensors", "preprocessor_config.json"
@@ -28,25 +25,28 @@ CONFIG, WEIGHTS, PREPROCESSING = "config.json", "model.safetensors", "preprocess
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
     """Replace `path` by `data`; an interrupted call leaves what was there. Raises OSError if it cannot be written."""
-    path = Path(path)
+    # names of files may hold bytes that are not UTF-8, which Python keeps as lone surrogates
+    content = data.encode(errors="backslashreplace") if isinstance(data, str) else data
+    with _replacing(Path(path)) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside `path` that takes its name when it is written, with the rights of any new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
     try:
-        with os.fdopen(handle, "wb") as file:
-            # names of files may hold bytes that are not UTF-8, which Python keeps as lone surrogates
-            file.write(data.encode(errors="backslashreplace") if isinstance(data, str) else data)
-        _publish(temporary, path)
+        yield temporary
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-
-
-def _publish(temporary: str, path: Path) -> None:
-    """Give a finished file its name, and the rights of any new file: mkstemp's are for its owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(temporary, 0o666 & ~mask)
-    os.replace(temporary, path)
 
 
 def line_of(error: BaseException) -> str:
@@ -68,32 +68,10 @@ def reason_of(error: BaseException, folder: Path) -> str:
 def save_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
     """Write the weights, then the config that makes the folder a checkpoint. Raises OSError."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{WEIGHTS}.")
-    os.close(handle)
-    try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, temporary, metadata={"format": "pt"})
-        _publish(temporary, folder / WEIGHTS)
-    except SafetensorError as error:
-        reason = reason_of(error, folder)
-        Path(temporary).unlink(missing_ok=True)
-        raise OSError(f"{folder / WEIGHTS} could not be written: {reason}") from error
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    with _replacing(folder / WEIGHTS) as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(f"{folder / WEIGHTS} could not be written: {reason_of(error, folder)}") from error
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-
-
-def read_model(folder: str | Path) -> tuple[dict[str, Any], Weights]:
-    """The config of a checkpoint folder and its weights, which are not read yet.
-
-    Raises CheckpointError if it is none, or if a file in it is truncated.
-    """
-    folder = Path(folder)
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise CheckpointError(f"{folder} has no {' and no '.join(missing)}; expected a checkpoint folder with both")
-    try:
-        return read_json(folder / CONFIG), open_safetensors(folder / WEIGHTS)[0]
-    except CheckpointError as error:
-        raise CheckpointError(f"{folder} is not a readable checkpoint: {error}") from error

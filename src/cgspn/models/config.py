@@ -1,7 +1,5 @@
 """What an encoder is made of: typed, printable, saved as config.json beside the weights."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -177,8 +175,8 @@ class TextConfig:
     """Settings of a small text tower over UTF-8 bytes, which needs no vocabulary and reads any language.
 
     Args:
-        width: channels per token. depth: number of blocks. heads: number of attention heads. context: maximum length of a
-            text in bytes; longer texts are truncated.
+        width: channels per token. depth: number of blocks. heads: number of attention heads. context: maximum length of
+            a text in bytes; longer texts are truncated.
     """
 
     width: int = 64
@@ -215,13 +213,5 @@ def preprocessing(config: EncoderConfig) -> dict[str, Any]:
 
 
 def encoder_config_from_dict(values: Any, where: str = "encoder") -> EncoderConfig:
-    """The inverse of `to_dict` for an EncoderConfig; where: the file and key that it is from, for messages.
-
-    Raises CheckpointError for unknown keys, values of another type, and settings that no encoder can have.
-    """
+    """The inverse of `to_dict`; where: file and key, for messages. Raises CheckpointError for any other values."""
     return build(EncoderConfig, values, where)
-
-
-def text_config_from_dict(values: Any, where: str = "text") -> TextConfig:
-    """The inverse of `to_dict` for a TextConfig. Arguments and errors as in `encoder_config_from_dict`."""
-    return build(TextConfig, values, where)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize as unit
 
-from .checkpoint import CONFIG, CheckpointError, read_model, save_model
-from .config import WIDEST, EncoderConfig, TextConfig, encoder_config_from_dict, text_config_from_dict, to_dict
+from .checkpoint import CheckpointError, save_model
+from .config import WIDEST, EncoderConfig, TextConfig, to_dict
 from .encoder import Encoder
-from .reading import checked
+from .reading import build, checked
 from .text import TextTower
 from .weights import Weights, check_depth, load
 
@@ -109,26 +109,11 @@ def build_dual(encoder: EncoderConfig, text: TextConfig, embed_dim: int, loss: L
     return DualEncoder(Encoder(encoder), TextTower(text), embed_dim, loss)
 
 
-def load_dual(folder: str | Path) -> DualEncoder:
-    """Load the DualEncoder of a checkpoint folder, in eval mode.
-
-    Raises CheckpointError if the folder contains none, or if the weights do not match the config.
-    """
-    config, weights = read_model(folder)
-    if config.get("model") != "dual":
-        raise CheckpointError(f"{folder} holds a {config.get('model')!r} model; expected an image-text model, 'dual'")
-    encoder = encoder_config_from_dict(config.get("encoder"), f"{Path(folder) / CONFIG}: encoder")
-    return dual_of(config, encoder, weights, str(folder))
-
-
 def dual_of(
     config: Mapping[str, Any], encoder: EncoderConfig, weights: Weights, where: str, dtype: torch.dtype = torch.float32
 ) -> DualEncoder:
-    """The DualEncoder of a saved config, of which `encoder` was read already, and its weights, in eval mode.
-
-    Raises CheckpointError, beginning with `where`, for a config that cannot be or weights that do not fit it.
-    """
-    text = text_config_from_dict(config.get("text"), f"{where}: text")
+    """The DualEncoder of a saved config and its weights, in eval mode. Raises CheckpointError naming `where`."""
+    text = build(TextConfig, config.get("text"), f"{where}: text")
     embed_dim = checked(config.get("embed_dim"), int, f"{where}: embed_dim")
     if not 1 <= embed_dim <= WIDEST:
         raise CheckpointError(f"{where}: embed_dim is {embed_dim}; accepted: 1 to {WIDEST}")
@@ -143,8 +128,5 @@ def image_encoder(model: Encoder | DualEncoder) -> Encoder:
 
 
 def with_image(model: Encoder | DualEncoder, image: Encoder) -> Encoder | DualEncoder:
-    """An image-text model around another image encoder, as `DualEncoder.with_image`; in place of an encoder, it alone.
-
-    Raises ValueError if the widths differ.
-    """
+    """A model around another image encoder; in place of an encoder, it alone. Raises ValueError if widths differ."""
     return model.with_image(image) if isinstance(model, DualEncoder) else image

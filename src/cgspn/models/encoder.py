@@ -1,7 +1,5 @@
 """The image encoder: one class for ViT, C-GSPN, GSPN and hybrids, which differ in a list of mixers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -13,21 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import (
-    AttentionMixer,
-    Block,
-    ClassTokenPool,
-    Grid,
-    LayerNorm,
-    LearnedPositions,
-    MapPool,
-    MeanPool,
-    Mixer,
-    PatchEmbed,
-    PropagationMixer,
-    WindowAttentionMixer,
-)
-from ..layers.window_attention import order
+from ..layers import AttentionMixer, Block, Grid, LayerNorm, LearnedPositions, Mixer, PatchEmbed, PropagationMixer
+from ..layers.pooling import ClassTokenPool, MapPool, MeanPool
+from ..layers.window_attention import WindowAttentionMixer, order
 from .card import write_card
 from .checkpoint import PREPROCESSING, save_model, write_atomically
 from .config import MODEL_TYPE, EncoderConfig, preprocessing, to_dict
@@ -56,14 +42,6 @@ def build_mixer(config: EncoderConfig, layer: int) -> Mixer:
     return PropagationMixer(config.width, config.propagation)
 
 
-def recomputed(function: Callable[[Tensor, Grid], Any], tokens: Tensor, grid: Grid) -> Any:
-    """What a block makes of tokens [B, N, C], its activations made again in backward.
-
-    Nothing in a block is random: generators are not asked for their state, which a CUDA graph could not tell.
-    """
-    return checkpoint(function, tokens, grid, use_reentrant=False, preserve_rng_state=False)
-
-
 class Encoder(TimmContract):
     """An image encoder: normalised images [B, channels, H, W] to tokens and a pooled vector.
 
@@ -81,32 +59,24 @@ class Encoder(TimmContract):
         """Raises ValueError for a config whose parts do not fit one another."""
         super().__init__()
         self.config = config
-        width, patch = config.width, config.patch_size
+        width, patch, eps = config.width, config.patch_size, config.norm_eps
         self.patch_embed = PatchEmbed(
             patch, config.channels, width, config.patch_bias, config.crop_remainder, config.image_size
         )
         self.prefix = nn.Parameter(torch.randn(config.prefix, width) * 0.02) if config.prefix else None
         table = LearnedPositions(config.position_grid, width, config.position_resize) if config.positions else None
         self.positions = table
-        self.pre_norm = LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
-        self.blocks = nn.ModuleList(
-            self.block_type(
-                width,
-                build_mixer(config, layer),
-                config.mlp_hidden,
-                config.activation,
-                config.norm_eps,
-                config.layer_scale,
-            )
-            for layer in range(config.depth)
-        )
-        self.norm = LayerNorm(width, eps=config.norm_eps) if config.final_norm else nn.Identity()
+        self.pre_norm = LayerNorm(width, eps=eps) if config.pre_norm else nn.Identity()
+        mlp = (config.mlp_hidden, config.activation, eps)
+        mixers = (build_mixer(config, layer) for layer in range(config.depth))
+        self.blocks = nn.ModuleList(self.block_type(width, mixer, *mlp, config.layer_scale) for mixer in mixers)
+        self.norm = LayerNorm(width, eps=eps) if config.final_norm else nn.Identity()
         self.pool: nn.Module
         if config.pooling == "map":
-            self.pool = MapPool(width, config.attention.heads, config.mlp_hidden, config.activation, config.norm_eps)
+            self.pool = MapPool(width, config.attention.heads, *mlp)
         else:
             self.pool = MeanPool() if config.pooling == "mean" else ClassTokenPool(config.summary_tokens)
-        self.pool_norm = LayerNorm(width, eps=config.norm_eps) if config.pool_norm else nn.Identity()
+        self.pool_norm = LayerNorm(width, eps=eps) if config.pool_norm else nn.Identity()
         self.project: nn.Module = nn.Identity()
         if config.embed_dim is not None:
             self.project = nn.Linear(width, config.embed_dim, bias=config.embed_bias)
@@ -181,9 +151,7 @@ class Encoder(TimmContract):
 
     def run_block(self, block: Block, tokens: Tensor, grid: Grid) -> Tensor:
         """One block, with activation checkpointing if that is on."""
-        recompute = self.checkpointing and torch.is_grad_enabled()
-        out: Tensor = recomputed(block, tokens, grid) if recompute else block(tokens, grid)
-        return out
+        return self._recomputed(block, tokens, grid)
 
     def run_tapped(
         self,
@@ -193,10 +161,13 @@ class Encoder(TimmContract):
         run: Callable[[Block, Tensor, Grid], tuple[Tensor, Tensor]] = Block.tapped,
     ) -> tuple[Tensor, Tensor]:
         """One block's output and its mixing branch as `run` gives them, with activation checkpointing if that is on."""
-        tapped = partial(run, block)
-        recompute = self.checkpointing and torch.is_grad_enabled()
-        out: tuple[Tensor, Tensor] = recomputed(tapped, tokens, grid) if recompute else tapped(tokens, grid)
-        return out
+        return self._recomputed(partial(run, block), tokens, grid)
+
+    def _recomputed(self, function: Callable[[Tensor, Grid], Any], tokens: Tensor, grid: Grid) -> Any:
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return function(tokens, grid)
+        # nothing in a block is random: generators are not asked for their state, which a CUDA graph could not tell
+        return checkpoint(function, tokens, grid, use_reentrant=False, preserve_rng_state=False)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False, mask: Tensor | None = None) -> Tensor:
         """Normalised tokens [B, prefix + h*w, C] -> logits [B, num_classes], or pooled [B, config.pooled_width].

@@ -1,7 +1,5 @@
 """Feature pyramids for detection and segmentation heads, made of the one map that an encoder of one stride gives."""
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """JSON and typed configs from files that may hold anything; errors name the file, the key and what is accepted."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math
@@ -28,11 +26,7 @@ class CheckpointError(ValueError):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises CheckpointError if the file holds none, is no regular file or larger than `MOST_BYTES`; OSError if it cannot
-    be read.
-    """
+    """A JSON object. Raises CheckpointError for any other file or a larger one, OSError if it cannot be read."""
     value = read_json_value(path)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {shown(value)}; expected a JSON object")

@@ -1,7 +1,5 @@
 """Models by name, named as timm names them: `vit_so400m_patch14_378`, `cgspn_so400m_patch14_378`."""
 
-from __future__ import annotations
-
 import difflib
 import fnmatch
 from dataclasses import replace
@@ -25,10 +23,7 @@ EMBEDDED = "patch4_28"  # the size of the embedded images; the demo's models
 
 
 def spread(keep: int, depth: int) -> tuple[int, ...]:
-    """Indices of `keep` layers spread evenly over `depth`: the last of each equal stretch (3 of 27: 8, 17, 26).
-
-    Raises ValueError unless 0 <= keep <= depth.
-    """
+    """Indices of `keep` of `depth` layers, evenly spread (3 of 27: 8, 17, 26). Raises ValueError for too many."""
     if not 0 <= keep <= depth:
         raise ValueError(f"keep_attention is {keep}; accepted: 0 to {depth}, or a list of layer indices")
     return tuple((i + 1) * depth // keep - 1 for i in range(keep))
@@ -68,10 +63,7 @@ def _configs() -> dict[str, EncoderConfig]:
     for size, (width, depth, heads, hidden) in SIZES.items():
         attention: MixerName = "attention"
         base = EncoderConfig(
-            width=width,
-            mixers=(attention,) * depth,
-            mlp_hidden=hidden,
-            attention=AttentionConfig(heads=heads),
+            width=width, mixers=(attention,) * depth, mlp_hidden=hidden, attention=AttentionConfig(heads=heads)
         )
         add(size, "patch14_378", base, COMPRESSION[size])
     return configs

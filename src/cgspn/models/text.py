@@ -1,7 +1,5 @@
 """A small text tower over bytes, for the embedded teacher and for training from scratch."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -40,22 +38,15 @@ class TextTower(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         """Raises ValueError if the heads do not divide the width."""
         super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(257, config.width, padding_idx=0)
+        self.config, width = config, config.width
+        self.embedding = nn.Embedding(257, width, padding_idx=0)
         nn.init.normal_(self.embedding.weight, std=0.5)
-        self.positions = nn.Parameter(torch.randn(config.context, config.width) * 0.1)
+        self.positions = nn.Parameter(torch.randn(config.context, width) * 0.1)
         self.blocks = nn.ModuleList(
-            Block(
-                config.width,
-                AttentionMixer(config.width, AttentionConfig(heads=config.heads)),
-                4 * config.width,
-                "gelu",
-                1e-6,
-                None,
-            )
+            Block(width, AttentionMixer(width, AttentionConfig(heads=config.heads)), 4 * width, "gelu", 1e-6, None)
             for _ in range(config.depth)
         )
-        self.norm = nn.LayerNorm(config.width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=1e-6)
 
     @property
     def context_length(self) -> int:

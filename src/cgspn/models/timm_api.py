@@ -1,7 +1,5 @@
 """What code written for a ViT of timm asks of an encoder, besides its forward passes: names, groups, surgery."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,6 +13,11 @@ from .config import EncoderConfig
 
 POOLS = {"map": "map", "mean": "avg", "cls": "token"}  # ours: timm's
 WITH_PREVIOUS = (99999,)  # timm's sign for "in the group of the layer before"
+
+
+def _stated(name: str, doc: str) -> property:
+    """A field of the encoder's config under timm's name."""
+    return property(lambda self: getattr(self.config, name), doc=doc)
 
 
 class TimmContract(nn.Module):
@@ -34,45 +37,14 @@ class TimmContract(nn.Module):
     project: nn.Module
     head: nn.Module
 
-    @property
-    def num_features(self) -> int:
-        """Channels of the tokens, C."""
-        return self.config.width
-
-    @property
-    def embed_dim(self) -> int:
-        """Channels of the tokens, C; not `config.embed_dim`, which is the width of CLIP's projection."""
-        return self.config.width
-
-    @property
-    def head_hidden_size(self) -> int:
-        """Length of the pooled vector that the classifier reads."""
-        return self.config.pooled_width
-
-    @property
-    def num_classes(self) -> int:
-        """Outputs of the classifier; 0 without one."""
-        return self.config.num_classes
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the images."""
-        return self.config.channels
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Class and register tokens before the grid."""
-        return self.config.prefix
-
-    @property
-    def num_reg_tokens(self) -> int:
-        """Register tokens before the grid."""
-        return self.config.registers
-
-    @property
-    def has_class_token(self) -> bool:
-        """Whether the first token is a class token."""
-        return self.config.class_token
+    num_features = _stated("width", "Channels of the tokens, C.")
+    embed_dim = _stated("width", "Channels of the tokens, C; not `config.embed_dim`, the width of CLIP's projection.")
+    head_hidden_size = _stated("pooled_width", "Length of the pooled vector that the classifier reads.")
+    num_classes = _stated("num_classes", "Outputs of the classifier; 0 without one.")
+    in_chans = _stated("channels", "Channels of the images.")
+    num_prefix_tokens = _stated("prefix", "Class and register tokens before the grid.")
+    num_reg_tokens = _stated("registers", "Register tokens before the grid.")
+    has_class_token = _stated("class_token", "Whether the first token is a class token.")
 
     @property
     def global_pool(self) -> str:

@@ -1,7 +1,5 @@
 """Blocks for timm: stochastic depth in training, and a module that gives hooks the feature map."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -44,10 +42,3 @@ class TimmBlock(Block):
         """A branch [B, N, C], zero for the images that skip it, larger for the others so that the mean stays."""
         kept = 1.0 - self.drop_path
         return branch * torch.empty_like(branch[:, :1, :1]).bernoulli_(kept) / kept
-
-
-def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """The rate of each block, from 0 to `rate` in equal steps, as timm spreads it. Raises ValueError outside 0 to 1."""
-    if not 0 <= rate < 1:
-        raise ValueError(f"drop_path_rate is {rate}; accepted: from 0 to below 1")
-    return [rate * i / max(depth - 1, 1) for i in range(depth)]

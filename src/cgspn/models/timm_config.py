@@ -1,13 +1,11 @@
-"""timm's arguments for a model, and an `EncoderConfig`: each from the other. Needs no timm."""
-
-from __future__ import annotations
+"""The `EncoderConfig` that timm's arguments for a model ask for. Needs no timm."""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
 
-from .config import EncoderConfig, encoder_config_from_dict, to_dict
-from .registry import list_models, model_config
+from .config import EncoderConfig, encoder_config_from_dict
+from .registry import model_config
 from .timm_api import POOLS
 
 ANY = "cgspn_encoder"  # timm's name for a model that is none of the registered ones, such as a converted student
@@ -17,16 +15,6 @@ REGULARISERS = ("drop_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rat
 
 class UnknownOption(TypeError, ValueError):
     """A keyword that no encoder has: a TypeError as of any function, and a ValueError as for other settings here."""
-
-
-def architecture(config: EncoderConfig) -> str:
-    """The name under which timm knows a model of this config."""
-    return config.name if config.name in list_models() else ANY
-
-
-def timm_args(config: EncoderConfig) -> dict[str, Any]:
-    """The arguments of `timm.create_model`, plain JSON values, that make a model of exactly this config."""
-    return {"config": to_dict(config)}
 
 
 def config_of(name: str, options: Mapping[str, Any]) -> EncoderConfig:

@@ -15,8 +15,6 @@ What timm's `save_for_hf` and `push_to_hf_hub` write of it, timm opens as `local
 module is imported, and so does `cgspn.load_encoder`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -37,12 +35,12 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: from a torchvision
     ) from error
 
 from ..layers import LearnedPositions
-from .config import EncoderConfig
+from .config import EncoderConfig, to_dict
 from .encoder import Encoder
 from .registry import list_models
 from .timm_api import data_config
-from .timm_blocks import TimmBlock, drop_path_rates
-from .timm_config import ANY, architecture, config_of, timm_args
+from .timm_blocks import TimmBlock
+from .timm_config import ANY, config_of
 
 __all__ = ["TimmEncoder", "checkpoint_filter_fn", "default_cfgs", "from_encoder"]
 INPUT = ("input_size", "min_input_size", "pool_size", "mean", "std", "interpolation", "crop_mode")
@@ -78,15 +76,18 @@ class TimmEncoder(Encoder):
         """
         super().__init__(config)
         self.pooled, self.dynamic_img_pad, self.drop_path_rate = pooled, dynamic_img_pad, drop_path_rate
-        for block, rate in zip(self.blocks, drop_path_rates(drop_path_rate, config.depth), strict=True):
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate is {drop_path_rate}; accepted: from 0 to below 1")
+        for i, block in enumerate(self.blocks):  # in equal steps, as timm spreads it
             assert isinstance(block, TimmBlock)
-            block.drop_path = rate
-        self.pretrained_cfg = self.default_cfg = {**data_config(config), "architecture": architecture(config)}
+            block.drop_path = drop_path_rate * i / max(config.depth - 1, 1)
+        name = config.name if config.name in list_models() else ANY
+        self.pretrained_cfg = self.default_cfg = {**data_config(config), "architecture": name}
 
     @property
     def _model_args(self) -> dict[str, Any]:
         """What timm saves to build the model again: all that it is now, however it came to be."""
-        return timm_args(self.config) | ({} if self.pooled else {"global_pool": ""})
+        return {"config": to_dict(self.config)} | ({} if self.pooled else {"global_pool": ""})
 
     @_model_args.setter
     def _model_args(self, value: Mapping[str, Any]) -> None:
@@ -116,8 +117,7 @@ class TimmEncoder(Encoder):
     def run_block(self, block: Any, tokens: Tensor, grid: Any) -> Tensor:
         """As `Encoder.run_block`; what is recomputed skips the same images again."""
         if self.checkpointing and self.training and self.drop_path_rate and torch.is_grad_enabled():
-            out: Tensor = checkpoint(block, tokens, grid, use_reentrant=False)
-            return out
+            return checkpoint(block, tokens, grid, use_reentrant=False)
         return super().run_block(block, tokens, grid)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -192,8 +192,7 @@ class Traced(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images [B, channels, H, W] -> what the model gives."""
-        out: torch.Tensor = self.program(images)
-        return out
+        return self.program(images)
 
 
 def from_encoder(encoder: Encoder, num_classes: int | None = None) -> TimmEncoder:

@@ -5,6 +5,7 @@ order."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,8 +44,8 @@ class Packing:
     @property
     def efficiency(self) -> float:
         """Fraction of the computed tokens that are not padding."""
-        computed = sum(len(batch.indices) * _area(batch.shape) for batch in self.batches)
-        return sum(map(_area, self.grids)) / computed
+        computed = sum(len(batch.indices) * math.prod(batch.shape) for batch in self.batches)
+        return sum(map(math.prod, self.grids)) / computed
 
     @property
     def shapes(self) -> list[tuple[int, int, int]]:
@@ -146,8 +147,12 @@ def encode_variable_size(
     that fits none of `shapes`, or a wrong option.
     See docs/sizes.md.
     """
-    grids = [_grid_of(encoder, image, index) for index, image in enumerate(images)]
+    grids = []
     for index, image in enumerate(images):
+        try:
+            grids.append(encoder.patch_embed.grid_of(image[None]))
+        except ValueError as error:
+            raise ValueError(f"images[{index}]: {error}") from error
         if (image.dtype, image.device) != (images[0].dtype, images[0].device):
             raise ValueError(
                 f"images[{index}] is {image.dtype} on {image.device}; images[0] is {images[0].dtype} on "
@@ -157,27 +162,16 @@ def encode_variable_size(
     packing = pack(grids, method=method, max_tokens=max_tokens, max_shapes=max_shapes, shapes=shapes)
     for batch in packing.batches:
         own = [grids[index] for index in batch.indices]
-        padded = _padded([images[index] for index in batch.indices], own, batch.shape, encoder.config.patch_size)
+        batched = padded([images[index] for index in batch.indices], own, batch.shape, encoder.config.patch_size)
         # without a mask where none is needed: attention has faster kernels then
-        mask = None if all(grid == batch.shape for grid in own) else _mask(own, batch.shape).to(padded.device)
-        out = encoder(padded, mask)
+        mask = None if all(grid == batch.shape for grid in own) else inside(own, batch.shape).to(batched.device)
+        out = encoder(batched, mask)
         for row, (index, (height, width)) in enumerate(zip(batch.indices, own, strict=True)):
             outputs[index] = out._replace(tokens=out.tokens[row, :height, :width], pooled=out.pooled[row])
     return [output for output in outputs if output is not None]
 
 
-def _area(shape: Shape) -> int:
-    return shape[0] * shape[1]
-
-
-def _grid_of(encoder: Encoder | CapturedEncoder, image: Tensor, index: int) -> Shape:
-    try:
-        return encoder.patch_embed.grid_of(image[None])
-    except ValueError as error:
-        raise ValueError(f"images[{index}]: {error}") from error
-
-
-def _padded(images: Sequence[Tensor], grids: Sequence[Shape], shape: Shape, patch: int) -> Tensor:
+def padded(images: Sequence[Tensor], grids: Sequence[Shape], shape: Shape, patch: int) -> Tensor:
     """[B, channels, H, W] with zeros to the right and below; pixels beyond the last whole patch are left out."""
     rows = []
     for image, (height, width) in zip(images, grids, strict=True):
@@ -186,7 +180,7 @@ def _padded(images: Sequence[Tensor], grids: Sequence[Shape], shape: Shape, patc
     return torch.stack(rows)
 
 
-def _mask(grids: Sequence[Shape], shape: Shape) -> Tensor:
+def inside(grids: Sequence[Shape], shape: Shape) -> Tensor:
     """[B, h, w] bool, True inside each image."""
     heights, widths = torch.tensor(grids).T[..., None, None]
     return (torch.arange(shape[0])[:, None] < heights) & (torch.arange(shape[1]) < widths)
@@ -195,20 +189,19 @@ def _mask(grids: Sequence[Shape], shape: Shape) -> Tensor:
 def _consecutive(grids: Sequence[Shape], max_tokens: int) -> list[Batch]:
     batches: list[Batch] = []
     for index, grid in enumerate(grids):
-        if batches:
-            last = batches[-1]
-            shape = (max(last.shape[0], grid[0]), max(last.shape[1], grid[1]))
-            if (len(last.indices) + 1) * _area(shape) <= max_tokens:
-                batches[-1] = Batch((*last.indices, index), shape)
-                continue
-        batches.append(Batch((index,), grid))
+        last = batches[-1] if batches else Batch((), grid)
+        shape = max(last.shape[0], grid[0]), max(last.shape[1], grid[1])
+        if batches and (len(last.indices) + 1) * math.prod(shape) <= max_tokens:
+            batches[-1] = Batch((*last.indices, index), shape)
+        else:
+            batches.append(Batch((index,), grid))
     return batches
 
 
 def _buckets(grids: Sequence[Shape], max_tokens: int, shapes: Sequence[Shape]) -> list[Batch]:
     batches = []
     for shape, indices in sorted(_held(grids, shapes).items()):
-        most = max(1, max_tokens // _area(shape))
+        most = max(1, max_tokens // math.prod(shape))
         while indices:
             size = 1 << (min(most, len(indices)).bit_length() - 1)
             batches.append(Batch(tuple(indices[:size]), shape))
@@ -225,5 +218,5 @@ def _held(grids: Sequence[Shape], shapes: Sequence[Shape]) -> dict[Shape, list[i
             raise ValueError(
                 f"images[{index}] has {grid[0]} x {grid[1]} patches, which fit into none of the shapes {list(shapes)}"
             )
-        held.setdefault(min(fitting, key=_area), []).append(index)
+        held.setdefault(min(fitting, key=math.prod), []).append(index)
     return held

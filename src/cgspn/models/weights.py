@@ -1,7 +1,5 @@
 """Weight files as tables of tensors that are read one at a time, after their shapes were compared with a model's."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -101,10 +99,7 @@ def _as(tensor: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Tensor:
 
 
 def load(make: Callable[[], Model], weights: Weights, where: str, dtype: torch.dtype = torch.float32) -> Model:
-    """A module in eval mode with the weights of a file; `make` is called on the meta device, which allocates nothing.
-
-    Raises CheckpointError if it cannot be made, and as `read_state`.
-    """
+    """A module in eval mode with the weights of a file; `make` runs on the meta device. Raises CheckpointError."""
     try:
         with torch.device("meta"):
             module = make()
@@ -140,8 +135,8 @@ def check_depth(blocks: int, weights: Weights, where: str) -> None:
         raise CheckpointError(f"{where} has {blocks} blocks, but weights of {len(weights)} tensors; they do not fit")
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first names in order, and how many there are."""
+def listed(names: Iterable[str], most: int = 6) -> str:
+    """The first names in order, and how many more there are."""
     names = sorted(names)
-    shown = ", ".join(name[:100] for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    shown = ", ".join(name[:100].replace("|", " or ") for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

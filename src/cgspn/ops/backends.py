@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import check_tensor
+from .checks import check_choice, check_tensor
 from .gpu import Gpu, gpu_of
 
 # In the order in which "auto" tries them; the PyTorch backend runs everywhere, so it is the last.
@@ -84,8 +84,7 @@ def _choose(x: Tensor) -> Choice:
 
 def check_backend(backend: str) -> None:
     """Raise ValueError unless `backend` is "auto" or a name in PREFERENCE."""
-    if backend != "auto" and backend not in PREFERENCE:
-        raise ValueError(f"backend is {backend!r}; accepted: 'auto', {', '.join(map(repr, PREFERENCE))}")
+    check_choice("backend", backend, ("auto", *PREFERENCE))
 
 
 def backend_for(backend: str, x: Tensor) -> ModuleType:

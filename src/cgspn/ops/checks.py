@@ -19,6 +19,12 @@ def check_shape(name: str, t: Tensor, expected: tuple[int, ...], letters: str) -
         raise ValueError(f"{name} has shape {tuple(t.shape)}; expected {letters} = {expected}")
 
 
+def check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of those accepted."""
+    if value not in accepted:
+        raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
+
+
 def check_tensor(x: Tensor) -> None:
     """Raise TypeError unless `x` is a tensor of a dtype that the operators take."""
     if not isinstance(x, Tensor):
@@ -53,21 +59,9 @@ def check_like(x: Tensor, **others: Tensor) -> None:
             raise ValueError(f"{name} is on {t.device}; expected the device of x, {x.device}")
 
 
-def check_sets(lam: Tensor, channels: int) -> int:
-    """How many sets of parameters the channels have, the last size of `lam`. Raises ValueError unless it divides."""
-    sets = lam.shape[-1] if lam.ndim else 0
-    if sets < 1 or channels % sets:
-        raise ValueError(
-            f"lam has shape {tuple(lam.shape)}; "
-            f"expected [B, H, W, D, C] with the {channels} channels of x, or a divisor"
-        )
-    return sets
-
-
 def check_direction(direction: str, name: str = "direction") -> int:
     """The index of a direction in DIRECTIONS; ValueError if there is none such."""
-    if direction not in DIRECTIONS:
-        raise ValueError(f"{name} is {direction!r}; accepted: {', '.join(map(repr, DIRECTIONS))}")
+    check_choice(name, direction, DIRECTIONS)
     return DIRECTIONS.index(direction)
 
 
@@ -91,12 +85,6 @@ def check_mask(x: Tensor, mask: Tensor | None) -> None:
     check_shape("mask", mask, tuple(x.shape[:3]), "[B, H, W]")
     if mask.device != x.device:
         raise ValueError(f"mask is on {mask.device}; expected the device of x, {x.device}")
-
-
-def check_merge(merge: str) -> None:
-    """Raise ValueError unless `merge` is a way to merge directions."""
-    if merge not in ("sum", "none"):
-        raise ValueError(f"merge is {merge!r}; accepted: 'sum', 'none'")
 
 
 def check_chunk(chunk: int | None) -> None:

@@ -10,6 +10,7 @@ FLOP convention: a multiply-add is two, a division or a sigmoid one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -237,15 +238,11 @@ FLOPS_SETS = {"forward": FLOPS_FORWARD["normalise"], "backward": 8 + 15}
 FLOPS_KEEP = {"forward": 4, "backward": 8}
 
 
-def _elements(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
-
-
 def _scan_flops(
     which: str, each: int, x_shape: Sequence[int], lam_shape: Sequence[int], keep_shape: Any, rest: Sequence[Any]
 ) -> int:
     """FLOPs of a pass that costs `each` for a channel with parameters of its own; n is one more channel of a set."""
-    sets, of_set = _elements(lam_shape), FLOPS_SETS[which]
+    sets, of_set = math.prod(lam_shape), FLOPS_SETS[which]
     channels = sets // lam_shape[-1] * (x_shape[-1] + (lam_shape[-1] if True in rest[4:5] else 0))
     return channels * (each - of_set) + sets * (of_set + (0 if keep_shape is None else FLOPS_KEEP[which]))
 
@@ -264,7 +261,7 @@ register_flops(
     lambda dy, x, logits, lam, u, keep, *rest: _scan_flops("backward", FLOPS_BACKWARD, x, lam, keep, rest),
     torch.ops.cgspn.propagate_2d_backward,
 )
-register_flops(lambda x, *_: _elements(x) * FLOPS_FORWARD["recurrence"], torch.ops.cgspn.line_scan)
+register_flops(lambda x, *_: math.prod(x) * FLOPS_FORWARD["recurrence"], torch.ops.cgspn.line_scan)
 register_flops(
-    lambda dh, *_: _elements(dh) * (FLOPS_FORWARD["recurrence"] + 6 + 2 + 3), torch.ops.cgspn.line_scan_backward
+    lambda dh, *_: math.prod(dh) * (FLOPS_FORWARD["recurrence"] + 6 + 2 + 3), torch.ops.cgspn.line_scan_backward
 )

@@ -20,8 +20,6 @@ from .projected_library import Projected, check_chip, projected_now, projected_o
 from .propagate import _look_at_values, scan_unchecked
 from .reference import DIRECTIONS
 
-PARAMETERS = ("auto", "memory", "chip")
-
 
 def propagate_2d_projected(
     x: Tensor,
@@ -71,10 +69,9 @@ def propagate_2d_projected(
         checks.check_like(x, bias=bias)
         checks.check_shape("bias", bias, (len(codes) * 5 * c,), "[D * 5 * C]")
     checks.check_mask(x, mask)
-    checks.check_merge(merge)
+    checks.check_choice("merge", merge, ("sum", "none"))
     check_backend(backend)
-    if parameters not in PARAMETERS:
-        raise ValueError(f"parameters is {parameters!r}; accepted: {', '.join(map(repr, PARAMETERS))}")
+    checks.check_choice("parameters", parameters, ("auto", "memory", "chip"))
 
     if parameters == "chip":
         if in_functorch():

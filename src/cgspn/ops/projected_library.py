@@ -110,22 +110,17 @@ projected_op, Projected = register_forward(
 )
 
 
-def _counts(x_shape: Sequence[int], weight_shape: Sequence[int]) -> tuple[int, int]:
-    """Of one projection, and elements of one map of all directions."""
+def _flops(x_shape: Sequence[int], weight_shape: Sequence[int], projections: int, each: int) -> int:
+    """Of so many products as the projection, and `each` for an element of one map of all directions."""
     positions = torch.Size(x_shape[:3]).numel()
-    return 2 * positions * torch.Size(weight_shape).numel(), positions * weight_shape[0] // PARAMETERS
+    elements = positions * weight_shape[0] // PARAMETERS
+    return 2 * projections * positions * torch.Size(weight_shape).numel() + elements * each
 
 
-def _flops(x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any) -> int:
-    projection, elements = _counts(x_shape, weight_shape)
-    return projection + elements * sum(FLOPS_FORWARD.values())
-
-
-def _flops_backward(dy_shape: Sequence[int], x_shape: Sequence[int], weight_shape: Sequence[int], *_: Any) -> int:
-    # the projection again, and its two gradients
-    projection, elements = _counts(x_shape, weight_shape)
-    return 3 * projection + elements * FLOPS_BACKWARD
-
-
-register_flops(_flops, torch.ops.cgspn.propagate_2d_projected)
-register_flops(_flops_backward, torch.ops.cgspn.propagate_2d_projected_backward)
+register_flops(
+    lambda x, weight, *_: _flops(x, weight, 1, sum(FLOPS_FORWARD.values())), torch.ops.cgspn.propagate_2d_projected
+)
+# the projection again, and its two gradients
+register_flops(
+    lambda dy, x, weight, *_: _flops(x, weight, 3, FLOPS_BACKWARD), torch.ops.cgspn.propagate_2d_projected_backward
+)

@@ -91,13 +91,16 @@ def propagate_2d(
     gates = {} if keep is None else {"keep": keep}
     checks.check_like(x, logits=logits, lam=lam, u=u, **gates)
     b, h, w, c = *x.shape[:3], x.shape[-1]
-    sets = checks.check_sets(lam, c)
+    sets = lam.shape[-1] if lam.ndim else 0
+    if sets < 1 or c % sets:
+        expected = f"expected [B, H, W, D, C] with the {c} channels of x, or a divisor"
+        raise ValueError(f"lam has shape {tuple(lam.shape)}; {expected}")
     last = "C" if sets == c else "G"
     checks.check_shape("logits", logits, (b, h, w, len(codes), 3, sets), f"[B, H, W, D, 3, {last}]")
     for name, t in {"lam": lam, "u": u, **gates}.items():
         checks.check_shape(name, t, (b, h, w, len(codes), sets), f"[B, H, W, D, {last}]")
     checks.check_mask(x, mask)
-    checks.check_merge(merge)
+    checks.check_choice("merge", merge, ("sum", "none"))
     check_backend(backend)
     if _look_at_values(x):
         checks.check_finite(mask, x=x, logits=logits, lam=lam, u=u, **gates)

@@ -69,11 +69,6 @@ class Recording:
             return torch.empty(shape, dtype=dtype, device=device)
         return self.memory[start : start + size].view(dtype).view(shape)
 
-    @property
-    def fits(self) -> bool:
-        """Whether all lay in the workspace."""
-        return self.memory is not None and self.used <= self.memory.numel()
-
     def launched(self, launch: Launch, addresses: Sequence[int]) -> None:
         """Keep a launch."""
         self.steps.append((launch, tuple(addresses)))
@@ -135,7 +130,7 @@ class Recording:
         self.workspace.grow(self.used)
         if self.incomplete:
             return self.incomplete
-        if not self.fits or self.memory is None:
+        if self.memory is None or self.used > self.memory.numel():
             return "the workspace was too small"
         changing = [(0, 0) if t is None else (t.data_ptr(), t.numel() * t.element_size()) for t in own]
         places = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (*held, self.memory)]
@@ -243,18 +238,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out.view(*x.shape[:-1], weight.shape[0])
 
 
-def matmul(a: Tensor, b: Tensor, add: Tensor | None = None) -> Tensor:
-    """a [M, K] b [K, N] (+ add [M, N]), which a recorded pass keeps."""
+def matmul(a: Tensor, b: Tensor, add: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+    """a [M, K] b [K, N] (+ add [M, N]) (+ bias [N]), which a recorded pass keeps."""
     recording = active()
-    if recording is None:
-        return a @ b if add is None else torch.addmm(add, a, b)
-    return recording.product(a, b, add=add)
-
-
-def product(a: Tensor, b: Tensor, bias: Tensor, add: Tensor) -> Tensor:
-    """a [M, K] b [K, N] + bias [N] + add [M, N], which a recorded pass keeps."""
-    recording = active()
-    return torch.addmm(bias, a, b) + add if recording is None else recording.product(a, b, bias=bias, add=add)
+    if recording is not None:
+        return recording.product(a, b, bias=bias, add=add)
+    if bias is not None:
+        out = torch.addmm(bias, a, b)
+        return out if add is None else out + add
+    return a @ b if add is None else torch.addmm(add, a, b)
 
 
 def column_sums(x: Tensor) -> Tensor:

@@ -18,15 +18,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .arguments import Scan
 from .param_groups import per_channel, per_set
 from .reference import DIRECTIONS, EPSILON, SMALLEST
-
-
-def _state_dtype(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
-
 
 # weights in a slab, at most: the 4 MiB of them stay in the cache of a core or its share of the last level
 SLAB = 1 << 20
@@ -105,10 +101,6 @@ def _groups(codes: Sequence[int], shape: Sequence[int]) -> list[_Group]:
     return [_Group(codes, members, shape) for members in (vertical, horizontal) if members]
 
 
-def _padded(t: Tensor) -> Tensor:
-    return torch.nn.functional.pad(t, (0, 0, 1, 1))
-
-
 def _inner(padded: Tensor) -> Tensor:
     return padded[..., 1:-1, :]
 
@@ -157,7 +149,7 @@ def _uncounted(t: Tensor, each: int) -> tuple[Tensor, Tensor]:
 
 def _scan(group: _Group, scan: Scan) -> Iterator[_Slab]:
     """The slabs of a scan; of a normalised state each set has a channel more, n: the same scan over ones."""
-    dtype, each = _state_dtype(scan.x), scan.share
+    dtype, each = torch.promote_types(scan.x.dtype, torch.float32), scan.share
     every = each + scan.normalise_state
     xs, scales, scores = group.features(scan.x), group.maps(scan.lam), group.maps(scan.logits)
     last: Tensor | None = None
@@ -179,7 +171,8 @@ def _scan(group: _Group, scan: Scan) -> Iterator[_Slab]:
             inside = group.read(group.shared(scan.mask), steps, torch.bool)[..., None]
             first = torch.zeros_like(inside[:1]) if outside is None else outside[-1:]
             outside = ~inside
-            sigma.masked_fill_(outside | _neighbours(_padded(torch.cat([first, outside[:-1]]))), 0.0)
+            padding = pad(torch.cat([first, outside[:-1]]), (0, 0, 1, 1))  # on the line before
+            sigma.masked_fill_(outside | _neighbours(padding), 0.0)
             drive.masked_fill_(outside, 0.0)  # no neighbour and no drive: the state is zero there
             kept = None if kept is None else kept.masked_fill_(outside, 0.0)
         sigma = per_channel(sigma, every)
@@ -223,7 +216,7 @@ def _state(slab: _Slab, scan: Scan) -> tuple[Tensor, Tensor]:
 
 def forward(scan: Scan) -> Tensor:
     """The output of `propagate_2d`."""
-    x, dtype, each = scan.x, _state_dtype(scan.x), scan.share
+    x, dtype, each = scan.x, torch.promote_types(scan.x.dtype, torch.float32), scan.share
     y = x.new_zeros(scan.output, dtype=dtype) if scan.merge_sum else x.new_empty(scan.output)
     for group in _groups(scan.directions, (*x.shape[:3], x.shape[-1])):
         for slab in _scan(group, scan):
@@ -240,7 +233,7 @@ def forward(scan: Scan) -> Tensor:
 def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of `forward` to x, logits, lam, u and keep, each in its input's dtype and shape; None for None."""
     x, u = scan.x, scan.u
-    dtype, each = _state_dtype(x), scan.share
+    dtype, each = torch.promote_types(x.dtype, torch.float32), scan.share
     every = each + scan.normalise_state
     dx = x.new_zeros(x.shape, dtype=dtype)
     dlogits, dlam = (t.new_empty(t.shape) for t in scan[1:3])

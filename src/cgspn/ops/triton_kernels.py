@@ -47,6 +47,17 @@ def _start(p, strides, b, d, j, c, vertical, backwards, line, lines):
 
 
 @triton.jit
+def _tile(c0, positions, C, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Positions, channels, which of both there are, and for each place of the tile its neighbours' positions."""
+    j = tl.arange(0, POSITIONS)
+    c = c0 + tl.arange(0, CHANNELS)
+    valid = (j < positions)[:, None] & (c < C)[None, :]
+    to_left = tl.maximum(j - 1, 0)[:, None].broadcast_to(POSITIONS, CHANNELS)
+    to_right = tl.minimum(j + 1, POSITIONS - 1)[:, None].broadcast_to(POSITIONS, CHANNELS)
+    return j, c, valid, to_left, to_right
+
+
+@triton.jit
 def _surroundings(mask, at, step, across, j, i, positions):
     """Whether the neighbours j-1, j, j+1 on the line before and the position itself are in the image, each [M]."""
     valid = j < positions
@@ -57,7 +68,8 @@ def _surroundings(mask, at, step, across, j, i, positions):
     left = first | (tl.load(before - across, mask=valid & (j > 0) & (line > 0), other=0) != 0)
     centre = first | (tl.load(before, mask=valid & (line > 0), other=0) != 0)
     right = first | (tl.load(before + across, mask=(j + 1 < positions) & (line > 0), other=0) != 0)
-    return left & here, centre & here, right & here, here
+    left, centre, right = left & here, centre & here, right & here
+    return left & (j > 0), centre, right & (j + 1 < positions), here
 
 
 @triton.jit
@@ -82,14 +94,8 @@ def scan_forward(
     MEAN: outputs are those of the state over n, the same scan over ones, which goes to `counted` (SAVE).
     """
     b, d, c0, vertical, backwards, lines, positions = _place(H, W, D, groups, codes, CHANNELS)
-    j = tl.arange(0, POSITIONS)
-    c = c0 + tl.arange(0, CHANNELS)
-    valid = (j < positions)[:, None] & (c < C)[None, :]
-    to_left = tl.maximum(j - 1, 0)[:, None].broadcast_to(POSITIONS, CHANNELS)
-    to_right = tl.minimum(j + 1, POSITIONS - 1)[:, None].broadcast_to(POSITIONS, CHANNELS)
-    e0 = (j > 0) & (j < positions)
-    e1 = j < positions
-    e2 = j + 1 < positions
+    j, c, valid, to_left, to_right = _tile(c0, positions, C, POSITIONS, CHANNELS)
+    e0, e1, e2 = (j > 0) & (j < positions), j < positions, j + 1 < positions
     inside = e1
 
     x_at, x_step = _start(x, xs, b, d, j, c, vertical, backwards, 0, lines)
@@ -127,8 +133,6 @@ def scan_forward(
         if NORMALISE:
             if MASKED:
                 e0, e1, e2, inside = _surroundings(mask, m_at, m_step, m_across, j, i, positions)
-                e0 = e0 & (j > 0)
-                e2 = e2 & (j + 1 < positions)
                 m_at += m_step
             w0, w1, w2 = _sigmas(w0, w1, w2, e0, e1, e2)
             total = tl.maximum(w0 + w1 + w2, tl.full((), EPSILON, STATE))
@@ -186,16 +190,10 @@ def scan_backward(
     """The adjoint scan, last line first, from the state `h` that `scan_forward` saved; and n (MEAN), which is one more
     channel of a set, whose x is 1."""
     b, d, c0, vertical, backwards, lines, positions = _place(H, W, D, groups, codes, CHANNELS)
-    j = tl.arange(0, POSITIONS)
-    c = c0 + tl.arange(0, CHANNELS)
-    valid = (j < positions)[:, None] & (c < C)[None, :]
-    to_left = tl.maximum(j - 1, 0)[:, None].broadcast_to(POSITIONS, CHANNELS)
-    to_right = tl.minimum(j + 1, POSITIONS - 1)[:, None].broadcast_to(POSITIONS, CHANNELS)
+    j, c, valid, to_left, to_right = _tile(c0, positions, C, POSITIONS, CHANNELS)
     has_left = (j > 0)[:, None] & valid
     has_right = (j + 1 < positions)[:, None] & valid
-    e0 = (j > 0) & (j < positions)
-    e1 = j < positions
-    e2 = j + 1 < positions
+    e0, e1, e2 = (j > 0) & (j < positions), j < positions, j + 1 < positions
     inside = e1
 
     last = lines - 1
@@ -241,8 +239,6 @@ def scan_backward(
         if NORMALISE:
             if MASKED:
                 e0, e1, e2, inside = _surroundings(mask, m_at, m_step, m_across, j, i, positions)
-                e0 = e0 & (j > 0)
-                e2 = e2 & (j + 1 < positions)
                 m_at -= m_step
             here = tl.load(h_at, mask=valid, other=0).to(STATE)
             gate = tl.load(u_at, mask=valid, other=0).to(STATE)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +49,27 @@ def lines(ax: Any, rows: Iterable[Mapping[str, Any]], x: str, y: str, name: str 
         ax.plot(*zip(*sorted(points)), "o-", label=label, **style)
     if name and found:
         ax.legend(fontsize=7)
+
+
+def draw_sizes(
+    path: Path,
+    panels: Sequence[tuple[str, Sequence[Mapping[str, Any]], str]],
+    *,
+    x: str = "px",
+    name: str | None = None,
+    columns: int | None = None,
+) -> None:
+    """Columns of rows over image sizes: a panel for each (title, rows, column), a line for each value of `name`."""
+    columns = columns or len(panels)
+
+    def paint(axes: Any) -> None:
+        for ax, (title, rows, y) in zip(axes.flat, panels, strict=True):
+            lines(ax, rows, x, y, name)
+            over_sizes(ax, (row[x] for row in rows), y)
+            ax.set_title(title)
+            if y == "MFU":  # shares of one ceiling, which do not differ by powers
+                ax.set(yscale="linear", ylim=(0, 1))
+
+    if panels:
+        count = len(panels) // columns
+        draw(path, paint, count, columns, figsize=(4.8 * columns, 4 * count))

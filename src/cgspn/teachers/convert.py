@@ -1,7 +1,5 @@
 """Teacher to student: the same encoder with propagation or windows in place of attention, all else inherited."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -177,10 +175,7 @@ def student_of(teacher: Encoder, config: EncoderConfig, *, share: bool = False) 
 
 @torch.no_grad()
 def inherit(teacher: Encoder, student: Encoder, *, share: bool = False) -> Inherited:
-    """Give the student every weight of the same name and shape in the teacher; returns which.
-
-    A mixer's weights are inherited only where both are attention. share: as in `student_of`. Raises nothing.
-    """
+    """Give the student every weight of the same name and shape; returns which. share: as in `student_of`."""
     theirs, mine = teacher.state_dict(), student.state_dict()
     twins = [name for name, value in mine.items() if name in theirs and theirs[name].shape == value.shape]
     bias = "patch_embed.projection.bias"

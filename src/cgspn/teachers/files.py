@@ -1,7 +1,5 @@
 """Weight files as tables of tensors that are read one at a time: a conversion never holds a checkpoint twice."""
 
-from __future__ import annotations
-
 import re
 from functools import partial
 from pathlib import Path
@@ -18,10 +16,7 @@ _WRAPPERS = re.compile(r"(?<![^.])((_orig_mod|_checkpoint_wrapped_module|_fsdp_w
 
 
 def open_weights(path: Path) -> tuple[Weights, dict[str, str]]:
-    """The tensors of a .safetensors, .pt, .pth or .bin file, or of a sharded one's index, and its metadata.
-
-    Raises CheckpointError for another kind of file, a truncated one, or one that holds more than tensors.
-    """
+    """The tensors of a weight file, or of a sharded one's index, and its metadata. Raises CheckpointError."""
     indexed = path.name.endswith(".index.json")
     weights, metadata = (_open_shards(path), {}) if indexed else _open_file(path)
     if not weights:

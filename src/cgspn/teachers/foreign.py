@@ -1,7 +1,5 @@
 """What foreign configs may state: the kind of every key that is read, wherever in a file it is."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -48,8 +46,8 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("layer_norm_eps", "eps", "rescale_factor", "crop_pct"), _NUMBER),
     **dict.fromkeys(("image_mean", "image_std", "mean", "std"), _NUMBERS),
     **dict.fromkeys(("vision_config", "text_config", "backbone_config", "model_cfg", "vision_cfg"), _OBJECT),
-    **dict.fromkeys(("preprocess_cfg", "pretrained_cfg", "model_args", "image_processor", "act_kwargs"), _OBJECT),
-    **dict.fromkeys(("norm_kwargs",), _OBJECT),
+    **dict.fromkeys(("preprocess_cfg", "pretrained_cfg", "model_args", "image_processor"), _OBJECT),
+    **dict.fromkeys(("act_kwargs", "norm_kwargs"), _OBJECT),
     **dict.fromkeys(("architecture", "model_type", "hidden_act", "timm_model_name", "pool_type"), _TEXT),
     **dict.fromkeys(("interpolation", "resize_mode", "crop_mode"), _TEXT),
     **dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_center_crop", "quick_gelu"), _FLAG),
@@ -58,10 +56,7 @@ KINDS: dict[str, Kind] = {
 
 
 def checked_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A foreign config without the keys that are null, which state nothing.
-
-    Raises CheckpointError naming file, key, what was found and what is accepted.
-    """
+    """A foreign config without the keys that are null, which state nothing. Raises CheckpointError naming the key."""
     found: dict[str, Any] = {}
     todo = [(config, found, str(path))]
     while todo:

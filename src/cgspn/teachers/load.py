@@ -1,7 +1,5 @@
 """`load_encoder`: one entry for every checkpoint; the format is recognised, not asked for."""
 
-from __future__ import annotations
-
 import re
 import warnings
 from importlib import resources

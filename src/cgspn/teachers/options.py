@@ -1,7 +1,5 @@
 """What a caller says about a checkpoint that is loaded."""
 
-from __future__ import annotations
-
 import difflib
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -33,10 +31,7 @@ class Options:
             raise CheckpointError(f"dtype is {self.dtype!r}; accepted: torch.float32, torch.bfloat16 and such")
 
     def apply(self, config: EncoderConfig) -> EncoderConfig:
-        """The config of a checkpoint with the fields that the caller gives in place of its own.
-
-        Raises ValueError, naming the field, for values that cannot be.
-        """
+        """The config of a checkpoint with the fields that the caller gives. Raises ValueError, naming the field."""
         if self.heads is not None:
             config = replace(config, attention=replace(config.attention, heads=self.heads))
         if not self.overrides:

@@ -1,7 +1,5 @@
 """This library's own checkpoints, as strict and as forgiving as foreign ones."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from ..models.config import MODEL_TYPE, encoder_config_from_dict, to_dict
@@ -20,10 +18,7 @@ _ANCHOR = "patch_embed.projection.weight"
 
 
 def is_own(source: Source) -> bool:
-    """Whether a source is a checkpoint of this library.
-
-    Raises CheckpointError for weights of this library without the config that belongs to them.
-    """
+    """Whether a source is this library's own. Raises CheckpointError for such weights without their config."""
     config = source.configs.get("config.json", {})
     if "model" in config and config.get("model_type", MODEL_TYPE) == MODEL_TYPE:
         return True
@@ -38,10 +33,7 @@ def is_own(source: Source) -> bool:
 
 
 def load_own(source: Source, options: Options, text: bool = True) -> Encoder | DualEncoder:
-    """The model of a checkpoint of this library, in eval mode.
-
-    text: False for the image encoder alone. Raises CheckpointError for a config or weights that cannot be used.
-    """
+    """The model of an own checkpoint in eval mode; the image encoder alone unless `text`. Raises CheckpointError."""
     config, where = source.configs["config.json"], f"{source.name}: config.json"
     if "architecture" in config and "model" not in config:
         config = {"model": "encoder", "encoder": _from_timm(config, where)}

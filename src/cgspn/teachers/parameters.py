@@ -1,7 +1,5 @@
 """What a conversion did to a model's parameters, part by part."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
@@ -33,10 +31,7 @@ class Part:
 
 
 def parameter_table(teacher: Encoder, student: Encoder, inherited: Iterable[str]) -> list[Part]:
-    """A `Part` for each of `PARTS` that either model has, and their sum as "all".
-
-    inherited: names of the student's tensors that are not fresh. Raises nothing.
-    """
+    """A `Part` for each of `PARTS` of either model, and their sum, "all". inherited: tensors that are not fresh."""
     before, after = _sizes(teacher), _sizes(student)
     kept = set(inherited)
     rows = []

@@ -1,7 +1,5 @@
 """Files that `torch.save` wrote, read as tables of tensors; no code in them is ever run."""
 
-from __future__ import annotations
-
 import io
 import mmap
 import re

@@ -1,13 +1,13 @@
 """What a user names, a file, a folder or a hub id, as weights and the configs beside them."""
 
-from __future__ import annotations
-
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ..models.checkpoint import line_of
 from ..models.reading import CheckpointError, read_json
 from .files import Weights, open_weights
 from .foreign import checked_config
@@ -61,23 +61,15 @@ def _hint(source: str) -> str:
 
 
 def open_source(path: Path, name: str) -> Source:
-    """The weights and configs of a local file or folder.
-
-    Raises CheckpointError if there are none, or if a file is truncated.
-    """
-    if path.is_file():
-        weights, metadata = open_weights(path)
-        folder = path.parent
-        # a config belongs to a file only if the file has the name that goes with it
-        configs = _configs(folder) if path.name in WEIGHTS else {}
-        return Source(name, weights, configs, metadata, folder)
-    found = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+    """The weights and configs of a local file or folder. Raises CheckpointError for none or a truncated file."""
+    found = path if path.is_file() else next((path / name for name in WEIGHTS if (path / name).is_file()), None)
     if found is None:
-        missing = [name for name in ("config.json",) if not (path / name).is_file()]
-        no = "".join(f"{name} and no " for name in missing)
+        no = "" if (path / "config.json").is_file() else "config.json and no "
         raise CheckpointError(f"{path} has no {no}model.safetensors; expected a checkpoint folder with both")
     weights, metadata = open_weights(found)
-    return Source(name, weights, _configs(path), metadata, path)
+    # a config belongs to a file only if the file has the name that goes with it
+    configs = _configs(found.parent) if found.name in WEIGHTS else {}
+    return Source(name, weights, configs, metadata, found.parent)
 
 
 def _configs(folder: Path) -> dict[str, dict[str, Any]]:
@@ -94,25 +86,21 @@ def _fetch(repository: str, revision: str | None) -> Path:
         raise CheckpointError(
             f"{repository} is no file or folder here; {_hint(repository)}to fetch it as a hub id, install cgspn[hub]"
         ) from error
+    names: set[str] | None = None
     try:
-        try:
+        with suppress(Exception):  # whatever the connection's fault, what is in the cache will do
             info = HfApi().model_info(repository, revision=revision, timeout=10)
             names = {file.rfilename for file in info.siblings or []}
-            weights = next((name for name in WEIGHTS if name in names), None)
-            if weights is None:
-                raise CheckpointError(f"hub id {repository} has none of {', '.join(WEIGHTS)}")
+            weights = next(name for name in WEIGHTS if name in names)
             shards = [weights.split(".")[0] + "-*"] if weights.endswith(".index.json") else []
             wanted = [*CONFIGS, *_TOKENIZER, weights, *shards]
             return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))
-        except CheckpointError:
-            raise
-        except Exception:  # whatever the connection's fault, what is in the cache will do
+        if names is None or names & {*WEIGHTS}:
             return Path(snapshot_download(repository, revision=revision, local_files_only=True))
-    except CheckpointError:
-        raise
     except Exception as error:
         raise CheckpointError(
             f"{repository} is no file or folder here, and cannot be had as a hub id "
-            f"(no such id, or no connection and nothing cached): {str(error).strip().splitlines()[0]}"
+            f"(no such id, or no connection and nothing cached): {line_of(error)}"
             + (f"; {hint}" if (hint := _hint(repository).strip()) else "")
         ) from error
+    raise CheckpointError(f"hub id {repository} has none of {', '.join(WEIGHTS)}")

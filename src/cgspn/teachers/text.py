@@ -73,8 +73,7 @@ class PretrainedText(nn.Module):
         ids = texts if isinstance(texts, Tensor) else self.tokenize(texts)
         out: Any = self.model(input_ids=ids.to(next(self.model.parameters()).device))
         embeds = getattr(out, "text_embeds", None)
-        result: Tensor = out.pooler_output if embeds is None else embeds
-        return result
+        return out.pooler_output if embeds is None else embeds
 
 
 class PretrainedDual(DualEncoder):
@@ -178,11 +177,7 @@ def with_text(image: Encoder, source: Source) -> PretrainedDual:
 
 
 def pretrained_dual_of(folder: Path, image: Encoder, rest: Weights) -> PretrainedDual:
-    """What `PretrainedDual.save_pretrained` wrote, in eval mode: from the folder around it, its image encoder and its
-    other weights.
-
-    Raises CheckpointError for a text tower that cannot be read, or weights that do not fit.
-    """
+    """What `PretrainedDual.save_pretrained` wrote, around its image encoder. Raises CheckpointError."""
     dual = PretrainedDual(image, load_text(folder / "text"), 0.0, 0.0)
     wanted = {k: v for k, v in dual.state_dict().items() if not k.startswith(("image.", "text."))}
     if {k: tuple(v.shape) for k, v in wanted.items()} != {k: v.shape for k, v in rest.items()}:

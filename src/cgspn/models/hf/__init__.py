@@ -17,13 +17,7 @@ from a config (AutoBackbone.from_pretrained knows hub ids alone):
 
 try:
     import transformers.backbone_utils  # noqa: F401, absent before 5.2
-    from transformers import (
-        AutoBackbone,
-        AutoConfig,
-        AutoImageProcessor,
-        AutoModel,
-        AutoModelForImageClassification,
-    )
+    from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
 except (ImportError, RuntimeError) as error:  # RuntimeError: from a torchvision that was built for another torch
     raise ImportError(
         f"cgspn.models.hf needs transformers 5.2 or newer: pip install 'cgspn[hf]'. It failed with: {error}. A "

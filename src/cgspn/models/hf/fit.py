@@ -1,7 +1,5 @@
 """One picture of any kind to float32 [C, H, W] as an image processor's options say, by way of `cgspn.data.prepare`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -84,10 +82,7 @@ class Fit:
 
 
 def each_picture(images: Any) -> Iterator[Any]:
-    """The pictures of nested lists and batches one by one: PIL images, arrays and tensors; paths are opened.
-
-    Raises ValueError for anything else, and what Pillow raises for a file that it cannot read.
-    """
+    """The pictures of nested lists and batches one by one; paths are opened. Raises ValueError for anything else."""
     if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
         for image in images:
             yield from each_picture(image)

@@ -1,7 +1,5 @@
 """Encoders as models of transformers: features, classification, backbone."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,10 +72,7 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         self.encoder.patch_embed = value  # type: ignore[assignment]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Start all that no checkpoint gave as a new encoder has it, as soon as one such module comes up.
-
-        transformers marks the parameters that it has loaded.
-        """
+        """Start what transformers has not marked as loaded as a new encoder has it, with the first such module."""
         if all(map(_is_initialised, module.parameters(recurse=False))):
             return
         encoder = self.encoder
@@ -155,7 +150,6 @@ class CgspnModel(CgspnPreTrainedModel):
     """An encoder's features: last_hidden_state [B, prefix + h*w, C] normalised, pooler_output [B, pooled width]."""
 
     def __init__(self, config: CgspnConfig) -> None:
-        """Raises ValueError for a config whose parts do not fit one another."""
         super().__init__(config)
         self.post_init()
 
@@ -191,7 +185,6 @@ class CgspnForImageClassification(CgspnPreTrainedModel):
     """An encoder with a classifier of config.num_labels after its pooling: logits [B, num_labels]."""
 
     def __init__(self, config: CgspnConfig) -> None:
-        """Raises ValueError for a config whose parts do not fit one another."""
         config.encoder["num_classes"] = config.num_labels
         super().__init__(config)
         self.post_init()
@@ -222,17 +215,13 @@ class CgspnBackbone(BackboneMixin, CgspnPreTrainedModel):  # type: ignore[misc]
     has_attentions = False
 
     def __init__(self, config: CgspnConfig) -> None:
-        """Raises ValueError for a config whose parts do not fit one another."""
         super().__init__(config)
         self.num_features = [config.hidden_size] * len(config.stage_names)
         self.post_init()
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
-        self,
-        pixel_values: Tensor,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
+        self, pixel_values: Tensor, output_hidden_states: bool | None = None, output_attentions: bool | None = None
     ) -> BackboneOutput:
         """The maps of the stages asked for. pixel_values: [B, channels, H, W], normalised."""
         patch, (height, width) = self.config.patch_size, pixel_values.shape[-2:]

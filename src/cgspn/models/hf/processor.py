@@ -1,19 +1,17 @@
 """Pictures to what an encoder takes, as an image processor of transformers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
 from ..config import Resample
+from ..variable_size import inside, padded
 from .fit import Aspect, Sides, each_picture, filter_name, is_float, resizing, sides
 
 FULL = 255  # of the pixels that pictures are decoded to
@@ -181,8 +179,6 @@ def _stacked(pixels: list[Tensor]) -> Tensor:
 
 def _padded(pixels: list[Tensor]) -> dict[str, Tensor]:
     """Images [C, h, w] padded with zeros to the largest sides, and which pixels are theirs."""
-    height, width = (max(image.shape[axis] for image in pixels) for axis in (1, 2))
-    room = [(0, width - image.shape[2], 0, height - image.shape[1]) for image in pixels]
-    padded = [pad(image, edge) for image, edge in zip(pixels, room, strict=True)]
-    masks = [pad(torch.ones(image.shape[1:], dtype=torch.long), edge) for image, edge in zip(pixels, room, strict=True)]
-    return {"pixel_values": torch.stack(padded), "pixel_mask": torch.stack(masks)}
+    sizes = [(image.shape[1], image.shape[2]) for image in pixels]
+    largest = max(height for height, _ in sizes), max(width for _, width in sizes)
+    return {"pixel_values": padded(pixels, sizes, largest, patch=1), "pixel_mask": inside(sizes, largest).long()}

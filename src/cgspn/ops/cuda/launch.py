@@ -158,11 +158,6 @@ def prepare(call: Call) -> Prepared | None:
     return Prepared(scan, merge_launch(call.gpu, call.dtype, b * h * w * c, directions) if merged else None)
 
 
-def views(geometries: Sequence[Geometry | None], dims: Sequence[str], size: int) -> bytes:
-    """The Views of tensors of elements of `size` bytes; a mask, which has no channels, is of bytes."""
-    return b"".join(view(byte_strides(g, d, size if "c" in d else 1)) for g, d in zip(geometries, dims, strict=True))
-
-
 @functools.lru_cache(maxsize=1024)
 def merge_launch(gpu: Gpu, dtype: torch.dtype, count: int, directions: int) -> Launch:
     """Add up planes [D, count] of outputs into another tensor, in float32 and in order: of two addresses."""

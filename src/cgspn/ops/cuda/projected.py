@@ -19,7 +19,7 @@ from ..arguments import PARAMETERS, ProjectedScan
 from ..gpu import Gpu, Launch, gpu_of
 from . import scan
 from .compile import macros
-from .launch import DTYPE_CODES, PLAIN, VIEW, Geometry, addresses_of, gpu_behind, merge_launch, views
+from .launch import DTYPE_CODES, PLAIN, VIEW, Geometry, addresses_of, byte_strides, gpu_behind, merge_launch, view
 from .projected_plan import OUTPUTS, ProjectedTileConfig, choose, choose_backward, depth, images
 from .projected_plan import is_faster as is_faster_for
 
@@ -76,8 +76,8 @@ def _prepare(
     shared = cut.shared_bytes(c, backward)
     function = gpu.load(name, name, macros(defines), shared)
     numbers = (b, h, w, c, len(codes), *(*codes, 0, 0, 0)[:4], c // 8, -(-c // (16 * cut.groups)))
-    # the sums of the biases' gradients are float32
-    packed = b"".join(views([g], [d], 4 if d == "bdkc" else dtype.itemsize) for g, d in zip(geometries, dims))
+    sizes = {"bhw": 1, "bdkc": 4}  # of masks and of the sums of the biases' gradients
+    packed = b"".join(view(byte_strides(g, d, sizes.get(d, dtype.itemsize))) for g, d in zip(geometries, dims))
     packed += struct.pack("<11i4x", *numbers)
     slots = [(0, n * VIEW.size) for n in range(len(dims))]
     return Launch(gpu, function, (cut.blocks(b, c, len(codes)),), cut.threads, shared, [packed], slots)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +16,15 @@ ROWS = 64  # of a tile that norm and P_down share: fewer are slower even where t
 PARTS = 264  # programs that share the reduction over rows: two for each multiprocessor of the largest GPUs
 
 
-LAUNCHES_MOST = 4096
-_launches: dict[tuple[Any, ...], TritonLaunch] = {}
+@functools.lru_cache(maxsize=4096)
+def _prepared(
+    name: str, gpu: Gpu | None, grid: tuple[int, ...], numbers: tuple[int | float, ...], constants: tuple[Any, ...],
+    dtypes: tuple[torch.dtype | None, ...],
+) -> TritonLaunch:  # fmt: skip
+    from . import kernels, row_kernels
+
+    kernel = getattr(kernels, name, None) or getattr(row_kernels, name)
+    return TritonLaunch(kernel, gpu, grid, numbers, **dict(constants))
 
 
 def launch(
@@ -28,17 +36,8 @@ def launch(
     Its arguments: tensors, then numbers, then constants, among them Triton's options.
     """
     assert tensors[0] is not None
-    gpu, dtypes = gpu_of(tensors[0].device), [None if t is None else t.dtype for t in tensors]
-    key = (name, gpu, grid, numbers, *constants.values(), *dtypes)
-    found = _launches.get(key)
-    if found is None:
-        from . import kernels, row_kernels
-
-        while len(_launches) >= LAUNCHES_MOST:
-            _launches.pop(next(iter(_launches)), None)
-        kernel = getattr(kernels, name, None) or getattr(row_kernels, name)
-        found = _launches[key] = TritonLaunch(kernel, gpu, grid, numbers, **constants)
-    found(*tensors)
+    dtypes = tuple([None if t is None else t.dtype for t in tensors])
+    _prepared(name, gpu_of(tensors[0].device), grid, numbers, tuple(constants.items()), dtypes)(*tensors)
 
 
 def tile(size: int, least: int = 16) -> int:

@@ -1,39 +1,27 @@
 """Families of foreign checkpoints, one table each, and how a checkpoint's family is recognised: by its keys."""
 
-from __future__ import annotations
-
 import re
 
 from ...models.checkpoint import CheckpointError
 from ...models.encoder import Encoder
+from ...models.weights import listed
 from ..options import Options
 from ..source import Source
 from .choice import find_tower
 from .dinov3 import DINOV3
-from .family import Family, build, listed
+from .family import Family, build
 from .names import unsupported_reason
 from .openclip import OPENCLIP
 from .radio import RADIO
 from .timm import TIMM
 from .transformers import CLIP, DINOV2, SIGLIP
 
-FAMILIES: tuple[Family, ...] = (
-    TIMM,
-    OPENCLIP,
-    RADIO,
-    CLIP,
-    SIGLIP,
-    DINOV2,
-    DINOV3,
-)  # SigLIP's anchors are CLIP's too: CLIP first
+# SigLIP's anchors are CLIP's too: CLIP first
+FAMILIES: tuple[Family, ...] = (TIMM, OPENCLIP, RADIO, CLIP, SIGLIP, DINOV2, DINOV3)
 
 
 def read_encoder(source: Source, options: Options) -> Encoder:
-    """The image encoder of a foreign checkpoint, in eval mode.
-
-    Raises CheckpointError for an unknown, ambiguous or incomplete one, naming the nearest family and the keys that
-    differ.
-    """
+    """The encoder of a foreign checkpoint, in eval mode. Raises CheckpointError naming the nearest family and keys."""
     for name in _stated_names(source):
         if reason := unsupported_reason(name):
             raise CheckpointError(f"{source.name} is a {name}: {reason}, which this library does not compute")
@@ -46,7 +34,7 @@ def read_encoder(source: Source, options: Options) -> Encoder:
     if not _likeness(nearest, keys):
         raise CheckpointError(
             f"{source.name} is none of the known kinds of checkpoint ({known}, this library's own): "
-            f"its {len(keys)} keys begin with {listed(sorted(source.weights))}"
+            f"its {len(keys)} keys begin with {listed(source.weights)}"
         )
     missing = [a for a in nearest.anchors if not any(key.endswith(tuple(a.split("|"))) for key in source.weights)]
     unknown = [key for key, shape in zip(source.weights, keys) if not _known(nearest, shape)]

@@ -1,14 +1,12 @@
 """Which image tower of a file is meant, where training has left more than one model in it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 
 from ...models.checkpoint import CheckpointError
 from ..options import Options
 from ..source import Source
-from .family import Family, Tower, listed
+from .family import Family, Tower
 
 # What the authors of such files evaluate: the teacher (DINO, iBOT, DINOv2), the moving average (timm, DeiT), I-JEPA's.
 _USUAL = re.compile(r"(^|[._])(teacher|ema|target_encoder)([._]|$)")
@@ -57,4 +55,5 @@ def choose(name: str, prefixes: list[str], submodel: str | None) -> str:
 
 
 def _names(prefixes: Iterable[str]) -> str:
-    return listed([repr(prefix.rstrip(".")) for prefix in prefixes])
+    names = [repr(prefix.rstrip(".")) for prefix in prefixes]
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if names[6:] else "")

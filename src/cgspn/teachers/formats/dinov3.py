@@ -1,50 +1,37 @@
 """DINOv3 as transformers saves it: rotary positions, register tokens, and keys without a bias. timm's is in timm.py."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
 from ...layers import AttentionConfig
 from ...models.config import EncoderConfig
-from .family import (
-    Family,
-    Rule,
-    Tower,
-    agreeing,
-    attention_blocks,
-    both,
-    grid_rows,
-    head_count,
-    prefix_tokens,
-    sizes,
-    title,
-)
+from .family import Family, Rule, Tower, both, built, grid_rows, head_count, prefix_tokens
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalisation
 from .transformers import activation_of, stated_of
 
 ROTARY_BASE = 100.0  # of every published model
 _LAYER = "layer.{i}"
+_QKV = [f"{_LAYER}.attention.{name}_proj" for name in "qkv"]
 
 
 def config(tower: Tower) -> EncoderConfig:
     """From shapes and config.json."""
     stated = stated_of(tower)
-    width, channels, patch = tower.patches("embeddings.patch_embeddings.weight")
+    patches = tower.patches("embeddings.patch_embeddings.weight")
     native, gated = stated.get("image_size"), tower.has("layer.0.mlp.gate_proj.weight")
     if gated and stated.get("hidden_act", "silu") != "silu":
         raise ValueError(f"its config has a gate of {stated['hidden_act']!r}; accepted: 'silu'")
-    measured = sizes(tower, patch, grid_rows(native, patch) or 256, native)
-    found = EncoderConfig(
-        name=title("dinov3", width, patch, measured["image_size"][0]),
-        **measured,
-        channels=channels,
-        width=width,
-        mixers=attention_blocks(tower.depth(r"layer\.(\d+)\.")),
+    return built(
+        tower,
+        "dinov3",
+        patches,
+        grid_rows(native, patches[2]) or 256,
+        native,
+        stated,
         mlp_hidden=tower.shape("layer.0.mlp.down_proj.weight")[1],
         activation="swiglu" if gated else activation_of(stated, "gelu"),
         attention=AttentionConfig(
-            head_count(tower, width, stated.get("num_attention_heads"), by_width=width != 1280),
+            head_count(tower, patches[0], stated.get("num_attention_heads"), by_width=patches[0] != 1280),
             tower.has("layer.0.attention.q_proj.bias"),
             float(stated.get("rope_theta", ROTARY_BASE)),
         ),
@@ -56,7 +43,6 @@ def config(tower: Tower) -> EncoderConfig:
         pooling="cls",
         **normalisation(tower.source, IMAGENET_MEAN, IMAGENET_STD, squeeze=True),
     )
-    return agreeing(found, stated)
 
 
 def with_key_bias(config: EncoderConfig, *biases: Tensor) -> Tensor:
@@ -71,19 +57,12 @@ DINOV3 = Family(
         *both("patch_embed.projection", "embeddings.patch_embeddings"),
         Rule("prefix", ("embeddings.cls_token", "embeddings.register_tokens"), prefix_tokens),
         *both("blocks.{i}.norm1", _LAYER + ".norm1"),
-        Rule("blocks.{i}.mixer.qkv.weight", tuple(f"{_LAYER}.attention.{name}_proj.weight" for name in "qkv")),
-        Rule(
-            "blocks.{i}.mixer.qkv.bias",
-            tuple(f"{optional}{_LAYER}.attention.{name}_proj.bias" for optional, name in zip(("", "?", ""), "qkv")),
-            with_key_bias,
-        ),
+        Rule("blocks.{i}.mixer.qkv.weight", tuple(f"{name}.weight" for name in _QKV)),
+        Rule("blocks.{i}.mixer.qkv.bias", (f"{_QKV[0]}.bias", f"?{_QKV[1]}.bias", f"{_QKV[2]}.bias"), with_key_bias),
         *both("blocks.{i}.mixer.out", _LAYER + ".attention.o_proj"),
         Rule("blocks.{i}.scale1.gamma", (_LAYER + ".layer_scale1.lambda1",)),
         *both("blocks.{i}.norm2", _LAYER + ".norm2"),
-        *(
-            Rule(f"blocks.{{i}}.mlp.fc1.{kind}", (f"?{_LAYER}.mlp.gate_proj.{kind}", f"{_LAYER}.mlp.up_proj.{kind}"))
-            for kind in ("weight", "bias")
-        ),
+        *both("blocks.{i}.mlp.fc1", f"?{_LAYER}.mlp.gate_proj", f"{_LAYER}.mlp.up_proj"),
         *both("blocks.{i}.mlp.fc2", _LAYER + ".mlp.down_proj"),
         Rule("blocks.{i}.scale2.gamma", (_LAYER + ".layer_scale2.lambda1",)),
         *both("norm", "norm"),

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...models.checkpoint import CheckpointError
 from ...models.config import EncoderConfig, MixerName
 from ...models.encoder import Encoder
-from ..files import Stored, Weights
+from ...models.weights import Stored, Weights, listed
 from ..options import Options
 from ..source import Source
 from .names import heads_of
@@ -84,10 +84,12 @@ class Tower:
             raise ValueError(f"{self.prefix}{key} has shape {shape}; expected [width, channels, patch, patch]")
         return shape[0], shape[1], shape[2]
 
-    def depth(self, pattern: str) -> int:
-        """The number of blocks, from the highest index that `pattern` finds."""
-        found = [int(m[1]) for key in self.weights if (m := re.match(pattern, key))]
-        return max(found, default=-1) + 1
+    def mixers(self) -> tuple[MixerName, ...]:
+        """Attention in every block, of which there are as many as their keys count."""
+        mixer: MixerName = "attention"
+        blocks = next(rule.theirs[0] for rule in self.family.rules if rule.ours.startswith("blocks."))
+        pattern = re.escape(blocks.partition("{i}")[0]) + r"(\d+)\."
+        return (mixer,) * (max((int(m[1]) for key in self.weights if (m := re.match(pattern, key))), default=-1) + 1)
 
     def side(self, rows: int) -> int:
         """The side of a square grid of positions. Raises CheckpointError if the rows make no square."""
@@ -114,18 +116,12 @@ class Family:
         """The beginnings of keys below which a tower of this family lies."""
         first = self.anchors[0]
         found = [key.removesuffix(first) for key in keys if key == first or key.endswith("." + first)]
-        return [prefix for prefix in found if not self.absent(keys, prefix)]
-
-    def absent(self, keys: Collection[str], prefix: str = "") -> list[str]:
-        """The anchors below `prefix` that are not among the keys."""
-        return [a for a in self.anchors if not any(prefix + name in keys for name in a.split("|"))]
+        named = [anchor.split("|") for anchor in self.anchors]
+        return [prefix for prefix in found if all(any(prefix + name in keys for name in names) for names in named)]
 
 
 def build(tower: Tower, options: Options) -> Encoder:
-    """The encoder of a tower, in eval mode; each tensor is read, changed and let go before the next.
-
-    Raises CheckpointError naming keys that are missing, left over, or of a shape that does not fit.
-    """
+    """The encoder in eval mode; tensors are read one by one. Raises CheckpointError naming keys that do not fit."""
     family = tower.family
     try:
         config = options.apply(family.config(tower))
@@ -184,12 +180,6 @@ def _trim(shape: torch.Size) -> list[int]:
     return [size for size in shape if size != 1]
 
 
-def listed(keys: list[str], most: int = 6) -> str:
-    """Keys for a message, the first few and a count of the others."""
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return ", ".join(key.replace("|", " or ") for key in keys[:most]) + more
-
-
 def grid_positions(config: EncoderConfig, table: Tensor) -> Tensor:
     """The grid's rows of a table of positions, [..., prefix + h*w, C] -> [h*w, C]."""
     return table.reshape(-1, table.shape[-1])[-_grid_rows(config) :]
@@ -225,25 +215,47 @@ def _grid_rows(config: EncoderConfig) -> int:
     return rows * columns
 
 
-def both(ours: str, theirs: str) -> tuple[Rule, Rule]:
-    """The rules for a weight and its bias; "{p}" in theirs stands for either."""
-    with_p = theirs if "{p}" in theirs else theirs + ".{p}"
-    return (
-        Rule(f"{ours}.weight", (with_p.replace("{p}", "weight"),)),
-        Rule(f"{ours}.bias", (with_p.replace("{p}", "bias"),)),
-    )
+def both(ours: str, *theirs: str, take: Take | None = None) -> tuple[Rule, ...]:
+    """The rules for a weight and its bias; each name of theirs ends in either, or has it where "{p}" stands."""
+
+    def keys(key: str, p: str) -> str:
+        return "|".join(name.replace("{p}", p) if "{p}" in name else f"{name}.{p}" for name in key.split("|"))
+
+    return tuple(Rule(f"{ours}.{p}", tuple(keys(key, p) for key in theirs), take) for p in ("weight", "bias"))
 
 
-def sizes(tower: Tower, patch: int, rows: int, native: Any) -> dict[str, Any]:
-    """image_size, patch_size and crop_remainder for a table of `rows` positions.
+def alike(ours: str, theirs: str, *parts: str) -> tuple[Rule, ...]:
+    """The rules of `both` for layers that have the same names below `ours` and `theirs`."""
+    return tuple(rule for part in parts for rule in both(f"{ours}.{part}", f"{theirs}.{part}"))
 
-    The table decides; a config may say that its grid is no square, or a few pixels more. Raises CheckpointError for
-    rows that make no square, of which no config says what they make.
+
+def built(
+    tower: Tower,
+    kind: str,
+    patches: tuple[int, int, int],
+    rows: int,
+    native: Any,
+    stated: Mapping[str, Any],
+    **own: Any,
+) -> EncoderConfig:
+    """A config with the fields that every family has, and its `own`. kind: for the name.
+
+    patches: width, channels and patch size. rows: of the table of positions, which decides. native: the stated size in
+    pixels, which may say that the grid is no square, or a few pixels more; None if there is none. stated: what a file
+    beside the tensors says. Raises ValueError where it differs: the file is of another model, or not whole.
     """
-    pair = tuple(native) if isinstance(native, (list, tuple)) else (native, native)
+    width, channels, patch = patches
+    size = tuple(native) if isinstance(native, (list, tuple)) else (native, native)
     if grid_rows(native, patch) != rows:
-        pair = (tower.side(rows) * patch,) * 2
-    return {"image_size": pair, "patch_size": patch, "crop_remainder": any(n % patch for n in pair)}
+        size = (tower.side(rows) * patch,) * 2
+    fields: dict[str, Any] = {"name": title(kind, width, patch, size[0]), **own}
+    fields |= {"image_size": size, "patch_size": patch, "crop_remainder": any(n % patch for n in size)}
+    config = EncoderConfig(channels=channels, width=width, mixers=tower.mixers(), **fields)
+    for key, field in _STATED.items():
+        told, shown = stated.get(key), getattr(config, field)
+        if isinstance(told, int) and told != shown:
+            raise ValueError(f"its config states {key} = {told}, and its tensors show {shown}")
+    return config
 
 
 def grid_rows(native: Any, patch: int) -> int | None:
@@ -254,25 +266,8 @@ def grid_rows(native: Any, patch: int) -> int | None:
 
 _STATED = {"hidden_size": "width", "embed_dim": "width", "width": "width", "intermediate_size": "mlp_hidden"}
 _STATED |= dict.fromkeys(("num_hidden_layers", "depth", "layers"), "depth")
-_STATED |= {
-    "num_channels": "channels",
-    "in_chans": "channels",
-    "patch_size": "patch_size",
-    "class_token": "class_token",
-}
-_STATED |= {"num_register_tokens": "registers", "reg_tokens": "registers"}
-
-
-def agreeing(config: EncoderConfig, stated: Mapping[str, Any]) -> EncoderConfig:
-    """The config that tensors show, if what a file beside them states of the tower is the same.
-
-    Raises ValueError for a number that differs: the file is about another model, or the weights are not whole.
-    """
-    for key, field in _STATED.items():
-        told, shown = stated.get(key), getattr(config, field)
-        if isinstance(told, int) and told != shown:
-            raise ValueError(f"its config states {key} = {told}, and its tensors show {shown}")
-    return config
+_STATED |= {"num_channels": "channels", "in_chans": "channels", "patch_size": "patch_size"}
+_STATED |= {"class_token": "class_token", "num_register_tokens": "registers", "reg_tokens": "registers"}
 
 
 def head_count(
@@ -290,12 +285,6 @@ def head_count(
             f"width is {width}, and no config states the number of heads; give it: load_encoder(source, heads=...)"
         )
     return known
-
-
-def attention_blocks(depth: int) -> tuple[MixerName, ...]:
-    """The mixers of a teacher."""
-    mixer: MixerName = "attention"
-    return (mixer,) * depth
 
 
 def title(kind: str, width: int, patch: int, image: int) -> str:

@@ -1,7 +1,5 @@
 """What the name of an architecture says that no tensor shows. timm's names, as in its config.json and file names."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -67,10 +65,7 @@ def size_of(name: str) -> int | None:
 
 
 def heads_of(name: str, width: int, *, sixteen: bool = False) -> int | None:
-    """The heads of attention of an architecture that timm knows, else of the published models of a width.
-
-    name: "" if there is none. sixteen: whether a width of 1536 has 16 heads, as in SigLIP. None if it is not known.
-    """
+    """Heads of an architecture of timm's, else of published models of a width; sixteen: of 1536, as in SigLIP."""
     base = name.split(".")[0]
     if base in _HEADS:
         return _HEADS[base]

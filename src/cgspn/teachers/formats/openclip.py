@@ -1,39 +1,21 @@
 """OpenCLIP's own vision transformer, and OpenAI's, whose keys it keeps."""
 
-from __future__ import annotations
-
 from ...layers import AttentionConfig
 from ...models.config import EncoderConfig
-from .family import (
-    Family,
-    Rule,
-    Tower,
-    agreeing,
-    attention_blocks,
-    both,
-    grid_positions,
-    head_count,
-    prefix_tokens,
-    sizes,
-    title,
-    transposed,
-)
+from .family import Family, Rule, Tower, both, built, grid_positions, head_count, prefix_tokens, transposed
 from .preprocessing import CLIP_MEAN, CLIP_STD, normalisation
 
 
 def config(tower: Tower) -> EncoderConfig:
-    """From shapes and open_clip_config.json. No tensor shows which GELU was used; a file's name may (openai).
-
-    Raises ValueError for a stated option that `Encoder` does not compute.
-    """
+    """From shapes, open_clip_config.json and the file's name. Raises ValueError for options that `Encoder` lacks."""
     model = tower.source.configs.get("open_clip_config.json", {}).get("model_cfg", {})
     vision = model.get("vision_cfg", {})
     wrong = next((key for key in _OTHER if vision.get(key)), None)
     if wrong or vision.get("pool_type", "tok") not in ("tok", "avg"):
         wrong = wrong or "pool_type"
         raise ValueError(f"its config states {wrong} = {vision[wrong]!r}, which this library does not compute")
-    width, channels, patch = tower.patches("conv1.weight")
-    measured = sizes(tower, patch, tower.shape("positional_embedding")[0] - 1, vision.get("image_size"))
+    patches = tower.patches("conv1.weight")
+    width = patches[0]
     named = any(word in tower.source.name.lower().replace("-", "") for word in ("openai", "quickgelu"))
     heads = width // vision["head_width"] if "head_width" in vision else None
     if model and heads is None:
@@ -44,12 +26,13 @@ def config(tower: Tower) -> EncoderConfig:
         tower.warn_of("activation", f"{told} are taken")
     average = vision.get("pool_type") == "avg"
     after = bool(vision.get("final_ln_after_pool"))
-    found = EncoderConfig(
-        name=title("clip", width, patch, measured["image_size"][0]),
-        **measured,
-        channels=channels,
-        width=width,
-        mixers=attention_blocks(tower.depth(r"transformer\.resblocks\.(\d+)\.")),
+    return built(
+        tower,
+        "clip",
+        patches,
+        tower.shape("positional_embedding")[0] - 1,
+        vision.get("image_size"),
+        vision,
         mlp_hidden=tower.shape("transformer.resblocks.0.mlp.c_fc.weight")[0],
         activation="quick_gelu" if model.get("quick_gelu", named) else "gelu_tanh" if by_tanh else "gelu",
         attention=AttentionConfig(head_count(tower, width, heads)),
@@ -65,7 +48,6 @@ def config(tower: Tower) -> EncoderConfig:
         embed_dim=tower.shape("proj")[1] if tower.has("proj") else None,
         **normalisation(tower.source, CLIP_MEAN, CLIP_STD),
     )
-    return agreeing(found, vision)
 
 
 _OTHER: tuple[str, ...] = ("attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner")

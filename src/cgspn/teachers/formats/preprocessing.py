@@ -1,7 +1,5 @@
 """How pictures are prepared for a foreign encoder, from the files beside its weights."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -40,29 +38,20 @@ def normalisation(
     processor = processor or configs.get("preprocessor_config.json")
     fields = {"image_mean": mean, "image_std": std, "image_crop": not squeeze, "image_resample": "bicubic"}
     if clip:
-        return fields | _openclip(clip)
+        return fields | _plain(clip, "resize_mode", "shortest")
     if processor:
         return fields | _processor(processor, fields)
-    return fields | (_timm(timm) if timm else {})
+    return fields | (_plain(timm, "crop_mode", "center") if timm else {})
 
 
-def _openclip(stated: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(stated: Mapping[str, Any], key: str, crop: str) -> dict[str, Any]:
+    """Of OpenCLIP's and timm's files, where `crop` is the value of `key` for pictures whose middle is cut out."""
     found = _common(stated.get("mean"), stated.get("std"), stated.get("interpolation"))
-    mode = stated.get("resize_mode")
-    if mode in ("shortest", "squash"):
-        found["image_crop"] = mode == "shortest"
+    mode = stated.get(key)
+    if mode in (crop, "squash"):
+        found["image_crop"] = mode == crop
     elif mode is not None:
-        _warn(f"open_clip_config.json says resize_mode {mode!r}, which pads pictures")
-    return found
-
-
-def _timm(stated: Mapping[str, Any]) -> dict[str, Any]:
-    found = _common(stated.get("mean"), stated.get("std"), stated.get("interpolation"))
-    mode = stated.get("crop_mode")
-    if mode in ("center", "squash"):
-        found["image_crop"] = mode == "center"
-    elif mode is not None:
-        _warn(f"config.json says crop_mode {mode!r}, which pads pictures")
+        _warn(f"its config says {key} {mode!r}, which pads pictures")
     if isinstance(stated.get("crop_pct"), (int, float)):
         found["image_crop_pct"] = float(stated["crop_pct"])
     return found

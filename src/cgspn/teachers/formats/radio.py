@@ -5,8 +5,6 @@ registers in one table, and positions of a large grid, of which an image gets a 
 "AM-RADIO: Agglomerative Vision Foundation Model", 2024, and the released checkpoints.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 
@@ -14,7 +12,7 @@ from torch import Tensor
 
 from ...layers import AttentionConfig, PositionResize
 from ...models.config import EncoderConfig
-from .family import Family, Rule, Tower, attention_blocks, both, grid_positions, head_count, title
+from .family import Family, Rule, Tower, alike, both, grid_positions, head_count, title
 from .preprocessing import CLIP_MEAN, CLIP_STD
 
 NATIVE = 512  # pixels of a side, where the checkpoint states nothing
@@ -22,11 +20,7 @@ _TOKENS, _EMBED = "patch_generator.cls_token.token", "patch_generator.embedder.w
 
 
 def config(tower: Tower) -> EncoderConfig:
-    """From shapes, the buffers beside the tower and config.json.
-
-    Pooled are the summary tokens, one after the other. Raises ValueError for a checkpoint with a normalisation of its
-    features, which `Encoder` does not compute.
-    """
+    """From shapes, buffers beside the tower and config.json. Raises ValueError if features are normalised."""
     if tower.find("/feature_normalizer.mean"):
         raise ValueError("it normalises its features with a matrix, which this library does not compute")
     stated = tower.source.configs.get("config.json", {})
@@ -42,7 +36,7 @@ def config(tower: Tower) -> EncoderConfig:
         image_size=size,
         patch_size=patch,
         width=width,
-        mixers=attention_blocks(tower.depth(r"blocks\.(\d+)\.")),
+        mixers=tower.mixers(),
         mlp_hidden=tower.shape("blocks.0.mlp.fc1.weight")[0],
         activation="gelu",
         attention=AttentionConfig(head_count(tower, width), tower.has("blocks.0.attn.qkv.bias")),
@@ -97,13 +91,10 @@ RADIO = Family(
         Rule("patch_embed.projection.weight", (_EMBED,), _patches),
         Rule("prefix", (_TOKENS,), _tokens),
         Rule("positions.table", ("patch_generator.pos_embed",), grid_positions),
-        *both("blocks.{i}.norm1", "blocks.{i}.norm1"),
+        *alike("blocks.{i}", "blocks.{i}", "norm1", "norm2", "mlp.fc1", "mlp.fc2"),
         *both("blocks.{i}.mixer.qkv", "blocks.{i}.attn.qkv"),
         *both("blocks.{i}.mixer.out", "blocks.{i}.attn.proj"),
         Rule("blocks.{i}.scale1.gamma", ("blocks.{i}.ls1.gamma|blocks.{i}.ls1.grandma",)),
-        *both("blocks.{i}.norm2", "blocks.{i}.norm2"),
-        *both("blocks.{i}.mlp.fc1", "blocks.{i}.mlp.fc1"),
-        *both("blocks.{i}.mlp.fc2", "blocks.{i}.mlp.fc2"),
         Rule("blocks.{i}.scale2.gamma", ("blocks.{i}.ls2.gamma|blocks.{i}.ls2.grandma",)),
         *both("norm", "norm"),
     ),

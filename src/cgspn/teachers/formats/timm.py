@@ -1,7 +1,5 @@
 """timm's vision transformers: CLIP, SigLIP and DINOv2 ones, alone or as the trunk of an OpenCLIP model."""
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any
@@ -9,20 +7,7 @@ from typing import Any
 from ...layers import Activation, AttentionConfig
 from ...models.config import EncoderConfig
 from .dinov3 import ROTARY_BASE, with_key_bias
-from .family import (
-    Family,
-    Rule,
-    Tower,
-    agreeing,
-    attention_blocks,
-    both,
-    grid_positions,
-    grid_rows,
-    head_count,
-    prefix_tokens,
-    sizes,
-    title,
-)
+from .family import Family, Rule, Tower, alike, both, built, grid_positions, grid_rows, head_count, prefix_tokens
 from .names import is_plain, name_in_file, size_of, unsupported_argument, unsupported_reason
 from .preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, normalisation
 
@@ -41,10 +26,7 @@ _TELLTALE = {
 
 
 def config(tower: Tower) -> EncoderConfig:
-    """From shapes, timm's config.json or OpenCLIP's where there is one, file metadata and the file's name.
-
-    Raises ValueError for what `Encoder` does not compute, and for files that may be of such a model.
-    """
+    """From shapes, configs, metadata and the file's name. Raises ValueError for what `Encoder` may not compute."""
     source = tower.source
     stated = source.configs.get("config.json", {})
     vision = source.configs.get("open_clip_config.json", {}).get("model_cfg", {}).get("vision_cfg", {})
@@ -66,8 +48,7 @@ def config(tower: Tower) -> EncoderConfig:
     extras = (e for e in (classes + registers, classes, 0) if e <= rows)
     told = grid_rows(native, patch)
     own = [rows - extra for extra in extras]
-    grid = next((n for n in own if n == told), next((n for n in own if math.isqrt(n) ** 2 == n), rows))
-    measured = sizes(tower, patch, grid if rows else told or 256, native)
+    grid = next((n for n in own if n == told), next((n for n in own if math.isqrt(n) ** 2 == n), rows)) or told or 256
     pre_norm = tower.has("norm_pre.weight")
     scale = tower.has("blocks.0.ls1.gamma") or tower.has("blocks.0.gamma_1")
     clip = not name or "clip" in name
@@ -87,14 +68,17 @@ def config(tower: Tower) -> EncoderConfig:
     plain = (tower.has("mask_token") and not registers) or "without antialias" in source.metadata.get("pos_embed", "")
     # without positions of the class and without a class: either of two models of 768 channels, with 12 heads or 16
     anonymous = not (name or stated or classes or registers or pooled_by_map) and width == 768
-    found = EncoderConfig(
-        name=name if name.startswith("vit_") else title(kind, width, patch, measured["image_size"][0]),
-        **measured,
-        channels=channels,
-        width=width,
-        mixers=attention_blocks(tower.depth(r"blocks\.(\d+)\.")),
+    own_name = {"name": name} if name.startswith("vit_") else {}
+    return built(
+        tower,
+        kind,
+        (width, channels, patch),
+        grid,
+        native,
+        args,
+        **own_name,
         mlp_hidden=tower.shape("blocks.0.mlp.fc2.weight")[1],
-        activation=_activation(tower, name, args, sigmoid, width, patch, measured["image_size"][0] // patch),
+        activation=_activation(tower, name, args, sigmoid, (width, patch, grid)),
         attention=AttentionConfig(
             head_count(tower, width, args.get("num_heads"), name, sixteen=sigmoid, by_width=not anonymous),
             tower.has("blocks.0.attn.qkv.bias") or tower.has("blocks.0.attn.q_bias"),
@@ -115,7 +99,6 @@ def config(tower: Tower) -> EncoderConfig:
         embed_bias=embed is not None and _head(tower)[1],
         **normalisation(source, mean, std, squeeze=sigmoid),
     )
-    return agreeing(found, args)
 
 
 def _refuse(tower: Tower, name: str, args: dict[str, Any], rotary: bool) -> None:
@@ -143,7 +126,7 @@ def _refuse(tower: Tower, name: str, args: dict[str, Any], rotary: bool) -> None
 
 
 def _activation(
-    tower: Tower, name: str, args: dict[str, Any], sigmoid: bool, width: int, patch: int, side: int
+    tower: Tower, name: str, args: dict[str, Any], sigmoid: bool, shape: tuple[int, int, int]
 ) -> Activation:
     if tower.has("blocks.0.mlp.fc1_g.weight"):
         return "swiglu"
@@ -160,9 +143,9 @@ def _activation(
     if not name and tower.has("norm_pre.weight"):
         tower.warn_of("activation", "no tensor shows which GELU this CLIP has; the exact one is taken")
     # timm's own choice for these; the other SigLIP models have the exact one
-    if sigmoid and (patch == 32 or (patch == 16 and (width in (1152, 1536) or (width, side) == (1024, 32)))):
-        return "gelu_tanh"
-    return "gelu"
+    width, patch, rows = shape
+    by_tanh = patch == 32 or (patch == 16 and (width in (1152, 1536) or (width, rows) == (1024, 32 * 32)))
+    return "gelu_tanh" if sigmoid and by_tanh else "gelu"
 
 
 def _head(tower: Tower) -> tuple[int, bool]:
@@ -193,7 +176,7 @@ TIMM = Family(
         Rule("prefix", ("?cls_token", "?reg_token|register_tokens", "?pos_embed"), prefix_tokens),
         Rule("positions.table", ("pos_embed",), grid_positions),
         *both("pre_norm", "norm_pre"),
-        *both("blocks.{i}.norm1", "blocks.{i}.norm1"),
+        *alike("blocks.{i}", "blocks.{i}", "norm1", "norm2", "mlp.fc2"),
         Rule("blocks.{i}.mixer.qkv.weight", ("blocks.{i}.attn.qkv.weight",)),
         Rule(
             "blocks.{i}.mixer.qkv.bias",
@@ -202,21 +185,12 @@ TIMM = Family(
         ),
         *both("blocks.{i}.mixer.out", "blocks.{i}.attn.proj"),
         Rule("blocks.{i}.scale1.gamma", ("blocks.{i}.ls1.gamma|blocks.{i}.gamma_1",)),
-        *both("blocks.{i}.norm2", "blocks.{i}.norm2"),
-        *(
-            Rule(f"blocks.{{i}}.mlp.fc1.{p}", (f"{_FC1}.{p}|{_FC1}_g.{p}", f"?{_FC1}_x.{p}"))
-            for p in ("weight", "bias")
-        ),
-        *both("blocks.{i}.mlp.fc2", "blocks.{i}.mlp.fc2"),
+        *both("blocks.{i}.mlp.fc1", f"{_FC1}|{_FC1}_g", f"?{_FC1}_x"),
         Rule("blocks.{i}.scale2.gamma", ("blocks.{i}.ls2.gamma|blocks.{i}.gamma_2",)),
         *both("norm", "norm"),
         Rule("pool.probe", ("attn_pool.latent",)),
-        *both("pool.q", "attn_pool.q"),
-        *both("pool.kv", "attn_pool.kv"),
+        *alike("pool", "attn_pool", "q", "kv", "norm", "mlp.fc1", "mlp.fc2"),
         *both("pool.out", "attn_pool.proj"),
-        *both("pool.norm", "attn_pool.norm"),
-        *both("pool.mlp.fc1", "attn_pool.mlp.fc1"),
-        *both("pool.mlp.fc2", "attn_pool.mlp.fc2"),
         *both("pool_norm", "fc_norm"),
         *both("project", _HEAD),
     ),

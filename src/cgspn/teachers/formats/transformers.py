@@ -1,30 +1,16 @@
 """Models of transformers: CLIP, SigLIP and SigLIP 2 (the fixed-size and the NaFlex one), DINOv2 with and without
 registers. Folders that `save_pretrained` wrote, of the image tower alone or of the whole model."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor
 
 from ...layers import Activation, AttentionConfig
 from ...models.config import EncoderConfig
-from .family import (
-    Family,
-    Rule,
-    Tower,
-    agreeing,
-    attention_blocks,
-    both,
-    grid_positions,
-    head_count,
-    linear_patches,
-    prefix_tokens,
-    sizes,
-    title,
-)
+from .family import Family, Rule, Tower, alike, both, built, grid_positions, head_count, linear_patches, prefix_tokens
 from .preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, normalisation
 
+_POSITIONS = "embeddings.position_embedding.weight"
 _ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
     "quick_gelu": "quick_gelu",
@@ -50,18 +36,18 @@ def activation_of(stated: dict[str, Any], default: str) -> Activation:
 def clip_config(tower: Tower) -> EncoderConfig:
     """From shapes and config.json."""
     stated = stated_of(tower)
-    width, channels, patch = tower.patches("embeddings.patch_embedding.weight")
-    measured = sizes(tower, patch, tower.shape("embeddings.position_embedding.weight")[0] - 1, stated.get("image_size"))
+    patches = tower.patches("embeddings.patch_embedding.weight")
     projection = tower.find("/visual_projection.weight")
-    found = EncoderConfig(
-        name=title("clip", width, patch, measured["image_size"][0]),
-        **measured,
-        channels=channels,
-        width=width,
-        mixers=attention_blocks(tower.depth(r"encoder\.layers\.(\d+)\.")),
+    return built(
+        tower,
+        "clip",
+        patches,
+        tower.shape(_POSITIONS)[0] - 1,
+        stated.get("image_size"),
+        stated,
         mlp_hidden=tower.shape("encoder.layers.0.mlp.fc1.weight")[0],
         activation=activation_of(stated, "quick_gelu"),
-        attention=AttentionConfig(head_count(tower, width, stated.get("num_attention_heads"))),
+        attention=AttentionConfig(head_count(tower, patches[0], stated.get("num_attention_heads"))),
         class_token=True,
         patch_bias=False,
         pre_norm=True,
@@ -70,7 +56,6 @@ def clip_config(tower: Tower) -> EncoderConfig:
         embed_dim=projection[1].shape[0] if projection else None,
         **normalisation(tower.source, CLIP_MEAN, CLIP_STD),
     )
-    return agreeing(found, stated)
 
 
 def siglip_config(tower: Tower) -> EncoderConfig:
@@ -81,13 +66,13 @@ def siglip_config(tower: Tower) -> EncoderConfig:
     width = shape[0]
     channels = stated.get("num_channels", 3) if naflex else shape[1]
     patch = round((shape[1] / channels) ** 0.5) if naflex else shape[2]
-    measured = sizes(tower, patch, tower.shape("embeddings.position_embedding.weight")[0], stated.get("image_size"))
-    found = EncoderConfig(
-        name=title("siglip2_naflex" if naflex else "siglip", width, patch, measured["image_size"][0]),
-        **measured,
-        channels=channels,
-        width=width,
-        mixers=attention_blocks(tower.depth(r"encoder\.layers\.(\d+)\.")),
+    return built(
+        tower,
+        "siglip2_naflex" if naflex else "siglip",
+        (width, channels, patch),
+        tower.shape(_POSITIONS)[0],
+        stated.get("image_size"),
+        stated,
         mlp_hidden=tower.shape("encoder.layers.0.mlp.fc1.weight")[0],
         activation=activation_of(stated, "gelu_pytorch_tanh"),
         attention=AttentionConfig(head_count(tower, width, stated.get("num_attention_heads"), sixteen=True)),
@@ -96,7 +81,6 @@ def siglip_config(tower: Tower) -> EncoderConfig:
         pooling="map" if tower.has("head.probe") else "mean",
         **normalisation(tower.source, HALF, HALF, squeeze=True),
     )
-    return agreeing(found, stated)
 
 
 _MLP = "encoder.layer.0.mlp.{}.weight"
@@ -105,21 +89,21 @@ _MLP = "encoder.layer.0.mlp.{}.weight"
 def dinov2_config(tower: Tower) -> EncoderConfig:
     """From shapes and config.json."""
     stated = stated_of(tower)
-    width, channels, patch = tower.patches("embeddings.patch_embeddings.projection.weight")
-    measured = sizes(tower, patch, tower.shape("embeddings.position_embeddings")[-2] - 1, stated.get("image_size"))
+    patches = tower.patches("embeddings.patch_embeddings.projection.weight")
     gated = tower.has("encoder.layer.0.mlp.weights_in.weight") or tower.has("encoder.layer.0.mlp.gate_proj.weight")
     registers = tower.has("embeddings.register_tokens")
     second = next(n for n in ("weights_out", "down_proj", "fc2") if n == "fc2" or tower.has(_MLP.format(n)))
-    found = EncoderConfig(
-        name=title("reg_dinov2" if registers else "dinov2", width, patch, measured["image_size"][0]),
-        **measured,
-        channels=channels,
-        width=width,
-        mixers=attention_blocks(tower.depth(r"encoder\.layer\.(\d+)\.")),
+    return built(
+        tower,
+        "reg_dinov2" if registers else "dinov2",
+        patches,
+        tower.shape("embeddings.position_embeddings")[-2] - 1,
+        stated.get("image_size"),
+        stated,
         mlp_hidden=tower.shape(_MLP.format(second))[1],
         activation="swiglu" if gated else activation_of(stated, "gelu"),
         attention=AttentionConfig(
-            head_count(tower, width, stated.get("num_attention_heads")),
+            head_count(tower, patches[0], stated.get("num_attention_heads")),
             any(tower.has(f"encoder.layer.0.attention.{name}.bias") for name in ("attention.query", "q_proj")),
         ),
         layer_scale=1.0,
@@ -130,7 +114,6 @@ def dinov2_config(tower: Tower) -> EncoderConfig:
         pooling="cls",
         **normalisation(tower.source, IMAGENET_MEAN, IMAGENET_STD),
     )
-    return agreeing(found, stated)
 
 
 def _first_third(config: EncoderConfig, packed: Tensor) -> Tensor:
@@ -141,30 +124,14 @@ def _last_thirds(config: EncoderConfig, packed: Tensor) -> Tensor:
     return packed[config.width :].clone()
 
 
-def _joined(ours: str, theirs: str, parts: tuple[str, ...]) -> tuple[Rule, Rule]:
-    """One linear layer of several; a part may be "a|b", and "?" marks one that may be missing."""
-
-    def keys(part: str, kind: str) -> str:
-        names = "|".join(f"{theirs}.{name}.{kind}" for name in part.removeprefix("?").split("|"))
-        return ("?" if part.startswith("?") else "") + names
-
-    return (
-        Rule(f"{ours}.weight", tuple(keys(part, "weight") for part in parts)),
-        Rule(f"{ours}.bias", tuple(keys(part, "bias") for part in parts)),
-    )
-
-
 _LAYER = "encoder.layers.{i}"
 _BLOCKS = (
     *both("blocks.{i}.norm1", _LAYER + ".layer_norm1"),
-    *_joined("blocks.{i}.mixer.qkv", _LAYER + ".self_attn", ("q_proj", "k_proj", "v_proj")),
+    *both("blocks.{i}.mixer.qkv", *(f"{_LAYER}.self_attn.{name}_proj" for name in "qkv")),
     *both("blocks.{i}.mixer.out", _LAYER + ".self_attn.out_proj"),
     *both("blocks.{i}.norm2", _LAYER + ".layer_norm2"),
-    *both("blocks.{i}.mlp.fc1", _LAYER + ".mlp.fc1"),
-    *both("blocks.{i}.mlp.fc2", _LAYER + ".mlp.fc2"),
+    *alike("blocks.{i}.mlp", _LAYER + ".mlp", "fc1", "fc2"),
 )
-_POSITIONS = "embeddings.position_embedding.weight"
-
 CLIP = Family(
     "transformers' CLIP",
     ("embeddings.class_embedding", "embeddings.patch_embedding.weight", "encoder.layers.0.self_attn.q_proj.weight"),
@@ -190,19 +157,22 @@ SIGLIP = Family(
         *_BLOCKS,
         *both("norm", "post_layernorm"),
         Rule("pool.probe", ("head.probe",)),
-        Rule("pool.q.weight", ("head.attention.in_proj_weight",), _first_third),
-        Rule("pool.q.bias", ("head.attention.in_proj_bias",), _first_third),
-        Rule("pool.kv.weight", ("head.attention.in_proj_weight",), _last_thirds),
-        Rule("pool.kv.bias", ("head.attention.in_proj_bias",), _last_thirds),
+        *both("pool.q", "head.attention.in_proj_{p}", take=_first_third),
+        *both("pool.kv", "head.attention.in_proj_{p}", take=_last_thirds),
         *both("pool.out", "head.attention.out_proj"),
         *both("pool.norm", "head.layernorm"),
-        *both("pool.mlp.fc1", "head.mlp.fc1"),
-        *both("pool.mlp.fc2", "head.mlp.fc2"),
+        *alike("pool.mlp", "head.mlp", "fc1", "fc2"),
     ),
     siglip_config,
     (r"embeddings\.position_ids$", r"text_", r"logit_", r"classifier"),
 )
 _LAYER2 = "encoder.layer.{i}"
+
+
+def _either(where: str, *parts: str) -> list[str]:
+    return ["|".join(f"{_LAYER2}{where}.{name}" for name in part.split("|")) for part in parts]
+
+
 # transformers 5 renames in memory what it writes under the old names; a state dict may come with either
 DINOV2 = Family(
     "transformers' DINOv2",
@@ -220,16 +190,15 @@ DINOV2 = Family(
         ),
         Rule("positions.table", ("embeddings.position_embeddings",), grid_positions),
         *both("blocks.{i}.norm1", _LAYER2 + ".norm1"),
-        *_joined(
+        *both(
             "blocks.{i}.mixer.qkv",
-            _LAYER2 + ".attention",
-            ("attention.query|q_proj", "attention.key|k_proj", "attention.value|v_proj"),
+            *_either(".attention", "attention.query|q_proj", "attention.key|k_proj", "attention.value|v_proj"),
         ),
-        *_joined("blocks.{i}.mixer.out", _LAYER2 + ".attention", ("output.dense|o_proj",)),
+        *both("blocks.{i}.mixer.out", *_either(".attention", "output.dense|o_proj")),
         Rule("blocks.{i}.scale1.gamma", (_LAYER2 + ".layer_scale1.lambda1",)),
         *both("blocks.{i}.norm2", _LAYER2 + ".norm2"),
-        *_joined("blocks.{i}.mlp.fc1", _LAYER2 + ".mlp", ("fc1|weights_in|gate_proj", "?up_proj")),
-        *_joined("blocks.{i}.mlp.fc2", _LAYER2 + ".mlp", ("fc2|weights_out|down_proj",)),
+        *both("blocks.{i}.mlp.fc1", *_either(".mlp", "fc1|weights_in|gate_proj"), f"?{_LAYER2}.mlp.up_proj"),
+        *both("blocks.{i}.mlp.fc2", *_either(".mlp", "fc2|weights_out|down_proj")),
         Rule("blocks.{i}.scale2.gamma", (_LAYER2 + ".layer_scale2.lambda1",)),
         *both("norm", "layernorm"),
     ),
