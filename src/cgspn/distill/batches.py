@@ -39,14 +39,14 @@ class Feed(Protocol):
     def stream(
         self, encoder: EncoderConfig, size: Size, optim: OptimConfig, world: World, sizes: SizeRange | None = None
     ) -> Stream:
-        """From a step to this process's share of the batches from there on, on its device.
+        """Return a function from a start step to this process's part of the following batches, on its device.
 
-        encoder: whose normalisation the images get. sizes: what batches are drawn from; each has about the tokens of
-        `optim.batch_size` images of `size`. A feed that does not know mixed sizes may lack this argument.
+        encoder: config of the encoder, for the normalisation of the images. sizes: what batches are drawn from; each
+        has about the tokens of `optim.batch_size` images of `size`. A feed that does not know mixed sizes may lack it.
         """
 
     def captions(self, batch: Batch) -> list[str]:
-        """One caption for each image of a batch."""
+        """Return one caption per image of a batch."""
 
 
 def train_transform(config: EncoderConfig, size: Size | None = None) -> TrainTransform:
@@ -61,7 +61,7 @@ def eval_transform(config: EncoderConfig, size: Size | None = None) -> EvalTrans
 
 @dataclass(frozen=True)
 class ImageSetFeed:
-    """Images that are in memory; captions are templates filled with class names."""
+    """Images in memory; captions are templates filled with class names."""
 
     images: ImageSet
 
@@ -86,16 +86,16 @@ class ImageSetFeed:
         return start_at
 
     def captions(self, batch: Batch) -> list[str]:
-        """As in `Feed`; which template changes from step to step."""
+        """As in `Feed`; the template changes from step to step."""
         return self.images.captions(seed=batch.step, indices=batch.indices)
 
 
 @dataclass(frozen=True)
 class SampleFeed:
-    """Images that are read, decoded and cropped by worker processes while the model trains.
+    """Images that worker processes read, decode and crop during training.
 
-    captioned: skip images without a caption or class, for a contrastive loss. tally: counts what this process reads and
-    skips, over all its streams.
+    captioned: skip images without a caption or class, for a contrastive loss. tally: counter of the images that this
+    process reads and skips.
     """
 
     source: SampleSource
@@ -153,7 +153,7 @@ class SampleFeed:
         return start_at
 
     def captions(self, batch: Batch) -> list[str]:
-        """As in `Feed`: those beside the images, or templates filled with their class names."""
+        """As in `Feed`: the captions stored with the images, or templates filled with their class names."""
         return list(batch.captions)
 
 

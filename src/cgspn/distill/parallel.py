@@ -29,7 +29,8 @@ BUCKET = 64 << 20  # bytes of gradients that travel together
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: this one's rank, their number, this one's device, the number on this machine."""
+    """The processes of a run: rank and device of this process, the number of all processes, and the number on this
+    machine."""
 
     rank: int = 0
     size: int = 1
@@ -39,7 +40,7 @@ class World:
 
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
-    """The processes that torchrun started, joined for the time of the context; alone without torchrun.
+    """Join the processes started by torchrun for the duration of the context, or use a single process without torchrun.
 
     device: "cpu" (gloo) or "cuda" (NCCL; each process takes the GPU of its local rank). Raises ValueError for "cuda"
     without a GPU.
@@ -94,7 +95,7 @@ def all_reduce(values: Tensor, reduction: str = "mean") -> Tensor:
 
 
 def gather_objects(value: Item) -> list[Item]:
-    """What each process has, by rank, on every process. Values travel by pickle."""
+    """Gather one object from each process, by rank, on every process. Objects are pickled."""
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()

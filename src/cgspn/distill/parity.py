@@ -10,7 +10,7 @@ FLOAT32, BFLOAT16 = 1e-5, 0.1  # relative errors: of another order of sums, of 8
 
 
 class ParityError(RuntimeError):
-    """The teacher's taps are not its features; the message gives both errors."""
+    """Raised if the teacher's taps do not match its forward pass; the message gives the error and the tolerance."""
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ KEPT = 2  # the last one, and the one before in case the machine dies while an o
 
 
 class SnapshotError(RuntimeError):
-    """A snapshot that could not be written; the message names the last one that is whole."""
+    """Raised if a snapshot could not be written; the message names the last complete one."""
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ Watcher = Callable[[str, int], Watch]  # title and number of steps -> what the t
 def pretrain(
     images: ImageSet, config: PretrainConfig, watcher: Watcher | None = None, device: str = "cpu"
 ) -> tuple[DualEncoder, History]:
-    """Train an image-text model from scratch, contrastively; works for attention and propagation encoders alike.
+    """Train an image-text model from scratch with a contrastive loss; works for attention and C-GSPN encoders.
 
-    Raises ValueError for an unknown model and DivergedError if the loss stops being finite.
+    Raises ValueError for an unknown model and DivergedError if the loss is not finite.
     """
     torch.manual_seed(config.optim.seed)
     model = build_dual(model_config(config.model), TextConfig(), config.embed_dim, config.loss).to(device)
@@ -60,25 +60,25 @@ def distill(
     world: World | None = None,
     carried: Mapping[str, Tensor] | None = None,
 ) -> list[History]:
-    """Align each sub-layer alone, then the whole student end to end, then go to higher resolutions.
+    """Distill a student: stage 1 for each sub-layer, stage 2 end to end, and then higher resolutions.
 
-    `student`, a converted encoder on the device of the teacher, is trained in place, and left in eval mode. Its config
-    then names the sizes that it was trained at, and the largest of them is its native one. A stage that has nothing to
-    learn, such as stage 1 of a student that keeps all attention, is left out and says so on standard error.
+    `student`, a converted encoder on the device of the teacher, is trained in place. Its config then records the sizes
+    it was trained at, and the largest becomes its native size. A stage without anything to learn, such as stage 1 of a
+    student that keeps all attention, is skipped with a message on standard error.
 
     Args:
-        teacher: an encoder, or the image-text model whose image side is the teacher; it is not changed.
-        watcher: makes the progress callback of each stage.
-        name: of the student, in titles.
-        folder: where each stage leaves its student, losses and snapshots; a run that stopped goes on from them.
+        teacher: an encoder or an image-text model; it is not modified.
+        watcher: function that creates the progress callback of each stage.
+        name: name of the student, for titles.
+        folder: folder for the student, losses and snapshots of each stage, from which an interrupted run resumes.
         world: the processes of the run (`join_world`); None for this one alone.
         carried: adapters and scales of an earlier run of this student and teacher (`resume.carried_from`), for higher
             resolutions without another stage 2.
 
     Returns the record of each stage.
 
-    Raises ValueError for a student that does not match, a contrastive loss without a text tower or a batch that does
-    not divide, ParityError if the teacher's taps are not its features, and what `train` raises.
+    Raises ValueError if the student does not match the teacher, a contrastive loss has no text tower or a batch is not
+    divisible, ParityError if the teacher's taps do not match its forward pass, and the errors of `train`.
     """
     feed = ImageSetFeed(images) if isinstance(images, ImageSet) else images
     world = world or World(device=next(student.parameters()).device)

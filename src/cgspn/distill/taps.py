@@ -15,7 +15,7 @@ RunTapped = Callable[[Block, Tensor, Grid], tuple[Tensor, Tensor]]
 
 
 class Taps(NamedTuple):
-    """What one forward pass shows, grid tokens only, in the order of the blocks.
+    """The features recorded in one forward pass, in the order of the blocks; grid tokens only.
 
     block_inputs: tokens [B, N, C] entering each block, prefix tokens included.
     sublayers: PP, the branch of each mixing sub-layer before the residual, [B, h*w, C].
@@ -32,9 +32,10 @@ class Taps(NamedTuple):
 
 
 def tapped_forward(encoder: Encoder, images: Tensor, run: RunTapped = Block.tapped) -> Taps:
-    """The encoder's forward pass with every tap recorded. images [B, channels, H, W], normalised.
+    """Run the forward pass of an encoder and record every tap. images: normalised, [B, channels, H, W].
 
-    run: how each block is run, as `Block.tapped`. Raises ValueError for an image size that the patches do not tile.
+    run: function that runs a block, as `Block.tapped`. Raises ValueError for an image size that is not a multiple of
+        the patch size.
     Paper: PP and PB taps (docs/paper.md).
     """
     tokens, grid = encoder.embed(images)

@@ -29,14 +29,15 @@ Stream = Callable[[int], Iterable[Batch]]
 
 
 class DivergedError(RuntimeError):
-    """The loss or the gradient stopped being finite; the message says at which step and which part."""
+    """Raised if the loss or the gradient is not finite; the message names the step and the part."""
 
 
 @dataclass
 class History:
     """Losses of every step: steps[i] is {"step": .., "lr": .., "total": .., ...}; and `Throughput.summary`.
 
-    Losses of single blocks are in every step of a short stage, in some two hundred of a long one, and in its last.
+    The losses of single blocks are recorded in every step of a short stage, and in about two hundred steps of a long
+    one including the last.
     """
 
     title: str
@@ -44,7 +45,7 @@ class History:
     throughput: dict[str, Any] = field(default_factory=dict)
 
     def curve(self, name: str) -> list[float]:
-        """One loss over the steps that have it."""
+        """Return one loss over the steps that recorded it."""
         return [step[name] for step in self.steps if name in step]
 
 
