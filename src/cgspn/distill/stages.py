@@ -62,9 +62,9 @@ def distill(
 ) -> list[History]:
     """Distill a student: stage 1 for each sub-layer, stage 2 end to end, and then higher resolutions.
 
-    `student`, a converted encoder on the device of the teacher, is trained in place. Its config then records the sizes
-    it was trained at, and the largest becomes its native size. A stage without anything to learn, such as stage 1 of a
-    student that keeps all attention, is skipped with a message on standard error.
+    `student`, a converted encoder on the device of the teacher, is trained in place and left in eval mode. Its config
+    then records its training sizes, the largest as its native size. A stage without anything to learn, such as stage 1
+    of a student that keeps all attention, is skipped with a message on standard error.
 
     Args:
         teacher: an encoder or an image-text model; it is not modified.
