@@ -1,7 +1,5 @@
 """Where teacher and student are compared: after each sub-layer (PP) and after each block (PB)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -78,13 +76,9 @@ def observe(
 ) -> Taps:
     """The frozen teacher's taps for images that are normalised as the student wants them.
 
-    Args:
-        teacher: in any mode; it is put into eval mode.
-        images: [B, channels, H, W].
-        student: whose normalisation the images have.
-        size: (height, width) in pixels that the teacher sees them at; its grid features are then upsampled
-            bilinearly to the grid that the images have at full size. None for the images as they are.
-        run: as in `tapped_forward`.
+    teacher: put into eval mode. images: [B, channels, H, W]. size: (height, width) in pixels that the teacher sees them
+    at; its grid features are then upsampled bilinearly to the grid that the images have at full size. None for the
+    images as they are. run: as in `tapped_forward`.
 
     Paper: high-resolution curriculum, upsampled self-teacher (docs/paper.md).
     """
