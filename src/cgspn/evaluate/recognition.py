@@ -95,11 +95,7 @@ def picture_features(
 
 
 def linear_accuracy(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    penalties: Sequence[float] = PENALTIES,
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, penalties: Sequence[float] = PENALTIES
 ) -> float:
     """Share of test features whose class a ridge regression from features to classes finds, 0 to 1.
 
