@@ -1,19 +1,13 @@
 """Prompt templates, and class names put into them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 TEMPLATES = (
-    "a photo of a {}",
-    "a picture of a {}",
-    "an image of a {}",
-    "a small photo of a {}",
-    "a grey photo of a {}",
-    "a {}",
+    *("a photo of a {}", "a picture of a {}", "an image of a {}"),
+    *("a small photo of a {}", "a grey photo of a {}", "a {}"),
 )
 """Templates for captions and for the zero-shot classifier; `{}` stands for the class name."""
 
@@ -21,12 +15,8 @@ TEMPLATES = (
 def fill(template: str, name: str) -> str:
     """Insert a class name into a template and adapt the article: "a photo of an ankle boot".
 
-    Args:
-        template: text with exactly one `{}`, or one `{c}` as in CLIP-benchmark, whose article does not change.
-        name: the class name.
-
-    Raises:
-        ValueError: the template does not contain exactly one of them.
+    template: text with exactly one `{}`, or one `{c}` as in CLIP-benchmark, whose article does not change. Raises
+    ValueError for a template that does not contain exactly one of them.
     """
     if template.count("{}") + template.count("{c}") != 1:
         raise ValueError(f"template is {template!r}; expected exactly one '{{}}' or '{{c}}'")

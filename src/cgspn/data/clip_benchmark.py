@@ -3,8 +3,6 @@
 Source: https://github.com/LAION-AI/CLIP_benchmark, its webdataset export.
 """
 
-from __future__ import annotations
-
 from codecs import BOM_UTF8
 from pathlib import Path
 
@@ -26,9 +24,7 @@ def is_clip_benchmark(root: Path) -> bool:
 def open_benchmark_shards(root: Path) -> ShardSet:
     """The samples of the test split.
 
-    Raises:
-        ValueError: nshards.txt holds no number, or from `open_shards`, naming the shards that are lost.
-        FileNotFoundError: no tar there.
+    Raises ValueError if nshards.txt holds no number, and what `open_shards` raises, naming the shards that are lost.
     """
     split, count = root / SPLIT, root / SPLIT / COUNT
     if not count.is_file():

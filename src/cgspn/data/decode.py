@@ -1,7 +1,5 @@
 """From an image file to RGB pixels of a given size: one box of the picture, upright, whatever its format and mode."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -25,15 +23,8 @@ def read_box(file: Path | IO[bytes], size: tuple[int, int], choose: Callable[[in
     """Read a box of a picture, resized with an antialiased bilinear filter.
 
     Pictures are turned as their Exif orientation says; transparent pixels become white; palettes, CMYK and 16-bit
-    grey are converted; of an animation the first frame is taken.
-
-    Args:
-        file: a path, or a file opened for reading.
-        size: (height, width) of the result.
-        choose: from height and width of the upright picture to the box.
-
-    Returns:
-        uint8 [height, width, 3].
+    grey are converted; of an animation the first frame is taken. choose: from height and width of the upright picture
+    to the box. Returns uint8 [*size, 3], size = (height, width).
 
     Raises OSError or ValueError for a file that is damaged, or takes more than it should.
     """

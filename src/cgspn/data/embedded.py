@@ -1,7 +1,5 @@
 """The image set that comes with the package: part of Fashion-MNIST (MIT licence, see fashion_mnist/LICENSE)."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from functools import cache
@@ -14,18 +12,7 @@ from .image_set import ImageSet
 
 Split = Literal["train", "validation", "test"]
 
-CLASS_NAMES = (
-    "t-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
+CLASS_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
 @cache
@@ -33,18 +20,10 @@ def load_embedded(split: Split) -> ImageSet:
     """Load the embedded set: grey images of clothes, 28x28, ten classes of the same size.
 
     19,200 training, 2,000 validation and 4,000 test images; test images come from the original test split. The
-    classes take turns, so the first n images of a split are balanced too. The decoded set is kept: every call
-    returns the same object, whose tensors must not be written to.
+    classes take turns, so the first n images of a split are balanced too. The decoded set, images uint8 [N, 1, 28, 28],
+    is kept: every call returns the same object, whose tensors must not be written to.
 
-    Args:
-        split: "train", "validation" or "test".
-
-    Returns:
-        images uint8 [N, 1, 28, 28], labels int64 [N], ten class names.
-
-    Raises:
-        ValueError: an unknown split.
-        RuntimeError: the files are damaged, or this Python was built without lzma.
+    Raises ValueError for an unknown split, RuntimeError for damaged files or a Python without lzma.
 
     Source: Xiao, Rasul and Vollgraf, "Fashion-MNIST", 2017; subset by scripts/build_embedded.py.
     """

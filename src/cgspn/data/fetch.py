@@ -1,7 +1,5 @@
 """Downloads into a cache: whole or not at all, once for all processes, given up where a server keeps us waiting."""
 
-from __future__ import annotations
-
 import hashlib
 import http.client
 import os
@@ -69,10 +67,8 @@ def fetch(url: str, path: Path, stop: threading.Event | None = None) -> None:
     http, https and file are read by the standard library, other schemes by fsspec and the plugin that it names.
     What an interrupted download left is overwritten by the next. Setting `stop` ends it at once.
 
-    Raises:
-        OSError: the file cannot be had after three tries (one, if the server says that there is none, or sends less
-            than a kilobyte a second), or written.
-        ImportError, ValueError: fsspec does not know the scheme.
+    Raises OSError if the file cannot be had after three tries (one, if the server says that there is none, or sends
+    less than a kilobyte a second), or written; ImportError or ValueError if fsspec does not know the scheme.
     """
     if path.exists():
         return
@@ -99,12 +95,12 @@ def _download(url: str, path: Path, stop: threading.Event | None) -> None:
     ended = queue.SimpleQueue[BaseException | None]()
 
     def work() -> None:
+        failure = None
         try:
             _copy(url, partial, unwanted)
         except BaseException as error:
-            ended.put(error)
-        else:
-            ended.put(None)
+            failure = error
+        ended.put(failure)
 
     threading.Thread(target=work, daemon=True).start()
     try:

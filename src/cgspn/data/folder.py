@@ -1,7 +1,5 @@
 """A folder of image files as an `ImageSet`; files that cannot be read are skipped, counted and named."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,11 +15,7 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 
 
 def load_folder(
-    path: str | Path,
-    size: int | tuple[int, int],
-    *,
-    crop: bool = True,
-    max_skipped_fraction: float = 0.1,
+    path: str | Path, size: int | tuple[int, int], *, crop: bool = True, max_skipped_fraction: float = 0.1
 ) -> tuple[ImageSet, Skipped]:
     """Read a folder of images, either with one sub-folder per class or flat (one class, named after the folder).
 
@@ -29,17 +23,15 @@ def load_folder(
     `read_box` describes how images are decoded. If files are skipped, a report is printed once on standard error.
 
     Args:
-        path: the folder.
         size: height and width of all images, or one number for both.
         crop: True keeps the aspect ratio and takes a centre crop; False resizes the whole image to `size`.
         max_skipped_fraction: largest tolerated fraction of unreadable files, 0 to 1.
 
-    Returns:
-        The image set, with images uint8 [N, 3, h, w], and the skipped files.
+    Returns the image set, with images uint8 [N, 3, h, w], and the skipped files.
+
 
     Raises:
-        FileNotFoundError: no such folder, or no image files in it.
-        NotADirectoryError: a file, not a folder.
+        FileNotFoundError, NotADirectoryError: no such folder, or no image files in it.
         ValueError: `size` or the fraction out of range, images both in sub-folders and beside them, or too many
             unreadable files.
     """
@@ -73,8 +65,7 @@ def load_folder(
         warn(f"{root}: {skipped.summary()}")
     if not labels:
         raise ValueError(f"{root}: none of its {len(files)} image files can be read")
-    # The clone lets go of the rows that skipped files left over.
-    kept = images if not skipped else images[: len(labels)].clone()
+    kept = images[: len(labels)].clone() if skipped else images  # without the rows that skipped files left over
     return ImageSet(kept, torch.tensor(labels, dtype=torch.int64), names), skipped
 
 
@@ -121,10 +112,8 @@ def _walk(folder: Path, root: Path) -> Iterator[Path]:
             if not path.is_dir():
                 if _is_image(path):
                     yield path
-                continue
-            if path.is_symlink() and _leads_back(path, seen):
-                continue
-            todo.append(path)
+            elif not (path.is_symlink() and _leads_back(path, seen)):
+                todo.append(path)
 
 
 def _leads_back(link: Path, seen: set[Path]) -> bool:

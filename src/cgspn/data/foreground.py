@@ -1,7 +1,5 @@
 """The object in an image with a dark background: a threshold, and everything it encloses."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -9,15 +7,10 @@ from torch import Tensor
 def foreground(images: Tensor, threshold: int = 16) -> Tensor:
     """Tell object from background: background is the dark region connected to the border.
 
-    A pixel is dark if no channel exceeds `threshold`. Dark pixels that no 4-connected dark path joins to the border
-    are holes in the object (a black logo, the eyelet of a shoe) and count as object.
+    A pixel is dark if no channel exceeds `threshold`, 0 to 255. Dark pixels that no 4-connected dark path joins to the
+    border are holes in the object (a black logo, the eyelet of a shoe) and count as object.
 
-    Args:
-        images: uint8 [N, C, H, W].
-        threshold: grey value, 0 to 255.
-
-    Returns:
-        bool [N, H, W], True on the object.
+    images: uint8 [N, C, H, W]. Returns bool [N, H, W], True on the object.
     """
     dark = images.amax(1) <= threshold
     # Flood from a frame around the image, one step at a time and all images together; those that have come to

@@ -14,16 +14,9 @@ from .foreground import foreground
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images of one size with their labels.
+    """Images uint8 [N, 1 or 3, H, W] of one size, labels int64 [N], and readable class names, by label.
 
-    Attributes:
-        images: uint8 [N, 1 or 3, H, W].
-        labels: int64 [N], each below len(class_names).
-        class_names: readable class names, by label.
-
-    Raises:
-        TypeError: a wrong dtype.
-        ValueError: a wrong shape, or a label without a class name.
+    Raises TypeError for a wrong dtype, ValueError for a wrong shape or a label without a class name.
     """
 
     images: Tensor
@@ -31,10 +24,9 @@ class ImageSet:
     class_names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if self.images.dtype != torch.uint8:
-            raise TypeError(f"images has dtype {self.images.dtype}; accepted: torch.uint8")
-        if self.labels.dtype != torch.int64:
-            raise TypeError(f"labels has dtype {self.labels.dtype}; accepted: torch.int64")
+        for name, given, dtype in (("images", self.images, torch.uint8), ("labels", self.labels, torch.int64)):
+            if given.dtype != dtype:
+                raise TypeError(f"{name} has dtype {given.dtype}; accepted: {dtype}")
         if self.images.ndim != 4 or self.images.shape[1] not in (1, 3):
             raise ValueError(f"images has shape {tuple(self.images.shape)}; expected [N, 1 or 3, H, W]")
         if self.labels.shape != self.images.shape[:1]:
@@ -57,16 +49,7 @@ class ImageSet:
         return ImageSet(self.images[indices], self.labels[indices], self.class_names)
 
     def captions(self, seed: int = 0, indices: Tensor | None = None, templates: Sequence[str] = TEMPLATES) -> list[str]:
-        """Return one caption per image: its class name in a random template.
-
-        The caption of an image depends only on its index and the seed, so it does not depend on the batch. Change the
-        seed every epoch to use all templates.
-
-        Args:
-            seed: random seed of the templates.
-            indices: int64 [M], indices of the images; None for all.
-            templates: texts with one `{}` for the class name.
-        """
+        """Return one caption per image, or per index in `indices`, int64 [M]: `class_captions` of their labels."""
         return class_captions(self.labels, self.class_names, seed, indices, templates)
 
     def masks(self, threshold: int = 16) -> Tensor:

@@ -1,7 +1,5 @@
 """Pictures with classes or captions, as they lie on disk, for measuring: nothing is decoded before its turn."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +20,7 @@ from .source import EMBEDDED
 
 @dataclass(frozen=True, eq=False)
 class LabelledPictures:
-    """Pictures of classes that have names.
-
-    Attributes:
-        name: of the set, for tables.
-        pictures: N of them.
-        labels: N numbers below len(class_names).
-        class_names: as they are put into the templates.
-        templates: of the set's own, or `TEMPLATES`.
-    """
+    """N pictures of classes that have names, as they are put into the templates; labels: N numbers of classes."""
 
     name: str
     pictures: Sequence[Picture]
@@ -41,13 +31,7 @@ class LabelledPictures:
 
 @dataclass(frozen=True, eq=False)
 class CaptionedPictures:
-    """Pictures with one or more captions each.
-
-    Attributes:
-        name: of the set, for tables.
-        pictures: N of them.
-        captions: N tuples of captions, none of them empty.
-    """
+    """N pictures with one or more captions each."""
 
     name: str
     pictures: Sequence[Picture]
@@ -62,14 +46,11 @@ def set_name(source: str | Path) -> str:
 def open_labelled(source: str | Path) -> LabelledPictures:
     """Find the labelled pictures of a source.
 
-    Args:
-        source: "embedded" (its test split); a folder with a sub-folder for each class; a folder in the layout of
-            CLIP-benchmark: test/0.tar ... with .cls files, classnames.txt, zeroshot_classification_templates.txt.
-            Tars with .cls files alone have classes without names (`open_numbered`).
+    source: "embedded" (its test split); a folder with a sub-folder for each class; a folder in the layout of
+    CLIP-benchmark: test/0.tar ... with .cls files, classnames.txt, zeroshot_classification_templates.txt. Tars with
+    .cls files alone have classes without names (`open_numbered`).
 
-    Raises:
-        OSError: nothing there, or it cannot be read.
-        ValueError: another layout, or a label without a name; says what was expected and what was found.
+    Raises OSError for what is not there or cannot be read, ValueError for another layout or a label without a name.
     """
     root = Path(source)
     if str(source) == EMBEDDED:
@@ -132,13 +113,10 @@ def class_numbers(shards: ShardSet, classes: int, where: str = "") -> list[int]:
 def open_captioned(source: str | Path) -> CaptionedPictures:
     """Find the captioned pictures of a source; several lines are several captions.
 
-    Args:
-        source: a folder of images at any depth, each with a .txt file beside it; a folder in the layout of
-            CLIP-benchmark, test/0.tar ... with .txt files; or tars with them, as a path, pattern or URL.
+    source: a folder of images at any depth, each with a .txt file beside it; a folder in the layout of CLIP-benchmark,
+    test/0.tar ... with .txt files; or tars with them, as a path, pattern or URL.
 
-    Raises:
-        FileNotFoundError: nothing there, or no image that has captions; the message says what was looked for.
-        OSError, ValueError: files or shards that cannot be read.
+    Raises FileNotFoundError if no image there has captions, OSError or ValueError for what cannot be read.
     """
     root = Path(source)
     if is_clip_benchmark(root) or is_tars(source):

@@ -1,7 +1,5 @@
 """Batches whose content is a pure function of the seed and the step, so that a run resumes exactly."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,14 +24,9 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One batch.
+    """One batch: its step, images and their int64 [B] indices in the source and labels (-1 for none).
 
-    Attributes:
-        step: step number.
-        indices: int64 [B], indices of the images in the source.
-        images: output of the transform, or uint8 [B, 1 or 3, H, W] without a transform.
-        labels: int64 [B]; -1 for an image without a class.
-        captions: one per image, or empty.
+    images: output of the transform, or uint8 [B, 1 or 3, H, W] without one. captions: one per image, or empty.
     """
 
     step: int
@@ -71,20 +64,10 @@ def batch_indices(size: int, batch_size: int, step: int, *, seed: int = 0, shuff
     """Return the indices of the images in batch `step`, from an infinite sequence of epochs, each a permutation of all
     images.
 
-    Every batch is full. A batch at the end of an epoch is completed with images of the next epoch.
+    Every batch is full. A batch at the end of an epoch is completed with images of the next epoch. `batch_size` may
+    exceed `size`, the number of images in the source. shuffle: False repeats the order of the source.
 
-    Args:
-        size: images in the source, at least 1.
-        batch_size: images in a batch, at least 1; may exceed `size`.
-        step: index of the batch, from 0.
-        seed: random seed.
-        shuffle: False repeats the order of the source.
-
-    Returns:
-        int64 [batch_size].
-
-    Raises:
-        ValueError: a size, batch size or step out of range.
+    Returns int64 [batch_size]. Raises ValueError for a size, batch size or step out of range.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; must be at least 1")
@@ -121,18 +104,8 @@ def batches(
     """Yield batches `start` to `steps` - 1 of the sequence given by `batch_indices`.
 
     To resume after step s, pass start = s + 1 and the same seed; order and augmentation then continue exactly.
-
-    Args:
-        source: an `ImageSet` or any other `ImageSource`.
-        batch_size: images in a batch.
-        steps: end step (exclusive); an epoch is ceil(len(source) / batch_size) steps.
-        start: first step.
-        seed: random seed of order and augmentation.
-        shuffle: False for the order of the source.
-        transform: called as transform(images, generator), where the generator depends only on seed and step.
-
-    Raises:
-        ValueError: from `batch_indices`, at the first batch.
+    `transform` is called as transform(images, generator), where the generator depends only on seed and step. Raises
+    ValueError as `batch_indices`, at the first batch.
     """
     for step in range(start, steps):
         indices = batch_indices(len(source), batch_size, step, seed=seed, shuffle=shuffle)

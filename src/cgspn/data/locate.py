@@ -1,7 +1,5 @@
 """From what a user calls a source (path, glob, brace pattern, URL) to local files; URLs are fetched once."""
 
-from __future__ import annotations
-
 import glob
 import itertools
 import math
@@ -24,13 +22,7 @@ MOST_NAMES = 300_000  # of a brace pattern; the largest public sets have some 23
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file to be read.
-
-    Attributes:
-        name: as the user wrote it, patterns expanded: a path or a URL.
-        path: the local file, which may be missing.
-        problem: why it is missing, or "".
-    """
+    """A tar file: its name as the user wrote it, patterns expanded, its local path, and why it is missing, or ""."""
 
     name: str
     path: Path
@@ -86,9 +78,8 @@ def locate(source: str, cache: Path, max_skipped: float = 1.0) -> list[Shard]:
 
     A shard that a path, brace pattern or URL names and that cannot be had comes back with its `problem`. A glob names
     only what exists, so that it cannot notice a loss; it does not follow links to folders. As much of a path as is
-    there as it is written is taken as it is, brackets and braces included.
-
-    max_skipped: largest share of URLs that may fail before the others are not tried.
+    there as it is written is taken as it is, brackets and braces included. max_skipped: largest share of URLs that may
+    fail before the others are not tried.
 
     Raises ValueError for a wrong brace pattern, FileNotFoundError for a glob that matches nothing.
     """

@@ -1,7 +1,5 @@
 """Picture files of strangers: what is opened, and the limits in which Pillow may decode it."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext

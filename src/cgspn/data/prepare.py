@@ -1,7 +1,5 @@
 """Pictures of any kind and size, one at a time: from paths, tars or memory to what an encoder takes."""
 
-from __future__ import annotations
-
 import io
 import itertools
 from collections import deque
@@ -34,13 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Member:
-    """A file of a sample in shards.
-
-    Attributes:
-        shards: of an `open_shards`.
-        number: of the sample.
-        part: one of `PARTS`.
-    """
+    """A file of sample `number` in shards; part: one of `PARTS`."""
 
     shards: ShardSet
     number: int
@@ -129,13 +121,9 @@ class Prepare:
 
     Resized by Pillow, which CLIP, SigLIP and DINOv2 were trained and are measured with.
 
-    Attributes:
-        size: (height, width); None for a picture that has its size already.
-        crop: True resizes the shorter side and cuts out the middle, False squeezes all of the picture into `size`.
-        resample: the filter.
-        mean, std: per channel, of values in 0..1.
-        channels: 3, or 1 for grey.
-        crop_pct: share of the resized picture's side that is cut out: at 0.875, 224 pixels of 256.
+    size: (height, width); None for a picture that has its size already. crop: True resizes the shorter side and cuts
+    out the middle, False squeezes all of the picture into `size`. mean, std: per channel, of values in 0..1. channels:
+    3, or 1 for grey. crop_pct: share of the resized picture's side that is cut out: at 0.875, 224 pixels of 256.
     """
 
     size: tuple[int, int] | None

@@ -1,7 +1,5 @@
 """Pictures with captions that stay on disk until training asks for them: what a source of them is, and a folder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -17,14 +15,7 @@ from .skipped import Skipped
 
 @dataclass(frozen=True)
 class Sample:
-    """One stored image.
-
-    Attributes:
-        encoded: the bytes of the image file.
-        caption: "" if there is none.
-        class_name: "" if there is none.
-        label: class number, or -1.
-    """
+    """One stored image: the bytes of its file, and its caption, class name and class number, if there are any."""
 
     encoded: bytes
     caption: str = ""
@@ -61,12 +52,8 @@ class SampleFolder:
     """Images in a folder, either directly or in one sub-folder per class. The caption of `1.jpg` is in `1.txt` or
     `1.json`.
 
-    Attributes:
-        source: the source as given by the user.
-        files: paths, in order.
-        labels: class number of each file, or -1.
-        class_names: names of the sub-folders; empty for a flat folder.
-        problems: none.
+    files: paths, in order. labels: class number of each file, or -1. class_names: names of the sub-folders; empty for a
+    flat folder.
     """
 
     source: str

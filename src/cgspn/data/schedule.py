@@ -1,7 +1,5 @@
 """Which shape each batch of a run has, and which images of the endless stream of epochs are in it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

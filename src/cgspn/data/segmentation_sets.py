@@ -29,12 +29,8 @@ COCO_IDS, COCO_TRAIN_IDS = 182, 171
 class SegmentationSet:
     """Pictures and their masks, which are PNG files of one channel of class ids.
 
-    Attributes:
-        name: of the set, for tables.
-        pictures, masks: N of each.
-        class_names: K of them.
-        first: what stands for class 0 in the files; class k is first + k.
-        ignored: what stands for pixels that do not count.
+    first: what stands for class 0 in the files; class k is first + k. ignored: what stands for pixels that do not
+    count.
     """
 
     name: str
@@ -98,9 +94,7 @@ def open_segmentation(source: str | Path) -> tuple[SegmentationSet, Segmentation
       or 171 where all masks end in _labelTrainIds.png; 255 does not count.
     - CamVid: camvid-train.tar and camvid-test.tar with .jpg and .mask.png, 11 does not count.
 
-    Raises:
-        FileNotFoundError: none of them; the message says what was expected and what was found.
-        OSError, ValueError: shards or folders that cannot be read, or no pairs in them.
+    Raises FileNotFoundError for none of them, OSError or ValueError for what cannot be read or has no pairs.
     """
     root = Path(source)
     for candidate in (root, root / "ADEChallengeData2016"):
@@ -126,12 +120,8 @@ def open_segmentation(source: str | Path) -> tuple[SegmentationSet, Segmentation
 def open_pairs(source: str | Path, classes: int, ignored: int = 255) -> SegmentationSet:
     """Pairs NAME.jpg, NAME.mask.png: in a folder at any depth, or in tars (a path, pattern or URL that ends in .tar).
 
-    Args:
-        source: the folder or tars.
-        classes: K; ids are 0 to K - 1.
-        ignored: the id of pixels that do not count.
-
-    Raises FileNotFoundError if there are none, and what `open_shards` raises.
+    Ids are 0 to classes - 1, and `ignored` for pixels that do not count. Raises FileNotFoundError if there are none,
+    ValueError for fewer than two classes, and what `open_shards` raises.
     """
     if classes < 2:
         raise ValueError(f"classes is {classes}; expected at least 2")

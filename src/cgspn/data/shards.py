@@ -1,7 +1,5 @@
 """Image-text shards (webdataset tar) as one source with random access, so that no stream has to be replayed."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
@@ -24,14 +22,10 @@ class ShardSet:
     """The samples of shards, in the order of the shards and of each tar.
 
     Attributes:
-        source: the source as given by the user.
-        shards: the shards that contain samples.
         problems: missing or damaged shards, and skipped samples of the others. The samples before the damage in a shard
             are used.
-        ends: for each shard, the number of samples up to its end.
-        names: uint8 [total], the concatenated names of the samples.
-        name_ends: int64 [N], the end of each name in `names`.
-        spans: int64 [N, len(PARTS), 2], offset and size in bytes of each of `PARTS`; -1 where there is none.
+        ends: for each shard that contains samples, the number of samples up to its end.
+        names, name_ends, spans: as `names`, `ends` and `spans` of `TarIndex`, for all shards.
     """
 
     source: str
@@ -61,17 +55,15 @@ class ShardSet:
 
     def read_parts(self, number: int, wanted: tuple[str, ...]) -> dict[str, bytes | None]:
         """Read some of the `PARTS` of a sample as bytes, None for missing ones. Raises OSError as `read`."""
-        found: dict[str, bytes | None] = {}
+        found: dict[str, bytes | None] = dict.fromkeys(wanted)
         with self._shard(number).path.open("rb") as file:
             for part in wanted:
                 offset, size = self.spans[number, PARTS.index(part)].tolist()
-                if offset < 0:
-                    found[part] = None
-                    continue
-                file.seek(offset)
-                found[part] = content = file.read(size)
-                if len(content) < size:
-                    raise OSError(f"{part}: the shard ends before byte {offset + size}")
+                if offset >= 0:
+                    file.seek(offset)
+                    found[part] = content = file.read(size)
+                    if len(content) < size:
+                        raise OSError(f"{part}: the shard ends before byte {offset + size}")
         return found
 
     def digest(self) -> str:
@@ -89,14 +81,12 @@ def open_shards(source: str, cache: Path, max_skipped: float = 0.1) -> ShardSet:
     change. Its samples are skipped.
 
     Args:
-        source: a path, a pattern with `{000..009}`, `{a,b}` or `*`, or a URL; URLs are downloaded completely into
-            `cache`.
+        source: a path, a pattern with `{000..009}`, `{a,b}` or `*`, or a URL, which is downloaded completely.
         cache: folder for downloaded shards and indices.
         max_skipped: largest tolerated fraction of missing or damaged shards, 0 to 1.
 
-    Raises:
-        FileNotFoundError: there are no such files.
-        ValueError: a wrong pattern, more problems than `max_skipped`, or no sample at all.
+    Raises FileNotFoundError if there are no such files, ValueError for a wrong pattern, more problems than
+    `max_skipped`, or no sample at all.
     """
     return index_shards(source, locate(source, cache, max_skipped), cache, max_skipped)
 

@@ -1,7 +1,5 @@
 """At which size pictures are looked at: an encoder's own, or another one that its patches tile."""
 
-from __future__ import annotations
-
 from ..models.config import EncoderConfig
 
 Size = int | tuple[int, int] | None

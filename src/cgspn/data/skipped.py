@@ -1,7 +1,5 @@
 """What could not be read: named, counted, and tolerated up to a limit."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,13 +9,9 @@ FIRST = 1000  # images that a stream is given before its share of unreadable one
 
 @dataclass(frozen=True)
 class Skipped:
-    """Images or shards that could not be read.
+    """Images or shards that could not be read, of `total` that were tried. what: plural noun for them, for messages.
 
-    Attributes:
-        files: name and reason of each, in the order of reading.
-        total: number of files tried.
-        what: plural noun for the files, for messages.
-        unnamed: number of unreadable files that are not in `files`.
+    files: name and reason of each, in the order of reading. unnamed: number of those that are not in `files`.
     """
 
     files: tuple[tuple[str, str], ...] = ()
@@ -41,11 +35,9 @@ class Skipped:
 class SkipCounter:
     """Counts the images that a run skips. An image that is skipped in several epochs counts once.
 
-    Attributes:
-        source: name of the source, for messages.
-        size: number of images in the source.
-        limit: largest tolerated fraction of unreadable images, 0 to 1.
-        read: number of images tried. used: number of images read. bad: name and reason of the others, by index.
+    source: name of the source, for messages. size: number of images in the source. limit: largest tolerated fraction of
+    unreadable images, 0 to 1. read: number of images tried. used: number of images read. bad: name and reason of the
+    others, by index.
     """
 
     source: str

@@ -1,7 +1,5 @@
 """One entry for the commands: the embedded images by name, a folder of one's own, or shards."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -18,13 +16,13 @@ EMBEDDED = "embedded"
 
 
 def load_images(source: str | Path, size: tuple[int, int], channels: int, split: Split) -> ImageSet:
-    """Load images for an encoder with `channels` input channels.
+    """Load images for an encoder with `channels` input channels, 1 or 3, to which they are converted if necessary.
 
     Args:
         source: "embedded", or a folder of images, directly or in one sub-folder per class.
         size: height and width to which the images of a folder are resized; the embedded images keep their size.
-        channels: 1 or 3. Colour images are converted to grey or grey images to three equal channels if necessary.
         split: split of the embedded images; not used for a folder.
+
 
     Raises the errors of `load_folder`, and ValueError for another number of channels. Unreadable files are skipped,
     counted and reported on standard error.
@@ -44,10 +42,8 @@ def load_images(source: str | Path, size: tuple[int, int], channels: int, split:
 def open_samples(source: str, *, cache: Path | None = None, max_skipped: float = 0.1) -> SampleSource:
     """Open images that are read during training.
 
-    Args:
-        source: a folder of images or of shards, or shards: a path, a pattern or a URL (`open_shards`).
-        cache: folder for downloaded shards and indices; None for the user's cache folder.
-        max_skipped: largest tolerated fraction of missing or damaged shards, 0 to 1.
+    source: a folder of images or of shards, or shards: a path, a pattern or a URL (`open_shards`). cache: folder for
+    downloaded shards and indices; None for the user's cache folder. max_skipped: as in `open_shards`.
 
     Raises FileNotFoundError, NotADirectoryError or ValueError, as `open_shards` and `load_folder` do.
     """

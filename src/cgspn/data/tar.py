@@ -4,8 +4,6 @@ Python's tarfile reads headers of any length and follows negative sizes backward
 CVE-2024-6232), so the headers of ustar, GNU and PAX archives are read here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
@@ -15,7 +13,6 @@ LONGEST_NAME = 4096  # bytes, as Linux allows of a path
 
 _LINKS = {b"1": "a hard link", b"2": "a symbolic link"}
 _WITHOUT_CONTENT = b"123456"  # links, devices, folders and FIFOs, whatever size they state
-_SPARSE = "a sparse file"
 
 
 class TarDamage(ValueError):
@@ -23,7 +20,7 @@ class TarDamage(ValueError):
 
 
 class Member(NamedTuple):
-    """A file of a tar: its name, where its content lies, and why its content is not there as it is ("" if it is)."""
+    """A file of a tar: its name, where its content lies, and why that is not there as it is ("" if it is)."""
 
     name: bytes
     offset: int
@@ -57,8 +54,10 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
                 records[b"path"] = content.rstrip(b"\0")
             at = start + _padded(length)
             continue
-        if b"size" in records:
-            length = _decimal(records[b"size"], at)
+        if (digits := records.get(b"size")) is not None:
+            if not digits.isdigit() or len(digits) > 18:
+                raise TarDamage(f"no valid size in the PAX records before byte {at}")
+            length = int(digits)
         name = records.get(b"path") or _name(block)
         more = kind == b"S" and block[482]
         while more:  # GNU's map of the holes goes on between header and content
@@ -71,7 +70,7 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
         sparse = kind == b"S" or any(key.startswith(b"GNU.sparse.") for key in records)
         records = {}
         if kind in _LINKS or sparse:
-            yield Member(name, start, length, _LINKS.get(kind, _SPARSE))
+            yield Member(name, start, length, _LINKS.get(kind, "a sparse file"))
         elif kind in (b"\0", b"0", b"7") and not name.endswith(b"/"):
             yield Member(name, start, length)
 
@@ -98,12 +97,6 @@ def _number(field: bytes, at: int) -> int:
     if not all(48 <= digit < 56 for digit in digits):
         raise TarDamage(f"no valid size in the header at byte {at}")
     return int(digits, 8)
-
-
-def _decimal(digits: bytes, at: int) -> int:
-    if not digits.isdigit() or len(digits) > 18:
-        raise TarDamage(f"no valid size in the PAX records before byte {at}")
-    return int(digits)
 
 
 def _pax_records(content: bytes, at: int) -> dict[bytes, bytes]:

@@ -3,13 +3,11 @@
 A sample is the members that share a path up to the first dot of the file name: `0001.jpg`, `0001.txt`, `0001.json`.
 """
 
-from __future__ import annotations
-
 import hashlib
+import io
 import json
 import os
 import tempfile
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +19,7 @@ from .folder import SUFFIXES
 from .opening import MOST_BYTES, MOST_TEXT
 from .tar import LONGEST_NAME, Member, TarDamage, members
 
-FORMAT = 4  # of the cached file; another number is read as no cache
+FORMAT = 5  # of the cached file; another number is read as no cache
 
 PARTS = ("image", "txt", "json", "mask", "cls")
 IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
@@ -41,8 +39,7 @@ class TarIndex:
         ends: int64 [N], where each name ends in `names`.
         spans: int64 [N, 5, 2], offset and size in bytes of the members `PARTS`; -1 where there is none.
         damage: what is wrong with the file, or ""; the samples before the damage are all there.
-        left_out: name and reason of files and samples that cannot be used, the first `NAMED` of them.
-        unnamed: how many more there are.
+        left_out: name and reason of the first `NAMED` files and samples that cannot be used; there are `unnamed` more.
     """
 
     names: NDArray[np.uint8]
@@ -100,13 +97,10 @@ class _Samples:
         if not stem or not ending:  # hidden files such as the "._" twins that macOS leaves, and files like README
             return
         key, last = folder + slash + stem, ending.lower().decode("latin-1")
-        part = ENDINGS.get(last)
-        if part is None:
-            others = self.others.setdefault(key, [])
-            if last.rpartition(".")[2] in IMAGES:
-                others.append((shown_name(member.name), DOTS))
-            elif not others:
-                others.append((shown_name(member.name), NO_IMAGE))
+        if (part := ENDINGS.get(last)) is None:
+            others, dots = self.others.setdefault(key, []), last.rpartition(".")[2] in IMAGES
+            if dots or not others:
+                others.append((shown_name(member.name), DOTS if dots else NO_IMAGE))
             return
         spans = self.spans.setdefault(key, [(-1, -1)] * len(PARTS))
         reason = _unusable(member, MOST_TEXT if part in ("txt", "json", "cls") else MOST_BYTES) or (
@@ -131,9 +125,10 @@ class _Samples:
         for key, others in self.others.items():
             for name, reason in others if key not in whole else ():
                 self.leave_out(name, reason)
+        names = np.frombuffer(b"".join(whole), dtype=np.uint8)
+        ends = np.cumsum([len(name) for name in whole], dtype=np.int64)
         spans = np.array(list(whole.values()), dtype=np.int64).reshape(-1, len(PARTS), 2)
-        left_out = tuple(self.left_out)
-        return TarIndex(*_joined(whole), spans, damage, left_out, self.count - len(left_out))
+        return TarIndex(names, ends, spans, damage, tuple(self.left_out), self.count - len(self.left_out))
 
 
 def _unusable(member: Member, most: int) -> str:
@@ -144,12 +139,6 @@ def _unusable(member: Member, most: int) -> str:
     return member.odd
 
 
-def _joined(names: Iterable[bytes]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    names = list(names)
-    ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-    return np.frombuffer(b"".join(names), dtype=np.uint8), ends
-
-
 def load_index(path: Path, cache: Path) -> TarIndex:
     """The index of a tar, from `cache` if the file has the size and time that it had when it was indexed.
 
@@ -158,8 +147,8 @@ def load_index(path: Path, cache: Path) -> TarIndex:
 
     Raises OSError if the file cannot be read and was never indexed.
     """
-    kept = cache / "indices" / f"{path.stem}-{hashlib.blake2b(os.fsencode(path.resolve()), digest_size=8).hexdigest()}"
-    kept = kept.with_name(f"{kept.name}.npz")
+    place = hashlib.blake2b(os.fsencode(path.resolve()), digest_size=8).hexdigest()
+    kept = cache / "indices" / f"{path.stem}-{place}.index"
     cached = _read(kept)
     try:
         stat = path.stat()
@@ -178,44 +167,31 @@ def load_index(path: Path, cache: Path) -> TarIndex:
     return index
 
 
-def _digest(stamp: list[int], index: TarIndex, words: bytes) -> NDArray[np.uint8]:
-    hashed = hashlib.blake2b(words, digest_size=32)
-    for array in (np.array(stamp), index.names, index.ends, index.spans):
-        hashed.update(f"{array.shape} {array.dtype}".encode() + array.tobytes())
-    return np.frombuffer(hashed.digest(), dtype=np.uint8)
-
-
 def _read(kept: Path) -> tuple[list[int], TarIndex] | None:
     try:
-        with np.load(kept, allow_pickle=False) as saved:
-            stamp, words = saved["stamp"].tolist(), saved["words"].tobytes()
-            if stamp[0] != FORMAT:
-                return None
-            index = TarIndex(saved["names"], saved["ends"], saved["spans"])
-            if not np.array_equal(saved["digest"], _digest(stamp, index, words)):
-                return None
-        damage, left_out, unnamed = json.loads(words)
-        return stamp, replace(index, damage=damage, left_out=tuple(map(tuple, left_out)), unnamed=unnamed)
+        whole = kept.read_bytes()
+        digest, content = whole[:32], whole[32:]
+        if hashlib.sha256(content).digest() != digest:
+            return None
+        with np.load(io.BytesIO(content), allow_pickle=False) as saved:
+            damage, left_out, unnamed = json.loads(saved["words"].tobytes())
+            texts = damage, tuple(map(tuple, left_out)), unnamed
+            stamp, index = saved["stamp"].tolist(), TarIndex(saved["names"], saved["ends"], saved["spans"], *texts)
+        return (stamp, index) if stamp[0] == FORMAT else None
     # a file that is missing, cut off, changed or of another program: NumPy and zipfile raise a dozen kinds of errors
     except Exception:
         return None
 
 
 def _write(kept: Path, stamp: list[int], index: TarIndex) -> None:
+    words = np.frombuffer(json.dumps([index.damage, index.left_out, index.unnamed]).encode(), dtype=np.uint8)
+    held = io.BytesIO()
+    np.savez(held, stamp=stamp, names=index.names, ends=index.ends, spans=index.spans, words=words)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    words = json.dumps([index.damage, index.left_out, index.unnamed]).encode()
     handle, temporary = tempfile.mkstemp(dir=kept.parent, prefix=f".{kept.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(
-                file,
-                stamp=np.array(stamp),
-                names=index.names,
-                ends=index.ends,
-                spans=index.spans,
-                words=np.frombuffer(words, dtype=np.uint8),
-                digest=_digest(stamp, index, words),
-            )
+            file.write(hashlib.sha256(held.getvalue()).digest() + held.getvalue())
         os.replace(temporary, kept)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

@@ -7,8 +7,6 @@ to image, and the result equals cropping first and then resizing with torch's an
 Shapes: B images, C channels, H x W size, h x w new size.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -17,32 +15,32 @@ from torch import Tensor
 
 Size = int | tuple[int, int]
 
-MEAN = (0.5, 0.5, 0.5)
-STD = (0.5, 0.5, 0.5)
+MEAN = STD = (0.5, 0.5, 0.5)
 SCALE, RATIO = (0.6, 1.0), (3 / 4, 4 / 3)  # of random boxes: share of the area, width / height
 PASTED = (0.05, 0.95)  # share of the area that a box of `paste_boxes` has
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what Pillow's "L" mode uses
 
 
-def _pair(name: str, size: Size) -> tuple[int, int]:
+def _pair(size: Size) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else tuple(size)
     if len(pair) != 2 or min(pair) < 1:
-        raise ValueError(f"{name} is {size!r}; expected a positive int, or (height, width) of two")
+        raise ValueError(f"size is {size!r}; expected a positive int, or (height, width) of two")
     return pair
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Images uint8 or float [B, 1 or 3, H, W] to float32 [B, 3, H, W] in 0..1; grey is repeated.
+    """Images uint8, or float in 0..1, [B, 1 or 3, H, W] to float32 [B, 3, H, W] in 0..1; grey is repeated.
 
-    Float images must already be in 0..1.
-
-    Raises:
-        ValueError: another number of channels or dimensions.
+    Raises ValueError for another number of channels or dimensions.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(f"images has shape {tuple(images.shape)}; expected [B, 1 or 3, H, W]")
-    out = images.float() / 255 if images.dtype == torch.uint8 else images.float()
-    return out.expand(-1, 3, -1, -1)
+    return _unit(images).float().expand(-1, 3, -1, -1)
+
+
+def _unit(images: Tensor) -> Tensor:
+    """Bytes as float32 in 0..1. Grey stays one channel, for less work until it is repeated."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
@@ -50,9 +48,7 @@ def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, 
 
     Raises RuntimeError for a number of channels that does not fit the mean.
     """
-    m = images.new_tensor(mean)[:, None, None]
-    s = images.new_tensor(std)[:, None, None]
-    return (images - m) / s
+    return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
 
 
 def _weights(begin: Tensor, length: Tensor, size: int, new: int, flip: Tensor | None) -> Tensor:
@@ -71,16 +67,10 @@ def _weights(begin: Tensor, length: Tensor, size: int, new: int, flip: Tensor | 
 def resample(images: Tensor, boxes: Tensor, size: Size, flip: Tensor | None = None) -> Tensor:
     """Cut a box out of each image and resize it, antialiased; optionally mirror it.
 
-    Args:
-        images: float [B, C, H, W].
-        boxes: [B, 4] as (top, left, height, width) in whole pixels, inside the image.
-        size: new height and width; the aspect ratio of the box need not be kept.
-        flip: bool [B], True to mirror left and right.
-
-    Returns:
-        [B, C, h, w], dtype of images.
+    images: float [B, C, H, W]. boxes: [B, 4] as (top, left, height, width) in whole pixels, inside the image. size:
+    (h, w), of any aspect ratio. flip: bool [B], True to mirror left and right. Returns [B, C, h, w], dtype of images.
     """
-    h, w = _pair("size", size)
+    h, w = _pair(size)
     top, left, height, width = boxes.to(images.device, torch.promote_types(images.dtype, torch.float32)).unbind(1)
     rows = _weights(top, height, images.shape[2], h, None).to(images.dtype)
     columns = _weights(left, width, images.shape[3], w, flip).to(images.dtype)
@@ -89,25 +79,19 @@ def resample(images: Tensor, boxes: Tensor, size: Size, flip: Tensor | None = No
 
 def resize(images: Tensor, size: Size) -> Tensor:
     """Resize float [B, C, H, W] to [B, C, h, w], antialiased, any aspect ratio. Raises ValueError for a wrong size."""
-    new = _pair("size", size)
+    new = _pair(size)
     if images.shape[2:] == new:
         return images
     return torch.nn.functional.interpolate(images, new, mode="bilinear", antialias=True, align_corners=False)
 
 
 def center_crop(images: Tensor, size: Size) -> Tensor:
-    """Resize the images so that they cover `size`, and take a centre crop.
+    """Resize float [B, C, H, W] so that it covers `size`, and take a centre crop, [B, C, h, w].
 
-    Args:
-        images: float [B, C, H, W].
-        size: new height and width.
-
-    Returns:
-        [B, C, h, w].
 
     Raises ValueError for a wrong size.
     """
-    h, w = _pair("size", size)
+    h, w = _pair(size)
     height, width = images.shape[2:]
     scale = max(h / height, w / width)
     # max() because rounding must not make the resized image smaller than the crop.
@@ -130,18 +114,10 @@ def random_boxes(
     scale: tuple[float, float] = SCALE,
     ratio: tuple[float, float] = RATIO,
 ) -> Tensor:
-    """Random boxes int64 [count, 4] (top, left, height, width): area uniform, aspect ratio log-uniform.
+    """Random boxes int64 [count, 4] (top, left, height, width) of images of `height` x `width` pixels.
 
-    A draw that does not fit is shortened to fit, so no draw is ever repeated and the stream of random numbers has a
-    fixed length.
-
-    Args:
-        count: number of boxes.
-        height: of the images, pixels.
-        width: of the images, pixels.
-        generator: on the CPU.
-        scale: smallest and largest area of the crop, as fractions of the image area.
-        ratio: smallest and largest width / height.
+    The area is uniform in `scale`, fractions of the image area, and width / height log-uniform in `ratio`. A draw that
+    does not fit is shortened to fit, so the stream of random numbers has a fixed length. generator: on the CPU.
     """
     return boxes_from(torch.rand(4, count, generator=generator, dtype=torch.float64), height, width, scale, ratio)
 
@@ -171,18 +147,8 @@ def random_resized_crop(
 ) -> Tensor:
     """Take a random crop of each image, resize it, and flip it horizontally with probability `flip`.
 
-    Args:
-        images: float [B, C, H, W].
-        size: new height and width.
-        generator: on the CPU; the same state gives the same result.
-        scale: smallest and largest area of the crop, as fractions of the image area.
-        ratio: smallest and largest aspect ratio (width / height) of the crop.
-        flip: probability of a horizontal flip.
-
-    Returns:
-        [B, C, h, w].
-
-    Raises ValueError for a wrong size. Source: the crop of Inception and timm.
+    float [B, C, H, W] to [B, C, h, w]. `scale` and `ratio` are those of `random_boxes`; the same state of the generator
+    gives the same result. Raises ValueError for a wrong size. Source: the crop of Inception and timm.
     """
     boxes = random_boxes(len(images), images.shape[2], images.shape[3], generator, scale, ratio)
     mirrored = torch.rand(len(images), generator=generator) < flip
@@ -237,13 +203,10 @@ def jitter_factors(count: int, strength: float, generator: torch.Generator) -> T
 
 
 def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
-    """Change brightness, then contrast, then saturation of each image.
+    """Change brightness, then contrast, then saturation of images, float [B, 3, H, W], clipped to 0..1.
 
-    Args:
-        images: float [B, 3, H, W] in 0..1.
-        factors: float [B, 3], on any device; 1 changes nothing, 0 gives black, the mean grey, a grey image.
-
-    Returns float [B, 3, H, W], clipped to 0..1. Source: the colour jitter of SimCLR, without hue.
+    factors: float [B, 3], on any device; 1 changes nothing, 0 gives black, the mean grey, a grey image. Source: the
+    colour jitter of SimCLR, without hue.
     """
     bright, contrast, saturation = factors.to(images.device, images.dtype)[:, :, None, None, None].unbind(1)
     images = (images * bright).clamp(0, 1)
@@ -257,11 +220,8 @@ def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
 class EvalTransform:
     """Transform uint8 [B, 1 or 3, H, W] to normalised float32 [B, 3, h, w] without randomness.
 
-    Attributes:
-        size: new height and width.
-        crop: True keeps the aspect ratio and takes a centre crop; False resizes the whole image to `size`.
-        mean: mean per channel, for images in 0..1.
-        std: standard deviation per channel.
+    crop: True keeps the aspect ratio and takes a centre crop; False resizes the whole image to `size`. mean, std: per
+    channel, for images in 0..1.
     """
 
     size: Size
@@ -271,9 +231,7 @@ class EvalTransform:
 
     def __call__(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Transform a batch; the generator is not used."""
-        # Grey stays one channel while it is resized, and is repeated at the end.
-        scaled = images.float() / 255 if images.dtype == torch.uint8 else images
-        scaled = center_crop(scaled, self.size) if self.crop else resize(scaled, self.size)
+        scaled = (center_crop if self.crop else resize)(_unit(images), self.size)
         return normalize(to_float(scaled), self.mean, self.std)
 
 
@@ -282,14 +240,8 @@ class TrainTransform:
     """Transform uint8 [B, 1 or 3, H, W] to normalised float32 [B, 3, h, w] with a random resized crop and a random
     flip.
 
-    Attributes:
-        size: new height and width.
-        scale: smallest and largest area of the crop, as fractions of the image area.
-        ratio: smallest and largest aspect ratio (width / height) of the crop.
-        flip: probability of a horizontal flip.
-        jitter: strength of random brightness, contrast and saturation changes, 0 to 1.
-        mean: mean per channel, for images in 0..1.
-        std: standard deviation per channel.
+    scale, ratio: as in `random_boxes`. flip: probability of a horizontal flip. jitter: strength of random brightness,
+    contrast and saturation changes, 0 to 1. mean, std: per channel, for images in 0..1.
     """
 
     size: Size
@@ -302,9 +254,10 @@ class TrainTransform:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Transform a batch; the same state of the generator gives the same result."""
-        scaled = images.float() / 255 if images.dtype == torch.uint8 else images
-        scaled = random_resized_crop(scaled, self.size, generator, scale=self.scale, ratio=self.ratio, flip=self.flip)
-        scaled = to_float(scaled)
+        out = random_resized_crop(
+            _unit(images), self.size, generator, scale=self.scale, ratio=self.ratio, flip=self.flip
+        )
+        out = to_float(out)
         if self.jitter:
-            scaled = jitter_colors(scaled, jitter_factors(len(scaled), self.jitter, generator))
-        return normalize(scaled, self.mean, self.std)
+            out = jitter_colors(out, jitter_factors(len(out), self.jitter, generator))
+        return normalize(out, self.mean, self.std)

@@ -1,14 +1,12 @@
 """Training batches read by worker processes. A batch is a function of the source, the settings and its step alone, so
 neither the number of workers or processes nor a restart changes what a run sees."""
 
-from __future__ import annotations
-
 import io
 import os
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +32,8 @@ AUGMENT, SUBSTITUTE = 1, 3  # purposes of randomness
 
 Failure = tuple[int, str, str]
 """Number, name and reason of a sample that could not be used."""
+Key = tuple[int, slice, list[int]]
+"""A step, rows of its batch, and the numbers of their samples."""
 
 
 class WorkerError(OSError):
@@ -58,7 +58,6 @@ class LoaderConfig:
     cache: Path | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values out of range."""
         if self.workers is not None and self.workers < 0:
             raise ValueError(f"workers is {self.workers}; accepted: 0 or more, or None")
         if self.prefetch < 1:
@@ -79,11 +78,8 @@ class BatchPlan:
     """Everything that determines the batches of a stage, apart from the source.
 
     Attributes:
-        batch_size: images in a batch of `size`.
-        rows: first and end row that this process reads of a batch of `size`; of other shapes it reads the same
-            fraction.
-        size: (height, width) in pixels.
-        seed: random seed of order and augmentation.
+        rows: first and end row that this process reads of a batch of `batch_size` images of `size`, (height, width) in
+            pixels; of other shapes it reads the same fraction.
         augment: random crop and flip of each image, instead of a centre crop.
         scale: smallest and largest area of a random crop, as fractions of the image area.
         captioned: skip images without a caption or class.
@@ -113,10 +109,7 @@ class BatchPlan:
 
 
 class Rows(NamedTuple):
-    """Rows of a batch: uint8 [b, h, w, 3], int64 [b], int64 [b], captions, what could not be used.
-
-    `images` is None if nothing that could be used was found.
-    """
+    """Rows of a batch: uint8 [b, h, w, 3] (None if nothing can be used), int64 [b], int64 [b]; and what cannot be."""
 
     images: Tensor | None
     indices: Tensor
@@ -129,10 +122,9 @@ class RowsReader(Dataset[Rows]):
     """From a step, rows of its batch and their sample numbers to decoded rows; what each worker process runs."""
 
     def __init__(self, source: SampleSource, plan: BatchPlan) -> None:
-        """The two things that rows are a function of."""
         self.source, self.plan = source, plan
 
-    def __getitem__(self, key: tuple[int, slice, list[int]]) -> Rows:
+    def __getitem__(self, key: Key) -> Rows:
         """Rows of one step. Never raises for damaged data: what a worker raises loses its place in the stream."""
         step, rows, numbers = key
         shape = self.plan.at(step)[0]
@@ -140,9 +132,7 @@ class RowsReader(Dataset[Rows]):
         # of the whole batch, so that a row has its own whoever reads it
         draws = torch.rand(shape.images, 6, generator=generator, dtype=torch.float64)[rows]
         images = torch.empty(len(numbers), *shape.size, 3, dtype=torch.uint8)
-        found, labels = list(numbers), list[int]()
-        captions: list[str] = []
-        failures: list[Failure] = []
+        found, labels, captions, failures = list(numbers), list[int](), list[str](), list[Failure]()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of Pillow, about oddities in files
             for row, number in enumerate(numbers):
@@ -171,39 +161,26 @@ class RowsReader(Dataset[Rows]):
         if plan.captioned and not caption:
             raise ValueError('no caption (looked for .txt, and .json with "caption" or "text")')
         size = (row.shape[0], row.shape[1])
-        pixels = read_box(io.BytesIO(sample.encoded), size, self.box(draw, size) if plan.augment else middle(size))
+
+        def box(height: int, width: int) -> Box:
+            found = boxes_from(draw[:4, None], height, width, plan.scale, ratio_around(size))
+            top, left, box_height, box_width = found[0].tolist()
+            return top, left, box_height, box_width
+
+        pixels = read_box(io.BytesIO(sample.encoded), size, box if plan.augment else middle(size))
         row.copy_(torch.from_numpy(pixels))
         if plan.augment and draw[4] < FLIP:
             row.copy_(row.flip(1))
         return sample, caption
 
-    def box(self, draw: Tensor, size: tuple[int, int]) -> Callable[[int, int], Box]:
-        """The random box of a picture of any size, of about the shape of `size`, (height, width)."""
-        ratio = ratio_around(size)
 
-        def choose(height: int, width: int) -> Box:
-            top, left, box_height, box_width = boxes_from(draw[:4, None], height, width, self.plan.scale, ratio)[0]
-            return int(top), int(left), int(box_height), int(box_width)
-
-        return choose
-
-
-@dataclass(frozen=True)
-class Steps:
+def _keys(size: int, plan: BatchPlan, start: int, end: int) -> Iterator[Key]:
     """The keys of `RowsReader`, in order; made in the training process, which alone holds the order of an epoch."""
-
-    size: int
-    plan: BatchPlan
-    start: int
-    end: int
-
-    def __iter__(self) -> Iterator[tuple[int, slice, list[int]]]:
-        """Step, rows and their sample numbers, of each part that this process reads."""
-        for step in range(self.start, self.end):
-            shape, begin, _ = self.plan.at(step)
-            whole = stream_indices(self.size, begin, shape.images, seed=self.plan.seed)
-            for rows in self.plan.parts(step):
-                yield step, rows, whole[rows].tolist()
+    for step in range(start, end):
+        shape, begin, _ = plan.at(step)
+        whole = stream_indices(size, begin, shape.images, seed=plan.seed)
+        for rows in plan.parts(step):
+            yield step, rows, whole[rows].tolist()
 
 
 def joined(parts: list[Rows], device: torch.device) -> Rows:
@@ -223,24 +200,14 @@ def read_rows(
 ) -> Iterator[tuple[int, Rows]]:
     """Yield the rows of steps `start` to `end` - 1 that this process reads, with prefetching.
 
-    Args:
-        source: what is read.
-        plan: how.
-        start: first step.
-        end: step to stop before.
-        workers: processes; 0 for none.
-        prefetch: parts of batches that each reads ahead.
-        device: where images go; through page-locked memory to a GPU.
-
-    Raises:
-        WorkerError: a restarted worker dies again before it delivers a batch.
-        ValueError: nothing readable was found for a row.
+    prefetch: parts of batches that each of the worker processes reads ahead. device: where images go; through
+    page-locked memory to a GPU. Raises WorkerError if a restarted worker dies again before it delivers a batch.
     """
     step, restarted_at = start, -1
     while step < end:
         used = min(workers, sum(len(plan.parts(ahead)) for ahead in range(step, min(end, step + workers))))
         pin = device.type == "cuda"
-        parts = _started(RowsReader(source, plan), Steps(len(source), plan, step, end), used, prefetch, pin)
+        parts = _started(RowsReader(source, plan), _keys(len(source), plan, step, end), used, prefetch, pin)
         while step < end:
             try:
                 rows = joined([next(parts) for _ in plan.parts(step)], device)
@@ -254,19 +221,17 @@ def read_rows(
                         f"a process that reads images died twice at step {step} ({error}); if memory ran out, fewer "
                         "workers or a smaller prefetch need less"
                     ) from error
-                message = f"a process that reads images died ({error}); started again at step {step}, nothing is lost"
-                warn(message)
+                warn(f"a process that reads images died ({error}); started again at step {step}, nothing is lost")
                 restarted_at = step
                 break
             yield step, rows
             step += 1
 
 
-def _started(reader: RowsReader, steps: Steps, workers: int, prefetch: int, pin: bool) -> Iterator[Rows]:
+def _started(reader: RowsReader, keys: Iterator[Key], workers: int, prefetch: int, pin: bool) -> Iterator[Rows]:
     """A loader whose workers run, and the process's signal handler what it was.
 
-    The loader's own one raises wherever the process happens to be when a worker dies, in an optimiser step too. Without
-    it the loader notices while it waits for a batch.
+    The loader's own one raises wherever the process happens to be when a worker dies, in an optimiser step too.
     """
     ours = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if ours else None
@@ -276,7 +241,7 @@ def _started(reader: RowsReader, steps: Steps, workers: int, prefetch: int, pin:
             loader = DataLoader(
                 reader,
                 batch_size=None,
-                sampler=steps,
+                sampler=keys,
                 num_workers=workers,
                 prefetch_factor=prefetch if workers else None,
                 pin_memory=pin,

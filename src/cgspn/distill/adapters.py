@@ -1,7 +1,5 @@
 """The learnable bridge before each tap, on the student's side, for training only."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from ..layers import LayerNorm, Mlp
@@ -14,7 +12,6 @@ class Adapter(nn.Module):
     """x + MLP(norm(x)), starting as the identity: [B, N, C] -> [B, N, C]. Paper: adapters (docs/paper.md)."""
 
     def __init__(self, width: int) -> None:
-        """width: C, the number of channels per token."""
         super().__init__()
         self.norm = LayerNorm(width)
         self.mlp = Mlp(width, width)

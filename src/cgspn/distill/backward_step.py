@@ -1,7 +1,5 @@
 """The losses of a batch and their gradients: launched one by one, or replayed as one CUDA graph for each shape."""
 
-from __future__ import annotations
-
 import gc
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -22,11 +20,7 @@ Shapes = tuple[torch.Size, ...]  # of the images of the parts of a batch
 
 
 class Gradients:
-    """Call with the parts of a batch: fills the parameters' gradients.
-
-    Attributes:
-        names: of the losses, after the first call.
-    """
+    """Call with the parts of a batch: fills the parameters' gradients. names: of the losses, after the first call."""
 
     def __init__(
         self, module: nn.Module, optimizer: Optimizers, lower: Callable[[], AbstractContextManager[object]]
@@ -83,7 +77,6 @@ class CapturedGradients(Gradients):
     def __init__(
         self, module: nn.Module, optimizer: Optimizers, lower: Callable[[], AbstractContextManager[object]]
     ) -> None:
-        """As in `Gradients`."""
         super().__init__(module, optimizer, lower)
         self.steps: dict[Shapes, CapturedStep] = {}
         self.seen: set[Shapes] = set()

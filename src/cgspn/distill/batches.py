@@ -1,7 +1,5 @@
 """Where a run's batches come from, each process taking its share."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -21,19 +19,9 @@ from ..data import (
     TrainTransform,
     read_rows,
     scheduled,
+    transforms,
 )
 from ..data.loader import fetch, generator_of, stream_indices
-from ..data.transforms import (
-    blend,
-    blend_factors,
-    jitter_colors,
-    jitter_factors,
-    normalize,
-    paste,
-    paste_boxes,
-    ratio_around,
-    to_float,
-)
 from ..models.config import EncoderConfig
 from .config import OptimConfig
 from .parallel import World
@@ -51,40 +39,29 @@ class Feed(Protocol):
     def stream(
         self, encoder: EncoderConfig, size: Size, optim: OptimConfig, world: World, sizes: SizeRange | None = None
     ) -> Stream:
-        """From a step to this process's share of the batches from there on, on its device.
+        """Return a function from a start step to this process's part of the following batches, on its device.
 
-        Args:
-            encoder: whose normalisation the images get.
-            size: (height, width) in pixels.
-            optim: the optimisation.
-            world: the processes of the run.
-            sizes: what batches are drawn from; each has about the tokens of `optim.batch_size` images of `size`. A
-                feed that does not know mixed sizes may lack this argument.
+        encoder: config of the encoder, for the normalisation of the images. sizes: what batches are drawn from; each
+        has about the tokens of `optim.batch_size` images of `size`. A feed that does not know mixed sizes may lack it.
         """
 
     def captions(self, batch: Batch) -> list[str]:
-        """One caption for each image of a batch."""
+        """Return one caption per image of a batch."""
 
 
-def train_transform(config: EncoderConfig, size: tuple[int, int] | None = None) -> TrainTransform:
-    """Random crop and flip to `size`, the encoder's native one if None, normalised as it expects.
-
-    Raises ValueError for a wrong size.
-    """
+def train_transform(config: EncoderConfig, size: Size | None = None) -> TrainTransform:
+    """Random crop and flip to `size`, the encoder's native one if None, normalised as it expects."""
     return TrainTransform(size or config.image_size, mean=config.image_mean, std=config.image_std)
 
 
-def eval_transform(config: EncoderConfig, size: tuple[int, int] | None = None) -> EvalTransform:
-    """Resize and centre crop to `size`, the native one if None, normalised as it expects.
-
-    Raises ValueError for a wrong size.
-    """
+def eval_transform(config: EncoderConfig, size: Size | None = None) -> EvalTransform:
+    """Resize and centre crop to `size`, the native one if None, normalised as it expects."""
     return EvalTransform(size or config.image_size, config.image_crop, config.image_mean, config.image_std)
 
 
 @dataclass(frozen=True)
 class ImageSetFeed:
-    """Images that are in memory; captions are templates filled with class names."""
+    """Images in memory; captions are templates filled with class names."""
 
     images: ImageSet
 
@@ -94,13 +71,13 @@ class ImageSetFeed:
         """As in `Feed`. Raises ValueError as `blended_share`, and for a wrong size."""
         blended_share(optim, world)
         shapes = batch_shapes(encoder, size, optim, world.size, sizes)
-        transforms = {shape.size: transform_of(encoder, shape.size, optim) for shape in shapes}
+        prepared = {shape.size: transform_of(encoder, shape.size, optim) for shape in shapes}
 
         def start_at(start: int) -> Iterator[Batch]:
             for step in range(start, optim.steps):
                 shape, begin = scheduled(shapes, optim.seed, step)
                 indices = stream_indices(len(self.images), begin, shape.images, seed=optim.seed)
-                whole = fetch(self.images, step, indices, transforms[shape.size], optim.seed)
+                whole = fetch(self.images, step, indices, prepared[shape.size], optim.seed)
                 share = share_of(shape.images, world)
                 own = rows_of(whole, share) if world.size > 1 else whole
                 images = blended(own.images.to(world.device), optim, step, shape.images, share)
@@ -109,19 +86,16 @@ class ImageSetFeed:
         return start_at
 
     def captions(self, batch: Batch) -> list[str]:
-        """As in `Feed`; which template changes from step to step."""
+        """As in `Feed`; the template changes from step to step."""
         return self.images.captions(seed=batch.step, indices=batch.indices)
 
 
 @dataclass(frozen=True)
 class SampleFeed:
-    """Images that are read, decoded and cropped by worker processes while the model trains.
+    """Images that worker processes read, decode and crop during training.
 
-    Attributes:
-        source: shards or a folder.
-        loader: how they are read.
-        captioned: skip images without a caption or class, for a contrastive loss.
-        tally: counts what this process reads and skips, over all its streams.
+    captioned: skip images without a caption or class, for a contrastive loss. tally: counter of the images that this
+    process reads and skips.
     """
 
     source: SampleSource
@@ -130,7 +104,6 @@ class SampleFeed:
     tally: SkipCounter = field(init=False)
 
     def __post_init__(self) -> None:
-        """Begin to count."""
         object.__setattr__(self, "tally", SkipCounter(self.source.source, len(self.source), self.loader.max_skipped))
 
     def stream(
@@ -167,44 +140,40 @@ class SampleFeed:
                         f"{rows.failures[-1][1]}: {rows.failures[-1][2]}"
                     )
                 shape, _, own = plan.at(step)
-                images = to_float(rows.images.permute(0, 3, 1, 2).contiguous())  # bytes travelled
+                images = transforms.to_float(rows.images.permute(0, 3, 1, 2).contiguous())  # bytes travelled
                 if optim.augment and optim.jitter:
-                    factors = jitter_factors(shape.images, optim.jitter, generator_of(optim.seed, COLORS, step))
-                    images = jitter_colors(images, factors[own])
-                images = normalize(images, encoder.image_mean, encoder.image_std)
+                    factors = transforms.jitter_factors(
+                        shape.images, optim.jitter, generator_of(optim.seed, COLORS, step)
+                    )
+                    images = transforms.jitter_colors(images, factors[own])
+                images = transforms.normalize(images, encoder.image_mean, encoder.image_std)
                 images = blended(images, optim, step, shape.images, own)
                 yield Batch(step, rows.indices, images, rows.labels.to(world.device), tuple(rows.captions))
 
         return start_at
 
     def captions(self, batch: Batch) -> list[str]:
-        """As in `Feed`: those beside the images, or templates filled with their class names."""
+        """As in `Feed`: the captions stored with the images, or templates filled with their class names."""
         return list(batch.captions)
 
 
-def transform_of(encoder: EncoderConfig, size: tuple[int, int], optim: OptimConfig) -> TrainTransform | EvalTransform:
+def transform_of(encoder: EncoderConfig, size: Size, optim: OptimConfig) -> TrainTransform | EvalTransform:
     """What makes images of `size` out of those in memory. Raises ValueError for a wrong size."""
     if not optim.augment:
         return eval_transform(encoder, size)
     return replace(
-        train_transform(encoder, size), scale=optim.crop_scale, ratio=ratio_around(size), jitter=optim.jitter
+        train_transform(encoder, size), scale=optim.crop_scale, ratio=transforms.ratio_around(size), jitter=optim.jitter
     )
 
 
 def batch_shapes(
-    encoder: EncoderConfig, size: tuple[int, int], optim: OptimConfig, processes: int, sizes: SizeRange | None
+    encoder: EncoderConfig, size: Size, optim: OptimConfig, processes: int, sizes: SizeRange | None
 ) -> tuple[BatchShape, ...]:
     """What the batches of a stage look like: all with about the tokens of `batch_size` images of `size`.
 
     Numbers of images are rounded to multiples of eight, and of what processes and accumulation steps divide. They are
     the same for any number of processes whose product with `OptimConfig.accumulate` divides both eight and the batch.
-
-    Args:
-        encoder: whose patches tile the images.
-        size: (height, width) in pixels at which a batch has `OptimConfig.batch_size` images.
-        optim: the optimisation.
-        processes: that share each batch.
-        sizes: what else batches may look like; None for `size` alone.
+    sizes: what else batches may look like; None for `size` alone.
     """
     if sizes is None:
         return (BatchShape(size, optim.batch_size),)
@@ -213,8 +182,7 @@ def batch_shapes(
     least = processes * (3 if optim.cutmix else 2 if optim.mixup else 1)
     budget = optim.batch_size * tokens_of(size, patch)
 
-    def images(shape: tuple[int, int]) -> int:
-        """Images of a batch of this shape."""
+    def images(shape: Size) -> int:
         return max(round(budget / tokens_of(shape, patch) / step), math.ceil(least / step), 1) * step
 
     return tuple(BatchShape(shape, images(shape)) for shape in sizes.shapes(patch))
@@ -226,12 +194,12 @@ def blended(images: Tensor, optim: OptimConfig, step: int, count: int, share: sl
     Alike on any number of processes whose shares are multiples of four.
     """
     if optim.mixup:
-        factors = blend_factors(count, optim.mixup, generator_of(optim.seed, BLENDS, step))
-        images = blend(images, factors[share])
+        factors = transforms.blend_factors(count, optim.mixup, generator_of(optim.seed, BLENDS, step))
+        images = transforms.blend(images, factors[share])
     if optim.cutmix:
         random = generator_of(optim.seed, BOXES, step)
-        boxes = paste_boxes(count, optim.cutmix, images.shape[2], images.shape[3], random)
-        images = paste(images, boxes[share])
+        boxes = transforms.paste_boxes(count, optim.cutmix, images.shape[2], images.shape[3], random)
+        images = transforms.paste(images, boxes[share])
     return images
 
 

@@ -1,7 +1,5 @@
 """Stage 1 with each block on one process: no gradient is ever exchanged, only the teacher's features."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain, islice
@@ -38,10 +36,8 @@ class PlacedSublayerTask(SublayerTask):
 
     Each process runs the teacher on its own share of the batch and sends every block's features to the block's owner,
     in rounds of one block for each process: while one is computed, the next ones travel, and what has been sent is let
-    go. Blocks are split across the processes in turn, so that of 27 on 2 processes one has 14: 3.7% more than its share
-    of the student's part of a step, which is the smaller part. Optimiser state and gradients exist once in the whole
-    run. `collect` hands the weights back to everyone at the end.
-    Paper: stage 1, whose blocks are independent (docs/paper.md).
+    go. Optimiser state and gradients exist once in the whole run. Paper: stage 1, whose blocks are independent
+    (docs/paper.md).
     """
 
     reduction: Literal["mean", "sum"] = "sum"
@@ -54,20 +50,20 @@ class PlacedSublayerTask(SublayerTask):
         Raises ValueError also for fewer blocks that learn than processes.
         """
         super().__init__(teacher, student, learn_positions, runtime)
-        if 0 < len(self.learning) < dist.get_world_size():
+        ranks = dist.get_world_size()
+        if 0 < len(self.learning) < ranks:
             raise ValueError(
-                f"parallel is 'placed' with {dist.get_world_size()} processes; each needs a block that learns, and "
-                f"the student has {len(self.learning)}"
+                f"parallel is 'placed' with {ranks} processes; each needs a block that learns, and the student has "
+                f"{len(self.learning)}"
             )
-        self.owned = [self.learning[rank :: dist.get_world_size()] for rank in range(dist.get_world_size())]
+        self.owned = [self.learning[rank::ranks] for rank in range(ranks)]  # in turn
         self.own = self.owned[dist.get_rank()]
-        blocks = student.each_block()
-        self.parts = nn.ModuleDict({str(i): sublayer_parts(blocks[i]) for i in self.own})
+        self.parts = nn.ModuleDict({str(i): sublayer_parts(student.each_block()[i]) for i in self.own})
 
     def losses(self, batch: Batch) -> Losses:
         """As in `SublayerTask`; losses of blocks that are elsewhere are zero, and so are left out of "total"."""
         taps = self.observed(batch)
-        energies = self.energies.of([taps.sublayers[i] for i in self.learning])
+        energies = self.energies.of(self.targets(taps))
         energy = dict(zip(self.learning, energies, strict=True))
         zero = energies.new_zeros(())
         losses: Losses = {f"block {i}": zero for i in self.learning}

@@ -1,12 +1,9 @@
 """The teacher's features kept from one epoch to the next, for images that look the same each time.
 
 It helps where an image is seen often and the features fit: small sets, small teachers, crops that do not change
-(`OptimConfig.augment` off). They are large: a ViT-S/14 at 224 px leaves 5.1 MB an image (800 photographs: 4.1 GB), an
-SO400M/14 at 378 px 94 MB, which a disk of 7 GB/s delivers 75 times a second, a tenth of what an H100 computes anew. So
-the cache is in memory, bounded, and there is none on disk.
+(`OptimConfig.augment` off). A ViT-S/14 at 224 px leaves 5.1 MB an image, an SO400M/14 at 378 px 94 MB, which a disk of
+7 GB/s delivers a tenth as fast as an H100 computes it anew. So the cache is in memory, and there is none on disk.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 
@@ -29,7 +26,6 @@ class TeacherCache:
     def __init__(self, limit: float) -> None:
         """limit: bytes that it may take, on each process."""
         self.limit, self.used = limit, 0
-        self.hits, self.misses = 0, 0
         self.owner: object = None
         self.kept: dict[tuple[int, Size], list[Tensor]] = {}
         self.like: dict[Size, Taps] = {}
@@ -46,10 +42,8 @@ class TeacherCache:
         """The taps of images `indices`, int64 [B], at a size: from memory if all are there, else computed and kept."""
         keys = [(index, size) for index in indices.tolist()]
         if all(key in self.kept for key in keys):
-            self.hits += len(keys)
             rows = [torch.stack(features) for features in zip(*(self.kept[key] for key in keys))]
             return unpack(rows, self.like[size])
-        self.misses += len(keys)
         taps = compute()
         rows = [feature.to(DTYPE) for feature in pack(taps)]
         self.like[size] = nothing_of(taps)
@@ -64,20 +58,14 @@ class TeacherCache:
 
 def pack(taps: Taps) -> list[Tensor]:
     """All of the taps, each feature once: what leaves a block is what enters the next, but for the last."""
-    return [
-        *taps.sublayers,
-        *(taps.block_inputs + taps.blocks[-1:] if taps.block_inputs else taps.blocks),
-        taps.tokens,
-        taps.pooled,
-    ]
+    stream = taps.block_inputs + taps.blocks[-1:] if taps.block_inputs else taps.blocks
+    return [*taps.sublayers, *stream, taps.tokens, taps.pooled]
 
 
 def nothing_of(taps: Taps) -> Taps:
     """Taps of no image, of the same shapes, dtypes, device and grid."""
-    block_inputs, sublayers, blocks = (
-        [f[:0] for f in features] for features in (taps.block_inputs, taps.sublayers, taps.blocks)
-    )
-    return Taps(block_inputs, sublayers, blocks, taps.tokens[:0], taps.pooled[:0], taps.grid)
+    entries, branches, blocks = ([f[:0] for f in each] for each in (taps.block_inputs, taps.sublayers, taps.blocks))
+    return Taps(entries, branches, blocks, taps.tokens[:0], taps.pooled[:0], taps.grid)
 
 
 def unpack(rows: list[Tensor], like: Taps) -> Taps:

@@ -1,11 +1,9 @@
 """Settings of training runs: typed, printable, overridable from the command line."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .sizes import SizeRange
+from .sizes import SizeRange, check_fields
 
 
 @dataclass(frozen=True)
@@ -57,27 +55,20 @@ class OptimConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for values out of range."""
-        for name in ("batch_size", "learning_rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted: more than 0")
-        if self.optimizer not in ("adamw", "muon"):
-            raise ValueError(f"optimizer is {self.optimizer!r}; accepted: 'adamw' or 'muon'")
-        if self.steps < 0:
-            raise ValueError(f"steps is {self.steps}; accepted: 0 or more")
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup is {self.warmup}; accepted: 0 to 1")
-        if not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise ValueError(
-                f"crop_scale is {self.crop_scale}; accepted: two shares of the area, 0 < first <= second <= 1"
-            )
-        for name in ("jitter", "mixup", "cutmix"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted: 0 to 1")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema is {self.ema}; accepted: 0 to below 1")
-        if self.accumulate < 1 or self.batch_size % self.accumulate:
-            raise ValueError(f"accumulate is {self.accumulate}; accepted: divisors of batch_size, {self.batch_size}")
+        smallest, largest = self.crop_scale
+        check_fields(
+            self,
+            *((name, getattr(self, name) > 0, "more than 0") for name in ("batch_size", "learning_rate", "clip")),
+            ("optimizer", self.optimizer in ("adamw", "muon"), "'adamw' or 'muon'"),
+            ("steps", self.steps >= 0, "0 or more"),
+            *((name, 0 <= getattr(self, name) <= 1, "0 to 1") for name in ("warmup", "jitter", "mixup", "cutmix")),
+            ("crop_scale", 0 < smallest <= largest <= 1, "two shares of the area, 0 < first <= second <= 1"),
+            ("ema", 0 <= self.ema < 1, "0 to below 1"),
+            ("accumulate", self._divides(), f"divisors of batch_size, {self.batch_size}"),
+        )
+
+    def _divides(self) -> bool:
+        return self.accumulate > 0 and self.batch_size % self.accumulate == 0
 
 
 @dataclass(frozen=True)
@@ -107,7 +98,6 @@ class LossConfig:
     contrastive: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError if all weights are 0."""
         if not (self.alpha or self.beta or self.tokens or self.output or self.contrastive):
             raise ValueError("alpha, beta, tokens, output and contrastive are all 0; expected at least one above")
 
@@ -148,10 +138,11 @@ class ComputeConfig:
 
     def __post_init__(self) -> None:
         """Raise ValueError for values out of range, or for `capture` together with `teacher_cache`."""
-        if self.blocks_per_unit < 1:
-            raise ValueError(f"blocks_per_unit is {self.blocks_per_unit}; accepted: 1 or more")
-        if self.teacher_cache < 0:
-            raise ValueError(f"teacher_cache is {self.teacher_cache}; accepted: 0 or more GiB")
+        check_fields(
+            self,
+            ("blocks_per_unit", self.blocks_per_unit >= 1, "1 or more"),
+            ("teacher_cache", self.teacher_cache >= 0, "0 or more GiB"),
+        )
         if self.capture and self.teacher_cache:
             raise ValueError("capture is on beside teacher_cache; expected one of them to be off")
 
@@ -182,9 +173,7 @@ class HighResConfig:
     )
 
     def __post_init__(self) -> None:
-        """Raise ValueError if `smaller` is out of range."""
-        if not 0 <= self.smaller < 1:
-            raise ValueError(f"smaller is {self.smaller}; accepted: 0 to below 1")
+        check_fields(self, ("smaller", 0 <= self.smaller < 1, "0 to below 1"))
 
 
 @dataclass(frozen=True)

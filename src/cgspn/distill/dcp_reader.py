@@ -1,7 +1,5 @@
 """PyTorch's distributed checkpoints, read without running what a stranger may have put into them."""
 
-from __future__ import annotations
-
 import io
 import pickle
 from pathlib import Path

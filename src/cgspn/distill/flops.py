@@ -1,7 +1,5 @@
 """Floating-point operations of a training step, counted without computing, and what a device can do in a second."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace

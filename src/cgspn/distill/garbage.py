@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from types import TracebackType
 
 FULL = 1000  # steps between collections of everything: about a second each, at the same step everywhere
 
@@ -15,16 +14,13 @@ class Garbage:
     """
 
     def __init__(self, wanted: bool) -> None:
-        """wanted: False leaves everything as it is."""
         self.wanted, self.steps = wanted, 0
 
     def __enter__(self) -> Garbage:
         self.before = gc.isenabled()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self.before:
             gc.enable()
 

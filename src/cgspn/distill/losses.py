@@ -1,7 +1,5 @@
 """What training minimises. All losses return float32 scalars."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax, logsigmoid
@@ -10,7 +8,7 @@ from ..ops.backends import unsupported_reason
 from ..ops.eager import is_eager
 
 CHANNELS_MOST = 2048  # of a row that the kernels keep on the chip
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def fused_loss(student: Tensor, teacher: Tensor, energy: Tensor | None, kl_weight: float) -> Tensor | None:
@@ -18,17 +16,11 @@ def fused_loss(student: Tensor, teacher: Tensor, energy: Tensor | None, kl_weigh
 
     The plain form makes some twenty passes over memory in float32. A compiler fuses it, so that it stays plain there.
     """
-    if not is_eager(student, teacher) or not (student.is_cuda and teacher.is_cuda):
-        return None
-    if teacher.requires_grad or (energy is not None and energy.requires_grad):
-        return None
-    if student.shape != teacher.shape or student.ndim < 2 or not 0 < student.shape[-1] <= CHANNELS_MOST:
-        return None
-    if (
-        {student.dtype, teacher.dtype} - set(DTYPES)
-        or not len(student)
-        or unsupported_reason("triton", student) is not None
-    ):
+    can = is_eager(student, teacher) and student.is_cuda and teacher.is_cuda
+    can = can and not (teacher.requires_grad or (energy is not None and energy.requires_grad))
+    can = can and student.shape == teacher.shape and student.ndim > 1 and 0 < student.shape[-1] <= CHANNELS_MOST
+    can = can and {student.dtype, teacher.dtype} <= DTYPES and len(student) > 0
+    if not can or unsupported_reason("triton", student) is not None:
         return None
     from .losses_triton import fused_tap_loss
 

@@ -1,7 +1,5 @@
 """Checksums of the files of a folder, by which damage is seen before anything of it is used."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping

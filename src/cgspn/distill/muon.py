@@ -1,7 +1,5 @@
 """Muon as in PyTorch, with matrices of one shape orthogonalised together instead of one after the other."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from typing import Any
 

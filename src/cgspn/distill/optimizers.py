@@ -1,7 +1,5 @@
 """AdamW, or Muon for matrices with AdamW for the rest, stepped as one."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +33,6 @@ class Optimizers:
     """Several optimisers over disjoint parameters, stepped as one."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        """parts: the optimisers."""
         self.parts = parts
         self.param_groups = [group for part in parts for group in part.param_groups]
 

@@ -1,7 +1,5 @@
 """One process or many: who is in the run, and how its models are spread over them."""
 
-from __future__ import annotations
-
 import inspect
 import os
 import time
@@ -31,7 +29,8 @@ BUCKET = 64 << 20  # bytes of gradients that travel together
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: this one's rank, their number, this one's device, the number on this machine."""
+    """The processes of a run: rank and device of this process, the number of all processes, and the number on this
+    machine."""
 
     rank: int = 0
     size: int = 1
@@ -41,12 +40,10 @@ class World:
 
 @contextmanager
 def join_world(device: str) -> Iterator[World]:
-    """The processes that torchrun started, joined for the time of the context; alone without torchrun.
+    """Join the processes started by torchrun for the duration of the context, or use a single process without torchrun.
 
-    Args:
-        device: "cpu" (gloo) or "cuda" (NCCL; each process takes the GPU of its local rank).
-
-    Raises ValueError for "cuda" without a GPU.
+    device: "cpu" (gloo) or "cuda" (NCCL; each process takes the GPU of its local rank). Raises ValueError for "cuda"
+    without a GPU.
     """
     kind = torch.device(device)
     if kind.type == "cuda" and not torch.cuda.is_available():
@@ -57,11 +54,11 @@ def join_world(device: str) -> Iterator[World]:
     if kind.type == "cuda":
         kind = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(kind)
-    store, rank, size = next(rendezvous("env://"))
+    store, number, size = next(rendezvous("env://"))
     # the agent's store outlives a restart: without a prefix, processes would look for those of the attempt before
     attempt = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend, device_id = ("nccl", kind) if kind.type == "cuda" else ("gloo", None)
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, device_id=device_id)
+    dist.init_process_group(backend, store=attempt, rank=number, world_size=size, device_id=device_id)
     try:
         yield World(dist.get_rank(), dist.get_world_size(), kind, int(os.environ["LOCAL_WORLD_SIZE"]))
     finally:
@@ -75,6 +72,11 @@ def join_world(device: str) -> Iterator[World]:
 def world_size() -> int:
     """Number of processes of the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """The number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def barrier() -> None:
@@ -93,7 +95,7 @@ def all_reduce(values: Tensor, reduction: str = "mean") -> Tensor:
 
 
 def gather_objects(value: Item) -> list[Item]:
-    """What each process has, by rank, on every process. Values travel by pickle."""
+    """Gather one object from each process, by rank, on every process. Objects are pickled."""
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()
@@ -126,17 +128,14 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def shard_encoder(encoder: Encoder, blocks_per_unit: int = 1, reshard: bool = True) -> None:
-    """Shard the blocks of an encoder over all processes (FSDP2); what is around them belongs to the caller's root.
+    """Shard the blocks of an encoder over all processes (FSDP2), in place; what is around them is the caller's root's.
 
-    Args:
-        encoder: changed in place.
-        blocks_per_unit: blocks, one after the other, whose weights are gathered together.
-        reshard: let weights go after forward, to be gathered again in backward.
+    blocks_per_unit: blocks, one after the other, whose weights are gathered together. reshard: let weights go after
+    forward, to be gathered again in backward.
     """
     blocks = encoder.each_block()
     units = [blocks[i : i + blocks_per_unit] for i in range(0, len(blocks), blocks_per_unit)]
-    for unit in units:
-        # A unit's first block gathers and its last one reshards, by hooks around `__call__`.
+    for unit in units:  # its first block gathers and its last one reshards, by hooks around `__call__`
         fully_shard([*unit], reshard_after_forward=reshard)
     for unit, following in pairwise(units):
         # asked for before a unit is launched, not after: a host that is slower than the device hides nothing else
@@ -146,8 +145,8 @@ def shard_encoder(encoder: Encoder, blocks_per_unit: int = 1, reshard: bool = Tr
 def wrap_distributed(task: nn.Module, *, sharded: bool, find_unused: bool) -> nn.Module:
     """What to call instead of the task so that gradients are means over all processes; the task itself if alone.
 
-    Raises nothing. sharded: FSDP2, in place; its encoder comes first (`shard_encoder`). find_unused: some parameters
-    may get no gradient.
+    sharded: FSDP2, in place; its encoder comes first (`shard_encoder`). find_unused: some parameters may get no
+    gradient.
     """
     if world_size() == 1:
         return task

@@ -1,7 +1,5 @@
 """A check before the first step: what training compares with is what the teacher says."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -12,21 +10,17 @@ FLOAT32, BFLOAT16 = 1e-5, 0.1  # relative errors: of another order of sums, of 8
 
 
 class ParityError(RuntimeError):
-    """The teacher's taps are not its features; the message gives both errors."""
+    """Raised if the teacher's taps do not match its forward pass; the message gives the error and the tolerance."""
 
 
 @torch.no_grad()
 def check_parity(teacher: Encoder, images: Tensor, precision: str) -> float:
     """Compare the taps of a teacher, in the run's precision, with its plain forward pass in float32.
 
-    Args:
-        teacher: an encoder in eval mode.
-        images: [B, channels, H, W], normalised; two are enough.
-        precision: "float32" or "bfloat16".
+    teacher: in eval mode. images: [B, channels, H, W], normalised; two are enough. precision: "float32" or "bfloat16".
 
-    Returns the relative error of the final tokens.
-
-    Raises ParityError if it is more than the precision explains: damaged weights, features that overflow.
+    Returns the relative error of the final tokens. Raises ParityError if it is more than the precision explains:
+    damaged weights, features that overflow.
     """
     plain = teacher(images).tokens.flatten(1, 2)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):

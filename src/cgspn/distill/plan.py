@@ -1,7 +1,5 @@
 """The stages of a distillation run: what each trains, at which sizes, taught by whom."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +13,7 @@ from .config import DistillConfig, LossConfig, OptimConfig
 from .parallel import World
 from .runtime import Runtime
 from .sizes import SizeRange
-from .tasks import DistillTask, SublayerTask, Task, inherited_names, learning_blocks
+from .tasks import DistillTask, Size, SublayerTask, Task, inherited_names, learning_blocks
 from .trainer import Stream
 
 
@@ -30,7 +28,7 @@ class Stage:
 
     title: str
     optim: OptimConfig
-    size: tuple[int, int]
+    size: Size
     task: Callable[[Encoder, Runtime], Task]
     sizes: SizeRange | None = None
     goes_on: bool = False
@@ -41,7 +39,7 @@ class Stage:
             return feed.stream(encoder, self.size, self.optim, world)
         return feed.stream(encoder, self.size, self.optim, world, self.sizes)
 
-    def shapes(self, patch: int) -> tuple[tuple[int, int], ...]:
+    def shapes(self, patch: int) -> tuple[Size, ...]:
         """(height, width) in pixels of what its batches may look like."""
         return (self.size,) if self.sizes is None else self.sizes.shapes(patch)
 
@@ -77,28 +75,19 @@ def plan(
     sublayer = PlacedSublayerTask if placed else SublayerTask
     inherited = inherited_after_stage1(encoder, student, config)
 
-    def distillation(loss: LossConfig) -> Callable[[Encoder, Runtime], Task]:
-        return lambda student, runtime: DistillTask(
-            encoder,
-            student,
-            loss,
-            dual=dual,
-            captions=feed.captions,
-            learn_positions=config.learn_positions,
-            inherited=inherited,
-            runtime=runtime,
-        )
+    def distillation(loss: LossConfig, own_size: Size | None = None) -> Callable[[Encoder, Runtime], Task]:
+        """own_size: of the student before, which then is the teacher."""
 
-    def from_itself(size: tuple[int, int]) -> Callable[[Encoder, Runtime], Task]:
         def task(student: Encoder, runtime: Runtime) -> Task:
-            previous = copy.deepcopy(student).eval().requires_grad_(False)
+            theirs = encoder if own_size is None else copy.deepcopy(student).eval().requires_grad_(False)
             return DistillTask(
-                previous,
+                theirs,
                 student,
-                config.loss,
+                loss,
                 dual=dual,
                 captions=feed.captions,
-                teacher_size=size,
+                teacher_size=own_size,
+                learn_positions=config.learn_positions,
                 inherited=inherited,
                 runtime=runtime,
             )
@@ -117,20 +106,13 @@ def plan(
     ]
     trained = student.config.trained_sizes or (round((native[0] * native[1]) ** 0.5),)
     smaller = config.sizes or SizeRange(trained[0], trained[-1], count=len(trained))
-    before = native
-    if config.sizes:
-        before = (config.sizes.sides(student.config.patch_size)[-1],) * 2
+    before = (config.sizes.sides(student.config.patch_size)[-1],) * 2 if config.sizes else native
     for pixels in high.sizes:
-        size = (pixels, pixels)
-        if high.teacher == "previous":
-            task = from_itself(before)
-        elif high.teacher == "original":
-            task = distillation(config.loss)
-        else:
-            task = distillation(replace(config.loss, alpha=0, beta=0, tokens=0, output=0))
+        loss = replace(config.loss, alpha=0, beta=0, tokens=0, output=0) if high.teacher == "none" else config.loss
+        task = distillation(loss, before if high.teacher == "previous" else None)
+        before = (pixels, pixels)
         sizes = smaller.up_to(pixels, 1 - high.smaller) if high.smaller else None
-        stages.append(Stage(f"{name}, {pixels} px", high.optim, size, task, sizes, high.teacher == "original"))
-        before = size
+        stages.append(Stage(f"{name}, {pixels} px", high.optim, before, task, sizes, high.teacher == "original"))
     return [stage for stage in stages if stage.optim.steps]
 
 

@@ -1,7 +1,5 @@
 """Recipes by name; every field can be overridden from the command line."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from .config import ComputeConfig, DistillConfig, HighResConfig, LossConfig, OptimConfig

@@ -4,8 +4,6 @@ Of a stage that is done the folder holds the student, its record and its adapter
 (`Snapshots.newest_whole` says from which step the trainer goes on).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -43,9 +41,8 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
 def lacks_report(out: Path, settings: dict[str, Any]) -> bool:
     """Whether `out` holds a finished run of these settings without its report: it was killed in between, or had not
     what reports need."""
-    if not (out / RECORD).exists() or (out / REPORT).exists() or not (out / RUN).exists():
-        return False
-    return read_json(out / RUN) == identity(settings)
+    unfinished = (out / RECORD).exists() and (out / RUN).exists() and not (out / REPORT).exists()
+    return unfinished and read_json(out / RUN) == identity(settings)
 
 
 def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
@@ -61,13 +58,11 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
     if not path.exists() and (held := [name for name in made if os.path.lexists(out / name)]):
         raise ValueError(f"out is {out}, which holds {', '.join(held)} of something else; give another folder")
     wanted = identity(settings)
-    begun = progress_of(out)
-    if begun and not path.exists():
-        raise ValueError(f"out is {out}, which holds a run ({begun}) without its {RUN}; give another folder")
-    if begun:
+    if begun := progress_of(out):
+        if not path.exists():
+            raise ValueError(f"out is {out}, which holds a run ({begun}) without its {RUN}; give another folder")
         found = read_run(path)
-        ahead = ahead_of(out, found["config"])
-        for name in ahead:  # nothing was made of them yet
+        for name in ahead_of(out, found["config"]):  # nothing was made of them yet
             found["config"][name] = wanted["config"].get(name)
         if found != wanted:
             changed = ", ".join(sorted(differences(found, wanted)))
@@ -101,9 +96,8 @@ def begun_in(out: Path) -> tuple[list[int], dict[int, int]]:
     """The stages of an unfinished run in `out` that are done, and the last step of those that have a snapshot."""
     done = sorted(int(name) for path in (out / "stages").glob("*/losses.json") if is_number(name := path.parent.name))
     folders = [folder for folder in sorted((out / "snapshots").glob("[0-9]*")) if is_number(folder.name)]
-    under_way = [folder for folder in folders if int(folder.name) not in done]
-    newest = {int(folder.name): Snapshots(folder, 0).newest() for folder in under_way}
-    return done, {stage: step for stage, step in newest.items() if step}
+    newest = {int(folder.name): Snapshots(folder, 0).newest() for folder in folders}
+    return done, {stage: step for stage, step in newest.items() if step and stage not in done}
 
 
 def progress_of(out: Path) -> str:
@@ -134,10 +128,7 @@ def differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
 
 @dataclass(frozen=True)
 class StageFolders:
-    """Where the stages of a run leave what they made, by number; nowhere if `folder` is None.
-
-    every: steps between snapshots, 0 for none.
-    """
+    """Where the stages of a run leave what they made, by number; nowhere without a folder. every: see `Snapshots`."""
 
     folder: Path | None
     every: int
@@ -158,12 +149,7 @@ class StageFolders:
         return Snapshots(folder, self.every) if folder and self.every else None
 
     def finish(
-        self,
-        number: int,
-        student: Encoder,
-        losses: Losses,
-        throughput: dict[str, Any],
-        carried: Mapping[str, Tensor],
+        self, number: int, student: Encoder, losses: Losses, throughput: dict[str, Any], carried: Mapping[str, Tensor]
     ) -> None:
         """Keep what a stage has made, on the first process. Raises OSError."""
         done = self._of("stages", number)

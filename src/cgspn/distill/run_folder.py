@@ -1,7 +1,5 @@
 """The folder of a run: one run at a time, and none that a refused run has made."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -11,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -58,7 +55,9 @@ def locked(folder: Path, world: World) -> Iterator[None]:
             if (folder / LOCK).is_symlink():  # to a file that some versions of filelock would empty
                 (folder / LOCK).unlink()
             lock.acquire(timeout=0)
-            write_atomically(folder / HOLDER, json.dumps(_this_run()) + "\n")
+            now = time.strftime("%Y-%m-%d %H:%M:%S")
+            run = {"process": os.getpid(), "machine": platform.node(), "since": now, "command": shlex.join(sys.argv)}
+            write_atomically(folder / HOLDER, json.dumps(run) + "\n")
         except Timeout:
             refusal = f"out is {folder}, where another run is going on: {holder_of(folder)}"
     try:
@@ -73,18 +72,11 @@ def locked(folder: Path, world: World) -> Iterator[None]:
             lock.release()
 
 
-def _this_run() -> dict[str, Any]:
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"process": os.getpid(), "machine": platform.node(), "since": now, "command": shlex.join(sys.argv)}
-
-
 def holder_of(folder: Path) -> str:
     """Who holds a folder, in words."""
     try:
         found = read_json(folder / HOLDER)
     except (CheckpointError, OSError):
         return "a process that has just begun"
-    process, machine, since, command = (
-        str(found.get(key, "?"))[:200] for key in ("process", "machine", "since", "command")
-    )
-    return f"process {process} on {machine} since {since} ({command})"
+    named = {key: str(found.get(key, "?"))[:200] for key in ("process", "machine", "since", "command")}
+    return "process {process} on {machine} since {since} ({command})".format(**named)

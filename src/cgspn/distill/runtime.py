@@ -35,12 +35,9 @@ def adapted_tap_loss(adapter: nn.Module, student: Tensor, teacher: Tensor, energ
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a task is computed.
-
-    tapped: from a block, tokens and grid to the block's output (PB) and its mixing branch (PP). sublayer: to its mixing
-    branch alone. tap_loss: as `adapted_tap_loss`. cache: keeps the teacher's features. sharded: the student's weights
-    are spread over the processes (FSDP2).
-    """
+    """How a task is computed. tapped: from a block, tokens and grid to the block's output (PB) and its mixing branch
+    (PP). sublayer: to its mixing branch alone. cache: keeps the teacher's features. sharded: the student's weights are
+    spread over the processes (FSDP2)."""
 
     tapped: Callable[[Block, Tensor, Grid], tuple[Tensor, Tensor]] = Block.tapped
     sublayer: Callable[[Block, Tensor, Grid], Tensor] = Block.sublayer

@@ -35,15 +35,14 @@ class SizeRange:
     largest_share: float | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError for an empty range."""
-        if not 0 < self.smallest <= self.largest:
-            raise ValueError(f"smallest is {self.smallest}; accepted: 1 to largest, {self.largest} pixels")
-        if self.count < 1:
-            raise ValueError(f"count is {self.count}; accepted: 1 or more")
-        if not self.aspects or not all(0 < aspect < math.inf for aspect in self.aspects):
-            raise ValueError(f"aspects is {self.aspects}; accepted: one or more numbers above 0, width / height")
-        if self.largest_share is not None and not 0 < self.largest_share <= 1:
-            raise ValueError(f"largest_share is {self.largest_share}; accepted: above 0 to 1, or None")
+        aspects = bool(self.aspects) and all(0 < aspect < math.inf for aspect in self.aspects)
+        check_fields(
+            self,
+            ("smallest", 0 < self.smallest <= self.largest, f"1 to largest, {self.largest} pixels"),
+            ("count", self.count >= 1, "1 or more"),
+            ("aspects", aspects, "one or more numbers above 0, width / height"),
+            ("largest_share", self.largest_share is None or 0 < self.largest_share <= 1, "above 0 to 1, or None"),
+        )
 
     def sides(self, patch: int) -> tuple[int, ...]:
         """Sides of the squares in pixels, whole patches, ascending and each once."""
@@ -79,6 +78,13 @@ class SizeRange:
         smallest = min(self.smallest, largest)
         count = 1 + math.ceil(math.log(largest / smallest) / math.log(ratio) - 0.5)
         return replace(self, smallest=smallest, largest=largest, count=count, largest_share=largest_share)
+
+
+def check_fields(config: object, *rules: tuple[str, bool, str]) -> None:
+    """Raise ValueError for the first field that breaks its rule: (name, whether it is right, what is accepted)."""
+    for name, right, accepted in rules:
+        if not right:
+            raise ValueError(f"{name} is {getattr(config, name)!r}; accepted: {accepted}")
 
 
 def with_area(size: tuple[int, int], area: tuple[int, int], patch: int) -> tuple[int, int]:

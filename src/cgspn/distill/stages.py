@@ -1,11 +1,8 @@
 """The recipe: pretrain without a teacher, or convert and distill in stages (docs/distilling.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,8 +21,8 @@ from .parallel import World, barrier
 from .parity import check_parity
 from .plan import Stage, plan
 from .resume import StageFolders
-from .runtime import Runtime, running
-from .tasks import ContrastiveTask, DistillTask, Task
+from .runtime import running
+from .tasks import ContrastiveTask, DistillTask
 from .trainer import History, Watch, train
 
 Watcher = Callable[[str, int], Watch]  # title and number of steps -> what the trainer calls after each
@@ -34,9 +31,9 @@ Watcher = Callable[[str, int], Watch]  # title and number of steps -> what the t
 def pretrain(
     images: ImageSet, config: PretrainConfig, watcher: Watcher | None = None, device: str = "cpu"
 ) -> tuple[DualEncoder, History]:
-    """Train an image-text model from scratch, contrastively; works for attention and propagation encoders alike.
+    """Train an image-text model from scratch with a contrastive loss; works for attention and C-GSPN encoders.
 
-    Raises ValueError for an unknown model and DivergedError if the loss stops being finite.
+    Raises ValueError for an unknown model and DivergedError if the loss is not finite.
     """
     torch.manual_seed(config.optim.seed)
     model = build_dual(model_config(config.model), TextConfig(), config.embed_dim, config.loss).to(device)
@@ -63,31 +60,25 @@ def distill(
     world: World | None = None,
     carried: Mapping[str, Tensor] | None = None,
 ) -> list[History]:
-    """Align each sub-layer alone, then the whole student end to end, then go to higher resolutions.
+    """Distill a student: stage 1 for each sub-layer, stage 2 end to end, and then higher resolutions.
 
-    `student` is trained in place. Its config then names the sizes that it was trained at, and the largest of them is
-    its native one. A stage that has nothing to learn, such as stage 1 of a student that keeps all attention, is left
-    out and says so on standard error.
+    `student`, a converted encoder on the device of the teacher, is trained in place and left in eval mode. Its config
+    then records its training sizes, the largest as its native size. A stage without anything to learn, such as stage 1
+    of a student that keeps all attention, is skipped with a message on standard error.
 
     Args:
-        teacher: an encoder, or the image-text model whose image side is the teacher; it is not changed.
-        student: a converted encoder, on the device of the teacher.
-        images: what both look at.
-        config: steps, rates and losses; a stage of 0 steps is left out.
-        watcher: makes the progress callback of each stage.
-        name: of the student, in titles.
-        folder: where each stage leaves its student, losses and snapshots; a run that stopped goes on from them.
+        teacher: an encoder or an image-text model; it is not modified.
+        watcher: function that creates the progress callback of each stage.
+        name: name of the student, for titles.
+        folder: folder for the student, losses and snapshots of each stage, from which an interrupted run resumes.
         world: the processes of the run (`join_world`); None for this one alone.
         carried: adapters and scales of an earlier run of this student and teacher (`resume.carried_from`), for higher
             resolutions without another stage 2.
 
-    Returns the record of each stage; the student is left in eval mode.
+    Returns the record of each stage.
 
-    Raises:
-        ValueError: a student that does not match, a contrastive loss without a text tower, a batch that does not
-            divide.
-        ParityError: the teacher's taps are not its features.
-        DivergedError, SnapshotError: as `train`.
+    Raises ValueError if the student does not match the teacher, a contrastive loss has no text tower or a batch is not
+    divisible, ParityError if the teacher's taps do not match its forward pass, and the errors of `train`.
     """
     feed = ImageSetFeed(images) if isinstance(images, ImageSet) else images
     world = world or World(device=next(student.parameters()).device)
@@ -117,8 +108,9 @@ def distill(
                 check_parity(encoder.eval(), first.images[:2], config.compute.precision)
             snapshots = folders.snapshots(number)
             torch.manual_seed(stage.optim.seed)
-            make = partial(going_on, stage, carried)
-            with running(make, student, config.compute, world, cache) as task:
+            with running(stage.task, student, config.compute, world, cache) as task:
+                if isinstance(task, DistillTask) and stage.goes_on:
+                    task.carry_on(carried)
                 if not task.learns:
                     if world.rank == 0:
                         warn(f"{stage.title}: nothing to learn, left out")
@@ -138,14 +130,6 @@ def distill(
             barrier()
     student.eval()
     return histories
-
-
-def going_on(stage: Stage, carried: Mapping[str, Tensor], student: Encoder, runtime: Runtime) -> Task:
-    """The task of a stage, with the adapters and scales of the stage before if it goes on from there."""
-    task = stage.task(student, runtime)
-    if isinstance(task, DistillTask) and stage.goes_on:
-        task.carry_on(carried)
-    return task
 
 
 def check_cacheable(stage: Stage) -> None:

@@ -1,7 +1,5 @@
 """Where teacher and student are compared: after each sub-layer (PP) and after each block (PB)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +15,7 @@ RunTapped = Callable[[Block, Tensor, Grid], tuple[Tensor, Tensor]]
 
 
 class Taps(NamedTuple):
-    """What one forward pass shows, grid tokens only, in the order of the blocks.
+    """The features recorded in one forward pass, in the order of the blocks; grid tokens only.
 
     block_inputs: tokens [B, N, C] entering each block, prefix tokens included.
     sublayers: PP, the branch of each mixing sub-layer before the residual, [B, h*w, C].
@@ -34,9 +32,10 @@ class Taps(NamedTuple):
 
 
 def tapped_forward(encoder: Encoder, images: Tensor, run: RunTapped = Block.tapped) -> Taps:
-    """The encoder's forward pass with every tap recorded. images [B, channels, H, W], normalised.
+    """Run the forward pass of an encoder and record every tap. images: normalised, [B, channels, H, W].
 
-    run: how each block is run, as `Block.tapped`. Raises ValueError for an image size that the patches do not tile.
+    run: function that runs a block, as `Block.tapped`. Raises ValueError for an image size that is not a multiple of
+        the patch size.
     Paper: PP and PB taps (docs/paper.md).
     """
     tokens, grid = encoder.embed(images)
@@ -77,13 +76,9 @@ def observe(
 ) -> Taps:
     """The frozen teacher's taps for images that are normalised as the student wants them.
 
-    Args:
-        teacher: in any mode; it is put into eval mode.
-        images: [B, channels, H, W].
-        student: whose normalisation the images have.
-        size: (height, width) in pixels that the teacher sees them at; its grid features are then upsampled
-            bilinearly to the grid that the images have at full size. None for the images as they are.
-        run: as in `tapped_forward`.
+    teacher: put into eval mode. images: [B, channels, H, W]. size: (height, width) in pixels that the teacher sees them
+    at; its grid features are then upsampled bilinearly to the grid that the images have at full size. None for the
+    images as they are. run: as in `tapped_forward`.
 
     Paper: high-resolution curriculum, upsampled self-teacher (docs/paper.md).
     """

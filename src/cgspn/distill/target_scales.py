@@ -1,7 +1,5 @@
 """What losses are divided by: the size of the teacher's features, the same for all batches of a run."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch
@@ -18,7 +16,6 @@ class TargetScales(nn.Module):
     """
 
     def __init__(self, count: int) -> None:
-        """count: how many features are measured."""
         super().__init__()
         self.register_buffer("values", torch.zeros(count))
         self.known = False

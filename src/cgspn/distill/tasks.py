@@ -1,7 +1,5 @@
 """What is learned: each task holds its models and turns a batch into a loss. The trainer knows nothing else."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -9,6 +7,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear, normalize
 
 from ..data import Batch
 from ..layers import Block
@@ -25,6 +24,7 @@ from .taps import Taps, observe, retarget_first_block, tapped_forward
 from .target_scales import TargetScales
 
 Losses = dict[str, Tensor]
+Size = tuple[int, int]  # (height, width) in pixels
 Captions = Callable[[Batch], list[str]]
 
 
@@ -32,20 +32,20 @@ class Task(nn.Module):
     """What `train` needs. Its parameters are those that it trains; a teacher is held, not registered.
 
     Attributes:
+        patch: of the encoder that learns, in pixels.
         reduction: how the losses of several processes become those of the run.
         has_unused_params: whether some of its parameters may get no gradient.
-        runtime: what it computes with.
         capturable: whether its losses need nothing from the host, so that a CUDA graph can hold them.
         sharded: whether its parameters are spread over the processes (FSDP2) instead of copied.
     """
 
+    patch: int
     reduction: Literal["mean", "sum"] = "mean"
     has_unused_params: bool = False
     sharded: bool = False
     capturable: bool = False
 
     def __init__(self, runtime: Runtime | None = None) -> None:
-        """runtime: None for functions as they are."""
         super().__init__()
         self.runtime = runtime or Runtime()
 
@@ -61,16 +61,11 @@ class Task(nn.Module):
         """Scalars by name; "total" is minimised, the others are shown."""
         raise NotImplementedError
 
-    def seen(self, batch: Batch, observe: Callable[[], Taps]) -> Taps:
-        """What the teacher makes of a batch: from the cache, or observed."""
-        cache = self.runtime.cache
-        return observe() if cache is None else cache.taps(batch.indices, observe, tuple(batch.images.shape[-2:]))
+    def tokens(self, size: Size) -> int:
+        """Grid tokens of an image of `size` (height, width) pixels."""
+        return tokens_of(size, self.patch)
 
-    def tokens(self, size: tuple[int, int]) -> int | None:
-        """Grid tokens of an image of `size` (height, width) pixels; None if nobody counts them."""
-        return None
-
-    def flops(self, size: tuple[int, int]) -> int | None:
+    def flops(self, size: Size) -> int | None:
         """FLOP an image of `size` (height, width) pixels, teacher and student together; None if nobody counts them."""
         return None
 
@@ -87,8 +82,48 @@ class Task(nn.Module):
 
     def _look_at(self, **models: object) -> None:
         """Keep models without registering them: neither trained nor saved."""
-        for name, model in models.items():
-            object.__setattr__(self, name, model)
+        vars(self).update(models)
+
+
+class TeacherTask(Task):
+    """What both stages share: a frozen teacher, with whose taps a student is compared."""
+
+    teacher: Encoder
+    student: Encoder
+    energies: TargetScales
+    compares: bool = True
+
+    def __init__(self, teacher: Encoder, student: Encoder, learn_positions: bool, runtime: Runtime | None) -> None:
+        super().__init__(runtime)
+        self._look_at(teacher=teacher)
+        self.patch = student.config.patch_size
+        self.learn_positions = learn_positions and teacher.positions is not None and student.positions is None
+
+    def targets(self, taps: Taps) -> list[Tensor]:
+        """The features of the teacher by whose energies the losses are divided."""
+        raise NotImplementedError
+
+    def seen_at(self, size: Size) -> Size:
+        """What the teacher sees images of `size` at, (height, width) in pixels."""
+        return size
+
+    @torch.no_grad()
+    def calibrate(self, parts: list[Batch]) -> None:
+        """The energies of the teacher's features."""
+        if self.compares:
+            self.energies.measure(self.targets(self.observed(part)) for part in parts)
+
+    @torch.no_grad()
+    def observed(self, batch: Batch, entry: Tensor | None = None) -> Taps:
+        """The teacher's taps, from the cache or observed, the first of them from where the student starts: `entry`,
+        [B, h*w, C], or its own embedding."""
+        size, cache = (batch.images.shape[-2], batch.images.shape[-1]), self.runtime.cache
+        run = self.runtime.tapped
+        look = partial(observe, self.teacher, batch.images, self.student.config, self.seen_at(size), run)
+        taps = look() if cache is None else cache.taps(batch.indices, look, size)
+        if not self.learn_positions:
+            return taps
+        return retarget_first_block(taps, self.student.embed(batch.images)[0] if entry is None else entry)
 
 
 def inherited_names(student: Encoder, teacher: Encoder) -> frozenset[str]:
@@ -114,66 +149,43 @@ def learning_blocks(teacher: Encoder, student: Encoder) -> list[int]:
     ]
 
 
-class SublayerTask(Task):
+class SublayerTask(TeacherTask):
     """Stage 1: block i of the student gets the teacher's own features and learns the teacher's sub-layer output.
 
     Blocks are independent: no gradient passes between them, and one teacher pass feeds all. Blocks whose mixer is
     kept from the teacher have nothing to learn. Paper: stage 1 (docs/paper.md).
     """
 
-    teacher: Encoder
-    student: Encoder
-
     def __init__(
         self, teacher: Encoder, student: Encoder, learn_positions: bool = True, runtime: Runtime | None = None
     ) -> None:
         """learn_positions: see `DistillConfig`. Raises ValueError if the depths differ."""
-        super().__init__(runtime)
+        super().__init__(teacher, student, learn_positions, runtime)
         if teacher.config.depth != student.config.depth:
             raise ValueError(f"student has {student.config.depth} blocks; expected {teacher.config.depth}")
         self.learning = learning_blocks(teacher, student)
-        self._look_at(teacher=teacher, student=student)
+        self._look_at(student=student)
         self.capturable = self.runtime.cache is None
-        self.learn_positions = learn_positions and lacks_positions(student, teacher)
         self.parts = nn.ModuleDict({str(i): sublayer_parts(student.each_block()[i]) for i in self.learning})
         self.energies = TargetScales(len(self.learning)).to(next(student.parameters()).device)
-
-    @property
-    def learns(self) -> bool:
-        """As in `Task`; for placed blocks, whether any process has one."""
-        return bool(self.learning)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Mixers are fresh; the norm and scale around them are inherited."""
         fresh = [p for name, p in self.named_parameters() if ".mixer." in name]
-        inherited = [p for name, p in self.named_parameters() if ".mixer." not in name]
-        return fresh, inherited
+        return fresh, [p for name, p in self.named_parameters() if ".mixer." not in name]
 
-    def tokens(self, size: tuple[int, int]) -> int:
-        """As in `Task`."""
-        return tokens_of(size, self.student.config.patch_size)
-
-    def flops(self, size: tuple[int, int]) -> int:
+    def flops(self, size: Size) -> int:
         """As in `Task`."""
         return forward_flops(self.teacher.config, size) + sublayer_flops(self.student.config, size, self.learning)
 
-    def calibrate(self, parts: list[Batch]) -> None:
-        """The energies of the teacher's sub-layers."""
-        seen = (self.observed(part) for part in parts)
-        self.energies.measure([taps.sublayers[i] for i in self.learning] for taps in seen)
-
-    @torch.no_grad()
-    def observed(self, batch: Batch) -> Taps:
-        """The teacher's taps, the first of them from where the student starts."""
-        taps = self.seen(
-            batch, partial(observe, self.teacher, batch.images, self.student.config, run=self.runtime.tapped)
-        )
-        return retarget_first_block(taps, self.student.embed(batch.images)[0]) if self.learn_positions else taps
+    def targets(self, taps: Taps) -> list[Tensor]:
+        """The sub-layers that are learned."""
+        return [taps.sublayers[i] for i in self.learning]
 
     def losses(self, batch: Batch) -> Losses:
         """The relative MSE of each sub-layer, "block i", and their sum."""
         taps = self.observed(batch)
-        energies = self.energies.of([taps.sublayers[i] for i in self.learning])
+        energies = self.energies.of(self.targets(taps))
         losses: Losses = {
             f"block {i}": self.sublayer_error(i, taps.block_inputs[i], taps.sublayers[i], taps, energy)
             for i, energy in zip(self.learning, energies, strict=True)
@@ -189,24 +201,17 @@ class SublayerTask(Task):
         return relative_mse(branch[:, grid.prefix :], wanted, energy)
 
 
-def lacks_positions(student: Encoder, teacher: Encoder) -> bool:
-    """Whether the teacher's tokens carry positions and the student's do not."""
-    return teacher.positions is not None and student.positions is None
-
-
 def sublayer_parts(block: Block) -> nn.ModuleDict:
     """What stage 1 trains of a block."""
     return nn.ModuleDict({"mixer": block.mixer, "norm1": block.norm1, "scale1": block.scale1})
 
 
-class DistillTask(Task):
+class DistillTask(TeacherTask):
     """Stage 2: the whole student against the teacher at two taps a block, through adapters.
 
     Paper: stage 2, alpha * PP + beta * PB (docs/paper.md).
     """
 
-    teacher: Encoder
-    student: Encoder
     dual: DualEncoder | None
 
     def __init__(
@@ -217,7 +222,7 @@ class DistillTask(Task):
         *,
         dual: DualEncoder | None = None,
         captions: Captions | None = None,
-        teacher_size: tuple[int, int] | None = None,
+        teacher_size: Size | None = None,
         learn_positions: bool = True,
         inherited: frozenset[str] | None = None,
         runtime: Runtime | None = None,
@@ -225,13 +230,12 @@ class DistillTask(Task):
         """dual and captions: the teacher's image-text model and the captions of a batch, for the contrastive loss.
 
         teacher_size: (height, width) in pixels of the largest images that the teacher sees; larger ones are resized to
-        that area for it, and its taps are then upsampled to the student's grid. None shows both the same.
-        learn_positions: see `DistillConfig`. inherited: names of the student's weights that count as the teacher's;
-        None for those that are equal to the teacher's now.
+        that area for it, and its taps are then upsampled to the student's grid. learn_positions: see `DistillConfig`.
+        inherited: names of the student's weights that count as the teacher's; None for those that are equal to its now.
 
         Raises ValueError if the contrastive loss is on without what it needs, or if depths or widths differ.
         """
-        super().__init__(runtime)
+        super().__init__(teacher, student, learn_positions, runtime)
         if (teacher.config.depth, teacher.config.width) != (student.config.depth, student.config.width):
             raise ValueError(
                 f"student has depth {student.config.depth} and width {student.config.width}; "
@@ -240,19 +244,17 @@ class DistillTask(Task):
         if config.contrastive and (dual is None or captions is None):
             raise ValueError("contrastive is on; expected a teacher with a text tower, and captions")
         self.config, self.captions, self.teacher_size = config, captions, teacher_size
-        self._look_at(teacher=teacher, dual=dual)
+        self._look_at(dual=dual)
         self.sharded = self.runtime.sharded
         self.student = student
         self.compares = bool(config.alpha or config.beta or config.tokens or config.output)
         self.capturable = not config.contrastive and self.runtime.cache is None
-        self.learn_positions = learn_positions and lacks_positions(student, teacher)
         self.has_unused_params = not (config.output or config.contrastive)
         self.inherited = inherited_names(student, teacher) if inherited is None else inherited
         device = next(student.parameters()).device
         depth, width = student.config.depth, student.config.width
-        self.adapters = Adapters(
-            depth, width, sublayers=config.adapters and bool(config.alpha), blocks=config.adapters and bool(config.beta)
-        ).to(device)
+        self.adapted = [config.adapters and weight != 0 for weight in (config.alpha, config.beta)]
+        self.adapters = Adapters(depth, width, sublayers=self.adapted[0], blocks=self.adapted[1]).to(device)
         self.energies = TargetScales(2 * depth + 2).to(device)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -261,54 +263,38 @@ class DistillTask(Task):
         fresh = [p for name, p in named if name not in self.inherited]
         return fresh + list(self.adapters.parameters()), [p for name, p in named if name in self.inherited]
 
-    def tokens(self, size: tuple[int, int]) -> int:
-        """As in `Task`."""
-        return tokens_of(size, self.student.config.patch_size)
-
-    def flops(self, size: tuple[int, int]) -> int:
+    def flops(self, size: Size) -> int:
         """As in `Task`; without the text tower of a contrastive loss."""
-        config = self.config
         theirs = forward_flops(self.teacher.config, self.seen_at(size)) if self.compares else 0
-        return theirs + training_flops(
-            self.student.config,
-            size,
-            sublayer_adapters=config.adapters and bool(config.alpha),
-            block_adapters=config.adapters and bool(config.beta),
-        )
+        at_sublayers, at_blocks = self.adapted
+        student = self.student.config
+        return theirs + training_flops(student, size, sublayer_adapters=at_sublayers, block_adapters=at_blocks)
 
-    def seen_at(self, size: tuple[int, int]) -> tuple[int, int]:
-        """What the teacher sees images of `size` at, (height, width) in pixels."""
+    def seen_at(self, size: Size) -> Size:
+        """As in `TeacherTask`: no larger than `teacher_size`."""
         largest = self.teacher_size
         if largest is None or size[0] * size[1] <= largest[0] * largest[1]:
             return size
         return with_area(size, largest, self.teacher.config.patch_size)
 
+    def _around(self) -> dict[str, Tensor]:
+        """What it holds beside the student: adapters and scales."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("student.")}
+
     def carried(self) -> dict[str, Tensor]:
         """Adapters and scales by name, whole, for a later stage with the same teacher; all processes must ask."""
-        state = {name: value for name, value in self.state_dict().items() if not name.startswith("student.")}
-        return {name: full_tensor(value).detach().clone() for name, value in state.items()}
+        return {name: full_tensor(value).detach().clone() for name, value in self._around().items()}
 
     def carry_on(self, state: Mapping[str, Tensor]) -> None:
         """Start from what `carried` gave. Raises ValueError for adapters of another encoder or other losses."""
-        mine = {name: value.shape for name, value in self.state_dict().items() if not name.startswith("student.")}
+        mine = {name: value.shape for name, value in self._around().items()}
         if state and mine != {name: value.shape for name, value in state.items()}:
             raise ValueError(f"carried holds {len(state)} tensors of other names or shapes; expected {len(mine)}")
         self.load_state_dict(state, strict=False)
 
-    @torch.no_grad()
-    def calibrate(self, parts: list[Batch]) -> None:
-        """The energies of the teacher at every tap, of its final tokens and of its pooled vector."""
-        if self.compares:
-            seen = (self.observed(part, self.student.embed(part.images)[0]) for part in parts)
-            self.energies.measure([*taps.sublayers, *taps.blocks, taps.tokens, taps.pooled] for taps in seen)
-
-    @torch.no_grad()
-    def observed(self, batch: Batch, entry: Tensor) -> Taps:
-        """The teacher's taps, the first of them from where the student starts: `entry` [B, h*w, C]."""
-        size = self.seen_at((batch.images.shape[-2], batch.images.shape[-1]))
-        look = partial(observe, self.teacher, batch.images, self.student.config, size, self.runtime.tapped)
-        taps = self.seen(batch, look)
-        return retarget_first_block(taps, entry) if self.learn_positions else taps
+    def targets(self, taps: Taps) -> list[Tensor]:
+        """Every tap, the final tokens and the pooled vector."""
+        return [*taps.sublayers, *taps.blocks, taps.tokens, taps.pooled]
 
     def losses(self, batch: Batch) -> Losses:
         """Mean PP and PB losses over blocks, those of final tokens and pooled vector, the contrastive one, and "total".
@@ -317,24 +303,22 @@ class DistillTask(Task):
         """
         config = self.config
         mine = tapped_forward(self.student, batch.images, self.runtime.tapped)
-        parts: Losses = {}
-        each: Losses = {}
+        parts, each = Losses(), Losses()
         weights = {"PP": config.alpha, "PB": config.beta, "tokens": config.tokens, "pooled": config.output}
         weights["contrastive"] = config.contrastive
         if self.compares:
             theirs = self.observed(batch, mine.block_inputs[0])
-            energies = self.energies.of([*theirs.sublayers, *theirs.blocks, theirs.tokens, theirs.pooled])
+            energies = self.energies.of(self.targets(theirs))
             at_sublayers, at_blocks, (at_tokens, at_pooled) = energies.split([len(mine.blocks), len(mine.blocks), 2])
-            if config.alpha:
-                taps = zip(self.adapters.sublayers, mine.sublayers, theirs.sublayers, at_sublayers, strict=True)
-                values = [self.runtime.tap_loss(a, s, t, e, config.kl_pp) for a, s, t, e in taps]
-                parts["PP"] = torch.stack(values).mean()
-                each |= {f"PP block {i}": value for i, value in enumerate(values)}
-            if config.beta:
-                taps = zip(self.adapters.blocks, mine.blocks, theirs.blocks, at_blocks, strict=True)
-                values = [self.runtime.tap_loss(a, s, t, e, config.kl_pb) for a, s, t, e in taps]
-                parts["PB"] = torch.stack(values).mean()
-                each |= {f"PB block {i}": value for i, value in enumerate(values)}
+            for name, kl_weight, *of_blocks in (
+                ("PP", config.kl_pp, self.adapters.sublayers, mine.sublayers, theirs.sublayers, at_sublayers),
+                ("PB", config.kl_pb, self.adapters.blocks, mine.blocks, theirs.blocks, at_blocks),
+            ):
+                if weights[name]:
+                    taps = zip(*of_blocks, strict=True)
+                    values = [self.runtime.tap_loss(a, s, t, e, kl_weight) for a, s, t, e in taps]
+                    parts[name] = torch.stack(values).mean()
+                    each |= {f"{name} block {i}": value for i, value in enumerate(values)}
             if config.tokens:
                 parts["tokens"] = relative_mse(mine.tokens, theirs.tokens, at_tokens)
             if config.output:
@@ -350,14 +334,9 @@ class DistillTask(Task):
         captions = self.captions(batch)
         with torch.no_grad():
             text = self.dual.encode_text(captions)
-        image = nn.functional.normalize(
-            nn.functional.linear(pooled, self.dual.image_projection.weight.detach()), dim=-1
-        )
-        same = _same(caption_ids(captions, image.device))
-        image, text, scale = gather_rows(image), gather_rows(text), self.dual.logit_scale.detach()
-        if self.dual.loss == "sigmoid":
-            return sigmoid_loss(image, text, same, scale, self.dual.logit_bias.detach())
-        return clip_loss(image, text, same, scale)
+        image = normalize(linear(pooled, self.dual.image_projection.weight.detach()), dim=-1)
+        scale, bias = self.dual.logit_scale.detach(), self.dual.logit_bias.detach()
+        return _contrastive_loss(self.dual.loss, image, text, caption_ids(captions, image.device), scale, bias)
 
 
 class ContrastiveTask(Task):
@@ -367,21 +346,14 @@ class ContrastiveTask(Task):
         """captions: the captions of a batch; loss: "clip" or "sigmoid"."""
         super().__init__()
         self.model, self.captions, self.loss = model, captions, loss
-
-    def tokens(self, size: tuple[int, int]) -> int:
-        """As in `Task`."""
-        return tokens_of(size, self.model.image.config.patch_size)
+        self.patch = model.image.config.patch_size
 
     def losses(self, batch: Batch) -> Losses:
         """The contrastive loss over the images of all processes. Those of one class belong together."""
-        captions = self.captions(batch)
-        image, text = gather_rows(self.model.encode_image(batch.images)), gather_rows(self.model.encode_text(captions))
-        same = _same(batch.labels.to(image.device))
-        if self.loss == "sigmoid":
-            total = sigmoid_loss(image, text, same, self.model.logit_scale, self.model.logit_bias)
-        else:
-            total = clip_loss(image, text, same, self.model.logit_scale)
-        return {"total": total}
+        model = self.model
+        image, text = model.encode_image(batch.images), model.encode_text(self.captions(batch))
+        ids = batch.labels.to(image.device)
+        return {"total": _contrastive_loss(self.loss, image, text, ids, model.logit_scale, model.logit_bias)}
 
 
 def caption_ids(captions: list[str], device: torch.device) -> Tensor:
@@ -390,6 +362,8 @@ def caption_ids(captions: list[str], device: torch.device) -> Tensor:
     return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], device=device)
 
 
-def _same(ids: Tensor) -> Tensor:
-    ids = gather_rows(ids)
-    return ids[:, None] == ids[None]
+def _contrastive_loss(kind: str, image: Tensor, text: Tensor, ids: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """The loss over the rows of all processes; those of equal ids belong together. kind: "clip" or "sigmoid"."""
+    image, text, ids = gather_rows(image), gather_rows(text), gather_rows(ids)
+    same = ids[:, None] == ids[None]
+    return sigmoid_loss(image, text, same, scale, bias) if kind == "sigmoid" else clip_loss(image, text, same, scale)

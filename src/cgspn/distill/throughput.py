@@ -1,7 +1,5 @@
 """How fast a stage ran, and how long it waited for data."""
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -27,16 +25,11 @@ class Work(NamedTuple):
 
 @dataclass
 class Throughput:
-    """Seconds of each step since the stage was started, or started again.
+    """Seconds of each step since the stage was started, or started again, with the number and size of its images.
 
-    Attributes:
-        waits: for data; the first one, which starts the workers, included.
-        steps: of the whole step, its wait included. A step ends with the wait for the device, so that waiting for data
-            is time in which the device has nothing to do.
-        images: of each step, on this process.
-        sizes: of the images of each step.
-        work: what an image of a size is; asked once for each.
-        peak: FLOP/s of the device; None if not known.
+    waits: for data; the first one, which starts the workers, included. steps: of the whole step, its wait included. A
+    step ends with the wait for the device, so that waiting for data is time in which the device has nothing to do.
+    work: what an image of a size is; asked once for each. peak: FLOP/s of the device; None if not known.
     """
 
     waits: list[float] = field(default_factory=list)
@@ -74,10 +67,8 @@ class Throughput:
         seconds = sum(self.steps[i] for i in chosen)
         if not chosen:
             return {}
-        rates = {
-            "images_per_second": sum(self.images[i] for i in chosen) / seconds,
-            "data_wait_share": sum(self.waits[i] for i in chosen) / seconds,
-        }
+        rates = {"images_per_second": sum(self.images[i] for i in chosen) / seconds}
+        rates["data_wait_share"] = sum(self.waits[i] for i in chosen) / seconds
         tokens, flops = self._total(chosen, "tokens"), self._total(chosen, "flops")
         if tokens is not None:
             rates["tokens_per_second"] = tokens / seconds

@@ -1,7 +1,5 @@
 """The loop: a task, batches, warm-up and cosine, a guard against NaN, snapshots, a record of every step."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -31,15 +29,15 @@ Stream = Callable[[int], Iterable[Batch]]
 
 
 class DivergedError(RuntimeError):
-    """The loss or the gradient stopped being finite; the message says at which step and which part."""
+    """Raised if the loss or the gradient is not finite; the message names the step and the part."""
 
 
 @dataclass
 class History:
     """Losses of every step: steps[i] is {"step": .., "lr": .., "total": .., ...}; and `Throughput.summary`.
 
-    Losses of single blocks, "block i", "PP block i" and "PB block i", are in every step of a short stage, in about two
-    hundred steps of a long one, and always in its last.
+    The losses of single blocks are recorded in every step of a short stage, and in about two hundred steps of a long
+    one including the last.
     """
 
     title: str
@@ -47,7 +45,7 @@ class History:
     throughput: dict[str, Any] = field(default_factory=dict)
 
     def curve(self, name: str) -> list[float]:
-        """One loss over the steps that have it."""
+        """Return one loss over the steps that recorded it."""
         return [step[name] for step in self.steps if name in step]
 
 
@@ -74,23 +72,15 @@ def train(
 ) -> History:
     """Run a task over batches, one step each, going on from the newest snapshot if there is one.
 
-    Args:
-        task: what is learned; on several processes it is spread over them (`ComputeConfig.parallel`).
-        stream: from a step to the batches from there on, this process's share of each; if they end early, so does
-            the run.
-        config: the optimisation.
-        title: what the record is called.
-        watch: called after every step with its losses and the rates of the last steps (`Throughput`), images and tokens
-            a second those of all processes.
-        compute: precision and processes.
-        snapshots: where to go on from and what to leave behind.
+    On several processes the task is spread over them (`ComputeConfig.parallel`).
 
-    Returns the record of every step, those before a resumption included.
+    stream: from a step to the batches from there on, this process's share of each; if they end early, so does the run.
+    title: what the record is called. watch: called after every step with its losses and the rates of the last steps
+    (`Throughput`), images and tokens a second those of all processes.
 
-    Raises:
-        DivergedError: at the first step whose loss or gradient is not finite, before it touches a weight; the state
-            before it is then the newest snapshot.
-        SnapshotError: a snapshot could not be written.
+    Returns the record of every step, those before a resumption included. Raises DivergedError at the first step whose
+    loss or gradient is not finite, before it touches a weight, and leaves the state before it as the newest snapshot;
+    SnapshotError if one could not be written.
     """
     compute = compute or ComputeConfig()
     own = task.reduction == "sum"  # every process has parameters of its own
@@ -120,7 +110,6 @@ def train(
     peak = peak_of(device, compute.precision)
 
     def work(size: tuple[int, ...]) -> Work:
-        """What an image of `size`, (height, width) in pixels, is."""
         height, width = size
         return Work(task.tokens((height, width)), task.flops((height, width)) if peak else None)
 
@@ -155,7 +144,8 @@ def train(
             if average:
                 foreach_lerp_(local_shards(average), [p.detach() for p in local_shards(parameters)], 1 - config.ema)
             record = {"step": step, "lr": config.learning_rate * factor, "gradient": length, **record}
-            history.steps.append(record if detailed(step, config.steps) else without_blocks(record))
+            every = detailed(step, config.steps)
+            history.steps.append({name: value for name, value in record.items() if every or "block" not in name})
             if watch is not None:
                 rates = clock.recent()
                 watch(
@@ -177,11 +167,6 @@ def detailed(step: int, steps: int) -> bool:
     return step % max(1, steps // DETAILS) == 0 or step == steps - 1
 
 
-def without_blocks(record: dict[str, float]) -> dict[str, float]:
-    """A step's record without the losses of single blocks."""
-    return {name: value for name, value in record.items() if "block" not in name}
-
-
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
     """A batch cut into `parts` equal ones. Raises ValueError if they cannot be equal."""
     if parts == 1:
@@ -194,12 +179,9 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
 
 def rows_of(batch: Batch, rows: slice) -> Batch:
     """Some images of a batch, with everything that belongs to them."""
-    changed: dict[str, Any] = {
-        field.name: value[rows]
-        for field in fields(batch)
-        if isinstance(value := getattr(batch, field.name), (Tensor, list, tuple))
-    }
-    return replace(batch, **changed)
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    cut: dict[str, Any] = {n: value[rows] for n, value in values.items() if isinstance(value, (Tensor, list, tuple))}
+    return replace(batch, **cut)
 
 
 def clip_gradients(parameters: list[nn.Parameter], task: Task, most: float) -> Tensor:

@@ -1,5 +1,5 @@
-"""Measures: pure functions over tensors (zeroshot, retrieval, probe, segmentation, alignment, influence), and models at
-work on pictures (predict), on data sets (measure) and on image sets in memory (suite)."""
+"""Evaluation: functions on tensors (zeroshot, retrieval, probe, segmentation, alignment, influence), and models applied
+to images (predict), datasets (measure) and image sets in memory (suite)."""
 
 from .alignment import BlockAlignment, align, cosine, linear_cka, relative_mse
 from .influence import influence_map

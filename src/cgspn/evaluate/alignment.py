@@ -14,12 +14,12 @@ from .checks import check_finite
 
 @dataclass(frozen=True)
 class BlockAlignment:
-    """Likeness of one pair of features; see the functions of the same names.
+    """Similarity of two sets of features; see the functions with the same names.
 
     Attributes:
-        cosine: -1 to 1, 1 for the same directions.
+        cosine: -1 to 1; 1 if all directions are equal.
         relative_mse: 0 for equal features, 1 for a student that returns zeros.
-        cka: 0 to 1, 1 for the same up to rotation, one common scale and a shift.
+        cka: 0 to 1; 1 for features that are equal up to rotation, scale and shift.
     """
 
     cosine: float
@@ -42,28 +42,28 @@ def _pair(student: Tensor, teacher: Tensor, same_width: bool) -> tuple[Tensor, T
 
 
 def cosine(student: Tensor, teacher: Tensor) -> float:
-    """Cosine between the channels of student and teacher, averaged over all tokens.
+    """Compute the cosine similarity between student and teacher tokens, averaged over all tokens.
 
     Args:
         student: [..., C], such as [B, N, C] or [B, h, w, C].
         teacher: the same shape.
 
     Raises:
-        ValueError: shapes that differ or are empty, or values that are not finite.
+        ValueError: shapes differ or are empty, or values are not finite.
     """
     s, t = _pair(student, teacher, same_width=True)
     return float(cosine_similarity(s, t, dim=-1).mean())
 
 
 def relative_mse(student: Tensor, teacher: Tensor) -> float:
-    """||student - teacher||^2 / ||teacher||^2 over all tokens and channels: squared, as the stage 1 loss is.
+    """Compute ||student - teacher||^2 / ||teacher||^2 over all tokens and channels, as in the loss of stage 1.
 
     Args:
         student: [..., C].
         teacher: the same shape, not all zero.
 
     Raises:
-        ValueError: shapes that differ or are empty, values that are not finite, or a teacher of zeros.
+        ValueError: shapes differ or are empty, values are not finite, or the teacher is all zeros.
     """
     s, t = _pair(student, teacher, same_width=True)
     energy = float(t.square().sum())
@@ -73,17 +73,17 @@ def relative_mse(student: Tensor, teacher: Tensor) -> float:
 
 
 def linear_cka(student: Tensor, teacher: Tensor) -> float:
-    """Linear centred kernel alignment over all tokens; the numbers of channels may differ.
+    """Compute linear centred kernel alignment (CKA) over all tokens; the numbers of channels may differ.
 
-    ||S^T T||_F^2 / (||S^T S||_F ||T^T T||_F), S and T centred over tokens. With fewer tokens than a few times the
-    channels the measure is biased upwards. Features that do not vary give 0.
+    ||S^T T||_F^2 / (||S^T S||_F ||T^T T||_F), with S and T centred over tokens. The measure is biased upwards if there
+    are not several times as many tokens as channels. Constant features give 0.
 
     Args:
         student: [..., C].
         teacher: [..., C'], the same leading sizes.
 
     Raises:
-        ValueError: leading sizes that differ, empty tensors, or values that are not finite.
+        ValueError: leading sizes differ, tensors are empty, or values are not finite.
 
     Source: Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019, section 3.
     """
@@ -95,14 +95,14 @@ def linear_cka(student: Tensor, teacher: Tensor) -> float:
 
 
 def align(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> list[BlockAlignment]:
-    """The three measures for each block.
+    """Compute the three similarity measures for each block.
 
     Args:
         students: features [..., C] of each block.
         teachers: the same number and shapes.
 
     Raises:
-        ValueError: different numbers of blocks, or from the measures, naming the block.
+        ValueError: the numbers of blocks differ, or a measure fails; the message names the block.
     """
     if len(students) != len(teachers):
         raise ValueError(f"students holds {len(students)} blocks, teachers {len(teachers)}; expected the same number")

@@ -16,23 +16,24 @@ def influence_map(
     probes: int | None = None,
     seed: int = 0,
 ) -> Tensor:
-    """Norm of the derivative of the output at one position with respect to the input at every position.
+    """Compute the norm of the derivative of the output at one position with respect to the input at every position.
 
-    Entry (i, j) is the Frobenius norm of the Jacobian block d function(x)[p] / d x[i, j], p the position: 0 exactly
-    where nothing flows from (i, j) to p, and comparable between scans, attention and convolutions since it asks nothing
-    of how the function works.
+    Entry (i, j) is the Frobenius norm of the Jacobian block d function(x)[p] / d x[i, j], where p is the position. It
+    is exactly 0 if nothing flows from (i, j) to p. It makes no assumption about the function, so scans, attention and
+    convolutions can be compared.
 
     Args:
-        function: from [1, H, W, C] to [1, h, w, C'], differentiable; h, w may differ from H, W (pixels to tokens).
+        function: differentiable function from [1, H, W, C] to [1, h, w, C']; h, w may differ from H, W (pixels to
+            tokens).
         grid_input: float [1, H, W, C].
         position: (row, column) of the output grid; negative numbers count from the end.
-        probes: None for the exact norm, one backward pass for each of the C' output channels; a number n to estimate
-            it from n random sign vectors instead (the squared norm is unbiased, its relative error about
-            sqrt(2 / n) or less).
-        seed: of the random signs.
+        probes: None for the exact norm, with one backward pass per output channel. A number n estimates it from n
+            random sign vectors instead; the squared norm is unbiased, with a relative error of about sqrt(2 / n) or
+            less.
+        seed: random seed of the sign vectors.
 
     Returns:
-        [H, W], dtype and device of grid_input.
+        [H, W], with the dtype and device of grid_input.
 
     Raises:
         ValueError: a wrong shape, a position outside the output grid, probes below 1, or a function whose output does

@@ -154,13 +154,13 @@ def segmentation(
         size: what pictures are resized to, in pixels: (height, width), (shorter side,), or () for the encoder's
             native shorter side. Where the aspect ratio is kept, both sides are rounded to multiples of the patch.
         scored: classes whose IoU goes into the mean; all if empty. The probe learns all of them.
-        batch_size: pictures at a time.
-        watch: progress; each picture of both sets comes once.
-        max_skipped: largest share of each set that may be unreadable.
+        batch_size: images per batch.
+        watch: progress callback, called once for each image of both sets.
+        max_skipped: largest tolerated fraction of unreadable images in each set.
 
     Returns the result, and what could not be read of each set.
 
-    Raises ValueError for a size that patches do not tile, or if too many pictures cannot be read.
+    Raises ValueError for a size that patches do not tile, or if too many images cannot be read.
     """
     check_size(encoder.config, size)
     classes = len(train.class_names)

@@ -39,11 +39,11 @@ class Classification:
 
 @dataclass(frozen=True, eq=False)
 class Similarity:
-    """N pictures against M texts.
+    """Similarities between N images and M texts.
 
     Attributes:
         cosine: float32 [N, M], -1 to 1.
-        logits: float32 [N, M], the cosine with the scale (and for a sigmoid the bias) that the model has learned.
+        logits: float32 [N, M], the cosine with the learned scale (and the bias, for a sigmoid loss) of the model.
         probabilities: float32 [N, M]: softmax of the logits over the texts for CLIP, sigmoid for SigLIP.
     """
 

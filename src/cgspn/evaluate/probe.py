@@ -30,7 +30,7 @@ class Probe:
     Attributes:
         weight: float64 [C, K].
         bias: float64 [K].
-        penalty: the regularisation it was fitted with.
+        penalty: regularisation strength it was fitted with.
     """
 
     weight: Tensor
@@ -68,18 +68,20 @@ def _upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
 def patch_histograms(
     masks: Tensor, grid: tuple[int, int], classes: int, ignore_index: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The share of each class in each patch, and how much of the patch counts.
+    """Compute the fraction of each class in each patch, and the fraction of pixels that are not ignored.
 
-    Patch (i, j) covers rows floor(i H / h) to ceil((i + 1) H / h), columns likewise, so sizes need not divide.
+    Patch (i, j) covers rows floor(i H / h) to ceil((i + 1) H / h), and columns accordingly, so H need not be a multiple
+    of h.
 
     Args:
         masks: integers [N, H, W], 0 to classes - 1, or ignore_index.
         grid: (h, w).
         classes: K.
-        ignore_index: label of pixels that do not count.
+        ignore_index: label of pixels to ignore.
 
     Returns:
-        shares float32 [N, h, w, K] that sum to 1 (to 0 where nothing counts), and the counted fraction [N, h, w].
+        Fractions float32 [N, h, w, K] that sum to 1 (or to 0 if all pixels are ignored), and the fraction [N, h, w] of
+        pixels that are not ignored.
     """
     h, w = grid
     rows, row_patch = _covered(masks.shape[1], h, masks.device)

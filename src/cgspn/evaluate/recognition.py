@@ -27,7 +27,7 @@ PENALTIES = tuple(10.0**power for power in range(-6, 3))
 
 @dataclass(frozen=True)
 class Recognition:
-    """Shares of test pictures whose class is found, 0 to 1: by the linear map, and by the nearest neighbours."""
+    """Accuracies on test images, 0 to 1, of a linear classifier and of nearest neighbours."""
 
     linear: float
     nearest: float
@@ -44,18 +44,19 @@ def recognition(
     watch: Watch | None = None,
     max_skipped: float = MAX_SKIPPED,
 ) -> Recognition:
-    """Fit both on the features of training pictures and measure them on test pictures.
+    """Fit a linear and a nearest-neighbour classifier on the features of training images and evaluate them on test
+    images.
 
     Args:
         encoder: in eval mode, on any device.
-        train, test: labelled pictures of the same classes.
-        size: in pixels, a side or (height, width); None for the encoder's own.
-        pooled: the encoder's pooled vector (the class feature) beside the mean of the grid tokens.
-        batch_size: pictures at a time.
-        watch: progress; each picture of both sets comes once.
-        max_skipped: largest share of each set that may be unreadable.
+        train, test: labelled images of the same classes.
+        size: image size in pixels, a side or (height, width); None for the encoder's native size.
+        pooled: use the encoder's pooled vector (the class feature) in addition to the mean of the grid tokens.
+        batch_size: images per batch.
+        watch: progress callback, called once for each image of both sets.
+        max_skipped: largest tolerated fraction of unreadable images in each set.
 
-    Raises ValueError for a size that patches do not tile, or if too many pictures cannot be read.
+    Raises ValueError for a size that patches do not tile, or if too many images cannot be read.
     """
     parts: list[Tensor] = []
     for pictures in (train, test):
@@ -97,19 +98,19 @@ def picture_features(
 def linear_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, penalties: Sequence[float] = PENALTIES
 ) -> float:
-    """Share of test features whose class a ridge regression from features to classes finds, 0 to 1.
+    """Fit a ridge regression from features to classes and return its accuracy on test features, 0 to 1.
 
-    The penalty is the one with the best accuracy where each training feature is left out in turn, which has a closed
-    form; the larger one wins a tie.
+    The penalty is the one with the best leave-one-out accuracy on the training features, which has a closed form. In a
+    tie, the larger penalty is used.
 
     Args:
         train: [N, C]. train_labels: integers [N], from 0.
-        test: [M, C]. test_labels: integers [M]; a class that training lacks is never found.
-        penalties: strengths to choose from, each above 0.
+        test: [M, C]. test_labels: integers [M]; a class without training features is never predicted.
+        penalties: penalties to choose from, each above 0.
 
     Raises:
-        TypeError: labels that are no integers.
-        ValueError: shapes that do not fit, features that are not finite, negative labels, or wrong penalties.
+        TypeError: labels are not integers.
+        ValueError: shapes do not match, features are not finite, labels are negative, or penalties are wrong.
 
     Source: Hastie, Tibshirani and Friedman, "The Elements of Statistical Learning", 3.4.1 and 7.10.
     """
@@ -145,12 +146,12 @@ def nearest_accuracy(
     neighbours: int = 10,
     temperature: float = 0.07,
 ) -> float:
-    """Share of test features whose class the nearest training features vote for, 0 to 1.
+    """Classify test features by a vote of the nearest training features and return the accuracy, 0 to 1.
 
     Args:
         train, train_labels, test, test_labels: as `linear_accuracy`.
-        neighbours: how many vote, by cosine; all where there are fewer.
-        temperature: a vote counts exp(cosine / temperature).
+        neighbours: number of nearest neighbours by cosine; all training features if there are fewer.
+        temperature: the weight of a vote is exp(cosine / temperature).
 
     Raises TypeError and ValueError as `linear_accuracy`, and ValueError for neighbours or a temperature out of range.
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018, section 3.4.

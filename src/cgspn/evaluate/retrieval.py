@@ -21,11 +21,11 @@ QUERIES = 1024  # at a time
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Recall in both directions, 0 to 1, by rank: `image_to_text[1]` is R@1 of captions found for images.
+    """Recall in both directions, 0 to 1, by rank: `image_to_text[1]` is R@1 from image to text.
 
     Attributes:
-        image_to_text: share of images with one of their captions among the first k.
-        text_to_image: share of captions with one of their images among the first k.
+        image_to_text: fraction of images with one of their captions among the first k.
+        text_to_image: fraction of captions with one of their images among the first k.
     """
 
     image_to_text: dict[int, float]
@@ -39,21 +39,21 @@ def retrieve(
     text_ids: Tensor,
     ranks: tuple[int, ...] = (1, 5),
 ) -> Retrieval:
-    """Recall at each rank by cosine; any item with the same id counts as a hit.
+    """Compute recall at each rank by cosine; any item with the same id counts as a hit.
 
-    The rank of a query is the number of wrong items that score as high as its best right item, or higher. Ties thus
-    count against the model: one that maps everything to a point scores 0, whatever the order of the items.
+    The rank of a query is the number of wrong items with a score at least as high as its best right item. Ties
+    therefore count against the model: a model that maps everything to one point scores 0.
 
     Args:
-        image_embeddings: [N, D], of any length.
-        text_embeddings: [M, D], of any length.
+        image_embeddings: [N, D], of any norm.
+        text_embeddings: [M, D], of any norm.
         image_ids: integers [N]; images and captions with the same id belong together.
         text_ids: integers [M].
         ranks: the k of R@k.
 
     Raises:
-        TypeError: ids that are no integers.
-        ValueError: shapes that do not fit, embeddings that are not finite, a rank below 1, or an id on one side only.
+        TypeError: ids are not integers.
+        ValueError: shapes do not match, embeddings are not finite, a rank is below 1, or an id occurs on one side only.
 
     Source: R@k as in Karpathy and Fei-Fei, "Deep Visual-Semantic Alignments", section 4.1.
     """
@@ -76,17 +76,16 @@ def retrieve(
 def retrieve_captions(
     image_embeddings: Tensor, text_embeddings: Tensor, pairs: Tensor, ranks: tuple[int, ...] = (1, 5, 10)
 ) -> Retrieval:
-    """As `retrieve`, where what belongs together is listed: an image has several captions, a caption some images.
+    """Compute recall as `retrieve` does, for a given list of matching pairs; images may share captions.
 
     Args:
-        image_embeddings: [N, D], of any length.
-        text_embeddings: [M, D], of any length; give each different text once, or it ties with itself.
-        pairs: integers [P, 2], an image and a text that belong together; each image and text occurs.
+        image_embeddings: [N, D], of any norm.
+        text_embeddings: [M, D], of any norm; give each text only once, because duplicates tie with each other.
+        pairs: integers [P, 2], indices of matching images and texts; every image and text must occur.
         ranks: the k of R@k.
 
     Raises:
-        ValueError: shapes that do not fit, embeddings that are not finite, a rank below 1, or an image or text without
-            a partner.
+        ValueError: shapes do not match, embeddings are not finite, a rank is below 1, or an image or text has no match.
     """
     n, m = len(image_embeddings), len(text_embeddings)
     if pairs.ndim != 2 or pairs.shape[1] != 2:

@@ -26,10 +26,10 @@ class Segmentation:
     """The result of `segment`.
 
     Attributes:
-        mean_iou: mean of the classes that occur, 0 to 1.
-        class_iou: of each class, 0 to 1; None for a class neither present nor predicted.
-        pixel_accuracy: share of pixels that are right, 0 to 1.
-        penalty: the regularisation chosen.
+        mean_iou: mean IoU of the classes that occur, 0 to 1.
+        class_iou: IoU of each class, 0 to 1; None for a class that is neither present nor predicted.
+        pixel_accuracy: fraction of correct pixels, 0 to 1.
+        penalty: regularisation strength that was chosen.
     """
 
     mean_iou: float
@@ -74,9 +74,9 @@ class PixelScore:
             self.metric.update(prediction.to(self.metric.device), target.to(self.metric.device).long())
 
     def compute(self) -> tuple[float, tuple[float | None, ...], float]:
-        """Mean IoU of the scored classes, the IoU of each class, and the share of pixels that are right.
+        """Return the mean IoU of the scored classes, the IoU of each class, and the pixel accuracy.
 
-        A class that occurs neither in the target nor in the prediction has no IoU (None) and is left out of the mean.
+        A class that occurs neither in the target nor in the prediction has no IoU (None) and is excluded from the mean.
 
         Raises ValueError if no pixel was counted, or no scored class occurs.
         """
@@ -138,7 +138,7 @@ def fit_streamed(
         count: N.
         classes: K, at least 2.
         ignore_index: label of pixels that do not count, such as 255.
-        penalties: strengths to choose from, each above 0.
+        penalties: penalties to choose from, each above 0.
         held_out: share of images for the choice, 0 to 1; at least one image is held out and one is not.
         scored: classes whose mean IoU chooses; all if empty.
 
@@ -217,16 +217,16 @@ def fit_probe(
     penalties: tuple[float, ...] = PENALTIES,
     held_out: float = 0.2,
 ) -> Probe:
-    """`fit_streamed` on what is in memory.
+    """Run `fit_streamed` on tensors in memory.
 
     Args:
         tokens: float [N, h, w, C].
         masks: integers [N, H, W], 0 to classes - 1, or ignore_index.
-        classes, ignore_index, penalties, held_out: as there.
+        classes, ignore_index, penalties, held_out: as in `fit_streamed`.
 
     Raises:
-        TypeError: masks that are no integers.
-        ValueError: shapes that do not fit, a class out of range, or from `fit_streamed`.
+        TypeError: masks are not integers.
+        ValueError: shapes do not match, a class is out of range, or as in `fit_streamed`.
     """
     _check(tokens, masks, classes, ignore_index, ("tokens", "masks"))
     reader = in_memory(tokens, masks)
@@ -242,15 +242,15 @@ def segment(
     *,
     ignore_index: int | None = None,
 ) -> Segmentation:
-    """Fit a probe on one set (see `fit_streamed`) and measure it on another.
+    """Fit a probe on one set (see `fit_streamed`) and evaluate it on another.
 
     Args:
         train_tokens: float [N, h, w, C].
         train_masks: integers [N, H, W].
-        test_tokens: float [M, h', w', C]; another grid is fine.
+        test_tokens: float [M, h', w', C]; the grid may differ.
         test_masks: integers [M, H', W'].
         classes: K.
-        ignore_index: label of pixels that do not count.
+        ignore_index: label of pixels to ignore.
 
     Raises:
         TypeError, ValueError: as `fit_probe`.

@@ -25,11 +25,11 @@ class Metric:
     Attributes:
         key: name in rows and in JSON.
         label: heading.
-        scale: what values are multiplied by for display: 100 for shares of 1 shown as per cent.
+        scale: factor for display, such as 100 for fractions shown as per cent.
         unit: shown after the label, such as "%" or "ms".
-        digits: after the point.
-        higher_is_better: True, False, or None where neither is (a size, a count): no value is marked as the best.
-        averaged: whether it counts in the macro average.
+        digits: number of decimals.
+        higher_is_better: True, False, or None if no value is better (a size, a count); then none is marked as the best.
+        averaged: whether it is part of the macro average.
     """
 
     key: str
@@ -54,15 +54,15 @@ class Metric:
 class SummaryTable:
     """Rows of values with a macro average: the plain mean over the metrics marked as averaged.
 
-    A row that lacks one of them has no average, since means over different metrics do not compare.
+    A row without one of these metrics has no average, because averages over different metrics cannot be compared.
 
     Attributes:
         title: shown above.
-        metrics: the columns; those that are averaged must share scale, unit and direction.
+        metrics: the columns; averaged metrics must have the same scale, unit and direction.
         rows: values by row name and metric key; filled by `add`.
 
     Raises:
-        ValueError: keys given twice, or averaged metrics that do not compare.
+        ValueError: duplicate keys, or averaged metrics that cannot be compared.
     """
 
     title: str
@@ -81,10 +81,10 @@ class SummaryTable:
             self.add(name, values)
 
     def add(self, name: str, values: Mapping[str, float | None]) -> None:
-        """Add a row, or replace the one of that name; a missing metric or None shows as a dash.
+        """Add a row, or replace the row of that name. A missing metric or None is shown as a dash.
 
         Raises:
-            ValueError: a key that is no metric, or a value that is not finite.
+            ValueError: an unknown key, or a value that is not finite.
         """
         unknown = sorted(set(values) - {m.key for m in self.metrics})
         if unknown:
@@ -95,7 +95,7 @@ class SummaryTable:
         self.rows[name] = {m.key: values.get(m.key) for m in self.metrics}
 
     def average(self, name: str) -> float | None:
-        """The macro average of a row; None if it lacks a value or no metric is averaged."""
+        """Return the macro average of a row; None if a value is missing or no metric is averaged."""
         values = [self.rows[name][m.key] for m in self.metrics if m.averaged]
         known = [v for v in values if v is not None]
         return sum(known) / len(known) if known and len(known) == len(values) else None
@@ -125,7 +125,7 @@ class SummaryTable:
         return [metric.heading for metric, _ in columns], rows
 
     def to_rich(self) -> RichTable:
-        """For a rich console; the best value of each column is bold."""
+        """Return a table for a rich console, with the best value of each column in bold."""
         headings, rows = self._cells()
         # lean enough for a terminal of 80 columns, and what still does not fit is broken rather than cut
         table = RichTable(title=Text(self.title), box=SIMPLE_HEAD, pad_edge=False)
@@ -138,7 +138,7 @@ class SummaryTable:
         return table
 
     def to_json(self) -> str:
-        """Title, metrics, rows as they were added (not scaled) and averages; `from_json` reads it."""
+        """Return title, metrics, unscaled rows and averages as JSON, for `from_json`."""
         return json.dumps(
             {
                 "title": self.title,
@@ -151,10 +151,10 @@ class SummaryTable:
 
     @classmethod
     def from_json(cls, text: str) -> SummaryTable:
-        """The table that `to_json` wrote; the averages are computed again.
+        """Read a table from the JSON of `to_json`; the averages are computed again.
 
         Raises:
-            ValueError: text that is no such table.
+            ValueError: the text is not such a table.
         """
         try:
             data = json.loads(text)
@@ -163,7 +163,7 @@ class SummaryTable:
             raise ValueError(f"text is not the JSON of a SummaryTable: {error!r}") from error
 
     def to_html(self) -> str:
-        """A `<table>` element without style of its own; the best value of each column is in `<strong>`."""
+        """Return a `<table>` element without styles, with the best value of each column in `<strong>`."""
         headings, rows = self._cells()
         lines = [f"<table>\n<caption>{html.escape(self.title)}</caption>", "<thead><tr><th></th>"]
         lines += [f'<th scope="col">{html.escape(heading)}</th>' for heading in headings]

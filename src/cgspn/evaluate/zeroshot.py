@@ -17,18 +17,20 @@ from .checks import check_ids, check_matrix
 def class_embeddings(
     encode_text: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> Tensor:
-    """One embedding for each class: its name in every template, each normalised, averaged, normalised again.
+    """Compute one embedding per class: the normalised embeddings of its name in every template, averaged and normalised
+    again.
 
     Args:
-        encode_text: from T texts to embeddings [T, D], of any length; called once, without gradients.
+        encode_text: function from T texts to embeddings [T, D], of any norm; called once, without gradients.
         class_names: K names.
         templates: texts with one `{}` for the name.
 
     Returns:
-        float32 [K, D], rows of length 1.
+        float32 [K, D], rows with norm 1.
 
     Raises:
-        ValueError: no names, no templates, a template without its `{}`, or embeddings of a wrong shape or not finite.
+        ValueError: there are no names or templates, a template has no `{}`, or embeddings have a wrong shape or are not
+            finite.
 
     Source: Radford et al., "Learning Transferable Visual Models from Natural Language Supervision", 3.1.4.
     """
@@ -46,11 +48,11 @@ def class_embeddings(
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Shares of images, 0 to 1.
+    """Accuracies, 0 to 1.
 
     Attributes:
-        top1: whose nearest class by cosine is their own.
-        top5: whose own class is among the five nearest; 1 for five classes or fewer.
+        top1: fraction of images whose nearest class by cosine is the right one.
+        top5: fraction of images whose class is among the five nearest; 1 for five classes or fewer.
         per_class: top1 of each class, averaged over the classes that have images.
     """
 
@@ -60,16 +62,16 @@ class Accuracy:
 
 
 def accuracy(image_embeddings: Tensor, class_embeddings: Tensor, labels: Tensor) -> Accuracy:
-    """How often the class of an image is the nearest to it by cosine, counted by torchmetrics.
+    """Classify images by the nearest class embedding (cosine), and compute the accuracy with torchmetrics.
 
     Args:
-        image_embeddings: [N, D], of any length.
-        class_embeddings: [K, D], of any length.
+        image_embeddings: [N, D], of any norm.
+        class_embeddings: [K, D], of any norm.
         labels: integers [N], 0 to K - 1.
 
     Raises:
-        TypeError: labels that are no integers.
-        ValueError: shapes that do not fit, labels out of range, or embeddings that are not finite.
+        TypeError: labels are not integers.
+        ValueError: shapes do not match, labels are out of range, or embeddings are not finite.
     """
     from torchmetrics.functional.classification import multiclass_accuracy
 
@@ -99,5 +101,5 @@ def accuracy(image_embeddings: Tensor, class_embeddings: Tensor, labels: Tensor)
 
 
 def top1(image_embeddings: Tensor, class_embeddings: Tensor, labels: Tensor) -> float:
-    """Share of images whose nearest class by cosine is their own, 0 to 1. Arguments and errors as `accuracy`."""
+    """Compute top-1 accuracy by the nearest class embedding, 0 to 1. Arguments and errors are those of `accuracy`."""
     return accuracy(image_embeddings, class_embeddings, labels).top1

@@ -1,4 +1,4 @@
-"""Encoders as files that run elsewhere: ONNX in plain operators, torch.export programs, AOTInductor packages."""
+"""Export of encoders to ONNX with standard operators, torch.export programs and AOTInductor packages."""
 
 from .bounds import Bounds, bounds_for
 from .export import ExportError, Parity, export_model, load_exported

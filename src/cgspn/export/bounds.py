@@ -9,7 +9,8 @@ from ..models.config import EncoderConfig
 
 @dataclass(frozen=True)
 class Bounds:
-    """Every height and width from `min_size` to `max_size` pixels, in steps of the patch size, and 1 to `max_batch`.
+    """Accepted input sizes: heights and widths from `min_size` to `max_size` pixels in steps of the patch size, and
+    batches of 1 to `max_batch`.
 
     Height and width are independent: any aspect ratio within the bounds.
     """
@@ -35,7 +36,7 @@ class Bounds:
             )
 
     def sizes(self, native: tuple[int, int]) -> list[tuple[int, int, int]]:
-        """(batch, height, width) to compare at: both corners, the most extreme shapes, and the native size."""
+        """Return the (batch, height, width) to compare at: smallest, largest, extreme aspect ratios and native size."""
         small, large, most = self.min_size, self.max_size, self.max_batch
         own = tuple(min(max(side // self.patch * self.patch, small), large) for side in native)
         middle = (small + large) // 2 // self.patch * self.patch

@@ -24,7 +24,7 @@ PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
 
 
 class ExportError(ValueError):
-    """An exported file that does not give what the encoder gives; it is not kept."""
+    """Raised if the outputs of an exported file differ from the encoder's. The file is deleted."""
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,25 @@ def export_model(
     source: str = "",
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Parity]:
-    """Export the image side of a model, check the file against it, and write it with a description beside it.
+    """Export the image encoder of a model, compare the file with it, and write it with a JSON description.
 
-    The program takes normalised images [B, channels, H, W] and gives the tokens [B, h, w, C] and the pooled vector of
-    the encoder, logits if it has a classifier, and the unit-length embedding if the model has a text tower.
+    The exported program takes normalised images [B, channels, H, W]. It returns the tokens [B, h, w, C] and the pooled
+    vector, the logits if there is a classifier, and the normalised embedding if the model has a text tower.
 
     Args:
-        model: an encoder or image-text model; it is not changed.
-        out: the file, ending in .onnx or .pt2 as the format asks. `out`.json beside it describes inputs, outputs,
-            normalisation, bounds, versions and the errors measured.
-        format: "onnx" (plain operators), "torch" (torch.export) or "aot" (AOTInductor).
-        min_size, max_size: of either side in pixels, multiples of the patch size; from one patch to twice the native
-            size if None. It is checked within them; beyond them torch programs raise, and so does `load_exported`.
-        max_batch: batches of 1 to this.
-        tolerance: relative error ||a - b|| / ||b|| that the check accepts; 16-bit weights need more, such as 2e-2.
-        source: where the model is from, for the description.
-        say: called with what is being done.
+        model: an encoder or image-text model; it is not modified.
+        out: the output file, .onnx or .pt2 depending on the format. `out`.json describes inputs, outputs,
+            normalisation, bounds, versions and the measured errors.
+        format: "onnx" (standard operators), "torch" (torch.export) or "aot" (AOTInductor).
+        min_size, max_size: bounds of height and width in pixels, multiples of the patch size; None for one patch and
+        twice the native size. Outside the bounds, torch programs and `load_exported` raise an error.
+        max_batch: largest batch size.
+        tolerance: largest accepted relative error ||a - b|| / ||b||; 16-bit weights need more, such as 2e-2.
+        source: origin of the model, for the description.
+        say: callback for progress messages.
 
-    Returns the errors at every size that was compared. Raises ExportError if one is above `tolerance`, and then
-    leaves no file; ValueError for wrong arguments or missing packages; OSError if `out` cannot be written.
+    Returns the errors at every compared size. Raises ExportError if one is above `tolerance` and writes no file then;
+    ValueError for wrong arguments or missing packages; OSError if `out` cannot be written.
     """
     if format not in WRITERS:
         raise ValueError(f"format is {format!r}; accepted: {', '.join(map(repr, WRITERS))}")
@@ -105,10 +105,11 @@ def export_model(
 
 
 def load_exported(path: str | Path) -> Runner:
-    """What `export_model` wrote, as a function: images [B, channels, H, W] -> outputs in the order of its description.
+    """Load a file written by `export_model` as a function: images [B, channels, H, W] -> outputs in the order of its
+    description.
 
-    It raises ValueError for images of other channels or outside the bounds, at which ONNX and AOTInductor themselves do
-    not look.
+    The function raises ValueError for a wrong number of channels or sizes outside the bounds, which AOTInductor and
+    ONNX Runtime may not check.
     Raises OSError or ValueError if the file or the description beside it is missing or damaged.
     """
     path = Path(path)

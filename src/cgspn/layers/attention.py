@@ -14,9 +14,10 @@ from .rotary import rotary_angles, rotate
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """heads: number of heads, a divisor of the width. qkv_bias: whether the QKV projection has a bias.
+    """Settings of attention. heads: number of heads, a divisor of the width. qkv_bias: whether the QKV projection has a
+    bias.
 
-    rotary: the base of DINOv3's rotary positions; None for none.
+    rotary: base of DINOv3's rotary position embeddings; None for none.
     """
 
     heads: int = 16
@@ -61,16 +62,16 @@ class AttentionMixer(Mixer):
         return result
 
     def with_map(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Of tokens in rows, what `forward` gives and its map: [B, N, C] and [B, heads, N, N], with gradients."""
+        """Return the output of `forward` and the attention map: [B, N, C] and [B, heads, N, N], with gradients."""
         q, k, v = self._split(tokens, grid)
         weights = _softmax(q, k, self.visible(tokens, grid))
         return self.out((weights @ v).transpose(1, 2).flatten(2)), weights
 
     @torch.no_grad()
     def weights(self, tokens: Tensor, grid: Grid, rows: Tensor | None = None) -> Tensor:
-        """The attention map itself, for pictures: [B, heads, N, N], rows sum to one.
+        """Return the attention map for visualisation: [B, heads, N, N], with rows that sum to one.
 
-        rows: int64 [R], the tokens whose rows are wanted, which gives [B, heads, R, N]; None for all.
+        rows: int64 [R], indices of the rows to return, as [B, heads, R, N]; None for all.
         """
         q, k, _ = self._split(tokens, grid)
         return _softmax(q if rows is None else q[:, :, rows], k, self.visible(tokens, grid, rows))

@@ -30,11 +30,11 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """x + scale1(mixer(norm1(x))), then x + scale2(mlp(norm2(x))): tokens [B, N, C] -> [B, N, C].
 
-    executor.py decides which of these layers run fused. Taps: docs/paper.md, PP and PB.
+    executor.py decides which of these layers run fused. See docs/paper.md for the taps PP and PB.
 
     Attributes:
-        fusion_backend: "auto": fused where that is faster and changes nothing; "triton": also where it is slower;
-            "torch": never.
+        fusion_backend: "auto" uses fused kernels where they are faster and give the same result, "triton" also where
+            they are slower, "torch" never.
     """
 
     fusion_backend: Literal["auto", "triton", "torch"] = "auto"
@@ -66,7 +66,7 @@ class Block(nn.Module):
         return out
 
     def sublayer(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """The mixing branch [B, N, C], without the residual: what stage 1 aligns."""
+        """Return the mixing branch [B, N, C] without the residual, which stage 1 trains."""
         return executor.run_branch(self, tokens, grid, executor.fusion_of(self, tokens))[0]
 
     def mixing_half(self, tokens: Tensor, grid: Grid) -> Tensor:

@@ -17,7 +17,8 @@ from .resize import PositionResize, resize_matrix, resize_table
 class PatchEmbed(nn.Module):
     """Images [B, in, H, W] -> tokens [B, h*w, C] and their grid; H and W any multiples of the patch size.
 
-    With `crop`, any H and W from one patch up: pixels beyond the last whole patch are left out (SigLIP at 384 px).
+    With `crop`, H and W may be any size of at least one patch; pixels beyond the last whole patch are ignored (SigLIP
+    at 384 px).
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class PatchEmbed(nn.Module):
         return height // p, width // p
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Grid]:
-        """mask: [B, h, w] bool; pixels of patches where it is False count as zero, whatever they hold.
+        """mask: [B, h, w] bool; the pixels of patches where it is False are treated as zero.
 
         Raises ValueError for a wrong number of dimensions or channels, a size that patches do not tile, or a mask of
         another grid.
@@ -84,10 +85,10 @@ class PatchEmbed(nn.Module):
         return self.project(images, height, width), Grid(height, width, mask=mask)
 
     def project(self, images: Tensor, height: int, width: int) -> Tensor:
-        """The convolution as one product: [B, in, H, W] -> [B, h*w, C], contiguous.
+        """Compute the patch convolution as one matrix product: [B, in, H, W] -> [B, h*w, C], contiguous.
 
-        A convolution would leave its channels far apart in memory, and every sum of the residual stream after it,
-        layer by layer, would inherit those strides and walk memory at a third of its speed.
+        The output of a convolution is channels-first in memory. All later residual additions would inherit these
+        strides and run at a third of the memory bandwidth.
         """
         # in an exported program views of symbolic sizes would tie it to some of them
         if torch.compiler.is_exporting() or not is_plain(self.projection, nn.Conv2d) or has_global_hooks():
@@ -102,10 +103,10 @@ class PatchEmbed(nn.Module):
 
 
 class LearnedPositions(nn.Module):
-    """Positions [h0*w0, C] learned at one grid, resized to any other.
+    """Position embeddings [h0*w0, C] learned on one grid and resized to others.
 
-    Antialiasing matters only to smaller grids. Each family of checkpoints has its own way, and features follow it.
-    "square_..." resizes to a square of the longer side and takes its upper left part (RADIO).
+    The resize method depends on the checkpoint family and affects the features. Antialiasing only matters for smaller
+    grids. "square_..." resizes to a square of the longer side and takes its upper left part (RADIO).
     """
 
     def __init__(self, grid: tuple[int, int], width: int, resize: PositionResize = "bicubic") -> None:
@@ -117,7 +118,7 @@ class LearnedPositions(nn.Module):
         self.table = nn.Parameter(torch.randn(grid[0] * grid[1], width) * 0.02)
 
     def forward(self, height: int, width: int, mask: Tensor | None = None) -> Tensor:
-        """The table for a height x width grid: [h*w, C]; with a mask [B, h, w] as `of_images`."""
+        """Return the positions of a height x width grid: [h*w, C]; with a mask [B, h, w] as `of_images`."""
         if mask is not None:
             return self.of_images(mask)
         if not is_tracing() and (height, width) == self.grid:  # a trace would keep to this size
@@ -125,14 +126,14 @@ class LearnedPositions(nn.Module):
         return self.resized(height, width)
 
     def resized(self, height: int, width: int) -> Tensor:
-        """`forward` by the same arithmetic for every size, the native one too: what an exported program holds."""
+        """`forward` with the same computation for every size including the native one, for exported programs."""
         rows, columns = (torch.arange(1, wanted + 1, device=self.table.device) for wanted in (height, width))
         return self._resized(rows, columns).flatten(0, 1)
 
     def of_images(self, mask: Tensor) -> Tensor:
-        """Positions of padded images, each resized to its own size: mask [B, h, w] bool -> [B, h*w, C].
+        """Return the positions of padded images, each resized to its own size: mask [B, h, w] bool -> [B, h*w, C].
 
-        An image is the rows and columns in which its mask has a True; what stands in the padding means nothing.
+        An image consists of the rows and columns where its mask has a True. The values in the padding have no meaning.
         """
         rows, columns = (mask.any(across).cumsum(1) for across in (2, 1))
         return self._resized(rows, columns).flatten(1, 2)

@@ -204,7 +204,7 @@ class Fp8Linear(nn.Module):
 
 
 class Fp8Mlp(nn.Module):
-    """An `Mlp` in 8 bits: [..., C] -> [..., C], in the dtype of its input, without gradients."""
+    """An FP8 version of `Mlp`: [..., C] -> [..., C], in the dtype of its input, without gradients."""
 
     def __init__(self, mlp: Mlp, products: Products = "library") -> None:
         """mlp: with any activation but SwiGLU, whose product of two halves has no useful bound; products: whose.
@@ -223,7 +223,7 @@ class Fp8Mlp(nn.Module):
         self.steep, self.offset = LONGER * float(longest), float(self.fc1.bias.abs().max())
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., C] -> [..., C]. Raises RuntimeError where a gradient is asked for."""
+        """[..., C] -> [..., C]. Raises RuntimeError if a gradient is required."""
         return self._through(x, bias=True).unflatten(0, x.shape[:-1])
 
     def adder(self, x: Tensor) -> Callable[[Tensor], object]:
@@ -252,18 +252,19 @@ class Fp8Mlp(nn.Module):
 
 
 def quantize_mlps(model: Model, *, products: Products = "library") -> Model:
-    """Put the MLP of every block of an encoder into 8 bits, in place; returns it. For inference, not to be saved.
+    """Quantise the MLP of every block of an encoder to FP8 in place, and return the encoder. For inference; not to be
+    saved.
 
-    Attention and C-GSPN blocks alike; the MLP of a MAP head, which sees one token, stays as it is.
-    `unsupported_reason(device)` says where nothing becomes faster.
+    Works for attention and C-GSPN blocks. The MLP of a MAP head, which processes one token, is not changed.
+    `unsupported_reason(device)` says why FP8 is not faster on a device.
 
     Args:
-        model: an encoder, or anything that holds blocks.
-        products: "library" (torch._scaled_mm, with a pass for GELU between), or "triton": GELU and the residual inside
-            the products, on Hopper and later, which is faster. Both give the same numbers up to the order
+        model: an encoder, or any module that contains blocks.
+        products: "library" uses torch._scaled_mm and a separate GELU. "triton" fuses GELU and the residual addition
+            into the matrix products; it is faster and needs Hopper or later. Both give the same numbers up to the order
             of sums and one rounding to 16 bits.
 
-    Raises ValueError, before anything is changed, for other products, and an MLP that `Fp8Mlp` does not take.
+    Raises ValueError for other `products` or an MLP that `Fp8Mlp` does not support, before anything is changed.
     """
     from .block import Block
 

@@ -10,10 +10,10 @@ Window = tuple[int, int]  # rows and columns of positions
 
 
 class Grid(NamedTuple):
-    """Where tokens [B, prefix + height * width, C] lie: `prefix` class and register tokens, then the rows of the grid.
+    """Layout of tokens [B, prefix + height * width, C]: `prefix` class and register tokens, then the rows of the grid.
 
-    `mask` [B, height, width] bool marks the positions inside the image; None means all of them. `window` names
-    the windows in whose order the tokens of the batch lie (`window_attention`); None means rows.
+    `mask` [B, height, width] bool marks the positions inside the image; None means all of them. `window` is set if the
+    tokens are sorted by window (`window_attention`); None means row order.
     """
 
     height: int
@@ -29,10 +29,11 @@ class Grid(NamedTuple):
 
 
 class Mixer(nn.Module):
-    """Mixes tokens [B, N, C] over their grid and returns as many; the only part of a block that looks sideways.
+    """Base class of mixers: tokens [B, N, C] -> [B, N, C]. The mixer is the only part of a block that exchanges
+    information between tokens.
 
     Attributes:
-        window: the windows in whose order the mixer wants its tokens; None for rows.
+        window: window size, if the mixer expects tokens sorted by window; None for row order.
     """
 
     window: Window | None = None

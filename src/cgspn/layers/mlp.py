@@ -76,7 +76,7 @@ class Mlp(nn.Module):
         return plain
 
     def is_bare(self) -> bool:
-        """Whether this is two plain linear layers around a GELU, whose work another function may then do."""
+        """Whether this is two plain linear layers with a GELU, which fused kernels can replace."""
         layers = is_plain(self.fc1, nn.Linear) and is_plain(self.act, nn.GELU) and is_plain(self.fc2, nn.Linear)
         return layers and not has_global_hooks()
 

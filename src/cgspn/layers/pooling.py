@@ -28,7 +28,7 @@ class MeanPool(nn.Module):
 
 
 class ClassTokenPool(nn.Module):
-    """The class token, or several summary tokens one after the other: tokens [B, N, C] -> [B, C * len(summary)]."""
+    """Select the class token, or concatenate several summary tokens: tokens [B, N, C] -> [B, C * len(summary)]."""
 
     def __init__(self, summary: tuple[int, ...] = (0,)) -> None:
         """summary: indices of the tokens, all of them before the grid."""

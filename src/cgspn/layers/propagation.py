@@ -34,25 +34,26 @@ MOST_EXPANSION, MOST_KERNEL = 64, 63
 
 @dataclass(frozen=True)
 class PropagationConfig:
-    """What a propagation sub-layer contains. The defaults are C-GSPN.
+    """Settings of a propagation mixer. The defaults are C-GSPN.
 
     Args:
-        compression: s; the scan runs on Cc = floor(C / s) channels. None scans in the raw space, without P_down.
-        directions: which of the four scans run.
-        merge: "sum" adds the directions before P_up (the paper); "concat" gives P_up all of them.
+        compression: s in the paper; the scan runs on Cc = floor(C / s) channels. None scans all C channels, without
+            P_down.
+        directions: the scan directions.
+        merge: "sum" adds the directions before P_up (as in the paper); "concat" concatenates them.
         latent_norm: RMSNorm on the latent, before the parameters and the scan.
-        merge_norm: RMSNorm on the merged scan; keeps features bounded however long the lines are.
-        value_expansion: channels that carry values beside the latent, in units of Cc, dealt out to the directions: each
-            scans its own, and the latent is left to make their parameters. None: all directions scan the latent (the
-            paper).
-        channels_per_group: channels that have one set of parameters between them: 1 for a set each (the paper).
-        forget_gate: a forget gate: how much stays of the line before, for each position and set.
-        normalise_state: divide the state by the same scan of ones: y = u * h / n, a weighted mean of what the scan has
-            seen in place of a sum, so that it does not grow with the number of lines. lam then passes a softplus.
-        local_kernel: size of a depthwise convolution on the latent, added to it; 0 for none.
-        projections: GSPN's linear projections C -> C around everything.
-        expansion: GSPN's channel expansion before propagation; 1 for none.
-        inner_residual: GSPN's path around the scan.
+        merge_norm: RMSNorm on the merged scan, which keeps features bounded on long lines.
+        value_expansion: number of scanned channels over all directions, as a multiple of Cc. Each direction scans its
+            own channels, and the latent is only used to compute the parameters. None: all directions scan the latent
+            (as in the paper).
+        channels_per_group: number of channels that share scan parameters; 1 in the paper.
+        forget_gate: add a forget gate, which scales the previous line for each position and parameter group.
+        normalise_state: divide the state by the same scan over ones, y = u * h / n. The state is then a weighted mean
+            and does not grow with the number of lines. lam is computed with a softplus.
+        local_kernel: kernel size of a depthwise convolution on the latent, added to it; 0 for none.
+        projections: add GSPN's outer linear projections C -> C.
+        expansion: factor of GSPN's channel expansion before propagation; 1 for none.
+        inner_residual: add GSPN's residual connection around the scan.
     """
 
     compression: float | None = 18
@@ -119,11 +120,11 @@ class PropagationConfig:
 
 
 def value_config(values: float | None) -> PropagationConfig:
-    """C-GSPN with so many values for each channel of its latent, in groups of eight with a forget gate and a normalised
-    state; None for none.
+    """Return the settings of C-GSPN with separate values: `value_expansion` times the latent width, in groups of eight
+    channels, with a forget gate and a normalised state. None returns the default C-GSPN.
 
-    What came closest to attention in results/quality: values want channels, parameters do not. A normalised state is
-    closer at every size, and falls off less away from the size of training (results/resolution).
+    These settings came closest to attention in results/quality. A normalised state is better at every size, and more so
+    at sizes that were not used in training (results/resolution).
     """
     if values is None:
         return PropagationConfig()
@@ -145,9 +146,9 @@ GSPN_WALK: dict[str, PropagationConfig] = {
 
 
 class PropagationMixer(Mixer):
-    """Four-direction line scan in a compressed latent space: tokens [B, h*w, C] -> [B, h*w, C], without positions.
+    """Four-direction line scan in a compressed latent space: tokens [B, h*w, C] -> [B, h*w, C].
 
-    Linear in the number of tokens, any grid. Class or register tokens have no place in it.
+    Its cost is linear in the number of tokens. It works on any grid, but not with class or register tokens.
     Paper: propagation in the latent space; docs/paper.md.
     """
 
@@ -179,11 +180,11 @@ class PropagationMixer(Mixer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start as a small, bounded, slowly varying mixer.
+        """Initialise as a mixer with small, bounded output.
 
-        lam and u start near 0.5 and the neighbours near equal weight, whatever the input; P_up starts near zero, so
-        that the first steps of distillation begin at "adds nothing" instead of exploding (docs/paper.md,
-        "Initialisation"). The scan adds up L lines, so without `merge_norm` its output grows with the grid.
+        lam and u start near 0.5 and the neighbours have nearly equal weights. P_up starts near zero, so that the
+        sub-layer adds almost nothing at first and distillation does not diverge (docs/paper.md, "Initialisation").
+        Without `merge_norm`, the output grows with the number of lines.
         """
         for module in (self.project_in, self.expand, self.down, self.project_out):
             if isinstance(module, nn.Linear):
@@ -217,7 +218,8 @@ class PropagationMixer(Mixer):
 
     @property
     def keeps_its_parts(self) -> bool:
-        """Whether the sub-layer is norm, P_down, convolution, scan and P_up alone, in this class's own order."""
+        """Whether the sub-layer consists only of norm, P_down, convolution, scan and P_up, in the order of this
+        class."""
         config = self.config
         shell = config.projections or config.inner_residual or config.expansion != 1 or config.compression is None
         kind = type(self)
@@ -264,8 +266,8 @@ class PropagationMixer(Mixer):
         return torch.cat([x] * count, -1) if self.config.merge == "concat" else x
 
     def can_project_inside(self, x: Tensor) -> bool:
-        """Whether the operator may make the parameters itself, so that they never reach memory: on GPUs, from a plain
-        `param_proj`, outside of exported programs."""
+        """Whether the operator can compute the parameters on chip: on GPUs, with a plain `param_proj`, and not in
+        exported programs."""
         config = self.config
         plain = config.channels_per_group == 1 and not config.forget_gate and not config.normalise_state
         inside = plain and on_accelerator(x) and type(self).propagate is PropagationMixer.propagate

@@ -24,7 +24,8 @@ MOST = 32768  # windows in one call: fused kernels count them in a grid dimensio
 class WindowAttentionMixer(AttentionMixer):
     """Multi-head self-attention within windows: tokens [B, h*w, C] -> the same shape.
 
-    Its weights have the names and shapes of `AttentionMixer`. Tokens come and go in the order that the grid names.
+    Its weights have the same names and shapes as in `AttentionMixer`. Input and output tokens are in the order given by
+    the grid.
     """
 
     window: Window
@@ -39,9 +40,9 @@ class WindowAttentionMixer(AttentionMixer):
         self.window = window
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """tokens [B, h*w, C] -> [B, h*w, C], in rows or in the order of this mixer's windows.
+        """tokens [B, h*w, C] -> [B, h*w, C], in row order or sorted by this mixer's windows.
 
-        Raises ValueError for tokens before the grid.
+        Raises ValueError for prefix tokens.
         """
         if grid.prefix:
             raise ValueError(

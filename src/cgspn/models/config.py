@@ -34,7 +34,7 @@ class EncoderConfig:
         positions: add position embeddings, resized to the grid of each image. C-GSPN needs none.
         position_resize: how they are resized; checkpoints follow their original library.
         position_table: rows and columns of the table of positions; None for those of the native grid.
-        class_token: add a class token before the grid. It includes its own position embedding, if there was one.
+        class_token: add a class token before the grid. Its position embedding, if any, is added to it.
         registers: number of register tokens after the class token.
         patch_bias, pre_norm, final_norm: a bias in the patch embedding, a LayerNorm before the blocks (CLIP), and a
         LayerNorm after the blocks.

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .arguments import SCAN_SCHEMA, Scan, given_scan
+from .arguments import LINE_SCAN_SCHEMA, SCAN_SCHEMA, Scan, given_scan
 from .backends import backend_for
 from .functorch import check_reverse
 from .reference import DIRECTIONS, line_scan_reference, propagate_2d_reference
@@ -215,7 +215,6 @@ propagate_2d_saving_op, Propagate = register_forward(
 )
 # `propagate_2d` takes the saving op where a gradient is wanted; this is for a program traced without one
 propagate_2d_op, _ = register_forward("propagate_2d", SCAN_SCHEMA, propagate_2d_now, _output, *_backward)
-LINE_SCAN_SCHEMA = "Tensor x, Tensor weights, Tensor lam, int direction, int? chunk, str backend"
 line_scan_backward_op = register_backward(
     "line_scan_backward", LINE_SCAN_SCHEMA, line_scan_backward_now,
     lambda x, weights, lam, code, chunk, _: line_scan_reference(x, weights, lam, DIRECTIONS[code], chunk),

@@ -116,11 +116,8 @@ class Family:
         """The beginnings of keys below which a tower of this family lies."""
         first = self.anchors[0]
         found = [key.removesuffix(first) for key in keys if key == first or key.endswith("." + first)]
-        return [prefix for prefix in found if not self.absent(keys, prefix)]
-
-    def absent(self, keys: Collection[str], prefix: str = "") -> list[str]:
-        """The anchors below `prefix` that are not among the keys."""
-        return [a for a in self.anchors if not any(prefix + name in keys for name in a.split("|"))]
+        named = [anchor.split("|") for anchor in self.anchors]
+        return [prefix for prefix in found if all(any(prefix + name in keys for name in names) for names in named)]
 
 
 def build(tower: Tower, options: Options) -> Encoder:
@@ -243,30 +240,22 @@ def built(
 ) -> EncoderConfig:
     """A config with the fields that every family has, and its `own`. kind: for the name.
 
-    patches: width, channels and patch size. rows, native: as of `sizes`. stated: what a file beside the tensors says.
-    Raises ValueError where tensors and file differ: the file is about another model, or the weights are not whole.
+    patches: width, channels and patch size. rows: of the table of positions, which decides. native: the stated size in
+    pixels, which may say that the grid is no square, or a few pixels more; None if there is none. stated: what a file
+    beside the tensors says. Raises ValueError where it differs: the file is of another model, or not whole.
     """
     width, channels, patch = patches
-    measured = sizes(tower, patch, rows, native)
-    fields: dict[str, Any] = {"name": title(kind, width, patch, measured["image_size"][0]), **measured, **own}
+    size = tuple(native) if isinstance(native, (list, tuple)) else (native, native)
+    if grid_rows(native, patch) != rows:
+        size = (tower.side(rows) * patch,) * 2
+    fields: dict[str, Any] = {"name": title(kind, width, patch, size[0]), **own}
+    fields |= {"image_size": size, "patch_size": patch, "crop_remainder": any(n % patch for n in size)}
     config = EncoderConfig(channels=channels, width=width, mixers=tower.mixers(), **fields)
     for key, field in _STATED.items():
         told, shown = stated.get(key), getattr(config, field)
         if isinstance(told, int) and told != shown:
             raise ValueError(f"its config states {key} = {told}, and its tensors show {shown}")
     return config
-
-
-def sizes(tower: Tower, patch: int, rows: int, native: Any) -> dict[str, Any]:
-    """image_size, patch_size and crop_remainder for a table of `rows` positions.
-
-    The table decides; a config may say that its grid is no square, or a few pixels more. Raises CheckpointError for
-    rows that make no square, of which no config says what they make.
-    """
-    pair = tuple(native) if isinstance(native, (list, tuple)) else (native, native)
-    if grid_rows(native, patch) != rows:
-        pair = (tower.side(rows) * patch,) * 2
-    return {"image_size": pair, "patch_size": patch, "crop_remainder": any(n % patch for n in pair)}
 
 
 def grid_rows(native: Any, patch: int) -> int | None:
