@@ -35,7 +35,4 @@ def ceilings(device: torch.device) -> dict[str, str]:
         copy, matmul, kind = copy_bandwidth(), matmul_rate(), "bfloat16"
     else:
         copy, matmul, kind = copy_bandwidth(1 << 26, "cpu"), matmul_rate(1024, "cpu", torch.float32), "float32"
-    return {
-        "copy ceiling": f"{copy / 1e12:.3f} TB/s",
-        "matmul ceiling": f"{matmul / 1e12:.3g} TFLOP/s, {kind}",
-    }
+    return {"copy ceiling": f"{copy / 1e12:.3f} TB/s", "matmul ceiling": f"{matmul / 1e12:.3g} TFLOP/s, {kind}"}

@@ -39,6 +39,14 @@ def check_free(paths: Iterable[Path], name: str, overwrite: bool) -> None:
         raise ValueError(f"{name} is {where} {found}; give another {name}, or --overwrite")
 
 
+def check_file(path: Path, name: str, kind: str, overwrite: bool) -> None:
+    """Raise ValueError, naming the argument `name`, unless a file of this kind can be written at path."""
+    if path.is_dir():
+        raise ValueError(f"{name} is {path}, a folder; expected {kind}")
+    check_folder(path.parent, name)
+    check_free([path], name, overwrite)
+
+
 def device_of(device: str) -> str:
     """ "cpu" or "cuda"; for "auto" the GPU if there is one. Raises ValueError for a GPU that is not there."""
     if device == "auto":

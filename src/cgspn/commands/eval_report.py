@@ -20,7 +20,7 @@ from ..evaluate.table import Metric, SummaryTable
 from ..models.checkpoint import write_atomically
 from ..report.drawing import draw
 from ..terminal import warn
-from .checks import check_folder, check_free, device_of
+from .checks import check_file, device_of
 
 NOT_PRINTED = ("@10", "top5")  # in JSON alone, for the width of terminals
 
@@ -86,15 +86,9 @@ class Report:
         if not 0 <= self.max_skipped <= 1:
             raise ValueError(f"max_skipped is {self.max_skipped}; accepted: 0 to 1")
         if self.out is not None:
-            if self.out.is_dir():
-                raise ValueError(f"out is {self.out}, a folder; expected the name of a JSON file")
-            check_folder(self.out.parent, "out")
-            check_free([self.out], "out", self.overwrite)
+            check_file(self.out, "out", "the name of a JSON file", self.overwrite)
         if self.plot is not None:
-            if self.plot.is_dir():
-                raise ValueError(f"plot is {self.plot}, a folder; expected the name of a PNG file")
-            check_folder(self.plot.parent, "plot")
-            check_free([self.plot], "plot", self.overwrite)
+            check_file(self.plot, "plot", "the name of a PNG file", self.overwrite)
 
     @contextmanager
     def progress(self, title: str, steps: int) -> Iterator[Watch]:

@@ -19,7 +19,7 @@ from ..report.pictures import png_bytes
 from ..report.show import PLACES, STUDENT, TEACHER, check_show, even_layers, look_at, show_picture
 from ..report.show_page import show_page
 from ..teachers import load_encoder
-from .checks import check_folder, check_free, device_of
+from .checks import check_file, device_of
 from .command import Command, Device, Student
 
 
@@ -68,11 +68,8 @@ class Show(Command):
         """Raises ValueError or OSError."""
         device = device_of(self.device)
         for name, path in (("out", self.out), ("picture", self.picture)):
-            if path is not None and path.is_dir():
-                raise ValueError(f"{name} is {path}, a folder; expected a file name")
             if path is not None:
-                check_folder(path.parent, name)
-                check_free([path], name, self.overwrite)
+                check_file(path, name, "a file name", self.overwrite)
         models = {STUDENT: self.student} if self.teacher is None else {TEACHER: self.teacher, STUDENT: self.student}
         with waiting("loading"):
             loaded = {name: load_encoder(source).to(device).requires_grad_(False) for name, source in models.items()}

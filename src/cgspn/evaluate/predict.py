@@ -86,11 +86,7 @@ def classify(
 
 
 def similarity(
-    model: DualEncoder | Encoder,
-    images: Picture | Sequence[Picture],
-    texts: str | Sequence[str],
-    *,
-    size: Size = None,
+    model: DualEncoder | Encoder, images: Picture | Sequence[Picture], texts: str | Sequence[str], *, size: Size = None
 ) -> Similarity:
     """Compute the similarity of each image to each text, for search in both directions.
 

@@ -96,11 +96,7 @@ def picture_features(
 
 
 def linear_accuracy(
-    train: Tensor,
-    train_labels: Tensor,
-    test: Tensor,
-    test_labels: Tensor,
-    penalties: Sequence[float] = PENALTIES,
+    train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, penalties: Sequence[float] = PENALTIES
 ) -> float:
     """Fit a ridge regression from features to classes and return its accuracy on test features, 0 to 1.
 

@@ -185,13 +185,7 @@ def _moments(read: Reader, numbers: Sequence[int], classes: int, ignore_index: i
 
 
 def score_streamed(
-    probe: Probe,
-    read: Reader,
-    count: int,
-    classes: int,
-    *,
-    ignore_index: int | None = None,
-    scored: Sequence[int] = (),
+    probe: Probe, read: Reader, count: int, classes: int, *, ignore_index: int | None = None, scored: Sequence[int] = ()
 ) -> Segmentation:
     """Measure a probe on the N = count images of a reader; scored: classes of the mean IoU, all if empty.
 

@@ -15,9 +15,7 @@ from .checks import check_ids, check_matrix
 
 
 def class_embeddings(
-    encode_text: Callable[[list[str]], Tensor],
-    class_names: Sequence[str],
-    templates: Sequence[str] = TEMPLATES,
+    encode_text: Callable[[list[str]], Tensor], class_names: Sequence[str], templates: Sequence[str] = TEMPLATES
 ) -> Tensor:
     """Compute one embedding per class: the normalised embeddings of its name in every template, averaged and normalised
     again.

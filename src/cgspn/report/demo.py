@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean as mean
 
 import torch
 
@@ -17,6 +18,7 @@ from . import page
 from .charts import block_chart, legend, loss_chart
 from .page import Section
 from .photographs import COLUMNS, canvases
+from .run import TITLES
 from .show import look_at
 from .show_page import assets, show_sections
 from .theme import series_colours
@@ -159,11 +161,7 @@ def _loss_panels(stage: str, histories: dict[str, History]) -> list[str]:
     panels = []
     if blocks:
         means = {
-            who: [
-                sum(step[b] for b in blocks if b in step) / len([b for b in blocks if b in step])
-                for step in h.steps
-                if any(b in step for b in blocks)
-            ]
+            who: [mean(found) for step in h.steps if (found := [step[b] for b in blocks if b in step])]
             for who, h in histories.items()
         }
         chart = loss_chart(means, label=f"{stage}: mean relative MSE of the sub-layers over the steps")
@@ -178,23 +176,15 @@ def _loss_panels(stage: str, histories: dict[str, History]) -> list[str]:
             page.panel(chart, "Each sub-layer at the end", "relative MSE, mean of the last tenth of the steps")
         )
         return panels
-    titles = {
-        "total": ("Total", "the weighted sum that is minimised"),
-        "PP": ("After sub-layers (PP)", "mean over blocks, through adapters"),
-        "PB": ("After blocks (PB)", "mean over blocks, through adapters"),
-        "pooled": ("Pooled vector", "relative MSE, no adapter"),
-        "contrastive": ("Contrastive", "images against captions"),
-    }
     for name in names:
         curves = {who: h.curve(name) for who, h in histories.items() if name in h.steps[0]}
-        title, note = titles.get(name, (name, ""))
+        title, note = TITLES.get(name, (name, ""))
         panels.append(page.panel(loss_chart(curves, label=f"{stage}: {title} over the steps"), title, note))
     return panels
 
 
 def _tail(values: Sequence[float]) -> float:
-    last = values[-max(1, len(values) // 10) :]
-    return sum(last) / len(last)
+    return mean(values[-max(1, len(values) // 10) :])
 
 
 def _blocks(result: DemoResult) -> Section:

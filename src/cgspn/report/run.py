@@ -11,7 +11,7 @@ from .page import Section
 
 Record = Mapping[str, Any]
 TITLES = {
-    "total": ("Total", "what is minimised"),
+    "total": ("Total", "the weighted sum that is minimised"),
     "PP": ("After sub-layers (PP)", "mean over blocks, through adapters where they are on"),
     "PB": ("After blocks (PB)", "mean over blocks, through adapters where they are on"),
     "pooled": ("Pooled vector", "relative MSE, no adapter"),
