@@ -107,7 +107,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def drip(self):
         with contextlib.suppress(OSError):
-            for _ in range(100):
+            for _ in range(600):  # half a minute
                 self.wfile.write(b"x")
                 self.wfile.flush()
                 time.sleep(0.05)
@@ -194,7 +194,7 @@ def test_an_interruption_ends_downloads_at_once(server, tmp_path):
     threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,)).start()
     with pytest.raises(KeyboardInterrupt):
         list(found)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 15  # on a busy machine; the files would take twice as long
 
 
 def test_once_too_many_have_failed_the_others_are_not_tried(server, tmp_path):
