@@ -65,7 +65,7 @@ def test_without_upsampling_the_teacher_is_the_original_or_none(pair):
 
 
 def test_a_run_that_would_minimise_nothing_is_refused_before_it_begins():
-    with pytest.raises(ValueError, match="alpha, beta, tokens, output and contrastive are all 0"):
+    with pytest.raises(ValueError, match="alpha, beta, output and contrastive are all 0"):
         LossConfig(alpha=0, beta=0, output=0)
     with pytest.raises(ValueError, match=r"highres\.teacher is 'none' and loss.contrastive is 0"):
         DistillConfig(highres=HighResConfig(sizes=(56,), teacher="none"))

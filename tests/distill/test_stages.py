@@ -188,8 +188,6 @@ def test_the_same_seed_gives_the_same_student(teacher, images, optimizer):
     [
         (LossConfig(), {"PP", "PB", "pooled"}),
         (LossConfig(alpha=0), {"PB", "pooled"}),
-        (LossConfig(tokens=1), {"PP", "PB", "tokens", "pooled"}),
-        (LossConfig(alpha=0, beta=0, tokens=1, output=0), {"tokens"}),
         (LossConfig(beta=0, adapters=False), {"PP", "pooled"}),
         (LossConfig(alpha=0, beta=0, output=0, contrastive=1), {"contrastive"}),
     ],
@@ -204,20 +202,10 @@ def test_loss_switches(teacher, images, loss, expected):
     assert set(losses) == expected | taps | {"total"}
     for tap in expected & {"PP", "PB"}:
         assert losses[tap] == torch.stack([losses[f"{tap} block {i}"] for i in range(3)]).mean()
-    weights = {"PP": loss.alpha, "PB": loss.beta, "tokens": loss.tokens, "pooled": loss.output, "contrastive": 1}
+    weights = {"PP": loss.alpha, "PB": loss.beta, "pooled": loss.output, "contrastive": 1}
     torch.testing.assert_close(losses["total"], sum(weights[name] * losses[name] for name in expected))
     losses["total"].backward()
     assert all(p.grad is None for p in teacher.parameters())
-
-
-def test_final_tokens_are_compared_after_the_last_norm(teacher, images):
-    student = convert(teacher.image, compression=4)
-    one = batch(images, teacher.image.config)
-    losses = DistillTask(teacher.image, student, LossConfig(alpha=0, beta=0, tokens=2, output=0)).losses(one)
-    mine, theirs = student(one.images).tokens.flatten(1, 2), teacher.image(one.images).tokens.flatten(1, 2)
-    wanted = (mine - theirs).square().mean() / theirs.square().mean()
-    torch.testing.assert_close(losses["tokens"], wanted)
-    torch.testing.assert_close(losses["total"], 2 * wanted)
 
 
 def test_contrastive_without_a_text_tower_is_refused(teacher):

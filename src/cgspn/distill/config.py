@@ -73,14 +73,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The loss of stage 2: alpha * PP + beta * PB + tokens * final + output * pooled [+ contrastive].
+    """The loss of stage 2: alpha * PP + beta * PB + output * pooled [+ contrastive].
 
     Args:
         alpha: weight of the PP taps (sub-layer outputs), averaged over blocks.
         beta: weight of the PB taps (block outputs), averaged over blocks.
-        tokens: weight of the relative MSE of the final grid tokens after the last norm, which are the encoder's dense
-            features. The paper has no such term. Without it, the loss sees the last block only before the norm, with
-            the same weight as any other block.
         output: weight of the relative MSE of the pooled vector.
         kl_pp: weight of the KL term at the PP taps.
         kl_pb: weight of the KL term at the PB taps.
@@ -90,7 +87,6 @@ class LossConfig:
 
     alpha: float = 1.0
     beta: float = 1.0
-    tokens: float = 0.0
     output: float = 1.0
     kl_pp: float = 1.0
     kl_pb: float = 1.0
@@ -98,8 +94,8 @@ class LossConfig:
     contrastive: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.alpha or self.beta or self.tokens or self.output or self.contrastive):
-            raise ValueError("alpha, beta, tokens, output and contrastive are all 0; expected at least one above")
+        if not (self.alpha or self.beta or self.output or self.contrastive):
+            raise ValueError("alpha, beta, output and contrastive are all 0; expected at least one above")
 
 
 @dataclass(frozen=True)

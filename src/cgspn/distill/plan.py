@@ -108,7 +108,7 @@ def plan(
     smaller = config.sizes or SizeRange(trained[0], trained[-1], count=len(trained))
     before = (config.sizes.sides(student.config.patch_size)[-1],) * 2 if config.sizes else native
     for pixels in high.sizes:
-        loss = replace(config.loss, alpha=0, beta=0, tokens=0, output=0) if high.teacher == "none" else config.loss
+        loss = replace(config.loss, alpha=0, beta=0, output=0) if high.teacher == "none" else config.loss
         task = distillation(loss, before if high.teacher == "previous" else None)
         before = (pixels, pixels)
         sizes = smaller.up_to(pixels, 1 - high.smaller) if high.smaller else None

@@ -247,7 +247,7 @@ class DistillTask(TeacherTask):
         self._look_at(dual=dual)
         self.sharded = self.runtime.sharded
         self.student = student
-        self.compares = bool(config.alpha or config.beta or config.tokens or config.output)
+        self.compares = bool(config.alpha or config.beta or config.output)
         self.capturable = not config.contrastive and self.runtime.cache is None
         self.has_unused_params = not (config.output or config.contrastive)
         self.inherited = inherited_names(student, teacher) if inherited is None else inherited
@@ -255,7 +255,7 @@ class DistillTask(TeacherTask):
         depth, width = student.config.depth, student.config.width
         self.adapted = [config.adapters and weight != 0 for weight in (config.alpha, config.beta)]
         self.adapters = Adapters(depth, width, sublayers=self.adapted[0], blocks=self.adapted[1]).to(device)
-        self.energies = TargetScales(2 * depth + 2).to(device)
+        self.energies = TargetScales(2 * depth + 1).to(device)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Adapters are fresh, and what stage 1 has changed counts as fresh too."""
@@ -293,23 +293,22 @@ class DistillTask(TeacherTask):
         self.load_state_dict(state, strict=False)
 
     def targets(self, taps: Taps) -> list[Tensor]:
-        """Every tap, the final tokens and the pooled vector."""
-        return [*taps.sublayers, *taps.blocks, taps.tokens, taps.pooled]
+        """Every tap and the pooled vector."""
+        return [*taps.sublayers, *taps.blocks, taps.pooled]
 
     def losses(self, batch: Batch) -> Losses:
-        """Mean PP and PB losses over blocks, those of final tokens and pooled vector, the contrastive one, and "total".
+        """Mean PP and PB losses over blocks, the pooled vector's, the contrastive one, and their weighted sum "total".
 
         Beside them the loss of each tap, "PP block i" and "PB block i".
         """
         config = self.config
         mine = tapped_forward(self.student, batch.images, self.runtime.tapped)
         parts, each = Losses(), Losses()
-        weights = {"PP": config.alpha, "PB": config.beta, "tokens": config.tokens, "pooled": config.output}
-        weights["contrastive"] = config.contrastive
+        weights = {"PP": config.alpha, "PB": config.beta, "pooled": config.output, "contrastive": config.contrastive}
         if self.compares:
             theirs = self.observed(batch, mine.block_inputs[0])
             energies = self.energies.of(self.targets(theirs))
-            at_sublayers, at_blocks, (at_tokens, at_pooled) = energies.split([len(mine.blocks), len(mine.blocks), 2])
+            at_sublayers, at_blocks, (at_pooled,) = energies.split([len(mine.blocks), len(mine.blocks), 1])
             for name, kl_weight, *of_blocks in (
                 ("PP", config.kl_pp, self.adapters.sublayers, mine.sublayers, theirs.sublayers, at_sublayers),
                 ("PB", config.kl_pb, self.adapters.blocks, mine.blocks, theirs.blocks, at_blocks),
@@ -319,8 +318,6 @@ class DistillTask(TeacherTask):
                     values = [self.runtime.tap_loss(a, s, t, e, kl_weight) for a, s, t, e in taps]
                     parts[name] = torch.stack(values).mean()
                     each |= {f"{name} block {i}": value for i, value in enumerate(values)}
-            if config.tokens:
-                parts["tokens"] = relative_mse(mine.tokens, theirs.tokens, at_tokens)
             if config.output:
                 parts["pooled"] = relative_mse(mine.pooled, theirs.pooled, at_pooled)
         if config.contrastive:
