@@ -39,7 +39,8 @@ def speed_of(record: dict[str, float]) -> str:
     if "images_per_second" not in record:
         return ""
     mfu = f", MFU {record['mfu']:.0%}" if "mfu" in record else ""
-    return f"{record['images_per_second']:,.0f} images/s{mfu}"
+    rate = record["images_per_second"]
+    return f"{rate:,.{0 if rate >= 10 else 2}f} images/s{mfu}"
 
 
 def waiting(text: str) -> Status:

@@ -1,6 +1,7 @@
 """What is said of a run before it begins, and of its progress where there is no terminal."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,23 +28,26 @@ def test_a_header_counts_steps_images_epochs_and_costs():
     assert costs.startswith("roughly")
     mixed = replace(config, sizes=SizeRange(16, 48, count=2))
     line = list(header(teacher, student, feed, 300, mixed, World()))[2]
-    assert "28 x 28 px or as many tokens of 2 sizes, 16 x 16 to 48 x 48 px; 1,020 images, 3.4 epochs" in line
+    assert "28 x 28 px, or as many tokens at 2 sizes, 16 x 16 to 48 x 48 px (height x width); 1,020 images" in line
+    assert line.endswith("3.4 epochs")
     (*_, longer) = header(teacher, student, feed, 300, replace(config, stage2=replace(optim, steps=10**8)), World())
     assert "hours" in longer
 
 
 @pytest.mark.parametrize(
-    ("teacher", "preset", "given", "device", "count"),
+    ("teacher", "preset", "given", "device", "student", "count"),
     [
-        ("embedded", "embedded", False, "cpu", 0),
-        ("org/so400m", "embedded", False, "cuda", 1),
-        ("org/so400m", "embedded", False, "cpu", 2),
-        ("org/so400m", "embedded", True, "cpu", 1),
-        ("org/so400m", "so400m-378", False, "cuda", 0),
+        ("embedded", "embedded", False, "cpu", None, 0),
+        ("embedded", "embedded", False, "cpu", Path("start"), 0),
+        ("org/so400m", "embedded", False, "cuda", None, 1),
+        ("org/so400m", "embedded", False, "cpu", None, 2),
+        ("org/so400m", "embedded", True, "cpu", None, 1),
+        ("org/so400m", "so400m-378", False, "cuda", None, 0),
+        ("org/so400m", "so400m-378", False, "cuda", Path("start"), 1),
     ],
 )
-def test_a_likely_mistake_is_warned_of(teacher, preset, given, device, count):
-    assert len(list(warnings(teacher, preset, given, torch.device(device)))) == count
+def test_a_likely_mistake_is_warned_of(teacher, preset, given, device, student, count):
+    assert len(list(warnings(teacher, preset, given, torch.device(device), student))) == count
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):

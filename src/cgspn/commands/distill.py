@@ -73,7 +73,8 @@ class Distill(Command):
         *("preset", "data", "student", "sizes", "device", "tensorboard", "show_config"),
         *("config.compression", "config.value_expansion", "config.keep_attention", "config.image_size"),
         *("config.stage1.steps", "config.stage2.steps", "config.stage1.batch_size", "config.stage2.batch_size"),
-        *("config.stage1.learning_rate", "config.stage2.learning_rate", "config.highres.sizes"),
+        *("config.stage1.learning_rate", "config.stage2.learning_rate"),
+        *("config.highres.sizes", "config.highres.optim.steps"),
         *("config.compute.precision", "config.compute.compile", "config.compute.save_every", "loader.workers"),
     )
 
@@ -87,9 +88,10 @@ class Distill(Command):
     """Image-text shards (webdataset tar: a path, a URL or a pattern with {000..009} or *), a folder of images or
     shards, or "embedded". Captions come from .txt or .json files beside the images, or from the names of sub-folders.
     Unreadable images and shards are skipped, counted and reported. One image in a hundred, at most 16, is held out for
-    the report."""
+    the report; of fewer than a hundred, none is."""
     student: Path | None = None
-    """Start from this converted checkpoint instead of converting the teacher. With --config.stage1.steps 0 and
+    """Start from this converted checkpoint instead of converting the teacher; what the preset says of the student's
+    mixers and positions then does not apply. With --config.stage1.steps 0 and
     --config.stage2.steps 0, continue a finished run at higher resolutions, with its adapters."""
     config: tyro.conf.AvoidSubcommands[DistillConfig | None] = None
     """All settings of the run; None uses those of the preset."""
@@ -167,7 +169,7 @@ class Distill(Command):
                 for line in header(teacher, student, feed, images, self.settings, world):
                     console.print(line, soft_wrap=True, markup=False)
                 unchanged = self.settings == PRESETS[self.preset]
-                for line in warnings(self.teacher, self.preset, not unchanged, world.device):
+                for line in warnings(self.teacher, self.preset, not unchanged, world.device, self.student):
                     console.print(f"warning: {line}", soft_wrap=True, markup=False)
             with shown(world, out / EVENTS if self.tensorboard else None) as watcher:
                 histories = distill(

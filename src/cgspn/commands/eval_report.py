@@ -146,6 +146,11 @@ class Report:
         """Print the table, and write plot and JSON if wanted. Raises OSError."""
         table = self.table()
         console.print(table.to_rich())
+        if len({size for _, size in self.sizes.values()}) > 1 and all(
+            row == source for row, (source, _) in self.sizes.items()
+        ):
+            native = (f"{row} {'x'.join(map(str, dict.fromkeys(size)))} px" for row, (_, size) in self.sizes.items())
+            console.print(f"each at its native size: {', '.join(native)}; --size compares them at one", soft_wrap=True)
         if self.plot is not None:
             plot_scores(table, self.sizes, self.plot)
             if self.plot.exists():  # it is not where matplotlib is missing, which was said

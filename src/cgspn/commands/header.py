@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -37,7 +38,9 @@ def header(
         others = ""
         if len(mixed) > 1:
             (low, lower), (high, higher) = mixed[0], mixed[-1]
-            others = f" or as many tokens of {len(mixed)} sizes, {low} x {lower} to {high} x {higher} px"
+            others = (
+                f", or as many tokens at {len(mixed)} sizes, {low} x {lower} to {high} x {higher} px (height x width)"
+            )
         yield (
             f"{stage.title}: {optim.steps:,} steps of {optim.batch_size:,} images at {height} x {width} px{others}; "
             f"{seen:,} images, {round(seen / images, 1 if seen < 10 * images else None):g} epochs"
@@ -50,7 +53,7 @@ def header(
     weights = sum(4 * p.numel() for p in encoder.parameters()) + sum(STATE * p.numel() for p in student.parameters())
     memory = (weights + most * (1 if config.compute.precision == "bfloat16" else 2)) / 2**30
     hours = flop / rate / SHARE / world.size / 3600
-    time = f"{hours:.2g} hours" if hours >= 1 else f"{60 * hours:.1g} minutes"
+    time = f"{hours:,.0f} hours" if hours >= 10 else f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1g} minutes"
     less = ", less with checkpointing" if config.compute.checkpointing else ""
     yield f"roughly {time} and {memory:.2g} GiB on each device{less}, by FLOP and tokens; loading images not counted"
 
@@ -63,15 +66,20 @@ def flop_an_image(teacher: Encoder, student: Encoder, stage: Stage) -> int:
     return frozen + training_flops(student.config, stage.size, sublayer_adapters=True, block_adapters=True)
 
 
-def warnings(teacher: str, preset: str, given: bool, device: torch.device) -> Iterator[str]:
-    """What is likely to be a mistake. given: whether any setting of the preset was changed."""
+def warnings(teacher: str, preset: str, given: bool, device: torch.device, student: Path | None) -> Iterator[str]:
+    """What is likely to be a mistake. given: whether any setting of the preset was changed; student: to start from."""
     if preset == EMBEDDED and teacher != EMBEDDED and not given:
         yield (
             "the preset is that of the demo, whose steps and rates are for the embedded teacher of 1.3 M parameters; "
             "choose another with --preset, or set --config.stage1.steps, --config.stage2.steps and rates"
         )
+    if student is not None and preset != EMBEDDED:
+        yield f"the student in {student} is taken as it is; what the preset says of mixers and positions does not apply"
     if device.type == "cpu" and teacher != EMBEDDED:
-        yield "the device is a CPU, which is for small models and trials; PyTorch finds no GPU or --device is cpu"
+        yield (
+            "the device is a CPU, as PyTorch finds no GPU or --device is cpu; for a trial there, lower "
+            "--config.stage1.steps, --config.stage2.steps and the batch_size of both"
+        )
 
 
 def device_name(device: torch.device) -> str:

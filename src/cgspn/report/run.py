@@ -61,7 +61,7 @@ def _summary(record: Record, stages: Mapping[str, Sequence[Mapping[str, float]]]
     held = record.get("held_out") or {}
     if "cosine" in held:
         seen = "that it was trained on, as fewer than 100 are there" if held["trained_on"] else "kept out of training"
-        note = f"of grid tokens, mean over {held['images']} images {seen}; 1 is the same direction"
+        note = f"of grid tokens at the native size, mean over {held['images']} images {seen}; 1 is the same direction"
         cards.insert(0, page.card("Cosine to the teacher", f"{held['cosine']:.3f}", note, "var(--link)"))
     body = [
         page.paragraph("The loss of each stage at its end, mean of the last twentieth of its steps. Lower is better."),
@@ -113,9 +113,8 @@ def _speed(title: str, speed: Mapping[str, Any]) -> list[str]:
     if not speed:
         return []
     cards = [page.card("Images/s", f"{speed['images_per_second']:,.1f}", "all processes, after the first steps")]
-    mfu = f"{speed['mfu']:.0%}" if "mfu" in speed else "n/a"
-    note = "FLOP of teacher and student over the peak of the device"
-    cards.append(page.card("MFU", mfu, note if "mfu" in speed else "the peak of this device is not known"))
+    if "mfu" in speed:
+        cards.append(page.card("MFU", f"{speed['mfu']:.0%}", "FLOP of teacher and student over the peak of the device"))
     note = f"first batch after {speed['first_batch_seconds']:.1f} s"
     cards.append(page.card("Waiting for data", f"{speed['data_wait_share']:.1%}", note))
     chart = loss_chart({"images/s": speed["curve"]}, label=f"{title}: images/s in the course of the stage")
