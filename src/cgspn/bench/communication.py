@@ -22,7 +22,9 @@ ROUNDS = 10  # of a collective that is timed, after three that are not
 
 
 def busy_and_exposed(communication: Iterable[Interval], other: Iterable[Interval]) -> tuple[float, float]:
-    """Time with at least one communication kernel, and the part of it with no other kernel. In the intervals' unit."""
+    """Time during which a communication kernel runs, and the part of it during which no other GPU work runs. In the
+    intervals' unit.
+    """
     both = enumerate((communication, other))
     marks = [(at, kind, step) for kind, found in both for one in found for at, step in zip(one, (1, -1), strict=True)]
     active, busy, exposed, last = [0, 0], 0.0, 0.0, 0.0

@@ -39,7 +39,7 @@ def open_benchmark_shards(root: Path) -> ShardSet:
 
 
 def read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a text file that are not empty.
+    """The non-empty lines of a text file.
 
     Raises FileNotFoundError or ValueError, saying `what` was expected there, for none, and OSError for too many.
     """

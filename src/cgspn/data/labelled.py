@@ -39,7 +39,7 @@ class CaptionedPictures:
 
 
 def set_name(source: str | Path) -> str:
-    """How a source is called in tables: the last part of its path, without ending."""
+    """Name of a source in tables: the last part of its path, without `.tar`."""
     return Path(source).name.removesuffix(".tar") or str(source)
 
 
@@ -96,7 +96,7 @@ def open_numbered(source: str | Path, classes: int) -> LabelledPictures:
 
 
 def class_numbers(shards: ShardSet, classes: int, where: str = "") -> list[int]:
-    """The number in the .cls file of each sample. Raises ValueError for one that is none of 0 to classes - 1."""
+    """The class in the .cls file of each sample. Raises ValueError for a class outside 0 to classes - 1."""
     labels: list[int] = []
     for number in range(len(shards)):
         content = shards.read_parts(number, ("cls",))["cls"]

@@ -32,7 +32,7 @@ class Exchange(NamedTuple):
 
 
 class PlacedSublayerTask(SublayerTask):
-    """As `SublayerTask`, with block i trained by one process alone, on the images of all.
+    """Like `SublayerTask`, but each block is trained by a single process, on the images of all processes.
 
     Each process runs the teacher on its own share of the batch and sends every block's features to the block's owner,
     in rounds of one block for each process: while one is computed, the next ones travel, and what has been sent is let

@@ -57,7 +57,7 @@ class TeacherCache:
 
 
 def pack(taps: Taps) -> list[Tensor]:
-    """All of the taps, each feature once: what leaves a block is what enters the next, but for the last."""
+    """All taps, each feature once: the output of a block is the input of the next one."""
     stream = taps.block_inputs + taps.blocks[-1:] if taps.block_inputs else taps.blocks
     return [*taps.sublayers, *stream, taps.tokens, taps.pooled]
 

@@ -123,7 +123,8 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 def split_row(channels: int) -> tuple[int, int]:
-    """Head and tail of a row of so many channels: powers of two, the tail 0 where it would save nothing.
+    """Split a row of channels into a head and a tail whose widths are powers of two. The tail is 0 if it saves
+    nothing.
 
     One tile of the next power of two would leave almost half of the lanes idle at 1152 channels.
     """

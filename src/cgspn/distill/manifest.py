@@ -21,7 +21,7 @@ class DamageError(ValueError):
 
 
 def entries_of(folder: Path, pattern: str = "*") -> Entries:
-    """The files of a folder, but for its manifest. Raises OSError if one cannot be read."""
+    """The files of a folder without its manifest. Raises OSError if a file cannot be read."""
     found: Entries = {}
     for path in sorted(folder.glob(pattern)):
         if path.name != NAME and path.is_file():
@@ -69,7 +69,7 @@ def check_manifest(folder: Path, counts: Mapping[str, int] | None = None) -> dic
 
 
 def read_steps(path: Path, steps: Any) -> list[dict[str, float]]:
-    """The record of each of so many steps. Raises DamageError for a file that holds anything else."""
+    """One record for each step so far. Raises DamageError if the file holds anything else."""
     try:
         found = read_json_value(path, MOST_RECORD)
     except CheckpointError as error:

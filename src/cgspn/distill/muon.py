@@ -15,8 +15,8 @@ TOGETHER = 1 << 26  # elements of a stack at most; larger ones fill a GPU no bet
 class BatchedMuon(torch.optim.Muon):
     """`torch.optim.Muon` with updates as large as AdamW's, in fewer and larger kernels: the same numbers, to rounding.
 
-    A matrix of an encoder is too small to fill a GPU, and each costs some twenty launches. Sharded parameters (DTensor)
-    take PyTorch's own step, which puts each together.
+    One weight matrix of an encoder is too small to fill a GPU, and updating it takes about twenty kernel launches.
+    Sharded parameters (DTensor) take PyTorch's own step, which gathers each.
     """
 
     def __init__(self, params: Any, **settings: Any) -> None:

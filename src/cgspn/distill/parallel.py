@@ -218,5 +218,5 @@ def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together on every process; others as they are."""
+    """Gather a DTensor into a full tensor on every process; return any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

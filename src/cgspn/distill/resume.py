@@ -191,5 +191,5 @@ def carried_from(folder: Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name, on the CPU. Raises OSError or CheckpointError for one that is damaged."""
+    """The tensors of a file by name, on the CPU. Raises OSError, or CheckpointError for a damaged file."""
     return {name: stored.read() for name, stored in open_safetensors(path)[0].items()}

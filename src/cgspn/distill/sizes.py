@@ -52,7 +52,7 @@ class SizeRange:
     def shapes(self, patch: int) -> tuple[tuple[int, int], ...]:
         """(height, width) in pixels, whole patches: every side with every aspect, ascending.
 
-        Each once, but for those of the largest side, which come as often as `largest_share` asks for.
+        Each shape is listed once, except those of the largest side, which are repeated to make up `largest_share`.
         """
         *smaller, largest = self.sides(patch)
         below, top = self._with_aspects(smaller, patch), self._with_aspects([largest], patch)

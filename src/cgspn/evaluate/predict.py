@@ -29,8 +29,8 @@ class Classification:
 
     Attributes:
         labels: the most probable class of each picture, by name.
-        probabilities: float32 [N, K]; of a model trained with a softmax (CLIP) they sum to 1 over the classes, of one
-            trained with a sigmoid (SigLIP) each class is judged alone.
+        probabilities: float32 [N, K]. For a model trained with a softmax (CLIP), each row sums to 1; for one trained
+            with a sigmoid (SigLIP), each class has an independent probability.
     """
 
     labels: list[str]
@@ -108,7 +108,7 @@ def similarity(
 
 
 def require_text(model: DualEncoder | Encoder, name: str) -> DualEncoder:
-    """The model, if it has a text tower. Raises ValueError otherwise, calling it `name`."""
+    """The model, if it has a text tower. Otherwise raises ValueError with `name` in the message."""
     model = getattr(model, "_orig_mod", model)  # of torch.compile, which compiles `forward` alone
     if not isinstance(model, DualEncoder):
         raise ValueError(

@@ -29,7 +29,7 @@ def rotary_angles(grid: Grid, head_width: int, base: float, device: torch.device
 
 
 def rotate(x: Tensor, angles: Tensor, prefix: int) -> Tensor:
-    """Queries or keys [B, heads, prefix + h*w, d] turned by `rotary_angles`, but for the tokens before the grid."""
+    """Queries or keys [B, heads, prefix + h*w, d] rotated by `rotary_angles`; the prefix tokens are not rotated."""
     own = x[:, :, prefix:].float()
     first, second = own.chunk(2, -1)
     turned = own * angles.cos() + torch.cat([-second, first], -1) * angles.sin()

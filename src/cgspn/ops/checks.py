@@ -76,7 +76,9 @@ def check_directions(directions: Sequence[str]) -> list[int]:
 
 
 def check_mask(x: Tensor, mask: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless `mask` is None or a bool [B, H, W] tensor beside `x`."""
+    """Raise TypeError or ValueError unless `mask` is None or a bool tensor [B, H, W] with the sizes and device of
+    `x`.
+    """
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

@@ -115,7 +115,9 @@ def forward(scan: Scan) -> Tensor:
 
 
 def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of `forward` to x, logits, lam, u and keep, each in its input's dtype and shape; None for None."""
+    """Gradients of `forward` with respect to x, logits, lam, u and keep, in the inputs' dtypes and shapes; None for
+    None.
+    """
     x, count = scan.x, len(scan.directions)
     if max(x.shape[1:3]) > LONGEST:
         return torch_scan.backward(dy, scan)

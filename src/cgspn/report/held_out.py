@@ -25,7 +25,7 @@ SHOWN, SIDE = 4, 240  # rows of the picture, and pixels of a side of what is in 
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """The samples of a source but for some, evenly spread, that are kept out of training: a `SampleSource` itself."""
+    """A `SampleSource` without some evenly spread samples, which are held out from training."""
 
     whole: SampleSource
 

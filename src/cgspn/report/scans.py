@@ -35,7 +35,8 @@ class Look(NamedTuple):
 
 @torch.no_grad()
 def look(encoder: Encoder, image: Tensor, layers: Collection[int]) -> Look:
-    """One pass over one normalised image [1, channels, H, W], keeping no more than the block_inputs of `layers`.
+    """Run one normalised image [1, channels, H, W] through the encoder and keep the inputs of the blocks `layers`
+    only.
 
     Raises ValueError for a size that the patches do not tile.
     """

@@ -69,7 +69,7 @@ def _prefixes(weights: Weights) -> list[str]:
 
 
 def _from_timm(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """The encoder's config out of what timm's save_for_hf wrote. Raises CheckpointError for one that it is not in."""
+    """The encoder's config from a config.json that timm's save_for_hf wrote. Raises CheckpointError if it has none."""
     args, name = config.get("model_args") or {}, config["architecture"]
     try:
         return to_dict(config_of(str(name), {"num_classes": config.get("num_classes", 0), **args}))

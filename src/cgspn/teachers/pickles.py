@@ -24,8 +24,9 @@ MOST_DIRECTORY = 1 << 24  # bytes of a zip file's list of parts
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Every tensor of a .pt, .pth or .bin file; names of dictionaries within dictionaries are joined by dots.
 
-    Raises CheckpointError for a damaged file, for one that holds more than tensors and plain values, where the message
-    names what it holds and how to convert it, and for one that would take more memory than it has bytes.
+    Raises CheckpointError if the file is damaged, if it contains anything but tensors and plain values (the message
+    names the contents and says how to convert the file), or if loading it would need more memory than the size of the
+    file.
     """
     if not path.is_file() or not (size := path.stat().st_size):
         raise CheckpointError(f"{path} is no file, or an empty one")

@@ -147,7 +147,7 @@ def sides(name: str, size: Sides) -> tuple[int, int]:
 
 
 def filter_name(resample: Resample | int) -> Resample:
-    """A filter of Pillow by name or number. Raises ValueError for one that does not exist."""
+    """Pillow resampling filter by name or number. Raises ValueError for an unknown filter."""
     accepted = get_args(Resample)
     name = str(getattr(resample, "value", resample)).lower()
     if name.isdigit() and int(name) in [f.value for f in Image.Resampling]:

@@ -35,8 +35,8 @@ class CgspnImageProcessor(BaseImageProcessor):  # type: ignore[misc]
     rounded to whole patches, pads the batch to its largest and returns pixel_mask [B, H, W] (int64, 0 where padded),
     with which the models give what they give for each picture alone.
 
-    Integers are taken to be 0 to 255, of 16 bits 0 to 65535, floats 0 to 1, which are never rescaled again. Arrays and
-    tensors are [H, W], [C, H, W] or [H, W, C].
+    Integer images are assumed to be in 0..255 (16-bit: 0..65535) and float images in 0..1. Floats are not rescaled.
+    Arrays and tensors are [H, W], [C, H, W] or [H, W, C].
     """
 
     model_input_names = ("pixel_values", "pixel_mask")

@@ -66,7 +66,7 @@ def _prepare(
     name: str, gpu: Gpu, dtype: torch.dtype, codes: tuple[int, ...], cut: ProjectedTileConfig, gated: bool,
     geometries: tuple[Geometry | None, ...], dims: tuple[str, ...],
 ) -> Launch:  # fmt: skip
-    """The launch of a pass, but for the addresses. Raises ValueError for a cut too short for the lines."""
+    """The launch of a pass without its addresses. Raises ValueError if the cut is too short for the lines."""
     assert geometries[0] is not None
     b, h, w, c = geometries[0][0]
     if max(h, w) > cut.line:

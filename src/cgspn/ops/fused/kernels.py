@@ -306,7 +306,7 @@ def local_norm_forward(
 ):  # fmt: skip
     """A stretch of two rows, all channels: x + depthwise convolution (its transpose if FLIP), then RMSNorm if NORM.
 
-    What both rows see is read once: twelve tiles instead of eighteen for a kernel of 3 x 3.
+    Each program computes two output rows and loads the input they share once: 12 tiles instead of 18 for a 3x3 kernel.
     """
     pairs = tl.cdiv(H, 2)
     pair = tl.program_id(0).to(tl.int64)

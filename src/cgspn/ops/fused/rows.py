@@ -43,7 +43,9 @@ def can_use_rows(*tensors: Tensor | None) -> bool:
 
 
 def add_up(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The sum of float32 parts [P, ...] over the first dimension, in its order; the others contiguous."""
+    """Sum float32 `parts` [P, ...] over the first dimension in a fixed order. The other dimensions must be
+    contiguous.
+    """
     count, channels = parts.shape[0], parts.shape[1:].numel()
     out = empty(parts.shape[1:], dtype, parts.device)
     numbers = (count, parts.stride(0), channels)

@@ -78,7 +78,9 @@ class Tower:
         return tuple("".join(f"{part}." for part in parts[:n]) for n in range(len(parts) - 1, -1, -1))
 
     def patches(self, key: str) -> tuple[int, int, int]:
-        """Width, channels and patch size of a convolution over patches. Raises ValueError for patches of no square."""
+        """Embedding width, input channels and patch size of a patch-embedding convolution. Raises ValueError if
+        patches are not square.
+        """
         shape = self.shape(key)
         if len(shape) != 4 or shape[2] != shape[3]:
             raise ValueError(f"{self.prefix}{key} has shape {shape}; expected [width, channels, patch, patch]")

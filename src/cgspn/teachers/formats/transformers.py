@@ -26,7 +26,7 @@ def stated_of(tower: Tower) -> dict[str, Any]:
 
 
 def activation_of(stated: dict[str, Any], default: str) -> Activation:
-    """Of the MLPs. Raises ValueError for one that is not known."""
+    """The activation of the MLPs. Raises ValueError for an unknown one."""
     name = str(stated.get("hidden_act", default))
     if name not in _ACTIVATIONS:
         raise ValueError(f"its config has hidden_act {name!r}; accepted: {', '.join(_ACTIVATIONS)}")
