@@ -62,7 +62,7 @@ def _said(words: str, code: int) -> int:
 
 
 def run(arguments: list[str]) -> None:
-    """Parse a command line and run its command. Raises ValueError for an unknown command, and what the command raises."""
+    """Parse a command line and run its command. Raises ValueError for an unknown one, and what the command raises."""
     if arguments[:1] == ["--version"]:
         print(f"cgspn {__version__}")
         return
