@@ -110,6 +110,8 @@ FUSED: list[Piece] = [
 def fused_piece(kernel: Any, constants: dict[str, Any], warps: int, stages: int, architecture: int) -> Any:
     """A kernel of `cgspn.ops.fused` for bf16 tokens, with what a launch tells of its arguments."""
     names = kernel.arg_names
+    if "WAIT" in names:
+        constants = constants | {"WAIT": architecture == 90}
     numbers = {"rows": "i32", "C": "i32", "K": "i32", "H": "i32", "W": "i32", "images": "i32"}
     numbers |= {"eps": "fp32", "normal_eps": "fp32", "mask": "*u8", "share": "i32", "N": "i32", "kl_weight": "fp32"}
     numbers |= {"count": "i32", "stride": "i32"}

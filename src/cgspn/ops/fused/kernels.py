@@ -28,6 +28,7 @@ def norm_linear_fold(gain, shift, weight, bias, folded, sums, C, K, CHANNELS: tl
 def norm_linear_forward(
     x, folded, sums, out, statistics, rows, C, K, eps,
     ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr, SAVE: tl.constexpr,
+    WAIT: tl.constexpr,
 ):  # fmt: skip
     """LayerNorm and linear in one pass over x [M, C]: the norm is applied to the product, not to its input.
 
@@ -48,9 +49,10 @@ def norm_linear_forward(
         there = (k < K)[:, None] if EVEN else (k < K)[:, None] & (c < C)[None, :]
         tile = tl.load(x + m[:, None] * C + c[None, :], mask=here, other=0)
         w = tl.load(folded + k[:, None] * C + c[None, :], mask=there, other=0)
-        # a use of the product in every turn makes the compiler wait for it: Triton gives a tile that both products and
-        # registers read one buffer too few, and the next copy into it overtook products that were still reading
-        product = tl.where(inside[:, None], tl.dot(tile, tl.trans(w), product, input_precision="ieee"), 0.0)
+        fresh = tl.dot(tile, tl.trans(w), product, input_precision="ieee")
+        # WAIT, on Hopper: a use of the product in every turn makes the compiler wait for it. There Triton gives a tile
+        # that both products and registers read one buffer too few, and the next copy overtook products still reading
+        product = tl.where(inside[:, None], fresh, 0.0) if WAIT else fresh
         apart = tile.to(tl.float32) - pilot[:, None]
         if not EVEN:
             apart = tl.where((c < C)[None, :], apart, 0.0)

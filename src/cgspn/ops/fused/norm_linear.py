@@ -41,11 +41,13 @@ def forward(
     size, chunk, warps = min(ROWS, (1 << 14) // wide), weight_channels(latent, dtype, 1 << 14), 4
     if size * wide > 1 << 13:
         warps = 8
-    if wide == 256 and rows >= 128 * PARTS and is_large(gpu_of(x.device), dtype, (9,)):
+    gpu = gpu_of(x.device)
+    if wide == 256 and rows >= 128 * PARTS and is_large(gpu, dtype, (9,)):
         size, chunk, warps = 128, 64, 8  # 0.26 instead of 0.31 ms; on an sm_100 it spills
     launch(
         "norm_linear_forward", (x, folded, sums, out, statistics), (-(-rows // size),), (rows, channels, latent, eps),
-        ROWS=size, LATENT=wide, CHANNELS=chunk, EVEN=channels % chunk == 0, SAVE=save, num_warps=warps, num_stages=4,
+        ROWS=size, LATENT=wide, CHANNELS=chunk, EVEN=channels % chunk == 0, SAVE=save,
+        WAIT=gpu is not None and gpu.capability[0] == 9, num_warps=warps, num_stages=4,
     )  # fmt: skip
     return out, statistics
 
