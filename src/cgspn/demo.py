@@ -42,7 +42,7 @@ class DemoConfig:
 
 
 def milliseconds(encoders: Mapping[str, Encoder], pixels: int, batch: int) -> dict[str, float]:
-    """Of one image of `pixels` a side, in batches, by encoder: medians, all encoders in turn."""
+    """Time of one image of `pixels` a side, in batches, by encoder: medians, all encoders in turn."""
     images = torch.randn(batch, 3, pixels, pixels)
 
     def inference(encoder: Encoder) -> Callable[[], object]:

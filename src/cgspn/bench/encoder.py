@@ -184,7 +184,7 @@ def throughput_rows(config: EncoderBenchConfig, device: torch.device, say: Say) 
 
 
 def with_ratios(rows: list[Row], key: str) -> list[Row]:
-    """Each row's rate over that of the first."""
+    """Add the ratio of each row's rate to that of the first row."""
     first = rows[0].get(key)
     return [row | {"x the first": row[key] / first if first and key in row else None} for row in rows]
 

@@ -30,7 +30,7 @@ def matmul_rate(n: int = 8192, device: str = "cuda", dtype: torch.dtype = torch.
 
 
 def ceilings(device: torch.device) -> dict[str, str]:
-    """What the device can do at best, for the head of a table: copy bandwidth and matmul rate."""
+    """The peak rates of the device for the head of a table: copy bandwidth and matmul rate."""
     if device.type == "cuda":
         copy, matmul, kind = copy_bandwidth(), matmul_rate(), "bfloat16"
     else:

@@ -95,7 +95,7 @@ class ScalingConfig:
 
 
 def settings_of(config: ScalingConfig, device: torch.device) -> dict[str, Any]:
-    """What all rows of a file share, as JSON has it: not what was measured so far."""
+    """The settings that all rows of a file share, as JSON values."""
     shared = asdict(config)
     for name in ("modes", "sizes", "batches"):
         shared.pop(name)
@@ -108,7 +108,7 @@ def settings_of(config: ScalingConfig, device: torch.device) -> dict[str, Any]:
 
 
 def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What launches before have left. Raises ValueError if they had other settings."""
+    """The results of earlier launches. Raises ValueError if they used other settings."""
     if not path.exists():
         return {"settings": settings, "machines": {}, "rows": [], "losses": [], "links": []}
     saved: dict[str, Any] = json.loads(path.read_text())

@@ -68,7 +68,7 @@ class TableConfig:
 
 
 def steps(contender: Contender, tokens: Tensor, grid: Grid, mode: Mode) -> dict[str, Callable[[], object]]:
-    """What is timed of one contender: "sub-layer" and "block"."""
+    """The timed calls of one contender: "sub-layer" and "block"."""
     trained = mode == "training"
     leaf = tokens.detach().requires_grad_(trained)
     direction = torch.randn_like(tokens) if trained else None

@@ -110,7 +110,7 @@ def run_steps(
 
 
 def unless_full(run: Callable[[], Result], task: Task, compute: ComputeConfig) -> Result | None:
-    """What a run of a task returns, or None if the memory does not suffice; what it took is freed either way."""
+    """The result of `run`, or None if it runs out of memory. Its memory is freed either way."""
     result = None
     try:
         result = run()

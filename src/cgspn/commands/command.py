@@ -38,7 +38,7 @@ class Command:
 
     @classmethod
     def start(cls, arguments: list[str]) -> Command:
-        """What the settings are before any is given; `arguments` may decide it."""
+        """The default settings of the command, which may depend on `arguments`."""
         return cls(**{f.name: tyro.MISSING for f in fields(cls) if f.default is f.default_factory is MISSING})
 
     def run(self) -> None:

@@ -212,7 +212,7 @@ class Distill(Command):
                 write_report(out, json.loads(json.dumps(record, default=str)))
 
     def feed(self) -> ImageSetFeed | SampleFeed:
-        """What `data` names. Raises OSError or ValueError."""
+        """The feed that `data` names. Raises OSError or ValueError."""
         if self.data == EMBEDDED:
             return ImageSetFeed(load_embedded("train"))
         source = open_samples(self.data, cache=self.loader.cache, max_skipped=self.loader.max_skipped)
@@ -241,7 +241,7 @@ class Distill(Command):
 
 
 def pictures_of(feed: ImageSetFeed | SampleFeed) -> tuple[Iterable[Picture], bool]:
-    """What student and teacher are compared on, of the embedded images those for validation; whether it was trained on.
+    """The pictures on which student and teacher are compared, and whether they were trained on.
 
     Of files these are the ones that were kept out, or where they are fewer than a hundred the first of them.
     """
@@ -264,7 +264,7 @@ def write_report(out: Path, record: dict[str, Any]) -> None:
 
 
 def merged(reports: list[Skipped], size: int) -> Skipped:
-    """What the processes of a run skipped, of a source of `size` images."""
+    """Everything the processes of a run skipped, of a source of `size` images."""
     files = {name: reason for report in reports for name, reason in report.files}
     return Skipped(tuple(files.items()), min(size, sum(report.total for report in reports)))
 

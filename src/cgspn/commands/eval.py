@@ -37,7 +37,7 @@ class _Evaluation(Command):
     """Largest tolerated fraction of unreadable images, 0 to 1."""
 
     def report(self, title: str, seeds: dict[str, int], sizes: Sequence[Size]) -> Report:
-        """What is shown and written. Raises ValueError as `Report`."""
+        """The report of the evaluation. Raises ValueError as `Report`."""
         plot = drawn_into(self.plot, self.out, sizes)
         return Report(
             title, self.device, self.batch_size, self.max_skipped, self.out, seeds, plot, overwrite=self.overwrite

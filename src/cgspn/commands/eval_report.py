@@ -60,7 +60,7 @@ def check_metrics() -> None:
 
 @dataclass
 class Report:
-    """What an evaluation shows and writes: progress, what was skipped, the table, JSON.
+    """The output of an evaluation: progress, skipped files, the table, JSON.
 
     Raises ValueError for a device that is not there, settings out of range, or where `out` cannot be written.
     """

@@ -95,6 +95,6 @@ def check_file(path: Path, most: int = MOST_BYTES) -> None:
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """What a file holds. Raises OSError as `check_file`, or if it cannot be read."""
+    """The content of a file. Raises OSError as `check_file`, or if it cannot be read."""
     check_file(path, most)
     return path.read_bytes()

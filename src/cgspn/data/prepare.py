@@ -39,7 +39,7 @@ class Member:
     part: str
 
     def read(self) -> bytes:
-        """Its bytes. Raises OSError if they cannot be read, or there are none."""
+        """The bytes of the file. Raises OSError if they cannot be read or the file is empty."""
         content = self.shards.read_parts(self.number, (self.part,))[self.part]
         if content is None:
             raise OSError(f"the sample has no {self.part} file")

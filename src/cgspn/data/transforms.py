@@ -162,7 +162,7 @@ def blend_factors(count: int, share: float, generator: torch.Generator) -> Tenso
 
 
 def blend(images: Tensor, factors: Tensor) -> Tensor:
-    """Each image with its neighbour, the first with the second and so on: factor * image + (1 - factor) * neighbour.
+    """Mixup of neighbouring images (first and second, and so on): factor * image + (1 - factor) * neighbour.
 
     images: float [B, C, H, W]; factors: [B]. The last of an odd number stays. Source: mixup, without labels.
     """
@@ -185,7 +185,7 @@ def paste_boxes(count: int, share: float, height: int, width: int, generator: to
 
 
 def paste(images: Tensor, boxes: Tensor) -> Tensor:
-    """Each image with a box of another one, the first with the third and so on, in the place where it was.
+    """CutMix: paste a box of another image (the third into the first, and so on) at the same position.
 
     images: float [B, C, H, W]; boxes: as of `paste_boxes`. Images without another one stay. Source: CutMix, without
     labels.

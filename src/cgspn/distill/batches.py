@@ -158,7 +158,7 @@ class SampleFeed:
 
 
 def transform_of(encoder: EncoderConfig, size: Size, optim: OptimConfig) -> TrainTransform | EvalTransform:
-    """What makes images of `size` out of those in memory. Raises ValueError for a wrong size."""
+    """The transform from images in memory to images of `size`. Raises ValueError for a wrong size."""
     if not optim.augment:
         return eval_transform(encoder, size)
     return replace(
@@ -169,7 +169,7 @@ def transform_of(encoder: EncoderConfig, size: Size, optim: OptimConfig) -> Trai
 def batch_shapes(
     encoder: EncoderConfig, size: Size, optim: OptimConfig, processes: int, sizes: SizeRange | None
 ) -> tuple[BatchShape, ...]:
-    """What the batches of a stage look like: all with about the tokens of `batch_size` images of `size`.
+    """The batch shapes of a stage, all with about as many tokens as `batch_size` images of `size`.
 
     Numbers of images are rounded to multiples of eight, and of what processes and accumulation steps divide. They are
     the same for any number of processes whose product with `OptimConfig.accumulate` divides both eight and the batch.

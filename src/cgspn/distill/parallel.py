@@ -143,7 +143,7 @@ def shard_encoder(encoder: Encoder, blocks_per_unit: int = 1, reshard: bool = Tr
 
 
 def wrap_distributed(task: nn.Module, *, sharded: bool, find_unused: bool) -> nn.Module:
-    """What to call instead of the task so that gradients are means over all processes; the task itself if alone.
+    """The task wrapped so that gradients are averaged over all processes; the task itself on one process.
 
     sharded: FSDP2, in place; its encoder comes first (`shard_encoder`). find_unused: some parameters may get no
     gradient.

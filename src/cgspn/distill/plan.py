@@ -34,7 +34,7 @@ class Stage:
     goes_on: bool = False
 
     def stream(self, feed: Feed, encoder: EncoderConfig, world: World) -> Stream:
-        """Its batches. Raises ValueError as feeds do."""
+        """The batches of the stage. Raises ValueError as feeds do."""
         if self.sizes is None:  # a feed may not know mixed sizes
             return feed.stream(encoder, self.size, self.optim, world)
         return feed.stream(encoder, self.size, self.optim, world, self.sizes)

@@ -101,7 +101,7 @@ def begun_in(out: Path) -> tuple[list[int], dict[int, int]]:
 
 
 def progress_of(out: Path) -> str:
-    """What an unfinished run in `out` has done, in words; "" if nothing that could be gone on with."""
+    """A description of what an unfinished run in `out` has completed; "" if there is nothing to resume."""
     done, under_way = begun_in(out)
     said = [f"{len(done)} {'stage' if len(done) == 1 else 'stages'} done"] if done else []
     return ", ".join(said + [f"stage {stage + 1} from step {step}" for stage, step in under_way.items()])

@@ -29,7 +29,7 @@ Captions = Callable[[Batch], list[str]]
 
 
 class Task(nn.Module):
-    """What `train` needs. Its parameters are those that it trains; a teacher is held, not registered.
+    """The interface that `train` needs. The parameters of a task are trained; a teacher is held but not registered.
 
     Attributes:
         patch: of the encoder that learns, in pixels.
@@ -86,7 +86,7 @@ class Task(nn.Module):
 
 
 class TeacherTask(Task):
-    """What both stages share: a frozen teacher, with whose taps a student is compared."""
+    """Base of both stages: a frozen teacher, whose taps are compared with the student's."""
 
     teacher: Encoder
     student: Encoder
@@ -104,7 +104,7 @@ class TeacherTask(Task):
         raise NotImplementedError
 
     def seen_at(self, size: Size) -> Size:
-        """What the teacher sees images of `size` at, (height, width) in pixels."""
+        """The size (height, width) in pixels at which the teacher sees images of `size`."""
         return size
 
     @torch.no_grad()
@@ -202,7 +202,7 @@ class SublayerTask(TeacherTask):
 
 
 def sublayer_parts(block: Block) -> nn.ModuleDict:
-    """What stage 1 trains of a block."""
+    """The parts of a block that stage 1 trains."""
     return nn.ModuleDict({"mixer": block.mixer, "norm1": block.norm1, "scale1": block.scale1})
 
 

@@ -198,7 +198,7 @@ def clip_gradients(parameters: list[nn.Parameter], task: Task, most: float) -> T
 
 
 def _state(task: Task, optimizer: Optimizers, average: list[Tensor]) -> dict[str, Tensor]:
-    """All that a run is, by name; the tensors themselves, so that loading fills them."""
+    """The complete state of a run by name; loading fills these tensors in place."""
     names = {p: name for name, p in task.named_parameters()}
     tensors: dict[str, Tensor] = {f"weight.{name}": p.detach() for p, name in names.items()}
     tensors |= {f"buffer.{name}": b for name, b in task.named_buffers()}

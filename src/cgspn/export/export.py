@@ -150,7 +150,7 @@ def compare(side: ImageSide, runner: Runner, batch: int, height: int, width: int
 def describe(
     side: ImageSide, bounds: Bounds, format: Format, file: str, source: str, found: list[Parity]
 ) -> dict[str, Any]:
-    """What stands in the JSON beside an exported file: all that a user of it needs who has not this library."""
+    """The JSON beside an exported file: everything needed to use the file without this library."""
     config = side.encoder.config
     weight = side.encoder.patch_embed.projection.weight
     widths: dict[str, list[Any]] = {

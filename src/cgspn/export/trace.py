@@ -16,7 +16,7 @@ from .bounds import Bounds
 
 
 class ImageSide(nn.Module):
-    """What is exported: images [B, channels, H, W], normalised, to the outputs that `names` lists, in order.
+    """The exported module: normalised images [B, channels, H, W] to the outputs in `names`, in this order.
 
     tokens [B, h, w, C] and pooled [B, C or embed_dim] of the encoder; logits [B, num_classes] if it has a classifier;
     embedding [B, E] of unit length if it is the image side of an image-text model.

@@ -37,7 +37,7 @@ ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))  # GPUs with the 140 KB of shared mem
 
 
 class Fusion(NamedTuple):
-    """What of a block runs fused: each norm with the sums beside it, the mixer up to its residual, the MLP onto it."""
+    """The parts of a block that run fused: each norm with its sums, the mixer up to its residual, the MLP onto it."""
 
     norm1: bool = False
     norm2: bool = False
@@ -55,7 +55,7 @@ KEPT_MOST = 1 << 25  # numbers in tokens beyond which the GPU takes longer than 
 
 
 def fusion_of(block: Block, tokens: Tensor) -> Fusion:
-    """What runs fused for the state in which block, tokens and PyTorch are.
+    """Decide what runs fused for the current state of block, tokens and PyTorch.
 
     Raises RuntimeError where `block.fusion_backend` asks for what cannot run.
     """
@@ -132,7 +132,7 @@ class Plan(NamedTuple):
 
 
 def plan_key(block: Block, tokens: Tensor, grid: Grid, stream: int) -> tuple[Any, ...]:
-    """What launches depend on, besides the state of the block and its tensors."""
+    """The key of kept launches: everything they depend on except the state of the block and its tensors."""
     mask = grid.mask
     masked = None if mask is None else (mask.shape, mask.dtype, mask.device)
     trained = torch.is_grad_enabled()

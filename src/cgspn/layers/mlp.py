@@ -81,7 +81,7 @@ class Mlp(nn.Module):
         return layers and not has_global_hooks()
 
     def adder(self, x: Tensor) -> Callable[[Tensor], object]:
-        """What adds the MLP of x [..., C], without its last bias, onto tokens [M, C]: in the products themselves.
+        """A function that adds the MLP of x [..., C], without its last bias, onto tokens [M, C] inside the products.
 
         For a bare MLP with a GELU by tanh, without gradients. It may be called again when other numbers are in x.
         """

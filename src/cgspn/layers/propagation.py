@@ -259,7 +259,7 @@ class PropagationMixer(Mixer):
         return logits, lam.squeeze(-2), u.squeeze(-2), keep.squeeze(-2)
 
     def as_merged(self, x: Tensor) -> Tensor:
-        """What was scanned, [B, N, Cc or D * own], laid out as the merged directions."""
+        """The scanned features [B, N, Cc or D * own] in the layout of the merged directions."""
         count = len(self.config.directions)
         if self.config.value_expansion is not None:
             return x if self.config.merge == "concat" else x.unflatten(-1, (count, self.value_width)).sum(-2)

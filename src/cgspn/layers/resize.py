@@ -19,7 +19,7 @@ PositionResize = Literal[
 
 
 def resize_matrix(ranks: Tensor, size: int, resize: PositionResize, count: Tensor | None = None) -> Tensor:
-    """What each of n target lines takes from `size` source lines: [..., n, size] float32, rows sum to one.
+    """The weights of `size` source lines for n target lines: [..., n, size] float32; rows sum to one.
 
     Args:
         ranks: [..., n], 1, 2, ... for the target lines in order; the last one is how many there are. Lines of padding

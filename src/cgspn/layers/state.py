@@ -29,7 +29,7 @@ LOOKS: tuple[Any, ...] = (Tensor.data_ptr, Tensor.dtype.__get__, Tensor.size, Te
 
 
 class Snapshot:
-    """What modules are: to be compared with what they are later, in few steps of C."""
+    """A snapshot of modules that can be compared with their later state in few steps of C."""
 
     def __init__(self, root: nn.Module) -> None:
         """root: all below it counts; what is done to the module itself, its caller does."""

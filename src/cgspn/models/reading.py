@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_value(path: Path, most: int = MOST_BYTES) -> Any:
-    """What a JSON file holds. Raises as `read_json`; `most`: the largest size in bytes."""
+    """The content of a JSON file. Raises as `read_json`; `most`: the largest size in bytes."""
     if not path.is_file():
         raise CheckpointError(f"{path} is no file; expected one with JSON")
     if (size := path.stat().st_size) > most:

@@ -86,7 +86,7 @@ class TimmEncoder(Encoder):
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """What timm saves to build the model again: all that it is now, however it came to be."""
+        """The arguments that timm saves to rebuild the model: its complete current configuration."""
         return {"config": to_dict(self.config)} | ({} if self.pooled else {"global_pool": ""})
 
     @_model_args.setter

@@ -25,7 +25,7 @@ from ..compat import current_device, current_raw_stream, is_capturing
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan has to know about the GPU."""
+    """The properties of a GPU that a plan depends on."""
 
     num_sms: int
     shared_bytes: int  # a block may take at most this
@@ -68,7 +68,9 @@ class Launch:
 
     @functools.cached_property
     def arguments(self) -> tuple[Any, ...]:
-        """Of the driver's cuLaunchKernelEx, in the types that it takes: to convert them takes as long as a launch."""
+        """The arguments of the driver's cuLaunchKernelEx in its own types: converting them takes as long as a
+        launch.
+        """
         config = ctypes.c_void_p(ctypes.addressof(self.config))
         return config, ctypes.c_void_p(self.function), ctypes.c_void_p(ctypes.addressof(self.params)), None
 

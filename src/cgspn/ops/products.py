@@ -40,7 +40,7 @@ def library() -> Any:
 
 @functools.cache
 def _handle(index: int) -> c_void_p:
-    """Of the device that is current, which has this index."""
+    """The cuBLASLt handle of the current device, which has this index."""
     handle = c_void_p()
     check(library().cublasLtCreate(byref(handle)))
     return handle

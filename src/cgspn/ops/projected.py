@@ -111,7 +111,7 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 
 
 def _as_autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """What `torch.nn.functional.linear` would compute with; float64 stays what it is."""
+    """The dtype that `torch.nn.functional.linear` would use under autocast; float64 stays float64."""
     dtype = autocast_dtype(x)
     if dtype is None or x.dtype == torch.float64:
         return x, weight, bias

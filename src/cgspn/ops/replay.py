@@ -50,7 +50,7 @@ _workspaces: weakref.WeakValueDictionary[tuple[torch.device, int], Workspace] = 
 
 
 class Recording:
-    """What ran in the context of `recorded`, in order."""
+    """The launches and products of the context of `recorded`, in order."""
 
     def __init__(self, gpu: Gpu, stream: int, workspace: Workspace) -> None:
         """Nothing yet."""
@@ -102,7 +102,7 @@ class Recording:
         return self.gpu.product(self.stream, self.workspace.scratch, *matrices, **options)
 
     def mlp(self, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Callable[[Tensor], object] | None:
-        """What adds an MLP of x [M, C] with a GELU by tanh, without its last bias, onto tokens [M, C]: two products.
+        """A function that adds the MLP of x [M, C] (tanh GELU, without the last bias) onto tokens [M, C]: two products.
 
         None where the library does not give them.
         """
@@ -123,7 +123,7 @@ class Recording:
         return add_
 
     def replay(self, held: Sequence[Tensor], own: Sequence[Tensor | None]) -> Replay | str:
-        """What runs the pass again, or the reason why nothing does.
+        """A replay of the pass, or the reason why there is none.
 
         held: tensors that stay where they are; own: those that each call has its own of, given or made, None for none.
         """
@@ -145,7 +145,7 @@ class Recording:
 
 
 def addresses_of(step: tuple[Any, Any]) -> Sequence[int]:
-    """Of what a kept launch or product reads and writes."""
+    """The addresses that a kept launch or product reads and writes."""
     what, where = step
     if isinstance(what, Launch):
         return where  # type: ignore[no-any-return]

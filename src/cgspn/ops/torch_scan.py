@@ -49,7 +49,7 @@ class _Group:
         return [t] * len(self.members)
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """What each direction scans, of [B, H, W, C] or [B, H, W, D, C]."""
+        """The features that each direction scans, from [B, H, W, C] or [B, H, W, D, C]."""
         return self.maps(x) if x.dim() == 5 else self.shared(x)
 
     def slabs(self) -> list[range]:
@@ -206,7 +206,7 @@ def _gated(slab: _Slab, t: Tensor, gate: Tensor) -> Tensor:
 
 
 def _state(slab: _Slab, scan: Scan) -> tuple[Tensor, Tensor]:
-    """What the gate takes: the state, divided by n if it is normalised; and n."""
+    """The input of the gate: the state, divided by n if it is normalised; and n."""
     h = _inner(slab.states)[1:]
     if not scan.normalise_state:
         return h, h

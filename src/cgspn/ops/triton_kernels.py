@@ -17,7 +17,7 @@ SMALLEST = tl.constexpr(1e-6)  # and n at this
 
 @triton.jit
 def _place(H, W, D, groups, codes, CHANNELS: tl.constexpr):
-    """Of this program: image, direction, first channel, vertical, backwards, lines, positions of a line."""
+    """The place of this program: image, direction, first channel, vertical, backwards, lines, positions of a line."""
     program = tl.program_id(0)
     d = program % D
     code = (codes >> (2 * d)) & 3

@@ -65,7 +65,7 @@ class Kept:
         return self.whole.digest()
 
     def pictures(self) -> Iterator[Picture]:
-        """Those that are kept out and can be read; of a small source the first, which were trained on."""
+        """The readable held-out pictures; for a small source, its first pictures, which were trained on."""
         for number in self.out or range(min(MOST, len(self.whole))):
             try:
                 with open_image(io.BytesIO(self.whole.read(number).encoded)) as image:

@@ -93,7 +93,9 @@ def load_photographs(source: str, side: int, patch: int, limit: int) -> tuple[li
 
 
 def encoder_input(photograph: Photograph, config: EncoderConfig) -> Tensor:
-    """What an encoder of this config takes: [1, channels, H, W], float32, normalised. One channel is the luminance."""
+    """The input of an encoder with this config: [1, channels, H, W], float32, normalised. One channel is the
+    luminance.
+    """
     images = to_float(photograph.pixels[None])
     if config.channels == 1:
         images = (images * images.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)

@@ -89,7 +89,7 @@ def _stage(key: str, title: str, steps: Sequence[Mapping[str, float]], speed: Ma
 
 
 def _blocks(title: str, steps: Sequence[Mapping[str, float]]) -> list[str]:
-    """Each block's losses at the beginning and at the end, a chart for each kind of tap."""
+    """The losses of every block at the beginning and at the end: one chart for each kind of tap."""
     detailed = [step for step in steps if any("block" in name for name in step)]
     panels = []
     for tap, caption in (("", "Each sub-layer"), ("PP ", "Each sub-layer (PP)"), ("PB ", "Each block (PB)")):

@@ -21,7 +21,7 @@ Positions = Sequence[tuple[int, int]]
 
 
 class Look(NamedTuple):
-    """What one pass of an image leaves to be shown.
+    """The features of one image that the page shows.
 
     tokens: after the last norm, float32 [h, w, C], on the CPU.
     block_inputs: by index of the block, the normalised tokens [1, N, C] that enter its mixer.
@@ -50,7 +50,7 @@ def look(encoder: Encoder, image: Tensor, layers: Collection[int]) -> Look:
 
 
 def layer_maps(encoder: Encoder, seen: Look, layer: int, positions: Positions) -> dict[str, Tensor]:
-    """What a layer brings to each position, from everywhere.
+    """The contribution of every position to each position in one layer.
 
     Args:
         encoder: that `seen` is of.

@@ -53,7 +53,7 @@ def locate(source: str | Path) -> Path:
 
 
 def _hint(source: str) -> str:
-    """What a source that does not exist may have been meant for."""
+    """A suggestion for a source that does not exist."""
     folder = Path(source).parent
     beside = [str(each) for each in folder.iterdir()] if folder.is_dir() else []
     near = get_close_matches(source, ["embedded", *beside], 2, 0.8)

@@ -177,7 +177,7 @@ def with_text(image: Encoder, source: Source) -> PretrainedDual:
 
 
 def pretrained_dual_of(folder: Path, image: Encoder, rest: Weights) -> PretrainedDual:
-    """What `PretrainedDual.save_pretrained` wrote, around its image encoder. Raises CheckpointError."""
+    """Load what `PretrainedDual.save_pretrained` wrote, around its image encoder. Raises CheckpointError."""
     dual = PretrainedDual(image, load_text(folder / "text"), 0.0, 0.0)
     wanted = {k: v for k, v in dual.state_dict().items() if not k.startswith(("image.", "text."))}
     if {k: tuple(v.shape) for k, v in wanted.items()} != {k: v.shape for k, v in rest.items()}:

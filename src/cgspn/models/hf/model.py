@@ -45,7 +45,7 @@ class Pass(NamedTuple):
 
 
 class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
-    """What the models share: an encoder under `encoder`."""
+    """Base class of the models: an encoder under `encoder`."""
 
     config_class = CgspnConfig
     base_model_prefix = "encoder"

@@ -63,7 +63,7 @@ def compiler_version() -> str:
 
 @functools.cache
 def supported_architectures() -> frozenset[str]:
-    """What NVRTC compiles for: "sm_90" and others. Raises as `compiler_version`."""
+    """The architectures that NVRTC can compile for, such as "sm_90". Raises as `compiler_version`."""
     from cuda.bindings import nvrtc
 
     compiler_version()

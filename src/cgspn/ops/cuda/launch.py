@@ -30,7 +30,7 @@ ARGUMENTS = {
 
 
 class Call(NamedTuple):
-    """What a launch depends on, addresses apart: the key under which it is kept."""
+    """Everything a launch depends on except addresses: its cache key."""
 
     name: str  # of the source: "forward" or "backward"
     gpu: Gpu

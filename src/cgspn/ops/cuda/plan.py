@@ -18,7 +18,7 @@ MAX_THREADS = 1024
 
 @dataclass(frozen=True)
 class Problem:
-    """What a plan has to know about the call.
+    """The properties of a call that a plan depends on.
 
     alignment: bytes that divide every address and stride. share: channels that have one set of parameters between them;
     more than one is the number that a thread takes. keep: a forget gate. sideways: some direction walks right or left.

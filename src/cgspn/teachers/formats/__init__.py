@@ -46,7 +46,7 @@ def read_encoder(source: Source, options: Options) -> Encoder:
 
 
 def _stated_names(source: Source) -> list[str]:
-    """What the configs beside the weights call the architecture."""
+    """The names of the architecture in the configs beside the weights."""
     config = source.configs.get("config.json", {})
     inner = [config.get(key) for key in ("vision_config", "backbone_config")]
     clip = source.configs.get("open_clip_config.json", {}).get("model_cfg", {}).get("vision_cfg", {})

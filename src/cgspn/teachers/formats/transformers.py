@@ -20,7 +20,7 @@ _ACTIVATIONS: dict[str, Activation] = {
 
 
 def stated_of(tower: Tower) -> dict[str, Any]:
-    """What config.json says of the image tower."""
+    """The image tower's settings in config.json."""
     config = tower.source.configs.get("config.json", {})
     return dict(config.get("vision_config") or config.get("backbone_config") or config)
 
