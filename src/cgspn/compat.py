@@ -79,7 +79,7 @@ def in_forward_ad() -> bool:
 
 
 def recompile_limit(count: int) -> AbstractContextManager[Any]:
-    """For the time of the context, torch.compile keeps up to `count` graphs of one function."""
+    """Let torch.compile keep up to `count` graphs of one function inside the context."""
     limit: AbstractContextManager[Any] = private("_dynamo.config").patch(recompile_limit=count)
     return limit
 

@@ -1,4 +1,4 @@
-"""What people read in a terminal: texts as they are, whatever names of files and errors hold."""
+"""Terminal output that prints file names and errors literally, whatever markup they contain."""
 
 import re
 from collections.abc import Iterable

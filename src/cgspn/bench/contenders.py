@@ -1,4 +1,4 @@
-"""What the efficiency tables compare: blocks of one width that differ in their mixer, and how attention is computed."""
+"""The blocks that the efficiency tables compare: equal width, different mixers and attention kernels."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Shape:
     compression: float = 18
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what no block has."""
+        """Raise ValueError for invalid sizes."""
         at_least(self, 1, "width", "heads", "hidden", "patch")
         PropagationConfig(compression=self.compression).latent_width(self.width)
 

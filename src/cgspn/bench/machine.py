@@ -10,7 +10,7 @@ from .timing import medians
 
 
 def free(device: torch.device) -> None:
-    """Give back a GPU's memory that is no longer referred to, so that the next measurement finds it empty."""
+    """Free unreferenced GPU memory before the next measurement."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()

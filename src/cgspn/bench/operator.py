@@ -1,4 +1,4 @@
-"""The operator against the memory: times, bytes, share of the copy bandwidth; attention and PyTorch beside it.
+"""The operator compared with memory bandwidth, attention and PyTorch.
 
 Bytes: every input read once, every output written once. The backward's inputs include the state that the forward
 saved; its outputs are the gradients to x, logits, lam and u.
@@ -72,7 +72,7 @@ def operator_rows(
     with_torch: bool = False,
     merges: tuple[str, ...] = ("sum", "none"),
 ) -> list[Row]:
-    """Forward (merged and not) and backward of one size on the CUDA backend; `with_torch`: the others beside it."""
+    """Forward (merged and not) and backward of one size on the CUDA backend; with `with_torch` also on the others."""
     cuda, plain = backend_module("cuda"), backend_module("torch")
     t = inputs(b, n, c, dtype, len(codes))
     x, logits, lam, u = t

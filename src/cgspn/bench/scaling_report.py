@@ -32,7 +32,7 @@ def is_captured(row: Mapping[str, Any]) -> bool:
 
 
 def speed_rows(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Every measured row beside one GPU's of the same stage, size and batch, captured or not alike."""
+    """Every measured row, compared with one GPU at the same stage, size and batch."""
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:
         return stage_of(row["mode"]), row["image"], row["mode"], is_captured(row), row["gpus"]

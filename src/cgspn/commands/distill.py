@@ -219,7 +219,7 @@ class Distill(Command):
         return SampleFeed(Kept(source), self.loader, captioned=self.settings.loss.contrastive > 0)
 
     def check_taken(self) -> None:
-        """Raise ValueError for settings of a conversion beside a student that is converted already."""
+        """Raise ValueError for conversion settings if `student` is already converted."""
         for name in CONVERTED:
             if (given := getattr(self.settings, name)) != getattr(PRESETS[self.preset], name):
                 raise ValueError(f"config.{name} is {given} beside student, which is taken as it is; leave one out")

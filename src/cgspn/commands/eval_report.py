@@ -42,7 +42,7 @@ def typed_sizes(texts: Sequence[str]) -> list[Size]:
 
 
 def drawn_into(plot: Path | None, out: Path | None, sizes: Sequence[Size]) -> Path | None:
-    """Where scores are drawn against sizes: the file asked for, or of several sizes one beside `out`."""
+    """The file of the plot of scores against sizes: the requested one or, with several sizes, one next to `out`."""
     beside = out.with_suffix(".png") if out is not None and len(sizes) > 1 else None
     return plot or beside
 

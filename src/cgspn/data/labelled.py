@@ -20,7 +20,7 @@ from .source import EMBEDDED
 
 @dataclass(frozen=True, eq=False)
 class LabelledPictures:
-    """N pictures of classes that have names, as they are put into the templates; labels: N numbers of classes."""
+    """N labelled pictures. class_names are inserted into the prompt templates; labels: N class numbers."""
 
     name: str
     pictures: Sequence[Picture]

@@ -30,7 +30,7 @@ class Shard:
 
 
 def cache_folder(given: str | Path | None = None) -> Path:
-    """Where fetched shards and indices are kept: `given`, else $XDG_CACHE_HOME/cgspn/data or ~/.cache/cgspn/data."""
+    """Folder of downloaded shards and indices: `given`, else $XDG_CACHE_HOME/cgspn/data or ~/.cache/cgspn/data."""
     if given is not None:
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cgspn" / "data"

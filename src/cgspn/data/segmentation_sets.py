@@ -1,4 +1,4 @@
-"""Pictures with class masks: ADE20K, COCO-Stuff, CamVid, and pairs of files or webdataset tars of one's own."""
+"""Pictures with class masks: ADE20K, COCO-Stuff, CamVid, and your own file pairs or webdataset tars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Image-text shards (webdataset tar) as one source with random access, so that no stream has to be replayed."""
+"""Image-text shards (webdataset tars) as one source with random access, so resuming needs no replay."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""One entry for the commands: the embedded images by name, a folder of one's own, or shards."""
+"""Open the images that a command names: the embedded images, a folder or shards."""
 
 from pathlib import Path
 

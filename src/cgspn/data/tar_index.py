@@ -1,4 +1,4 @@
-"""Where the samples of a webdataset tar lie, found once, so that any of them can be read without the others.
+"""Index the samples of a webdataset tar once, so that any sample can be read without the others.
 
 A sample is the members that share a path up to the first dot of the file name: `0001.jpg`, `0001.txt`, `0001.json`.
 """

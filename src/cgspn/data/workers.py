@@ -125,7 +125,9 @@ class RowsReader(Dataset[Rows]):
         self.source, self.plan = source, plan
 
     def __getitem__(self, key: Key) -> Rows:
-        """Rows of one step. Never raises for damaged data: what a worker raises loses its place in the stream."""
+        """The rows of one step. Never raises for damaged data, because an exception would lose the position in the
+        stream.
+        """
         step, rows, numbers = key
         shape = self.plan.at(step)[0]
         generator = generator_of(self.plan.seed, AUGMENT, step)

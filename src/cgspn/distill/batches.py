@@ -1,4 +1,4 @@
-"""Where a run's batches come from, each process taking its share."""
+"""Batches of a run; each process takes its share."""
 
 import math
 from collections.abc import Iterator

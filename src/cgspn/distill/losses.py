@@ -12,7 +12,7 @@ DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def fused_loss(student: Tensor, teacher: Tensor, energy: Tensor | None, kl_weight: float) -> Tensor | None:
-    """`tap_loss` by Triton kernels, where they serve: on a GPU, with a gradient to the student alone. Otherwise None.
+    """`tap_loss` with Triton kernels if possible: on a GPU, with a gradient to the student only. Otherwise None.
 
     The plain form makes some twenty passes over memory in float32. A compiler fuses it, so that it stays plain there.
     """

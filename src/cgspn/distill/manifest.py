@@ -1,4 +1,4 @@
-"""Checksums of the files of a folder, by which damage is seen before anything of it is used."""
+"""Checksums of the files of a folder, which reveal damage before a file is used."""
 
 import hashlib
 import json

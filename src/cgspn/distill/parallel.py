@@ -213,7 +213,7 @@ def sync_gradients(module: nn.Module, wanted: bool) -> None:
 
 @torch.no_grad()
 def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This process's parts of sharded tensors, in the same memory; others as they are. Without gradients."""
+    """This process's parts of sharded tensors, sharing memory; other tensors are unchanged. Without gradients."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 

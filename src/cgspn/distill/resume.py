@@ -128,7 +128,7 @@ def differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
 
 @dataclass(frozen=True)
 class StageFolders:
-    """Where the stages of a run leave what they made, by number; nowhere without a folder. every: see `Snapshots`."""
+    """The folders of the stages of a run, by number; none if the run has no folder. every: see `Snapshots`."""
 
     folder: Path | None
     every: int
@@ -144,14 +144,14 @@ class StageFolders:
         return *record, read_tensors(done / ADAPTERS)
 
     def snapshots(self, number: int) -> Snapshots | None:
-        """Those of a stage; None if there shall be none."""
+        """The snapshots of a stage; None if snapshots are off."""
         folder = self._of("snapshots", number)
         return Snapshots(folder, self.every) if folder and self.every else None
 
     def finish(
         self, number: int, student: Encoder, losses: Losses, throughput: dict[str, Any], carried: Mapping[str, Tensor]
     ) -> None:
-        """Keep what a stage has made, on the first process. Raises OSError."""
+        """Save the result of a stage, on the first process. Raises OSError."""
         done = self._of("stages", number)
         if done is not None and self.world.rank == 0:
             student.save_pretrained(done)

@@ -159,7 +159,7 @@ def check_snapshot(folder: Path, steps: int) -> None:
 
 
 def set_aside(folder: Path, message: str) -> None:
-    """Say what is wrong with a folder, and give it a name by which it is not found again."""
+    """Report what is wrong with a folder and rename it so that it is not used again."""
     aside = folder.with_name(f"{folder.name}.damaged")
     with suppress(OSError):  # what cannot be renamed is found, checked and named again
         shutil.rmtree(aside, ignore_errors=True)

@@ -66,7 +66,9 @@ class Task(nn.Module):
         return tokens_of(size, self.patch)
 
     def flops(self, size: Size) -> int | None:
-        """FLOP an image of `size` (height, width) pixels, teacher and student together; None if nobody counts them."""
+        """FLOP per image of `size` (height, width) pixels, teacher and student together; None if they are not
+        counted.
+        """
         return None
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -78,7 +80,7 @@ class Task(nn.Module):
         return self.losses(batch)
 
     def collect(self) -> None:
-        """After the last step: give every process what one alone has learned."""
+        """After the last step, share what a single process has learned with all processes."""
 
     def _look_at(self, **models: object) -> None:
         """Keep models without registering them: neither trained nor saved."""

@@ -1,4 +1,4 @@
-"""Image-text models at work on pictures and texts of one's own: zero-shot classes and similarities."""
+"""Zero-shot classification and similarity of your own pictures and texts with an image-text model."""
 
 from __future__ import annotations
 

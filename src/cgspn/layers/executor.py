@@ -1,4 +1,4 @@
-"""How a block runs: layer by layer, or fused where nobody could tell the difference. This is the one place to decide.
+"""Decide how a block runs: layer by layer, or fused if the result is the same. No other module decides this.
 
 A layer is read past, instead of called, only if it is plain (plain.py); then a kernel of `cgspn.ops.fused` may do its
 work together with its neighbours'. Traced, transformed and intercepted programs keep the layers, which every compiler,

@@ -10,7 +10,7 @@ PARAMETERS = (nn.Parameter, Tensor)
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether calling `module` is no more than the `forward` of one of `kinds` on ordinary parameters.
+    """Whether calling `module` does nothing but run the `forward` of one of `kinds` on ordinary parameters.
 
     False for wrappers (LoRA, checkpointing, FSDP1), subclasses (parametrizations, FSDP2), hooks of any kind (pruning,
     offloading, FSDP2), a `forward` or a compiled call set on the instance, and parameters of a subclass of Tensor.

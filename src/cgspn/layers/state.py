@@ -1,4 +1,4 @@
-"""What a block consists of, looked at once and again only when it changed.
+"""The structure of a block, inspected once and again only after a change.
 
 Looking at some fifteen modules for hooks, wrappers and subclasses takes as long as several launches. A snapshot of what
 they are takes a few comparisons in C to confirm: the modules in their places, their classes, the sizes of their

@@ -75,7 +75,7 @@ def parameters_of(block: Block) -> list[Tensor]:
 
 
 def forward(block: Block, tokens: Tensor, grid: Grid, out: Tensor) -> list[Tensor]:
-    """The block of tokens [B, N, C], into `out`, while it is recorded -> what `backward` wants."""
+    """Run the block on tokens [B, N, C] into `out` while recording; returns what `backward` needs."""
     mixer: Any = block.mixer
     mlp: Any = block.mlp
     n1, n2, down, local, made, up = block.norm1, block.norm2, mixer.down, mixer.local, mixer.param_proj, mixer.up

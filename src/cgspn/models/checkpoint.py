@@ -33,7 +33,7 @@ def write_atomically(path: str | Path, data: bytes | str) -> None:
 
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` that takes its name when it is written, with the rights of any new file."""
+    """A temporary file next to `path` that is renamed to it when complete, with the permissions of a new file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)

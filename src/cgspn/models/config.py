@@ -1,4 +1,4 @@
-"""What an encoder is made of: typed, printable, saved as config.json beside the weights."""
+"""The typed configuration of an encoder, saved as config.json next to the weights."""
 
 import dataclasses
 from dataclasses import dataclass, field

@@ -128,5 +128,7 @@ def image_encoder(model: Encoder | DualEncoder) -> Encoder:
 
 
 def with_image(model: Encoder | DualEncoder, image: Encoder) -> Encoder | DualEncoder:
-    """A model around another image encoder; in place of an encoder, it alone. Raises ValueError if widths differ."""
+    """The model with another image encoder; for a plain encoder, that encoder itself. Raises ValueError if widths
+    differ.
+    """
     return model.with_image(image) if isinstance(model, DualEncoder) else image

@@ -191,7 +191,7 @@ class Traced(nn.Module):
         self.program = program
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images [B, channels, H, W] -> what the model gives."""
+        """Images [B, channels, H, W] -> the model's output."""
         return self.program(images)
 
 

@@ -1,4 +1,4 @@
-"""Whether operations run at once, on tensors that hold numbers: only then may a launch go past PyTorch's dispatcher."""
+"""Whether PyTorch runs eagerly on real tensors: only then may a launch bypass PyTorch's dispatcher."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ class Launch:
             words[slot] = address
 
     def copy(self) -> Launch:
-        """The same kernel with arguments of its own."""
+        """A copy of the launch with its own arguments."""
         return Launch(self._gpu, self.function, *self._given)
 
 

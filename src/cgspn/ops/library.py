@@ -122,7 +122,7 @@ def register_forward(
     forward_op.register_autograd(lambda ctx, dy, *_: through(backward_op, ctx, dy), setup_context=setup)
 
     class Direct(torch.autograd.Function):
-        """Forward and backward called as they are."""
+        """Forward and backward without PyTorch's dispatcher."""
 
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:

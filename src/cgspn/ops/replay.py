@@ -27,7 +27,7 @@ SCRATCH = 1 << 25  # bytes that products may write to: what PyTorch gives them o
 
 
 class Workspace:
-    """Memory of a stream. Whoever writes there, or launches what does, has the lock."""
+    """The memory of a stream. Hold the lock to write to it or to launch a kernel that does."""
 
     def __init__(self, device: torch.device) -> None:
         """No memory yet."""
@@ -156,7 +156,7 @@ class Replay:
     """Launches and products in order. Runs in the stream that it was recorded in."""
 
     def __init__(self, recording: Recording, changing: Sequence[tuple[int, int]]) -> None:
-        """changing: addresses and sizes of what each call has its own of."""
+        """changing: addresses and sizes of the tensors that differ between calls."""
         self.workspace, self.memory = recording.workspace, recording.memory
         self._bound = tuple([first for first, _ in changing])
         self._steps: list[tuple[Callable[[int], None] | None, Callable[[], Any]]] = []

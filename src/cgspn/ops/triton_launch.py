@@ -58,7 +58,9 @@ class TritonLaunch:
 
 
 def prepare(compiled: Any, gpu: Gpu, launch: TritonLaunch, tensors: int) -> Launch | None:
-    """A launch of what Triton compiled; None for what its own launcher has to do more for, or an unknown signature."""
+    """Prepare a launch of a compiled Triton kernel; None if it needs Triton's own launcher or has an unknown
+    signature.
+    """
     metadata, numbers, grid = compiled.metadata, launch.numbers, launch.grid
     plain = getattr(metadata, "num_ctas", 1) == 1 and not any(
         getattr(metadata, name, 0)

@@ -1,4 +1,4 @@
-"""Photographs as they are shown: each at its own aspect ratio, its longer side at the resolution that is asked for."""
+"""Prepare photographs for display: original aspect ratio, longer side at the requested resolution."""
 
 from __future__ import annotations
 

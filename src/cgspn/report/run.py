@@ -161,7 +161,7 @@ def _wall_time(speed: Mapping[str, Any]) -> str:
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
-    """Nested settings as they are given on the command line."""
+    """Flatten nested settings to command-line names."""
     rows: list[tuple[str, str]] = []
     for name, value in settings.items():
         rows += _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else [(before + name, str(value))]

@@ -93,7 +93,7 @@ def check_show(student: Encoder, teacher: Encoder | None, layers: Sequence[int],
 
 
 def show_picture(shown: Show, width: int = 288, rows: int = 4, gap: int = 6) -> Tensor:
-    """Photographs in rows, beside each its features as colours, teacher first: uint8 [.., .., 4].
+    """One row per photograph, followed by its features as colours, teacher first: uint8 [.., .., 4].
 
     Rows have the aspect ratio of the first photograph; others are cut at their edges.
 

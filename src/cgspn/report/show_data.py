@@ -23,7 +23,7 @@ Place = tuple[float, float]
 
 @dataclass(frozen=True)
 class Flow:
-    """Where one layer of one model takes what it brings to chosen patches.
+    """For one layer of one model, the source positions that contribute to chosen patches.
 
     Attributes:
         model: "teacher" or "student".

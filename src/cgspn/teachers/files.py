@@ -38,7 +38,7 @@ def _open_file(path: Path) -> tuple[Weights, dict[str, str]]:
 
 
 def _open_shards(index: Path) -> Weights:
-    """The tensors of the files beside an index, each from the file that it is said to be in."""
+    """The tensors of the shards of an index, each read from the shard that the index names."""
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
         raise CheckpointError(f"{index} has no weight_map from names of tensors to names of files")

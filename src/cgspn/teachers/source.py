@@ -1,4 +1,4 @@
-"""What a user names, a file, a folder or a hub id, as weights and the configs beside them."""
+"""Read what a user names (a file, a folder or a hub id): the weights and the configs next to them."""
 
 import re
 from contextlib import suppress

@@ -74,7 +74,7 @@ def supported_architectures() -> frozenset[str]:
 
 
 def cache_folder() -> Path:
-    """Where cubins are kept: $XDG_CACHE_HOME/cgspn/kernels, by default ~/.cache/cgspn/kernels."""
+    """Folder of compiled kernels: $XDG_CACHE_HOME/cgspn/kernels, by default ~/.cache/cgspn/kernels."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cgspn" / "kernels"
 
 

@@ -76,7 +76,7 @@ class TileConfig:
         return self.halo if self.split > 1 else 0
 
     def rows(self, p: Problem) -> int:
-        """Positions a block handles at once."""
+        """Number of positions a block processes at the same time."""
         return -(-(self.own(p) + 2 * self.halo_width()) // self.pos)
 
     def blocks(self, p: Problem) -> int:
@@ -103,7 +103,7 @@ class TileConfig:
         return state  # the forward's stages are in registers
 
     def partial_sector(self, p: Problem) -> bool:
-        """Whether what lies beside a block's run of channels is read by other blocks, or a line later.
+        """Whether the memory next to a block's channels is read by other blocks, or one line later.
 
         The next line of a direction that walks sideways lies in the same 128 bytes, which memory should give at once.
         """

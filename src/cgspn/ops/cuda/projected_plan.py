@@ -123,7 +123,7 @@ def _most(gpu: Machine) -> float:
 
 
 def images(batch: int, cut: ProjectedTileConfig, channels: int, directions: int, gpu: Machine) -> int:
-    """Images that the backward takes at once: enough to fill the machine twice, in chunks of one size."""
+    """Number of images per backward launch: enough to fill the GPU twice, in chunks of equal size."""
     enough = -(-2 * gpu.num_sms // cut.blocks(1, channels, directions))
     chunks = max(1, batch // max(1, enough))
     return max(1, -(-batch // chunks))

@@ -38,7 +38,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, gpu: Gpu | None
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Where every output and scratch tensor comes from; tests replace it to fill them with NaN."""
+    """Allocate an output or scratch tensor; tests replace this to fill them with NaN."""
     return replay.empty(shape, like.dtype, like.device)
 
 
@@ -110,7 +110,7 @@ def forward(scan: Scan, cut: TileConfig | None = None, h: Tensor | None = None, 
 
 
 def saved_shapes(scan: Scan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what `forward_saving` returns beside the output."""
+    """Shapes of the tensors that `forward_saving` returns after the output."""
     sets = scan.x.shape[-1] // vector_width(scan)
     return scan.maps, (*scan.maps[:-1], sets) if scan.normalise_state else (0,)
 

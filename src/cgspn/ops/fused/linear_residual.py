@@ -63,7 +63,7 @@ def forward_norm(
     residual: Tensor, y: Tensor, gain: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float,
     norm: tuple[Tensor, Tensor, float], after: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """t = `forward(...)` and what the next half of a block wants of it: LayerNorm(t) and t + after, [..., C].
+    """t = `forward(...)`, returned as the inputs of the next half of a block: LayerNorm(t) and t + after, [..., C].
 
     norm: gain and shift [C] of the LayerNorm, and its eps; after: [C], the bias of the MLP's second layer.
     """

@@ -1,4 +1,4 @@
-"""How pictures are prepared for a foreign encoder, from the files beside its weights."""
+"""Read how to preprocess pictures for a foreign encoder from the files next to its weights."""
 
 import warnings
 from collections.abc import Mapping, Sequence
