@@ -39,8 +39,12 @@ def speed_of(record: dict[str, float]) -> str:
     if "images_per_second" not in record:
         return ""
     mfu = f", MFU {record['mfu']:.0%}" if "mfu" in record else ""
-    rate = record["images_per_second"]
-    return f"{rate:,.{0 if rate >= 10 else 2}f} images/s{mfu}"
+    return rate_text(record["images_per_second"]) + mfu
+
+
+def rate_text(rate: float) -> str:
+    """Images/s in words, with decimals where there are few."""
+    return f"{rate:,.{0 if rate >= 10 else 2}f} images/s"
 
 
 def waiting(text: str) -> Status:

@@ -16,7 +16,7 @@ from cgspn.report.descriptors import cosines, describe
 from cgspn.report.photographs import encoder_input, fitted, load_photographs
 from cgspn.report.scans import attention_rows, scan_maps, scanned
 from cgspn.report.show import look_at, show_picture
-from cgspn.report.show_data import CELLS, at, fewer, packed, twin
+from cgspn.report.show_data import CELLS, at, fewer, matching_layer, packed
 from cgspn.report.show_page import show_page
 from cgspn.teachers import convert, load_embedded_teacher
 
@@ -171,7 +171,7 @@ def test_sizes_are_whole_patches_and_clickable_cells_are_few():
         assert cells[0] * cells[1] <= max(CELLS, 1)
         assert cells == grid or grid[0] * grid[1] > CELLS
     assert at((1.0, 0.0), (5, 7)) == (4, 0)
-    assert [twin(layer, 3, 12) for layer in (1, 2, 3)] == [0, 6, 11]
+    assert [matching_layer(layer, 3, 12) for layer in (1, 2, 3)] == [0, 6, 11]
 
 
 @pytest.fixture(scope="module")

@@ -145,7 +145,7 @@ def _ade20k(root: Path, split: str) -> SegmentationSet:
     if table.is_file():
         rows = [line.split("\t")[-1].strip() for line in read_lines(table, "names of classes")][1:]
         names = tuple(row.split(",")[0] for row in rows) if len(rows) == 150 else names
-    pairs = _twins(root / "images" / split, root / "annotations" / split, ".png")
+    pairs = _pairs(root / "images" / split, root / "annotations" / split, ".png")
     return SegmentationSet("ade20k", *_unzip(pairs), names, first=1, ignored=0)
 
 
@@ -153,11 +153,11 @@ def _coco_stuff(root: Path, masks: Path, split: str) -> SegmentationSet:
     images = root / "images" / split if (root / "images" / split).is_dir() else root / split
     endings = {path.name.removeprefix(path.name.split("_")[0]) for path in (masks / split).glob("*.png")}
     train_ids = endings == {"_labelTrainIds.png"}
-    pairs = _twins(images, masks / split, "_labelTrainIds.png" if train_ids else ".png")
+    pairs = _pairs(images, masks / split, "_labelTrainIds.png" if train_ids else ".png")
     return SegmentationSet("coco-stuff", *_unzip(pairs), _numbered(COCO_TRAIN_IDS if train_ids else COCO_IDS))
 
 
-def _twins(images: Path, masks: Path, ending: str) -> list[tuple[Picture, Picture]]:
+def _pairs(images: Path, masks: Path, ending: str) -> list[tuple[Picture, Picture]]:
     """Images with the masks of the same name. Raises FileNotFoundError if there are none."""
     if not images.is_dir():
         raise FileNotFoundError(f"no such folder: {images}; expected the images of the masks in {masks}")

@@ -27,7 +27,7 @@ from .norm import RMSNorm, add_norm
 from .plain import has_global_hooks, is_plain
 from .propagation import PropagationMixer, check_grid
 from .state import State, state_of
-from .training import Trained, TrainedBlock, parameters_of, record
+from .training import Trained, TrainedBlock, parameters_in_order, record
 
 if TYPE_CHECKING:
     from .block import Block
@@ -163,7 +163,7 @@ def run_kept(block: Block, state: State, tokens: Tensor, grid: Grid) -> Tensor |
     if isinstance(plan, Trained):
         if not plan.holds() or not all([t.requires_grad for t in state.tensors]):  # noqa: C419 (faster)
             return None
-        out: Tensor = TrainedBlock.apply(block, grid, plan, tokens, *parameters_of(block))  # type: ignore[no-untyped-call]
+        out: Tensor = TrainedBlock.apply(block, grid, plan, tokens, *parameters_in_order(block))  # type: ignore[no-untyped-call]
         return out
     kept: Tensor | None = plan.run(tokens, mask)
     return kept

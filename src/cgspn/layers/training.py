@@ -61,7 +61,7 @@ class Trained(NamedTuple):
         return grads
 
 
-def parameters_of(block: Block) -> list[Tensor]:
+def parameters_in_order(block: Block) -> list[Tensor]:
     """The parameters, in the order in which `backward` gives their gradients."""
     mixer: Any = block.mixer
     mlp: Any = block.mlp
@@ -97,7 +97,7 @@ def forward(block: Block, tokens: Tensor, grid: Grid, out: Tensor) -> list[Tenso
 
 
 def backward(block: Block, tokens: Tensor, grid: Grid, saved: list[Tensor], dout: Tensor) -> list[Tensor]:
-    """Gradients to tokens and `parameters_of` the block, while it is recorded."""
+    """Gradients to tokens and `parameters_in_order` the block, while it is recorded."""
     latent, statistics, x, y, mixed, normal, of_norm2, hidden = saved
     mixer: Any = block.mixer
     mlp: Any = block.mlp
@@ -133,7 +133,7 @@ def backward(block: Block, tokens: Tensor, grid: Grid, saved: list[Tensor], dout
 def record(block: Block, tokens: Tensor, grid: Grid, gpu: Gpu, stream: int) -> Trained | str:
     """Both passes, kept; or the reason why they are not."""
     reason = ""
-    held, tokens = parameters_of(block), tokens.detach()
+    held, tokens = parameters_in_order(block), tokens.detach()
     for _ in range(PASSES):
         with recorded(gpu, tokens.device, stream) as recording:
             workspace = recording.workspace  # held, so that the next pass finds it
@@ -166,7 +166,7 @@ class TrainedBlock(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, block: Block, grid: Grid, trained: Trained, tokens: Tensor, *parameters: Tensor) -> Tensor:
-        """tokens [B, N, C] -> [B, N, C]; parameters as of `parameters_of`."""
+        """tokens [B, N, C] -> [B, N, C]; parameters as of `parameters_in_order`."""
         out, saved = trained.run_forward(tokens)
         ctx.rest = block, grid, trained
         ctx.save_for_backward(tokens, saved, *parameters)

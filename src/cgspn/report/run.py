@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..console import rate_text
 from . import page
 from .charts import block_chart, legend, loss_chart
 from .page import Section
@@ -55,7 +56,7 @@ def _summary(record: Record, stages: Mapping[str, Sequence[Mapping[str, float]]]
     for title, steps in stages.items():
         first, last = _ends([step["total"] for step in steps])
         speed = record["throughput"].get(title, {})
-        rate = f"{speed['images_per_second']:,.0f} images/s" if "images_per_second" in speed else ""
+        rate = rate_text(speed["images_per_second"]) if "images_per_second" in speed else ""
         parts = [f"loss {first:.3g} at first; {len(steps):,} steps", rate, _wall_time(speed), rising(steps)]
         cards.append(page.card(title, f"{last:.3g}", ", ".join(part for part in parts if part), "var(--link)"))
     held = record.get("held_out") or {}

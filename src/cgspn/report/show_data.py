@@ -75,12 +75,14 @@ def view(photograph: Photograph, models: Mapping[str, Encoder], layers: Sequence
     found: dict[str, dict[int, dict[str, Tensor]]] = {}
     grid, positions = (0, 0), [(0, 0)]
     for name, model in models.items():
-        twins = {layer: twin(layer, models["student"].config.depth, model.config.depth) for layer in layers}
-        seen = look(model, encoder_input(photograph, model.config).to(device), set(twins.values()))
+        matching = {
+            layer: matching_layer(layer, models["student"].config.depth, model.config.depth) for layer in layers
+        }
+        seen = look(model, encoder_input(photograph, model.config).to(device), set(matching.values()))
         grid = (seen.grid.height, seen.grid.width)
         positions = [at(place, grid) for place in places]
         features[name] = seen.tokens
-        found[name] = {layer: layer_maps(model, seen, index, positions) for layer, index in twins.items()}
+        found[name] = {layer: layer_maps(model, seen, index, positions) for layer, index in matching.items()}
     cells = fewer(grid)
     flows = {
         layer: [flow for name in models for flow in _flows(name, found[name][layer], positions, cells)]
@@ -95,7 +97,7 @@ def view(photograph: Photograph, models: Mapping[str, Encoder], layers: Sequence
     return View(photograph, features, cells, descriptors, points, flows, agreement)
 
 
-def twin(layer: int, depth: int, other: int) -> int:
+def matching_layer(layer: int, depth: int, other: int) -> int:
     """Index of the block of a model of `other` blocks that stands where `layer`, from 1, stands among `depth`."""
     return layer - 1 if depth == other else round((layer - 1) * (other - 1) / max(1, depth - 1))
 
