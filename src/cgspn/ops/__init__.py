@@ -1,4 +1,4 @@
-"""The operator: tensors in, tensors out. Definition in reference.py, implementations behind `backend=`."""
+"""The operator: reference.py defines it, and `backend=` selects an implementation."""
 
 from .backends import PREFERENCE, Choice, explain_backend
 from .projected import propagate_2d_projected

@@ -1,4 +1,4 @@
-"""Arguments that travel together: from the public functions through the custom ops to a backend."""
+"""Dataclasses that carry the arguments of an operator from the public function through the custom op to a backend."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# as a custom op takes them, in the order of `Scan`, whose last field is `line_scan`'s alone
+# the schema of the custom op, in the order of `Scan`; the last field of `Scan` belongs to `line_scan` only
 SCAN_SCHEMA = (
     "Tensor x, Tensor logits, Tensor lam, Tensor u, Tensor? keep, Tensor? mask, int[] directions, bool merge_sum, "
     "str backend, bool normalise_state=False"
@@ -15,9 +15,9 @@ SCAN_SCHEMA = (
 
 
 class Scan(NamedTuple):
-    """The arguments of `propagate_2d`, checked. Shapes as there; `directions` are indices into DIRECTIONS.
+    """The arguments of `propagate_2d`, checked. Same shapes; `directions` are indices into DIRECTIONS.
 
-    u None: a scan whose weights are given, `line_scan`, which starts again every `chunk` lines (0: never).
+    If `u` is None, this is a `line_scan` with given weights, which restarts every `chunk` lines (0: never).
     """
 
     x: Tensor
@@ -34,12 +34,12 @@ class Scan(NamedTuple):
 
     @property
     def share(self) -> int:
-        """Channels that have one set of parameters between them."""
+        """Number of channels per parameter group."""
         return self.x.shape[-1] // self.lam.shape[-1]
 
     @property
     def maps(self) -> tuple[int, ...]:
-        """The shape of a state or of outputs that are not summed: [B, H, W, D, C]."""
+        """The shape of a state, or of outputs before the sum over directions: [B, H, W, D, C]."""
         return (*self.x.shape[:3], len(self.directions), self.x.shape[-1])
 
     @property
@@ -54,19 +54,19 @@ LINE_SCAN_SCHEMA = "Tensor x, Tensor weights, Tensor lam, int direction, int? ch
 def given_scan(
     x: Tensor, weights: Tensor, lam: Tensor, direction: int = 0, chunk: int | None = None, backend: str = "auto"
 ) -> Scan:
-    """The scan behind the arguments of `line_scan`, checked. `direction` is an index."""
+    """The `Scan` for the checked arguments of `line_scan`. `direction` is an index."""
     given = weights.unsqueeze(3), lam.unsqueeze(3), None
     return Scan(x, *given, directions=(direction,), backend=backend, chunk=chunk or 0)
 
 
-PARAMETERS = 5  # maps a direction that a projection makes: lam, u, three logits
+PARAMETERS = 5  # maps per direction in the projection's output: lam, u, three logits
 PROJECTED_SCHEMA = (
     "Tensor x, Tensor weight, Tensor? bias, Tensor? mask, int[] directions, bool merge_sum, str parameters, str backend"
 )
 
 
 class ProjectedScan(NamedTuple):
-    """The arguments of `propagate_2d_projected`, checked. Shapes as there; `directions` as in `Scan`."""
+    """The arguments of `propagate_2d_projected`, checked. Same shapes; `directions` as in `Scan`."""
 
     x: Tensor
     weight: Tensor
@@ -78,14 +78,14 @@ class ProjectedScan(NamedTuple):
     backend: str = "auto"
 
     def scan(self, packed: Tensor) -> Scan:
-        """The scan with the parameters that the projection made: [B, H, W, D * 5 * C]."""
+        """The `Scan` with the parameters from the projection's output [B, H, W, D * 5 * C]."""
         made = split_parameters(packed, len(self.directions))
         return Scan(self.x, *made, None, self.mask, self.directions, self.merge_sum, self.backend)
 
 
 def split_parameters(packed: Tensor, directions: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits, lam and u, views of what the projection makes: [B, H, W, D * 5 * C]."""
-    # One split, not three slices: its gradient is one concatenation instead of three zero-filled maps added up.
+    """Logits, lam and u as views of the projection's output [B, H, W, D * 5 * C]."""
+    # The gradient of one split is a concatenation; that of three slices would be a sum of three zero-filled maps.
     shape = (*packed.shape[:-1], directions, PARAMETERS, packed.shape[-1] // (directions * PARAMETERS))
     lam, u, logits = packed.view(shape).split([1, 1, 3], -2)
     return logits, lam.squeeze(-2), u.squeeze(-2)

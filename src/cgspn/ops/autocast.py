@@ -1,4 +1,4 @@
-"""The dtype that torch.autocast asks for: what custom operators and norms must look up by themselves."""
+"""The dtype of torch.autocast, which custom operators and norms must look up themselves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast asks for on the device of x, or None outside of it."""
+    """The autocast dtype on the device of x, or None if autocast is off."""
     kind = x.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):  # meta tensors have no autocast
         return None

@@ -1,10 +1,10 @@
-"""Which implementation runs, and why: decided once for each device, dtype and what is asked for.
+"""The choice of a backend, made once for each device, dtype and requested backend.
 
-A backend is a module with the functions `forward`, `backward`, `line_scan_forward`, `line_scan_backward` (signatures
-of torch_scan.py) and, unless it runs everywhere, `unsupported_reason(device, dtype, gpu) -> str | None`: the reason it
-cannot run there. A backend whose backward wants more than the inputs also has `forward_saving`, which returns the
-output and two tensors of `saved_shapes`; those come last to its `backward`. Adding one = a module here and a line in
-PREFERENCE; the tests pick it up from there.
+A backend is a module with the functions `forward`, `backward`, `line_scan_forward` and `line_scan_backward` (signatures
+as in torch_scan.py). Unless it runs everywhere, it also has `unsupported_reason(device, dtype, gpu) -> str | None`. A
+backend whose backward pass needs more than the inputs also has `forward_saving`, which returns the output and two
+tensors of `saved_shapes`; its `backward` takes those two as its last arguments. To add a backend, add a module here and
+a line in PREFERENCE; the tests then cover it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from .checks import check_choice, check_tensor
 from .gpu import Gpu, gpu_of
 
-# In the order in which "auto" tries them; the PyTorch backend runs everywhere, so it is the last.
+# "auto" tries them in this order. The PyTorch backend is last because it runs everywhere.
 PREFERENCE: dict[str, str] = {"cuda": "cuda.scan", "triton": "triton_scan", "torch": "torch_scan"}
 
 
@@ -33,7 +33,7 @@ class Choice(NamedTuple):
 
 @functools.cache
 def _imported(name: str) -> ModuleType | str:
-    """The module behind a backend name, or the reason why it cannot be imported: tried once a process."""
+    """The module of a backend, or the reason why it cannot be imported. The import is tried once per process."""
     try:
         return importlib.import_module(f".{PREFERENCE[name]}", __package__)
     except ImportError as error:
@@ -41,7 +41,7 @@ def _imported(name: str) -> ModuleType | str:
 
 
 def backend_module(name: str) -> ModuleType:
-    """The module behind a backend name. Raises ImportError with the reason where it cannot be imported."""
+    """The module of a backend. Raises ImportError with the reason if it cannot be imported."""
     found = _imported(name)
     if isinstance(found, str):
         raise ImportError(found)
@@ -88,9 +88,9 @@ def check_backend(backend: str) -> None:
 
 
 def backend_for(backend: str, x: Tensor) -> ModuleType:
-    """The module that runs on `x`: the one named, or the first of PREFERENCE that can.
+    """The backend module for `x`: the requested one, or for "auto" the first in PREFERENCE that can run.
 
-    Raises RuntimeError, with the reason, if the one named cannot run.
+    Raises RuntimeError with the reason if the requested backend cannot run.
     """
     if backend == "auto":
         return backend_module(_choose(x).backend)

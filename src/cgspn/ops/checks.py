@@ -1,4 +1,4 @@
-"""Arguments of the public operators: every error names the argument, what came and what is accepted."""
+"""Argument checks of the public operators. Each error names the argument, its value and the accepted values."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_shape(name: str, t: Tensor, expected: tuple[int, ...], letters: str) -> None:
-    """Raise ValueError unless `t` has exactly the expected shape; `letters` says what it stands for."""
+    """Raise ValueError unless `t` has exactly the expected shape; `letters` names its dimensions in the message."""
     if tuple(t.shape) != expected:
         raise ValueError(f"{name} has shape {tuple(t.shape)}; expected {letters} = {expected}")
 
 
 def check_choice(name: str, value: str, accepted: Sequence[str]) -> None:
-    """Raise ValueError unless `value` is one of those accepted."""
+    """Raise ValueError unless `value` is among the accepted values."""
     if value not in accepted:
         raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, accepted))}")
 
 
 def check_tensor(x: Tensor) -> None:
-    """Raise TypeError unless `x` is a tensor of a dtype that the operators take."""
+    """Raise TypeError unless `x` is a tensor with a dtype that the operators support."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:
@@ -60,13 +60,13 @@ def check_like(x: Tensor, **others: Tensor) -> None:
 
 
 def check_direction(direction: str, name: str = "direction") -> int:
-    """The index of a direction in DIRECTIONS; ValueError if there is none such."""
+    """The index of a direction in DIRECTIONS; raises ValueError for an unknown name."""
     check_choice(name, direction, DIRECTIONS)
     return DIRECTIONS.index(direction)
 
 
 def check_directions(directions: Sequence[str]) -> list[int]:
-    """Indices of a non-empty sequence of different directions; ValueError otherwise."""
+    """Indices of a non-empty sequence of distinct directions; raises ValueError for anything else."""
     if isinstance(directions, str) or not directions:
         raise ValueError(f"directions is {directions!r}; expected a non-empty sequence out of {DIRECTIONS}")
     codes = [check_direction(d, f"directions[{i}]") for i, d in enumerate(directions)]
@@ -76,9 +76,7 @@ def check_directions(directions: Sequence[str]) -> list[int]:
 
 
 def check_mask(x: Tensor, mask: Tensor | None) -> None:
-    """Raise TypeError or ValueError unless `mask` is None or a bool tensor [B, H, W] with the sizes and device of
-    `x`.
-    """
+    """Raise TypeError or ValueError unless `mask` is None or bool [B, H, W] with the sizes and device of `x`."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -111,18 +109,18 @@ def check_not_negative(mask: Tensor | None, lam: Tensor) -> None:
 
 
 class NonFiniteError(ValueError):
-    """NaN or infinity among the values of an argument; the message says where."""
+    """An argument holds NaN or infinity. The message says where."""
 
 
 def check_finite(mask: Tensor | None = None, **tensors: Tensor) -> None:
-    """Raise NonFiniteError if a tensor holds NaN or infinity where the mask is True (or anywhere, without one).
+    """Raise NonFiniteError if a tensor holds NaN or infinity where the mask is True (or anywhere without a mask).
 
-    Only for plain tensors in eager mode: a traced program has no values to look at.
+    Only for plain tensors in eager mode: a traced program has no values to check.
     """
     for name, t in tensors.items():
         if type(t) not in PLAIN:
             continue
-        if not torch.isfinite(t.detach().sum()):  # one cheap pass; look closer only if it trips
+        if not torch.isfinite(t.detach().sum()):  # one cheap pass first; the exact check only if this fails
             bad = ~torch.isfinite(t.detach())
             if mask is not None:
                 bad &= mask.view(*mask.shape, *[1] * (t.ndim - 3))

@@ -1,4 +1,4 @@
-"""Whether PyTorch runs eagerly on real tensors: only then may a launch bypass PyTorch's dispatcher."""
+"""A check that PyTorch runs eagerly on real tensors. Only then may a launch bypass PyTorch's dispatcher."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_eager(*tensors: Tensor | None) -> bool:
     if dispatch_modes() or tracing_state() is not None:
         return False
     for n in range(function_modes()):
-        if not isinstance(function_mode_at(n), DeviceContext):  # which says where tensors are made
+        if not isinstance(function_mode_at(n), DeviceContext):  # DeviceContext only sets the default device
             return False
     if any([t is not None and type(t) not in PLAIN for t in tensors]):  # noqa: C419 (a list is faster)
         return False

@@ -1,8 +1,8 @@
-"""GPUs as launches see them: what they are, their streams, and launches whose arguments are packed once.
+"""GPUs, their streams, and kernel launches whose arguments are packed once.
 
 The driver launches into the context that is current in the calling thread. PyTorch makes the device's primary context
-current at its own first CUDA call in a thread, and a launch of ours may come before that: in the first backward of a
-process, or in a worker thread. So every launch here makes sure of it.
+current at its own first CUDA call in a thread. A launch here may come earlier, in the first backward of a process or in
+a worker thread, so every launch makes sure that the context is current.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Machine:
     """The properties of a GPU that a plan depends on."""
 
     num_sms: int
-    shared_bytes: int  # a block may take at most this
+    shared_bytes: int  # most that a block may use
     clusters: bool
 
 
@@ -44,18 +44,18 @@ class LaunchConfig(ctypes.Structure):
 
 
 class Launch:
-    """A kernel with everything fixed but the addresses of its tensors. Safe from several threads."""
+    """A kernel with fixed arguments except for the addresses of its tensors. Thread-safe."""
 
     def __init__(
         self, gpu: Gpu, function: int, grid: Sequence[int], threads: int, shared: int, values: Sequence[bytes],
         slots: Sequence[tuple[int, int]],
     ) -> None:  # fmt: skip
-        """values: the kernel's arguments; slots: where each address goes, an argument (-1: none) and a byte in it."""
+        """values: the kernel's arguments; slots: the argument (-1: none) and byte offset of each address."""
         self._given = (grid, threads, shared, values, slots)
         offsets = [0]
         for value in values:
             offsets.append(offsets[-1] + -(-len(value) // 16) * 16)
-        self.words = (ctypes.c_longlong * (offsets[-1] // 8 + 1))()  # the last is for addresses that go nowhere
+        self.words = (ctypes.c_longlong * (offsets[-1] // 8 + 1))()  # the last word takes addresses without a slot
         base = ctypes.addressof(self.words)
         for offset, value in zip(offsets, values):
             ctypes.memmove(base + offset, value, len(value))
@@ -68,7 +68,7 @@ class Launch:
 
     @functools.cached_property
     def arguments(self) -> tuple[Any, ...]:
-        """The arguments of the driver's cuLaunchKernelEx in its own types: converting them takes as long as a
+        """The arguments of cuLaunchKernelEx as ctypes objects, cached because converting them takes as long as a
         launch.
         """
         config = ctypes.c_void_p(ctypes.addressof(self.config))
@@ -78,7 +78,7 @@ class Launch:
         """Launch on PyTorch's current stream of the device. Raises RuntimeError with the driver's reason."""
         if self._empty:
             return
-        with self._lock:  # the driver reads the words before it returns
+        with self._lock:  # held because the driver reads the words during the call
             self.place(addresses)
             self._gpu.submit(self)
         if (recording := getattr(thread, "recording", None)) is not None:
@@ -96,12 +96,13 @@ class Launch:
 
 
 class Gpu:
-    """A CUDA device. `registered` puts another object with these members in its place, for tests and measurements."""
+    """A CUDA device. Tests and benchmarks replace it by an object with the same members (`registered`)."""
 
-    runs_triton = computes = True  # computes: what is launched runs, so that its output can be checked
+    runs_triton = computes = True  # computes: launches produce an output that can be checked
 
     def __init__(self, index: int) -> None:
-        """index: of the device in this process. Raises RuntimeError in a process forked after CUDA was initialised."""
+        """index: the device's index in this process. Raises RuntimeError in a process forked after CUDA was
+        initialised."""
         properties = torch.cuda.get_device_properties(index)
         self.index, self.capability = index, (properties.major, properties.minor)
         self.arch = f"sm_{properties.major}{properties.minor}"
@@ -130,7 +131,7 @@ class Gpu:
         return None if self.arch in known else f"the installed NVRTC does not compile for {self.arch}"
 
     def through_triton(self, launch: Any, tensors: Sequence[Tensor | None], wanted: bool) -> Launch | None:
-        """Run a TritonLaunch by Triton's own launcher; if `wanted`, returns how to launch what it compiled without."""
+        """Run a TritonLaunch with Triton's own launcher. If `wanted`, returns a Launch of the compiled kernel."""
         from .triton_launch import prepare
 
         with self.current():
@@ -148,20 +149,21 @@ class Gpu:
         check(status)
 
     def is_current(self) -> bool:
-        """Whether launches of this thread go to this device, and its context is current."""
+        """Whether this is the current device of this thread, and its context is current."""
         return getattr(thread, "has_context", False) and current_device() == self.index
 
     def stream(self) -> int | None:
-        """PyTorch's current stream of the device; None where it is being captured into a CUDA graph."""
+        """PyTorch's current stream of the device; None during CUDA graph capture."""
         return None if is_capturing() else current_raw_stream(self.index)
 
     def submission(self, launch: Launch, stream: int) -> Callable[[], int]:
-        """What hands a launch to the driver as it then is, into that stream, and returns the driver's status."""
+        """A function that submits a launch, with its addresses at that time, to a stream and returns the driver's
+        status."""
         launch.config.stream = stream
         return functools.partial(driver().cuLaunchKernelEx, *launch.arguments)
 
     def product(self, *arguments: Any, **options: Any) -> Any:
-        """A `products.Product` on this device; None where the library does not give one."""
+        """A `products.Product` on this device; None if cuBLASLt does not support it."""
         from .products import Product
 
         try:
@@ -171,7 +173,7 @@ class Gpu:
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make this the current device, and its primary context current, for the time of the context."""
+        """Make this the current device, and its primary context current, within the context manager."""
         with torch.cuda.device(self.index):
             found = ctypes.c_void_p()
             check(driver().cuCtxGetCurrent(ctypes.byref(found)))
@@ -183,19 +185,19 @@ class Gpu:
     @functools.cached_property
     def _primary_context(self) -> ctypes.c_void_p:
         device, context = ctypes.c_int(), ctypes.c_void_p()
-        check(driver().cuDeviceGet(ctypes.byref(device), self.index))  # both count the visible devices
+        check(driver().cuDeviceGet(ctypes.byref(device), self.index))  # both number the visible devices
         check(driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), device))
         return context
 
 
-thread = threading.local()  # has_context: of CUDA, for good; recording: of launches (replay.py), for a while
+thread = threading.local()  # has_context: set once there is a CUDA context; recording: of launches (replay.py)
 _gpus: dict[torch.device, Gpu] = {}
-if hasattr(os, "register_at_fork"):  # a child has to ask again, and PyTorch then says why it cannot use CUDA
+if hasattr(os, "register_at_fork"):  # a child asks again, and PyTorch then says why it cannot use CUDA
     os.register_at_fork(after_in_child=_gpus.clear)
 
 
 def gpu_of(device: torch.device) -> Gpu | None:
-    """The GPU behind a device, None where there is no CUDA.
+    """The `Gpu` of a device; None without CUDA.
 
     Raises RuntimeError in a process forked after CUDA was initialised.
     """
@@ -207,13 +209,13 @@ def gpu_of(device: torch.device) -> Gpu | None:
 
 
 def on_accelerator(x: Tensor) -> bool:
-    """Whether a tensor is not on a CPU, or on one that a registered GPU stands for."""
+    """Whether a tensor is not on the CPU, or on a CPU for which a GPU is registered."""
     return not x.is_cpu or x.device in _gpus
 
 
 @contextmanager
 def registered(device: torch.device, gpu: Gpu) -> Iterator[None]:
-    """Let `gpu` stand for a device, such as torch.device("cpu"), for the time of the context."""
+    """Use `gpu` for a device, such as torch.device("cpu"), within the context manager."""
     _gpus[device] = gpu
     try:
         yield
@@ -223,7 +225,7 @@ def registered(device: torch.device, gpu: Gpu) -> Iterator[None]:
 
 @functools.cache
 def driver() -> ctypes.CDLL:
-    """The CUDA driver. Raises OSError where there is none."""
+    """The CUDA driver. Raises OSError if there is none."""
     library = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     library.cuLaunchKernelEx.argtypes = [ctypes.c_void_p] * 4
     library.cuCtxSetCurrent.argtypes = [ctypes.c_void_p]
@@ -231,7 +233,7 @@ def driver() -> ctypes.CDLL:
 
 
 def check(status: int) -> None:
-    """Raise RuntimeError unless a call of the driver succeeded."""
+    """Raise RuntimeError unless a driver call succeeded."""
     if status:
         name = ctypes.c_char_p()
         driver().cuGetErrorName(status, ctypes.byref(name))

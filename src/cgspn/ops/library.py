@@ -1,10 +1,10 @@
-"""Registration with torch.library: what torch.compile, export, autograd and FLOP counters see.
+"""Registration with torch.library, for torch.compile, export, autograd and FLOP counters.
 
-Custom ops: forward and backward of `propagate_2d` and of `line_scan`, and a forward for training that also returns
-what the backward wants saved. The backend is chosen inside them, so a traced program never sees the choice. The
-backward ops are differentiable too, by way of the reference, so a double backward is right on every backend, if slow.
-Eager code calls the same functions past the dispatcher, whose way through a custom op takes as long as several
-launches: `Propagate` and `LineScan` are those with gradients.
+The custom ops are the forward and backward of `propagate_2d` and of `line_scan`, and a forward for training that also
+returns the tensors saved for the backward. They choose the backend inside, so a traced program does not contain the
+choice. The backward ops are differentiable through the reference: a double backward is correct on every backend, but
+slow. Eager code calls the same functions without the dispatcher, which takes as long as several launches for a custom
+op; `Propagate` and `LineScan` are the autograd functions for that.
 FLOP convention: a multiply-add is two, a division or a sigmoid one.
 """
 
@@ -44,7 +44,7 @@ def _output(*arguments: Any) -> Tensor:
 
 
 def propagate_2d_saving_now(*arguments: Any) -> tuple[Tensor, ...]:
-    """`propagate_2d_now` in training: also the two tensors that the backend's backward wants saved, else [0]."""
+    """`propagate_2d_now` for training: also returns the two tensors that the backend's backward needs ([0] if none)."""
     scan = Scan(*arguments)
     module = backend_for(scan.backend, scan.x)
     if not hasattr(module, "forward_saving"):
@@ -62,9 +62,9 @@ def _saved(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def propagate_2d_backward_now(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of `propagate_2d_op` to x, logits, lam, u and keep, [0] for one that is not there.
+    """Gradients of `propagate_2d_op` with respect to x, logits, lam, u and keep; [0] for an argument that is None.
 
-    arguments: those of the forward, then, if there are more, what `propagate_2d_saving_op` returned to be saved.
+    arguments: the arguments of the forward, optionally followed by the saved tensors of `propagate_2d_saving_op`.
     """
     scan = Scan(*arguments[:FIELDS])
     grads = backend_for(scan.backend, scan.x).backward(dy, scan, *arguments[FIELDS:])
@@ -77,14 +77,14 @@ def line_scan_now(*arguments: Any) -> Tensor:
 
 
 def line_scan_backward_now(dh: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of `line_scan_op` to x, weights, lam. Behind its six arguments may come what it returned."""
+    """Gradients of `line_scan_op` with respect to x, weights and lam. A seventh argument may be the op's output."""
     scan = given_scan(*arguments[:6])
     dx, dweights, dlam, *_ = backend_for(scan.backend, scan.x).backward(dh, scan, *arguments[6:])
     return dx, dweights.squeeze(3), dlam.squeeze(3)
 
 
 def register_op(name: str, function: Callable[..., Any], schema: str, fake: Callable[..., Any]) -> Any:
-    """The custom op cgspn::`name` of a function without side effects; fake: its outputs' shapes and dtypes."""
+    """Register a pure function as the custom op cgspn::`name`. `fake` gives the shapes and dtypes of its outputs."""
     op = torch.library.custom_op(f"cgspn::{name}", function, mutates_args=(), schema=schema)
     op.register_fake(fake)
     return op
@@ -94,10 +94,10 @@ def register_forward(
     name: str, schema: str, forward: Callable[..., Any], fake: Callable[..., Any], backward_op: Any,
     backward: Callable[..., Any], *, outputs: int = 1, saves: bool = False,
 ) -> tuple[Any, type[torch.autograd.Function]]:  # fmt: skip
-    """A forward op with first derivatives by `backward_op`; and the functions behind both, without the dispatcher.
+    """Register a forward op whose gradient is `backward_op`. Returns the op, and both functions without the dispatcher.
 
-    schema: of the arguments, tensors first; a backward returns their gradients in order. saves: it also takes, last,
-    what the forward returned to be saved: all outputs but the first, or the only one.
+    schema: of the arguments, tensors first; the backward returns their gradients in this order. saves: the backward
+    also takes, as its last arguments, all outputs of the forward but the first (or the only output).
     """
     tensors, returns = schema.count("Tensor"), ", ".join(["Tensor"] * outputs)
     forward_op = register_op(name, forward, f"({schema}) -> ({returns})", fake)
@@ -107,13 +107,13 @@ def register_forward(
         state = (outputs[1:] or outputs) if saves else ()
         if len(outputs) > 1:
             ctx.mark_non_differentiable(*state)
-            ctx.set_materialize_grads(False)  # or the state would get a gradient map of zeros
+            ctx.set_materialize_grads(False)  # otherwise autograd would fill a map of zeros for the state
         ctx.save_for_backward(*inputs[:tensors], *state)
         ctx.rest = inputs[tensors:]
 
     def through(run: Callable[..., Any], ctx: Any, dy: Tensor | None) -> Gradients:
-        saved = ctx.saved_tensors  # once: what is recomputed under checkpointing can be unpacked only once
-        if dy is None:  # nothing depends on the output
+        saved = ctx.saved_tensors  # read once: under checkpointing, saved tensors can be unpacked only once
+        if dy is None:  # the loss does not depend on the output
             return (None,) * (len(ctx.rest) + tensors)
         found = run(dy, *saved[:tensors], *ctx.rest, *saved[tensors:])
         grads = [None if t is None else g for t, g in zip(saved[:tensors], found)]
@@ -122,25 +122,25 @@ def register_forward(
     forward_op.register_autograd(lambda ctx, dy, *_: through(backward_op, ctx, dy), setup_context=setup)
 
     class Direct(torch.autograd.Function):
-        """Forward and backward without PyTorch's dispatcher."""
+        """Forward and backward that bypass PyTorch's dispatcher."""
 
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            """The function's own outputs. With a `setup_context` PyTorch would bind the arguments at each call."""
+            """The function's outputs. A separate `setup_context` would bind the arguments in each call."""
             output = forward(*inputs)
             setup(ctx, inputs, output)
             return output
 
         @staticmethod
         def backward(ctx: Any, dy: Tensor | None, *_: None) -> Gradients:
-            """The op where a gradient of this gradient is wanted."""
+            """The gradients; computed by the op if a second derivative is needed."""
             return through(backward_op if torch.is_grad_enabled() else backward, ctx, dy)
 
     return forward_op, Direct
 
 
 def _leaf_of(t: Tensor, graph: bool) -> Tensor:
-    """`t` to take derivatives to; with `graph`, what is made of it has derivatives to what `t` is made of, too."""
+    """A leaf for `t`; with `graph`, `t` itself, so that the result stays connected to the graph of `t`."""
     return t.view_as(t) if graph and t.requires_grad else t.detach().requires_grad_()
 
 
@@ -148,9 +148,9 @@ def register_backward(
     name: str, schema: str, backward: Callable[..., Any], reference: Callable[..., Tensor], gradients: int,
     saved: str = "",
 ) -> Any:  # fmt: skip
-    """The op that gives the gradients to as many tensors; its derivatives are those of the reference: right, if slow.
+    """Register the op that computes `gradients` gradients. Its own derivatives come from the reference.
 
-    schema: of the forward's arguments; saved: of what the backward takes behind them, a function of those.
+    schema: of the forward's arguments; saved: the schema of the saved tensors that the backward takes after them.
     """
     tensors, arguments = schema.count("Tensor"), schema.count(",") + 1
     signature = f"(Tensor dy, {schema}{saved}) -> ({', '.join(['Tensor'] * gradients)})"
@@ -164,7 +164,7 @@ def register_backward(
         ctx.rest = inputs[tensors + 1 :]
 
     def second(ctx: Any, *cotangents: Tensor | None) -> Gradients:
-        graph = torch.is_grad_enabled()  # create_graph of the caller: without it third derivatives would lack terms
+        graph = torch.is_grad_enabled()  # the caller's create_graph, without which third derivatives would lack terms
         with torch.enable_grad():
             dy, *inputs = ctx.saved_tensors  # keep and mask may be None, and a mask has no gradient
             wanted = [k for k, t in enumerate(inputs[: len(cotangents)]) if t is not None]
@@ -189,7 +189,7 @@ def register_backward(
 
 
 def by_definition(*arguments: Any) -> Tensor:
-    """The reference's output, float64, for the fields of a `Scan`."""
+    """The output of the float64 reference for the fields of a `Scan`."""
     scan = Scan(*arguments)
     return propagate_2d_reference(
         *arguments[:4],
@@ -213,7 +213,7 @@ _backward = (propagate_2d_backward_op, propagate_2d_backward_now)
 propagate_2d_saving_op, Propagate = register_forward(
     "propagate_2d_saving", SCAN_SCHEMA, propagate_2d_saving_now, _saved, *_backward, outputs=3, saves=True
 )
-# `propagate_2d` takes the saving op where a gradient is wanted; this is for a program traced without one
+# `propagate_2d` calls the saving op when a gradient is needed; this covers a program traced without one
 propagate_2d_op, _ = register_forward("propagate_2d", SCAN_SCHEMA, propagate_2d_now, _output, *_backward)
 line_scan_backward_op = register_backward(
     "line_scan_backward", LINE_SCAN_SCHEMA, line_scan_backward_now,
@@ -226,11 +226,11 @@ line_scan_op, LineScan = register_forward(
 )  # fmt: skip
 
 
-# Per position and direction. Forward, of a set of parameters: 3 sigmoids, 2 adds, 3 divisions; of a channel: 3
+# Per position and direction. Forward, per parameter group: 3 sigmoids, 2 adds, 3 divisions; per channel: 3
 # multiply-adds of the recurrence plus lam * x as a fourth; the gate; the merge. The forget gate: a sigmoid, 3 products.
-# Backward, of a set: the normalisation again (8) and its gradient (subtract, divide, two products and 1 - s: 15); of a
+# Backward, per group: the normalisation again (8) and its gradient (subtract, divide, two products and 1 - s: 15); per
 # channel: the recurrence again (8), the adjoint scan (6), dh, du, dlam, dx (4 + 1 add), dweights (3), their shared sum
-# (5). The forget gate: as before, and its own gradient (4).
+# (5). The forget gate: as in the forward, plus its gradient (4).
 FLOPS_FORWARD = {"normalise": 8, "recurrence": 8, "gate_and_merge": 2}
 FLOPS_BACKWARD = 8 + 8 + 6 + 5 + 3 + 20
 FLOPS_SETS = {"forward": FLOPS_FORWARD["normalise"], "backward": 8 + 15}
@@ -240,14 +240,14 @@ FLOPS_KEEP = {"forward": 4, "backward": 8}
 def _scan_flops(
     which: str, each: int, x_shape: Sequence[int], lam_shape: Sequence[int], keep_shape: Any, rest: Sequence[Any]
 ) -> int:
-    """FLOPs of a pass that costs `each` for a channel with parameters of its own; n is one more channel of a set."""
+    """FLOPs of a pass that costs `each` per channel with its own parameters. n counts as one more channel per group."""
     sets, of_set = math.prod(lam_shape), FLOPS_SETS[which]
     channels = sets // lam_shape[-1] * (x_shape[-1] + (lam_shape[-1] if True in rest[4:5] else 0))
     return channels * (each - of_set) + sets * (of_set + (0 if keep_shape is None else FLOPS_KEEP[which]))
 
 
 def register_flops(formula: Callable[..., int], *ops: Any) -> None:
-    """Count the FLOPs of ops by a function of the shapes of their arguments."""
+    """Register FLOP formulas, each a function of the argument shapes."""
     register_flop_formula(list(ops))(lambda *shapes, out_shape=None, **_: formula(*shapes))
 
 

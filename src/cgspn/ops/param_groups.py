@@ -1,4 +1,4 @@
-"""What every backend needs of sets of parameters."""
+"""Broadcast over parameter groups, and its adjoint."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def per_channel(sets: Tensor, each: int) -> Tensor:
-    """[..., G], a value for each set of parameters, as one for each of the `each` channels of a set."""
+    """Repeat the values [..., G] of parameter groups for the `each` channels of each group."""
     return sets if each == 1 else sets.repeat_interleave(each, -1)
 
 
 def per_set(channels: Tensor, each: int) -> Tensor:
-    """The adjoint of `per_channel`: the sum over the channels of a set, taken in float32 at least."""
+    """The adjoint of `per_channel`: the sum over the channels of a group, in float32 or wider."""
     if each == 1:
         return channels
     wide = torch.promote_types(channels.dtype, torch.float32)

@@ -1,7 +1,7 @@
-"""Products by cuBLASLt with everything but addresses fixed.
+"""Matrix products by cuBLASLt that are set up once and run with new addresses.
 
-PyTorch's own way to the library takes as long as several launches. Here out = a b (+ bias, then a GELU), or add + a b,
-of 16 bits. cuBLAS counts by columns: a matrix [M, K] of rows is [K, M] to it. The constants are those of cublasLt.h.
+A product called through PyTorch takes as long as several launches. These compute out = a b (+ bias, then a GELU) or
+add + a b, in 16 bits. cuBLAS is column-major: a row-major [M, K] is its [K, M]. The constants are from cublasLt.h.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 TYPES = {torch.float16: 2, torch.bfloat16: 14}
 FLOAT, COMPUTE_FLOAT = 0, 68
-TRANSPOSED, EPILOGUE, BIAS = (3, 4), 7, 8  # attributes of a product, for its first and its second matrix
+TRANSPOSED, EPILOGUE, BIAS = (3, 4), 7, 8  # attributes of a product; TRANSPOSED for each of the two matrices
 NO_EPILOGUE, WITH_BIAS, WITH_GELU = 1, 4, 32
-WORKSPACE, REDUCTIONS, ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # attributes of what is preferred
-ALIGNED = 16  # bytes, of every matrix
-IN_FLOAT = 2  # sums of parts of a product are taken in float32
+WORKSPACE, REDUCTIONS, ALIGNMENTS = 1, 3, (5, 6, 7, 8)  # attributes of the preference
+ALIGNED = 16  # required alignment of every matrix in bytes
+IN_FLOAT = 2  # split-K sums are accumulated in float32
 
 
 class Heuristic(ctypes.Structure):
@@ -32,7 +32,7 @@ class Heuristic(ctypes.Structure):
 
 @functools.cache
 def library() -> Any:
-    """The library that PyTorch has loaded. Raises OSError where there is none."""
+    """The cuBLASLt library that PyTorch has loaded. Raises OSError if there is none."""
     if torch.version.cuda is None:
         raise OSError("this PyTorch has no CUDA")
     return ctypes.CDLL(f"libcublasLt.so.{torch.version.cuda.split('.')[0]}")
@@ -40,7 +40,7 @@ def library() -> Any:
 
 @functools.cache
 def _handle(index: int) -> c_void_p:
-    """The cuBLASLt handle of the current device, which has this index."""
+    """The cuBLASLt handle of the current device, whose index this is."""
     handle = c_void_p()
     check(library().cublasLtCreate(byref(handle)))
     return handle
@@ -55,7 +55,7 @@ def _layout(dtype: torch.dtype, across: int, down: int, stride: int) -> c_void_p
 
 
 def _matrix(t: Tensor) -> tuple[c_void_p, bool]:
-    """How a matrix lies in memory, and whether by columns."""
+    """The layout descriptor of a matrix, and whether it is column-major."""
     by_columns = t.stride(1) != 1
     if by_columns:
         t = t.t()
@@ -63,24 +63,24 @@ def _matrix(t: Tensor) -> tuple[c_void_p, bool]:
 
 
 def check(status: int) -> None:
-    """Raise RuntimeError unless a call of the library succeeded."""
+    """Raise RuntimeError unless a library call succeeded."""
     if status:
         raise RuntimeError(f"cuBLASLt: status {status}")
 
 
 class Pointer(c_void_p):
-    """An address that is written as those of a launch's arguments are."""
+    """An address with the same write interface as the arguments of a launch."""
 
     def __setitem__(self, _: int, address: int) -> None:
-        """Whatever the index."""
+        """Write the address; the index is ignored."""
         self.value = address
 
 
 class Product:
-    """out = a b, for the stream that it was prepared for.
+    """The product out = a b on the stream for which it was prepared.
 
     Attributes:
-        pointers: the addresses of a, b, out and what is added, which may change to others that 16 divides.
+        pointers: the addresses of a, b, out and add. They can be replaced by other multiples of 16.
         run: starts the product; returns the library's status.
     """
 
@@ -90,13 +90,13 @@ class Product:
         self, device: int, stream: int, scratch: Tensor, a: Tensor, b: Tensor, out: Tensor,
         *, bias: Tensor | None = None, add: Tensor | None = None, gelu: bool = False,
     ) -> None:  # fmt: skip
-        """a [M, K], b [K, N], out [M, N], of one dtype of 16 bits; out by rows, a and b by rows or columns.
+        """a [M, K], b [K, N] and out [M, N] have one 16-bit dtype; out is row-major, a and b row- or column-major.
 
-        scratch: what the product may write to; bias: [N], or add: [M, N], which may be out; gelu: by tanh, after it.
+        scratch: workspace; bias: [N], or add: [M, N], which may be out; gelu: apply a tanh GELU to the result.
         Raises KeyError for another dtype, OSError without the library, RuntimeError with its status.
         """
         lib, self._handle = library(), _handle(device)
-        self._free = lib.cublasLtMatmulDescDestroy  # which is there when Python ends, too
+        self._free = lib.cublasLtMatmulDescDestroy  # kept because modules may be gone at interpreter exit
         self._description = c_void_p()
         check(lib.cublasLtMatmulDescCreate(byref(self._description), COMPUTE_FLOAT, FLOAT))
         (first, over), (second, under), (third, _) = (_matrix(t) for t in (b, a, out))
@@ -118,7 +118,7 @@ class Product:
         )  # fmt: skip
 
     def _choose(self, matrices: list[c_void_p], scratch: int) -> Heuristic:
-        """The algorithm that the library takes for the fastest."""
+        """The algorithm that the library's heuristic ranks first."""
         lib, preference = library(), c_void_p()
         check(lib.cublasLtMatmulPreferenceCreate(byref(preference)))
         try:
@@ -137,6 +137,6 @@ class Product:
         return found
 
     def __del__(self) -> None:
-        """Free what the library made."""
+        """Free the library's descriptor."""
         if self._description:
             self._free(self._description)

@@ -80,7 +80,7 @@ def propagate_2d_projected(
             raise ValueError(f"backend is {backend!r}; parameters='chip' accepts 'auto', 'cuda'")
         if not recompute:
             raise ValueError("recompute is False; parameters='chip' keeps nothing and accepts only True")
-        if _wants_gradient(x, weight, bias) and not torch.compiler.is_compiling():  # rather than in the backward
+        if _wants_gradient(x, weight, bias) and not torch.compiler.is_compiling():  # raise here, not in the backward
             check_chip(x, backward=True)
     if _look_at_values(x):
         checks.check_finite(mask, x=x)
@@ -90,11 +90,11 @@ def propagate_2d_projected(
 
 
 def projected_unchecked(p: ProjectedScan, recompute: bool = True) -> Tensor:
-    """`propagate_2d_projected` of arguments that fit one another and may hold any value: what layers call."""
+    """`propagate_2d_projected` without argument checks, for the layers."""
     x, weight, bias = _as_autocast(*p[:3])
     p, wanted = p._replace(x=x, weight=weight, bias=bias), _wants_gradient(x, weight, bias)
     inside = p.parameters == "chip"
-    if not inside:  # an exported or transformed program knows projections and scans, and nothing of this operator
+    if not inside:  # exported and transformed programs contain a projection and a scan instead of this operator
         inside = recompute if wanted else p.parameters == "auto" and on_accelerator(x)
         inside = inside and not torch.compiler.is_exporting() and not in_functorch()
     if not inside:

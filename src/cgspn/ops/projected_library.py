@@ -1,6 +1,6 @@
-"""Registration of the projected operator: see library.py, which this follows.
+"""Registration of the projected operator, in the same way as library.py.
 
-Where its parameters go is decided inside, like the backend, so a traced program never sees the choice.
+The op chooses inside where its parameters go, like the backend, so a traced program does not contain the choice.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .replay import column_sums, empty, linear, matmul
 
 
 def check_chip(x: Tensor, *, backward: bool) -> None:
-    """Raise RuntimeError, with the reason, where the kernels of a pass cannot run on `x`."""
+    """Raise RuntimeError with the reason if the kernels of a pass cannot run on `x`."""
     reason = chip_kernels.unsupported_reason(x, backward)
     if reason is not None:
         raise RuntimeError(f"parameters='chip' cannot run here: {reason}")
@@ -44,7 +44,7 @@ def _on_chip(p: ProjectedScan) -> bool:
 
 
 def projected_now(*arguments: Any) -> Tensor:
-    """The output for the fields of a `ProjectedScan`. Saves no more than its arguments."""
+    """The output for the fields of a `ProjectedScan`. Only its arguments are saved for the backward."""
     p = ProjectedScan(*arguments)
     check_reverse("propagate_2d_projected")
     if _on_chip(p):
@@ -59,10 +59,10 @@ def _output(*arguments: Any) -> Tensor:
 
 
 def projected_backward_now(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """Gradients of `projected_op` to x, weight and bias, [0] for a bias that is not there.
+    """Gradients of `projected_op` with respect to x, weight and bias; [0] if there is no bias.
 
-    On the chip where the forward is and lines fit: with the passes in one, an H100 took a fifth less time than with
-    parameters made again in memory (B = 32, 74x74, C = 64: 1.59 against 1.98 ms, forward included).
+    Runs on the chip if the forward does and lines fit. On an H100 that takes a fifth less time than recomputing the
+    parameters in memory (B = 32, 74x74, C = 64: 1.59 against 1.98 ms, forward included).
     """
     p = ProjectedScan(*arguments)
     chip = _on_chip(p)
@@ -75,27 +75,27 @@ def projected_backward_now(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 def backward_in_memory(dy: Tensor, p: ProjectedScan, chip: bool) -> tuple[Tensor, ...]:
-    """`projected_backward_now` with the parameters in memory; chip: the state alone is made without them."""
+    """`projected_backward_now` with the parameters in memory. With `chip`, the state is computed without them."""
     x, weight, bias, mask = p[:4]
     module, scan = backend_for(p.backend, x), p.scan(linear(x, weight, bias))
     if hasattr(module, "forward_saving"):
-        # gradients side by side as the projection made the parameters: one product for each of what they lead to
+        # gradients are laid out like the projection's output, so that x and weight take one product each
         packed = empty((*x.shape[:3], weight.shape[0]), x.dtype, x.device)
-        # on the chip the state at least is made without an output beside it
+        # the chip computes the state alone, without an output
         h = chip_kernels.state(p) if chip else module.forward_saving(scan)[1]
         dlogits, dlam, du = split_parameters(packed, len(p.directions))
         dx = module.backward(dy, scan, h, into=(dlam, du, dlogits))[0]
     else:
         dx, dlogits, dlam, du, _ = module.backward(dy, scan)
         packed = torch.cat([dlam.unsqueeze(-2), du.unsqueeze(-2), dlogits], -2)
-    seen = x if mask is None else x.where(mask[..., None], 0)  # padding may hold anything
+    seen = x if mask is None else x.where(mask[..., None], 0)  # padding may hold any value
     flat, seen = packed.view(-1, weight.shape[0]), seen.reshape(-1, x.shape[-1])
     dx = matmul(flat, weight, dx.reshape(-1, x.shape[-1])).view(x.shape)
     return dx, matmul(flat.T, seen), x.new_empty(0) if bias is None else column_sums(flat)
 
 
 def _by_definition(*arguments: Any) -> Tensor:
-    """The projection and the reference's output, float64."""
+    """The projection and the reference scan in float64."""
     p = ProjectedScan(*arguments)
     x = p.x.double() if p.mask is None else p.x.double().where(p.mask[..., None], 0.0)
     packed = plain_linear(x, p.weight.double(), None if p.bias is None else p.bias.double())
@@ -111,7 +111,7 @@ projected_op, Projected = register_forward(
 
 
 def _flops(x_shape: Sequence[int], weight_shape: Sequence[int], projections: int, each: int) -> int:
-    """Of so many products as the projection, and `each` for an element of one map of all directions."""
+    """FLOPs of this many products of the projection's size, plus `each` per element of a map [B, H, W, D, C]."""
     positions = torch.Size(x_shape[:3]).numel()
     elements = positions * weight_shape[0] // PARAMETERS
     return 2 * projections * positions * torch.Size(weight_shape).numel() + elements * each
@@ -120,7 +120,7 @@ def _flops(x_shape: Sequence[int], weight_shape: Sequence[int], projections: int
 register_flops(
     lambda x, weight, *_: _flops(x, weight, 1, sum(FLOPS_FORWARD.values())), torch.ops.cgspn.propagate_2d_projected
 )
-# the projection again, and its two gradients
+# the recomputed projection and its two gradients
 register_flops(
     lambda dy, x, weight, *_: _flops(x, weight, 3, FLOPS_BACKWARD), torch.ops.cgspn.propagate_2d_projected_backward
 )

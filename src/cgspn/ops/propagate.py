@@ -1,4 +1,4 @@
-"""The public operators: arguments checked, a backend chosen, the custom op called."""
+"""The public operators. They check their arguments, choose a backend and call the custom op."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .reference import DIRECTIONS, line_scan_reference
 
 
 def _look_at_values(x: Tensor) -> bool:
-    # On an accelerator the look would stall the queue; in a traced or transformed program there are no values.
+    # On an accelerator the check would synchronise; traced and transformed programs have no values.
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not in_functorch()
 
 
@@ -113,11 +113,11 @@ propagate_2d_normalised = partial(propagate_2d, normalise_state=True)
 
 
 def scan_unchecked(scan: Scan) -> Tensor:
-    """`propagate_2d` of arguments that fit one another and may hold any value: what layers call.
+    """`propagate_2d` without argument checks, for the layers.
 
-    The functions where operations run at once, else the ops, which a program can hold.
+    Calls the functions directly in eager mode, and otherwise the custom ops, which a traced program can contain.
     """
-    tensors, arguments = scan[:5], scan[:-1]  # without the chunk, which only `line_scan` has
+    tensors, arguments = scan[:5], scan[:-1]  # drop `chunk`, which only `line_scan` has
     out: Tensor
     if in_functorch():
         check_plain(scan.backend)
@@ -125,8 +125,8 @@ def scan_unchecked(scan: Scan) -> Tensor:
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     eager = is_eager(*tensors, scan.mask)
     if is_tracing():
-        # A trace keeps the op, and its program finds the gradients. torch.jit.trace compares it, names and line numbers
-        # too, with a trace without gradients.
+        # A trace records the op, to be differentiated later. torch.jit.trace compares names and line numbers with a
+        # trace without gradients.
         out = propagate_2d_op(*arguments)
     elif wanted:
         out, *_ = Propagate.apply(*arguments) if eager else propagate_2d_saving_op(*arguments)  # type: ignore[no-untyped-call]

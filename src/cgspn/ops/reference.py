@@ -1,9 +1,9 @@
-"""What the operator is, in float64 and in plain sight (docs/operator.md; equations (1) and (2) of the paper).
+"""The definition of the operator in float64 (docs/operator.md; equations (1) and (2) of the paper).
 
 Shape letters used in this package: B batch, H rows, W columns, C channels, D directions, G groups of C / G channels
-with one set of parameters, L lines of the scan, M positions of a line, 3 the neighbours j-1, j, j+1.
+with shared parameters, L lines of the scan, M positions of a line, 3 the neighbours j-1, j, j+1.
 
-Nothing here is fast. Every backend is tested against it.
+It is slow. Every backend is tested against it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 DIRECTIONS = ("down", "up", "right", "left")
 EPSILON = 1e-7  # the sum of the neighbours' sigmoids is clamped below at this
-SMALLEST = 1e-6  # and n, which a normalised state is divided by, at this: padding has none, and its output is 0
+SMALLEST = 1e-6  # n is clamped below at this; in padding n is 0, and so is the output
 
 
 def _lines(t: Tensor, direction: str) -> list[Tensor]:
@@ -62,11 +62,11 @@ def propagate_2d_reference(
     `normalise_state`, y[i] = u[i] * h[i] / n[i], where n is the same recurrence over ones in place of x (clamped below
     at 1e-6).
 
-    Shapes: x [B, H, W, C], or [B, H, W, D, C] for what each direction scans; logits [B, H, W, D, 3, G]; lam, u, keep
-    [B, H, W, D, G], where G divides C and channel c takes set c // (C / G); mask [B, H, W] bool or None.
-    Returns float64, whatever came in: [B, H, W, C] for merge="sum", [B, H, W, D, C] for "none".
-    Raises KeyError or IndexError on wrong input; `propagate_2d` has better error messages.
-    Paper: "Scaling Parallel Sequence Models to Vision Foundation Models", equations (1) and (2); docs/operator.md.
+    Shapes: x [B, H, W, C], or [B, H, W, D, C] with separate features for each direction; logits [B, H, W, D, 3, G];
+    lam, u, keep [B, H, W, D, G], where G divides C and channel c belongs to group c // (C / G); mask [B, H, W] bool or
+    None. Always returns float64: [B, H, W, C] for merge="sum", [B, H, W, D, C] for "none". Raises KeyError
+    or IndexError on wrong input; `propagate_2d` has better error messages. Paper: "Scaling Parallel Sequence Models to
+    Vision Foundation Models", equations (1) and (2); docs/operator.md.
     """
     if normalise_state:
         options: Any = {"keep": keep, "directions": directions, "merge": "none", "mask": mask}

@@ -1,7 +1,7 @@
-"""A pass of launches and products kept to run again: what the host does then is to fill in a few addresses.
+"""Record the launches and products of one pass and replay them, so that the CPU only fills in a few addresses.
 
-While a pass is recorded, what lies between its launches is allocated in a workspace, which all passes of a stream use,
-one after the other. So every address is known, but for those of what goes in and of what comes out.
+While a pass is recorded, its intermediate tensors are allocated in a workspace, which all passes of a stream reuse one
+after the other. So all addresses are fixed except for those of the inputs and outputs.
 """
 
 from __future__ import annotations
@@ -20,49 +20,50 @@ from torch.nn.functional import linear as plain_linear
 from .gpu import Gpu, Launch, check, thread
 from .products import check as check_product
 
-ALIGNED = 15  # bits that are zero in the addresses that kernels were compiled for
+ALIGNED = 15  # these bits must be zero in an address: kernels were compiled for that alignment
 
 
-SCRATCH = 1 << 25  # bytes that products may write to: what PyTorch gives them on large GPUs
+SCRATCH = 1 << 25  # bytes of workspace for products, as PyTorch uses on large GPUs
 
 
 class Workspace:
-    """The memory of a stream. Hold the lock to write to it or to launch a kernel that does."""
+    """Memory for the intermediate tensors of one stream. Hold the lock to write to it or to launch a kernel that
+    does."""
 
     def __init__(self, device: torch.device) -> None:
-        """No memory yet."""
+        """Start without memory."""
         self.lock, self.device = threading.Lock(), device
         self.memory: Tensor | None = None
 
     @functools.cached_property
     def scratch(self) -> Tensor:
-        """Of the products."""
+        """The workspace of the products."""
         return torch.empty(SCRATCH if self.device.type == "cuda" else 0, dtype=torch.uint8, device=self.device)
 
     def grow(self, size: int) -> None:
-        """Have `size` bytes: another piece of memory if it had fewer."""
+        """Allocate new memory if there are fewer than `size` bytes."""
         if self.memory is None or self.memory.numel() < size:
             self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
 
 
-# as long as a pass is kept, or somebody wants to keep one
+# a workspace lives as long as a recording or replay refers to it
 _workspaces: weakref.WeakValueDictionary[tuple[torch.device, int], Workspace] = weakref.WeakValueDictionary()
 
 
 class Recording:
-    """The launches and products of the context of `recorded`, in order."""
+    """The launches and products recorded in a `recorded` context, in order."""
 
     def __init__(self, gpu: Gpu, stream: int, workspace: Workspace) -> None:
-        """Nothing yet."""
+        """Start without steps."""
         self.gpu, self.stream, self.workspace = gpu, stream, workspace
         self.memory = workspace.memory
         self.used = 0
-        self.incomplete = ""  # why the pass is not all kept
-        self.steps: list[tuple[Any, Any]] = []  # a launch and its addresses; or what checks a status, and what gives it
-        self.reached: list[int] = []  # addresses of what products read and write
+        self.incomplete = ""  # the reason if something could not be recorded
+        self.steps: list[tuple[Any, Any]] = []  # (launch, addresses), or (status check, callable)
+        self.reached: list[int] = []  # addresses that PyTorch operations read and write
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Memory of the workspace, where that is large enough."""
+        """An uninitialised tensor in the workspace, or a new one if the workspace is too small."""
         start, size = self.used, torch.Size(shape).numel() * dtype.itemsize
         self.used += -(-size // 256) * 256
         if self.memory is None or self.used > self.memory.numel():
@@ -70,11 +71,11 @@ class Recording:
         return self.memory[start : start + size].view(dtype).view(shape)
 
     def launched(self, launch: Launch, addresses: Sequence[int]) -> None:
-        """Keep a launch."""
+        """Record a launch."""
         self.steps.append((launch, tuple(addresses)))
 
     def computed(self, function: Callable[..., Tensor], *tensors: Tensor, out: Tensor) -> Tensor:
-        """function(*tensors, out=out), kept."""
+        """Run and record function(*tensors, out=out)."""
         self.reached += [t.data_ptr() for t in (*tensors, out)]
         self.steps.append((None, functools.partial(function, *tensors, out=out)))
         return function(*tensors, out=out)
@@ -82,7 +83,7 @@ class Recording:
     def product(
         self, a: Tensor, b: Tensor, *, out: Tensor | None = None, bias: Tensor | None = None, add: Tensor | None = None
     ) -> Tensor:
-        """a [M, K] b [K, N] + bias [N], or + add [M, N], kept: [M, N], in `out` or in the workspace."""
+        """Run and record a [M, K] b [K, N] + bias [N] or + add [M, N]. Returns [M, N], in `out` or in the workspace."""
         if out is None:
             out = self.empty((a.shape[0], b.shape[1]), a.dtype, a.device)
         prepared = self.prepare(a, b, out, bias=bias, add=add)
@@ -102,9 +103,10 @@ class Recording:
         return self.gpu.product(self.stream, self.workspace.scratch, *matrices, **options)
 
     def mlp(self, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Callable[[Tensor], object] | None:
-        """A function that adds the MLP of x [M, C] (tanh GELU, without the last bias) onto tokens [M, C]: two products.
+        """A function that adds the MLP of x [M, C] (tanh GELU, no last bias) to tokens [M, C] in place, with two
+        products.
 
-        None where the library does not give them.
+        None if cuBLASLt cannot run these products.
         """
         shape = (x.shape[0], weight1.shape[0])
         hidden, onto = torch.empty(shape, dtype=x.dtype, device=x.device), torch.empty_like(x)
@@ -123,9 +125,9 @@ class Recording:
         return add_
 
     def replay(self, held: Sequence[Tensor], own: Sequence[Tensor | None]) -> Replay | str:
-        """A replay of the pass, or the reason why there is none.
+        """The replay of this pass, or the reason why it cannot be replayed.
 
-        held: tensors that stay where they are; own: those that each call has its own of, given or made, None for none.
+        held: tensors with a fixed address; own: inputs and outputs that differ between calls (None for an absent one).
         """
         self.workspace.grow(self.used)
         if self.incomplete:
@@ -136,7 +138,7 @@ class Recording:
         places = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in (*held, self.memory)]
         for address in {a for step in self.steps for a in addresses_of(step)} | set(self.reached):
             here = any(first <= address < first + size for first, size in changing)
-            # what PyTorch runs has its tensors, and no addresses to change
+            # PyTorch operations hold tensors, whose addresses cannot be changed
             if here and address in self.reached:
                 return "PyTorch reads or writes what each call has its own of"
             if not here and address and not any(first <= address < last for first, last in places):
@@ -145,7 +147,7 @@ class Recording:
 
 
 def addresses_of(step: tuple[Any, Any]) -> Sequence[int]:
-    """The addresses that a kept launch or product reads and writes."""
+    """The addresses that a recorded launch or product reads and writes."""
     what, where = step
     if isinstance(what, Launch):
         return where  # type: ignore[no-any-return]
@@ -153,7 +155,7 @@ def addresses_of(step: tuple[Any, Any]) -> Sequence[int]:
 
 
 class Replay:
-    """Launches and products in order. Runs in the stream that it was recorded in."""
+    """Launches and products in order, run on the stream on which they were recorded."""
 
     def __init__(self, recording: Recording, changing: Sequence[tuple[int, int]]) -> None:
         """changing: addresses and sizes of the tensors that differ between calls."""
@@ -161,7 +163,7 @@ class Replay:
         self._bound = tuple([first for first, _ in changing])
         self._steps: list[tuple[Callable[[int], None] | None, Callable[[], Any]]] = []
         self._changing: list[tuple[Any, int, int, int]] = []
-        self._owners: list[Any] = []  # of what the driver and cuBLASLt read by address
+        self._owners: list[Any] = []  # keeps alive the memory that the driver and cuBLASLt read by address
         for step in recording.steps:
             what, where = step
             if isinstance(what, Launch):
@@ -180,11 +182,11 @@ class Replay:
                         self._changing.append((written, slot, place, address - first))
 
     def holds(self) -> bool:
-        """Whether its memory is still the workspace's."""
+        """Whether the workspace still has the memory of this replay."""
         return self.memory is self.workspace.memory
 
     def run(self, *addresses: int) -> None:
-        """Run with these addresses, aligned as `ALIGNED` says, by whoever has the workspace's lock.
+        """Run with these addresses, aligned as `ALIGNED` says. The caller must hold the workspace's lock.
 
         Raises RuntimeError with the driver's reason.
         """
@@ -200,9 +202,9 @@ class Replay:
 
 @contextmanager
 def recorded(gpu: Gpu, device: torch.device, stream: int) -> Iterator[Recording]:
-    """Keep what this thread launches, in the time of the context."""
+    """Record the launches of this thread within the context."""
     workspace = _workspaces.setdefault((device, stream), Workspace(device))
-    # what is made in inference mode could not be written to outside of it
+    # tensors created in inference mode could not be written to outside of it
     with workspace.lock, torch.inference_mode(False), torch.no_grad():
         thread.recording = Recording(gpu, stream, workspace)
         try:
@@ -217,7 +219,7 @@ def active() -> Recording | None:
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """`torch.empty`; in a recorded pass, memory of the workspace."""
+    """`torch.empty`; while recording, a tensor in the workspace."""
     recording = active()
     if recording is None:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -230,7 +232,7 @@ def empty_like(x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`torch.nn.functional.linear`, which a recorded pass keeps: [..., C] -> [..., K]."""
+    """`torch.nn.functional.linear`, recorded if this thread is recording: [..., C] -> [..., K]."""
     recording = active()
     if recording is None or bias is None:
         return plain_linear(x, weight, bias)
@@ -239,7 +241,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def matmul(a: Tensor, b: Tensor, add: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """a [M, K] b [K, N] (+ add [M, N]) (+ bias [N]), which a recorded pass keeps."""
+    """a [M, K] b [K, N] (+ add [M, N]) (+ bias [N]), recorded if this thread is recording."""
     recording = active()
     if recording is not None:
         return recording.product(a, b, bias=bias, add=add)
@@ -250,7 +252,7 @@ def matmul(a: Tensor, b: Tensor, add: Tensor | None = None, bias: Tensor | None 
 
 
 def column_sums(x: Tensor) -> Tensor:
-    """x.sum(0) of x [M, C], which a recorded pass keeps."""
+    """x.sum(0) of x [M, C], recorded if this thread is recording."""
     if active() is None:
         return x.sum(0)
     from .fused.rows import column_sums as kept
@@ -259,13 +261,13 @@ def column_sums(x: Tensor) -> Tensor:
 
 
 def project(layer: torch.nn.Module, x: Tensor) -> Tensor:
-    """layer(x) of a linear layer, which a recorded pass keeps."""
+    """layer(x) of a linear layer, recorded if this thread is recording."""
     made: Tensor = layer(x) if active() is None else linear(x, layer.weight, layer.bias)  # type: ignore[arg-type]
     return made
 
 
 def pointwise(function: Callable[[Tensor], Tensor], into: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """function(x), of the shape and dtype of x, which a recorded pass keeps as into(x, out=...)."""
+    """function(x), with the shape and dtype of x. While recording, it runs as into(x, out=...) instead."""
     recording = active()
     if recording is None:
         return function(x)

@@ -1,14 +1,14 @@
-"""The PyTorch backend: the recurrence line by line, everything else a slab of lines at a time.
+"""The PyTorch backend. The recurrence runs line by line; all other arithmetic runs on slabs of several lines.
 
-Runs on any device PyTorch runs on. On small grids calling an operation costs more than its arithmetic, so a line takes
-as few as there are: the weighted sum of its neighbours and one addition. What does not wait for the line before
-(sigmoid, normalisation, products with lam and u, most of the gradients) is done for as many lines at once as stay in
-the cache, and on a square grid the four directions share every operation. The backward keeps nothing from the forward:
-it scans again. Sums, state and normalisation are float32, or float64 where the inputs are.
+It runs on any device that PyTorch supports. On small grids the overhead of an operation exceeds its arithmetic, so each
+line takes only two: the weighted sum of its neighbours and an addition. Everything that does not depend on the previous
+line (sigmoid, normalisation, products with lam and u, most gradients) is computed for as many lines as fit in the
+cache. On a square grid the four directions share every operation. The backward recomputes the scan and needs nothing
+from the forward. Sums, state and normalisation are float32, or float64 for float64 inputs.
 
-Shapes: G directions go together; a slab of n lines of all of them is [n, G, B, M, C] and the weights of the three
-neighbours [3, n, G, B, M, C]. States carry a zero at either end, [n + 1, G, B, M + 2, C] with the state before the
-first line in front, so that neighbours are a view of them.
+Shapes: G directions are computed together. A slab of n lines is [n, G, B, M, C], the weights of the three neighbours
+[3, n, G, B, M, C]. States are padded with a zero at each end and begin with the state before the first line:
+[n + 1, G, B, M + 2, C]. The neighbours are views of them.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from .arguments import Scan
 from .param_groups import per_channel, per_set
 from .reference import DIRECTIONS, EPSILON, SMALLEST
 
-# weights in a slab, at most: the 4 MiB of them stay in the cache of a core or its share of the last level
+# most weights in a slab: their 4 MiB fit in the cache of a core or its share of the last level
 SLAB = 1 << 20
 
 
 class _Group:
-    """Directions that are scanned together, and where each of them finds the lines of its scan."""
+    """Directions that are scanned together, with access to the lines of each."""
 
     def __init__(self, codes: Sequence[int], members: Sequence[int], shape: Sequence[int]):
         self.members = list(members)  # positions in `codes`, and so in dimension D of the parameters
@@ -45,7 +45,7 @@ class _Group:
         return [t.select(3, d) for d in self.members]
 
     def shared(self, t: Tensor) -> list[Tensor]:
-        """A map [B, H, W, ...] that all directions of the group read or add to."""
+        """For each direction of the group, the view of a map [B, H, W, ...] that they all read or add to."""
         return [t] * len(self.members)
 
     def features(self, x: Tensor) -> list[Tensor]:
@@ -53,11 +53,11 @@ class _Group:
         return self.maps(x) if x.dim() == 5 else self.shared(x)
 
     def slabs(self) -> list[range]:
-        """The steps of the scan, as many together as fit."""
+        """The steps of the scan, divided into slabs."""
         return [range(k, min(k + self.most, self.count)) for k in range(0, self.count, self.most)]
 
     def _lines(self, maps: Iterable[Tensor], steps: range) -> list[Tensor]:
-        """Views [n, B, M, ...] of some steps' lines of each map, in the order of the map and not of the scan."""
+        """Views [n, B, M, ...] of the lines of some steps in each map, in the order of the map, not of the scan."""
         found = []
         for t, axis, ahead in zip(maps, self.axes, self.ahead, strict=True):
             start = steps.start if ahead else self.count - steps.stop
@@ -65,7 +65,7 @@ class _Group:
         return found
 
     def _turned(self, lines: Iterable[Tensor]) -> list[Tensor]:
-        """From the order of the map to that of the scan, and back."""
+        """Change between the order of the map and that of the scan."""
         return [t if ahead or len(t) == 1 else t.flip(0) for t, ahead in zip(lines, self.ahead, strict=True)]
 
     def read(self, maps: Iterable[Tensor], steps: range, dtype: torch.dtype) -> Tensor:
@@ -73,7 +73,7 @@ class _Group:
         return torch.stack(self._turned(self._lines(maps, steps)), 1).to(dtype)
 
     def read_weights(self, maps: Iterable[Tensor], steps: range, dtype: torch.dtype) -> Tensor:
-        """The lines of some steps of maps [B, H, W, 3, C], a slab of weights [3, n, G, B, M, C]."""
+        """The lines of some steps of maps [B, H, W, 3, C], as a slab of weights [3, n, G, B, M, C]."""
         lines = self._turned(self._lines(maps, steps))
         return torch.stack([t.movedim(3, 0) for t in lines], 2).to(dtype)
 
@@ -87,7 +87,7 @@ class _Group:
         self.write(maps, steps, slab.movedim(0, -2))
 
     def add(self, total: Tensor, steps: range, slab: Tensor) -> None:
-        """Add the lines of each direction to the one map they share."""
+        """Add the lines of each direction to the map that they share."""
         for out, t in zip(self._lines(self.shared(total), steps), self._turned(slab.unbind(1)), strict=True):
             out.add_(t)
 
@@ -111,13 +111,13 @@ def _neighbours(padded: Tensor) -> Tensor:
 
 
 def _mix(weights: Sequence[Tensor], neighbours: Sequence[Tensor]) -> Tensor:
-    """W h for the state of the line before: the sum over three neighbours."""
+    """W h for the state h of the previous line: the weighted sum over three neighbours."""
     out = torch.mul(weights[1], neighbours[1])
     return out.addcmul_(weights[0], neighbours[0]).addcmul_(weights[2], neighbours[2])
 
 
 def _spread(weights: Sequence[Tensor] | Tensor, q: Tensor) -> Tensor:
-    """W^T q: what every position gets back from those on the next line that read it."""
+    """W^T q: the gradient that each position receives from its three neighbours on the next line."""
     out = weights[1] * q
     out[:, :, :-1].addcmul_(weights[0][:, :, 1:], q[:, :, 1:])
     out[:, :, 1:].addcmul_(weights[2][:, :, :-1], q[:, :, :-1])
@@ -125,30 +125,30 @@ def _spread(weights: Sequence[Tensor] | Tensor, q: Tensor) -> Tensor:
 
 
 class _Slab(NamedTuple):
-    """Some lines of `propagate_2d`, as forward and backward need them."""
+    """The intermediate values of a slab of lines, for forward and backward."""
 
     steps: range
     outside: Tensor | None  # [n, G, B, M, 1] bool: padding
     sigma: Tensor  # [3, n, G, B, M, C], zero where there is no neighbour
     total: Tensor  # their sum, clamped
-    kept: Tensor | None  # the factor of the line before
-    mean: Tensor  # W h of the line before
+    kept: Tensor | None  # the forget gate
+    mean: Tensor  # W h of the previous line
     states: Tensor  # padded state before the first line, and of every line
 
 
 def _counted(t: Tensor, ones: Tensor, each: int) -> Tensor:
-    """[..., C] in sets of `each` channels, one more for each set behind its channels: that of `ones` [..., sets]."""
+    """Append to each group of `each` channels of [..., C] one channel from `ones` [..., groups]."""
     return torch.cat([t.unflatten(-1, (-1, each)), ones.unsqueeze(-1)], -1).flatten(-2)
 
 
 def _uncounted(t: Tensor, each: int) -> tuple[Tensor, Tensor]:
-    """The inverse of `_counted`: [..., C] and [..., sets]."""
+    """The inverse of `_counted`: [..., C] and [..., groups]."""
     channels, ones = t.unflatten(-1, (-1, each + 1)).split([each, 1], -1)
     return channels.flatten(-2), ones.squeeze(-1)
 
 
 def _scan(group: _Group, scan: Scan) -> Iterator[_Slab]:
-    """The slabs of a scan; of a normalised state each set has a channel more, n: the same scan over ones."""
+    """Yield the slabs of a scan. For a normalised state each group has one more channel, n: the same scan over ones."""
     dtype, each = torch.promote_types(scan.x.dtype, torch.float32), scan.share
     every = each + scan.normalise_state
     xs, scales, scores = group.features(scan.x), group.maps(scan.lam), group.maps(scan.logits)
@@ -171,9 +171,9 @@ def _scan(group: _Group, scan: Scan) -> Iterator[_Slab]:
             inside = group.read(group.shared(scan.mask), steps, torch.bool)[..., None]
             first = torch.zeros_like(inside[:1]) if outside is None else outside[-1:]
             outside = ~inside
-            padding = pad(torch.cat([first, outside[:-1]]), (0, 0, 1, 1))  # on the line before
+            padding = pad(torch.cat([first, outside[:-1]]), (0, 0, 1, 1))  # on the previous line
             sigma.masked_fill_(outside | _neighbours(padding), 0.0)
-            drive.masked_fill_(outside, 0.0)  # no neighbour and no drive: the state is zero there
+            drive.masked_fill_(outside, 0.0)  # neither neighbours nor input: the state is zero there
             kept = None if kept is None else kept.masked_fill_(outside, 0.0)
         sigma = per_channel(sigma, every)
         total = torch.ones_like(drive)
@@ -200,13 +200,13 @@ def _restarts(scan: Scan, step: int) -> bool:
 
 
 def _gated(slab: _Slab, t: Tensor, gate: Tensor) -> Tensor:
-    """gate * t, and zero in the padding, which may hold anything, NaN included."""
+    """gate * t, and zero in the padding, which may hold any value, even NaN."""
     out = t * gate
     return out if slab.outside is None else out.masked_fill_(slab.outside, 0.0)
 
 
 def _state(slab: _Slab, scan: Scan) -> tuple[Tensor, Tensor]:
-    """The input of the gate: the state, divided by n if it is normalised; and n."""
+    """The input of the gate (the state, divided by n if it is normalised), and n."""
     h = _inner(slab.states)[1:]
     if not scan.normalise_state:
         return h, h
@@ -244,7 +244,7 @@ def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | N
         xs, scales = group.features(x), group.maps(scan.lam)
         dys = group.shared(dy) if scan.merge_sum else group.maps(dy)
         slabs = list(_scan(group, scan))
-        from_next: Tensor | None = None  # kept W^T g of the line that follows
+        from_next: Tensor | None = None  # forget gate times W^T g of the next line
         while slabs:
             slab = slabs.pop()
             steps, kept = slab.steps, slab.kept

@@ -1,8 +1,8 @@
-"""The scan in Triton: one program walks one direction of one image for a few channels, a whole line in registers.
+"""The scan in Triton. A program scans one direction of one image for a few channels, with whole lines in registers.
 
-A line is a tile [M, C'] (positions padded to a power of two, a few channels); neighbours come from `tl.gather`.
-Shape letters as in reference.py. Strides are in elements, as tuples: batch, row, column, then direction (0 where a map
-has none), neighbour (likewise) and channel. Offsets are 64 bits wide.
+A line is a tile [M, C'] (positions padded to a power of two, a few channels); `tl.gather` reads the neighbours.
+Shape letters as in reference.py. Strides are tuples in elements: batch, row, column, direction, neighbour (0 if a map
+lacks either) and channel. Offsets are 64 bits wide.
 """
 
 # mypy: ignore-errors
@@ -17,7 +17,7 @@ SMALLEST = tl.constexpr(1e-6)  # and n at this
 
 @triton.jit
 def _place(H, W, D, groups, codes, CHANNELS: tl.constexpr):
-    """The place of this program: image, direction, first channel, vertical, backwards, lines, positions of a line."""
+    """The work of this program: image, direction, first channel, vertical, backwards, lines, positions of a line."""
     program = tl.program_id(0)
     d = program % D
     code = (codes >> (2 * d)) & 3
@@ -30,7 +30,7 @@ def _place(H, W, D, groups, codes, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _walk(strides, vertical, backwards):
-    """Elements from a line to the next in the order of the scan, and from a position to the next."""
+    """Strides in elements from a line to the next in the order of the scan, and from a position to the next."""
     down = tl.cast(strides[1], tl.int64)
     right = tl.cast(strides[2], tl.int64)
     step = tl.where(vertical, down, right)
@@ -39,7 +39,7 @@ def _walk(strides, vertical, backwards):
 
 @triton.jit
 def _start(p, strides, b, d, j, c, vertical, backwards, line, lines):
-    """Addresses of the tile [M, C'] of line number `line` of the scan, and elements to that of the next line."""
+    """Addresses of the tile [M, C'] of line `line` of the scan, and the stride to the next line."""
     step, across = _walk(strides, vertical, backwards)
     first = tl.where(backwards, (lines - 1) * tl.abs(step), 0) + line * step
     base = p + b * strides[0] + d.to(tl.int64) * strides[3] + first
@@ -48,7 +48,7 @@ def _start(p, strides, b, d, j, c, vertical, backwards, line, lines):
 
 @triton.jit
 def _tile(c0, positions, C, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Positions, channels, which of both there are, and for each place of the tile its neighbours' positions."""
+    """Positions, channels, the mask of valid ones, and the positions of each element's neighbours."""
     j = tl.arange(0, POSITIONS)
     c = c0 + tl.arange(0, CHANNELS)
     valid = (j < positions)[:, None] & (c < C)[None, :]
@@ -59,11 +59,11 @@ def _tile(c0, positions, C, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
 
 @triton.jit
 def _surroundings(mask, at, step, across, j, i, positions):
-    """Whether the neighbours j-1, j, j+1 on the line before and the position itself are in the image, each [M]."""
+    """Masks [M]: whether the neighbours j-1, j, j+1 on the previous line and the position itself are in the image."""
     valid = j < positions
     here = tl.load(mask + at, mask=valid, other=0) != 0
     before = mask + at - step
-    line = i + 0 * j  # a scalar condition and a tensor's make integers in the interpreter of Triton 3.9, not booleans
+    line = i + 0 * j  # in Triton 3.9's interpreter `and` of a scalar and a tensor is an integer, not a boolean
     first = line == 0
     left = first | (tl.load(before - across, mask=valid & (j > 0) & (line > 0), other=0) != 0)
     centre = first | (tl.load(before, mask=valid & (line > 0), other=0) != 0)
@@ -74,7 +74,7 @@ def _surroundings(mask, at, step, across, j, i, positions):
 
 @triton.jit
 def _sigmas(l0, l1, l2, e0, e1, e2):
-    """Sigmoids of the logits of the neighbours that exist, zero for the others."""
+    """Sigmoids of the logits; zero for neighbours that do not exist."""
     s0 = tl.where(e0[:, None], 1.0 / (1.0 + tl.exp(-l0)), 0.0)
     s1 = tl.where(e1[:, None], 1.0 / (1.0 + tl.exp(-l1)), 0.0)
     s2 = tl.where(e2[:, None], 1.0 / (1.0 + tl.exp(-l2)), 0.0)
@@ -91,7 +91,7 @@ def scan_forward(
 ):  # fmt: skip
     """`propagate_2d` (NORMALISE) or `line_scan`: outputs to y (WRITE), the state to `saved` (SAVE).
 
-    MEAN: outputs are those of the state over n, the same scan over ones, which goes to `counted` (SAVE).
+    MEAN: the state is divided by n, the same scan over ones, which is written to `counted` (SAVE).
     """
     b, d, c0, vertical, backwards, lines, positions = _place(H, W, D, groups, codes, CHANNELS)
     j, c, valid, to_left, to_right = _tile(c0, positions, C, POSITIONS, CHANNELS)
@@ -110,7 +110,7 @@ def scan_forward(
         y_at, y_step = _start(y, ys, b, d, j, c, vertical, backwards, 0, lines)
     if SAVE:
         saved_at, saved_step = _start(saved, saveds, b, d, j, c, vertical, backwards, 0, lines)
-        if MEAN:  # n lies as the state does
+        if MEAN:  # n has the layout of the state
             counted_at, _ = _start(counted, counteds, b, d, j, c, vertical, backwards, 0, lines)
     if MASKED:
         m_step, m_across = _walk(ms, vertical, backwards)
@@ -171,7 +171,7 @@ def scan_forward(
 
 @triton.jit
 def _returned(w0, w1, w2, g, to_left, to_right, has_left, has_right, going):
-    """W^T g, zero where the line before is not read."""
+    """W^T g; zero where the previous line is not read."""
     # position j is the left neighbour of j + 1 and the right neighbour of j - 1
     by_right = tl.gather(w0 * g, to_right, 0)
     by_left = tl.gather(w2 * g, to_left, 0)
@@ -187,8 +187,8 @@ def scan_backward(
     NORMALISE: tl.constexpr, KEEP: tl.constexpr, MASKED: tl.constexpr, MEAN: tl.constexpr,
     STATE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The adjoint scan, last line first, from the state `h` that `scan_forward` saved; and n (MEAN), which is one more
-    channel of a set, whose x is 1."""
+    """The adjoint scan, last line first, from the state `h` that `scan_forward` saved. With MEAN also from n, which is
+    one more channel of each group, with x = 1."""
     b, d, c0, vertical, backwards, lines, positions = _place(H, W, D, groups, codes, CHANNELS)
     j, c, valid, to_left, to_right = _tile(c0, positions, C, POSITIONS, CHANNELS)
     has_left = (j > 0)[:, None] & valid
@@ -202,7 +202,7 @@ def scan_backward(
     logits_at, logits_step = _start(logits, ls, b, d, j, c, vertical, backwards, last, lines)
     dy_at, dy_step = _start(dy, dys, b, d, j, c, vertical, backwards, last, lines)
     h_at, h_step = _start(h, hs, b, d, j, c, vertical, backwards, last, lines)
-    if MEAN:  # it lies as h does
+    if MEAN:  # it has the layout of h
         n_at, _ = _start(n, ns, b, d, j, c, vertical, backwards, last, lines)
     dx_at, dx_step = _start(dx, dxs, b, d, j, c, vertical, backwards, last, lines)
     dlam_at, dlam_step = _start(dlam, dlams, b, d, j, c, vertical, backwards, last, lines)
@@ -221,7 +221,7 @@ def scan_backward(
         m_at = b * ms[0] + tl.where(backwards, last * tl.abs(m_step), 0) + last * m_step
         m_at += j.to(tl.int64) * m_across
 
-    from_next = tl.zeros([POSITIONS, CHANNELS], STATE)  # W^T g of the line that follows
+    from_next = tl.zeros([POSITIONS, CHANNELS], STATE)  # W^T g of the next line
     n_from_next = tl.zeros([POSITIONS, CHANNELS], STATE)
     i = lines - 1
     while i >= 0:

@@ -1,7 +1,7 @@
-"""Triton kernels launched without Triton's launcher, which takes as long as several kernels.
+"""Launch Triton kernels without Triton's launcher, whose CPU time exceeds that of several kernels.
 
-The first launch goes through Triton, which compiles; what it compiled is then launched as any other kernel, as long as
-addresses are aligned as they were. Where there is no CUDA (AMD, Intel, the interpreter) every launch goes through it.
+The first launch goes through Triton, which compiles the kernel. Later launches use the compiled kernel directly if the
+addresses have the same alignment. Without CUDA (AMD, Intel, the interpreter) every launch goes through Triton.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from torch import Tensor
 from .gpu import Gpu, Launch, driver, thread
 
 _PACKED = {"i32": "<i", "u32": "<I", "i64": "<q", "u64": "<Q", "fp32": "<f", "f32": "<f", "fp64": "<d"}
-ALIGNED = 15  # bits that are zero in addresses which Triton takes for aligned
+ALIGNED = 15  # Triton treats an address as aligned if these bits are zero
 
 
 class TritonLaunch:
-    """A Triton kernel with everything fixed but its tensors, which come first in its arguments."""
+    """A Triton kernel with fixed arguments, except for its tensors, which come first."""
 
     def __init__(
         self, kernel: Any, gpu: Gpu | None, grid: tuple[int, ...], numbers: tuple[int | float, ...], **constants: Any
     ) -> None:
-        """numbers: the arguments after the tensors; constants: those after these, and Triton's options."""
+        """numbers: the arguments after the tensors; constants: the constexpr arguments and Triton's options."""
         self.kernel, self.gpu, self.grid, self.numbers, self.constants = kernel, gpu, grid, numbers, constants
         self._prepared: Launch | None = None
         self._tried = gpu is None
         self._index = -1 if gpu is None else gpu.index
 
     def __call__(self, *tensors: Tensor | None) -> None:
-        """Launch on the current stream of the tensors' device. Tensors have the dtypes of the first launch."""
+        """Launch on the current stream of the tensors' device. Dtypes must be those of the first launch."""
         addresses = [0 if t is None else t.data_ptr() for t in tensors]
         bits = 0
         for address in addresses:
@@ -53,7 +53,7 @@ class TritonLaunch:
             self._tried = self._tried or not bits & ALIGNED
 
     def through_triton(self, tensors: Sequence[Tensor | None]) -> Any:
-        """Launch by Triton's own launcher; returns what was compiled."""
+        """Launch with Triton's own launcher. Returns the compiled kernel."""
         return self.kernel[self.grid](*tensors, *self.numbers, **self.constants)
 
 
@@ -70,7 +70,7 @@ def prepare(compiled: Any, gpu: Gpu, launch: TritonLaunch, tensors: int) -> Laun
     values: list[bytes] = []
     slots: list[tuple[int, int]] = []
     for place, kind in enumerate(kinds):
-        if kind == "constexpr":  # what is not there, or 1
+        if kind == "constexpr":  # None, or an integer 1
             slots += [(-1, 0)] if place < tensors else []
         elif place < tensors:
             slots.append((len(values), 0))
@@ -80,7 +80,7 @@ def prepare(compiled: Any, gpu: Gpu, launch: TritonLaunch, tensors: int) -> Laun
         else:
             return None
     wanted = _parameter_count(int(compiled.function))
-    # addresses of scratch memory follow, which these kernels have none of
+    # the remaining parameters are addresses of scratch memory, which these kernels do not use
     if not plain or wanted is None or not len(values) <= wanted <= len(values) + 2:
         return None
     values += [bytes(8)] * (wanted - len(values))
@@ -88,7 +88,7 @@ def prepare(compiled: Any, gpu: Gpu, launch: TritonLaunch, tensors: int) -> Laun
 
 
 def _parameter_count(function: int) -> int | None:
-    """How many parameters a loaded kernel has; None where the driver (before CUDA 12.4) does not tell."""
+    """The number of parameters of a loaded kernel; None for drivers before CUDA 12.4, which cannot report it."""
     ask = getattr(driver(), "cuFuncGetParamInfo", None)
     if ask is None:
         return None

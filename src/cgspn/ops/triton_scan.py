@@ -1,8 +1,9 @@
-"""The Triton backend: the functions of torch_scan.py, each one launch. For GPUs that the CUDA backend does not know.
+"""The Triton backend: the functions of torch_scan.py, one launch each. It serves GPUs that the CUDA backend does not
+support.
 
-Keeps nothing from the forward: the backward scans again for a state in float32 (float64 where the inputs are), so its
-gradients do not see a rounded state. Lines longer than LONGEST go to the PyTorch backend. With TRITON_INTERPRET=1 in
-the environment it runs on the CPU, slowly: for tests.
+The backward recomputes the state in float32 (float64 for float64 inputs) instead of saving it, so its gradients do not
+use a rounded state. Lines longer than LONGEST go to the PyTorch backend. With TRITON_INTERPRET=1 in the environment it
+runs slowly on the CPU, for tests.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from .gpu import Gpu
 from .param_groups import per_channel, per_set
 from .triton_kernels import scan_backward, scan_forward
 
-LONGEST = 2048  # positions of a line: beyond that a tile no longer fits in the registers of a program
-LOGITS = (3, 12)  # places of logits and their gradient among the kernels' arguments
+LONGEST = 2048  # most positions of a line whose tile fits in the registers of a program
+LOGITS = (3, 12)  # indices of the logits and their gradient in the kernels' arguments
 INTERPRETED = not isinstance(scan_forward, triton.runtime.JITFunction)
 STATES = {
     torch.float64: (tl.float64, torch.float64),
@@ -32,7 +33,7 @@ STATES = {
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, gpu: Gpu | None) -> str | None:
-    """The reason this backend cannot run on tensors of a device and dtype, or None."""
+    """The reason why this backend cannot run on a device and dtype, or None."""
     served = gpu.runs_triton if gpu is not None else device.type in ("cuda", "xpu")
     if not served and not (INTERPRETED and device.type == "cpu"):
         return f"x is on {device.type!r}, which Triton does not serve"
@@ -51,7 +52,7 @@ def _strides(t: Tensor | None, neighbours: bool) -> tuple[int, ...]:
 
 
 def tile(longest: int, channels: int, backward: bool) -> tuple[int, int, int]:
-    """Positions and channels of a program's tile, and its warps.
+    """Positions and channels of a program's tile, and its number of warps.
 
     The best of six tilings timed on an H100 at 147x147 (results/operator): 8 channels in 4 warps forward, 4 channels in
     4 warps backward; with 8 channels and 16 warps the backward's addresses spill and it takes six times as long.
@@ -65,7 +66,7 @@ def tile(longest: int, channels: int, backward: bool) -> tuple[int, int, int]:
 
 
 def _launch(kernel: Any, scan: Scan, *tensors: Tensor | None, **flags: bool) -> None:
-    """Launch on the current stream; `tensors` are the kernel's after x, lam, u, logits, keep and the mask."""
+    """Launch on the current stream. `tensors` follow x, lam, u, logits, keep and the mask in the kernel's arguments."""
     x = scan.x
     b, h, w, c = *x.shape[:3], x.shape[-1]
     positions, wide, warps = tile(max(h, w), c, kernel is scan_backward)
@@ -76,7 +77,7 @@ def _launch(kernel: Any, scan: Scan, *tensors: Tensor | None, **flags: bool) -> 
     mask = None if scan.mask is None else scan.mask.view(torch.uint8)
     tensors = (x, scan.lam, scan.u, scan.logits, scan.keep, mask, *tensors)
     strides = [_strides(t, n in LOGITS) for n, t in enumerate(tensors)]
-    # An argument that a variant does not read still needs a pointer.
+    # Even an argument that a variant does not read needs a pointer.
     pointers = [x if t is None else t for t in tensors]
     packed = sum(code << 2 * d for d, code in enumerate(scan.directions))
     sizes = (h, w, c, len(scan.directions), groups, packed, scan.chunk)
@@ -87,19 +88,19 @@ def _launch(kernel: Any, scan: Scan, *tensors: Tensor | None, **flags: bool) -> 
 
 
 def _planes(x: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """Scratch for one map per direction: [B, H, W, D, C] by its strides, stored direction by direction."""
+    """Scratch memory for one map per direction: a view [B, H, W, D, C], stored direction by direction."""
     return x.new_empty((count, *x.shape[:3], x.shape[-1]), dtype=dtype).permute(1, 2, 3, 0, 4)
 
 
 def _expanded(scan: Scan) -> Scan:
-    """With lam, u, logits and keep for every channel: the kernels know no sets of several."""
+    """Expand lam, u, logits and keep to every channel, because the kernels do not support parameter groups."""
     fields: list[Any] = list(scan)
     fields[1:5] = [None if t is None else per_channel(t, scan.share) for t in fields[1:5]]
     return Scan(*fields)
 
 
 def _summed(planes: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum over directions, added in the planes' dtype or better, in a fixed order."""
+    """The sum over directions in a fixed order, in the dtype of the planes or a wider one."""
     return planes.sum(3).to(dtype)
 
 
@@ -128,6 +129,6 @@ def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | N
     dx = _planes(x, count, x.dtype) if merged else x.new_empty(x.shape)
     gradients = [None if t is None else t.new_empty(t.shape) for t in (wide.lam, wide.u, wide.logits, wide.keep)]
     _launch(scan_backward, wide, dy, state, n, dx, *gradients)
-    # a set's gradient is the sum over its channels
+    # a group's gradient is the sum over its channels
     dlam, du, dlogits, dkeep = (None if t is None else per_set(t, scan.share) for t in gradients)
     return _summed(dx, x.dtype) if merged else dx, dlogits, dlam, du, dkeep

@@ -1,1 +1,1 @@
-"""The CUDA backend: kernels shipped as source, compiled at first use (compile.py), cut for the shape (plan.py)."""
+"""The CUDA backend: kernels in source form, compiled at first use (compile.py), with tile sizes from plan.py."""

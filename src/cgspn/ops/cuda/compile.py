@@ -1,8 +1,8 @@
-"""Kernel source to loaded kernel: NVRTC through cuda.core, and a cache of cubins on disk.
+"""Compile and load kernels with NVRTC (through cuda.core), with a cache of cubins on disk.
 
-No nvcc, no headers, no compiler on the machine. A cubin's file name is a hash of everything it depends on (source,
-options, architecture, compiler version), and files appear by an atomic rename, so any number of processes may start
-at once: at worst they compile the same kernel twice.
+This needs no nvcc, headers or host compiler. A cubin's file name is a hash of everything it depends on (source,
+options, architecture, compiler version). Files are created by an atomic rename, so processes that start together at
+worst compile the same kernel twice.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _importing = threading.Lock()
 
 
 def macros(values: Mapping[str, int]) -> Macros:
-    """A mapping as a hashable, ordered tuple: the form in which kernels are asked for."""
+    """Macros as a sorted, hashable tuple, the form that `kernel` takes."""
     return tuple(sorted(values.items()))
 
 
 def cuda_core() -> ModuleType:
-    """cuda.core, whose first import from several threads at once would find it half imported. Raises ImportError."""
+    """Import cuda.core under a lock, because concurrent first imports fail. Raises ImportError."""
     with _importing:
         import cuda.core
 
@@ -40,7 +40,7 @@ def cuda_core() -> ModuleType:
 
 @functools.cache
 def source(name: str) -> str:
-    """The text of kernels/`name`.cu with what it includes in the place of the includes."""
+    """The text of kernels/`name`.cu with its includes expanded."""
     folder = files(__package__) / "kernels"
 
     def expand(file: str) -> str:
@@ -52,7 +52,7 @@ def source(name: str) -> str:
 
 @functools.cache
 def compiler_version() -> str:
-    """NVRTC's version. Raises ImportError without cuda.core, RuntimeError where NVRTC does not load."""
+    """NVRTC's version. Raises ImportError without cuda.core, and RuntimeError if NVRTC does not load."""
     from cuda.bindings import nvrtc
 
     status, major, minor = nvrtc.nvrtcVersion()
@@ -63,7 +63,7 @@ def compiler_version() -> str:
 
 @functools.cache
 def supported_architectures() -> frozenset[str]:
-    """The architectures that NVRTC can compile for, such as "sm_90". Raises as `compiler_version`."""
+    """The architectures that NVRTC can compile for, such as "sm_90". Raises the errors of `compiler_version`."""
     from cuda.bindings import nvrtc
 
     compiler_version()
@@ -79,9 +79,9 @@ def cache_folder() -> Path:
 
 
 def compile_cubin(name: str, defines: Macros, arch: str) -> tuple[bytes, str]:
-    """Compile kernels/`name`.cu for `arch` ("sm_90"): the cubin and the compiler's report on registers and spills.
+    """Compile kernels/`name`.cu for `arch` ("sm_90"). Returns the cubin and the report on registers and spills.
 
-    Needs NVRTC, no GPU and no driver. Raises cuda.core's NVRTCError with the log if the source does not compile.
+    Needs NVRTC but no GPU or driver. Raises cuda.core's NVRTCError with the log if the source does not compile.
     """
     core = cuda_core()
     given = [(key, str(value)) for key, value in defines]
@@ -93,10 +93,10 @@ def compile_cubin(name: str, defines: Macros, arch: str) -> tuple[bytes, str]:
 
 
 def cubin(name: str, defines: Macros, arch: str) -> bytes:
-    """`compile_cubin` behind the cache on disk.
+    """`compile_cubin` with the cache on disk.
 
-    A file begins with the SHA-256 of the code after it; one that does not, because a disk or another program has
-    changed it, is made again. A folder that cannot be written to only costs the next start time.
+    A file begins with the SHA-256 of the code after it; a damaged file is compiled again. If the folder is not
+    writable, the next process compiles again.
     """
     key = "\n".join([source(name), repr(defines), arch, compiler_version()])
     path = cache_folder() / f"{name}-{arch}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.cubin"
@@ -109,7 +109,7 @@ def cubin(name: str, defines: Macros, arch: str) -> bytes:
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-        try:  # a file is written whole or not at all
+        try:  # write a temporary file and rename it
             with os.fdopen(handle, "wb") as file:
                 file.write(hashlib.sha256(code).digest() + code)
             os.replace(temporary, path)
@@ -120,7 +120,7 @@ def cubin(name: str, defines: Macros, arch: str) -> bytes:
 
 
 class Kernel:
-    """A kernel loaded on every device of one architecture; `handle` is what the driver launches."""
+    """A kernel loaded on every device of one architecture; `handle` is the driver's function handle."""
 
     def __init__(self, name: str, entry: str, defines: Macros, arch: str) -> None:
         core = cuda_core()
@@ -129,7 +129,7 @@ class Kernel:
         self._shared: dict[int, int] = {}
 
     def allow_shared(self, amount: int, device: int) -> None:
-        """Let blocks of this kernel take `amount` bytes of dynamic shared memory on a device."""
+        """Allow blocks of this kernel `amount` bytes of dynamic shared memory on a device."""
         from cuda.bindings import driver
 
         if amount <= max(48 * 1024, self._shared.get(device, 0)):
@@ -143,5 +143,5 @@ class Kernel:
 
 @functools.cache
 def kernel(name: str, entry: str, defines: Macros, arch: str) -> Kernel:
-    """The loaded kernel, compiled at its first use. Safe from several threads: at worst it is loaded twice."""
+    """The loaded kernel, compiled at its first use. Thread-safe: at worst it is loaded twice."""
     return Kernel(name, entry, defines, arch)

@@ -1,6 +1,4 @@
-"""Tensors to launches of the scans. Everything but the addresses is worked out once for a combination of shapes and
-strides, and kept.
-"""
+"""Launches of the scan kernels. All but the addresses is computed once per combination of shapes and strides."""
 
 from __future__ import annotations
 
@@ -32,16 +30,16 @@ ARGUMENTS = {
 class Call(NamedTuple):
     """Everything a launch depends on except addresses: its cache key."""
 
-    name: str  # of the source: "forward" or "backward"
+    name: str  # of the kernel source: "forward" or "backward"
     gpu: Gpu
     dtype: torch.dtype
     codes: tuple[int, ...]
-    geometries: tuple[Geometry | None, ...]  # of ARGUMENTS; None for what is not there
+    geometries: tuple[Geometry | None, ...]  # in the order of ARGUMENTS; None for an absent tensor
     alignment: int  # of the addresses
-    share: int = 1  # channels that have one set of parameters between them
+    share: int = 1  # channels per parameter group
     mean: bool = False  # the state is divided by n
     chunk: int = 0
-    cut: TileConfig | None = None  # for measurements; by default the plan's own
+    cut: TileConfig | None = None  # for benchmarks; None takes that of plan.py
 
     @property
     def views(self) -> dict[str, Geometry | None]:
@@ -50,36 +48,36 @@ class Call(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """[B, H, W, C] of the features, which come first."""
+        """The sizes [B, H, W, C] of the features, the first tensor."""
         first = self.geometries[0]
         assert first is not None
         return (*first[0][:3], first[0][-1])
 
 
 class Prepared(NamedTuple):
-    """The launch of a scan, and that of the sum over its directions."""
+    """The launch of a scan, and of the sum over its directions."""
 
     scan: Launch
     merge: Launch | None
 
 
 def byte_strides(geometry: Geometry | None, dims: str, size: int) -> dict[str, int]:
-    """The byte strides of a tensor whose dimensions are named by letters of `dims` ("bhwdkc"); 0 where there is one."""
+    """The byte strides of a tensor with dimensions `dims` ("bhwdkc"). Dimensions of size 1 are left out."""
     if geometry is None:
         return {}
     strides = {name: s * size for name, n, s in zip(dims, *geometry, strict=True) if n > 1}
-    if "c" in dims:  # one channel: its stride means nothing
+    if "c" in dims:  # with one channel its stride is arbitrary
         strides.setdefault("c", size)
     return strides
 
 
 def view(strides: dict[str, int]) -> bytes:
-    """A kernel's View of common.cuh, its address left out."""
+    """A `View` of common.cuh without its address."""
     return VIEW.pack(0, *(strides.get(name, 0) for name in "bhwdkc"))
 
 
 def strides_of(call: Call) -> dict[str, dict[str, int]]:
-    """The byte strides of each of a call's tensors."""
+    """The byte strides of every tensor of a call."""
     found = {}
     for name, geometry in call.views.items():
         kinds = {5: "bhwkc", 6: "bhwdkc"} if name.endswith("logits") else {3: "bhw", 4: "bhwc", 5: "bhwdc"}
@@ -89,8 +87,8 @@ def strides_of(call: Call) -> dict[str, dict[str, int]]:
 
 
 def alignment(call: Call) -> int:
-    """The largest power of two up to 16 that divides every address and stride that wide loads meet; the element size if
-    channels are not contiguous. Single parameters of sets need none."""
+    """The largest power of two up to 16 that divides every address and stride of wide loads; the element size if
+    channels are not contiguous. Parameters of groups are loaded singly and need no alignment."""
     bits, size = call.alignment, call.dtype.itemsize
     for (name, geometry), strides in zip(call.views.items(), strides_of(call).values(), strict=True):
         if geometry is None or name in ("mask", "n") or (call.share > 1 and geometry[0][-1] != call.shape[-1]):
@@ -104,7 +102,7 @@ def alignment(call: Call) -> int:
 
 RIGHT = 2  # the first direction whose lines are columns
 
-# The macros of common.cuh for a kernel that uses only its types and arithmetic, so that they make no variants of it.
+# Fixed macros of common.cuh for a kernel that uses only its types and arithmetic, so that it has no variants.
 PLAIN = {"POS": 1, "NORMALISE": 1, "MERGE": 0, "SPLIT": 1, "HALO": 0, "NARROW": 0, "MASKED": 0}
 PLAIN |= {"SHARE": 0, "FORGET": 0, "MEAN": 0}
 
@@ -125,7 +123,7 @@ def scan_defines(
 
 
 def problem(call: Call) -> Problem:
-    """The part of a call that decides how it is cut."""
+    """The properties of a call on which its tile config depends."""
     b, h, w, c = call.shape
     sideways = any(code >= RIGHT for code in call.codes)
     sizes = (call.dtype.itemsize, b, c, len(call.codes), max(h, w), alignment(call), call.share)
@@ -135,7 +133,7 @@ def problem(call: Call) -> Problem:
 
 @functools.lru_cache(maxsize=1024)
 def prepare(call: Call) -> Prepared | None:
-    """Choose the cut, compile and load the kernel, pack the arguments. None where lines are too long."""
+    """Choose the tile config, compile and load the kernel, and pack the arguments. None if lines are too long."""
     p, gpu = problem(call), call.gpu.machine
     cut = call.cut or choose(p, gpu)
     if cut is None:
@@ -160,7 +158,8 @@ def prepare(call: Call) -> Prepared | None:
 
 @functools.lru_cache(maxsize=1024)
 def merge_launch(gpu: Gpu, dtype: torch.dtype, count: int, directions: int) -> Launch:
-    """Add up planes [D, count] of outputs into another tensor, in float32 and in order: of two addresses."""
+    """A launch that sums planes [D, count] into another tensor, in float32 and a fixed order. It takes two
+    addresses."""
     size = dtype.itemsize
     wide = 16 // size if count % (16 // size) == 0 else 1
     function = gpu.load("merge", "merge", merge_defines(dtype, wide), 0)
@@ -169,13 +168,13 @@ def merge_launch(gpu: Gpu, dtype: torch.dtype, count: int, directions: int) -> L
 
 
 def addresses_of(tensors: Sequence[Tensor | None]) -> tuple[list[int], tuple[Geometry | None, ...]]:
-    """Addresses, 0 for what is not there, and geometries."""
+    """The addresses (0 for None) and geometries of tensors."""
     found = [0 if t is None else t.data_ptr() for t in tensors]
     return found, tuple([None if t is None else (t.shape, t.stride()) for t in tensors])
 
 
 def gpu_behind(x: Tensor) -> Gpu:
-    """The GPU of a tensor that `unsupported_reason` found nothing against."""
+    """The GPU of a tensor for which `unsupported_reason` returned None."""
     gpu = gpu_of(x.device)
     assert gpu is not None
     return gpu

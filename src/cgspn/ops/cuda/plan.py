@@ -1,9 +1,9 @@
-"""How a scan is cut into blocks: channels a thread, vectors and positions a block, lines in flight, blocks a line.
+"""Tile sizes of a scan: channels per thread, vectors and positions per block, lines in flight, blocks per line.
 
-A block walks one direction of one image for `lanes` vectors of `vec` channels. Wide vectors and many lanes read
-memory in long runs; few of them make more blocks, which a small batch needs to fill the machine. Every position and
-map costs the load/store unit one cache line however few of its bytes a block wants: that, and not the bytes, is what
-a line costs at small batches.
+A block scans one direction of one image for `lanes` vectors of `vec` channels. Wide vectors and many lanes read memory
+in long runs. Narrow ones make more blocks, which a small batch needs to fill the GPU. For every position and map the
+load/store unit handles one cache line, however few of its bytes a block uses. At small batches that, not the number of
+bytes, is the cost of a line.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ MAX_THREADS = 1024
 class Problem:
     """The properties of a call that a plan depends on.
 
-    alignment: bytes that divide every address and stride. share: channels that have one set of parameters between them;
-    more than one is the number that a thread takes. keep: a forget gate. sideways: some direction walks right or left.
-    mean: n is scanned too, and the state divided by it.
+    alignment: bytes that divide every address and stride. share: channels per parameter group; if more than one, a
+    thread handles that many. keep: there is a forget gate. sideways: some direction is right or left. mean: n is
+    scanned too, and the state is divided by it.
     """
 
     backward: bool
@@ -40,12 +40,12 @@ class Problem:
 
     @property
     def name(self) -> str:
-        """Of the kernel's source."""
+        """The name of the kernel source."""
         return "backward" if self.backward else "forward"
 
     @property
     def maps(self) -> int:
-        """Input maps that pass through shared memory."""
+        """Number of input maps that pass through shared memory."""
         if self.share > 1:
             return 1 + 2 * self.backward
         return 5 + self.normalise + self.keep + 2 * self.backward
@@ -53,11 +53,11 @@ class Problem:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """One way to cut: `vec` channels and `pos` positions a thread, `lanes` vectors a block, `stages` lines in flight,
-    lines cut into `split` blocks.
+    """Tile sizes: `vec` channels and `pos` positions per thread, `lanes` vectors per block, `stages` lines in flight,
+    `split` blocks per line.
 
-    halo: positions beyond its own, on either side, that a block of a cut line scans too; the blocks exchange states
-        once in as many lines.
+    halo: with split lines, the positions on either side of its own that a block also scans. Blocks exchange states
+    every `halo` lines.
     """
 
     vec: int
@@ -68,11 +68,11 @@ class TileConfig:
     halo: int = 1
 
     def own(self, p: Problem) -> int:
-        """Positions of a line that a block writes."""
+        """Number of positions of a line that a block writes."""
         return -(-p.longest // self.split)
 
     def halo_width(self) -> int:
-        """The halo's width on either side; none where lines are whole."""
+        """The halo's width on either side; 0 if lines are not split."""
         return self.halo if self.split > 1 else 0
 
     def rows(self, p: Problem) -> int:
@@ -80,7 +80,7 @@ class TileConfig:
         return -(-(self.own(p) + 2 * self.halo_width()) // self.pos)
 
     def blocks(self, p: Problem) -> int:
-        """Blocks of a launch."""
+        """Number of blocks of a launch."""
         return p.batch * self.groups(p) * self.split * p.directions
 
     def threads(self, p: Problem) -> int:
@@ -88,13 +88,13 @@ class TileConfig:
         return -(-self.rows(p) * self.lanes // 32) * 32
 
     def groups(self, p: Problem) -> int:
-        """Blocks along the channels."""
+        """Number of blocks along the channels."""
         return -(-p.channels // (self.vec * self.lanes))
 
     def shared_bytes(self, p: Problem) -> int:
         """Dynamic shared memory of a block: lines of float32 state, then stages of the backward."""
         places, vectors = self.rows(p) * self.pos, self.lanes * self.vec
-        counts = p.mean * self.lanes * (1 if p.share > 1 else self.vec)  # of sets
+        counts = p.mean * self.lanes * (1 if p.share > 1 else self.vec)  # of parameter groups
         state = (4 if p.backward else 2) * (places + 2) * (vectors + counts) * 4
         state += 4 * self.halo_width() * (3 if p.backward else 1) * (1 + p.mean) * vectors * 4  # mailboxes
         if p.backward:
@@ -103,15 +103,15 @@ class TileConfig:
         return state  # the forward's stages are in registers
 
     def partial_sector(self, p: Problem) -> bool:
-        """Whether the memory next to a block's channels is read by other blocks, or one line later.
+        """Whether other blocks, or this one a line later, read the memory next to a block's channels.
 
-        The next line of a direction that walks sideways lies in the same 128 bytes, which memory should give at once.
+        In a sideways scan the next line lies in the same 128 bytes, which should be read from memory together.
         """
         run = self.lanes * self.vec * p.itemsize
         return (run < 32 and self.groups(p) > 1) or (run <= 32 and p.sideways)
 
     def thread_bound(self, p: Problem) -> int:
-        """The block size the kernel is compiled for, in few steps so that image sizes share kernels."""
+        """The block size for which the kernel is compiled, in coarse steps so that image sizes share kernels."""
         return next(bound for bound in (128, 256, 384, 512, 640, MAX_THREADS) if self.threads(p) <= bound)
 
     def fits(self, p: Problem, machine: Machine) -> bool:
@@ -120,14 +120,14 @@ class TileConfig:
             return False
         if self.split > 1 and self.own(p) < self.halo:
             return False
-        work = self.vec * self.pos  # registers grow with it
+        work = self.vec * self.pos  # the number of registers grows with it
         if not p.backward and work * p.itemsize * self.stages > 48:
             return False
         return work <= 8 and (self.threads(p) <= 640 or work <= 2)
 
 
 def _vectors(p: Problem) -> Iterator[int]:
-    """Channels a thread may take, widest first: a power of two that the channels and all addresses allow."""
+    """Possible channels per thread, widest first: powers of two that the channels and all addresses allow."""
     if p.share > 1:
         yield p.share
         return
@@ -140,7 +140,7 @@ def _vectors(p: Problem) -> Iterator[int]:
 
 
 def _lanes(p: Problem, vec: int, run: int) -> int:
-    """Vectors that make runs of about `run` bytes, no more than the channels have and the same for all groups."""
+    """Vectors per block for runs of about `run` bytes, at most all channels, and the same for all blocks."""
     vectors = -(-p.channels // vec)
     lanes = 1
     while lanes * 2 * vec * p.itemsize <= run and (lanes * 2 * vec <= p.channels or (p.share > 1 and lanes < vectors)):
@@ -149,11 +149,11 @@ def _lanes(p: Problem, vec: int, run: int) -> int:
 
 
 def choose(p: Problem, machine: Machine) -> TileConfig | None:
-    """The cut for a problem, or None where the lines are too long for any.
+    """The tile config for a problem, or None if its lines are too long for every config.
 
-    From sweeps on an H100 (results/operator): runs of 128 bytes as long as there is a block for most SMs. Where
-    there is not, lines are cut in two before runs are halved, and in more parts where one block a line does not fit or
-    runs would be shorter than a sector. Short lines are not worth a cluster and want narrow vectors instead.
+    From sweeps on an H100 (results/operator): take runs of 128 bytes while most SMs have a block. Otherwise split lines
+    in two before halving the runs, and in more parts if a line does not fit in one block or runs would be shorter than
+    a sector. Short lines are not worth a cluster and take narrow vectors instead.
     """
     vectors = list(_vectors(p))
     if (cut := _alone(p, machine, vectors)) is not None:
@@ -161,8 +161,8 @@ def choose(p: Problem, machine: Machine) -> TileConfig | None:
     wide = vectors[0]
     enough = machine.num_sms * 7 // 10
     clusters = machine.clusters and p.longest >= 64
-    # Of sets of parameters a thread reads and writes single ones: its neighbours fill the sector, so backward wants
-    # them side by side, 0.57 ms instead of 0.79 at B = 32, 74x74, 4 x 96 channels; forward rather wants whole lines.
+    # With parameter groups a thread accesses single parameters, and its neighbours fill the sector. So the backward is
+    # faster with many lanes (0.57 ms instead of 0.79 at B = 32, 74x74, 4 x 96 channels), the forward with whole lines.
     if p.share > 1 and not p.backward:
         for run in (128, 64):
             cut = _whole(p, machine, wide, run)
@@ -177,13 +177,13 @@ def choose(p: Problem, machine: Machine) -> TileConfig | None:
                 continue
             least = enough
             if run == 32 and (split == 4 or not clusters):
-                # Below a sector the load/store unit works for nothing: rather leave SMs idle.
+                # Runs below a sector waste the load/store unit, which costs more than idle SMs.
                 least = machine.num_sms // 3
             elif split > 2:
-                least = enough * split // 2  # parts of many wait for each other: not to make blocks alone
+                least = enough * split // 2  # many parts wait for each other, so more blocks alone are not worth it
             if cut.blocks(p) >= least:
                 return cut
-    # Too few blocks: cut finer.
+    # Too few blocks: use finer tiles.
     for split in () if not clusters else (2,) if p.longest < 100 else (4, 2, 8):
         if (cut := _parts(p, machine, vectors, 8 * p.itemsize, split)) is not None:
             return cut
@@ -191,7 +191,7 @@ def choose(p: Problem, machine: Machine) -> TileConfig | None:
     fine = TileConfig(vec, _lanes(p, vec, 8), 1, 3)
     if fine.fits(p, machine) and fine.threads(p) <= 640:
         return fine
-    # Whatever fits.
+    # Otherwise take the first config that fits.
     splits = (1, 2, 4, 8) if machine.clusters else (1,)
     for vec in vectors:
         for pos in (1, 2, 4, 8):
@@ -203,10 +203,10 @@ def choose(p: Problem, machine: Machine) -> TileConfig | None:
 
 
 def _alone(p: Problem, machine: Machine, vectors: list[int]) -> TileConfig | None:
-    """Lines cut into the most parts of two channels a thread, where each block has an SM; None elsewhere.
+    """Lines split into the most parts with two channels per thread, if each block gets an SM; otherwise None.
 
-    From sweeps over 320 cuts at B = 1 (results/operator), 16 bits and the forward alone: 3 to 13% less time than wider
-    threads in fewer parts.
+    From sweeps over 320 configs at B = 1 (results/operator), only for the forward in 16 bits: 3 to 13% less time than
+    wider threads in fewer parts.
     """
     if p.backward or not machine.clusters or not p.normalise or p.keep or p.mean or p.share > 1 or p.itemsize != 2:
         return None
@@ -215,26 +215,25 @@ def _alone(p: Problem, machine: Machine, vectors: list[int]) -> TileConfig | Non
     lanes, split, halos = (4, 2, (16,)) if p.longest < 80 else (8, 8, (8, 4))
     for halo in halos:
         cut = TileConfig(2, min(lanes, max(1, p.channels // 2)), 1, 4, split, halo)
-        # of more threads a wide halo costs more than it spares; a narrow one was not measured
+        # with more threads a wide halo costs more than it saves; a narrow one was not measured
         if cut.fits(p, machine) and cut.threads(p) <= 384:
             return cut if cut.blocks(p) <= machine.num_sms else None
     return None
 
 
 def _whole(p: Problem, machine: Machine, vec: int, run: int) -> TileConfig | None:
-    """Whole lines in runs of about `run` bytes, if they fit."""
+    """A config with unsplit lines in runs of about `run` bytes, if it fits."""
     lanes = _lanes(p, vec, run)
     cut = TileConfig(vec, lanes, 1, (3 if vec * p.itemsize * lanes <= 32 else 2) if p.backward else 1)
     return cut if cut.fits(p, machine) and cut.threads(p) <= 640 else None
 
 
 def _parts(p: Problem, machine: Machine, vectors: list[int], run: int, split: int) -> TileConfig | None:
-    """Lines cut over a cluster in runs of about `run` bytes, if they fit.
+    """A config with lines split across a cluster, in runs of about `run` bytes, if it fits.
 
-    From the same sweeps: vectors of 8 bytes in short runs, where they fit; they make more threads, which the forward
-    can use at twice the run. The halo's work is for nothing, and so is a barrier: blocks that have an SM each
-    wait for each other, so seldom, and for memory, so have three lines in flight. Where there are other blocks to
-    turn to, both waits are free.
+    From the same sweeps: short runs use vectors of 8 bytes if they fit, for more threads; the forward does so up to
+    twice the run. If every block has its own SM, it waits for its neighbours and for memory. A wide halo then makes
+    exchanges rare, and three lines are in flight. If an SM has several blocks, the waits are hidden.
     """
     narrow = next((v for v in vectors if v == 1 or v * p.itemsize <= 8), vectors[-1])
     short = run <= (32 if p.backward else 64)
@@ -255,13 +254,13 @@ def _parts(p: Problem, machine: Machine, vectors: list[int], run: int, split: in
 
 
 def _spills(cut: TileConfig, p: Problem) -> bool:
-    """Whether two lines of four float32 channels and their weights are more than the registers of a large block."""
+    """Whether two lines of four float32 channels and their weights exceed the registers of a large block."""
     large = not p.backward and p.normalise and cut.threads(p) > 512
     return large and cut.stages > 1 and cut.vec * p.itemsize == 16 and p.itemsize == 4
 
 
 def _leaves_room(cut: TileConfig, p: Problem, machine: Machine) -> bool:
-    """Whether lines in flight leave registers for the arithmetic or, of wide runs, shared memory for the cache."""
+    """Whether lines in flight leave registers for the arithmetic or, with wide runs, shared memory for the cache."""
     width = cut.vec * p.itemsize
     if p.backward:
         return width * cut.lanes <= 32 or cut.shared_bytes(p) <= machine.shared_bytes * 3 // 4

@@ -1,8 +1,9 @@
-"""The projected scan on CUDA: lam, u and logits are made from x by tensor cores, line by line, and never reach memory.
+"""The projected scan on CUDA. Tensor cores compute lam, u and logits from x line by line, without writing them to
+memory.
 
-Forward: kernels/projected_forward.cu. Backward, of which nothing is saved but the inputs: the forward again for the
-state h; kernels/projected_backward.cu for the gradients of the parameters, a chunk of the batch at a time; two matrix
-products that turn those into the gradients of x and of the weights. No atomics: sums have a fixed order.
+The forward is kernels/projected_forward.cu. The backward saves only the inputs. It recomputes the state h, computes the
+gradients of the parameters with kernels/projected_backward.cu for a part of the batch at a time, and turns them into
+the gradients of x and of the weights with two matrix products. Sums have a fixed order, without atomics.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ Directions = Sequence[int]
 
 
 def unsupported_reason(x: Tensor, backward: bool = False) -> str | None:
-    """The reason the projected forward, or the backward, cannot run on features `x` [B, H, W, C], or None."""
+    """The reason why the projected forward (or backward) cannot run on features `x` [B, H, W, C], or None."""
     gpu = gpu_of(x.device)
     reason = backends.unsupported_reason("cuda", x)
     if reason is not None or gpu is None:
@@ -46,7 +47,7 @@ def unsupported_reason(x: Tensor, backward: bool = False) -> str | None:
 
 
 def is_faster(x: Tensor, directions: Directions) -> bool:
-    """Whether the projected forward runs on `x` and beats a projection and a scan apart."""
+    """Whether the projected forward can run on `x` and is faster than a separate projection and scan."""
     b, h, w, c = x.shape
     return unsupported_reason(x) is None and is_faster_for(b, max(h, w), c, len(directions), gpu_behind(x).machine)
 
@@ -66,7 +67,7 @@ def _prepare(
     name: str, gpu: Gpu, dtype: torch.dtype, codes: tuple[int, ...], cut: ProjectedTileConfig, gated: bool,
     geometries: tuple[Geometry | None, ...], dims: tuple[str, ...],
 ) -> Launch:  # fmt: skip
-    """The launch of a pass without its addresses. Raises ValueError if the cut is too short for the lines."""
+    """The launch of a pass without its addresses. Raises ValueError if lines are too long for `cut`."""
     assert geometries[0] is not None
     b, h, w, c = geometries[0][0]
     if max(h, w) > cut.line:
@@ -76,7 +77,7 @@ def _prepare(
     shared = cut.shared_bytes(c, backward)
     function = gpu.load(name, name, macros(defines), shared)
     numbers = (b, h, w, c, len(codes), *(*codes, 0, 0, 0)[:4], c // 8, -(-c // (16 * cut.groups)))
-    sizes = {"bhw": 1, "bdkc": 4}  # of masks and of the sums of the biases' gradients
+    sizes = {"bhw": 1, "bdkc": 4}  # of masks and of the sums of bias gradients
     packed = b"".join(view(byte_strides(g, d, sizes.get(d, dtype.itemsize))) for g, d in zip(geometries, dims))
     packed += struct.pack("<11i4x", *numbers)
     slots = [(0, n * VIEW.size) for n in range(len(dims))]
@@ -96,12 +97,12 @@ def _run(
 def _cut_for(x: Tensor, codes: Directions, backward: bool = False) -> ProjectedTileConfig:
     b, h, w, c = x.shape
     cut = (choose_backward if backward else choose)(b, max(h, w), c, len(codes), gpu_behind(x).machine)
-    assert cut is not None  # unsupported_reason said that there is one
+    assert cut is not None  # checked by unsupported_reason
     return cut
 
 
 def _inputs(p: ProjectedScan) -> ProjectedScan:
-    """The same with x, weight and bias where 16-byte loads can read them."""
+    """The same arguments with x, weight and bias aligned for 16-byte loads."""
     bias = None if p.bias is None else scan.aligned(p.bias.contiguous())
     return p._replace(x=scan.aligned(p.x), weight=scan.aligned(p.weight.contiguous()), bias=bias)
 
@@ -115,7 +116,7 @@ def _forward(p: ProjectedScan, target: Tensor, cut: ProjectedTileConfig | None, 
 def forward(p: ProjectedScan, cut: ProjectedTileConfig | None = None) -> Tensor:
     """The output of `propagate_2d_projected`.
 
-    `cut` is for measurements; the plan's own otherwise. Raises ValueError for one that is too short for the lines.
+    `cut` is for benchmarks; None takes that of projected_plan.py. Raises ValueError if lines are too long for it.
     """
     p, directions = _inputs(p), len(p.directions)
     y = scan.empty(p.x.shape if p.merge_sum else (*p.x.shape[:3], directions, p.x.shape[3]), p.x)
@@ -128,7 +129,7 @@ def forward(p: ProjectedScan, cut: ProjectedTileConfig | None = None) -> Tensor:
 
 
 def state(p: ProjectedScan) -> Tensor:
-    """The state h [B, H, W, D, C] of `forward`, in the dtype of x: what `scan.backward` takes."""
+    """The state h [B, H, W, D, C] of `forward` in the dtype of x, for `scan.backward`."""
     p = _inputs(p)
     h = scan.planes(p.x, p.directions)
     _forward(p, h, None, False)
@@ -136,15 +137,15 @@ def state(p: ProjectedScan) -> Tensor:
 
 
 def backward(dy: Tensor, p: ProjectedScan, cut: ProjectedTileConfig | None = None) -> tuple[Tensor, ...]:
-    """Gradients of `forward` to x, weight and bias ([0] where there is none), in the dtype of x.
+    """Gradients of `forward` with respect to x, weight and bias ([0] without a bias), in the dtype of x.
 
-    Needs for a while, beside its outputs: 6 D + D maps of as many images as fill the GPU.
+    Temporary memory: 6 D + D maps for as many images as fill the GPU.
     """
     p, dy = _inputs(p), scan.aligned(dy)
     x, weight, bias, mask, directions = p[:5]
     (b, _, _, c), d = x.shape, len(directions)
     cut = cut or _cut_for(x, directions, backward=True)
-    # the gradients of the parameters, and what reaches x past them, in one product with the weights
+    # one product with the weights covers the gradients of the parameters and the direct gradient of x
     identity = torch.eye(c, dtype=x.dtype, device=x.device).expand(d, 1, c, c)
     extended = torch.cat([weight.view(d, PARAMETERS, c, c), identity], 1).view(d * OUTPUTS * c, c)
     dx, dbias = scan.empty(x.shape, x), scan.empty((b, d, PARAMETERS, c), x.new_empty(0, dtype=torch.float32))
@@ -159,8 +160,8 @@ def backward(dy: Tensor, p: ProjectedScan, cut: ProjectedTileConfig | None = Non
         _run("projected_backward", tensors, dims, directions, cut)
         flat = out.view(len(out), -1, d * OUTPUTS * c)
         torch.mm(flat.view(-1, d * OUTPUTS * c), extended, out=dx[here].view(-1, c))
-        seen = x[here] if inside is None else x[here].where(inside.unsqueeze(-1), 0)  # padding may hold anything
-        # a product an image, then a sum in a fixed order: that many more blocks than one long product has
+        seen = x[here] if inside is None else x[here].where(inside.unsqueeze(-1), 0)  # padding may hold any value
+        # one product per image, then a sum in a fixed order: this has more blocks than one long product
         dweight += torch.bmm(flat.transpose(1, 2), seen.reshape(len(out), -1, c)).float().sum(0)
     kept = dweight.view(d, OUTPUTS, c, c)[:, :PARAMETERS].reshape(weight.shape)
     return dx, kept.to(x.dtype), x.new_empty(0) if bias is None else dbias.sum(0).flatten().to(x.dtype)

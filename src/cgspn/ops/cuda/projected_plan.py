@@ -1,4 +1,4 @@
-"""How a projected scan is cut into blocks, warps and tiles, and how many images its backward takes at once."""
+"""Tile sizes of a projected scan, and the number of images per launch of its backward."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 from ..arguments import PARAMETERS
 from ..gpu import Machine
 
-KEPT = 64  # channels up to which the weights stay in registers
-OUTPUTS = 6  # maps that the backward kernel writes a direction: their gradients, and what reaches x past them
+KEPT = 64  # up to this many channels the weights stay in registers
+OUTPUTS = 6  # maps per direction that the backward kernel writes: five parameter gradients and the direct gradient of x
 
 
 @dataclass(frozen=True)
 class ProjectedTileConfig:
-    """How a projected scan is cut: `groups` of 16 channels a block, `row_warps` along a line with `tiles` of 8
-    positions each, `stages` lines of x in shared memory.
+    """Tile sizes: `groups` of 16 channels per block, `row_warps` warps along a line with `tiles` tiles of 8 positions
+    each, and `stages` lines of x in shared memory.
     """
 
     groups: int
     row_warps: int
     tiles: int
-    stages: int = 2  # on an H100 a third was worth nothing
+    stages: int = 2  # a third stage did not help on an H100
 
     @property
     def threads(self) -> int:
@@ -31,15 +31,15 @@ class ProjectedTileConfig:
 
     @property
     def line(self) -> int:
-        """Positions that a block has room for."""
+        """Number of positions that fit in a block."""
         return 8 * self.row_warps * self.tiles
 
     def blocks(self, batch: int, channels: int, directions: int) -> int:
-        """Blocks of a launch."""
+        """Number of blocks of a launch."""
         return batch * -(-channels // (16 * self.groups)) * directions
 
     def shared_bytes(self, channels: int, backward: bool) -> int:
-        """Dynamic shared memory of a block, in the order in which the kernels lay it out."""
+        """Dynamic shared memory of a block, in the order of the kernels' layout."""
         padded = depth(channels)
         own = 32 * self.line * self.groups  # bytes of a line of the block's own channels
         lines = self.stages * (2 * self.line * padded + (2 * own if backward else 0))
@@ -50,7 +50,7 @@ class ProjectedTileConfig:
 
     def fits(self, channels: int, gpu: Machine, backward: bool) -> bool:
         """Whether a block has the threads, registers (as scripts/check_kernels.py found) and shared memory it needs."""
-        weights = depth(channels) * 40 // 32 if depth(channels) <= KEPT else 60  # kept, or read from shared memory
+        weights = depth(channels) * 40 // 32 if depth(channels) <= KEPT else 60  # in registers or shared memory
         needed = 100 + weights + 25 * self.tiles if backward else 85 + weights + 4 * self.tiles
         allowed = min(255, 65536 // (-(-self.threads // 128) * 128))
         room = self.shared_bytes(channels, backward) <= gpu.shared_bytes
@@ -58,12 +58,12 @@ class ProjectedTileConfig:
 
 
 def depth(channels: int) -> int:
-    """The channels that a product sums over: a multiple of what a thread feeds the tensor core at once."""
+    """The inner size of a product: the channels, rounded up to what a thread passes to the tensor core at once."""
     return -(-channels // 32) * 32
 
 
 def cuts(longest: int, channels: int, gpu: Machine, backward: bool = False) -> Iterator[ProjectedTileConfig]:
-    """Every cut that covers lines of `longest` positions and fits."""
+    """Every tile config that covers lines of `longest` positions and fits."""
     needed = -(-longest // 8)
     for groups in (4, 2, 1):
         for tiles in (5, 4, 3, 2, 1) if needed <= 40 else (8, 5):
@@ -78,12 +78,12 @@ def cuts(longest: int, channels: int, gpu: Machine, backward: bool = False) -> I
 
 @functools.lru_cache(maxsize=1024)
 def choose(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> ProjectedTileConfig | None:
-    """The forward's cut, or None where lines are too long.
+    """The tile config of the forward, or None if lines are too long.
 
-    From sweeps on an H100 (results/operator). Up to two blocks of 16 channels an SM, each waits for its own
-    lines: as many warps a line as fit. Beyond, warps of other blocks fill the waiting, and work counts: positions,
-    also those that are not there, cost a sixth less in warps of 3 or 5 tiles; and wide blocks read x less often, if
-    they fill the machine.
+    From sweeps on an H100 (results/operator). With up to two blocks of 16 channels per SM, latency dominates: take as
+    many warps per line as fit. With more blocks, warps of other blocks hide latency, and the amount of work counts:
+    positions, including padding, cost a sixth less in warps of 3 or 5 tiles, and wide blocks read x less often, if they
+    fill the GPU.
     """
     found = list(cuts(longest, channels, gpu))
     narrow = min((cut.groups for cut in found), default=1)
@@ -97,7 +97,7 @@ def choose(batch: int, longest: int, channels: int, directions: int, gpu: Machin
 def choose_backward(
     batch: int, longest: int, channels: int, directions: int, gpu: Machine
 ) -> ProjectedTileConfig | None:
-    """As `choose`, for the backward: enough blocks; then wide ones, which read x less often; then about 10 warps."""
+    """The tile config of the backward: enough blocks, then wide ones, which read x less often, then about 10 warps."""
 
     def worth(cut: ProjectedTileConfig) -> tuple[float, ...]:
         filled = min(1.0, cut.blocks(batch, channels, directions) / _most(gpu))
@@ -107,10 +107,10 @@ def choose_backward(
 
 
 def is_faster(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> bool:
-    """Whether the forward on the chip beats a projection and a scan apart, on an H100 at least.
+    """Whether the forward on the chip is faster than a separate projection and scan, as measured on an H100.
 
-    It does where a third of the SMs have a block: fewer wait for each line longer than a scan does. Only with
-    weights that registers hold: products grow with the square of the channels, what memory moves does not.
+    It is if a third of the SMs have a block; with fewer, latency dominates. The weights must fit in registers, because
+    the work of the products grows with the square of the channels and memory traffic does not.
     """
     cut = choose(batch, longest, channels, directions, gpu)
     fast = cut is not None and depth(channels) <= KEPT
@@ -118,7 +118,7 @@ def is_faster(batch: int, longest: int, channels: int, directions: int, gpu: Mac
 
 
 def _most(gpu: Machine) -> float:
-    """Blocks that leave few SMs idle."""
+    """The number of blocks that leaves few SMs idle."""
     return gpu.num_sms * 0.75
 
 

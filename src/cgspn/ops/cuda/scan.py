@@ -1,8 +1,8 @@
-"""The CUDA backend: the functions of torch_scan.py, each one launch of a kernel in kernels/.
+"""The CUDA backend: the functions of torch_scan.py, each as one launch of a kernel in kernels/.
 
-Saved for the backward besides the inputs: the state h [B, H, W, D, C] in the inputs' dtype, which the forward writes
-on the way (`forward_saving`); of a normalised state h / n, and n in float32, which float16 would not hold. Nothing
-gated or merged is kept, and no weights; the backward recomputes them line by line.
+Besides the inputs, `forward_saving` saves the state h [B, H, W, D, C] in the inputs' dtype for the backward. For a
+normalised state it saves h / n, and n in float32 because n can overflow float16. The backward recomputes weights and
+gated outputs line by line.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from .launch import ARGUMENTS, DTYPE_CODES, Call, addresses_of, gpu_behind, prep
 from .plan import TileConfig
 
 MIN_CAPABILITY = (8, 0)
-MASK = ARGUMENTS["forward"].index("mask")  # also of "backward"
+MASK = ARGUMENTS["forward"].index("mask")  # the same index in "backward"
 OUT = {name: views.index("out") for name, views in ARGUMENTS.items()}
-PLANES = {"forward": ARGUMENTS["forward"].index("y"), "backward": ARGUMENTS["backward"].index("dx")}  # summed into out
+PLANES = {
+    "forward": ARGUMENTS["forward"].index("y"),
+    "backward": ARGUMENTS["backward"].index("dx"),
+}  # to be summed
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, gpu: Gpu | None) -> str | None:
-    """The reason this backend cannot run on tensors of a device and dtype, or None."""
+    """The reason why this backend cannot run on a device and dtype, or None."""
     if gpu is None:
         return "PyTorch sees no CUDA GPU" if device.type == "cuda" else f"x is on {device.type!r}, not on a CUDA device"
     if dtype not in DTYPE_CODES:
@@ -38,13 +41,13 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, gpu: Gpu | None
 
 
 def empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Allocate an output or scratch tensor; tests replace this to fill them with NaN."""
+    """Allocate an output or scratch tensor. Tests replace this function to fill tensors with NaN."""
     return replay.empty(shape, like.dtype, like.device)
 
 
 def _launch(name: str, scan: Scan, tensors: Sequence[Tensor | None], share: int, cut: TileConfig | None) -> bool:
-    """Launch with `tensors` in the order of ARGUMENTS; those with fewer channels than x are parameters of sets of
-    `share` channels. False, with nothing done, where the lines are too long for the kernels.
+    """Launch with `tensors` in the order of ARGUMENTS. Those with fewer channels than x are parameters of groups of
+    `share` channels. Returns False without a launch if the lines are too long for the kernels.
     """
     x, (addresses, geometries) = scan.x, addresses_of(tensors)
     bits = 16
@@ -63,18 +66,18 @@ def _launch(name: str, scan: Scan, tensors: Sequence[Tensor | None], share: int,
 
 
 def planes(x: Tensor, directions: Sequence[int]) -> Tensor:
-    """Scratch for one plane per direction: [B, H, W, D, C] by its strides, stored direction by direction."""
+    """Scratch memory for one plane per direction: a view [B, H, W, D, C], stored direction by direction."""
     return empty((len(directions), *x.shape[:3], x.shape[-1]), x).permute(1, 2, 3, 0, 4)
 
 
 def vector_width(scan: Scan) -> int:
-    """How many channels of a set a thread takes: the largest power of two that they allow."""
+    """The channels of a parameter group that one thread handles: the largest power of two that divides the group."""
     bits = 16 // scan.x.element_size() | scan.share
     return bits & -bits
 
 
 def aligned(x: Tensor, width: int | None = None) -> Tensor:
-    """`x` where `width` channels can be read at once, by default as many as fill 16 bytes: itself, or a copy."""
+    """`x`, or a copy of it, aligned so that `width` channels can be read at once (by default those of 16 bytes)."""
     width = width or math.gcd(16 // x.element_size(), x.shape[-1])
     bits = x.data_ptr() // x.element_size()
     for stride, size in zip(x.stride()[:-1], x.shape):
@@ -84,14 +87,14 @@ def aligned(x: Tensor, width: int | None = None) -> Tensor:
 
 
 def mask_bytes(mask: Tensor | None) -> Tensor | None:
-    """A mask as the kernels read it."""
+    """The mask as bytes, as the kernels read it."""
     return None if mask is None else mask.view(torch.uint8)
 
 
 def _inputs(scan: Scan) -> tuple[int, int, list[Tensor | None]]:
-    """Channels of a set that a thread takes, how many threads a set needs, and x, lam, u, logits and keep for those.
+    """Channels per thread, threads per parameter group, and x, lam, u, logits and keep with one value per thread.
 
-    A copy of an x that cannot be read so is fewer bytes than parameters for every channel.
+    An unaligned x is copied, which takes fewer bytes than parameters for every channel.
     """
     share = vector_width(scan)
     times, parameters = scan.share // share, (scan.lam, scan.u, scan.logits, scan.keep)
@@ -99,8 +102,8 @@ def _inputs(scan: Scan) -> tuple[int, int, list[Tensor | None]]:
 
 
 def forward(scan: Scan, cut: TileConfig | None = None, h: Tensor | None = None, n: Tensor | None = None) -> Tensor:
-    """The output of `propagate_2d`; the state and n go to `h` and `n`. `cut` is for measurements; ValueError for one
-    that does not fit."""
+    """The output of `propagate_2d`; the state and n are written to `h` and `n`. `cut` is for benchmarks. Raises
+    ValueError if it does not fit."""
     share, _, given = _inputs(scan)
     y = empty(scan.output, scan.x)
     merged = scan.merge_sum and len(scan.directions) > 1
@@ -110,14 +113,14 @@ def forward(scan: Scan, cut: TileConfig | None = None, h: Tensor | None = None, 
 
 
 def saved_shapes(scan: Scan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of the tensors that `forward_saving` returns after the output."""
+    """Shapes of the saved tensors that `forward_saving` returns after the output."""
     sets = scan.x.shape[-1] // vector_width(scan)
     return scan.maps, (*scan.maps[:-1], sets) if scan.normalise_state else (0,)
 
 
 def forward_saving(scan: Scan, cut: TileConfig | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """`forward`, and what `backward` takes: the state [B, H, W, D, C] in the dtype of x; and n, float32, for a
-    normalised state, else [0]."""
+    """`forward` that also returns the state [B, H, W, D, C] in the dtype of x, and n in float32 for a normalised state
+    (else [0]), for `backward`."""
     shapes = saved_shapes(scan)
     h, n = empty(shapes[0], scan.x), empty(shapes[1], scan.x.new_empty(0, dtype=torch.float32))
     return forward(scan, cut, h, n if scan.normalise_state else None), h, n
@@ -127,10 +130,10 @@ def backward(
     dy: Tensor, scan: Scan, h: Tensor | None = None, n: Tensor | None = None, cut: TileConfig | None = None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Gradients of `forward` to x, logits, lam, u and keep, each in its input's dtype and shape; None without a keep.
+    """Gradients of `forward` with respect to x, logits, lam, u and keep, each in its input's dtype and shape, or None.
 
-    h, n: what `forward_saving` returned, or `forward` where there is no gate; without them that runs again.
-    into: where the gradients of lam, u and the logits go, of any strides; for one set of parameters a channel.
+    h, n: saved by `forward_saving`, or by `forward` without a gate; if None, they are recomputed. into: tensors of any
+    strides for the gradients of lam, u and the logits, only if every channel has its own parameters.
     """
     if h is None:
         h, n = forward_saving(scan)[1:] if scan.u is not None else (forward(scan), None)

@@ -1,5 +1,5 @@
-"""What stands around the scan in a sub-layer, each reading and writing its tokens once, in Triton.
+"""Fused Triton ops for the layers around the scan in a sub-layer. Each reads and writes its tokens once.
 
-A module each has the launches, the gradients and the definition in plain PyTorch; kernels.py and row_kernels.py have
-the kernels. They check nothing: `cgspn.layers.executor` decides where they run.
+Each op has a module with its launches, its gradients and its definition in plain PyTorch. The kernels are in kernels.py
+and row_kernels.py. They do not check their arguments: `cgspn.layers.executor` decides where they run.
 """

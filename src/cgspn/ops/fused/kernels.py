@@ -1,7 +1,8 @@
-"""Triton kernels of the pieces around the scan. Sums and norms are float32; products take the dtype of the tokens.
+"""Triton kernels for the layers around the scan. Sums and norms are float32; matrix products use the dtype of the
+tokens.
 
-Shape letters: M rows (tokens), C channels of a token, K channels of the latent. A name in capitals and constexpr is a
-tile, padded to a power of two. Rows are 64-bit offsets, so that more than 2^31 elements work.
+Shape letters: M rows (tokens), C channels of a token, K channels of the latent. Constexpr names in capitals are tile
+sizes, padded to a power of two. Row offsets are 64 bits wide, so that tensors may exceed 2^31 elements.
 """
 
 # mypy: ignore-errors
@@ -13,7 +14,7 @@ import triton.language as tl
 
 @triton.jit
 def norm_linear_fold(gain, shift, weight, bias, folded, sums, C, K, CHANNELS: tl.constexpr):
-    """One row of the linear layer with LayerNorm's gain and shift in it, folded [K, C]; sums and offsets [2, K]."""
+    """Fold LayerNorm's gain and shift into one row of the linear layer: folded [K, C]; sums and offsets [2, K]."""
     k = tl.program_id(0)
     c = tl.arange(0, CHANNELS)
     w = tl.load(weight + k * C + c, mask=c < C, other=0).to(tl.float32)
@@ -30,18 +31,19 @@ def norm_linear_forward(
     ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr, EVEN: tl.constexpr, SAVE: tl.constexpr,
     WAIT: tl.constexpr,
 ):  # fmt: skip
-    """LayerNorm and linear in one pass over x [M, C]: the norm is applied to the product, not to its input.
+    """LayerNorm and a linear layer in one pass over x [M, C]. The norm is applied to the product, not to its input.
 
     linear(norm(x)) = inverse * (x G - mean * sum(G)) + offset, with G = folded = gain * weight and offset = weight
-    shift + bias. EVEN: C is a multiple of CHANNELS. SAVE: mean and inverse deviation of rows go to statistics [2, M].
+    shift + bias. EVEN: C is a multiple of CHANNELS. SAVE: write mean and inverse deviation of rows to statistics [2,
+    M].
     """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, LATENT)
     inside = m < rows
-    # squares are summed around the first channel: a mean far from zero would cancel them
+    # squares are taken relative to the first channel, to avoid cancellation if the mean is far from zero
     pilot = tl.load(x + m * C, mask=inside, other=0).to(tl.float32)
     product = tl.zeros([ROWS, LATENT], tl.float32)
-    # eight sums for each row until the end, so that threads need not meet for every tile
+    # eight partial sums per row until the end, so that threads need not synchronise for every tile
     total, squares = tl.zeros([ROWS, 8], tl.float32), tl.zeros([ROWS, 8], tl.float32)
     for first in range(0, C, CHANNELS):
         c = first + tl.arange(0, CHANNELS)
@@ -50,8 +52,9 @@ def norm_linear_forward(
         tile = tl.load(x + m[:, None] * C + c[None, :], mask=here, other=0)
         w = tl.load(folded + k[:, None] * C + c[None, :], mask=there, other=0)
         fresh = tl.dot(tile, tl.trans(w), product, input_precision="ieee")
-        # WAIT, on Hopper: a use of the product in every turn makes the compiler wait for it. There Triton gives a tile
-        # that both products and registers read one buffer too few, and the next copy overtook products still reading
+        # WAIT, on Hopper: using the product in every iteration makes the compiler wait for it. Triton allocates one
+        # buffer too few for a tile that both products and registers read, and the next copy overwrote data still being
+        # read
         product = tl.where(inside[:, None], fresh, 0.0) if WAIT else fresh
         apart = tile.to(tl.float32) - pilot[:, None]
         if not EVEN:
@@ -75,12 +78,12 @@ def norm_linear_backward(
     ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
     EVEN: tl.constexpr, PAST: tl.constexpr,
 ):  # fmt: skip
-    """The gradient to x, plus (PAST) the one that reaches x past the norm. LayerNorm's two sums over channels are
-    products of K numbers here, as everything that the output shows of x went through the linear layer:
+    """The gradient with respect to x, plus (PAST) the gradient of x that bypasses the norm. LayerNorm's two sums over
+    channels become products of K numbers, because x reaches the output only through the linear layer:
     sum(dn) = dout . sum(G), sum(dn * norm) = dout . (out - offset).
 
-    What the gradients to the weights are made of: scaled = dout * inverse, and in parts [programs, 2, K] the sums over
-    rows of dout and of scaled * mean.
+    For the gradients of the weights it writes scaled = dout * inverse, and to parts [programs, 2, K] the sums over rows
+    of dout and of scaled * mean.
     """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, LATENT)
@@ -132,7 +135,7 @@ def norm_linear_finish(
         tl.store(dweight + at, (p * g + total[:, None] * s).to(dweight.dtype.element_ty), mask=here)
         gains += tl.sum(p * w, 0)
         shifts += tl.sum(total[:, None] * w, 0)
-        # every program would write the same
+        # all programs have the same values here
         tl.store(dbias + k, total.to(dbias.dtype.element_ty), mask=(k < K) & (tl.program_id(0) + 0 * k == 0))
     tl.store(dgain + c, gains.to(dgain.dtype.element_ty), mask=c < C)
     tl.store(dshift + c, shifts.to(dshift.dtype.element_ty), mask=c < C)
@@ -142,7 +145,8 @@ def norm_linear_finish(
 def linear_residual_finish(
     product, gain, weight, dgain, dweight, C, K, CHANNELS: tl.constexpr, LATENT: tl.constexpr
 ):  # fmt: skip
-    """Gradients of gain [K] and weight [C, K] from product [C, K] = dout^T RMSNorm(y) before its gain."""
+    """Gradients of gain [K] and weight [C, K] from product [C, K] = dout^T unit, where unit is RMSNorm(y) without its
+    gain."""
     k = tl.program_id(0) * LATENT + tl.arange(0, LATENT)
     g = tl.load(gain + k, mask=k < K, other=0).to(tl.float32)[None, :]
     gains = tl.zeros([LATENT], tl.float32)
@@ -160,7 +164,8 @@ def linear_residual_fold(
     weight, gain, bias, scale, after, folded, offset, C, K,
     CHANNELS: tl.constexpr, LATENT: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
-    """The linear layer with RMSNorm's gain and LayerScale in it, folded [C, K]; and all that is added, offset [C]."""
+    """Fold RMSNorm's gain and LayerScale into the linear layer: folded [C, K], and the sum of all biases, offset
+    [C]."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     k = tl.arange(0, LATENT)
     valid = (c < C)[:, None] & (k < K)[None, :]
@@ -184,12 +189,12 @@ def linear_residual_forward(
     ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
     NORM: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """out [M, C] = residual + RMSNorm(y) folded + offset; y [M, K] stays on the chip for all channels of its rows, or
-    for the `share` of them that the program has. RMSNorm's factor of a row is applied to the product.
+    """out [M, C] = residual + RMSNorm(y) folded + offset. y [M, K] stays on the chip for all channels of its rows, or
+    for the `share` of them that the program computes. RMSNorm's factor of a row is applied to the product.
 
-    EVEN: C is a multiple of CHANNELS. A LayerNorm of the rows in the same launch took 5% longer than one of its own.
+    EVEN: C is a multiple of CHANNELS. Fusing the next LayerNorm into this launch took 5% longer than a separate launch.
     """
-    # programs of the same rows run side by side: they read the same y
+    # programs of the same rows run next to each other because they read the same y
     parts = tl.cdiv(C, share)
     m = (tl.program_id(0) // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, LATENT)
@@ -199,7 +204,7 @@ def linear_residual_forward(
         wide = latent.to(tl.float32)
         factor = tl.rsqrt(tl.sum(wide * wide, 1) / K + eps)
     begin = tl.program_id(0) % parts * share
-    # with its own number of stages a loop fetches all that it reads ahead, not only the operands of the product
+    # with num_stages of its own, a loop prefetches everything it reads, not only the operands of the product
     for first in tl.range(begin, tl.minimum(begin + share, C), CHANNELS, num_stages=STAGES):
         c = first + tl.arange(0, CHANNELS)
         at = m[:, None] * C + c[None, :]
@@ -219,7 +224,7 @@ def linear_residual_forward(
 def layer_norm_forward(
     x, gain, shift, after, out, rows, C, eps, ROWS: tl.constexpr, CHANNELS: tl.constexpr
 ):  # fmt: skip
-    """LayerNorm of x - after, [M, C]: whole rows in registers."""
+    """LayerNorm of x - after, [M, C], with whole rows in registers."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, CHANNELS)
     valid = (m < rows)[:, None] & (c < C)[None, :]
@@ -251,9 +256,9 @@ def rms_backward(
     dn, y, gain, dy, unit, parts, rows, K, eps,
     ROWS: tl.constexpr, LATENT: tl.constexpr, GAIN: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of RMSNorm to y [M, K], from dn, the one to its output.
+    """The gradient of RMSNorm with respect to y [M, K], from dn, the gradient of its output.
 
-    With GAIN also, in parts [programs, 2, K], the sums over rows for the gain and of dy. Without, dn is the gradient to
+    With GAIN, parts [programs, 2, K] get the sums over rows for the gain and of dy. Without it, dn is the gradient of
     the norm before its gain, and that norm is written to `unit`.
     """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -280,7 +285,7 @@ def rms_backward(
 def _near(x, mask, image, row, column, dy, dx, c, H, W, C, MASKED: tl.constexpr):
     """x at (row + dy, column + dx), [columns, channels] in float32; zero outside the image."""
     r, w = row + dy, column + dx
-    # a stretch of a column that is not there has no positions; `and` of a scalar and a tile is wide in the interpreter
+    # the mask includes the column bounds; `and` of a scalar and a tile is an integer in the interpreter
     w = tl.where((r >= 0) & (r < H), w, -1)
     there = (w >= 0) & (w < W)
     place = (image * H + r) * W + w
@@ -291,7 +296,7 @@ def _near(x, mask, image, row, column, dy, dx, c, H, W, C, MASKED: tl.constexpr)
 
 @triton.jit
 def _tap(kernel, dy: tl.constexpr, dx: tl.constexpr, c, C, SIDE: tl.constexpr, FLIP: tl.constexpr):
-    """The convolution's weights at (dy, dx) of its window, float32 [channels]; the middle one has the input's own."""
+    """The convolution's weights at (dy, dx), float32 [channels]; the middle one includes the identity."""
     tap = (SIDE - 1 - dy) * SIDE + SIDE - 1 - dx if FLIP else dy * SIDE + dx
     weight = tl.load(kernel + c * SIDE * SIDE + tap, mask=c < C, other=0).to(tl.float32)
     if dy == SIDE // 2:  # noqa: SIM102 - of constants, one by one
@@ -306,9 +311,10 @@ def local_norm_forward(
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, SIDE: tl.constexpr,
     BIAS: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of two rows, all channels: x + depthwise convolution (its transpose if FLIP), then RMSNorm if NORM.
+    """x + depthwise convolution of x (transposed if FLIP), then RMSNorm if NORM, for parts of two rows with all
+    channels.
 
-    Each program computes two output rows and loads the input they share once: 12 tiles instead of 18 for a 3x3 kernel.
+    A program computes two output rows and loads the input they share once: 12 tiles instead of 18 for a 3x3 kernel.
     """
     pairs = tl.cdiv(H, 2)
     pair = tl.program_id(0).to(tl.int64)
@@ -334,7 +340,7 @@ def local_norm_forward(
     place = ((image * H + row) * W + column)[:, None] * C + c[None, :]
     inside = (column < W)[:, None] & (c < C)[None, :]
     tl.store(out + place, upper.to(out.dtype.element_ty), mask=inside)
-    # a scalar condition and a tile's are wide in the interpreter
+    # `and` of a scalar and a tile is an integer in the interpreter
     tl.store(out + place + W * C, lower.to(out.dtype.element_ty), mask=inside & (row + 1 + 0 * column < H)[:, None])
 
 
@@ -343,9 +349,9 @@ def local_kernel_gradient(
     x, dy_, mask, parts, images, H, W, C,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, SIDE: tl.constexpr, TAPS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the convolution's weights from every P-th row: parts [P, C, SIDE * SIDE], to be added up.
+    """The gradient of the convolution's weights from every P-th row: parts [P, C, SIDE * SIDE], to be summed.
 
-    A program has one row of the kernel. All its taps add up apart for each column until the end: [TAPS, COLUMNS, C].
+    A program handles one row of the kernel. It sums each tap separately per column until the end: [TAPS, COLUMNS, C].
     """
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     tap = tl.arange(0, TAPS)

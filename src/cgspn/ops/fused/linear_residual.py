@@ -1,4 +1,4 @@
-"""RMSNorm, a linear layer from a narrow latent, LayerScale and the residual, reading and writing the tokens once."""
+"""RMSNorm, a linear layer from the latent, LayerScale and the residual addition in one pass over the tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from .tiles import PARTS, is_large, launch, plain_gradients, tile, weight_channe
 def _fold(
     weight: Tensor, gain: Tensor | None, bias: Tensor, scale: Tensor | None, after: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The linear layer with gain and LayerScale in it, [C, K] in `dtype`, and all that is added: float32 [C]."""
+    """Fold gain and LayerScale into the linear layer: weight [C, K] in `dtype`, and the sum of all biases, float32
+    [C]."""
     channels, latent = weight.shape
     folded, offset = empty(weight.shape, dtype, weight.device), empty((channels,), torch.float32, weight.device)
     launch(
@@ -37,7 +38,7 @@ def forward(
     """residual + scale * linear(RMSNorm(y)) + after: residual [..., C], y [..., K] -> [..., C].
 
     gain [K], or None for no norm; weight [C, K]; bias [C]; scale [C] (LayerScale) or None; after [C] or None.
-    Its tiles are the fastest on an H100 for a thousand to 175 thousand rows of 1152 channels.
+    The tiles are the fastest on an H100 for one thousand to 175 thousand rows of 1152 channels.
     """
     residual, y = residual.contiguous(), y.contiguous()
     (channels, latent), dtype = weight.shape, y.dtype
@@ -49,7 +50,7 @@ def forward(
     size = min(128 if large else 64, most)
     chunk = weight_channels(latent, dtype, 1 << 15)
     programs, chunks = -(-rows // size), -(-channels // chunk)
-    # where rows are few, a program has some of the channels
+    # with few rows, each program computes only some of the channels
     share = -(-chunks // max(1, min(chunks, PARTS // max(1, programs)))) * chunk
     launch(
         "linear_residual_forward", (residual, y, folded, offset, out), (programs * -(-channels // share),),
@@ -63,7 +64,7 @@ def forward_norm(
     residual: Tensor, y: Tensor, gain: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float,
     norm: tuple[Tensor, Tensor, float], after: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """t = `forward(...)`, returned as the inputs of the next half of a block: LayerNorm(t) and t + after, [..., C].
+    """The inputs of the MLP half of a block: LayerNorm(t) and t + after, [..., C], for t = `forward(...)`.
 
     norm: gain and shift [C] of the LayerNorm, and its eps; after: [C], the bias of the MLP's second layer.
     """
@@ -74,14 +75,14 @@ def forward_norm(
 def backward(
     dout: Tensor, y: Tensor, gain: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float
 ) -> tuple[Tensor | None, ...]:
-    """Gradients to y, gain [K], weight, bias and scale [C]; None for a gain or a scale that is not there."""
+    """Gradients with respect to y, gain [K], weight, bias and scale [C]; None if there is no gain or scale."""
     d = dout.flatten(0, -2).to(y.dtype)
     folded, _ = _fold(weight, gain, bias, scale, None, y.dtype)
     dy, unit = matmul(d, folded).view(y.shape), y
     if gain is not None:
         unit = empty_like(y)
         dy, _, _ = rms_backward(dy, y, None, unit, eps)
-    product = matmul(d.T, unit.reshape(-1, y.shape[-1]))  # [C, K]: all other gradients are sums of it
+    product = matmul(d.T, unit.reshape(-1, y.shape[-1]))  # [C, K]; the other gradients are sums of it
     if scale is None and gain is not None:
         dgain, dweight = (empty_like(t) for t in (gain, weight))
         tensors, numbers = (product, gain, weight.contiguous(), dgain, dweight), weight.shape
@@ -103,7 +104,7 @@ def backward(
 def plain(
     residual: Tensor, y: Tensor, gain: Tensor | None, weight: Tensor, bias: Tensor, scale: Tensor | None, eps: float
 ) -> Tensor:
-    """The definition."""
+    """The same in plain PyTorch."""
     dtype = residual.dtype
     normal = y if gain is None else rms_norm(y, y.shape[-1:], gain.to(y.dtype), eps)
     branch = linear(normal.to(dtype), weight.to(dtype), bias.to(dtype))
@@ -111,7 +112,7 @@ def plain(
 
 
 class LinearResidual(torch.autograd.Function):
-    """`forward` without `after`."""
+    """The autograd function of `forward` without `after`."""
 
     @staticmethod
     def forward(
@@ -125,9 +126,9 @@ class LinearResidual(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        """Differentiable again, by way of the definition."""
+        """The gradients; a second derivative goes through `plain`."""
         saved = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the residual's own gradient is dout
+        if torch.is_grad_enabled():  # the residual's gradient is dout
             grads = plain_gradients(partial(plain, torch.zeros_like(dout), eps=ctx.eps), saved, dout)
             return dout, *grads, None
         y, gain, weight, bias, scale = saved

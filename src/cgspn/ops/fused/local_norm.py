@@ -1,4 +1,4 @@
-"""A depthwise convolution of the latent added to it, then RMSNorm, in one pass."""
+"""The latent plus its depthwise convolution, then RMSNorm, in one pass."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def forward(
     """RMSNorm(x + convolution of x): [B, H, W, C] -> the same.
 
     kernel [C, 1, k, k], k odd, transposed with `flip`; bias [C] or None; gain [C], or None for no norm; mask [B, H, W],
-    False where x is taken as zero. Its tiles are among the fastest on an H100 for 32 x 74 x 74 positions, with sixteen
-    elements a thread.
+    False where x counts as zero. The tiles are among the fastest on an H100 for 32 x 74 x 74 positions, with sixteen
+    elements per thread.
     """
     x = x.contiguous()
     out, (b, h, w, c) = empty_like(x), x.shape
@@ -44,7 +44,7 @@ def forward(
 def backward(
     dout: Tensor, x: Tensor, kernel: Tensor, bias: Tensor | None, gain: Tensor | None, eps: float, mask: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """Gradients to x, kernel, bias [C] and gain [C]; None for a bias or a norm that is not there."""
+    """Gradients with respect to x, kernel, bias [C] and gain [C]; None if there is no bias or norm."""
     side, c = kernel.shape[-1], x.shape[-1]
     dgain: Tensor | None = None
     dbias: Tensor | None
@@ -70,7 +70,7 @@ def backward(
 def plain(
     x: Tensor, kernel: Tensor, bias: Tensor | None, gain: Tensor | None, eps: float, mask: Tensor | None
 ) -> Tensor:
-    """The definition."""
+    """The same in plain PyTorch."""
     if mask is not None:
         x = x.masked_fill(~mask[..., None], 0.0)
     offset = None if bias is None else bias.to(x.dtype)
@@ -81,7 +81,7 @@ def plain(
 
 
 class LocalNorm(torch.autograd.Function):
-    """`forward`."""
+    """The autograd function of `forward`."""
 
     @staticmethod
     def forward(
@@ -94,7 +94,7 @@ class LocalNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        """Differentiable again, by way of the definition."""
+        """The gradients; a second derivative goes through `plain`."""
         *inputs, mask = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *plain_gradients(partial(plain, eps=ctx.eps, mask=mask), inputs, dout), None, None

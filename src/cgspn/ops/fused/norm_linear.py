@@ -1,4 +1,4 @@
-"""LayerNorm, then a linear layer to a narrow latent, reading the tokens once."""
+"""LayerNorm, then a linear layer to the latent, in one pass over the tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from .tiles import PARTS, ROWS, is_large, launch, plain_gradients, tile, weight_
 
 
 def _fold(gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The linear layer with the norm's gain in it, [K, C] in `dtype`; its sums, and what is added: float32 [2, K]."""
+    """Fold the norm's gain into the linear layer: weight [K, C] in `dtype`; its row sums and the bias, float32 [2,
+    K]."""
     latent, channels = weight.shape
     folded, sums = empty(weight.shape, dtype, weight.device), empty((2, latent), torch.float32, weight.device)
     tensors = (gain, shift, weight.contiguous(), bias, folded, sums)
@@ -29,8 +30,8 @@ def forward(
 ) -> tuple[Tensor, Tensor | None]:
     """linear(LayerNorm(x)): x [..., C] -> [..., K] in the dtype of x.
 
-    gain, shift [C]; weight [K, C]; bias [K], of any floating dtype. save: also mean and inverse deviation of each row,
-    float32 [2, M].
+    gain, shift [C]; weight [K, C]; bias [K], of any floating dtype. save: also returns mean and inverse deviation of
+    each row, float32 [2, M].
     """
     x, dtype = x.contiguous(), x.dtype
     latent, channels = weight.shape
@@ -56,7 +57,7 @@ def backward(
     dout: Tensor, past: Tensor | None, x: Tensor, out: Tensor, gain: Tensor, shift: Tensor, weight: Tensor,
     bias: Tensor, statistics: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Gradients to x (plus `past`, the one that reaches it from elsewhere), gain, shift, weight and bias."""
+    """Gradients with respect to x (plus `past`, its gradient from elsewhere), gain, shift, weight and bias."""
     x, dout, past = x.contiguous(), dout.contiguous(), None if past is None else past.contiguous()
     (latent, channels), rows = weight.shape, statistics.shape[1]
     folded, sums = _fold(gain, shift, weight, bias, x.dtype)
@@ -69,7 +70,7 @@ def backward(
         (rows, channels, latent), ROWS=size, LATENT=wide, CHANNELS=chunk, STAGES=2, EVEN=channels % chunk == 0,
         PAST=past is not None, num_warps=4,
     )  # fmt: skip
-    # the norm's part of the weight's gradient, without the normalised tokens in memory
+    # the norm's part of the weight gradient, without storing the normalised tokens
     product = matmul(scaled.view(-1, latent).T, x.view(-1, channels))
     grads = [empty_like(t) for t in (gain, shift, weight, bias)]
     tensors = (product, add_up(parts), gain, shift, weight.contiguous(), *grads)
@@ -79,13 +80,13 @@ def backward(
 
 
 def plain(x: Tensor, gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """The definition."""
+    """The same in plain PyTorch."""
     normal = layer_norm(x, x.shape[-1:], gain.to(x.dtype), shift.to(x.dtype), eps)
     return linear(normal, weight.to(x.dtype), bias.to(x.dtype))
 
 
 class NormLinear(torch.autograd.Function):
-    """`forward`, and x itself: what flows back past the norm joins its gradient in the same pass."""
+    """The autograd function of `forward` that also returns x, so that one pass adds both gradients of x."""
 
     @staticmethod
     def forward(
@@ -100,7 +101,7 @@ class NormLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, past: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Differentiable again, by way of the definition."""
+        """The gradients; a second derivative goes through `plain`."""
         *inputs, out, statistics = ctx.saved_tensors
         if dout is None:
             return past, None, None, None, None, None

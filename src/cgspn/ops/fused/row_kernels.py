@@ -1,8 +1,8 @@
-"""Triton kernels over whole rows of channels and over columns: LayerNorm with what is added before it, its gradient,
-and the gradient of a GELU with the sums over rows that biases want.
+"""Triton kernels over rows and columns of [M, C]: residual addition with LayerNorm, its gradient, GELU, and GELU's
+gradient with the sums over rows for bias gradients.
 
-Shape letters: M rows (tokens), C channels. A name in capitals and constexpr is a tile, padded to a power of two. Sums
-are float32; rows are 64-bit offsets.
+Shape letters: M rows (tokens), C channels. Constexpr names in capitals are tile sizes, padded to a power of two.
+Sums are float32; row offsets are 64 bits wide.
 """
 
 # mypy: ignore-errors
@@ -18,7 +18,7 @@ def add_norm_forward(
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
     BRANCH: tl.constexpr, KEEP: tl.constexpr, AFTER: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """t = x + branch (BRANCH) of [M, C], rounded as it is stored; normal = LayerNorm(t); total = t + after (KEEP,
+    """t = x + branch (BRANCH) [M, C], rounded as stored; normal = LayerNorm(t); total = t + after (KEEP,
     AFTER); statistics [M, 2]: mean and inverse deviation (SAVE).
     """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -55,13 +55,13 @@ def norm_backward(
     dnormal, past, x, gain, statistics, dx, parts, rows, C,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr, PAST: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of LayerNorm to x [M, C], plus (PAST) the one that reaches x past the norm; in parts
-    [programs, 2, C] the sums over each program's rows for gain and shift.
+    """The gradient of LayerNorm with respect to x [M, C], plus (PAST) the gradient of x that bypasses the norm. parts
+    [programs, 2, C] get the sums over each program's rows for gain and shift.
     """
     c = tl.arange(0, CHANNELS)
     factor = tl.load(gain + c, mask=c < C, other=0).to(tl.float32)[None, :]
     gains, shifts = tl.zeros([ROWS, CHANNELS], tl.float32), tl.zeros([ROWS, CHANNELS], tl.float32)
-    # with its own number of stages a loop fetches ahead
+    # with num_stages of its own, a loop prefetches
     for first in tl.range(tl.program_id(0) * ROWS, rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         m = first + tl.arange(0, ROWS).to(tl.int64)
         at, inside = m[:, None] * C + c[None, :], (m < rows)[:, None] & (c < C)[None, :]
@@ -89,19 +89,19 @@ def column_sums(
 ):
     """parts [programs, C]: sums over each program's rows of d [M, C].
 
-    GELU 1 (exact) or 2 (tanh): d becomes, in place, the gradient to what the GELU was given, hidden [M, C], and that is
-    summed as it is stored.
+    GELU 1 (exact) or 2 (tanh): d is first replaced in place by the gradient of the GELU's input hidden [M, C], and the
+    sums are of that gradient as stored.
     """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
-    # with its own number of stages a loop fetches ahead
+    # with num_stages of its own, a loop prefetches
     for first in tl.range(tl.program_id(1) * ROWS, rows, tl.num_programs(1) * ROWS, num_stages=STAGES):
         m = first + tl.arange(0, ROWS).to(tl.int64)
         at, inside = m[:, None] * C + c[None, :], (m < rows)[:, None] & (c < C)[None, :]
         value = tl.load(d + at, mask=inside, other=0)
         if GELU:
             h = tl.load(hidden + at, mask=inside, other=0).to(tl.float32)
-            h = tl.where(h > 32, 32.0, tl.where(h < -32, -32.0, h))  # where cubes of large ones would be infinite
+            h = tl.where(h > 32, 32.0, tl.where(h < -32, -32.0, h))  # cubes of larger values would overflow
             if GELU == 1:
                 slope = 0.5 * (1 + tl.erf(h * 0.7071067811865476)) + h * 0.3989422804014327 * tl.exp(-0.5 * h * h)
             else:
@@ -116,7 +116,7 @@ def column_sums(
 
 @triton.jit
 def gelu(x, out, count, BLOCK: tl.constexpr, GELU: tl.constexpr):
-    """GELU 1 (exact) or 2 (tanh) of `count` numbers."""
+    """GELU 1 (exact) or 2 (tanh) of `count` values."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     h = tl.load(x + at, mask=at < count, other=0).to(tl.float32)
     bounded = tl.where(h > 32, 32.0, tl.where(h < -32, -32.0, h))  # as in column_sums
@@ -129,7 +129,7 @@ def gelu(x, out, count, BLOCK: tl.constexpr, GELU: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count"])
 def add_up(parts, out, count, stride, C, CHANNELS: tl.constexpr, STEP: tl.constexpr):
-    """out [C]: the sum of `count` rows of parts, float32, which are `stride` apart."""
+    """out [C]: the sum of `count` float32 rows of parts, `stride` elements apart."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     total = tl.zeros([STEP, CHANNELS], tl.float32)
     for first in range(0, count, STEP):

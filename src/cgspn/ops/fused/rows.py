@@ -1,5 +1,5 @@
-"""LayerNorm with the sum before it, and the gradients of RMSNorm and GELU with the sums over rows that gains and biases
-want: one pass over memory each.
+"""Residual addition with LayerNorm, and the gradients of RMSNorm and GELU with the sums over rows for gains and biases.
+Each takes one pass over memory.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..replay import empty, empty_like
 from .tiles import launch, tile
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-CHANNELS_MOST = 4096  # of a row that stays on the chip
-SMALL = 1 << 23  # elements below which rows are few, and tiles smaller
-PROGRAMS = 528  # that share the sums over rows: four for each multiprocessor of the largest GPUs
-MODES = {None: 0, "none": 1, "tanh": 2}  # of a GELU in the kernels
-# Of sums alone and through the gradient of each GELU: widths of a tile, its elements in 16 bits, warps, loops fetched
-# ahead, and programs. The fastest on an H100 for 47 thousand rows of 1152 and 4304 channels.
+CHANNELS_MOST = 4096  # most channels of a row that stays on the chip
+SMALL = 1 << 23  # with fewer elements, tiles are smaller
+PROGRAMS = 528  # programs that share the sums over rows: four per SM of the largest GPUs
+MODES = {None: 0, "none": 1, "tanh": 2}  # the kernels' code for each kind of GELU
+# For plain sums and for the gradient of each GELU: tile widths, elements of a tile in 16 bits, warps, loop stages and
+# programs. These are the fastest on an H100 for 47 thousand rows of 1152 and 4304 channels.
 TILES: dict[str | None, tuple[tuple[int, ...], int, int, int, int]] = {
     None: ((128,), 2048, 2, 3, 2 * PROGRAMS),
     "none": ((128,), 1024, 2, 3, 2 * PROGRAMS),
@@ -31,9 +31,9 @@ TILES: dict[str | None, tuple[tuple[int, ...], int, int, int, int]] = {
 
 
 def can_use_rows(*tensors: Tensor | None) -> bool:
-    """Whether the kernels of this module run on such tensors: outside of traced programs, where Triton runs.
+    """Whether the kernels of this module can run on these tensors: in eager mode, on a device that Triton supports.
 
-    Those over whole rows take at most `CHANNELS_MOST` channels.
+    Kernels over whole rows take at most `CHANNELS_MOST` channels.
     """
     given = [t for t in tensors if t is not None]
     first = given[0]
@@ -54,7 +54,7 @@ def add_up(parts: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def gelu(x: Tensor, approximate: str) -> Tensor:
-    """As `torch.nn.functional.gelu`, of a contiguous x."""
+    """`torch.nn.functional.gelu` of a contiguous x."""
     out, count = empty_like(x), x.numel()
     launch("gelu", (x, out), (-(-count // 4096),), (count,), BLOCK=4096, GELU=MODES[approximate], num_warps=8)
     return out
@@ -64,9 +64,9 @@ def forward(
     x: Tensor, branch: Tensor | None, gain: Tensor, shift: Tensor, eps: float, after: Tensor | None = None, *,
     save: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
-    """LayerNorm(t) of t = x + branch, and t + after, in the dtype of x: [..., C] each; x itself if nothing is added.
+    """LayerNorm(t) and t + after for t = x + branch, [..., C] in the dtype of x. Returns x itself if nothing is added.
 
-    With `save` also mean and inverse deviation of each row, float32 [M, 2].
+    With `save`, also returns mean and inverse deviation of each row, float32 [M, 2].
     """
     x = x.contiguous()
     branch = None if branch is None else branch.contiguous()
@@ -95,7 +95,7 @@ def layer_norm_past(x: Tensor, gain: Tensor, shift: Tensor, after: Tensor, eps: 
 def backward(
     dnormal: Tensor, past: Tensor | None, x: Tensor, gain: Tensor, statistics: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of LayerNorm to x (plus `past`, the one that reaches it past the norm), gain and shift."""
+    """Gradients of LayerNorm with respect to x (plus `past`, the gradient that bypasses the norm), gain and shift."""
     past = None if past is None else past.contiguous()
     channels, wide = x.shape[-1], tile(x.shape[-1])
     rows, size = x.numel() // channels, max(1, 2048 // wide)
@@ -120,7 +120,7 @@ def rms_forward(y: Tensor, gain: Tensor, eps: float) -> Tensor:
 def rms_backward(
     dn: Tensor, y: Tensor, gain: Tensor | None, unit: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradient to y; with a gain the sums over rows for gain and bias, [K] each, without the norm in `unit`.
+    """The gradient of y, and with a gain the sums over rows for gain and bias, [K] each; else the norm in `unit`.
 
     See `kernels.rms_backward`.
     """
@@ -139,7 +139,7 @@ def rms_backward(
 
 
 class AddNorm(torch.autograd.Function):
-    """(LayerNorm(t), t) of t = x + branch; the gradients of both meet in one pass."""
+    """The autograd function of (LayerNorm(t), t) for t = x + branch. Its backward adds both gradients in one pass."""
 
     @staticmethod
     def forward(
@@ -154,7 +154,7 @@ class AddNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dnormal: Tensor | None, past: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Differentiable again, by way of the plain norm."""
+        """The gradients; a second derivative goes through the plain norm."""
         total, gain, shift, statistics = ctx.saved_tensors
         of_branch = ctx.needs_input_grad[1]
         if dnormal is None:
@@ -169,18 +169,19 @@ class AddNorm(torch.autograd.Function):
 
 
 class RmsNorm(torch.autograd.Function):
-    """RMSNorm, whose gradients take one pass; PyTorch's to the gain alone took twice as long (results/training)."""
+    """RMSNorm whose gradients take one pass. PyTorch's gradient of the gain alone took twice as long
+    (results/training)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        """x [..., C]; gain [C], which is rounded to the dtype of x."""
+        """x [..., C]; gain [C], rounded to the dtype of x."""
         ctx.eps = eps
         ctx.save_for_backward(x, gain)
         return rms_norm(x, gain.shape, gain.to(x.dtype), eps)
 
     @staticmethod
     def backward(ctx: Any, dnormal: Tensor) -> tuple[Tensor, Tensor, None]:
-        """Differentiable again, by way of the plain norm."""
+        """The gradients; a second derivative goes through the plain norm."""
         x, gain = ctx.saved_tensors
         if torch.is_grad_enabled():
             plain = rms_norm(x.float(), gain.shape, gain.float(), ctx.eps).to(x.dtype)
@@ -195,18 +196,18 @@ class RmsNorm(torch.autograd.Function):
 def column_sums(
     d: Tensor, hidden: Tensor | None = None, approximate: str = "none", dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """The sums over rows of d [M, C], added up in float32: [C] in `dtype`.
+    """The sums over rows of d [M, C], computed in float32: [C] in `dtype`.
 
-    With hidden [M, C], what a GELU was given: d, the gradient to its output, first becomes in place that to `hidden`.
-    approximate: "none" or "tanh", as of `torch.nn.functional.gelu`.
+    With hidden [M, C], the input of a GELU: d, the gradient of the GELU's output, is first replaced in place by the
+    gradient of `hidden`. approximate: "none" or "tanh", as in `torch.nn.functional.gelu`.
     """
     mode = None if hidden is None else approximate
     widths, most, warps, stages, total = TILES[mode]
     rows, channels = d.shape
-    # the widest of which an eighth at most would be idle
+    # the widest tile of which at most an eighth is idle
     fitting = (w for w in widths if (-channels % w) * 8 <= channels)
     wide = min(next(fitting, widths[-1]), tile(channels))
-    # as many bytes whatever the dtype: what is fetched ahead has to fit
+    # the same number of bytes for every dtype, because prefetched data has to fit
     size, across = most * 2 // (wide * d.element_size()), -(-channels // wide)
     down = max(1, min(-(-rows // size), total // across))
     parts = empty((down, channels), torch.float32, d.device)

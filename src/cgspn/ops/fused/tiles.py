@@ -1,4 +1,4 @@
-"""What the launches around the scan share: sizes of tiles, where they fit, and gradients of gradients."""
+"""Helpers of the fused ops: cached launches, tile sizes, and second derivatives."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 from ..gpu import Gpu, gpu_of
 from ..triton_launch import TritonLaunch
 
-ROWS = 64  # of a tile that norm and P_down share: fewer are slower even where they leave most of a GPU idle
-PARTS = 264  # programs that share the reduction over rows: two for each multiprocessor of the largest GPUs
+ROWS = 64  # rows of a tile of norm and P_down; fewer are slower even if most of the GPU is idle
+PARTS = 264  # programs that share the reduction over rows: two per SM of the largest GPUs
 
 
 @functools.lru_cache(maxsize=4096)
@@ -31,9 +31,9 @@ def launch(
     name: str, tensors: Sequence[Tensor | None], grid: tuple[int, ...], numbers: tuple[int | float, ...],
     **constants: Any,
 ) -> None:  # fmt: skip
-    """Run a kernel of kernels.py or row_kernels.py, and keep what it is made of for the next call with such tensors.
+    """Run a kernel of kernels.py or row_kernels.py. The prepared launch is cached for calls with the same dtypes.
 
-    Its arguments: tensors, then numbers, then constants, among them Triton's options.
+    The kernel's arguments are the tensors, then the numbers, then the constants, which include Triton's options.
     """
     assert tensors[0] is not None
     dtypes = tuple([None if t is None else t.dtype for t in tensors])
@@ -41,22 +41,22 @@ def launch(
 
 
 def tile(size: int, least: int = 16) -> int:
-    """The power of two that covers `size`."""
+    """The next power of two that is not less than `size`."""
     return max(least, 1 << (size - 1).bit_length())
 
 
 def weight_channels(latent: int, dtype: torch.dtype, most: int) -> int:
-    """Channels of a tile of weights [channels, latent] of at most so many bytes, so that several fit on the chip."""
+    """Channels of a weight tile [channels, latent] of at most `most` bytes, so that several tiles fit on the chip."""
     return max(16, min(64, most // (tile(latent) * dtype.itemsize)))
 
 
 def is_large(gpu: Gpu | None, dtype: torch.dtype, generations: tuple[int, ...] = (9, 10)) -> bool:
-    """Whether a program may take 200 KB of shared memory for tiles of 16 bits, which only these GPUs have."""
+    """Whether tiles have 16-bit elements and the GPU gives a program 200 KB of shared memory."""
     return gpu is not None and dtype.itemsize < 4 and gpu.capability[0] in generations
 
 
 def plain_gradients(plain: Callable[..., Tensor], inputs: Sequence[Tensor | None], dout: Tensor) -> list[Tensor | None]:
-    """Gradients of `plain` at `inputs` that are differentiable again; None for an input that wants none."""
+    """Gradients of `plain` at `inputs` that can be differentiated again; None for an input without gradient."""
     with torch.enable_grad():
         wanted = [t for t in inputs if t is not None and t.requires_grad]
         y = plain(*inputs)

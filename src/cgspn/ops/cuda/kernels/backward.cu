@@ -1,25 +1,25 @@
 #include "common.cuh"
 
-// The adjoint scan: lines in reverse, one block per direction, image and group of channels, as in forward.cu.
-// It reads the state h (with MEAN: h / n, and n) that the forward saved, in the input's dtype, and writes every gradient
-// once; that of x is a plane per direction, merged at the end in float32. No atomics: timing does not change the result.
+// The adjoint scan: lines in reverse, one block per direction, image and group of channels, as in forward.cu. It reads
+// the state h (with MEAN: h / n, and n) that the forward saved in the input's dtype, and writes every gradient once.
+// The gradient of x has one plane per direction, merged at the end in float32. No atomics, so it is deterministic.
 //
-// Lines cut over a cluster: as in forward.cu, and what a halo position sends is put there by its owner.
+// Lines are split across a cluster as in forward.cu. The owner of a position also writes its contribution to the halo.
 //
 // With g[i] the gradient of the state of line i: position j of line i sends w0 g to position j-1 of line i-1,
-// w1 g to j and w2 g to j+1. The first and the last cross threads through shared memory.
+// w1 g to j and w2 g to j+1. w0 g and w2 g pass between threads through shared memory.
 //
 // With MEAN, y = u m, m = h / n, and n is one more channel whose x is 1: the gradient of h is u dy / n, that of n
-// -sum(u dy m) / n over the channels of a set. A neighbour's h is its m times its n, so rounding m to the input's dtype
-// leaves the same m on both sides of the differences that make the gradient of the logits.
+// -sum(u dy m) / n over the channels of a group. A neighbour's h is its m times its n, so both sides of the differences
+// in the gradient of the logits contain the same rounded m.
 
 struct BackwardArguments {
   View x, lam, u, logits, keep, dy, h, mask, dx, dlam, du, dlogits, dkeep, out, n;
   Shape s;
 };
 
-// In shared memory: h of the line before, x, dy and, unless a thread has single ones, the parameters: lam, three logits,
-// u and keep. Single parameters are too narrow to be copied there; they wait in registers for the next line.
+// Shared memory holds h of the previous line, x, dy and the parameters: lam, three logits, u and keep. With SHARE the
+// parameters are too narrow for such copies; those of the next line are loaded into registers.
 constexpr int MAPS = SHARE ? 3 : 7 + NORMALISE + FORGET;
 
 extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(const __grid_constant__ BackwardArguments a) {
@@ -29,11 +29,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
   const int last = walk.lines - 1;
   const int line_slots = s.lanes * s.rows;
   const int plane = (s.rows * POS + 2) * s.lanes;
-  float* sent = (float*)shared;  // two lines of what goes to the left and two of what goes to the right
+  float* sent = (float*)shared;  // two lines sent to the left and two sent to the right
   float* const n_sent = sent + 4 * plane * VEC;  // the same of n
   char* stages = shared + 4 * plane * COUNTED * 4;
   const int map_bytes = line_slots * POS * BYTES, stage_bytes = MAPS * map_bytes, count = line_slots * POS * SETS;
-  float* const n_stages = (float*)(stages + (STAGES * stage_bytes + 15) / 16 * 16);  // n of the line before
+  float* const n_stages = (float*)(stages + (STAGES * stage_bytes + 15) / 16 * 16);  // n of the previous line
   Mailbox<3 + 3 * MEAN> mailbox(n_stages + MEAN * STAGES * count, s);
   for (int k = threadIdx.x; k < 4 * plane * COUNTED; k += blockDim.x) sent[k] = 0.f;
 
@@ -47,8 +47,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
   char *dx = walk.start(a.dx, last), *dlam = walk.start_parameter(a.dlam, last), *du = walk.start_parameter(a.du, last),
        *dlogits = walk.start_parameter(a.dlogits, last), *dkeep = walk.start_parameter(a.dkeep, last);
   bool works[POS];
-  Vec state[POS];        // h of the line being worked on
-  float kept[POS][VEC];  // what this position sends to itself
+  Vec state[POS];        // h of the current line
+  float kept[POS][VEC];  // w1 g, which this position sends to itself
   float total[POS][SETS], n_kept[POS][SETS];  // the same of n
 #pragma unroll
   for (int p = 0; p < POS; p++) {
@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
     h += STEP(h), n_at += STEP(n), x += STEP(x), dy += STEP(dy);
     if constexpr (!SHARE) lam += STEP(lam), logits += STEP(logits), u += STEP(u), keep += STEP(keep);
   };
-  Parameters ahead[POS];  // of single parameters: the next line's
+  Parameters ahead[POS];  // with SHARE: the parameters of the next line
   auto fetch_single = [&]() {
 #pragma unroll
     for (int p = 0; p < POS; p++)
@@ -113,8 +113,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
     if (n < walk.lines) fetch(n, n == last);
     copies_commit();
   }
-  if constexpr (SPLIT > 1) cluster_arrive(), cluster_wait();  // neighbours are there
-  bool waiting = false;  // for what the neighbours send
+  if constexpr (SPLIT > 1) cluster_arrive(), cluster_wait();  // all blocks of the cluster have started
+  bool waiting = false;  // for the neighbours' contributions
   int filling = STAGES - 1, stage = 0, phase = s.chunk ? last % s.chunk : -1;  // line of the chunk
   for (int n = 0; n < walk.lines; n++) {
     float* to_left = sent + (n & 1 ? 0 : 2) * plane * VEC;
@@ -143,7 +143,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
       mailbox.odd ^= 1;
     }
     copies_wait<STAGES - 2>();
-    __syncthreads();  // the neighbours' copies and what they sent have arrived; the stage to fill is free
+    __syncthreads();  // copies and contributions of other threads have arrived; the stage to fill is free
     if (n + STAGES - 1 < walk.lines) fetch(filling, n + STAGES - 1 == last);
     copies_commit();
     filling = filling + 1 == STAGES ? 0 : filling + 1;
@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
       for (int p = 0; p < POS; p++) single[p] = ahead[p];
       if (n + 1 < walk.lines) fetch_single();
     }
-    const bool restart = n == last || phase == 0;  // this line starts from zero: nothing flows further back
+    const bool restart = n == last || phase == 0;  // no gradient arrives from the next line
     phase = phase == 0 ? s.chunk - 1 : phase - 1;
     const bool exchange = SPLIT > 1 && (n + 1) % (HALO + (SPLIT == 1)) == 0 && n + 1 < walk.lines;
     float* send_left = sent + (n & 1 ? 2 : 0) * plane * VEC;
@@ -169,7 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
 #pragma unroll
         for (int k = 0; k < WORDS; k++) none.w[k] = 0;
         const Vec before = restart ? none : load(from);
-        const bool own = walk.owns(s, p);  // a halo's neighbours may lie outside the stage, and it writes no gradients
+        const bool own = walk.owns(s, p);  // a halo position writes no gradients
         const Vec left = restart || j == 0 || !own ? none : load(from - s.lanes * BYTES);
         const Vec right = restart || j + 1 == walk.positions || !own ? none : load(from + s.lanes * BYTES);
         const Vec vx = load(from + map_bytes), vdy = load(from + 2 * map_bytes);
@@ -186,7 +186,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
           if constexpr (FORGET) now.keep = waiting(8);
         }
         float from_right[VEC], from_left[VEC], o_dx[VEC], o_dlam[SETS], o_du[SETS], o_d[3][SETS], o_keep[SETS];
-        state_get(to_left, plane, index + 2 * s.lanes, from_right);  // position j+1 sent this to its left
+        state_get(to_left, plane, index + 2 * s.lanes, from_right);  // sent by position j+1 to its left
         state_get(to_right, plane, index, from_left);
         float n_left[SETS], n_before[SETS], n_right[SETS], n_from_right[SETS], n_from_left[SETS], share = 1.f;
         if constexpr (MEAN) {
@@ -213,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_backward(cons
           if constexpr (NORMALISE) u_grad += y_grad * get(state[p], k);
           d0 += g[k] * get(left, k), d1 += g[k] * get(before, k), d2 += g[k] * get(right, k);
           if (SHARE && k < VEC - 1) continue;
-          const int set = SHARE ? 0 : k;  // its last channel
+          const int set = SHARE ? 0 : k;  // in its last channel
           float n_grad = 0.f;
           if constexpr (MEAN) {
             n_grad = n_kept[p][set] + n_from_right[set] + n_from_left[set];

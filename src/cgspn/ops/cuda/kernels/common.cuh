@@ -1,22 +1,35 @@
-// What every kernel here shares: element types, copies, the normalisation, the merge of directions.
+// Shared by all kernels: element types, copies, the normalisation, the merge of directions.
 // Compiled by NVRTC without any header. Macros set by plan.py:
 //   DTYPE      0 float32, 1 float16, 2 bfloat16
-//   VEC        channels a thread handles (VEC * sizeof(element) is what one copy moves: 2, 4, 8 or 16 bytes)
-//   POS        positions of the line a thread handles
-//   STAGES     lines in flight: in registers (forward), or in shared memory, the current one included (backward)
+//   VEC        channels per thread (one copy moves VEC * sizeof(element): 2, 4, 8 or 16 bytes)
+//   POS        positions of a line per thread
+//   STAGES     lines in flight: in registers (forward), or in shared memory with the current one (backward)
 //   THREADS    upper bound of the block size
-//   NORMALISE  1: propagate_2d (sigmoid, normalised, gated); 0: line_scan (weights as they are, no gate)
-//   SHARE      1: the VEC channels of a thread have one set of parameters between them
-//   FORGET     1: a forget gate scales the line before
-//   MEAN       1: outputs and saved states are h / n, where n is the same scan over ones, one for each set of parameters
+//   NORMALISE  1: propagate_2d (sigmoid, normalised, gated); 0: line_scan (given weights, no gate)
+//   SHARE      1: the VEC channels of a thread are a parameter group
+//   FORGET     1: a forget gate scales the previous line
+//   MEAN       1: outputs and saved states are h / n, where n is the same scan over ones, one per parameter group
 //   MASKED     1: a mask is given
-//   SPLIT      blocks a line is cut into, a cluster (sm_90 and later)
-//   HALO       positions beyond its own part, on either side, that such a block scans too: one fewer of them is right
-//              after every line, so that blocks exchange states only every HALO lines; 0 without SPLIT
-//   MERGE      1: the planes of the directions will be read again by merge.cu; 0: outputs are final
-//   NARROW     1: a block's run of channels is short, and its neighbours in memory are read a line later or by other
-//              blocks: memory gives 128 bytes at once, and caches must keep them
+//   SPLIT      blocks per line, which form a cluster (sm_90 and later)
+//   HALO       positions on either side of its own that such a block also scans. One fewer of them is correct after
+//              every line, so blocks exchange states every HALO lines; 0 if SPLIT is 1
+//   MERGE      1: merge.cu will read the planes of the directions; 0: outputs are final
+//   NARROW     1: a block's run of channels is short, and the memory next to it is read a line later or by other
+//              blocks, so caches should keep the 128 bytes that one access fetches
 // Shape letters as in reference.py. All strides are in bytes and 64 bits wide.
+
+// any header. Macros set by plan.py: DTYPE      0 float32, 1 float16, 2 bfloat16 VEC        channels per thread (one
+// copy moves VEC * sizeof(element): 2, 4, 8 or 16 bytes) POS        positions of a line per thread STAGES
+// lines in flight: in registers (forward), or in shared memory, the current one included (backward) THREADS upper bound
+// of the block size NORMALISE  1: propagate_2d (sigmoid, normalised, gated); 0: line_scan (weights as they are, no
+// gate) SHARE      1: the VEC channels of a thread are a parameter group FORGET     1: a forget gate scales the
+// previous line MEAN       1: outputs and saved states are h / n, where n is the same scan over ones, one per parameter
+// group MASKED     1: a mask is given SPLIT      blocks per line, which form a cluster (sm_90 and later) HALO positions
+// on either side of its own that such a block also scans. One fewer of them is correct after every line, so blocks
+// exchange states every HALO lines; 0 if SPLIT is 1 MERGE      1: merge.cu will read the planes of the directions; 0:
+// outputs are final NARROW     1: a block's run of channels is short, and the memory next to it is read a line later or
+// by other blocks, so caches should keep the 128 bytes that one access fetches Shape letters as in reference.py. All
+// strides are in bytes and 64 bits wide.
 
 #include "hardware.cuh"
 
@@ -41,9 +54,9 @@ struct Shape {
   int B, H, W, C, D;
   int codes[4];    // 0 down, 1 up, 2 right, 3 left
   int vectors;     // C / VEC
-  int lanes;       // vectors a block handles
+  int lanes;       // vectors per block
   int groups;      // blocks along the channels
-  int rows;        // positions a block handles at once; lanes * rows threads work
+  int rows;        // positions per block; lanes * rows threads are active
   int own;         // positions of a line that a block writes; rows * POS cover them and the halo
   int longest;     // the longer of H and W
   int chunk;       // lines between restarts; 0: never
@@ -53,7 +66,7 @@ struct __align__(BYTES < 4 ? 4 : BYTES) Vec {
   u32 w[WORDS];
 };
 
-// What a thread reads or writes of one map of parameters: a value for each channel, or one for all of them.
+// A thread's values in one parameter map: one per channel, or one for all its channels.
 struct Single {
   u32 w;
 };
@@ -67,9 +80,9 @@ struct Either<false, A, B> {
 };
 using Parameter = Either<SHARE, Single, Vec>::type;
 constexpr int SETS = SHARE ? 1 : VEC;
-constexpr int COUNTED = VEC + MEAN * SETS;  // scans of a thread: its channels, and n of their sets
+constexpr int COUNTED = VEC + MEAN * SETS;  // scans per thread: its channels, and n of their groups
 
-// How a direction walks the grid.
+// The line order and axes of a direction.
 struct Way {
   int lines, positions;
   bool vertical, backwards;
@@ -89,7 +102,7 @@ struct Way {
   }
 };
 
-// Where a block is, and its way.
+// The position of a block and thread, and the direction.
 struct Walk : Way {
   int b, d, lane, j, vec, slot, part, row;
   bool busy;
@@ -108,7 +121,7 @@ struct Walk : Way {
     vec = (block % s.groups) * s.lanes + lane;
     busy = vec < s.vectors && row < s.rows;
   }
-  // Whether this thread works on its p-th position; whether that is the block's own, to be written.
+  // Whether this thread has a p-th position, and whether the block owns it and writes its outputs.
   __device__ bool works(const Shape& s, int p) const {
     const int at = j + p * s.rows;
     return busy && at >= 0 && at < positions && row + p * s.rows < s.own + 2 * HALO;
@@ -132,7 +145,7 @@ __device__ __forceinline__ void copy_in(void* to, const char* from) {
     *(unsigned short*)to = *(const unsigned short*)from;
 }
 
-// What one access moves.
+// The type that one access moves.
 using Short = Either<BYTES == 4, u32, unsigned short>::type;
 using Word = Either<BYTES == 16, uint4, Either<BYTES == 8, uint2, Short>::type>::type;
 
@@ -151,8 +164,8 @@ __device__ __forceinline__ Vec load_narrow(const char* p) {
   return v;
 }
 
-// What one thread of the machine reads once: it should leave the caches first, so that x, which every direction
-// reads, can stay. Not where its surroundings are read later.
+// Data that is read only once should be evicted first, so that caches keep x, which every direction reads. Not if the
+// memory around it is read later.
 __device__ __forceinline__ Vec load_once(const char* p) {
   if constexpr (BYTES < 4) return load(p);
   if constexpr (NARROW) return load_narrow(p);
@@ -164,10 +177,10 @@ __device__ __forceinline__ Vec load_shared_by_directions(const char* p) {
   return vector_of(__ldg((const Word*)p));
 }
 
-// A store of what is read again: a plane to be merged. Also of what fills only a part of a sector.
+// Store data that is read again (a plane to be merged) or that fills only a part of a sector.
 __device__ __forceinline__ void store_plane(char* p, const Vec& v) { *(Word*)p = *(const Word*)v.w; }
 
-// A store of what is not read again soon.
+// Store data that is not read again soon.
 __device__ __forceinline__ void store(char* p, const Vec& v) {
   if constexpr (NARROW || BYTES < 4) return store_plane(p, v);
   __stcs((Word*)p, *(const Word*)v.w);
@@ -187,12 +200,12 @@ __device__ __forceinline__ float get(const Single& v, int) {
   return half_to_float(v.w);
 }
 
-// The parameters of a position; the gates are there only for kernels that have them.
+// The parameters of a position. Gates exist only in kernels that use them.
 struct Parameters {
   Parameter lam, l0, l1, l2, u, keep;
 };
 
-// A parameter is read and written once. Single ones fill only a part of a sector, which the caches must then keep.
+// A parameter is read and written once. With SHARE it fills only a part of a sector, which caches should then keep.
 __device__ __forceinline__ Parameter load_parameter(const char* p) {
   if constexpr (SHARE) {
     Single v;
@@ -231,7 +244,7 @@ __device__ __forceinline__ void store_parameter(char* p, const float* f) {
     *(unsigned short*)p = (unsigned short)pack_pair<DTYPE == 2>(*f, 0.f);
 }
 
-// The float32 state of a line in shared memory: N values a position in planes of one access each, free of bank conflicts.
+// The float32 state of a line in shared memory: N values per position, in planes of one access each, no bank conflicts.
 template <int N = VEC>
 __device__ __forceinline__ void state_put(float* line, int plane, int index, const float* f) {
   constexpr int QUAD = N < 4 ? N : 4;
@@ -262,8 +275,8 @@ __device__ __forceinline__ void state_get(const float* line, int plane, int inde
   }
 }
 
-// Exchange of a cluster, once in HALO lines: a block's edge positions put their values where the neighbour's halo finds
-// them. COUNT times up to VEC values; two boxes in turn, so that a block may put while its neighbour still reads.
+// Exchange within a cluster, every HALO lines: a block writes its edge positions to the neighbour's halo. There are
+// COUNT times up to VEC values, and two buffers, so that a block can write while its neighbour still reads.
 template <int COUNT>
 struct Mailbox {
   float* boxes;  // [2][2 sides][HALO][COUNT][lanes][VEC]
@@ -272,7 +285,7 @@ struct Mailbox {
   __device__ float* at(const Shape& s, const Walk& walk, bool right, int k, int n) const {
     return boxes + (odd * 2 + right) * side + ((k * COUNT + n) * s.lanes + walk.lane) * VEC;
   }
-  // Values n of the p-th position, to the neighbours that have it in their halo.
+  // Send the values `n` of the p-th position to the neighbours that have it in their halo.
   template <int N = VEC>
   __device__ void put(const Shape& s, const Walk& walk, int p, int n, const float* f) const {
     const int k = walk.row + p * s.rows - HALO;
@@ -285,7 +298,7 @@ struct Mailbox {
 #pragma unroll
     for (int c = 0; c < N; c++) store_remote(here + c, part, f[c]);
   }
-  // What arrived for the p-th position, which is not the block's own.
+  // Receive the values of the p-th position, which another block owns.
   template <int N = VEC>
   __device__ void take(const Shape& s, const Walk& walk, int p, int n, float* f) const {
     const int k = walk.row + p * s.rows - HALO;
@@ -295,14 +308,14 @@ struct Mailbox {
   }
 };
 
-// exp(-a), at most exp(40): beyond that the products below would overflow. A NaN stays one.
+// exp(-a), clamped at exp(40) because the products below would overflow. NaN is kept.
 __device__ __forceinline__ float exp_minus(float a) {
   return power_of_two(least(a * -LOG2E, 57.6f));
 }
 
-// Three sigmoids over their sum, of the neighbours that exist, with one reciprocal: with a = 1 + exp(-logit) per
-// neighbour, s0 : s1 : s2 = a1 a2 : a0 a2 : a0 a1, and the sum clamped at EPSILON is a comparison with
-// EPSILON a0 a1 a2. Keeps its relative precision however negative the logits are.
+// The sigmoids of the existing neighbours, divided by their sum, with one reciprocal. With a = 1 + exp(-logit) per
+// neighbour, s0 : s1 : s2 = a1 a2 : a0 a2 : a0 a1, and clamping the sum at EPSILON is a comparison with EPSILON a0 a1
+// a2. The relative precision does not depend on how negative the logits are.
 struct Weights {
   float w[3];
   float e[3];  // exp(-logit), 0 where there is no neighbour
@@ -323,7 +336,7 @@ struct Weights {
   }
 };
 
-// Bits 0..2: the neighbours j-1, j, j+1 on the line before that exist; bit 3: the position itself is inside.
+// Bits 0..2: whether the neighbours j-1, j, j+1 exist on the previous line; bit 3: the position itself is inside.
 // `here` is the mask's byte at this position of line i.
 __device__ __forceinline__ u32 surroundings(const Way& way, int j, int i, const char* here, i64 step, i64 across) {
   u32 bits = (j > 0 ? 1u : 0u) | 2u | (j + 1 < way.positions ? 4u : 0u) | 8u;

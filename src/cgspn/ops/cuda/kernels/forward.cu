@@ -1,21 +1,21 @@
 #include "common.cuh"
 
-// One block walks one direction of one image for a group of channels, line by line; the state of a line crosses
-// threads through shared memory. A thread needs only its own inputs, so those of the next STAGES lines wait in its
-// registers: through shared memory (cp.async) each would pass the load/store unit twice, which is what a line costs
-// at small batches. One barrier a line, for the state, is all.
-//   SAVE   1 writes the state too, for the backward; and n, in float32
+// One block scans one direction of one image for a group of channels, line by line. The state of a line passes between
+// threads through shared memory. A thread needs only its own inputs, so it loads those of the next STAGES lines into
+// registers. Through shared memory (cp.async) each would pass the load/store unit twice, the bottleneck at small
+// batches. There is one barrier per line, for the state.
+//   SAVE   1: also write the state for the backward, and n in float32
 
 struct ForwardArguments {
   View x, lam, u, logits, keep, y, h, mask, out, n;
   Shape s;
 };
 
-// Narrow threads work out weights and drive before the barrier, off the chain from line to line, and load the line
-// after next early. Wide ones would hold 32 more registers for it, and memory is what they wait for.
+// Narrow threads compute weights and inputs before the barrier, outside of the dependency from line to line, and load
+// the line after next early. Wide threads would need 32 more registers for this, and memory is their bottleneck.
 constexpr bool LATE = !SHARE && VEC * POS >= 8;
 
-// What a position reads of a line.
+// The inputs of a position.
 struct Inputs : Parameters {
   Vec x;
 };
@@ -26,7 +26,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
   const int line_slots = s.lanes * s.rows;
   const int plane = (s.rows * POS + 2) * s.lanes;  // a line of the state, one empty position at each end
   float* state = (float*)shared;                   // two lines
-  float* const counts = state + 2 * plane * VEC;   // and of n
+  float* const counts = state + 2 * plane * VEC;   // the same for n
   Mailbox<1 + MEAN> mailbox(state + 2 * plane * COUNTED, s);
 
   const Walk walk(s);
@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
       }
     x += x_step, lam += lam_step, u += u_step, logits += logits_step, keep += keep_step;
   };
-  // Weights of the neighbours for the k-th set of parameters.
+  // Weights of the neighbours for the k-th parameter group.
   auto weigh = [&](const Inputs& from, int k, u32 bits, float (&w)[3][SETS]) {
     const float l0 = get(from.l0, k), l1 = get(from.l1, k), l2 = get(from.l2, k);
     w[0][k] = l0, w[1][k] = l1, w[2][k] = l2;
@@ -76,12 +76,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
 #pragma unroll
   for (int n = 0; n < STAGES; n++)
     if (n < walk.lines) fetch(ring[n]);
-  if constexpr (SPLIT > 1) cluster_arrive(), cluster_wait();  // neighbours are there
+  if constexpr (SPLIT > 1) cluster_arrive(), cluster_wait();  // all blocks of the cluster have started
   float h[POS][VEC], n[POS][SETS];
   int since = 0;
   bool waiting = false;  // for the neighbours' states
   auto line = [&](int i, Inputs (&inputs)[POS]) {
-    float w[POS][3][SETS], drive[POS][VEC], scale[POS][SETS];  // the last: lam alone, which drives n
+    float w[POS][3][SETS], drive[POS][VEC], scale[POS][SETS];  // scale: lam alone, the input of n
     Parameter gate[POS];
     u32 bits[POS];
     auto prepare = [&](const Inputs& from, int p, int k) {
@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
     float* before = state + ((i & 1) ^ 1) * plane * VEC;
     float* now = state + (i & 1) * plane * VEC;
     float *n_before = counts + ((i & 1) ^ 1) * plane * SETS, *n_now = counts + (i & 1) * plane * SETS;
-    if (waiting) {  // the barrier of a cluster is slow: what lies between its halves hides some of it
+    if (waiting) {  // the cluster barrier is slow; the work between its two halves hides a part of it
       cluster_wait();
 #pragma unroll
       for (int p = 0; p < POS; p++)
@@ -126,7 +126,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER scan_forward(const
 #pragma unroll
     for (int p = 0; p < POS; p++)
       if (works[p]) {
-        const int index = p * line_slots + walk.slot;  // of position j - 1: the line starts with an empty position
+        const int index = p * line_slots + walk.slot;  // of position j - 1: lines start with an empty position
         float left[VEC], right[VEC], out[VEC], kept[VEC], n_left[SETS], n_right[SETS], share = 1.f;
         state_get(before, plane, index, left);
         state_get(before, plane, index + 2 * s.lanes, right);

@@ -1,5 +1,5 @@
-// Every instruction that C++ has no word for, one function each. Nothing else in these kernels is inline assembly, so
-// that tests can put tests/ops/emulation/hardware.cuh in the place of this file and run the kernels on the host.
+// Instructions without a C++ equivalent, one function each. The kernels have no other inline assembly, so that tests
+// can replace this file by tests/ops/emulation/hardware.cuh and run the kernels on the CPU.
 
 typedef unsigned int u32;
 typedef unsigned long long u64;
@@ -40,15 +40,15 @@ __device__ __forceinline__ void copy_around(void* to, const char* from) {
 }
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
-__device__ __forceinline__ void copies_wait() {  // until at most N groups of this thread are under way
+__device__ __forceinline__ void copies_wait() {  // until at most N groups of this thread are in flight
   asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
-// The barrier of a cluster, in two halves: what a thread wrote before it arrives is there for all who have waited.
+// The barrier of a cluster in two halves: writes before a thread's arrival are visible to all threads after their wait.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
-// Store to where `here` would be in the shared memory of block `part` of the cluster.
+// Store to the address of `here` in the shared memory of block `part` of the cluster.
 __device__ __forceinline__ void store_remote(float* here, int part, float value) {
   u32 mine = (u32)__cvta_generic_to_shared(here), there;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(mine), "r"(part));
@@ -86,7 +86,7 @@ __device__ __forceinline__ u32 pack_pair(float low, float high) {  // two 16-bit
   return word;
 }
 
-// c = to + a b by the warp's tensor core: a is 16 x 16, b 16 x 8, c 16 x 8. With g = lane / 4 and t = lane % 4:
+// c = to + a b on the warp's tensor core: a is 16 x 16, b 16 x 8, c 16 x 8. With g = lane / 4 and t = lane % 4:
 // a0 row g, columns 2t, 2t+1; a1 row g+8; a2 as a0, 8 columns on; a3 as a1, 8 columns on; b0 rows 2t, 2t+1 of column g;
 // b1 8 rows on; c0, c1 row g, columns 2t, 2t+1; c2, c3 row g+8.
 template <bool BFLOAT>

@@ -1,24 +1,33 @@
-// The scan whose parameters are made on the chip: for every line, x [M, C] times the weights of lam, u and the logits,
-// by tensor cores, in the threads that scan with them. Macros besides those of common.cuh (VEC = 8, DTYPE not 0):
+// The scan with parameters computed on the chip: for every line, tensor cores multiply x [M, C] by the weights of lam, u
+// and the logits, in the threads that use them. Macros besides those of common.cuh (VEC = 8, DTYPE not 0):
 //   DEPTH      channels of x, rounded up to 32
-//   TILES      tiles of 8 positions a warp handles
+//   TILES      tiles of 8 positions per warp
 //   ROW_WARPS  warps along a line
-//   GROUPS     groups of 16 channels a block handles, each by warps of its own: 1, 2 or 4
-// The weights are the left factor, 16 channels of one parameter, and x the right one, 8 positions: what is read for every
-// line then lies in registers as the tensor core wants it, and the weights are put in order once. A thread gets positions
-// 2t, 2t + 1 of a tile and channels 2g, 2g + 1 of its group, for all five parameters alike (g = lane / 4, t = lane % 4:
+//   GROUPS     groups of 16 channels per block, each with its own warps: 1, 2 or 4
+// The left factor is the weights (16 channels of one parameter), the right one x (8 positions). So the data read for
+// every line has the tensor core's register layout, and the weights are arranged only once. A thread gets positions
+// 2t, 2t + 1 of a tile and channels 2g, 2g + 1 of its group, for all five parameters (g = lane / 4, t = lane % 4:
 // multiply_add in hardware.cuh; rows 0..7 of the left factor are the even channels). The order of channels inside a
-// product is free, so that a thread reads runs of 16 bytes of x and of the weights, which are transposed nowhere.
+// product is free, so a thread reads runs of 16 bytes of x and of the weights, without any transposition.
+
+// u and the logits, in the threads that use them. Macros besides those of common.cuh (VEC = 8, DTYPE not 0): DEPTH
+// channels of x, rounded up to 32 TILES      tiles of 8 positions per warp ROW_WARPS  warps along a line GROUPS
+// groups of 16 channels per block, each with its own warps: 1, 2 or 4 The weights are the left factor, 16
+// channels of one parameter, and x the right one, 8 positions: what is read for every line then lies in registers as
+// the tensor core wants it, and the weights are put in order once. A thread gets positions 2t, 2t + 1 of a tile and
+// channels 2g, 2g + 1 of its group, for all five parameters alike (g = lane / 4, t = lane % 4: multiply_add in
+// hardware.cuh; rows 0..7 of the left factor are the even channels). The order of channels inside a product is free, so
+// that a thread reads runs of 16 bytes of x and of the weights, which are transposed nowhere.
 
 #include "common.cuh"
 
-constexpr int LINE = ROW_WARPS * TILES * 8;  // positions that a block has room for
-constexpr int CHUNKS = DEPTH / 8;            // 16 bytes each, of a position of x
-constexpr int OWN = 2 * GROUPS;              // those of them that a block works on
-constexpr int STATE = 20;                    // floats of a position's state in shared memory: 16, and 4 against conflicts
+constexpr int LINE = ROW_WARPS * TILES * 8;  // positions that fit in a block
+constexpr int CHUNKS = DEPTH / 8;            // of 16 bytes, per position of x
+constexpr int OWN = 2 * GROUPS;              // chunks that a block handles
+constexpr int STATE = 20;                    // floats per position of the state: 16, plus 4 against bank conflicts
 constexpr int STEPS = DEPTH / 32;
 constexpr int PARAMETERS = 5;        // lam, u, the logits of j-1, j, j+1
-constexpr bool KEEP = DEPTH <= 64;  // weights stay in registers for the whole scan; else in shared memory
+constexpr bool KEEP = DEPTH <= 64;  // weights stay in registers for the whole scan; otherwise in shared memory
 
 struct ProjectedShape {
   int B, H, W, C, D;
@@ -27,29 +36,29 @@ struct ProjectedShape {
   int blocks;    // along the channels
 };
 
-// Chunks of a position change places so that neither the 16-byte reads of products nor the 4-byte reads of single
-// channels meet in a bank of shared memory.
+// Chunks of a position are permuted so that neither the 16-byte reads of products nor the 4-byte reads of single
+// channels cause bank conflicts.
 __device__ __forceinline__ int place(int row, int chunk) {
   const int turn = CHUNKS % 8 == 0 ? (row & 1) << 2 | (row & 2) | (row & 4) >> 2 : row >> 1 & 3;
   return row * CHUNKS + (chunk ^ turn);
 }
-// The same for a line of the block's own channels only.
+// The same for lines with only the block's own channels.
 __device__ __forceinline__ int place_own(int row, int chunk) {
   return row * OWN + (chunk ^ (row / (8 / OWN) & (OWN - 1)));
 }
 
-// Where a thread stands. Addresses inside a line in shared memory are worked out once: tiles begin at multiples of 8
-// positions, which the order of chunks does not see, so that a tile is an offset known to the compiler.
+// The place of a thread. Addresses inside a line in shared memory are computed once. Tiles begin at multiples of 8
+// positions, which do not change the order of chunks, so that a tile is a compile-time offset.
 struct Seat {
   int n, part, lane, g, t;
   int row;          // its first position in the first tile of its warp
-  int chunk;        // of its two channels, among the block's own
-  int feed[STEPS];  // runs that it feeds the tensor core: of all channels, in chunks
+  int chunk;        // its two channels among the block's own
+  int feed[STEPS];  // chunks, of all channels, that it passes to the tensor core
   int all[2];       // its positions and channels in a line of all channels, in words
   int own[2];       // and in a line of the block's own channels
   int state;        // and in a line of the state, in floats
 
-  // `first`: chunk of channels with which the block's own begin.
+  // `first`: the first chunk of the block's own channels.
   __device__ explicit Seat(int first) {
     const int warp = threadIdx.x / 32;
     n = warp % GROUPS, part = warp / GROUPS;
@@ -68,7 +77,7 @@ struct Seat {
   }
 };
 
-// Begin to copy a line: `chunks` of a position, which start at `from`, to where PLACE has room for WIDE.
+// Start copying a line: `chunks` chunks per position from address `from`, into a layout PLACE with WIDE chunks.
 template <int WIDE, int PLACE(int, int)>
 __device__ __forceinline__ void fetch_line(uint4* to, const char* from, i64 across, int positions, int chunks) {
 #pragma unroll
@@ -87,7 +96,7 @@ struct Projection {
 
   __device__ __forceinline__ Projection(const Seat& seat, uint4* room)
       : shared(room + seat.n * PARAMETERS * STEPS * 64 + seat.lane) {}
-  // `channel`: the first of the group.
+  // `channel`: the first channel of the group.
   __device__ __forceinline__ void load(const char* weight, const char* biases, int d, int channel, int C,
                                        const Seat& seat) {
     channel += 2 * seat.g;
@@ -114,8 +123,8 @@ struct Projection {
     }
   }
 
-  // After a barrier, also by warps without channels, for nothing. Read as vectors, the weights lie in registers as the
-  // tensor core wants them; put together from the halves above, the compiler would do that again for every product.
+  // Called after a barrier by all warps, even those without channels. Read as vectors, the weights have the tensor
+  // core's register layout; otherwise the compiler would pack the halves again for every product.
   __device__ __forceinline__ void keep() {
     if constexpr (KEEP)
 #pragma unroll
@@ -125,7 +134,7 @@ struct Projection {
           kept[f][s][0] = shared[(f * STEPS + s) * 64], kept[f][s][1] = shared[(f * STEPS + s) * 64 + 32];
   }
 
-  // The parameters of the warp's tile T, without their biases; [2 c + r] is channel c of position r of this thread's.
+  // The parameters of the warp's tile T without biases; [2 c + r] is channel c of position r of this thread.
   template <bool GATE>
   __device__ __forceinline__ void make(float (&out)[PARAMETERS][4], const uint4* x, int T, const Seat& seat) const {
     const float zero[4] = {};
@@ -153,7 +162,7 @@ __device__ __forceinline__ float half_of(u32 word, int k) {
   return get(v, k);
 }
 
-// As surroundings() in common.cuh: which neighbours exist, and whether position j of line i is inside (bit 3).
+// Like surroundings() in common.cuh: which neighbours exist, and whether position j of line i is inside (bit 3).
 __device__ __forceinline__ u32 around(const Way& way, int j, int i, const char* here, i64 step, i64 across) {
   if (j >= way.positions) return 0;
   u32 bits = (j > 0 ? 1u : 0u) | 2u | (j + 1 < way.positions ? 4u : 0u) | 8u;

@@ -1,8 +1,8 @@
-// Adjoint of the projected scan, lines in reverse, a block for GROUPS x 16 channels of one direction of an image. It makes
-// the parameters again from x, reads the state that projected_forward (GATED = 0) wrote, and writes for every position
-// [D, 6, C]: the gradients of the five parameters, and lam g, which x gets past the projection. Products with the
-// weights and with x, outside, turn them into the gradients of x and of the weights. The gradient of the bias is summed
-// here, in float32: a part a block, no atomics. See backward.cu for the recurrence.
+// Adjoint of the projected scan, with lines in reverse and a block for GROUPS x 16 channels of one direction of an
+// image. It recomputes the parameters from x and reads the state that projected_forward (GATED = 0) wrote. For every
+// position it writes [D, 6, C]: the gradients of the five parameters, and lam g, the direct gradient of x. Products
+// outside of this kernel turn them into the gradients of x and of the weights. The bias gradient is summed here in
+// float32, one part per block, without atomics. See backward.cu for the recurrence.
 
 #include "projected.cuh"
 
@@ -28,7 +28,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   way.take(s, d);
   const int last = way.lines - 1;
 
-  constexpr int STAGE = LINE * (CHUNKS + 2 * OWN);  // x, dy, h of the line before
+  constexpr int STAGE = LINE * (CHUNKS + 2 * OWN);  // x, dy, h of the previous line
   uint4* const stages = (uint4*)shared_memory();
   uint4* const outs = stages + STAGES * STAGE;  // [2][OUTPUTS][LINE][OWN]
   float* const sent = (float*)(outs + 2 * OUTPUTS * LINE * OWN);  // [2][2][GROUPS][LINE + 2][STATE]: to left, to right
@@ -46,8 +46,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   char* out = way.start(a.out, b, d, last) + first * 16;
   const i64 mask_step = way.step(a.mask), mask_across = way.across(a.mask), out_across = way.across(a.out);
 
-  u32 state[TILES][2];   // h of the line being worked on, two channels a word
-  float kept[TILES][4];  // what a position sends to itself
+  u32 state[TILES][2];   // h of the current line, two channels per word
+  float kept[TILES][4];  // what a position contributes to itself
   float sums[PARAMETERS][2];
 #pragma unroll
   for (int T = 0; T < TILES; T++) {
@@ -105,7 +105,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     u32* put = (u32*)(outs + (n & 1 ? OUTPUTS * LINE * OWN : 0));
     const float *to_left = sent + (n & 1 ? 0 : 2) * PLANE + seat.state, *to_right = to_left + PLANE;
     float *send_left = sent + (n & 1 ? 2 : 0) * PLANE + seat.state, *send_right = send_left + PLANE;
-    __syncwarp();  // lanes may have parted over their copies; products need them together
+    __syncwarp();  // lanes may have diverged in their copies; products need them converged
 #pragma unroll
     for (int T = 0; T < TILES; T++) {
       if (!works || seat.row - 2 * seat.t + T * 8 >= way.positions) continue;

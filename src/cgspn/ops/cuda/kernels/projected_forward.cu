@@ -1,7 +1,7 @@
 // Forward of the projected scan. A block handles GROUPS x 16 channels of an image, for one direction.
-//   GATED  1: y = u h; 0: h itself, which the backward wants
-// One barrier a line: what is written before it (state, output, copies of x) is read after it, and two of each let
-// reading and writing go on at once.
+//   GATED  1: y = u h; 0: h itself, for the backward
+// There is one barrier per line: data written before it (state, output, copies of x) is read after it. Each is double
+// buffered, so that reading and writing overlap.
 
 #include "projected.cuh"
 
@@ -37,7 +37,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   __syncthreads();
   projection.keep();
 
-  float exponent[3][2];  // what the biases of the logits add to the exponents of the sigmoids
+  float exponent[3][2];  // the logits' biases in the exponents of the sigmoids
 #pragma unroll
   for (int f = 0; f < 3; f++)
 #pragma unroll
@@ -84,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     u32* out = (u32*)(outs + (i & 1 ? LINE * OWN : 0));
     float* now = states + (i & 1) * GROUPS * (LINE + 2) * STATE + seat.state;
     const float* before = states + ((i & 1) ^ 1) * GROUPS * (LINE + 2) * STATE + seat.state;
-    __syncwarp();  // lanes may have parted over their copies; products need them together
+    __syncwarp();  // lanes may have diverged in their copies; products need them converged
 #pragma unroll
     for (int T = 0; T < TILES; T++) {
       const int j = seat.row + T * 8;
@@ -102,8 +102,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 #pragma unroll
         for (int c = 0; c < 2; c++) {
           const int e = 2 * c + r;
-          // As Weights in common.cuh: sigmoids over their sum with one reciprocal. A neighbour that does not exist
-          // holds a state of zero and is left out of the sum; its own factor cancels from the others.
+          // As Weights in common.cuh: sigmoids divided by their sum with one reciprocal. A neighbour that does not
+          // exist has a state of zero and is left out of the sum; its factor cancels from the others.
           float p[3];
 #pragma unroll
           for (int f = 0; f < 3; f++)
