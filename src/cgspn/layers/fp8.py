@@ -1,9 +1,9 @@
-"""The MLP half of blocks in 8 bits (float8_e4m3fn), for inference: weights once, tokens as they come.
+"""FP8 MLPs (float8_e4m3fn) for inference. Weights are quantised once, tokens in each call.
 
-A row of a weight, and a token, each have a scale of their own. The scale of a hidden token is known before it is
-computed: no channel can exceed |x| times the length of the longest row of fc1 (Cauchy-Schwarz), and floating-point
-numbers lose nothing by a scale that is too large, as their precision is relative. So GELU and rounding are one pass,
-or the end of fc1 itself. On CPUs and GPUs without such products the same numbers are computed in float32.
+Each row of a weight and each token has its own scale. The scale of a hidden token is known before it is computed: no
+channel can exceed |x| times the norm of the longest row of fc1 (Cauchy-Schwarz), and a scale that is too large costs no
+precision, because floating-point precision is relative. So GELU and rounding take one pass, or are part of fc1. CPUs
+and GPUs without FP8 products compute the same values in float32.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from .plain import is_plain
 
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
-TINY = 1e-30  # of a row of zeros
-LONGER = 1 + 2.0**-4  # what rounding to four bits can add to the length of a token
+TINY = 1e-30  # scale of a row of zeros
+LONGER = 1 + 2.0**-4  # most growth of a token's norm by rounding to four significant bits
 UNIT = 16  # widths must be multiples of this
-TILE = (128, 256, 128)  # rows, columns and depth of the Triton products: with so many no registers are spilled
+TILE = (128, 256, 128)  # rows, columns and depth of the Triton products; these do not spill registers
 Products = Literal["library", "triton"]
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def unsupported_reason(device: torch.device) -> str | None:
-    """Why products on `device` are computed in float32 from the rounded numbers; None if in 8 bits."""
+    """The reason why `device` has no FP8 products, so that rounded values are multiplied in float32; None if it has."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"{device.type!r} has no products of float8_e4m3fn in PyTorch that scale rows"
     if torch.cuda.get_device_capability(device) < (8, 9):
@@ -40,14 +40,14 @@ def unsupported_reason(device: torch.device) -> str | None:
 
 
 def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [M, K] -> 8 bits [M, K] and the scale of each row, float32 [M, 1]: x is about their product."""
+    """Quantise x [M, K] to FP8 [M, K] and row scales, float32 [M, 1]; their product approximates x."""
     wide = x.float()
     most = wide.abs().amax(1, keepdim=True).clamp_min(TINY)
     return (wide * (LARGEST / most)).to(FP8), most / LARGEST
 
 
 def activated(x: Tensor, act: Activation) -> Tensor:
-    """The activation by its name, in the dtype of x."""
+    """The named activation of x, in the dtype of x."""
     out: Tensor = activation(act)(x)
     return out
 
@@ -62,7 +62,7 @@ def _eight_bits_like(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("cgspn::fp8_rows", mutates_args=())
 def fp8_rows(x: Tensor, steep: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
-    """x [M, K] -> 8 bits, the scale of each row [M, 1], and the scale (steep |row| + offset) / LARGEST, [M, 1]."""
+    """Quantise x [M, K]: FP8 values, row scales [M, 1], and the scales (steep |row| + offset) / LARGEST, [M, 1]."""
     if _no_kernels(x) is not None:
         reach = x.float().norm(dim=1, keepdim=True) * steep + offset
         return *rounded_rows(x), reach.clamp_min(TINY) / LARGEST
@@ -82,7 +82,7 @@ def fp8_rows(x: Tensor, steep: float, offset: float) -> tuple[Tensor, Tensor, Te
 
 @torch.library.custom_op("cgspn::fp8_activate", mutates_args=())
 def fp8_activate(x: Tensor, scales: Tensor, act: str) -> Tensor:
-    """The activation of x [M, K] in 8 bits of the scales [M, 1]."""
+    """The activation of x [M, K] in FP8 with the given scales [M, 1]."""
     if _no_kernels(x) is not None:
         return (activated(x.float(), act) * scales.reciprocal()).to(FP8)  # type: ignore[arg-type]
     from . import fp8_kernels
@@ -100,11 +100,11 @@ def fp8_activate(x: Tensor, scales: Tensor, act: str) -> Tensor:
 def fp8_linear(
     x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """x [M, K] times weight [N, K] transposed, both 8 bits with the scales of their rows [M, 1] and [N, 1]."""
+    """x [M, K] times weight [N, K] transposed, both FP8 with row scales [M, 1] and [N, 1]."""
     if unsupported_reason(x.device) is not None:
         out = (x.float() @ weight.float().T) * scales * weight_scales.T
         return (out if bias is None else out + bias.float()).to(dtype)
-    short = torch.bfloat16  # the one dtype that every version scales rows into
+    short = torch.bfloat16  # the only output dtype for row scales in every version
     options = {"bias": None if bias is None else bias.to(short), "out_dtype": short, "use_fast_accum": True}
     return private("_scaled_mm")(x, weight.T, scale_a=scales, scale_b=weight_scales.T, **options).to(dtype)
 
@@ -113,7 +113,7 @@ def _product(
     x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, ahead: Tensor | None,
     out: Tensor, act: str,
 ) -> None:  # fmt: skip
-    """The kernel that multiplies and goes on: activates into `out`, or without `act` adds onto it."""
+    """Launch a product that writes its activation to `out`, or without `act` adds to it."""
     reason = _no_kernels(x)
     if reason is None and torch.cuda.get_device_capability(x.device) < (9, 0):
         reason = f"{torch.cuda.get_device_name(x.device)} has no engine that copies tiles"
@@ -138,7 +138,7 @@ def _product(
 def fp8_linear_activate(
     x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor, ahead: Tensor, act: str
 ) -> Tensor:
-    """`fp8_activate` of `fp8_linear` in one launch: the hidden tokens leave the chip as 8 bits alone."""
+    """`fp8_activate` of `fp8_linear` in one launch. Hidden tokens are written only in FP8."""
     out = x.new_empty(x.shape[0], weight.shape[0])
     _product(x, scales, weight, weight_scales, bias, ahead, out, act)
     return out
@@ -165,9 +165,9 @@ register_flops(lambda _, x, __, w, *___: 2 * x[0] * x[1] * w[0], _ops.fp8_linear
 
 
 class Fp8Linear(nn.Module):
-    """A linear layer whose weight is 8 bits, a scale for each row: what `fp8_linear` multiplies by.
+    """A linear layer with an FP8 weight and a scale for each row.
 
-    Its state is not for saving: `state_dict` raises RuntimeError.
+    It cannot be saved: `state_dict` raises RuntimeError.
     """
 
     weight: Tensor
@@ -175,7 +175,8 @@ class Fp8Linear(nn.Module):
     bias: Tensor
 
     def __init__(self, layer: nn.Linear) -> None:
-        """layer: [K] -> [N], with a bias. Raises ValueError for another layer, and widths that 16 does not divide."""
+        """layer: [K] -> [N] with a bias. Raises ValueError for any other layer, or for widths that are no multiples of
+        16."""
         super().__init__()
         if not is_plain(layer, nn.Linear):
             kind = type(layer).__name__
@@ -188,7 +189,7 @@ class Fp8Linear(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
-        """Follow the module to a device, not to a dtype: a cast would round the scales and undo the weight."""
+        """Apply device changes but not dtype changes: a cast would round the scales and dequantise the weight."""
         weight, scales = self.weight, self.scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.weight, self.scales = weight.to(self.weight.device), scales.to(self.scales.device)
@@ -198,7 +199,7 @@ class Fp8Linear(nn.Module):
         raise RuntimeError("an MLP in 8 bits is for inference alone: save the encoder before `quantize_mlps`")
 
     def forward(self, x: Tensor, scales: Tensor, dtype: torch.dtype, bias: bool = True) -> Tensor:
-        """8 bits [M, K] and their scales [M, 1] -> [M, N] in `dtype`."""
+        """FP8 [M, K] with scales [M, 1] -> [M, N] in `dtype`."""
         out: Tensor = fp8_linear(x, scales, self.weight, self.scales, self.bias if bias else None, dtype)
         return out
 
@@ -207,9 +208,9 @@ class Fp8Mlp(nn.Module):
     """An FP8 version of `Mlp`: [..., C] -> [..., C], in the dtype of its input, without gradients."""
 
     def __init__(self, mlp: Mlp, products: Products = "library") -> None:
-        """mlp: with any activation but SwiGLU, whose product of two halves has no useful bound; products: whose.
+        """mlp: with any activation except SwiGLU, which has no useful bound; products: as in `quantize_mlps`.
 
-        Raises ValueError for SwiGLU, for layers that are not nn.Linear, and for widths that 16 does not divide.
+        Raises ValueError for SwiGLU, for layers that are not nn.Linear, and for widths that are no multiples of 16.
         """
         super().__init__()
         if not is_plain(mlp, Mlp):
@@ -227,7 +228,7 @@ class Fp8Mlp(nn.Module):
         return self._through(x, bias=True).unflatten(0, x.shape[:-1])
 
     def adder(self, x: Tensor) -> Callable[[Tensor], object]:
-        """As `Mlp.adder`: what adds the MLP of x [..., C], without its last bias, onto tokens [M, C]."""
+        """Like `Mlp.adder`: a function that adds the MLP of x [..., C], without its last bias, to tokens [M, C]."""
 
         def add_(tokens: Tensor) -> None:
             if self.products == "library":
@@ -252,8 +253,8 @@ class Fp8Mlp(nn.Module):
 
 
 def quantize_mlps(model: Model, *, products: Products = "library") -> Model:
-    """Quantise the MLP of every block of an encoder to FP8 in place, and return the encoder. For inference; not to be
-    saved.
+    """Quantise the MLP of every block of an encoder to FP8 in place and return the encoder, for inference without
+    saving.
 
     Works for attention and C-GSPN blocks. The MLP of a MAP head, which processes one token, is not changed.
     `unsupported_reason(device)` says why FP8 is not faster on a device.
