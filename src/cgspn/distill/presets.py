@@ -31,7 +31,10 @@ VIT_S14_STUDY = DistillConfig(
     # a low rate keeps what stage 1 has learned: at 1e-3 the PB loss rose to four times its initial value, mostly
     # because of the patch embedding
     stage2=replace(FEW, steps=2800, learning_rate=2.5e-4),
-    highres=HighResConfig(optim=replace(FEW, steps=400, learning_rate=2.5e-5, warmup=0.05, accumulate=4)),
+    # blends cost 0.003 of the cosine at the size of the stage (results/resolution)
+    highres=HighResConfig(
+        optim=replace(FEW, steps=400, learning_rate=2.5e-5, warmup=0.05, accumulate=4, mixup=0.0, cutmix=0.0)
+    ),
     # a teacher with a class token leaves the pooling head untrained, and its gradient at full weight harms the tokens
     loss=LossConfig(output=0.05),
     compute=ComputeConfig(precision="bfloat16", save_every=100),
