@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..compat import foreach_copy_
@@ -220,3 +220,12 @@ def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a DTensor into a full tensor on every process; return any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, full: Tensor) -> None:
+    """Copy a full tensor, of which every process has all, into a tensor or into each process's shard of a DTensor."""
+    if isinstance(tensor, DTensor):
+        mesh, placements = tensor.device_mesh, tensor.placements
+        full = distribute_tensor(full.to(tensor.device), mesh, placements, src_data_rank=None)
+    tensor.copy_(full)

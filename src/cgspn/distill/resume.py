@@ -19,9 +19,9 @@ from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, write_atomically
 from ..models.encoder import Encoder
 from ..models.reading import CheckpointError, read_json
 from ..models.weights import open_safetensors, read_state
-from .manifest import DamageError, check_manifest, entries_of, read_steps, write_manifest
+from .manifest import check_manifest, entries_of, set_aside, write_manifest
 from .parallel import World, gather_objects
-from .snapshots import Snapshots, set_aside
+from .snapshots import Snapshots
 
 RUN, RECORD, REPORT = "run.json", "distill.json", "report.html"
 LOSSES, THROUGHPUT, ADAPTERS = "losses.json", "throughput.json", "adapters.safetensors"
@@ -136,13 +136,22 @@ class StageFolders:
 
     def restore(self, number: int, student: Encoder) -> tuple[Losses, dict[str, Any], dict[str, Tensor]] | None:
         """Load the weights of a finished stage into the student, and return losses, throughput and adapters; None if
-        unfinished."""
-        done = self._of("stages", number)
-        record = finished_stage(done, self.world) if done else None
-        if done is None or record is None:
+        unfinished. All processes must call this.
+
+        A damaged stage is reported on standard error and renamed, and runs again.
+        """
+        if (done := self._of("stages", number)) is None:
+            return None
+        found: Any = None
+        if self.world.rank == 0 and (done / LOSSES).exists():
+            try:
+                found = check_manifest(done, LOSSES), read_json(done / THROUGHPUT)
+            except (CheckpointError, OSError) as error:
+                set_aside(done, f"stage {done.name} is damaged and run again: {error}")
+        if (found := gather_objects(found)[0]) is None:
             return None
         student.load_state_dict(read_state(student, open_safetensors(done / WEIGHTS)[0], str(done)))
-        return *record, read_tensors(done / ADAPTERS)
+        return *found, read_tensors(done / ADAPTERS)
 
     def snapshots(self, number: int) -> Snapshots | None:
         """The snapshots of a stage; None if snapshots are off."""
@@ -157,32 +166,12 @@ class StageFolders:
         if done is not None and self.world.rank == 0:
             student.save_pretrained(done)
             write_atomically(done / ADAPTERS, save(dict(carried)))
-            finish_stage(done, losses, throughput)
+            write_atomically(done / THROUGHPUT, json.dumps(throughput))
+            write_atomically(done / LOSSES, json.dumps(losses))
+            write_manifest(done, entries_of(done), len(losses))
 
     def _of(self, kind: str, number: int) -> Path | None:
         return self.folder / kind / str(number) if self.folder else None
-
-
-def finish_stage(folder: Path, losses: list[dict[str, float]], throughput: dict[str, Any]) -> None:
-    """Mark a stage, whose student is in `folder`, as finished. Raises OSError."""
-    write_atomically(folder / THROUGHPUT, json.dumps(throughput))
-    write_atomically(folder / LOSSES, json.dumps(losses))
-    write_manifest(folder, entries_of(folder), {"steps": len(losses)})
-
-
-def finished_stage(folder: Path, world: World) -> tuple[list[dict[str, float]], dict[str, Any]] | None:
-    """Losses and throughput of a finished, undamaged stage; None for others. All processes must call this.
-
-    A damaged folder is reported on standard error and renamed, and the stage runs again.
-    """
-    found: Any = None
-    if world.rank == 0 and (folder / LOSSES).exists():
-        try:
-            steps = check_manifest(folder).get("steps")
-            found = read_steps(folder / LOSSES, steps), read_json(folder / THROUGHPUT)
-        except (DamageError, CheckpointError, OSError) as error:
-            set_aside(folder, f"stage {folder.name} is damaged and run again: {error}")
-    return gather_objects(found)[0]
 
 
 def carried_from(folder: Path) -> dict[str, Tensor]:
