@@ -68,7 +68,7 @@ class PlacedSublayerTask(SublayerTask):
         zero = energies.new_zeros(())
         losses: Losses = {f"block {i}": zero for i in self.learning}
         features = [{i: each[i] for i in self.learning} for each in (taps.block_inputs, taps.sublayers)]
-        taps = taps._replace(block_inputs=[], sublayers=[], blocks=[])  # so that sent features are freed
+        taps = taps._replace(stream=[], sublayers=[])  # so that sent features are freed
         for i, (block_inputs, wanted) in self._arriving(features):
             losses[f"block {i}"] = self.sublayer_error(i, block_inputs, wanted, taps, energy[i])
         total = torch.stack([losses[f"block {i}"] for i in self.own]).sum() if self.own else zero

@@ -21,7 +21,7 @@ from .optimizers import Optimizers, build_optimizer
 from .parallel import all_reduce, average_gradients, broadcast_params, local_shards, world_size, wrap_distributed
 from .snapshots import Snapshots
 from .tasks import Task
-from .throughput import Throughput, Work
+from .throughput import Throughput
 
 DETAILS = 200  # about this many steps of a stage record the losses of every block; others only their means
 
@@ -109,11 +109,7 @@ def train(
 
     peak = peak_of(device, compute.precision)
 
-    def work(size: tuple[int, ...]) -> Work:
-        height, width = size
-        return Work(task.tokens((height, width)), task.flops((height, width)) if peak else None)
-
-    clock = Throughput(work=work, peak=peak)
+    clock = Throughput(lambda size: (task.tokens(size), task.flops(size) if peak else None), peak)
     with closing(gradients), Garbage(device.type == "cuda") as garbage:
         for step, batch in zip(range(start, config.steps), clock.timed(stream(start))):
             factor = learning_rate(config, step)
