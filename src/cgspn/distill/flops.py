@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def sublayer_flops(student: EncoderConfig, size: Size, learning: list[int]) -> i
     return sum(blocks * _counted(student, (mixer,), step) for mixer, blocks in kinds.items())
 
 
-def _counted(config: EncoderConfig, mixers: tuple[str, ...], run: Callable[[Encoder], object]) -> int:
+def _counted(config: EncoderConfig, mixers: Any, run: Callable[[Encoder], object]) -> int:
     """The FLOPs of `run` on an encoder with other mixers, on the meta device."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         run(Encoder(replace(config, mixers=mixers)))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.nn.functional import all_gather
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -103,29 +104,10 @@ def gather_objects(value: Item) -> list[Item]:
     return gathered
 
 
-class _GatherRows(torch.autograd.Function):
-    """Gather the rows of all ranks in order. The backward gives each rank the summed gradients of its rows."""
-
-    @staticmethod
-    def forward(ctx: object, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def gather_rows(rows: Tensor) -> Tensor:
     """Gather rows [b, ...] of all processes into [b * size, ...], in order of rank, with gradients for every
     process."""
-    if world_size() == 1:
-        return rows
-    gathered: Tensor = _GatherRows.apply(rows)  # type: ignore[no-untyped-call]
-    return gathered
+    return torch.cat(all_gather(rows)) if world_size() > 1 else rows
 
 
 def shard_encoder(encoder: Encoder, blocks_per_unit: int = 1, reshard: bool = True) -> None:
