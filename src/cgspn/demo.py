@@ -94,14 +94,7 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
     teacher = load_embedded_teacher()
 
     torch.manual_seed(config.distill.stage1.seed)
-    converted = convert(
-        teacher.image,
-        compression=config.distill.compression,
-        keep_attention=config.distill.keep_attention,
-        window_attention=config.distill.window_attention,
-        window=config.distill.window,
-        value_expansion=config.distill.value_expansion,
-    )
+    converted = convert(teacher.image, **config.distill.conversion)
     students = {"C-GSPN": copy.deepcopy(converted), "ViT": attention_student(teacher.image)}
     models: dict[str, DualEncoder] = {"teacher": teacher}
     histories = {}

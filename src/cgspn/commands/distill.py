@@ -45,8 +45,6 @@ from .command import Command, Device, Out, Teacher
 from .header import device_name, header, warnings
 
 Preset = Literal["embedded", "vit-s14-study", "so400m-378", "so400m-highres"]
-# settings that a converted student already has
-CONVERTED = ("compression", "value_expansion", "keep_attention", "window_attention", "window", "keep_positions")
 EVENTS = "events"
 
 
@@ -136,7 +134,7 @@ class Distill(Command):
         settings["config"], settings["loader"] = asdict(self.settings), asdict(self.loader)
         if self.student is not None:
             self.check_taken()
-            settings["config"] |= dict.fromkeys(CONVERTED)
+            settings["config"] |= dict.fromkeys(self.settings.conversion)
         if self.show_config:
             console.print_json(json.dumps(settings, default=str))
             return
@@ -220,24 +218,15 @@ class Distill(Command):
 
     def check_taken(self) -> None:
         """Raise ValueError for conversion settings if `student` is already converted."""
-        for name in CONVERTED:
-            if (given := getattr(self.settings, name)) != getattr(PRESETS[self.preset], name):
+        for name, given in self.settings.conversion.items():
+            if given != getattr(PRESETS[self.preset], name):
                 raise ValueError(f"config.{name} is {given} beside student, which is taken as it is; leave one out")
 
     def student_of(self, teacher: Encoder) -> Encoder:
         """The student before training."""
         if self.student is not None:
             return load_encoder(self.student)
-        config = self.settings
-        return convert(
-            teacher,
-            compression=config.compression,
-            keep_attention=config.keep_attention,
-            window_attention=config.window_attention,
-            window=config.window,
-            keep_positions=config.keep_positions,
-            value_expansion=config.value_expansion,
-        )
+        return convert(teacher, **self.settings.conversion)
 
 
 def pictures_of(feed: ImageSetFeed | SampleFeed) -> tuple[Iterable[Picture], bool]:

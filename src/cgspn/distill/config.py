@@ -1,7 +1,7 @@
 """Settings of training runs: typed, printable, overridable from the command line."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from .sizes import SizeRange, check_fields
 
@@ -172,6 +172,9 @@ class HighResConfig:
         check_fields(self, ("smaller", 0 <= self.smaller < 1, "0 to below 1"))
 
 
+CONVERSION = ("compression", "value_expansion", "keep_attention", "window_attention", "window", "keep_positions")
+
+
 @dataclass(frozen=True)
 class DistillConfig:
     """Settings of a distillation run.
@@ -212,6 +215,11 @@ class DistillConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     highres: HighResConfig = field(default_factory=HighResConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    @property
+    def conversion(self) -> dict[str, Any]:
+        """The arguments of `convert` for the student before training."""
+        return {name: getattr(self, name) for name in CONVERSION}
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that cannot be combined."""

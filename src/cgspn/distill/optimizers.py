@@ -58,10 +58,9 @@ class Optimizers:
         self.zero_grad()
 
     def each_state(self) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
-        """Yield (parameter, name, tensor) for all optimiser state."""
-        for part in self.parts:
-            for parameter, state in part.state.items():
-                yield from ((parameter, key, value) for key, value in state.items())
+        """Each parameter, name and tensor of the optimisers' state."""
+        state: dict[nn.Parameter, dict[str, Tensor]] = {p: s for part in self.parts for p, s in part.state.items()}
+        return ((p, name, value) for p, values in state.items() for name, value in values.items())
 
 
 def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:

@@ -61,9 +61,12 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
     if begun := progress_of(out):
         if not path.exists():
             raise ValueError(f"out is {out}, which holds a run ({begun}) without its {RUN}; give another folder")
-        found = read_run(path)
-        for name in ahead_of(out, found["config"]):  # not used yet
-            found["config"][name] = wanted["config"].get(name)
+        found = read_json(path)
+        try:
+            for name in ahead_of(out, found["config"]):  # not used yet
+                found["config"][name] = wanted["config"].get(name)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is no record of a run; expected config with {', '.join(ORDER)}") from error
         if found != wanted:
             changed = ", ".join(sorted(differences(found, wanted)))
             raise ValueError(
@@ -74,30 +77,17 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
         write_atomically(path, json.dumps(wanted, indent=1) + "\n")
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """The settings of a run. Raises CheckpointError for an invalid file."""
-    found = read_json(path)
-    config = found.get("config")
-    stages: list[Any] = [config.get(name) for name in ORDER] if isinstance(config, dict) else [None]
-    if not all(isinstance(stage, dict) for stage in stages):
-        raise CheckpointError(f"{path} is no record of a run; expected config with {', '.join(ORDER)}")
-    steps, sizes = [stage.get("steps") for stage in stages[:2]], stages[2].get("sizes")
-    if not all(isinstance(each, int) for each in steps) or not isinstance(sizes, list):
-        raise CheckpointError(f"{path} is no record of a run; expected steps and sizes of its stages")
-    return found
-
-
-def is_number(name: str) -> bool:
-    """Whether a name is a stage's number."""
-    return re.fullmatch(r"[0-9]{1,4}", name) is not None
-
-
 def begun_in(out: Path) -> tuple[list[int], dict[int, int]]:
     """The finished stages of the unfinished run in `out`, and the newest step of each stage with a snapshot."""
-    done = sorted(int(name) for path in (out / "stages").glob("*/losses.json") if is_number(name := path.parent.name))
-    folders = [folder for folder in sorted((out / "snapshots").glob("[0-9]*")) if is_number(folder.name)]
+    done = sorted(int(path.parent.name) for path in (out / "stages").glob("*/losses.json") if is_number(path.parent))
+    folders = [folder for folder in sorted((out / "snapshots").glob("*")) if is_number(folder)]
     newest = {int(folder.name): Snapshots(folder, 0).newest() for folder in folders}
     return done, {stage: step for stage, step in newest.items() if step and stage not in done}
+
+
+def is_number(folder: Path) -> bool:
+    """Whether a folder has the name of a stage."""
+    return re.fullmatch(r"[0-9]{1,4}", folder.name) is not None
 
 
 def progress_of(out: Path) -> str:

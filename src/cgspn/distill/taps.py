@@ -11,6 +11,9 @@ from ..layers import Block, Grid
 from ..models.config import EncoderConfig
 from ..models.encoder import Encoder
 
+# relative errors of the tokens: order of sums; bfloat16 through tens of blocks
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
+
 RunTapped = Callable[[Block, Tensor, Grid], tuple[Tensor, Tensor]]
 
 
@@ -123,3 +126,28 @@ def observe(
         taps.pooled,
         Grid(h, w, 0),
     )
+
+
+class ParityError(RuntimeError):
+    """Raised if the teacher's taps do not match its forward pass; the message gives the error and the tolerance."""
+
+
+@torch.no_grad()
+def check_parity(teacher: Encoder, images: Tensor, precision: str) -> float:
+    """Compare the taps of a teacher, in the run's precision, with its plain forward pass in float32.
+
+    teacher: in eval mode. images: [B, channels, H, W], normalised; two are enough. precision: "float32" or "bfloat16".
+
+    Returns the relative error of the final tokens. Raises ParityError if it is too large for the precision, for example
+    because of damaged weights or features that overflow.
+    """
+    plain = teacher(images).tokens.flatten(1, 2)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        tapped = tapped_forward(teacher, images).tokens
+    error = float((tapped.double() - plain.double()).norm() / plain.double().norm())
+    allowed = TOLERANCE[precision]
+    if not error <= allowed:
+        raise ParityError(
+            f"the teacher's tokens in {precision} differ from its forward pass by {error:.2g}; accepted: {allowed}"
+        )
+    return error
