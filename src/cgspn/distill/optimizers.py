@@ -57,10 +57,11 @@ class Optimizers:
         self.step()
         self.zero_grad()
 
-    def each_state(self) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
-        """Each parameter, name and tensor of the optimisers' state."""
-        state: dict[nn.Parameter, dict[str, Tensor]] = {p: s for part in self.parts for p, s in part.state.items()}
-        return ((p, name, value) for p, values in state.items() for name, value in values.items())
+    def each_state(self) -> Iterator[tuple[Tensor, str, Tensor]]:
+        """Yield (parameter, name, tensor) for all optimiser state."""
+        for part in self.parts:
+            for parameter, state in part.state.items():
+                yield from ((parameter, name, value) for name, value in state.items())
 
 
 def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:

@@ -25,7 +25,6 @@ from ..models.encoder import Encoder
 Item = TypeVar("Item")
 
 LET_GO = 0.25  # seconds
-BUCKET = 64 << 20  # bytes of gradients per all-reduce
 
 
 @dataclass(frozen=True)
@@ -152,37 +151,18 @@ def broadcast_params(task: nn.Module) -> None:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace gradients by their means over all processes, like DDP but without hooks.
+    """Replace float32 gradients by their means over all processes, like DDP but without hooks, in one all-reduce.
 
-    They are reduced in flat buckets; filling the next bucket overlaps with the reduction. The same parameters must have
-    gradients on every process.
+    The same parameters must have gradients on every process.
     """
-    if world_size() == 1:
-        return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    under_way = []
-    for bucket in buckets(gradients):
-        flat = torch.cat([g.reshape(-1) for g in bucket])
-        under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-    for bucket, flat, work in under_way:
-        work.wait()
-        flat /= world_size()
-        parts = flat.split([g.numel() for g in bucket])
-        foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket)])
-
-
-def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Split consecutive gradients of one dtype into buckets of about `BUCKET` bytes."""
-    part: list[Tensor] = []
-    size = 0
-    for gradient in gradients:
-        if part and (size >= BUCKET or gradient.dtype != part[0].dtype):
-            yield part
-            part, size = [], 0
-        part.append(gradient)
-        size += gradient.numel() * gradient.element_size()
-    if part:
-        yield part
+    if world_size() == 1 or not gradients:
+        return
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    parts = flat.split([g.numel() for g in gradients])
+    foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
 
 
 def sync_gradients(module: nn.Module, wanted: bool) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,16 +48,15 @@ class Snapshots:
 
         Damaged snapshots are reported on standard error and renamed.
         """
-        return gather_objects(next(self._whole(), 0) if rank() == 0 else 0)[0]
-
-    def _whole(self) -> Iterator[int]:
-        for steps in sorted(self._steps(), reverse=True):
+        whole = 0
+        for steps in sorted(self._steps() if rank() == 0 else (), reverse=True):
             try:
                 check_snapshot(self._folder(steps), steps)
+                whole = steps
+                break
             except (CheckpointError, OSError) as error:
                 set_aside(self._folder(steps), f"the snapshot after step {steps} is damaged and not used: {error}")
-            else:
-                yield steps
+        return gather_objects(whole)[0]
 
     def _steps(self) -> list[int]:
         names = [path.name for path in self.folder.glob("[0-9]*") if path.is_dir()]

@@ -188,7 +188,7 @@ def clip_gradients(parameters: list[nn.Parameter], task: Task, most: float) -> T
 
 def _state(task: Task, optimizer: Optimizers, average: list[Tensor]) -> dict[str, Tensor]:
     """The complete state of a run by name; loading fills these tensors in place."""
-    names = {p: name for name, p in task.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in task.named_parameters()}
     return {
         **{f"weight.{name}": p.detach() for p, name in names.items()},
         **{f"buffer.{name}": buffer for name, buffer in task.named_buffers()},
