@@ -1,4 +1,4 @@
-"""Which input positions an output position sees: the size of its derivative with respect to each of them."""
+"""Influence maps: the size of the derivative of an output position with respect to each input position."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def influence_map(
         )
     if probes is not None and probes < 1:
         raise ValueError(f"probes is {probes}; expected None or at least 1")
-    # A differentiable copy, so that nothing is left behind on the caller's tensor or the function's parameters.
+    # A differentiable copy, so that the caller's tensor and the function's parameters get no gradients.
     x = grid_input.detach().clone().requires_grad_()
     with torch.enable_grad():
         output = function(x)

@@ -1,4 +1,4 @@
-"""What is measured on which pictures: a data set's pictures are embedded once, and judged from the embeddings."""
+"""Evaluation jobs: the images of a dataset are embedded once, and all metrics are computed from the embeddings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PIXELS = Metric("pixel_accuracy", "pixel accuracy", 100, "%")
 
 
 def recall(direction: str, rank: int) -> Metric:
-    """The column of a recall; direction: "image_to_text" or "text_to_image"."""
+    """The table column of a recall. direction: "image_to_text" or "text_to_image"."""
     label = direction.replace("_to_", " → ")
     return Metric(f"{direction}@{rank}", f"{label} R@{rank}", 100, "%", averaged=rank == 1)
 
@@ -36,7 +36,8 @@ Judge = Callable[[DualEncoder, Tensor, Sequence[int]], dict[Metric, float]]
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """name: of the data set. pictures: to be embedded. judges: what is measured from the embeddings."""
+    """name: of the dataset. pictures: the images to embed. judges: functions that compute metrics from the
+    embeddings."""
 
     name: str
     pictures: Sequence[Picture]
@@ -44,9 +45,9 @@ class Job:
 
 
 def zeroshot_job(source: str, templates: Path | None = None) -> Job:
-    """Zero-shot classification; templates: a file with one a line, instead of the data set's.
+    """Zero-shot classification. templates: a file with one template per line, which replaces the dataset's.
 
-    Raises OSError or ValueError as `open_labelled`, and ValueError for a wrong template.
+    Raises the errors of `open_labelled`, and ValueError for an invalid template.
     """
     pictures = open_labelled(source)
     if templates is not None:
@@ -60,9 +61,9 @@ def zeroshot_job(source: str, templates: Path | None = None) -> Job:
 
 
 def retrieval_job(source: str) -> Job:
-    """Retrieval by captions, or of pictures without captions by the names of their classes.
+    """Retrieval with captions, or with captions from class names if there are none.
 
-    Raises OSError or ValueError as `open_captioned`.
+    Raises the errors of `open_captioned`.
     """
     if source == EMBEDDED:
         pictures = open_labelled(source)

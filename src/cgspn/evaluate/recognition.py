@@ -1,6 +1,6 @@
-"""How well frozen features tell classes apart: a linear map in closed form, and the votes of the nearest neighbours.
+"""Classification with frozen features: a linear classifier in closed form, and nearest neighbours.
 
-Neither has rates, epochs or seeds: two encoders compared by them differ by their features alone. Sums are float64.
+Neither has a learning rate, epochs or seed, so a comparison depends only on the features. Sums are float64.
 """
 
 from __future__ import annotations
@@ -78,9 +78,9 @@ def picture_features(
     watch: Watch | None = None,
     max_skipped: float = MAX_SKIPPED,
 ) -> tuple[Tensor, list[int], Skipped]:
-    """The mean of the grid tokens of each picture, float32 [n, C] on the CPU, and the rest as of `encode_pictures`.
+    """The mean grid token of each image, float32 [n, C] on the CPU, with indices and report as in `encode_pictures`.
 
-    With `pooled` the pooled vector follows, both of length 1. Arguments and errors as `recognition`.
+    With `pooled`, the pooled vector is appended, both with unit norm. Arguments and errors are those of `recognition`.
     """
 
     def features(images: Iterator[Tensor]) -> Iterator[Tensor]:
@@ -119,7 +119,7 @@ def linear_accuracy(
         raise ValueError(f"penalties is {tuple(penalties)}; expected one or more numbers above 0")
     x, labels = train.double(), train_labels.to(train.device)
     mean, std = x.mean(0), x.std(0, correction=0)
-    scale = torch.where(std > 1e-6 * mean.abs(), 1 / std, 0)  # what varies by rounding alone is left out
+    scale = torch.where(std > 1e-6 * mean.abs(), 1 / std, 0)  # channels that vary only by rounding are ignored
     y = one_hot(labels.long()).double()
     centre = y.mean(0)
     u, s, v = torch.linalg.svd((x - mean) * scale, full_matrices=False)
@@ -149,11 +149,11 @@ def nearest_accuracy(
     """Classify test features by a vote of the nearest training features and return the accuracy, 0 to 1.
 
     Args:
-        train, train_labels, test, test_labels: as `linear_accuracy`.
+        train, train_labels, test, test_labels: as in `linear_accuracy`.
         neighbours: number of nearest neighbours by cosine; all training features if there are fewer.
         temperature: the weight of a vote is exp(cosine / temperature).
 
-    Raises TypeError and ValueError as `linear_accuracy`, and ValueError for neighbours or a temperature out of range.
+    Raises TypeError and ValueError like `linear_accuracy`, and ValueError for neighbours or a temperature out of range.
     Source: Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", 2018, section 3.4.
     """
     _check(train, train_labels, test, test_labels)
