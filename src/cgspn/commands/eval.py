@@ -1,4 +1,4 @@
-"""`cgspn eval`: models against data sets, in one table."""
+"""`cgspn eval`: evaluate models on datasets, with one table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..teachers import load_encoder, load_model
 from .command import Command, Device, Encoders, Models
 from .eval_report import Report, distinct, drawn_into, percents, typed_sizes
 
-MOST_CLASSES = 40  # whose IoU is printed; JSON has them all
+MOST_CLASSES = 40  # most classes whose IoU is printed; JSON has all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class _Evaluation(Command):
     """Largest tolerated fraction of unreadable images, 0 to 1."""
 
     def report(self, title: str, seeds: dict[str, int], sizes: Sequence[Size]) -> Report:
-        """The report of the evaluation. Raises ValueError as `Report`."""
+        """Create the report of the evaluation. Raises the ValueError of `Report`."""
         plot = drawn_into(self.plot, self.out, sizes)
         return Report(
             title, self.device, self.batch_size, self.max_skipped, self.out, seeds, plot, overwrite=self.overwrite
@@ -226,7 +226,7 @@ class Segment(_Evaluation):
         report.finish()
 
     def sets(self) -> list[tuple[SegmentationSet, SegmentationSet]]:
-        """The training and test part of each data set. Raises ValueError if none is given, or OSError."""
+        """The training and test split of each dataset. Raises ValueError if none is given, or OSError."""
         sets = [open_segmentation(source) for source in self.data]
         if self.train is not None and self.test is not None:
             if self.classes is None:

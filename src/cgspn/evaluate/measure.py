@@ -152,11 +152,13 @@ def segmentation(
 
     Args:
         encoder: in eval mode, on any device.
-        train, test: datasets of the same classes. size: image size in pixels: (height, width), (shorter side,), or ()
-        for the encoder's native shorter side. If the aspect ratio is kept, both sides are rounded to multiples of the
-        patch. scored: classes whose IoU is averaged; all if empty. The probe learns all classes. batch_size: images per
-        batch. watch: progress callback, called once for each image of both sets. max_skipped: largest tolerated
-        fraction of unreadable images in each set.
+        train, test: datasets of the same classes.
+        size: image size in pixels: (height, width), (shorter side,), or () for the encoder's native shorter side. If
+            the aspect ratio is kept, both sides are rounded to multiples of the patch.
+        scored: classes whose IoU is averaged; all if empty. The probe learns all classes.
+        batch_size: images per batch.
+        watch: progress callback, called once for each image of both sets.
+        max_skipped: largest tolerated fraction of unreadable images in each set.
 
     Returns the result, and the skipped images of each set.
 

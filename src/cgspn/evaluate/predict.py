@@ -74,7 +74,7 @@ def classify(
     Raises:
         OSError: an image is missing or damaged.
         ValueError: an encoder without a text tower, no images, no names, a text instead of a list, a template without a
-        placeholder, or a size that is not a multiple of the patch size.
+            placeholder, or a size that is not a multiple of the patch size.
     """
     model = require_text(model, "model")
     for argument, given in (("class_names", class_names), ("templates", templates)):

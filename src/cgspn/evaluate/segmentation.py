@@ -139,12 +139,12 @@ def fit_streamed(
         classes: K, at least 2.
         ignore_index: label of pixels to ignore, such as 255.
         penalties: penalties to choose from, each above 0.
-        held_out: fraction of held-out images, 0 to 1; at least one image is held out and one is not. scored: classes
-        whose mean IoU decides; all if empty.
+        held_out: fraction of held-out images, 0 to 1; at least one image is held out and one is not.
+        scored: classes whose mean IoU decides; all if empty.
 
     Raises:
         ValueError: arguments out of range, tokens that are not finite, only ignored pixels, or a single image with
-        several penalties.
+            several penalties.
     """
     if not penalties or min(penalties) <= 0:
         raise ValueError(f"penalties is {penalties}; expected one or more numbers above 0")

@@ -54,7 +54,8 @@ def evaluate_dual(model: DualEncoder, test: ImageSet, probe: ImageSet) -> dict[s
 
     Args:
         model: image and text encoder, in eval mode.
-        test: square test images. probe: square training images of the linear segmentation probe.
+        test: square test images.
+        probe: square training images of the linear segmentation probe.
     """
     embeddings, tokens = embed_set(model, test)
     _, probe_tokens = embed_set(model, probe)

@@ -117,9 +117,7 @@ class SummaryTable:
             texts = [metric.show(v) for v in values]
             known = [v for v in values if v is not None]
             best = None
-            if (
-                len(set(map(metric.show, known))) > 1 and metric.higher_is_better is not None
-            ):  # else no best
+            if len(set(map(metric.show, known))) > 1 and metric.higher_is_better is not None:  # else no best
                 best = metric.show(max(known) if metric.higher_is_better else min(known))
             # Compared as text, so that values that look equal are marked equally.
             for row, value, text in zip(rows, values, texts):

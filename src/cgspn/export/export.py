@@ -60,7 +60,7 @@ def export_model(
             normalisation, bounds, versions and the measured errors.
         format: "onnx" (standard operators), "torch" (torch.export) or "aot" (AOTInductor).
         min_size, max_size: bounds of height and width in pixels, multiples of the patch size; None for one patch and
-        twice the native size. Outside the bounds, torch programs and `load_exported` raise an error.
+            twice the native size. Outside the bounds, torch programs and `load_exported` raise an error.
         max_batch: largest batch size.
         tolerance: largest accepted relative error ||a - b|| / ||b||; 16-bit weights need more, such as 2e-2.
         source: origin of the model, for the description.

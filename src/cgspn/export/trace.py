@@ -85,9 +85,10 @@ def trace(side: ImageSide, bounds: Bounds, *, onnx: bool = False) -> ExportedPro
     """Trace an `ImageSide` for all sizes and batches in `bounds`, with its current device and dtype.
 
     Args:
-        side: not modified. bounds: a single size, or a batch of only 1, is fixed in the program; others are dynamic.
+        side: not modified.
+        bounds: a single size, or a batch of only 1, is fixed in the program; others are dynamic.
         onnx: keep local convolutions. Such a program is only for the ONNX exporter, which ignores memory layouts; in
-        PyTorch it would reject grids with one line.
+            PyTorch it would reject grids with one line.
 
     Raises torch's errors if the model cannot be traced.
     """

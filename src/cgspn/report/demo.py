@@ -1,4 +1,4 @@
-"""The report of the demo: what was distilled, how well it went, and what teacher and student see."""
+"""The report of the demo: training, results, and features of teacher and student."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .show_page import assets, show_sections
 from .theme import series_colours
 
 TEACHER, STUDENT = "teacher", "C-GSPN"
-CANVASES = 2  # of sixteen images each, that are shown
-ALIGNED = 200  # test images that the blocks are compared on
+CANVASES = 2  # canvases of sixteen images in the report
+ALIGNED = 200  # test images on which blocks are compared
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a run of the demo found.
+    """The results of the demo.
 
     Attributes:
-        table: one row a model.
-        histories: the stages of each student, in order, by its name.
+        table: one row per model.
+        histories: the stages of each student in order, by the student's name.
         models: "teacher", "C-GSPN" and others, on the CPU, in eval mode; "teacher" and "C-GSPN" are needed.
         images: test images, at least 16.
-        facts: what else there is to know, shown as it is: counts, seconds, versions, machine, seeds.
+        facts: further facts to show: counts, seconds, versions, machine, seeds.
     """
 
     table: SummaryTable
@@ -154,9 +154,9 @@ def _training(result: DemoResult) -> Section:
 
 
 def _loss_panels(stage: str, histories: dict[str, History]) -> list[str]:
-    """Total and parts, a chart each; the sub-layer losses of stage 1 as their mean, and the last ones a block."""
+    """Charts of the total loss and its parts. The losses of stage 1 are averaged, with the last values per block."""
     names = [k for k in next(iter(histories.values())).steps[0] if k not in ("step", "lr", "gradient")]
-    names = [name for name in names if " block " not in name]  # single taps of stage 2: their means are shown
+    names = [name for name in names if " block " not in name]  # single taps of stage 2, whose means are shown
     blocks = [name for name in names if name.startswith("block ")]
     panels = []
     if blocks:
@@ -227,7 +227,7 @@ def _blocks(result: DemoResult) -> Section:
 
 
 def _seen(result: DemoResult) -> list[Section]:
-    """What teacher and student see on canvases of sixteen images: larger than anything that either was trained on."""
+    """Features of teacher and student on canvases of sixteen images, larger than any training image."""
     student = result.models[STUDENT].image
     side, patch = COLUMNS * max(student.config.image_size), student.config.patch_size
     pictures = list(canvases(result.images.images, side, patch, CANVASES))

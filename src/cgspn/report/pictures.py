@@ -1,6 +1,6 @@
-"""Tensors to pictures inside the page: PNG data URIs, and pictures side by side.
+"""Conversion of tensors to pictures for pages: data URIs and mosaics.
 
-Pictures here are [H, W], [H, W, 3] or [H, W, 4], uint8, or float in 0..1.
+A picture is [H, W], [H, W, 3] or [H, W, 4], uint8 or float in 0..1.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-# Dark red to pale yellow: reads on grey, and by brightness alone where colours cannot be told apart.
+# Dark red to pale yellow: visible on grey, and by brightness alone.
 HEAT = ((0.45, 0.00, 0.24), (0.80, 0.13, 0.15), (0.96, 0.45, 0.10), (1.00, 0.78, 0.20), (1.00, 0.98, 0.75))
 
 
 def to_uint8(picture: Tensor) -> Tensor:
-    """A picture as uint8, float values outside 0..1 cut off.
+    """Convert a picture to uint8; float values are clipped to 0..1.
 
     Raises:
-        ValueError: a shape that is no picture, or values that are not finite.
+        ValueError: an invalid shape, or values that are not finite.
         TypeError: an integer type other than uint8.
     """
     if picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] not in (3, 4)) or 0 in picture.shape:
@@ -36,22 +36,23 @@ def to_uint8(picture: Tensor) -> Tensor:
 
 
 def png_uri(picture: Tensor) -> str:
-    """A picture as the `data:` URI of a PNG, for the `src` of an image.
+    """A picture as a PNG data URI.
 
-    Raises as `to_uint8`.
+    Raises the errors of `to_uint8`.
     """
     return "data:image/png;base64," + base64.b64encode(png_bytes(picture)).decode("ascii")
 
 
 def png_bytes(picture: Tensor) -> bytes:
-    """A picture as a PNG file. Raises as `to_uint8`."""
+    """A picture as a PNG file. Raises the errors of `to_uint8`."""
     buffer = io.BytesIO()
     Image.fromarray(to_uint8(picture).cpu().numpy()).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
 def jpeg_uri(picture: Tensor, side: int) -> str:
-    """A smooth picture [H, W, 3] as the `data:` URI of a JPEG of at most `side` pixels a side. Raises as `to_uint8`."""
+    """A smooth picture [H, W, 3] as a JPEG data URI with at most `side` pixels per side. Raises the errors of
+    `to_uint8`."""
     image = Image.fromarray(to_uint8(picture).cpu().numpy())
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -60,7 +61,7 @@ def jpeg_uri(picture: Tensor, side: int) -> str:
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
-    """Images [N, C, H, W] as one canvas [C, N/columns * H, columns * W], row by row, without gaps.
+    """Tile images [N, C, H, W] into one canvas [C, N/columns * H, columns * W], row by row, without gaps.
 
     Raises ValueError if N is not a multiple of columns.
     """
@@ -72,9 +73,9 @@ def tile(images: Tensor, columns: int) -> Tensor:
 
 
 def mosaic(pictures: Sequence[Tensor], columns: int, gap: int) -> Tensor:
-    """Pictures of one size side by side, row by row, with transparent gaps: uint8 [.., .., 4].
+    """Arrange pictures of one size in rows with transparent gaps: uint8 [.., .., 4].
 
-    Raises ValueError for no pictures, different sizes, or what `to_uint8` refuses.
+    Raises ValueError for no pictures or different sizes, and the errors of `to_uint8`.
     """
     cells = [_rgba(picture) for picture in pictures]
     if not cells or len({cell.shape for cell in cells}) > 1 or columns < 1 or gap < 0:

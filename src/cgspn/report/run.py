@@ -1,4 +1,4 @@
-"""The report of a distillation: how each stage went, block by block, how fast, from which data, with which settings."""
+"""The report of a distillation: losses per stage and block, speed, data and settings."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ TITLES = {
     "lr": ("Learning rate", "of fresh weights; others have a factor on it"),
 }
 
-LAST = ("gradient", "lr")  # panels after those of losses
-RISEN = 1.05  # times its lowest twentieth that a loss may end at before the report says that it rises
+LAST = ("gradient", "lr")  # panels after the losses
+RISEN = 1.05  # a loss that ends above this multiple of its lowest twentieth is reported as rising
 
 
 def run_report(record: Record) -> str:
-    """One self-contained HTML document of a run.
+    """The report of a run as one self-contained HTML document.
 
     Args:
-        record: what `cgspn distill` leaves in distill.json: "command", "versions", "config", "losses" (by stage, a list
-            of steps), "throughput" (by stage), "images", "held_out" (`held_out.compare`), "skipped" (file and reason),
+        record: the content of distill.json: "command", "versions", "config", "losses" (by stage, a list of steps),
+            "throughput" (by stage), "images", "held_out" (`held_out.compare`), "skipped" (file and reason),
             "processes", "device".
 
     Raises:
@@ -90,7 +90,7 @@ def _stage(key: str, title: str, steps: Sequence[Mapping[str, float]], speed: Ma
 
 
 def _blocks(title: str, steps: Sequence[Mapping[str, float]]) -> list[str]:
-    """The losses of every block at the beginning and at the end: one chart for each kind of tap."""
+    """Charts of every block's loss at the beginning and the end, one per kind of tap."""
     detailed = [step for step in steps if any("block" in name for name in step)]
     panels = []
     for tap, caption in (("", "Each sub-layer"), ("PP ", "Each sub-layer (PP)"), ("PB ", "Each block (PB)")):
@@ -145,7 +145,7 @@ def _settings(record: Record) -> Section:
 
 
 def rising(steps: Sequence[Mapping[str, float]]) -> str:
-    """A flag for a stage whose loss ends higher than it was before, by twentieths of its steps; "" if it does not."""
+    """A warning for a stage whose loss ends higher than an earlier twentieth of its steps, or ""."""
     totals = [step["total"] for step in steps]
     size = max(1, len(totals) // 20)
     means = [sum(totals[start : start + size]) / size for start in range(0, len(totals) - size + 1, size)]
@@ -154,7 +154,7 @@ def rising(steps: Sequence[Mapping[str, float]]) -> str:
 
 
 def _wall_time(speed: Mapping[str, Any]) -> str:
-    """How long a stage took since it was last started; "" if that is not known."""
+    """The duration of a stage since its last start; "" if unknown."""
     seconds = speed.get("seconds")
     if seconds is None:
         return ""
@@ -170,6 +170,6 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, str]
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:
-    """Means over the first and the last twentieth."""
+    """Means over the first and the last twentieth of the steps."""
     size = max(1, len(values) // 20)
     return sum(values[:size]) / size, sum(values[-size:]) / size

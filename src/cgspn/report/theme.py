@@ -1,7 +1,7 @@
-"""Colours of the reports, once: as CSS variables for the page, and as stand-ins that charts draw with.
+"""Colours of the reports, as CSS variables for pages and as placeholders for charts.
 
-A chart library knows no CSS variables, so charts are drawn in stand-in colours that occur nowhere else, and the
-finished SVG has each replaced by its variable. One picture then serves light and dark pages.
+matplotlib does not support CSS variables. So charts are drawn with placeholder colours, which are replaced by variables
+in the SVG. The same chart then works in light and dark mode.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ class Colour:
     """A colour of the page.
 
     Attributes:
-        name: of the CSS variable, without the dashes.
+        name: of the CSS variable, without dashes.
         light: hex value on a light page.
         dark: hex value on a dark page.
-        stand_in: what charts draw with until `use_variables`.
+        stand_in: the placeholder in charts before `use_variables`.
     """
 
     name: str
@@ -39,7 +39,7 @@ RULE = Colour("rule", "#e2dfd8", "#31373d", "#f00005")
 LINK = Colour("link", "#0b6e70", "#56cfc6", "#f00006")
 PAGE_COLOURS = (PAPER, CARD, INK, MUTED, RULE, LINK)
 
-# The models of the reports keep one colour each in every chart, and a marker for those who cannot tell the colours.
+# Each model has the same colour in every chart, and a marker to distinguish it without colours.
 TEACHER = Colour("series-teacher", "#3d4650", "#d4dae0", "#f00011")
 SERIES = {
     "teacher": TEACHER,
@@ -57,14 +57,14 @@ EVERY = (*PAGE_COLOURS, *SERIES.values(), *OTHERS)
 
 
 def series_colours(names: list[str]) -> dict[str, Colour]:
-    """A colour for each name: its own if it is one of SERIES, else one of OTHERS in turn."""
+    """A colour for each name: from SERIES if listed there, otherwise the next one of OTHERS."""
     strangers = [name for name in names if name not in SERIES]
     taken = {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(strangers)}
     return {name: SERIES.get(name) or taken[name] for name in names}
 
 
 def use_variables(svg: str) -> str:
-    """An SVG with every stand-in colour replaced by its CSS variable."""
+    """Replace every placeholder colour in an SVG by its CSS variable."""
     for colour in EVERY:
         svg = svg.replace(colour.stand_in, colour.css)
     return svg

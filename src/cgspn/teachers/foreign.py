@@ -68,9 +68,7 @@ def checked_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
             if not right(value):
                 raise CheckpointError(f"{where}: {key} is {shown(value)}; accepted: {words}")
             kept[key] = value
-            if (
-                isinstance(value, dict) and key != "config"
-            ):  # in an encoder's own config null is a value
+            if isinstance(value, dict) and key != "config":  # in an encoder's own config null is a value
                 kept[key] = {}
                 todo.append((value, kept[key], f"{where}: {key}"))
     return found
