@@ -23,14 +23,14 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The library, imported when it is first asked for: `cgspn --help` need not wait for PyTorch."""
+    """Import the library at its first use, so that `cgspn --help` does not wait for PyTorch."""
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     for home in ("evaluate", "models", "teachers"):
         module = import_module(f".{home}", __name__)
         if name in __all__ and hasattr(module, name):
             return globals().setdefault(name, getattr(module, name))
-    if name in globals():  # a subpackage that these have imported
+    if name in globals():  # a subpackage that this has imported
         return globals()[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

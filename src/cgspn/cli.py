@@ -31,7 +31,7 @@ HELP = ("-h", "--help", "--help-all")
 
 
 def main() -> None:
-    """Run one command. Exit code 0, or 2 with one line for any error, or 130 when interrupted."""
+    """Run one command. Returns exit code 0, or 2 after an error (printed in one line), or 130 after an interrupt."""
     for stream in (sys.stdout, sys.stderr):  # file names may contain characters that the terminal cannot encode
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -41,7 +41,7 @@ def main() -> None:
         arguments.remove("--debug")
     try:
         run(arguments)
-    except BrokenPipeError:  # the reader of our output, such as `head`, has closed the pipe
+    except BrokenPipeError:  # a reader such as `head` has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
@@ -62,7 +62,8 @@ def _said(words: str, code: int) -> int:
 
 
 def run(arguments: list[str]) -> None:
-    """Parse a command line and run its command. Raises ValueError for an unknown one, and what the command raises."""
+    """Parse a command line and run its command. Raises ValueError for an unknown command, and the command's own
+    errors."""
     if arguments[:1] == ["--version"]:
         print(f"cgspn {__version__}")
         return
@@ -78,7 +79,7 @@ def run(arguments: list[str]) -> None:
 
 
 def command_of(arguments: list[str]) -> tuple[str, list[str]]:
-    """The words of a command or a group of them, and the arguments after them. Raises ValueError for others."""
+    """Split the words into a command (or group) and its arguments. Raises ValueError for an unknown command."""
     words: list[str] = []
     for argument in arguments:
         if argument in HELP:
@@ -95,7 +96,7 @@ def command_of(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def overview(group: str) -> str:
-    """The help of the program, or of a group of its commands."""
+    """The help text of the program or of a group of commands."""
     shown = {words: about for words, (_, about) in COMMANDS.items() if not group or words.startswith(f"{group} ")}
     width = max(map(len, shown))
     lines = [f"  {words:<{width}}  {about}" for words, about in shown.items()]

@@ -1,7 +1,7 @@
-"""Every private name of PyTorch that the project uses, so that a new version of PyTorch is checked in one place.
+"""All private PyTorch names that the project uses, so that a new PyTorch version is checked in one place.
 
-Supported are the versions of `SUPPORTED`. A name that is missing raises an ImportError that says so: when this module
-is imported, if everything needs it, and when it is used otherwise.
+`SUPPORTED` lists the supported versions. A missing name raises an ImportError: when this module is imported if
+everything needs the name, otherwise at its first use.
 """
 
 import shutil
@@ -15,12 +15,12 @@ import torch
 from torch.nn.modules import module as _module
 from torch.utils._device import DeviceContext as DeviceContext  # the mode of torch.set_default_device
 
-SUPPORTED = ("2.9", "2.14")  # the oldest that pyproject.toml allows, and the newest that the project has run with
+SUPPORTED = ("2.9", "2.14")  # the oldest that pyproject.toml allows, and the newest that was tested
 
 
 @cache
 def private(path: str) -> Any:
-    """The object of torch at a dotted path. Raises ImportError with the path and the versions of torch that have it."""
+    """The object of torch at a dotted path. Raises ImportError with the path and the supported versions."""
     found: Any = torch
     for name in path.split("."):
         if not hasattr(found, name) and hasattr(found, "__path__"):
@@ -35,7 +35,7 @@ def private(path: str) -> Any:
     return found
 
 
-# Lists of tensors in one launch. torch documents them under these names.
+# Operations on lists of tensors in one launch, documented under these names.
 foreach_add_ = private("_foreach_add_")
 foreach_copy_ = private("_foreach_copy_")
 foreach_lerp = private("_foreach_lerp")
@@ -45,41 +45,41 @@ foreach_mul_ = private("_foreach_mul_")
 # A linear layer with its GELU in the epilogue of cuBLAS.
 addmm_activation = private("_addmm_activation")
 
-# What intercepts operations: modes, tracers, transforms, levels of forward-mode differentiation.
+# Everything that intercepts operations: modes, tracers, transforms, forward-mode AD.
 dispatch_modes = private("_C._len_torch_dispatch_stack")
 function_modes = private("_C._len_torch_function_stack")
 function_mode_at = private("_C._get_function_stack_at")
 tracing_state = private("_C._get_tracing_state")
 
-# Hooks of a module are in its `__dict__` under these names, and what `Module.compile` made under the last one.
+# A module's `__dict__` has its hooks under these names, and the result of `Module.compile` under the last one.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 COMPILED_CALL = "_compiled_call_impl"
 has_any_global_hook: Callable[[], bool] = _module._has_any_global_hook
 
-# Only builds of torch with CUDA have these.
+# These exist only in builds of torch with CUDA.
 current_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 current_device: Any = getattr(torch._C, "_cuda_getDevice", None)
 is_capturing: Any = getattr(torch._C, "_cuda_isCurrentStreamCapturing", None)
 
 
 def is_tracing() -> bool:
-    """Whether torch.jit.trace records what runs."""
+    """Whether torch.jit.trace is recording."""
     return not torch.compiler.is_compiling() and torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 def in_transform() -> bool:
     """Whether the caller is under vmap, grad, jvp or another transform of `torch.func`."""
-    # Of a type rather than not None, which a tracer takes for true.
+    # Test the type, because a tracer treats `is not None` as true.
     return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
 
 
 def in_forward_ad() -> bool:
-    """Whether a level of forward-mode differentiation is entered."""
+    """Whether the caller runs in forward-mode AD."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def recompile_limit(count: int) -> AbstractContextManager[Any]:
-    """Let torch.compile keep up to `count` graphs of one function inside the context."""
+    """Let torch.compile keep up to `count` graphs per function within the context."""
     limit: AbstractContextManager[Any] = private("_dynamo.config").patch(recompile_limit=count)
     return limit
 

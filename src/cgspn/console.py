@@ -1,4 +1,4 @@
-"""What people see while they wait: one console, one kind of progress bar."""
+"""The console, progress bars and progress lines."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from .distill.trainer import Watch
 
 console = PlainConsole()
-EVERY = 30.0  # seconds between lines of progress, where there is no terminal
+EVERY = 30.0  # seconds between progress lines without a terminal
 
 
 def writable_folder(path: Path, name: str) -> Path:
-    """Make the folder and write in it, before the long work starts. Raises ValueError naming the argument `name`."""
+    """Create the folder and check that it is writable, before the long work starts. Raises ValueError naming `name`."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -35,7 +35,7 @@ def writable_folder(path: Path, name: str) -> Path:
 
 
 def speed_of(record: dict[str, float]) -> str:
-    """Images/s, and model FLOPs utilisation where the device's peak is known; "" where nothing is measured."""
+    """Images/s, and model FLOPs utilisation if the device's peak is known; "" without a measurement."""
     if "images_per_second" not in record:
         return ""
     mfu = f", MFU {record['mfu']:.0%}" if "mfu" in record else ""
@@ -43,20 +43,20 @@ def speed_of(record: dict[str, float]) -> str:
 
 
 def rate_text(rate: float) -> str:
-    """Images/s in words, with decimals where there are few."""
+    """Images/s as text, with decimals for small rates."""
     return f"{rate:,.{0 if rate >= 10 else 2}f} images/s"
 
 
 def waiting(text: str) -> Status:
-    """Show what is being done until the context ends."""
+    """Show a status message until the context ends."""
     return console.status(Text(text))
 
 
 @contextmanager
 def progress_watcher() -> Iterator[Watcher]:
-    """A `Watcher` that shows each training stage as a progress bar with its loss and speed; bars stay when full.
+    """A `Watcher` that shows each training stage as a progress bar with loss and speed. Full bars stay visible.
 
-    Where there is no terminal, as in a log file, a line now and then.
+    Without a terminal, as in a log file, it prints a line now and then.
     """
     if not console.is_terminal:
         yield plain_watcher
@@ -76,7 +76,7 @@ def progress_watcher() -> Iterator[Watcher]:
             bar = progress.add_task(title, total=steps, loss="", speed="")
 
             def watch(record: dict[str, float]) -> None:
-                if "step" in record:  # of a training, which may have gone on from a snapshot
+                if "step" in record:  # a training step; the run may have resumed from a snapshot
                     loss = f"{record['total']:.4f}"
                     progress.update(bar, completed=record["step"] + 1, loss=loss, speed=speed_of(record))
                 else:
@@ -88,7 +88,7 @@ def progress_watcher() -> Iterator[Watcher]:
 
 
 def plain_watcher(title: str, steps: int) -> Watch:
-    """Prints a line after the first and the last step, and at most every `EVERY` seconds between them."""
+    """A `Watcher` that prints a line after the first and last step, and at most every `EVERY` seconds between them."""
     began = time.monotonic()
     said, done = -EVERY, 0
 

@@ -1,4 +1,4 @@
-"""The whole job on what comes with the package: convert, distill in two stages, evaluate, show."""
+"""The demo on the embedded teacher and images: convert, distill in two stages, evaluate, report."""
 
 import copy
 import os
@@ -23,7 +23,7 @@ from .models.encoder import Encoder
 from .report.demo import DemoResult
 from .teachers import attention_student, convert, load_embedded_teacher
 
-TIMED = ((28, 64), (224, 1))  # sides in pixels and images at once, of which the time is shown
+TIMED = ((28, 64), (224, 1))  # image sizes in pixels and batch sizes that are timed
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class DemoConfig:
 
 
 def milliseconds(encoders: Mapping[str, Encoder], pixels: int, batch: int) -> dict[str, float]:
-    """Time of one image of `pixels` a side, in batches, by encoder: medians, all encoders in turn."""
+    """Milliseconds per image of `pixels` px for each encoder: medians over interleaved runs."""
     images = torch.randn(batch, 3, pixels, pixels)
 
     def inference(encoder: Encoder) -> Callable[[], object]:
@@ -59,10 +59,10 @@ def _first(images: ImageSet, count: int, name: str) -> ImageSet:
 
 
 def idle_threads(limit: int = 8) -> int:
-    """How many threads small models gain from now: the cores that are idle, at least 1, at most `limit`.
+    """The number of threads from which small models gain now: the idle cores, at least 1 and at most `limit`.
 
-    Every operation waits for the slowest of its threads. With more threads than idle cores the demo takes several times
-    as long; with more than a few its operations are too small to be split.
+    Every operation waits for its slowest thread. With more threads than idle cores the demo takes several times as
+    long, and its operations are too small for more than a few threads.
     """
     total = os.cpu_count() or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
@@ -72,7 +72,7 @@ def idle_threads(limit: int = 8) -> int:
 
 @contextmanager
 def bounded_threads() -> Iterator[None]:
-    """PyTorch with no more threads than `idle_threads`, for the time of the context."""
+    """Limit PyTorch to `idle_threads` threads within the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(min(before, idle_threads()))
     try:
@@ -83,7 +83,7 @@ def bounded_threads() -> Iterator[None]:
 
 @bounded_threads()
 def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
-    """Distill a C-GSPN and a ViT student of the embedded teacher with one budget, and measure all of them.
+    """Distill a C-GSPN and a ViT student from the embedded teacher with the same budget, and evaluate all three.
 
     Raises ValueError for settings out of range and DivergedError if a loss stops being finite.
     """
@@ -115,7 +115,7 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
         [*METRICS, Metric("parameters", "encoder", 1e-6, "M", digits=2, higher_is_better=None)]
         + [Metric(f"ms_{pixels}", f"{pixels} px", 1, "ms", 1, None) for pixels, _ in TIMED],
     )
-    encoders = {name: models[name].image for name in ("teacher", "C-GSPN")}  # the others are built like these
+    encoders = {name: models[name].image for name in ("teacher", "C-GSPN")}  # the others have the same architectures
     times = {pixels: milliseconds(encoders, pixels, batch) for pixels, batch in TIMED}
     watch = watcher("evaluation", len(models)) if watcher else None
     for name, model in models.items():

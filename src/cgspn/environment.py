@@ -1,4 +1,4 @@
-"""What a result was made with: command, machine, versions, commit."""
+"""The environment of a result: command, machine, versions, commit."""
 
 import platform
 import shlex
@@ -14,14 +14,15 @@ from . import __version__
 
 
 def commit() -> str:
-    """The commit of the checkout this package runs from, "+" if it has changes, or "unknown" outside one."""
+    """The commit of the checkout that contains this package, with "+" if it has changes; "unknown" outside of a
+    checkout."""
 
     def git(*arguments: str) -> str:
         here = Path(__file__).parent
         return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # a repository around an installed package is no source
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # fails for an installed package
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
@@ -30,7 +31,7 @@ def commit() -> str:
 def describe(commit_name: str = "", program: str = "cgspn") -> dict[str, str]:
     """Command, machine, versions, commit and time of a result.
 
-    commit_name: in place of `commit()`. program: what the arguments of this process were given to.
+    commit_name: replaces `commit()`. program: the name of the command in front of this process's arguments.
     """
     return {
         "command": " ".join([program, *map(shlex.quote, sys.argv[1:])]),
@@ -47,7 +48,7 @@ def describe(commit_name: str = "", program: str = "cgspn") -> dict[str, str]:
 
 
 def cpu_name() -> str:
-    """The CPU's name and how many threads PyTorch uses."""
+    """The CPU's name and the number of threads that PyTorch uses."""
     name = platform.processor() or platform.machine()
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()

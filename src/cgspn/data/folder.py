@@ -1,4 +1,4 @@
-"""A folder of image files as an `ImageSet`; files that cannot be read are skipped, counted and named."""
+"""Load a folder of image files as an `ImageSet`. Unreadable files are skipped, counted and named."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,7 +43,7 @@ def load_folder(
         raise ValueError(f"max_skipped_fraction is {max_skipped_fraction}; accepted: 0 to 1")
     names, files = list_folder(root)
 
-    # Straight into place: a list of images and a stack would need the memory twice.
+    # Decode into place, because a list and a stack would need twice the memory.
     images = torch.empty(len(files), 3, height, width, dtype=torch.uint8)
     labels: list[int] = []
     bad: list[tuple[str, str]] = []
@@ -65,16 +65,16 @@ def load_folder(
         warn(f"{root}: {skipped.summary()}")
     if not labels:
         raise ValueError(f"{root}: none of its {len(files)} image files can be read")
-    kept = images[: len(labels)].clone() if skipped else images  # without the rows that skipped files left over
+    kept = images[: len(labels)].clone() if skipped else images  # drops the unused rows of skipped files
     return ImageSet(kept, torch.tensor(labels, dtype=torch.int64), names), skipped
 
 
 def list_folder(root: Path, *, mixed: bool = False) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
-    """Class names, and image files with their labels, in the order of names.
+    """Class names, image files and their labels, sorted by name.
 
-    mixed: images may be in sub-folders and beside them; all are then of one class, as in a flat folder.
+    mixed: allow images both in sub-folders and beside them; they then have one class, as in a flat folder.
 
-    Raises FileNotFoundError, NotADirectoryError or ValueError as `load_folder` does.
+    Raises FileNotFoundError, NotADirectoryError or ValueError like `load_folder`.
     """
     if not root.exists():
         raise FileNotFoundError(f"no such folder: {root}")
@@ -97,13 +97,13 @@ def list_folder(root: Path, *, mixed: bool = False) -> tuple[tuple[str, ...], li
         folders = [(root.resolve().name, loose)]
     if not folders:
         raise FileNotFoundError(f"no image files in {root} (looked for {', '.join(sorted(SUFFIXES))})")
-    # as texts, which those of bytes that are not UTF-8 are not yet
+    # as valid text, since names may hold bytes that are not UTF-8
     names = tuple(name.encode(errors="backslashreplace").decode() for name, _ in folders)
     return names, [(f, k) for k, (_, files) in enumerate(folders) for f in files]
 
 
 def _walk(folder: Path, root: Path) -> Iterator[Path]:
-    """The images below a folder. Links to folders are followed out of `root`, each of their targets once."""
+    """The images below a folder. Links to folders outside of `root` are followed, each target once."""
     seen, todo = {root}, [folder]
     while todo:
         for path in todo.pop().iterdir():
@@ -117,7 +117,8 @@ def _walk(folder: Path, root: Path) -> Iterator[Path]:
 
 
 def _leads_back(link: Path, seen: set[Path]) -> bool:
-    """Whether a link leads to what is walked anyway: back into the root, or into or above a target seen before."""
+    """Whether a link leads to a folder that is visited anyway: inside the root, or inside or above an earlier
+    target."""
     target = link.resolve()
     if any(target == known or known in target.parents or target in known.parents for known in seen):
         return True

@@ -1,20 +1,20 @@
-"""The object in an image with a dark background: a threshold, and everything it encloses."""
+"""Foreground masks of objects on a dark background, by a threshold and a flood fill."""
 
 import torch
 from torch import Tensor
 
 
 def foreground(images: Tensor, threshold: int = 16) -> Tensor:
-    """Tell object from background: background is the dark region connected to the border.
+    """The foreground mask of images; the background is the dark region connected to the border.
 
-    A pixel is dark if no channel exceeds `threshold`, 0 to 255. Dark pixels that no 4-connected dark path joins to the
-    border are holes in the object (a black logo, the eyelet of a shoe) and count as object.
+    A pixel is dark if no channel exceeds `threshold`, 0 to 255. Dark pixels without a 4-connected dark path to the
+    border (a black logo, the eyelet of a shoe) count as object.
 
     images: uint8 [N, C, H, W]. Returns bool [N, H, W], True on the object.
     """
     dark = images.amax(1) <= threshold
-    # Flood from a frame around the image, one step at a time and all images together; those that have come to
-    # rest leave the work. The frame makes the border one connected region.
+    # Flood all images together, step by step, from a frame around them; finished images are removed. The frame makes
+    # the border one connected region.
     n, h, w = dark.shape
     open_ = torch.ones(n, h + 2, w + 2, dtype=torch.bool, device=images.device)
     open_[:, 1:-1, 1:-1] = dark
@@ -24,7 +24,7 @@ def foreground(images: Tensor, threshold: int = 16) -> Tensor:
     while len(active):
         allowed, before = open_[active], outside[active]
         after = before.clone()
-        # Each sweep runs the length of the grid, so straight stretches fill at once.
+        # Each sweep spans the whole grid, so straight regions fill in one sweep.
         for i in range(1, h + 2):
             after[:, i] |= after[:, i - 1] & allowed[:, i]
         for i in range(h, -1, -1):

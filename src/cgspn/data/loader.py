@@ -1,4 +1,4 @@
-"""Batches whose content is a pure function of the seed and the step, so that a run resumes exactly."""
+"""Batches that depend only on the seed and the step, so that a run resumes exactly."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ class Batch:
 
 
 def mixed_number(seed: int, purpose: int, number: int) -> int:
-    """A hash of 64 bits: seeds that differ by one must not give streams that overlap between purposes or numbers."""
+    """A 64-bit hash, so that the random streams of consecutive seeds do not overlap between purposes or numbers."""
     mixed = seed & 0xFFFFFFFFFFFFFFFF
     for value in (purpose, number):
         mixed = (mixed ^ value) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
@@ -48,14 +48,14 @@ def mixed_number(seed: int, purpose: int, number: int) -> int:
 
 
 def generator_of(seed: int, purpose: int, number: int) -> torch.Generator:
-    """Randomness for one purpose at one step or epoch, on the CPU.
+    """A CPU random generator for one purpose at one step or epoch.
 
     Purposes: 0 order, 1 crops, 2 colours, 3 blends, 4 boxes, 5 shapes of batches.
     """
     return torch.Generator().manual_seed(mixed_number(seed, purpose, number))
 
 
-@lru_cache(maxsize=2)  # a batch of a large source is a small part of its epoch
+@lru_cache(maxsize=2)  # consecutive batches use the same permutation
 def _order(size: int, seed: int, epoch: int, shuffle: bool) -> Tensor:
     return torch.randperm(size, generator=generator_of(seed, 0, epoch)) if shuffle else torch.arange(size)
 
@@ -77,7 +77,8 @@ def batch_indices(size: int, batch_size: int, step: int, *, seed: int = 0, shuff
 
 
 def stream_indices(size: int, begin: int, count: int, *, seed: int = 0, shuffle: bool = True) -> Tensor:
-    """`count` images from position `begin` of the endless stream of epochs of `size` images; int64 [count].
+    """Indices of `count` images from position `begin` of an infinite sequence of epochs of `size` images, int64
+    [count].
 
     Raises ValueError for a source without images.
     """
@@ -104,8 +105,8 @@ def batches(
     """Yield batches `start` to `steps` - 1 of the sequence given by `batch_indices`.
 
     To resume after step s, pass start = s + 1 and the same seed; order and augmentation then continue exactly.
-    `transform` is called as transform(images, generator), where the generator depends only on seed and step. Raises
-    ValueError as `batch_indices`, at the first batch.
+    `transform` is called as transform(images, generator), where the generator depends only on seed and step. Raises the
+    ValueError of `batch_indices` at the first batch.
     """
     for step in range(start, steps):
         indices = batch_indices(len(source), batch_size, step, seed=seed, shuffle=shuffle)
@@ -126,7 +127,7 @@ def one_pass(
 
 
 def fetch(source: ImageSource, step: int, indices: Tensor, transform: Transform | None, seed: int) -> Batch:
-    """The batch of these images; the randomness of its transform depends on seed and step alone."""
+    """The batch of the given images. The random numbers of its transform depend only on seed and step."""
     images, labels = source.fetch(indices)
     if transform is not None:
         images = transform(images, generator_of(seed, 1, step))

@@ -1,4 +1,4 @@
-"""Which shape each batch of a run has, and which images of the endless stream of epochs are in it."""
+"""The shape of each batch with mixed sizes, and its position in the sequence of epochs."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 
 from .loader import generator_of
 
-SHAPES = 5  # purpose of randomness, see `generator_of`
+SHAPES = 5  # use of random numbers, see `generator_of`
 
 
 class BatchShape(NamedTuple):

@@ -35,17 +35,17 @@ def load_images(source: str | Path, size: tuple[int, int], channels: int, split:
         return images
     if channels == 3:
         return ImageSet(images.images.expand(-1, 3, -1, -1), images.labels, images.class_names)
-    grey = torch.stack([_grey(image) for image in images.images])  # one by one: a float copy of all would be large
+    grey = torch.stack([_grey(image) for image in images.images])  # one by one: a float copy of all is large
     return ImageSet(grey, images.labels, images.class_names)
 
 
 def open_samples(source: str, *, cache: Path | None = None, max_skipped: float = 0.1) -> SampleSource:
-    """Open images that are read during training.
+    """Open a source whose images are read during training.
 
     source: a folder of images or of shards, or shards: a path, a pattern or a URL (`open_shards`). cache: folder for
     downloaded shards and indices; None for the user's cache folder. max_skipped: as in `open_shards`.
 
-    Raises FileNotFoundError, NotADirectoryError or ValueError, as `open_shards` and `load_folder` do.
+    Raises FileNotFoundError, NotADirectoryError or ValueError like `open_shards` and `load_folder`.
     """
     path = Path(source).expanduser()
     if is_url(source) or not path.is_dir():

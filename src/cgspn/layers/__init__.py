@@ -1,4 +1,4 @@
-"""Building blocks: mixers behind one interface, and what surrounds them."""
+"""Building blocks of the encoder: mixers with one interface, MLP, block, patch embedding and pooling."""
 
 from .attention import AttentionConfig, AttentionMixer
 from .block import Block, LayerScale

@@ -1,4 +1,4 @@
-"""Softmax attention over all tokens: the teacher, the ViT baseline and the kept layers of a hybrid."""
+"""Softmax attention over all tokens, for teachers, ViT students and the attention layers of a hybrid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AttentionConfig:
     """Settings of attention. heads: number of heads, a divisor of the width. qkv_bias: whether the QKV projection has a
     bias.
 
-    rotary: base of DINOv3's rotary position embeddings; None for none.
+    rotary: base of DINOv3's rotary position embeddings; None disables them.
     """
 
     heads: int = 16
@@ -46,7 +46,7 @@ class AttentionMixer(Mixer):
                 nn.init.zeros_(bias)
 
     def _split(self, tokens: Tensor, grid: Grid | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """[B, heads, N, d] each. grid: where the tokens lie, for rotary positions."""
+        """Queries, keys and values, [B, heads, N, d] each. The grid gives the rotary positions."""
         batch, count, _ = tokens.shape
         q, k, v = self.qkv(tokens).view(batch, count, 3, self.heads, self.head_width).permute(2, 0, 3, 1, 4).unbind(0)
         if grid is not None and self.config.rotary is not None:
@@ -77,7 +77,7 @@ class AttentionMixer(Mixer):
         return _softmax(q if rows is None else q[:, :, rows], k, self.visible(tokens, grid, rows))
 
     def visible(self, tokens: Tensor, grid: Grid, rows: Tensor | None = None) -> Tensor | None:
-        """[B, 1, 1 or R, N] bool: which tokens each of `rows` (as in `weights`) may attend to; None for all."""
+        """[B, 1, 1 or R, N] bool: the tokens to which each of `rows` (as in `weights`) may attend; None for all."""
         if grid.mask is None:
             return None
         prefix = grid.mask.new_ones(tokens.shape[0], grid.prefix)
@@ -85,6 +85,7 @@ class AttentionMixer(Mixer):
 
 
 def _softmax(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
-    """[B, heads, R, d] and [B, heads, N, d] -> [B, heads, R, N], rows sum to one. visible: as of `AttentionMixer`."""
+    """[B, heads, R, d] and [B, heads, N, d] -> [B, heads, R, N], with rows that sum to one. visible: as in
+    `AttentionMixer`."""
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     return (logits if visible is None else logits.masked_fill(~visible, -torch.inf)).softmax(-1)

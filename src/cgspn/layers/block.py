@@ -1,4 +1,4 @@
-"""A transformer block around any mixer, tapped where distillation compares."""
+"""A transformer block with any mixer, and the taps for distillation."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class LayerScale(nn.Module):
     """A learned factor per channel on a residual branch: [..., C] -> [..., C]."""
 
     def __init__(self, width: int, init: float) -> None:
-        """width: C; init: where every factor starts."""
+        """width: C; init: initial value of all factors."""
         super().__init__()
         self.gamma = nn.Parameter(torch.full((width,), init))
 
@@ -30,11 +30,11 @@ class LayerScale(nn.Module):
 class Block(nn.Module):
     """x + scale1(mixer(norm1(x))), then x + scale2(mlp(norm2(x))): tokens [B, N, C] -> [B, N, C].
 
-    executor.py decides which of these layers run fused. See docs/paper.md for the taps PP and PB.
+    executor.py decides which of these layers run fused. docs/paper.md describes the taps PP and PB.
 
     Attributes:
-        fusion_backend: "auto" uses fused kernels where they are faster and give the same result, "triton" also where
-            they are slower, "torch" never.
+        fusion_backend: "auto" uses fused kernels if they are faster and give the same result, "triton" even if they are
+        slower, "torch" never.
     """
 
     fusion_backend: Literal["auto", "triton", "torch"] = "auto"
@@ -42,7 +42,7 @@ class Block(nn.Module):
     def __init__(
         self, width: int, mixer: Mixer, hidden: int, act: Activation, eps: float, layer_scale: float | None
     ) -> None:
-        """width: C; hidden: MLP width; eps: of both LayerNorms; layer_scale: initial value, None for none."""
+        """width: C; hidden: MLP width; eps: of both LayerNorms; layer_scale: initial value or None."""
         super().__init__()
         self._state: State | None = None
         self.norm1 = LayerNorm(width, eps=eps)
@@ -53,11 +53,11 @@ class Block(nn.Module):
         self.scale2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without what was found out about its layers, which a copy does not share."""
+        """The state without the cached analysis of the layers, which a copy must not share."""
         return vars(self) | {"_state": None}
 
     def forward(self, tokens: Tensor, grid: Grid, tapped: bool = False) -> Any:
-        """tokens [B, N, C] -> [B, N, C]; if `tapped`, a pair: that (PB) and the mixing branch (PP), both [B, N, C]."""
+        """tokens [B, N, C] -> [B, N, C]; if `tapped`, also the mixing branch (PP): a pair (PB, PP), both [B, N, C]."""
         return executor.run_block(self, tokens, grid, tapped)
 
     def tapped(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

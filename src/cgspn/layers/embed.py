@@ -1,4 +1,4 @@
-"""Images to tokens, and where a model has them, learned positions that follow the grid."""
+"""Patch embedding, and learned position embeddings resized to the grid."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .resize import PositionResize, resize_matrix, resize_table
 
 
 class PatchEmbed(nn.Module):
-    """Images [B, in, H, W] -> tokens [B, h*w, C] and their grid; H and W any multiples of the patch size.
+    """Images [B, in, H, W] -> tokens [B, h*w, C] and their grid. H and W are any multiples of the patch size.
 
-    With `crop`, H and W may be any size of at least one patch; pixels beyond the last whole patch are ignored (SigLIP
-    at 384 px).
+    With `crop`, H and W may be any size from one patch up. Pixels after the last whole patch are ignored (SigLIP at 384
+    px).
     """
 
     def __init__(
@@ -30,14 +30,15 @@ class PatchEmbed(nn.Module):
         crop: bool = False,
         img_size: tuple[int, int] | None = None,
     ) -> None:
-        """patch_size in pixels; channels: of the image; width: C; img_size: native (height, width), one patch if None.
+        """patch_size: in pixels; channels: of the image; width: C; img_size: native (height, width), None for one
+        patch.
 
-        The sizes are kept in pairs under timm's names, which code around encoders reads; forward takes any size.
+        The sizes are stored as pairs under timm's names, for code that reads them. forward takes any size.
         """
         super().__init__()
         self.patch_size, self.crop = (patch_size, patch_size), crop
         self.img_size = img_size or self.patch_size
-        # holds the weights under the shape that checkpoints give them; `forward` is a product of matrices
+        # keeps the weights in the shape of checkpoints; `forward` is a matrix product
         self.projection = nn.Conv2d(channels, width, patch_size, patch_size, bias=bias)
 
     @property
@@ -51,7 +52,7 @@ class PatchEmbed(nn.Module):
         return self.grid_size[0] * self.grid_size[1]
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
-        """Rows and columns of patches. Raises ValueError for what `forward` does not take."""
+        """Rows and columns of patches. Raises ValueError for sizes that `forward` does not accept."""
         p, channels = self.patch_size[0], self.projection.in_channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images has shape {tuple(images.shape)}; expected [B, {channels}, H, W]")
@@ -69,8 +70,8 @@ class PatchEmbed(nn.Module):
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Grid]:
         """mask: [B, h, w] bool; the pixels of patches where it is False are treated as zero.
 
-        Raises ValueError for a wrong number of dimensions or channels, a size that patches do not tile, or a mask of
-        another grid.
+        Raises ValueError for a wrong number of dimensions or channels, a size that is not a multiple of the patch size,
+        or a mask that does not match the grid.
         """
         height, width = self.grid_of(images)
         dtype = self.projection.weight.dtype
@@ -90,7 +91,7 @@ class PatchEmbed(nn.Module):
         The output of a convolution is channels-first in memory. All later residual additions would inherit these
         strides and run at a third of the memory bandwidth.
         """
-        # in an exported program views of symbolic sizes would tie it to some of them
+        # in export, views with symbolic sizes would specialise some of them
         if torch.compiler.is_exporting() or not is_plain(self.projection, nn.Conv2d) or has_global_hooks():
             tokens: Tensor = self.projection(images).flatten(2).transpose(1, 2)
             return tokens.clone(memory_format=torch.contiguous_format)
@@ -106,7 +107,7 @@ class LearnedPositions(nn.Module):
     """Position embeddings [h0*w0, C] learned on one grid and resized to others.
 
     The resize method depends on the checkpoint family and affects the features. Antialiasing only matters for smaller
-    grids. "square_..." resizes to a square of the longer side and takes its upper left part (RADIO).
+    grids. "square_..." resizes to a square of the longer side and crops its upper left part (RADIO).
     """
 
     def __init__(self, grid: tuple[int, int], width: int, resize: PositionResize = "bicubic") -> None:
@@ -118,15 +119,15 @@ class LearnedPositions(nn.Module):
         self.table = nn.Parameter(torch.randn(grid[0] * grid[1], width) * 0.02)
 
     def forward(self, height: int, width: int, mask: Tensor | None = None) -> Tensor:
-        """Return the positions of a height x width grid: [h*w, C]; with a mask [B, h, w] as `of_images`."""
+        """Return the positions of a height x width grid: [h*w, C]; with a mask [B, h, w], the result of `of_images`."""
         if mask is not None:
             return self.of_images(mask)
-        if not is_tracing() and (height, width) == self.grid:  # a trace would keep to this size
+        if not is_tracing() and (height, width) == self.grid:  # a trace would be fixed to this size
             return self.table
         return self.resized(height, width)
 
     def resized(self, height: int, width: int) -> Tensor:
-        """`forward` with the same computation for every size including the native one, for exported programs."""
+        """`forward` without the shortcut for the native size, for exported programs."""
         rows, columns = (torch.arange(1, wanted + 1, device=self.table.device) for wanted in (height, width))
         return self._resized(rows, columns).flatten(0, 1)
 
@@ -139,7 +140,7 @@ class LearnedPositions(nn.Module):
         return self._resized(rows, columns).flatten(1, 2)
 
     def _resized(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """[..., h, w, C] for the ranks of rows [..., h] and columns [..., w], as `resize_matrix` takes them."""
+        """The table resized to [..., h, w, C]; rows [..., h] and columns [..., w] are ranks for `resize_matrix`."""
         longer = torch.maximum(rows[..., -1:], columns[..., -1:]) if self.resize.startswith("square") else None
         by_row, by_column = (
             resize_matrix(ranks, size, self.resize, longer)

@@ -1,8 +1,7 @@
-"""Decide how a block runs: layer by layer, or fused if the result is the same. No other module decides this.
+"""The choice of how a block runs: layer by layer, or fused if the result is the same. No other module decides this.
 
-A layer is read past, instead of called, only if it is plain (plain.py); then a kernel of `cgspn.ops.fused` may do its
-work together with its neighbours'. Traced, transformed and intercepted programs keep the layers, which every compiler,
-exporter and counter knows.
+Only a plain layer (plain.py) may be replaced by a kernel of `cgspn.ops.fused` that also does the work of its
+neighbours. Traced, transformed and intercepted programs call the layers, which compilers, exporters and counters know.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from .training import Trained, TrainedBlock, parameters_in_order, record
 if TYPE_CHECKING:
     from .block import Block
 
-LATENT_MOST = 256  # channels beyond which a sub-layer is left to the libraries, which are then faster
-ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))  # GPUs with the 140 KB of shared memory that the latent's tiles want
+LATENT_MOST = 256  # with more latent channels, library kernels are faster
+ROOMY = ((8, 0), (9, 0), (10, 0), (10, 3))  # GPUs with the 140 KB of shared memory that the latent's tiles need
 
 
 class Fusion(NamedTuple):
-    """The parts of a block that run fused: each norm with its sums, the mixer up to its residual, the MLP onto it."""
+    """The fused parts of a block: each norm with its additions, the mixer and the MLP with their residual additions."""
 
     norm1: bool = False
     norm2: bool = False
@@ -46,24 +45,24 @@ class Fusion(NamedTuple):
 
 
 NOTHING, EVERYTHING = Fusion(), Fusion(norm1=True, norm2=True, mixer=True, mlp=True)
-FEW = 1 << 22  # numbers in tokens below which the host is slower than the GPU, and PyTorch's own norms spare it more
-TRIES = 4  # passes after which launches that still cannot be kept never are: the first compiles and sizes the workspace
+FEW = 1 << 22  # elements; below this the CPU is the bottleneck, and PyTorch's norms need less CPU time
+TRIES = 4  # attempts to keep launches; the first ones compile kernels and size the workspace
 NO_MEMORY = "there was too little memory to keep launches"
-ALIKE = 3e-2  # the relative error that roundings to 16 bits may leave
-SHAPES_MOST = 64  # shapes of tokens for which a block keeps launches
-KEPT_MOST = 1 << 25  # numbers in tokens beyond which the GPU takes longer than the host: about 1 GB between launches
+ALIKE = 3e-2  # relative error that rounding to 16 bits may cause
+SHAPES_MOST = 64  # most token shapes for which a block keeps launches
+KEPT_MOST = 1 << 25  # elements; above this the GPU is the bottleneck, and the workspace would exceed about 1 GB
 
 
 def fusion_of(block: Block, tokens: Tensor) -> Fusion:
-    """Decide what runs fused for the current state of block, tokens and PyTorch.
+    """The parts that run fused for the current state of block, tokens and PyTorch.
 
-    Raises RuntimeError where `block.fusion_backend` asks for what cannot run.
+    Raises RuntimeError if `block.fusion_backend` requests something that cannot run.
     """
     wanted = block.fusion_backend
     if wanted == "torch" or (wanted == "auto" and not on_accelerator(tokens)) or not is_eager(tokens):
         return NOTHING
     if tokens.dtype not in DTYPES or autocast_dtype(tokens) not in (None, tokens.dtype):
-        return NOTHING  # nothing in more or less precision than the layers alone would have
+        return NOTHING  # a fused kernel would not have the precision of the layers
     if has_global_hooks() or not tokens.numel():
         return NOTHING
     reason = unsupported_reason("triton", tokens)
@@ -71,12 +70,12 @@ def fusion_of(block: Block, tokens: Tensor) -> Fusion:
         raise RuntimeError(f"fusion_backend is 'triton', which cannot run here: {reason}")
     state = state_of(block)
     few = wanted == "auto" and not state.latent and tokens.numel() < FEW
-    if few and not (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):  # in a graph launches cost nothing
+    if few and not (tokens.is_cuda and torch.cuda.is_current_stream_capturing()):  # launches in a graph are free
         return NOTHING
     channels = tokens.shape[-1]
     by_rows = reason is None and channels <= CHANNELS_MOST and state.widths == {tokens.shape[-1:]}
     mixer = by_rows and state.latent and (wanted == "triton" or has_room(tokens))
-    if mixer:  # the latent and the merged directions have to fit a tile of rows
+    if mixer:  # the latent and the merged directions must fit in a tile of rows
         parts: Any = block.mixer
         mixer = max(parts.down.out_features, parts.up.in_features) <= LATENT_MOST
     mlp = state.mlp and not torch.is_grad_enabled() and has_dtype_of(block.mlp, tokens)
@@ -84,14 +83,14 @@ def fusion_of(block: Block, tokens: Tensor) -> Fusion:
 
 
 def has_room(tokens: Tensor) -> bool:
-    """Whether the tiles of the latent fit: in 16 bits on GPUs with the shared memory of data centres."""
+    """Whether the tiles of the latent fit: in 16 bits, on data-centre GPUs with enough shared memory."""
     gpu = gpu_of(tokens.device)
     return gpu is not None and gpu.capability in ROOMY and tokens.dtype.itemsize == 2
 
 
 def has_dtype_of(mlp: nn.Module, tokens: Tensor) -> bool:
-    """Whether the products of an MLP would be in the dtype of the tokens, as those of its layers are, and its GELU
-    still is the one they know."""
+    """Whether the MLP's products run in the dtype of the tokens, and its GELU is one that the fused products
+    support."""
     if not isinstance(mlp, Mlp):
         return True
     return mlp.act.approximate == "tanh" and tokens.dtype in (autocast_dtype(tokens), mlp.fc1.weight.dtype)
@@ -106,7 +105,7 @@ def run_block(block: Block, tokens: Tensor, grid: Grid, tapped: bool = False) ->
             return kept
     fusion = fusion_of(block, tokens)
     if not tapped and fusion.norm1 and fusion.norm2 and tokens.numel() <= KEPT_MOST and state_of(block).latent:
-        with suppress(torch.OutOfMemoryError):  # to keep launches takes memory that the block alone may do without
+        with suppress(torch.OutOfMemoryError):  # keeping launches needs extra memory
             kept = keep(block, tokens, grid, fusion)
             if kept is not None:
                 return kept
@@ -115,13 +114,13 @@ def run_block(block: Block, tokens: Tensor, grid: Grid, tapped: bool = False) ->
 
 
 class Plan(NamedTuple):
-    """Launches up to the MLP; what then adds the MLP of the second norm's output onto tokens [M, C]."""
+    """Kept launches up to the second norm, and a function that adds the MLP to tokens [M, C] in place."""
 
     replay: Replay
     add_mlp: Callable[[Tensor], object]
 
     def run(self, tokens: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The block's output; None where the memory between the launches is another's."""
+        """The block's output; None if the workspace has been replaced."""
         with self.replay.workspace.lock:
             if not self.replay.holds():
                 return None
@@ -132,7 +131,7 @@ class Plan(NamedTuple):
 
 
 def plan_key(block: Block, tokens: Tensor, grid: Grid, stream: int) -> tuple[Any, ...]:
-    """The key of kept launches: everything they depend on except the state of the block and its tensors."""
+    """The cache key of kept launches: all that they depend on except for the block's state and tensors."""
     mask = grid.mask
     masked = None if mask is None else (mask.shape, mask.dtype, mask.device)
     trained = torch.is_grad_enabled()
@@ -140,7 +139,7 @@ def plan_key(block: Block, tokens: Tensor, grid: Grid, stream: int) -> tuple[Any
 
 
 def run_kept(block: Block, state: State, tokens: Tensor, grid: Grid) -> Tensor | None:
-    """A block by launches that were kept; None where there are none for its state and these shapes."""
+    """Run a block with its kept launches; None if there are none for its state and these shapes."""
     if has_global_hooks() or not is_eager(tokens) or not state.holds():
         return None
     gpu, mask = gpu_of(tokens.device), grid.mask
@@ -170,7 +169,7 @@ def run_kept(block: Block, state: State, tokens: Tensor, grid: Grid) -> Tensor |
 
 
 def keep(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion) -> Tensor | None:
-    """A block whose launches are kept; None where they cannot be."""
+    """Run a block and keep its launches; None if they cannot be kept."""
     gpu, state = gpu_of(tokens.device), state_of(block)
     stream = None if gpu is None else gpu.stream()
     if gpu is None or stream is None or not (is_plain(block.mixer, PropagationMixer) and is_plain(block.mlp, Mlp)):
@@ -183,7 +182,7 @@ def keep(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion) -> Tensor | N
         state.seen = state.look()
     key = plan_key(block, tokens, grid, stream)
     tried = state.plans.get(key, 0)
-    # weights in another dtype would be copied, and the copies kept
+    # weights in another dtype would be cast, and the casts kept
     if isinstance(tried, str) or state.seen[1] != [tokens.dtype] * len(state.tensors) or not all(state.seen[3]):
         return None
     while len(state.plans) >= SHAPES_MOST:
@@ -217,15 +216,15 @@ def keep(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion) -> Tensor | N
 
 
 def can_keep_wide(block: Block, tokens: Tensor) -> bool:
-    """Whether a sub-layer too wide for the latent's tiles has the parts that `wide_residual` knows."""
+    """Whether `wide_residual` supports the parts of a sub-layer that is too wide for the latent's tiles."""
     mixer: Any = block.mixer
     norms = isinstance(mixer.norm, RMSNorm) and isinstance(mixer.merge_norm, RMSNorm)
-    few = tokens.numel() <= KEPT_MOST // 2  # more take the libraries' kernels less time than these
+    few = tokens.numel() <= KEPT_MOST // 2  # for more, library kernels are faster
     return few and norms and has_room(tokens) and mixer.local is not None and is_plain(block.scale1, nn.Identity)
 
 
 def wide_residual(block: Block, tokens: Tensor, grid: Grid, after: Tensor) -> tuple[Tensor, Tensor]:
-    """As `fused_residual`, with the products of the libraries."""
+    """`fused_residual` with matrix products from libraries."""
     check_grid(tokens, grid)
     mixer: Any = block.mixer
     n1, n2 = block.norm1, block.norm2
@@ -242,7 +241,7 @@ def wide_residual(block: Block, tokens: Tensor, grid: Grid, after: Tensor) -> tu
 
 
 def can_keep_training(block: Block, tokens: Tensor, grid: Grid) -> bool:
-    """Whether a block whose norms and mixer run fused has the parts that training.py knows, all of them trained."""
+    """Whether training.py supports all parts of a block with fused norms and mixer. All of them must be trained."""
     mixer: Any = block.mixer
     mlp: Any = block.mlp
     parts = mixer.local is not None and mlp.is_bare() and is_plain(mixer.param_proj, nn.Linear)
@@ -253,7 +252,7 @@ def can_keep_training(block: Block, tokens: Tensor, grid: Grid) -> bool:
 
 
 def run_fused(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion, tapped: bool = False) -> Any:
-    """As `run_block`, with the layers fused that `fusion` names."""
+    """`run_block` with the given fusion."""
     after = block.mlp.fc2.bias if fusion.mlp else None
     branch = None
     if fusion.mixer and not tapped:
@@ -270,7 +269,7 @@ def run_fused(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion, tapped: 
 
 
 def run_branch(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion) -> tuple[Tensor, Tensor]:
-    """The mixing branch of a block, and the tokens for what goes past it: [B, N, C] each."""
+    """The mixing branch of a block, and the tokens for the residual addition: [B, N, C] each."""
     mixer: Any = block.mixer
     if fusion.mixer:
         scanned, past = fused_scan(block, tokens, grid)
@@ -282,7 +281,7 @@ def run_branch(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion) -> tupl
 
 
 def fused_scan(block: Block, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """A C-GSPN sub-layer up to the merged directions [B, N, K], and the tokens for what goes past it."""
+    """A C-GSPN sub-layer up to the merged directions [B, N, K], and the tokens for the residual addition."""
     check_grid(tokens, grid)
     mixer: Any = block.mixer
     norm = block.norm1
@@ -330,5 +329,5 @@ def run_mixing_half(block: Block, tokens: Tensor, grid: Grid) -> Tensor:
 
 
 def gain_of(norm: nn.Module) -> tuple[Tensor | None, float]:
-    """The gain and eps of an RMSNorm; no gain of a norm that is switched off."""
+    """The gain and eps of an RMSNorm; a disabled norm has no gain."""
     return (norm.weight, norm.eps or 0.0) if isinstance(norm, nn.RMSNorm) else (None, 0.0)

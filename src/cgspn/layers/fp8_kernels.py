@@ -1,7 +1,7 @@
-"""Triton kernels of the MLP in 8 bits: passes that read 16 bits and write 8, and products that go on after the sum.
+"""Triton kernels of FP8 MLPs: quantisation, and products with an activation or residual addition.
 
-Shape letters: M rows (tokens), K channels in, N channels out. Sums are float32. Rows are 64-bit offsets, so that more
-than 2^31 elements work. 448 is the largest number of float8_e4m3fn.
+Shape letters: M rows (tokens), K channels in, N channels out. Sums are float32. Row offsets are 64 bits wide, so that
+tensors may exceed 2^31 elements. 448 is the largest number of float8_e4m3fn.
 """
 
 # mypy: ignore-errors
@@ -13,22 +13,22 @@ import triton.language as tl
 
 @triton.jit
 def _activated(x, ACT: tl.constexpr):
-    """The activation by its name, of float32."""
+    """The named activation in float32."""
     if ACT == "gelu":
         return 0.5 * x * (1 + tl.erf(x * 0.7071067811865476))
-    # x * sigmoid(s), 2 to the power of -s log2(e): the tanh form of GELU is this with s = 2 sqrt(2 / pi) (x + ...)
+    # x * sigmoid(s) with exp2(-s log2(e)); the tanh form of GELU has s = 2 sqrt(2 / pi) (x + ...)
     s = 2.302208198 * (x + 0.044715 * x * x * x) if ACT == "gelu_tanh" else 2.455466945 * x
     return x / (1 + tl.exp2(-s))
 
 
 @triton.jit
 def _eight_bits(x, inverse, kind):
-    return (x * inverse[:, None]).to(kind)  # scales leave room for every number: nothing to clamp
+    return (x * inverse[:, None]).to(kind)  # scales cover every value, so no clamp is needed
 
 
 @triton.jit(do_not_specialize=["rows", "steep", "offset"])
 def quantize_rows(x, out, scales, ahead, rows, K, steep, offset, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """x [M, K] -> 8 bits, the scale of each row, and `ahead`: the scale that serves every row of the layer's output."""
+    """x [M, K] -> FP8, the scale of each row, and `ahead`: a scale for each row of the layer's output."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     k = tl.arange(0, CHANNELS)
     inside = m < rows
@@ -41,27 +41,16 @@ def quantize_rows(x, out, scales, ahead, rows, K, steep, offset, ROWS: tl.conste
     tl.store(ahead + m, tl.maximum(reach, 1e-30) / 448.0, mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def activate(x, scales, out, rows, K, ROWS: tl.constexpr, CHANNELS: tl.constexpr, ACT: tl.constexpr):
-    """The activation of x [M, K], in 8 bits of a scale for each row that is known beforehand."""
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    k = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    at, here = m[:, None] * K + k[None, :], (m < rows)[:, None] & (k < K)[None, :]
-    inverse = 1 / tl.load(scales + m, mask=m < rows, other=1)
-    tile = _activated(tl.load(x + at, mask=here, other=0).to(tl.float32), ACT)
-    tl.store(out + at, _eight_bits(tile, inverse, out.dtype.element_ty), mask=here)
-
-
 @triton.jit(do_not_specialize=["M"])
 def product(
     a, b, a_scales, b_scales, bias, ahead, out, M, N, K,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, PROGRAMS: tl.constexpr,
     ACT: tl.constexpr, ONTO: tl.constexpr,
 ):  # fmt: skip
-    """a [M, K] b [N, K]^T from 8 bits: activated and in 8 bits again (ACT), or with ONTO, added to `out` in place.
+    """a [M, K] b [N, K]^T of FP8 operands; ACT: activate and quantise again; ONTO: add to `out` in place.
 
-    a, b and an output of 8 bits are descriptors: the copy engine brings tiles, and zeros for what is outside. Each
-    program takes every PROGRAMS-th tile; those of one row of tiles follow one another, so that a is read once.
+    a, b and an FP8 output are TMA descriptors, which pad with zeros. Each program takes every PROGRAMS-th tile. The
+    tiles of one row are consecutive, so that a is read once.
     """
     across = tl.cdiv(N, COLUMNS)
     for tile in tl.range(tl.program_id(0), tl.cdiv(M, ROWS) * across, PROGRAMS, flatten=True):
@@ -73,7 +62,7 @@ def product(
         total *= tl.load(a_scales + m, mask=m < M, other=0)[:, None]
         total *= tl.load(b_scales + n, mask=n < N, other=0)[None, :]
         if ONTO:
-            # rounded as PyTorch's product is, so that half the bytes change their place for the sum
+            # rounded like PyTorch's product, which halves the bytes to rearrange for the sum
             at, here = m.to(tl.int64)[:, None] * N + n[None, :], (m < M)[:, None] & (n < N)[None, :]
             before = tl.load(out + at, mask=here, other=0)
             tl.store(out + at, before + total.to(before.dtype), mask=here)

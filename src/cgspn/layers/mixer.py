@@ -1,4 +1,4 @@
-"""The one interface behind which attention, C-GSPN and GSPN are interchangeable."""
+"""The common interface of attention, window attention, C-GSPN and GSPN."""
 
 from __future__ import annotations
 

@@ -30,7 +30,8 @@ class QuickGELU(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(a) * b of the two halves of the channels: [..., 2 hidden] -> [..., hidden]. In DINOv2's largest."""
+    """silu(a) * b of the two halves of the channels: [..., 2 hidden] -> [..., hidden]. Used in DINOv2's largest
+    model."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The gate comes first."""
@@ -43,7 +44,7 @@ ACTIVATIONS |= {"quick_gelu": QuickGELU, "swiglu": SwiGLU}
 
 
 def activation(name: Activation) -> nn.Module:
-    """The module behind an activation's name. Raises ValueError for an unknown one."""
+    """The module of a named activation. Raises ValueError for an unknown name."""
     check_choice("activation", name, tuple(ACTIVATIONS))
     return ACTIVATIONS[name]()
 
@@ -55,7 +56,7 @@ class Mlp(nn.Module):
         """width: C; hidden: inner width; out: output width, C if None. Raises ValueError for an unknown activation."""
         super().__init__()
         self.act_name = act
-        self.fc1 = nn.Linear(width, 2 * hidden if act == "swiglu" else hidden)  # both halves of a gate in one
+        self.fc1 = nn.Linear(width, 2 * hidden if act == "swiglu" else hidden)  # both halves of the gate in one layer
         self.act = activation(act)
         self.fc2 = nn.Linear(hidden, out or width)
         nn.init.normal_(self.fc1.weight, std=width**-0.5)
@@ -81,16 +82,16 @@ class Mlp(nn.Module):
         return layers and not has_global_hooks()
 
     def adder(self, x: Tensor) -> Callable[[Tensor], object]:
-        """A function that adds the MLP of x [..., C], without its last bias, onto tokens [M, C] inside the products.
+        """A function that adds the MLP of x [..., C], without its last bias, to tokens [M, C] in place.
 
-        For a bare MLP with a GELU by tanh, without gradients. It may be called again when other numbers are in x.
+        For a bare MLP with a tanh GELU, without gradients. It reads x in each call.
         """
         rows = x.flatten(0, -2)
         first, bias, second = (t.to(x.dtype) for t in (self.fc1.weight, self.fc1.bias, self.fc2.weight))
         first, second, fused = first.t(), second.t(), on_accelerator(x)
 
         def add_(tokens: Tensor) -> None:
-            if fused:  # one launch where cuBLAS has the epilogue for it
+            if fused:  # one launch if cuBLAS has this epilogue
                 hidden = addmm_activation(bias, rows, first, use_gelu=True)
             else:
                 hidden = gelu(torch.addmm(bias, rows, first), approximate="tanh")
@@ -100,16 +101,17 @@ class Mlp(nn.Module):
 
 
 class RecomputeGELU(torch.autograd.Function):
-    """linear(GELU(linear(x))) that keeps one hidden tensor for the backward, not two, and has two at once, not three.
+    """linear(GELU(linear(x))) that saves one hidden tensor for the backward instead of two, with a peak of two, not
+    three.
 
-    The GELU is computed again: a pass over memory against a third of what a block keeps.
+    The backward recomputes the GELU. This pass over memory saves a third of a block's activation memory.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, approximate: str
     ) -> Tensor:
-        """All of one dtype."""
+        """All tensors have the same dtype."""
         hidden = linear(x, weight1, bias1)
         ctx.approximate = approximate
         ctx.save_for_backward(x, weight1, bias1, weight2, bias2, hidden)
@@ -117,7 +119,7 @@ class RecomputeGELU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        """Differentiable again, by way of the plain layers."""
+        """The gradients; a second derivative goes through the plain layers."""
         *tensors, hidden = ctx.saved_tensors
         x, weight1, _, weight2, _ = tensors
         needed, approximate = ctx.needs_input_grad, ctx.approximate
@@ -128,7 +130,7 @@ class RecomputeGELU(torch.autograd.Function):
                 found = iter(torch.autograd.grad(plain, wanted, dout, create_graph=True))
                 return *(next(found) if need else None for need in needed[:5]), None
             d, hidden, rows = dout.flatten(0, -2), hidden.flatten(0, -2), x.flatten(0, -2)
-            # the activation lives for one product, before the gradient of the same size exists
+            # free the activation before the gradient of the same size is allocated
             dweight2 = d.T @ gelu(hidden, approximate=approximate) if needed[3] else None
             dbias2 = _sum(d) if needed[4] else None
             if not any(needed[:3]):
@@ -143,18 +145,19 @@ class RecomputeGELU(torch.autograd.Function):
 def _crossed(d: Tensor, x: Tensor) -> Tensor:
     """d^T x of d [M, K] and x [M, C]: [K, C].
 
-    As the transpose of x^T d where K is the larger: an H100's library has a kernel for that a quarter faster.
+    Computed as the transpose of x^T d if K is larger, which is a quarter faster on an H100.
     """
     return d.T @ x if d.shape[1] <= x.shape[1] else (x.T @ d).T.contiguous()
 
 
 def _sum(d: Tensor) -> Tensor:
-    """The sums over rows of d [M, C], added up in float32: [C]."""
+    """The sums over rows of d [M, C], computed in float32: [C]."""
     return over_rows.column_sums(d.contiguous(), dtype=d.dtype) if over_rows.can_use_rows(d) else d.sum(0)
 
 
 def _through_gelu(d: Tensor, hidden: Tensor, approximate: str) -> Tensor:
-    """The gradient d [M, C] to a GELU's output becomes, in place, that to its input; the sums over its rows [C]."""
+    """Replace the gradient d [M, C] of a GELU's output in place by that of its input, and return its sums over rows
+    [C]."""
     if over_rows.can_use_rows(d, hidden):
         return over_rows.column_sums(d, hidden.contiguous(), approximate, d.dtype)
     torch.ops.aten.gelu_backward.grad_input(d, hidden, approximate=approximate, grad_input=d)

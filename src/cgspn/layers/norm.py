@@ -1,7 +1,7 @@
-"""Norms that stay in the precision of autocast: float32 inside the kernel, what they read and write in its dtype.
+"""Norms that read and write the autocast dtype, and compute in float32.
 
-torch.autocast runs norms in float32 from input to output. A residual stream then doubles its bytes, and every product
-after a norm begins with a cast: at the widths of encoders that costs more than the products.
+torch.autocast returns float32 from norms. That doubles the bytes of the residual stream, and adds a cast before every
+product after a norm, which at the widths of encoders costs more than the products.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..ops.fused import rows
 
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """`tensor` in another dtype, if there is one."""
+    """`tensor` in another dtype; None stays None."""
     return None if tensor is None else tensor.to(dtype)
 
 
@@ -49,7 +49,7 @@ class RMSNorm(nn.RMSNorm):
             return rms_norm(x.to(dtype), self.normalized_shape, cast(self.weight, dtype), self.eps)
 
     def _in_one_pass(self, x: Tensor, dtype: torch.dtype | None) -> bool:
-        """Whether gradients will be wanted that the kernels can give; dtype: as of autocast, None without."""
+        """Whether gradients are needed and the kernels can compute them. dtype: the autocast dtype or None."""
         if not torch.is_grad_enabled() or is_tracing() or self.weight is None or self.eps is None:
             return False
         kept = dtype in (None, x.dtype) and (dtype is not None or self.weight.dtype == x.dtype)
@@ -60,10 +60,10 @@ class RMSNorm(nn.RMSNorm):
 def add_norm(
     norm: nn.Module, x: Tensor, branch: Tensor | None = None, after: Tensor | None = None, *, fused: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """norm(t) of t = x + branch, and t + after: [..., C] each. The second is what goes past the norm.
+    """norm(t) and t + after for t = x + branch: [..., C] each. The second is the residual stream.
 
-    branch: [..., C], None for nothing; after: [C], in inference. fused: a LayerNorm in one pass over memory with the
-    sums before and after it; in training the gradients of both outputs meet in one pass.
+    branch: [..., C] or None; after: [C], only in inference. fused: a LayerNorm with both additions in one pass over
+    memory; in training one pass also adds the gradients of both outputs.
     """
     if fused and (branch is None or branch.dtype == x.dtype):
         if torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""Which modules another function may stand for: those of an exact kind, unchanged and without hooks."""
+"""Checks that a module is plain: of an exact class, unmodified and without hooks, so that a kernel may replace it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ PARAMETERS = (nn.Parameter, Tensor)
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether calling `module` does nothing but run the `forward` of one of `kinds` on ordinary parameters.
+    """Whether calling `module` only runs the `forward` of one of `kinds` on ordinary parameters.
 
     False for wrappers (LoRA, checkpointing, FSDP1), subclasses (parametrizations, FSDP2), hooks of any kind (pruning,
     offloading, FSDP2), a `forward` or a compiled call set on the instance, and parameters of a subclass of Tensor.
@@ -19,7 +19,7 @@ def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
 
 
 def has_no_hooks(module: nn.Module) -> bool:
-    """As `is_plain`, of a module of any kind."""
+    """`is_plain` for a module of any class."""
     state = module.__dict__
     if any([state[hooks] for hooks in HOOKS]) or "forward" in state:  # noqa: C419 (faster)
         return False
@@ -30,6 +30,6 @@ def has_no_hooks(module: nn.Module) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Whether hooks are set that every module calls."""
+    """Whether global module hooks are set."""
     found: bool = has_any_global_hook()
     return found

@@ -1,4 +1,4 @@
-"""From tokens to one vector: attention pooling with a learned probe (the MAP head of SigLIP), mean, or class token."""
+"""Pooling of tokens to one vector: attention pooling with a learned probe (SigLIP's MAP head), mean, or class token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class MeanPool(nn.Module):
     """The mean of the grid tokens inside the mask: tokens [B, N, C] -> [B, C]."""
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Prefix tokens take no part."""
+        """Prefix tokens are ignored."""
         tokens = tokens[:, grid.prefix :]
         if grid.mask is None:
             return tokens.mean(1)
@@ -31,7 +31,7 @@ class ClassTokenPool(nn.Module):
     """Select the class token, or concatenate several summary tokens: tokens [B, N, C] -> [B, C * len(summary)]."""
 
     def __init__(self, summary: tuple[int, ...] = (0,)) -> None:
-        """summary: indices of the tokens, all of them before the grid."""
+        """summary: indices of prefix tokens."""
         super().__init__()
         self.summary = summary
 
@@ -46,7 +46,8 @@ class MapPool(nn.Module):
     """A learned probe attends to the grid, then an MLP refines it: tokens [B, N, C] -> [B, C]. As in SigLIP."""
 
     def __init__(self, width: int, heads: int, hidden: int, act: Activation, eps: float) -> None:
-        """width: C; heads: of the probe's attention; hidden: MLP width. Raises ValueError for heads that do not fit."""
+        """width: C; heads: of the probe's attention; hidden: MLP width. Raises ValueError if `heads` does not divide
+        the width."""
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(f"heads is {heads}; a width of {width} accepts its divisors")
@@ -62,11 +63,11 @@ class MapPool(nn.Module):
             nn.init.zeros_(linear.bias)
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Prefix tokens and positions outside the mask take no part."""
+        """Prefix tokens and positions outside the mask are ignored."""
         tokens = tokens[:, grid.prefix :]
         batch, count, width = tokens.shape
         each = width // self.heads
-        probe = torch.stack([self.probe])  # no view, which hooks in inference mode take for one with a gradient
+        probe = torch.stack([self.probe])  # copied: in inference mode hooks treat a view as having a gradient
         q = self.q(probe).view(1, self.heads, 1, each).expand(batch, -1, -1, -1)
         k, v = self.kv(tokens).view(batch, count, 2, self.heads, each).permute(2, 0, 3, 1, 4).unbind(0)
         inside = None if grid.mask is None else grid.mask.flatten(1)[:, None, None]

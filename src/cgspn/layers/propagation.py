@@ -4,7 +4,7 @@
     latent -> lam, u, three logits [and a forget gate] for each direction
     x -> propagate_2d -> [norm] -> [+ x] -> P_up -> [projection]
 
-Parts in brackets are switches of `PropagationConfig`. GSPN -> C-GSPN is a walk through them (`GSPN_WALK`).
+Parts in brackets are options of `PropagationConfig`. `GSPN_WALK` lists the steps from GSPN to C-GSPN.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class PropagationConfig:
     inner_residual: bool = False
 
     def __post_init__(self) -> None:
-        """Raise ValueError for settings that no width could have."""
+        """Raise ValueError for settings that are invalid for every width."""
         if not 0 < self.expansion <= MOST_EXPANSION:
             raise ValueError(f"expansion is {self.expansion}; accepted: more than 0, at most {MOST_EXPANSION}")
         if not 0 <= self.local_kernel <= MOST_KERNEL:
@@ -91,8 +91,8 @@ class PropagationConfig:
         return [DIRECTIONS.index(name) for name in self.directions]
 
     def latent_width(self, width: int) -> int:
-        """Cc for tokens of `width` channels. Raises ValueError if nothing is left, or `channels_per_group` does not
-        divide it."""
+        """Cc for tokens of `width` channels. Raises ValueError if it is 0, or `channels_per_group` does not divide
+        it."""
         latent = self._latent_width(width)
         if self.value_expansion is None and latent % self.channels_per_group:
             raise ValueError(
@@ -101,7 +101,8 @@ class PropagationConfig:
         return latent
 
     def own_width(self, width: int) -> int:
-        """Channels that a direction scans, for tokens of `width`: of values of its own, as many as whole sets need."""
+        """Number of channels that a direction scans, for tokens of `width`. Separate values are rounded to whole
+        groups."""
         latent = self.latent_width(width)
         if self.value_expansion is None:
             return latent
@@ -123,15 +124,15 @@ def value_config(values: float | None) -> PropagationConfig:
     """Return the settings of C-GSPN with separate values: `value_expansion` times the latent width, in groups of eight
     channels, with a forget gate and a normalised state. None returns the default C-GSPN.
 
-    These settings came closest to attention in results/quality. A normalised state is better at every size, and more so
-    at sizes that were not used in training (results/resolution).
+    These settings came closest to attention in results/quality. A normalised state is better at every size, most at
+    sizes that were not used in training (results/resolution).
     """
     if values is None:
         return PropagationConfig()
     return PropagationConfig(value_expansion=values, channels_per_group=8, forget_gate=True, normalise_state=True)
 
 
-# The published GSPN layer: raw space, the whole shell, directions summed. And the changes that lead from it to C-GSPN.
+# The published GSPN layer (no compression, the whole shell, summed directions), and the steps from it to C-GSPN.
 GSPN = PropagationConfig(
     compression=None, merge="sum", latent_norm=False, projections=True, expansion=2, inner_residual=True
 )
@@ -180,7 +181,7 @@ class PropagationMixer(Mixer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise as a mixer with small, bounded output.
+        """Initialise the weights for a small, bounded output.
 
         lam and u start near 0.5 and the neighbours have nearly equal weights. P_up starts near zero, so that the
         sub-layer adds almost nothing at first and distillation does not diverge (docs/paper.md, "Initialisation").
@@ -199,7 +200,7 @@ class PropagationMixer(Mixer):
             bias = self.param_proj.bias.view(len(self.config.directions), self.params_per_direction, -1)
             bias.zero_()
             bias[:, :2] = 0.5
-            if self.config.forget_gate:  # sets that forget after a line beside sets that keep fifty
+            if self.config.forget_gate:  # some groups forget after one line, others remember fifty
                 bias[:, 5] = torch.linspace(4, -1, bias.shape[-1])
         nn.init.normal_(self.up.weight, std=0.02 * self.up.in_features**-0.5)
         nn.init.zeros_(self.up.bias)
@@ -234,10 +235,10 @@ class PropagationMixer(Mixer):
             values, y = x, self.scan_latent(x, mask)
         else:
             maker, values = x.flatten(0, 2).split([self.latent, channels - self.latent], -1)
-            if torch.compiler.is_exporting():  # which would ask of slices whether sizes are 1
+            if torch.compiler.is_exporting():  # slices would add guards on sizes of 1
                 maker, values = (t.clone(memory_format=torch.contiguous_format) for t in (maker, values))
             own = values.view(batch, height, width, len(self.config.directions), self.value_width)
-            # a slice of a matrix is multiplied where it lies
+            # a slice of a matrix needs no copy
             made = replay.project(self.param_proj, maker)
             made = made.view(batch, height, width, made.shape[-1])
             y = self.propagate(own, *self.split(made), mask=mask)
@@ -251,7 +252,7 @@ class PropagationMixer(Mixer):
         return projected_unchecked(ProjectedScan(x, made.weight, made.bias, mask, config.codes, config.merge == "sum"))
 
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Logits, lam, u and keep of what the projection makes: [B, H, W, D * made * own / share]."""
+        """Split the projection's output [B, H, W, D * made * own / share] into logits, lam, u and keep."""
         if not self.config.forget_gate:
             return *split_parameters(packed, len(self.config.directions)), None
         each = packed.unflatten(-1, (len(self.config.directions), self.params_per_direction, -1))
@@ -286,16 +287,16 @@ class PropagationMixer(Mixer):
     def propagate(
         self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, keep: Tensor | None, mask: Tensor | None
     ) -> Tensor:
-        """`propagate_2d` in the config's directions, merged by its rule: [B, H, W, own] or [B, H, W, D, own]."""
+        """`propagate_2d` with the config's directions and merge: [B, H, W, own] or [B, H, W, D, own]."""
         if self.config.normalise_state:
-            lam = replay.pointwise(softplus, torch.ops.aten.softplus.out, lam).to(x.dtype)  # autocast: in float32
+            lam = replay.pointwise(softplus, torch.ops.aten.softplus.out, lam).to(x.dtype)  # autocast gives float32
         config, summed = self.config, self.config.merge == "sum"
         scan = Scan(x, logits, lam, u, keep, mask, config.codes, summed, normalise_state=config.normalise_state)
         return scan_unchecked(scan)
 
 
 def check_grid(tokens: Tensor, grid: Grid) -> None:
-    """Raise ValueError unless tokens [B, N, C] are those of the grid, without class or register tokens."""
+    """Raise ValueError unless tokens [B, N, C] match the grid and have no class or register tokens."""
     if grid.prefix or tokens.shape[1] != grid.tokens:
         raise ValueError(
             f"tokens has {tokens.shape[1]} tokens with {grid.prefix} before the grid; "

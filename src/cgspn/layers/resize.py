@@ -1,8 +1,8 @@
-"""Resizing a table of learned positions, written as two small matrices: one over its rows, one over its columns.
+"""Resizing of learned position embeddings as two small matrix products, over rows and columns.
 
 Resampling is linear and separable, so this equals `torch.nn.functional.interpolate`, but the target size is a value in
-a tensor: it may differ from image to image of a batch, and stay open in an exported program. Its gradient is the same
-in every run, on every device; and it is right for one-column grids, where PyTorch 2.13's antialiased resize on the CPU
+a tensor: it may differ between the images of a batch, and stay dynamic in an exported program. The gradient is
+deterministic on every device. One-column grids are correct too, for which PyTorch 2.13's antialiased resize on the CPU
 repeats the first row.
 """
 
@@ -22,11 +22,10 @@ def resize_matrix(ranks: Tensor, size: int, resize: PositionResize, count: Tenso
     """The weights of `size` source lines for n target lines: [..., n, size] float32; rows sum to one.
 
     Args:
-        ranks: [..., n], 1, 2, ... for the target lines in order; the last one is how many there are. Lines of padding
-            repeat the rank before them.
-        size: of the source.
-        resize: as in `LearnedPositions`; pixel centres as with align_corners=False, but for "..._corners".
-        count: [..., 1], how many target lines there are in place of the last rank, where only the first are wanted.
+        ranks: [..., n], 1, 2, ... for the target lines in order; the last one is their number. Padding repeats the
+        previous rank. size: number of source lines. resize: as in `LearnedPositions`; pixel centres as with
+        align_corners=False, except for "..._corners". count: [..., 1], the number of target lines, if `ranks` holds
+        only the first of them.
 
     Source: the cubic of Keys (1981), with a = -0.75 as PyTorch's plain one and -0.5 as its antialiased one (Pillow's).
     """
@@ -41,7 +40,7 @@ def resize_matrix(ranks: Tensor, size: int, resize: PositionResize, count: Tenso
         return (1.0 - distance.abs()).clamp(min=0.0)
     mode, _, antialias = resize.partition("_")
     if not antialias:
-        # four neighbours, those beyond the border counted as the border
+        # four neighbours; those beyond the border repeat it
         source = torch.arange(-2, size + 2, device=ranks.device)
         near = _cubic(source - centre[..., None], -0.75)
         own = source.clamp(0, size - 1)[:, None] == torch.arange(size, device=ranks.device)
@@ -53,14 +52,15 @@ def resize_matrix(ranks: Tensor, size: int, resize: PositionResize, count: Tenso
 
 
 def resize_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """table [h0, w0, C], rows [..., h, h0] and columns [..., w, w0] of `resize_matrix` -> [..., h, w, C] float32."""
+    """Resize table [h0, w0, C] by matrices [..., h, h0] and [..., w, w0] of `resize_matrix` -> float32 [..., h, w,
+    C]."""
     width, channels = table.shape[1:]
     wide = (rows @ table.float().flatten(1)).unflatten(-1, (width, channels))
     return _turned((columns @ _turned(wide).flatten(-2)).unflatten(-1, (-1, channels)))
 
 
 def _turned(t: Tensor) -> Tensor:
-    """[..., a, b, C] -> [..., b, a, C], in its own memory: views of views fix sizes of 1 in an exported program."""
+    """[..., a, b, C] -> [..., b, a, C], copied, because views of views specialise sizes of 1 in export."""
     return t.transpose(-3, -2).clone(memory_format=torch.contiguous_format)
 
 

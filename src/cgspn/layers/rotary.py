@@ -1,4 +1,4 @@
-"""Rotary positions of DINOv3: queries and keys are turned by where their patch lies, as a share of the image."""
+"""Rotary position embeddings of DINOv3: queries and keys are rotated by the patch's position relative to the image."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .mixer import Grid
 
 
 def rotary_angles(grid: Grid, head_width: int, base: float, device: torch.device) -> Tensor:
-    """Angles of the grid's tokens, float32 [h*w, head_width]; of padded images [B, 1, h*w, head_width].
+    """Rotation angles of the grid tokens, float32 [h*w, head_width], or [B, 1, h*w, head_width] for padded images.
 
-    The first half of a head's channels is turned with the second: a quarter of them by the row and one by the column.
-    base: of the periods. Source: Siméoni et al., "DINOv3", 2025, section 3.2.
+    The first half of a head's channels pairs with the second: a quarter rotates with the row and a quarter with the
+    column. base: of the periods. Source: Siméoni et al., "DINOv3", 2025, section 3.2.
     """
     quarter = head_width // 4
     periods = base ** (2 * torch.arange(quarter, device=device, dtype=torch.float32) / (head_width // 2))
     if grid.mask is None:
         ranks = [torch.arange(1, side + 1, device=device) for side in (grid.height, grid.width)]
-    else:  # an image is the rows and columns in which its mask has a True
+    else:  # an image consists of the rows and columns where its mask has a True
         ranks = [grid.mask.any(across).cumsum(1) for across in (2, 1)]
     rows, columns = (2 * math.pi * ((2 * n - 1) / n[..., -1:] - 1)[..., None] / periods for n in ranks)
     parts = torch.broadcast_tensors(rows[..., :, None, :], columns[..., None, :, :])

@@ -1,8 +1,8 @@
-"""The structure of a block, inspected once and again only after a change.
+"""The cached structure of a block, inspected again only after a change.
 
-Looking at some fifteen modules for hooks, wrappers and subclasses takes as long as several launches. A snapshot of what
-they are takes a few comparisons in C to confirm: the modules in their places, their classes, the sizes of their
-dictionaries (a `forward` set on an instance is one entry more), their hooks, and their parameters.
+Checking some fifteen modules for hooks, wrappers and subclasses takes as long as several launches. Confirming a
+snapshot takes a few comparisons in C: the modules, their classes, the sizes of their dictionaries (a `forward` set on
+an instance adds an entry), their hooks and their parameters.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ if TYPE_CHECKING:
 
 
 HELD = ("_modules", "_parameters", "_buffers")
-SETTINGS = ("eps", "approximate", "config")  # of layers, which launches have fixed
+SETTINGS = ("eps", "approximate", "config")  # settings of layers that are fixed in kept launches
 LOOKS: tuple[Any, ...] = (Tensor.data_ptr, Tensor.dtype.__get__, Tensor.size, Tensor.is_contiguous)  # type: ignore[attr-defined]
 
 
 class Snapshot:
-    """A snapshot of modules that can be compared with their later state in few steps of C."""
+    """A snapshot of modules that can be compared quickly with their later state."""
 
     def __init__(self, root: nn.Module) -> None:
-        """root: all below it counts; what is done to the module itself, its caller does."""
+        """root: all modules below it are included, but not hooks and attributes of `root` itself."""
         modules = tuple(root.modules())[1:]
         below = [vars(m) for m in modules]
         held = [d[kind] for d in (vars(root), *below) for kind in HELD]
@@ -48,7 +48,7 @@ class Snapshot:
         self._sizes = list(map(len, self._filled))
 
     def holds(self) -> bool:
-        """Whether nothing has changed since: modules in their places, classes, hooks, settings, tensors."""
+        """Whether modules, classes, hooks, settings and tensors are unchanged."""
         if any(self._empty) or list(map(len, self._filled)) != self._sizes:
             return False
         if list(map(type, self._typed)) != self._types:
@@ -56,24 +56,23 @@ class Snapshot:
         return all(map(is_, map(dict.get, self._dictionaries, self._keys), self._found))
 
     def look(self) -> tuple[list[Any], ...]:
-        """Where the tensors are, and how they lie there: what launches have fixed of them."""
+        """The address, dtype, size and contiguity of each tensor, which are fixed in kept launches."""
         held = self.tensors
         return tuple([list(map(look, held)) for look in LOOKS])
 
 
 class State(Snapshot):
-    """Which parts of a block are plain (plain.py).
+    """A snapshot of a block that knows which parts are plain (plain.py).
 
     Attributes:
-        norm1, norm2: whether kernels may take the place of these LayerNorms.
+        norm1, norm2: whether kernels may replace these LayerNorms.
         widths: shapes of the gains of those norms.
-        latent: whether they may for norms, products and convolution of a C-GSPN sub-layer and its LayerScale.
-        mlp: whether products may write the MLP onto the residual.
-        plans: launches kept for this state and tensors that look as `seen`, by shape; or how often that was tried.
+        latent: whether kernels may replace norms, products, convolution and LayerScale of a C-GSPN sub-layer. mlp:
+        whether products may add the MLP to the residual stream. plans: by key, the launches kept for this state and for
+        tensors as in `seen`, or the number of attempts.
     """
 
     def __init__(self, block: Block) -> None:
-        """Look at everything."""
         super().__init__(block)
         self.norm1, self.norm2 = is_layer_norm(block.norm1), is_layer_norm(block.norm2)
         self.widths = {n.weight.shape for n in (block.norm1, block.norm2) if is_layer_norm(n)}
@@ -81,12 +80,12 @@ class State(Snapshot):
         self.latent = self.norm1 and is_latent(block.mixer) and scale
         self.mlp = is_plain(block.scale2, nn.Identity) and (is_plain(block.mlp, Fp8Mlp) or is_tanh(block.mlp))
         self.plans: dict[tuple[Any, ...], Any] = {}
-        self.workspace: Any = None  # of the launches, so that it is there for the next that are kept
+        self.workspace: Any = None  # keeps the workspace alive for the next launches
         self.seen: tuple[list[Any], ...] = ()
 
 
 def state_of(block: Block) -> State:
-    """The state of a block, kept in it but neither copied nor pickled with it."""
+    """The state of a block, cached in it but not copied or pickled with it."""
     state = block._state
     if state is None or not state.holds():
         state = vars(block)["_state"] = State(block)
@@ -102,7 +101,7 @@ def is_layer_norm(norm: nn.Module) -> bool:
 
 
 def is_latent(mixer: nn.Module) -> bool:
-    """Whether this is a C-GSPN sub-layer of plain parts, in their own order."""
+    """Whether this is a C-GSPN sub-layer of plain parts in their standard order."""
     if not isinstance(mixer, PropagationMixer) or not mixer.keeps_its_parts or not is_plain(mixer, type(mixer)):
         return False
     if not all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in (mixer.down, mixer.up)):
@@ -114,5 +113,5 @@ def is_latent(mixer: nn.Module) -> bool:
 
 
 def is_tanh(mlp: nn.Module) -> bool:
-    """Whether this is a bare MLP with the GELU that products can do."""
+    """Whether this is a bare MLP with a tanh GELU, which products can include."""
     return is_plain(mlp, Mlp) and mlp.is_bare() and mlp.act.approximate == "tanh"  # type: ignore[union-attr, operator]

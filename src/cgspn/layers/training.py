@@ -1,7 +1,7 @@
-"""A C-GSPN block in training by launches that are kept: one function of autograd, two passes of the host's least work.
+"""Training of a C-GSPN block with kept launches, as one autograd function with little CPU time.
 
-Both passes are recorded once for a shape, from the same pieces that the fused path calls one by one; then they differ
-in addresses alone. Where autograd wants more (gradients of gradients), the block's layers run again.
+Forward and backward are recorded once per shape, from the same functions as the fused path. Later calls only change
+addresses. For second derivatives the block's layers run instead.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .mixer import Grid
 if TYPE_CHECKING:
     from .block import Block
 
-PASSES = 5  # after which a pass that still cannot be kept never is: the first compile and size the workspace
+PASSES = 5  # attempts to record; the first ones compile kernels and size the workspace
 
 
 class Trained(NamedTuple):
-    """A block's passes for tokens of one shape.
+    """The recorded forward and backward of a block for one token shape.
 
-    places: of what the forward saves, in the `size` bytes that a call has for it.
+    places: offsets of the saved tensors in one buffer of `size` bytes per call.
     """
 
     gpu: Gpu
@@ -40,11 +40,11 @@ class Trained(NamedTuple):
     size: int
 
     def holds(self) -> bool:
-        """Whether the memory between launches is still there, and this thread is to launch where they go."""
+        """Whether the workspaces are still valid, and the current stream is the recorded one."""
         return self.forward.holds() and self.backward.holds() and self.gpu.stream() == self.stream
 
     def run_forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens as of the recording -> the block's output, and what is saved."""
+        """The block's output for tokens of the recorded shape, and the buffer of saved tensors."""
         out, saved = torch.empty_like(tokens), torch.empty(self.size, dtype=torch.uint8, device=tokens.device)
         base = saved.data_ptr()
         with self.forward.workspace.lock:
@@ -52,7 +52,7 @@ class Trained(NamedTuple):
         return out, saved
 
     def run_backward(self, tokens: Tensor, saved: Tensor, dout: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients to tokens and parameters."""
+        """Gradients of tokens and parameters."""
         grads = [torch.empty_like(t) for t in (tokens, *parameters)]
         base = saved.data_ptr()
         inputs = (tokens.data_ptr(), dout.data_ptr(), *[base + place for place in self.places])
@@ -62,7 +62,7 @@ class Trained(NamedTuple):
 
 
 def parameters_in_order(block: Block) -> list[Tensor]:
-    """The parameters, in the order in which `backward` gives their gradients."""
+    """The parameters, in the order of the gradients of `backward`."""
     mixer: Any = block.mixer
     mlp: Any = block.mlp
     layers = [block.norm1, mixer.down, mixer.local, None, mixer.param_proj, None, mixer.up]
@@ -75,7 +75,7 @@ def parameters_in_order(block: Block) -> list[Tensor]:
 
 
 def forward(block: Block, tokens: Tensor, grid: Grid, out: Tensor) -> list[Tensor]:
-    """Run the block on tokens [B, N, C] into `out` while recording; returns what `backward` needs."""
+    """Run the block on tokens [B, N, C] into `out` while recording; returns the tensors that `backward` needs."""
     mixer: Any = block.mixer
     mlp: Any = block.mlp
     n1, n2, down, local, made, up = block.norm1, block.norm2, mixer.down, mixer.local, mixer.param_proj, mixer.up
@@ -97,7 +97,7 @@ def forward(block: Block, tokens: Tensor, grid: Grid, out: Tensor) -> list[Tenso
 
 
 def backward(block: Block, tokens: Tensor, grid: Grid, saved: list[Tensor], dout: Tensor) -> list[Tensor]:
-    """Gradients to tokens and `parameters_in_order` the block, while it is recorded."""
+    """Compute the gradients of tokens and `parameters_in_order` while recording."""
     latent, statistics, x, y, mixed, normal, of_norm2, hidden = saved
     mixer: Any = block.mixer
     mlp: Any = block.mlp
@@ -131,12 +131,12 @@ def backward(block: Block, tokens: Tensor, grid: Grid, saved: list[Tensor], dout
 
 @torch.no_grad()
 def record(block: Block, tokens: Tensor, grid: Grid, gpu: Gpu, stream: int) -> Trained | str:
-    """Both passes, kept; or the reason why they are not."""
+    """Record forward and backward. Returns the reason if that fails."""
     reason = ""
     held, tokens = parameters_in_order(block), tokens.detach()
     for _ in range(PASSES):
         with recorded(gpu, tokens.device, stream) as recording:
-            workspace = recording.workspace  # held, so that the next pass finds it
+            workspace = recording.workspace  # keeps the workspace alive for the next recording
             out = recording.empty(tokens.shape, tokens.dtype, tokens.device)
             saved = forward(block, tokens, grid, out)
             ahead = recording.replay(held, (tokens, out, *saved))
@@ -152,7 +152,7 @@ def record(block: Block, tokens: Tensor, grid: Grid, gpu: Gpu, stream: int) -> T
         for t in saved:
             places.append(places[-1] + -(-t.numel() * t.element_size() // 256) * 256)
         trained = Trained(gpu, stream, ahead, back, places[:-1], places[-1])
-        # once more, elsewhere: no address may have been left behind
+        # run again with new tensors, to find addresses that were not replaced
         again, memory = trained.run_forward(tokens)
         found = trained.run_backward(tokens, memory, again, held)
         pairs = enumerate(zip((again, *found), (seen, *wanted), strict=True))
@@ -162,11 +162,11 @@ def record(block: Block, tokens: Tensor, grid: Grid, gpu: Gpu, stream: int) -> T
 
 
 class TrainedBlock(torch.autograd.Function):
-    """The block by its kept passes."""
+    """The autograd function of a block with recorded passes."""
 
     @staticmethod
     def forward(ctx: Any, block: Block, grid: Grid, trained: Trained, tokens: Tensor, *parameters: Tensor) -> Tensor:
-        """tokens [B, N, C] -> [B, N, C]; parameters as of `parameters_in_order`."""
+        """tokens [B, N, C] -> [B, N, C]; parameters: those of `parameters_in_order`."""
         out, saved = trained.run_forward(tokens)
         ctx.rest = block, grid, trained
         ctx.save_for_backward(tokens, saved, *parameters)
@@ -174,11 +174,11 @@ class TrainedBlock(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        """Differentiable again, by way of the layers; by way of them also where the kept pass does not fit any more."""
+        """The gradients. Second derivatives, or a pass that is no longer valid, go through the layers."""
         block, grid, trained = ctx.rest
         tokens, saved, *parameters = ctx.saved_tensors
         twice, dout = torch.is_grad_enabled(), dout.contiguous()
-        # hooks on what is saved may hand back other tensors
+        # saved-tensor hooks may return other tensors
         kept = type(dout) is Tensor and dout.dtype == tokens.dtype and tokens.is_contiguous()
         kept = kept and len({t.get_device() for t in (dout, tokens, saved, *parameters)}) == 1
         kept = kept and not (dout.data_ptr() | saved.data_ptr() | tokens.data_ptr()) & ALIGNED

@@ -1,11 +1,10 @@
 """Attention within windows of the grid, as in ViTDet and Qwen2.5-VL: linear in the number of tokens.
 
-Windows start at the upper left corner. Those at the right and lower edge hold what is left of the grid, and attend to
-that alone (as in Qwen2.5-VL; ViTDet pads them with zeros). Neither model has class or register tokens in such layers,
-and windows of a grid with tokens before it are refused here.
+Windows start at the upper left corner. Windows at the right and lower edge are smaller (as in Qwen2.5-VL; ViTDet pads
+them with zeros). Neither model has class or register tokens in such layers, and prefix tokens raise an error here.
 
-In window order the tokens of a batch are sorted by window: whole windows of all images first, then the rests at the
-right edge, at the lower edge and in the corner. Consecutive layers with the same windows stay in that order.
+In window order the tokens of a batch are sorted by window: whole windows of all images first, then the smaller ones at
+the right edge, the lower edge and the corner. Consecutive layers with the same windows keep that order.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from ..compat import is_tracing
 from .attention import AttentionConfig, AttentionMixer
 from .mixer import Grid, Window
 
-MOST = 32768  # windows in one call: fused kernels count them in a grid dimension that ends at 65535
+MOST = 32768  # most windows in one call, because fused kernels use a grid dimension that ends at 65535
 
 
 class WindowAttentionMixer(AttentionMixer):
@@ -31,8 +30,8 @@ class WindowAttentionMixer(AttentionMixer):
     window: Window
 
     def __init__(self, width: int, config: AttentionConfig | None = None, window: Window = (8, 8)) -> None:
-        """width: C; window: rows and columns of positions. Raises ValueError for heads that do not divide C, and
-        for rotary positions, which are those of the whole grid.
+        """width: C; window: rows and columns of positions. Raises ValueError if the heads do not divide C, and for
+        rotary positions, which refer to the whole grid.
         """
         super().__init__(width, config)
         if self.config.rotary is not None:
@@ -57,17 +56,18 @@ class WindowAttentionMixer(AttentionMixer):
         return order(self._attend(ordered, inside), inside, grid.window)[0]
 
     def _gathered(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """The same with every window whole and masked, by gathers: exported programs take any grid without a case."""
+        """The same by gathering padded and masked windows, so that exported programs support any grid without
+        branches."""
         (down, across), (height, width), device = self.window, grid[:2], tokens.device
         rows, columns, size = (height + down - 1) // down, (width + across - 1) // across, down * across
-        # [rows, columns, down, across]: where each place of each window lies on the grid, and whether it does
+        # [rows, columns, down, across]: the grid position of each window element, and whether it exists
         y = (torch.arange(rows, device=device)[:, None] * down + torch.arange(down, device=device))[:, None, :, None]
         x = (torch.arange(columns, device=device)[:, None] * across + torch.arange(across, device=device))[:, None]
         inside = ((y < height) & (x < width)).reshape(-1)
         into = (y.clamp(max=height - 1) * width + x.clamp(max=width - 1)).reshape(-1)
         y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
         back = ((y // down * columns + x // across) * size + y % down * across + x % across).reshape(-1)
-        # a mask for each image, though they are the same: of an expanded one tracing asks whether the batch is 1
+        # one mask per image although they are equal: expanding would guard on a batch of 1
         known = tokens.new_ones(tokens.shape[0], 1, dtype=torch.bool)
         inside = inside & (known if grid.mask is None else grid.mask.flatten(1)[:, into])
         q, k, v = self._split(tokens[:, into].reshape(-1, size, tokens.shape[-1]))
@@ -97,7 +97,8 @@ class WindowAttentionMixer(AttentionMixer):
         return result
 
     def visible(self, tokens: Tensor, grid: Grid, rows: Tensor | None = None) -> Tensor | None:
-        """As in `AttentionMixer`: the tokens of the same window that are inside the mask. [B or 1, 1, R, N] bool."""
+        """Like `AttentionMixer.visible`: the tokens of the same window that are inside the mask. [B or 1, 1, R, N]
+        bool."""
         down, across = (torch.arange(n, device=tokens.device) // size for n, size in zip(grid[:2], self.window))
         window = (down[:, None] * grid.width + across).flatten()
         same = (window if rows is None else window[rows])[:, None] == window
@@ -106,10 +107,9 @@ class WindowAttentionMixer(AttentionMixer):
 
 
 def order(tokens: Tensor, grid: Grid, window: Window | None) -> tuple[Tensor, Grid]:
-    """Tokens [B, h*w, C] of a grid in the order of `window`, None for rows, and the grid that says so.
+    """Tokens [B, h*w, C] sorted by `window` (None: in row order), and the grid with that order.
 
-    Nothing is moved where they already are in that order, nor in exported programs, which take grids of any size and
-    keep rows.
+    Tokens that already have that order are not moved. Exported programs, which support any grid, keep row order.
     """
     if grid.window == window or torch.compiler.is_exporting() or is_tracing():
         return tokens, grid
@@ -122,9 +122,9 @@ def order(tokens: Tensor, grid: Grid, window: Window | None) -> tuple[Tensor, Gr
 
 
 def _cut(maps: Tensor, window: Window) -> list[Tensor]:
-    """Maps [B, h, w, C] cut into windows [B, rows, columns, window rows, window columns, C], those of a size together.
+    """Divide maps [B, h, w, C] into windows [B, rows, columns, window rows, window columns, C], grouped by size.
 
-    Views, in window order.
+    Returns views in window order.
     """
     cut = []
     for rows, down in _spans(maps.shape[1], window[0]):
@@ -134,7 +134,7 @@ def _cut(maps: Tensor, window: Window) -> list[Tensor]:
 
 
 def _in_rows(tokens: Tensor, grid: Grid, window: Window) -> Tensor:
-    """The inverse of cutting: tokens [B, h*w, C] in window order -> in rows."""
+    """The inverse of `_cut`: tokens [B, h*w, C] from window order to row order."""
     batch, _, width = tokens.shape
     flat, start, bands = tokens.reshape(-1, width), 0, []
     for rows, down in _spans(grid.height, window[0]):
@@ -150,14 +150,14 @@ def _in_rows(tokens: Tensor, grid: Grid, window: Window) -> Tensor:
 
 
 def _spans(length: int, size: int) -> list[tuple[slice, int]]:
-    """A side of the grid in whole windows and the rest: where each lies, and the side of its windows."""
+    """Divide a side of the grid into whole windows and a rest: the range of each part, and its window side."""
     rest = length % size
     spans = [(slice(0, length - rest), size)] if length >= size else []
     return [*spans, (slice(length - rest, length), rest)] if rest else spans
 
 
 def _groups(batch: int, grid: Grid, window: Window) -> list[tuple[int, int]]:
-    """Windows that can go through one call, in window order: their number, and the tokens of each."""
+    """Groups of windows for one call each, in window order: their number, and the tokens per window."""
     groups: list[tuple[int, int]] = []
     for rows, down in _spans(grid.height, window[0]):
         for columns, across in _spans(grid.width, window[1]):
@@ -170,8 +170,8 @@ def _groups(batch: int, grid: Grid, window: Window) -> list[tuple[int, int]]:
 
 
 def _seen(inside: Tensor) -> Tensor:
-    """Which keys of each window are attended to: inside [W, n] bool -> [W, 1, 1, n].
+    """The visible keys of each window: inside [W, n] bool -> [W, 1, 1, n].
 
-    A window of nothing but padding attends to all of itself: nobody reads it, and no softmax is over nothing.
+    A window with only padding attends to itself, so that no softmax is empty. Its output is not used.
     """
     return (inside | ~inside.any(1, keepdim=True))[:, None, None]

@@ -31,7 +31,6 @@ class Workspace:
     does."""
 
     def __init__(self, device: torch.device) -> None:
-        """Start without memory."""
         self.lock, self.device = threading.Lock(), device
         self.memory: Tensor | None = None
 
@@ -54,7 +53,6 @@ class Recording:
     """The launches and products recorded in a `recorded` context, in order."""
 
     def __init__(self, gpu: Gpu, stream: int, workspace: Workspace) -> None:
-        """Start without steps."""
         self.gpu, self.stream, self.workspace = gpu, stream, workspace
         self.memory = workspace.memory
         self.used = 0

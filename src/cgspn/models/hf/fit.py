@@ -1,4 +1,4 @@
-"""One picture of any kind to float32 [C, H, W] as an image processor's options say, by way of `cgspn.data.prepare`."""
+"""Conversion of one image of any kind to float32 [C, H, W] with an image processor's options."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,14 +20,14 @@ Sides = int | Sequence[int] | Mapping[str, int]
 
 @dataclass(frozen=True)
 class Fit:
-    """How pictures get their size, and what their channels are.
+    """The conversion of images: size, channels and normalisation.
 
     Attributes:
-        prepare: size, crop, filter, mean and std, the last two of pixels in 0 to 1.
-        patch: give each picture as many pixels as prepare.size has in its own aspect ratio, in whole patches; 0 to not.
-        window: (height, width) that is cut out of the middle of a picture that is not resized.
-        convert: pictures are colours, and become RGB or grey; otherwise their channels are taken as they are.
-        layout: "channels_first" or "channels_last" for arrays whose shape does not show it.
+        prepare: size, crop, filter, and mean and std for pixels in 0 to 1.
+        patch: if not 0, keep each image's aspect ratio with as many pixels as prepare.size, in whole patches.
+        window: (height, width) of the centre crop of an image that is not resized.
+        convert: images are converted to RGB or grey; otherwise their channels are used as they are.
+        layout: "channels_first" or "channels_last" for arrays with ambiguous shapes.
     """
 
     prepare: Prepare
@@ -37,7 +37,7 @@ class Fit:
     layout: str | None = None
 
     def __call__(self, picture: Any) -> Tensor:
-        """float32 [C, H, W]. Raises ValueError for another number of channels, and as `open_picture` does."""
+        """float32 [C, H, W]. Raises ValueError for a wrong number of channels, and the errors of `open_picture`."""
         channels = len(self.prepare.mean)
         if self.convert and channels in (1, 3):
             return self._resized(open_picture(self._first(picture)), channels)
@@ -60,7 +60,7 @@ class Fit:
         return prepare(image)
 
     def _planes(self, picture: Any) -> list[Image.Image]:
-        """Each channel as a grey picture."""
+        """Each channel as a grey image."""
         if isinstance(picture, Image.Image):
             return list(picture.split())
         if picture.ndim == 2:
@@ -68,7 +68,7 @@ class Fit:
         return [array_picture(plane) for plane in self._first(picture)]
 
     def _first(self, picture: Any) -> Any:
-        """An array or tensor of colours with its channels first, where that is known; anything else as it is."""
+        """An array or tensor with its channels moved first if the layout is known; anything else unchanged."""
         if not isinstance(picture, (np.ndarray, Tensor)) or picture.ndim != 3:
             return picture
         count = len(self.prepare.mean) if not self.convert else None
@@ -82,7 +82,7 @@ class Fit:
 
 
 def each_picture(images: Any) -> Iterator[Any]:
-    """The pictures of nested lists and batches one by one; paths are opened. Raises ValueError for anything else."""
+    """Yield the images of nested lists and batches. Paths are opened. Raises ValueError for anything else."""
     if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
         for image in images:
             yield from each_picture(image)
@@ -101,19 +101,19 @@ def each_picture(images: Any) -> Iterator[Any]:
 
 
 def is_float(picture: Any) -> bool:
-    """Whether a picture is an array or tensor of floats."""
+    """Whether an image is an array or tensor of floats."""
     if isinstance(picture, Tensor):
         return picture.dtype.is_floating_point
     return isinstance(picture, np.ndarray) and picture.dtype.kind == "f"
 
 
 def largest_float(picture: Any) -> float:
-    """The largest magnitude in an array or tensor of floats; 0 for an empty one and for other pictures."""
+    """The largest magnitude in an array or tensor of floats; 0 for empty ones and other images."""
     return float(abs(picture).max()) if is_float(picture) and 0 not in picture.shape else 0.0
 
 
 def resizing(size: Sides | None, crop_size: Sides | None, aspect: Aspect, resample: Resample, pct: float) -> Fit:
-    """The fit that options ask for: size None to not resize, crop_size None to not cut. Raises ValueError."""
+    """The `Fit` for given options. size None does not resize, crop_size None does not crop. Raises ValueError."""
     if size is None:
         return Fit(Prepare(None), window=None if crop_size is None else sides("crop_size", crop_size))
     if crop_size is None:
@@ -133,13 +133,13 @@ def resizing(size: Sides | None, crop_size: Sides | None, aspect: Aspect, resamp
 
 
 def sides(name: str, size: Sides) -> tuple[int, int]:
-    """Height and width of a size in any of its forms. Raises ValueError for another."""
+    """Height and width from any form of a size. Raises ValueError for invalid ones."""
     values: list[Any]
     if isinstance(size, int):
         values = [size, size]
     elif isinstance(size, Sequence):
         values = list(size)
-    else:  # transformers' own kind of mapping is none by its type
+    else:  # transformers' own type is not a Mapping
         values = [size[key] for key in ("height", "width")] if set(size) == {"height", "width"} else []
     if len(values) != 2 or not all(isinstance(v, int) and v >= 1 for v in values):
         raise ValueError(f"{name} is {size}; expected {{'height': pixels, 'width': pixels}}")
@@ -147,7 +147,7 @@ def sides(name: str, size: Sides) -> tuple[int, int]:
 
 
 def filter_name(resample: Resample | int) -> Resample:
-    """Pillow resampling filter by name or number. Raises ValueError for an unknown filter."""
+    """A Pillow resampling filter by name or number. Raises ValueError for an unknown filter."""
     accepted = get_args(Resample)
     name = str(getattr(resample, "value", resample)).lower()
     if name.isdigit() and int(name) in [f.value for f in Image.Resampling]:
