@@ -28,7 +28,6 @@ Row = dict[str, Any]
 Say = Callable[[str], object]
 Table = Literal["throughput", "one image", "very high resolution"]
 EVERY: tuple[Table, ...] = ("throughput", "one image", "very high resolution")
-FP8 = {"fp8": "library", "fp8-triton": "triton"}  # suffixes after a model's name and "+", besides "window18"
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,8 @@ class EncoderBenchConfig:
     """Settings.
 
     Args:
-        models: model names from `cgspn.list_models()`. Ratios are relative to the first one. The suffixes "+fp8" and
-            "+fp8-triton" use FP8 MLPs (`cgspn.layers.quantize_mlps`) for inference; "+window18" uses windows of 18 x 18
-            tokens.
+        models: model names from `cgspn.list_models()`. Ratios are relative to the first one. The suffix "+fp8"
+            uses FP8 MLPs (`cgspn.layers.quantize_mlps`) for inference; "+window18" uses windows of 18 x 18 tokens.
         sizes: side lengths of the square images in pixels.
         batch: batch size, halved for each model until it fits in memory.
         modes: "inference" or "training" (forward and backward pass with activation checkpointing).
@@ -73,23 +71,23 @@ class EncoderBenchConfig:
         tiled_by("largest", tuple(pixels for pixels, _ in self.largest), models)
 
 
-def with_options(name: str) -> tuple[str, dict[str, Any], str | None]:
-    """Split a name with "+" options into the model's name, config fields, and the kind of FP8 products.
+def with_options(name: str) -> tuple[str, dict[str, Any], bool]:
+    """Split a name with "+" options into the model's name, config fields, and whether its MLPs are in FP8.
 
     Raises ValueError for an unknown option.
     """
     base, *options = name.split("+")
     fields: dict[str, Any] = {}
-    products = None
+    fp8 = False
     for option in options:
         side = option.removeprefix("window")
-        if option in FP8:
-            products = FP8[option]
+        if option == "fp8":
+            fp8 = True
         elif side != option and side.isdecimal():
             fields["window"] = int(side)
         else:
-            raise ValueError(f"{name!r} ends in {option!r}; accepted after '+': 'fp8', 'fp8-triton', 'window18'")
-    return base, fields, products
+            raise ValueError(f"{name!r} ends in {option!r}; accepted after '+': 'fp8', 'window18'")
+    return base, fields, fp8
 
 
 def encoder_step(encoder: Encoder, images: Tensor, mode: Mode) -> Callable[[], object]:
@@ -163,11 +161,11 @@ def make(name: str, pixels: int, device: torch.device) -> Encoder:
 
     Raises ValueError for an unknown name or option.
     """
-    base, fields, products = with_options(name)
+    base, fields, fp8 = with_options(name)
     with torch.device(device):
         encoder = create_model(base, image_size=(pixels, pixels), **fields)
     encoder = encoder.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
-    return encoder if products is None else quantize_mlps(encoder, products=products)  # type: ignore[arg-type]
+    return quantize_mlps(encoder) if fp8 else encoder
 
 
 def throughput_rows(config: EncoderBenchConfig, device: torch.device, say: Say) -> list[Row]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.captions import class_captions
 from ..data.labelled import CaptionedPictures, LabelledPictures, labels_of
-from ..data.prepare import Picture, Prepare, open_picture, picture_name, prepare_for, read_each
+from ..data.prepare import Picture, open_picture, picture_name, prepare_for, read_each
 from ..data.segmentation_sets import IGNORE, SegmentationSet
 from ..data.sizes import Size
 from ..data.skipped import SkipCounter, Skipped
@@ -26,10 +26,7 @@ Watch = Callable[[int], None]
 """Called with the number of pictures that were dealt with since the last call."""
 
 MAX_SKIPPED = 0.1  # largest tolerated fraction of unreadable images
-HELD_OUT, MOST_HELD_OUT = (
-    0.2,
-    500,
-)  # fraction, and most images, held out to choose the penalty
+HELD_OUT, MOST_HELD_OUT = 0.2, 500  # fraction and maximum number of held-out training images
 GALLERY = 100  # images per retrieval with a class caption, since few captions over thousands of images say little
 
 
@@ -51,23 +48,6 @@ def embed_pictures(
     patch size.
     """
     prepare = prepare_for(model.image.config, size)
-    return encode_pictures(
-        lambda images: embed_images(model, images, batch_size), prepare, pictures, name, watch, max_skipped
-    )
-
-
-def encode_pictures(
-    encode: Callable[[Iterator[Tensor]], Iterable[Tensor]],
-    prepare: Prepare,
-    pictures: Sequence[Picture],
-    name: str,
-    watch: Watch | None = None,
-    max_skipped: float = MAX_SKIPPED,
-) -> tuple[Tensor, list[int], Skipped]:
-    """Apply `encode` to the readable images. It maps an iterable of images [channels, h, w] to batches of rows.
-
-    Returns rows float32 [n, D] on the CPU, and indices and report as `embed_pictures`, with the same errors.
-    """
     tally = SkipCounter(name, len(pictures), max_skipped)
     found = read_each(
         range(len(pictures)), lambda n: prepare(open_picture(pictures[n])), lambda n: picture_name(pictures[n]), tally
@@ -80,7 +60,7 @@ def encode_pictures(
             kept.append(number)
             yield pixels
 
-    for part in encode(images()):
+    for part in embed_images(model, images(), batch_size):
         rows.append(part)
         if watch:
             watch(len(part))

@@ -10,15 +10,6 @@
 // multiply_add in hardware.cuh; rows 0..7 of the left factor are the even channels). The order of channels inside a
 // product is free, so a thread reads runs of 16 bytes of x and of the weights, without any transposition.
 
-// u and the logits, in the threads that use them. Macros besides those of common.cuh (VEC = 8, DTYPE not 0): DEPTH
-// channels of x, rounded up to 32 TILES      tiles of 8 positions per warp ROW_WARPS  warps along a line GROUPS
-// groups of 16 channels per block, each with its own warps: 1, 2 or 4 The weights are the left factor, 16
-// channels of one parameter, and x the right one, 8 positions: what is read for every line then lies in registers as
-// the tensor core wants it, and the weights are put in order once. A thread gets positions 2t, 2t + 1 of a tile and
-// channels 2g, 2g + 1 of its group, for all five parameters alike (g = lane / 4, t = lane % 4: multiply_add in
-// hardware.cuh; rows 0..7 of the left factor are the even channels). The order of channels inside a product is free, so
-// that a thread reads runs of 16 bytes of x and of the weights, which are transposed nowhere.
-
 #include "common.cuh"
 
 constexpr int LINE = ROW_WARPS * TILES * 8;  // positions that fit in a block
