@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from ..console import writable_folder
 from ..distill import SizeRange
+from ..models.reading import CheckpointError
+
+Model = TypeVar("Model")
+
+
+def loaded(load: Callable[..., Model], name: str, source: str | Path, **options: Any) -> Model:
+    """What `load` makes of a source that the argument `name` gave. Raises CheckpointError, naming the argument."""
+    try:
+        return load(source, **options)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (given as {name})") from error
 
 
 def check_folder(path: Path, name: str) -> Path:

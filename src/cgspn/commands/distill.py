@@ -40,7 +40,7 @@ from ..report.held_out import MOST, Kept, compare
 from ..report.run import run_report
 from ..teachers import convert, load_encoder, load_model
 from ..terminal import warn
-from .checks import device_of, mixed_sizes
+from .checks import device_of, loaded, mixed_sizes
 from .command import Command, Device, Out, Teacher
 from .header import device_name, header, warnings
 
@@ -160,7 +160,7 @@ class Distill(Command):
             barrier()  # as above, for what the first process writes
             if world.rank == 0 and (begun := progress_of(out)):
                 console.print(f"going on with the run in {out}: {begun}", soft_wrap=True)
-            teacher = load_model(self.teacher).to(world.device)
+            teacher = loaded(load_model, "teacher", self.teacher).to(world.device)
             encoder = image_encoder(teacher)
             torch.manual_seed(self.settings.stage1.seed)
             student = self.student_of(encoder).to(world.device)
@@ -227,7 +227,7 @@ class Distill(Command):
     def student_of(self, teacher: Encoder) -> Encoder:
         """The student before training."""
         if self.student is not None:
-            return load_encoder(self.student)
+            return loaded(load_encoder, "student", self.student)
         config = self.settings
         return convert(
             teacher,

@@ -1,4 +1,4 @@
-"""What `cgspn eval` shows and writes."""
+"""The settings that all evaluations share, and what they show and write."""
 
 from __future__ import annotations
 
@@ -15,14 +15,33 @@ from ..console import console, progress_watcher
 from ..data.sizes import Size, parse_size
 from ..data.skipped import Skipped
 from ..environment import describe
-from ..evaluate.measure import Watch
+from ..evaluate.measure import MAX_SKIPPED, Watch
 from ..evaluate.table import Metric, SummaryTable
 from ..models.checkpoint import write_atomically
 from ..report.drawing import draw
 from ..terminal import warn
 from .checks import check_file, device_of
+from .command import Command, Device
 
 NOT_PRINTED = ("@10", "top5")  # in JSON alone, for the width of terminals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Command):
+    """The settings of every evaluation."""
+
+    batch_size: int = 64
+    """Batch size."""
+    device: Device = "auto"
+    """Device to run on; "auto" uses a GPU if there is one."""
+    out: Path | None = None
+    """JSON file for the table, all measurements, the command, versions and commit."""
+    overwrite: bool = False
+    """Replace existing files."""
+    plot: Path | None = None
+    """PNG file for the plot over several sizes. The default is next to the file given by --out."""
+    max_skipped: float = MAX_SKIPPED
+    """Largest tolerated fraction of unreadable images, 0 to 1."""
 
 
 def distinct(names: Sequence[str]) -> list[str]:
@@ -41,12 +60,6 @@ def typed_sizes(texts: Sequence[str]) -> list[Size]:
     return list(dict.fromkeys(parse_size(str(text)) for text in texts)) or [None]
 
 
-def drawn_into(plot: Path | None, out: Path | None, sizes: Sequence[Size]) -> Path | None:
-    """The file of the plot of scores against sizes: the requested one or, with several sizes, one next to `out`."""
-    beside = out.with_suffix(".png") if out is not None and len(sizes) > 1 else None
-    return plot or beside
-
-
 def check_metrics() -> None:
     """Raise ValueError, with the reason, where torchmetrics does not import: before the work and not after it."""
     try:
@@ -62,17 +75,14 @@ def check_metrics() -> None:
 class Report:
     """The output of an evaluation: progress, skipped files, the table, JSON.
 
-    Raises ValueError for a device that is not there, settings out of range, or where `out` cannot be written.
+    several: whether each model is measured at several sizes. Raises ValueError for a device that is not there, settings
+    out of range, or where files cannot be written.
     """
 
     title: str
-    device: str
-    batch_size: int
-    max_skipped: float
-    out: Path | None
+    settings: Evaluation
     seeds: dict[str, int]
-    plot: Path | None = None
-    overwrite: bool = False
+    several: bool
     sizes: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     measured: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     metrics: dict[str, list[Metric]] = field(default_factory=dict)
@@ -80,15 +90,18 @@ class Report:
 
     def __post_init__(self) -> None:
         check_metrics()
-        self.device = device_of(self.device)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size is {self.batch_size}; accepted: 1 or more")
-        if not 0 <= self.max_skipped <= 1:
-            raise ValueError(f"max_skipped is {self.max_skipped}; accepted: 0 to 1")
-        if self.out is not None:
-            check_file(self.out, "out", "the name of a JSON file", self.overwrite)
-        if self.plot is not None:
-            check_file(self.plot, "plot", "the name of a PNG file", self.overwrite)
+        given = self.settings
+        self.device = device_of(given.device)
+        if given.batch_size < 1:
+            raise ValueError(f"batch_size is {given.batch_size}; accepted: 1 or more")
+        if not 0 <= given.max_skipped <= 1:
+            raise ValueError(f"max_skipped is {given.max_skipped}; accepted: 0 to 1")
+        self.plot = given.plot
+        if self.several and self.plot is None and given.out is not None:
+            self.plot = given.out.with_suffix(".png")
+        for name, path, kind in (("out", given.out, "JSON"), ("plot", self.plot, "PNG")):
+            if path is not None:
+                check_file(path, name, f"the name of a {kind} file", given.overwrite)
 
     @contextmanager
     def progress(self, title: str, steps: int) -> Iterator[Watch]:
@@ -102,10 +115,10 @@ class Report:
 
             yield watch
 
-    def row(self, source: str, size: tuple[int, ...], sizes: int) -> str:
+    def row(self, source: str, size: tuple[int, ...]) -> str:
         """The row of a model at a size: (height, width), or the shorter side. Named by it where there are several."""
         square = len(size) == 1 or size[0] == size[1]
-        name = source if sizes == 1 else f"{source} at {size[0] if square else 'x'.join(map(str, size))} px"
+        name = f"{source} at {size[0] if square else 'x'.join(map(str, size))} px" if self.several else source
         self.sizes[name] = (source, size)
         return name
 
@@ -134,7 +147,7 @@ class Report:
             )
             for data, metrics in self.metrics.items()
             for metric in metrics
-            if not metric.key.endswith(NOT_PRINTED)
+            if not (metric.key.endswith(NOT_PRINTED) or self._repeats(data, metric))
         }
         title = f"{self.title} on {', '.join(self.metrics)}"
         table = SummaryTable(title, list(columns.values()))
@@ -142,20 +155,25 @@ class Report:
             table.add(model, {metric.key: found[data][key] for (data, key), metric in columns.items()})
         return table
 
+    def _repeats(self, data: str, metric: Metric) -> bool:
+        """Whether a column says what top-1 says: the mean over classes of equal size, and captions made of classes."""
+        found = [values[data] for values in self.measured.values()]
+        if metric.key == "per_class":
+            return all(values[metric.key] == values["top1"] for values in found)
+        return metric.key == "image_to_text@1" and all("top1" in v and "image_to_text@5" not in v for v in found)
+
     def finish(self) -> None:
         """Print the table, and write plot and JSON if wanted. Raises OSError."""
         table = self.table()
         console.print(table.to_rich())
-        if len({size for _, size in self.sizes.values()}) > 1 and all(
-            row == source for row, (source, _) in self.sizes.items()
-        ):
+        if len({size for _, size in self.sizes.values()}) > 1 and not self.several:
             native = (f"{row} {'x'.join(map(str, dict.fromkeys(size)))} px" for row, (_, size) in self.sizes.items())
             console.print(f"each at its native size: {', '.join(native)}; --size compares them at one", soft_wrap=True)
         if self.plot is not None:
             plot_scores(table, self.sizes, self.plot)
             if self.plot.exists():  # it is not where matplotlib is missing, which was said
                 console.print(f"wrote {self.plot}", soft_wrap=True)
-        if self.out is None:
+        if (out := self.settings.out) is None:
             return
         record = {
             **describe(),
@@ -167,8 +185,8 @@ class Report:
             "skipped": self.left_out,
             "table": json.loads(table.to_json()),
         }
-        write_atomically(self.out, json.dumps(record, indent=1) + "\n")
-        console.print(f"wrote {self.out}", soft_wrap=True)
+        write_atomically(out, json.dumps(record, indent=1) + "\n")
+        console.print(f"wrote {out}", soft_wrap=True)
 
 
 def plot_scores(table: SummaryTable, sizes: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> None:

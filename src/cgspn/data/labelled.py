@@ -47,8 +47,7 @@ def open_labelled(source: str | Path) -> LabelledPictures:
     """Open the labelled images of a source.
 
     source: "embedded" (its test split); a folder with a sub-folder for each class; a folder in the layout of
-    CLIP-benchmark: test/0.tar ... with .cls files, classnames.txt, zeroshot_classification_templates.txt. Tars that
-    have only .cls files have classes without names (`open_numbered`).
+    CLIP-benchmark: test/0.tar ... with .cls files, classnames.txt, zeroshot_classification_templates.txt.
 
     Raises OSError if the source is missing or unreadable, and ValueError for another layout or a label without a name.
     """
@@ -84,18 +83,7 @@ def _labelled_shards(root: Path) -> LabelledPictures:
     return LabelledPictures(set_name(root), images_of(shards), labels, names, templates)
 
 
-def open_numbered(source: str | Path, classes: int) -> LabelledPictures:
-    """Open images in tars (a path, pattern or URL) with .cls files, for metrics that need no class names.
-
-    classes: K; numbers are 0 to K - 1. Raises OSError or ValueError from `open_shards`, and ValueError for samples
-    without a number or with one out of range.
-    """
-    shards = open_shards(str(source), cache_folder())
-    names = tuple(f"class {number}" for number in range(classes))
-    return LabelledPictures(set_name(source), images_of(shards), class_numbers(shards, classes), names)
-
-
-def class_numbers(shards: ShardSet, classes: int, where: str = "") -> list[int]:
+def class_numbers(shards: ShardSet, classes: int, where: str) -> list[int]:
     """The class in the .cls file of each sample. Raises ValueError for a class outside 0 to classes - 1."""
     labels: list[int] = []
     for number in range(len(shards)):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,17 +30,36 @@ def recall(direction: str, rank: int) -> Metric:
     return Metric(f"{direction}@{rank}", f"{label} R@{rank}", 100, "%", averaged=rank == 1)
 
 
-Judge = Callable[[DualEncoder, Tensor, Sequence[int]], dict[Metric, float]]
-"""From a model, embeddings [n, D] and the numbers of the n pictures to measures, each 0 to 1."""
-
-
 @dataclass(frozen=True, eq=False)
 class Job:
-    """name: of the data set. pictures: to be embedded. judges: what is measured from the embeddings."""
+    """The pictures of a data set, to be embedded once.
+
+    name: of the data set. classes: measure zero-shot accuracy. captions: measure retrieval by these, or by captions
+    made of the names of classes.
+    """
 
     name: str
     pictures: Sequence[Picture]
-    judges: tuple[Judge, ...]
+    classes: LabelledPictures | None = None
+    captions: CaptionedPictures | LabelledPictures | None = None
+
+    def judge(self, model: DualEncoder, embeddings: Tensor, kept: Sequence[int]) -> dict[Metric, float]:
+        """Measures, each 0 to 1, from embeddings [n, D] and the numbers of the n pictures."""
+        measures: dict[Metric, float] = {}
+        if self.classes is not None:
+            score = zeroshot(model, self.classes, embeddings, kept)
+            # of five classes or fewer the right one is always among the first five
+            fifth = {TOP5: score.top5} if len(self.classes.class_names) > 5 else {}
+            measures |= {TOP1: score.top1, **fifth, PER_CLASS: score.per_class}
+        if isinstance(self.captions, LabelledPictures):
+            labels = labels_of(self.captions, kept)
+            by_class = class_retrieval(model, embeddings, labels, self.captions.class_names)
+            measures |= {recall(direction, 1): value for direction, value in by_class.items()}
+        elif self.captions is not None:
+            found = caption_retrieval(model, self.captions, embeddings, kept)
+            measures |= {recall("image_to_text", k): value for k, value in found.image_to_text.items()}
+            measures |= {recall("text_to_image", k): value for k, value in found.text_to_image.items()}
+        return measures
 
 
 def zeroshot_job(source: str, templates: Path | None = None) -> Job:
@@ -56,7 +75,7 @@ def zeroshot_job(source: str, templates: Path | None = None) -> Job:
         for line in lines:
             fill(line, "")
         pictures = replace(pictures, templates=tuple(lines))
-    return Job(pictures.name, pictures.pictures, (_zeroshot(pictures),))
+    return Job(pictures.name, pictures.pictures, classes=pictures)
 
 
 def retrieval_job(source: str) -> Job:
@@ -64,17 +83,14 @@ def retrieval_job(source: str) -> Job:
 
     Raises OSError or ValueError as `open_captioned`.
     """
-    if source == EMBEDDED:
-        pictures = open_labelled(source)
-        return Job(pictures.name, pictures.pictures, (_class_retrieval(pictures),))
+    captions: CaptionedPictures | LabelledPictures | None
     try:
-        captioned = open_captioned(source)
+        captions = open_labelled(source) if source == EMBEDDED else open_captioned(source)
     except FileNotFoundError:
-        labelled = _labelled_or_none(source)
-        if labelled is None:
+        captions = _labelled_or_none(source)
+        if captions is None:
             raise
-        return Job(labelled.name, labelled.pictures, (_class_retrieval(labelled),))
-    return Job(captioned.name, captioned.pictures, (_caption_retrieval(captioned),))
+    return Job(captions.name, captions.pictures, captions=captions)
 
 
 def all_jobs(source: str) -> list[Job]:
@@ -82,14 +98,12 @@ def all_jobs(source: str) -> list[Job]:
 
     Raises OSError or ValueError if the source has neither.
     """
-    retrieval = retrieval_job(source)
-    found = _labelled_or_none(source)
-    if found is None:
+    retrieval, classes = retrieval_job(source), _labelled_or_none(source)
+    if classes is None:
         return [retrieval]
-    labelled = Job(found.name, found.pictures, (_zeroshot(found),))
-    if len(labelled.pictures) == len(retrieval.pictures):
-        return [replace(labelled, judges=labelled.judges + retrieval.judges)]
-    return [labelled, retrieval]
+    if len(classes.pictures) == len(retrieval.pictures):
+        return [replace(retrieval, classes=classes)]
+    return [Job(classes.name, classes.pictures, classes=classes), retrieval]
 
 
 def _labelled_or_none(source: str) -> LabelledPictures | None:
@@ -97,32 +111,3 @@ def _labelled_or_none(source: str) -> LabelledPictures | None:
         return open_labelled(source)
     except (OSError, ValueError):
         return None
-
-
-def _zeroshot(pictures: LabelledPictures) -> Judge:
-    def judge(model: DualEncoder, embeddings: Tensor, kept: Sequence[int]) -> dict[Metric, float]:
-        found = zeroshot(model, pictures, embeddings, kept)
-        measures = {TOP1: found.top1, TOP5: found.top5, PER_CLASS: found.per_class}
-        if len(pictures.class_names) <= 5:
-            del measures[TOP5]  # is always 1
-        return measures
-
-    return judge
-
-
-def _caption_retrieval(pictures: CaptionedPictures) -> Judge:
-    def judge(model: DualEncoder, embeddings: Tensor, kept: Sequence[int]) -> dict[Metric, float]:
-        found = caption_retrieval(model, pictures, embeddings, kept)
-        return {recall("image_to_text", k): value for k, value in found.image_to_text.items()} | {
-            recall("text_to_image", k): value for k, value in found.text_to_image.items()
-        }
-
-    return judge
-
-
-def _class_retrieval(pictures: LabelledPictures) -> Judge:
-    def judge(model: DualEncoder, embeddings: Tensor, kept: Sequence[int]) -> dict[Metric, float]:
-        found = class_retrieval(model, embeddings, labels_of(pictures, kept), pictures.class_names)
-        return {recall(direction, 1): value for direction, value in found.items()}
-
-    return judge

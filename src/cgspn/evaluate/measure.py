@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.captions import class_captions
 from ..data.labelled import CaptionedPictures, LabelledPictures, labels_of
-from ..data.prepare import Picture, Prepare, open_picture, picture_name, prepare_for, read_each
+from ..data.prepare import Picture, open_picture, picture_name, prepare_for, read_each
 from ..data.segmentation_sets import IGNORE, SegmentationSet
 from ..data.sizes import Size
 from ..data.skipped import SkipCounter, Skipped
@@ -48,23 +48,6 @@ def embed_pictures(
     patch size.
     """
     prepare = prepare_for(model.image.config, size)
-    return encode_pictures(
-        lambda images: embed_images(model, images, batch_size), prepare, pictures, name, watch, max_skipped
-    )
-
-
-def encode_pictures(
-    encode: Callable[[Iterator[Tensor]], Iterable[Tensor]],
-    prepare: Prepare,
-    pictures: Sequence[Picture],
-    name: str,
-    watch: Watch | None = None,
-    max_skipped: float = MAX_SKIPPED,
-) -> tuple[Tensor, list[int], Skipped]:
-    """What `encode` makes of the pictures that can be read: from images [channels, h, w] one by one to batches of rows.
-
-    Returns and errors as `embed_pictures`: rows float32 [n, D] on the CPU, the numbers of the n pictures, the rest.
-    """
     tally = SkipCounter(name, len(pictures), max_skipped)
     found = read_each(
         range(len(pictures)), lambda n: prepare(open_picture(pictures[n])), lambda n: picture_name(pictures[n]), tally
@@ -77,7 +60,7 @@ def encode_pictures(
             kept.append(number)
             yield pixels
 
-    for part in encode(images()):
+    for part in embed_images(model, images(), batch_size):
         rows.append(part)
         if watch:
             watch(len(part))

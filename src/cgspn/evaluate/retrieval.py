@@ -7,7 +7,6 @@ good, and it takes every pair of image and caption as one list, 2 GB for the 500
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,13 +63,9 @@ def retrieve(
         alone = ids[~torch.isin(ids, others)]
         if len(alone):
             raise ValueError(f"{name} holds {int(alone[0])}, which the other side lacks; expected a match for each id")
-    return _both(
-        image_embeddings,
-        text_embeddings,
-        lambda some: image_ids[some, None] == text_ids,
-        lambda some: text_ids[some, None] == image_ids,
-        ranks,
-    )
+    chunks = torch.arange(len(image_ids), device=image_ids.device).split(QUERIES)
+    found = [(image_ids[some, None] == text_ids).nonzero() + some[0] * image_ids.new_tensor([1, 0]) for some in chunks]
+    return retrieve_captions(image_embeddings, text_embeddings, torch.cat(found), ranks)
 
 
 def retrieve_captions(
@@ -87,35 +82,6 @@ def retrieve_captions(
     Raises:
         ValueError: shapes do not match, embeddings are not finite, a rank is below 1, or an image or text has no match.
     """
-    n, m = len(image_embeddings), len(text_embeddings)
-    if pairs.ndim != 2 or pairs.shape[1] != 2:
-        raise ValueError(f"pairs has shape {tuple(pairs.shape)}; expected [P, 2]")
-    for column, (count, letter) in enumerate(((n, "image"), (m, "text"))):
-        if not torch.equal(pairs[:, column].unique().cpu(), torch.arange(count)):
-            raise ValueError(f"pairs must hold each {letter} from 0 to {count - 1}, and no other")
-    pairs = pairs.to(image_embeddings.device)
-
-    def right(queries: Tensor, items: Tensor, count: int) -> Callable[[Tensor], Tensor]:
-        def of(some: Tensor) -> Tensor:
-            inside = (queries >= some[0]) & (queries <= some[-1])
-            out = torch.zeros(len(some), count, dtype=torch.bool, device=some.device)
-            out[queries[inside] - some[0], items[inside]] = True
-            return out
-
-        return of
-
-    images, texts = pairs.unbind(1)
-    return _both(image_embeddings, text_embeddings, right(images, texts, m), right(texts, images, n), ranks)
-
-
-def _both(
-    image_embeddings: Tensor,
-    text_embeddings: Tensor,
-    texts_of: Callable[[Tensor], Tensor],
-    images_of: Callable[[Tensor], Tensor],
-    ranks: tuple[int, ...],
-) -> Retrieval:
-    """Recall in both directions; texts_of and images_of say which items are right for consecutive queries."""
     check_matrix("image_embeddings", image_embeddings, "[N, D]")
     check_matrix("text_embeddings", text_embeddings, "[M, D]")
     if image_embeddings.shape[1] != text_embeddings.shape[1]:
@@ -125,17 +91,23 @@ def _both(
         )
     if not ranks or min(ranks) < 1:
         raise ValueError(f"ranks is {ranks}; expected one or more numbers from 1")
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs has shape {tuple(pairs.shape)}; expected [P, 2]")
+    for column, (count, letter) in enumerate(((len(image_embeddings), "image"), (len(text_embeddings), "text"))):
+        if not torch.equal(pairs[:, column].unique().cpu(), torch.arange(count)):
+            raise ValueError(f"pairs must hold each {letter} from 0 to {count - 1}, and no other")
     images, texts = normalize(image_embeddings.float(), dim=-1), normalize(text_embeddings.float(), dim=-1)
-    texts = texts.to(images.device)
-    return Retrieval(_recall(images, texts, texts_of, ranks), _recall(texts, images, images_of, ranks))
+    texts, pairs = texts.to(images.device), pairs.to(images.device)
+    return Retrieval(_recall(images, texts, pairs, ranks), _recall(texts, images, pairs.flip(1), ranks))
 
 
-def _recall(
-    queries: Tensor, items: Tensor, right_of: Callable[[Tensor], Tensor], ranks: tuple[int, ...]
-) -> dict[int, float]:
+def _recall(queries: Tensor, items: Tensor, pairs: Tensor, ranks: tuple[int, ...]) -> dict[int, float]:
     wrong_above = []
     for some in torch.arange(len(queries), device=queries.device).split(QUERIES):
-        scores, right = queries[some] @ items.T, right_of(some)
+        scores = queries[some] @ items.T
+        inside = pairs[(pairs[:, 0] >= some[0]) & (pairs[:, 0] <= some[-1])]
+        right = torch.zeros_like(scores, dtype=torch.bool)
+        right[inside[:, 0] - some[0], inside[:, 1]] = True
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         wrong_above.append(((scores >= best) & ~right).sum(1))
     rank = torch.cat(wrong_above)

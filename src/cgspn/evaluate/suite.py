@@ -20,7 +20,6 @@ from .zeroshot import class_embeddings, top1
 
 METRICS = (
     Metric("zeroshot", "zero-shot top-1", 100, "%", averaged=True),
-    Metric("image_to_text", "image → text R@1", 100, "%", averaged=True),
     Metric("text_to_image", "text → image R@1", 100, "%", averaged=True),
     Metric("miou", "segment mIoU", 100, "%", averaged=True),
 )
@@ -62,7 +61,7 @@ def evaluate_dual(model: DualEncoder, test: ImageSet, probe: ImageSet) -> dict[s
     parts = segment(probe_tokens, probe.masks(), tokens, test.masks(), classes=len(test.class_names) + 1)
     return {
         "zeroshot": top1(embeddings, _classes(model, test), test.labels),
-        **class_retrieval(model, embeddings, test.labels, test.class_names),
+        "text_to_image": class_retrieval(model, embeddings, test.labels, test.class_names)["text_to_image"],
         "miou": parts.mean_iou,
     }
 

@@ -138,7 +138,7 @@ class SummaryTable:
         return table
 
     def to_json(self) -> str:
-        """Return title, metrics, unscaled rows and averages as JSON, for `from_json`."""
+        """Return title, metrics, unscaled rows and averages as JSON."""
         return json.dumps(
             {
                 "title": self.title,
@@ -148,19 +148,6 @@ class SummaryTable:
             },
             indent=2,
         )
-
-    @classmethod
-    def from_json(cls, text: str) -> SummaryTable:
-        """Read a table from the JSON of `to_json`; the averages are computed again.
-
-        Raises:
-            ValueError: the text is not such a table.
-        """
-        try:
-            data = json.loads(text)
-            return cls(data["title"], [Metric(**m) for m in data["metrics"]], data["rows"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"text is not the JSON of a SummaryTable: {error!r}") from error
 
     def to_html(self) -> str:
         """Return a `<table>` element without styles, with the best value of each column in `<strong>`."""

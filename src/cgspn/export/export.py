@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..models.checkpoint import write_atomically
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
 from .bounds import Bounds, bounds_for
-from .formats import LOADER, SUFFIXES, WRITERS, Format, Runner, check_onnx, open_file
+from .formats import LOADER, SUFFIXES, WRITERS, Format, Runner, Say, check_onnx, open_file
 from .trace import ImageSide
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
@@ -47,7 +47,7 @@ def export_model(
     max_batch: int = 32,
     tolerance: float = 1e-4,
     source: str = "",
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> list[Parity]:
     """Export the image encoder of a model, compare the file with it, and write it with a JSON description.
 
@@ -64,7 +64,7 @@ def export_model(
         max_batch: largest batch size.
         tolerance: largest accepted relative error ||a - b|| / ||b||; 16-bit weights need more, such as 2e-2.
         source: origin of the model, for the description.
-        say: callback for progress messages.
+        say: called with a line for each step.
 
     Returns the errors at every compared size. Raises ExportError if one is above `tolerance` and writes no file then;
     ValueError for wrong arguments or missing packages; OSError if `out` cannot be written.
@@ -85,12 +85,12 @@ def export_model(
     bounds = bounds_for(side.encoder.config, min_size, max_size, max_batch)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        say(f"writing {format}")
-        WRITERS[format](side, bounds, Path(folder) / out.name)
+        WRITERS[format](side, bounds, Path(folder) / out.name, say)
+        say("opening the file")
         runner = open_file(Path(folder) / out.name, format)
         found = []
         for batch, height, width in bounds.sizes(side.encoder.config.image_size):
-            say(f"comparing at {batch} x {height} x {width}")
+            say(f"comparing the outputs for {batch} x {height} x {width} (batch x height x width)")
             found.append(compare(side, runner, batch, height, width))
         worst = max(error for parity in found for error in parity.errors.values())
         if not worst <= tolerance:

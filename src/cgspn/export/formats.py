@@ -16,6 +16,7 @@ from .trace import ImageSide, trace
 
 Format = Literal["onnx", "torch", "aot"]
 Runner = Callable[[Tensor], Sequence[Tensor]]
+Say = Callable[[str], object]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "aot": ".pt2"}
 LOADER: dict[Format, str] = {
     "onnx": "onnxruntime, or any runtime of opset 18; operators of the standard domain alone",
@@ -26,27 +27,34 @@ LOADER: dict[Format, str] = {
 }
 
 
-def write_torch(side: ImageSide, bounds: Bounds, path: Path) -> None:
+def write_torch(side: ImageSide, bounds: Bounds, path: Path, say: Say) -> None:
     """Save a torch.export program (.pt2). Raises OSError, and torch's errors for what cannot be traced."""
+    say("tracing the encoder and saving the program")
     torch.export.save(trace(side, bounds), path)
 
 
-def write_aot(side: ImageSide, bounds: Bounds, path: Path) -> None:
+def write_aot(side: ImageSide, bounds: Bounds, path: Path, say: Say) -> None:
     """Compile and save an AOTInductor package (.pt2). Raises ValueError without a C++ compiler."""
     if cpp_compiler() is None:
         raise ValueError("format is 'aot', which needs a C++ compiler: install g++ or clang; 'onnx' and 'torch' do not")
-    private("_inductor.aoti_compile_and_package")(trace(side, bounds), package_path=str(path))
+    say("tracing the encoder")
+    program = trace(side, bounds)
+    say("compiling it for this machine, which may take minutes")
+    private("_inductor.aoti_compile_and_package")(program, package_path=str(path))
 
 
-def write_onnx(side: ImageSide, bounds: Bounds, path: Path) -> None:
+def write_onnx(side: ImageSide, bounds: Bounds, path: Path, say: Say) -> None:
     """Save an ONNX graph, opset 18, no custom domain; side: float32, on the CPU. Raises ValueError without onnx."""
     check_onnx()
     from .onnx_scan import propagate_2d_onnx
     from .onnx_sizes import name_axes, refuse_other_sizes
 
     with _quiet():
+        say("tracing the encoder")
+        traced = trace(side, bounds, onnx=True)
+        say("translating it to ONNX operators, which may take minutes")
         program = torch.onnx.export(
-            trace(side, bounds, onnx=True),
+            traced,
             (),
             dynamo=True,
             opset_version=18,
@@ -72,7 +80,7 @@ def check_onnx() -> None:
         raise ValueError(f"format is 'onnx', which needs {error.name}; install cgspn[export]") from error
 
 
-WRITERS: dict[Format, Callable[[ImageSide, Bounds, Path], None]] = {
+WRITERS: dict[Format, Callable[[ImageSide, Bounds, Path, Say], None]] = {
     "onnx": write_onnx,
     "torch": write_torch,
     "aot": write_aot,

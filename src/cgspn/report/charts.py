@@ -68,7 +68,7 @@ def loss_chart(curves: Mapping[str, Sequence[float]], *, label: str) -> str:
     colours = series_colours(list(curves))
     shown: list[float] = []
     for name, values in curves.items():
-        colour = colours[name].stand_in
+        colour = colours[name].light
         for line, style in ((values, {"linewidth": 0.8, "alpha": 0.35}), (smooth(values), {"linewidth": 1.9})):
             x, y = thin(line)
             axes.plot(x, y, color=colour, clip_on=False, **style)
@@ -102,7 +102,7 @@ def block_chart(
     colours = series_colours(list(values))
     for name, line in values.items():
         blocks = range(1, len(line) + 1)
-        colour, marker = colours[name].stand_in, MARKERS.get(name, "o")
+        colour, marker = colours[name].light, MARKERS.get(name, "o")
         axes.plot(blocks, line, color=colour, marker=marker, markersize=4.5, linewidth=1.7, clip_on=False)
     if limits == (None, None):
         _scale(axes, [v for line in values.values() for v in line])
@@ -123,11 +123,11 @@ def _axes() -> tuple[Any, Any]:
     axes = figure.add_axes(PLACE)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED.stand_in)
-    axes.tick_params(which="both", colors=MUTED.stand_in, labelsize=8.5, length=0)
+    axes.spines["bottom"].set_color(MUTED.light)
+    axes.tick_params(which="both", colors=MUTED.light, labelsize=8.5, length=0)
     axes.tick_params(axis="x", which="major", length=3)
-    axes.xaxis.label.set(color=MUTED.stand_in, fontsize=8.5)
-    axes.grid(axis="y", which="major", color=RULE.stand_in, linewidth=0.8)
+    axes.xaxis.label.set(color=MUTED.light, fontsize=8.5)
+    axes.grid(axis="y", which="major", color=RULE.light, linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
 
@@ -161,10 +161,7 @@ def _svg(figure: Any, label: str) -> str:
     text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # a style in an inline SVG is one of the whole page
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'font: (\d[\d.]*px)[^;"]*', r"font-size: \1", text)
-    # Several charts share a page, so an id must say whose it is.
-    text = re.sub(r'\bid="([^"]+)"', rf'id="c{salt}-\1"', text)
-    text = re.sub(r"url\(#([^)]+)\)", rf"url(#c{salt}-\1)", text)
-    text = re.sub(r'href="#([^"]+)"', rf'href="#c{salt}-\1"', text)
+    text = re.sub(r'<g id="[^"]+">', "<g>", text)  # what is referred to has an id of the chart's own, by its salt
     head, rest = text.split(">", 1)
     view = re.search(r'viewBox="[^"]+"', head)
     assert view is not None

@@ -17,7 +17,7 @@ from ..distill.taps import observe
 from ..evaluate import cosine
 from ..models.encoder import Encoder
 from .pca import fit_colours
-from .pictures import jpeg_uri, mosaic
+from .pictures import jpeg_uri, sheet
 
 MOST, ONE_IN = 16, 100  # images that are kept out: one in a hundred, at most sixteen
 SHOWN, SIDE = 4, 240  # rows of the picture, and pixels of a side of what is in it
@@ -97,15 +97,10 @@ def compare(teacher: Encoder, student: Encoder, pictures: Iterable[Picture]) -> 
     basis = fit_colours(theirs)
     colours = (basis, fit_colours(own, like=(basis, theirs)))
     mean, std = (torch.tensor(v)[:, None, None] for v in (student.config.image_mean, student.config.image_std))
-    cells = []
-    for number, image in enumerate(images[:SHOWN]):
-        shown = (image * std + mean).expand(3, -1, -1)
-        row = [shown.permute(1, 2, 0), *(c.picture(f[number]) for c, f in zip(colours, features, strict=True))]
-        cells += [_square(picture.permute(2, 0, 1)) for picture in row]
-    picture = mosaic(cells, 3, 4)[..., :3]
+    rows = [
+        [(image * std + mean).expand(3, -1, -1).permute(1, 2, 0), *(c.picture(f) for c, f in zip(colours, both))]
+        for image, *both in zip(images[:SHOWN], theirs, own)
+    ]
+    picture = sheet(rows, ("image", "teacher", "student"), (SIDE, SIDE), 4)
     near = cosine(torch.stack(own), torch.stack(theirs))
     return {"cosine": near, "images": len(images), "picture": jpeg_uri(picture, 1024)}
-
-
-def _square(picture: Tensor) -> Tensor:
-    return torch.nn.functional.interpolate(picture[None], (SIDE, SIDE), mode="bilinear")[0].permute(1, 2, 0)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from ..data import load_embedded, normalize, resize, to_float
 from ..data.decode import to_rgb, turn_upright
-from ..data.folder import SUFFIXES
+from ..data.folder import list_folder
 from ..data.opening import open_image
 from ..data.skipped import Skipped
 from ..data.source import EMBEDDED
 from ..data.transforms import LUMA
 from ..models.config import EncoderConfig
-from .pictures import jpeg_uri, png_uri, tile
+from .pictures import image_of, jpeg_uri, png_uri, tile
 
 COLUMNS = 4  # embedded images to a side of a canvas: alone they are a few patches
 SHOWN_SIDE = 1024  # pixels of the longer side inside a page; encoders see all of them
@@ -73,9 +73,7 @@ def load_photographs(source: str, side: int, patch: int, limit: int) -> tuple[li
         raise FileNotFoundError(f"images is {source}: no such folder")
     if not root.is_dir():
         raise NotADirectoryError(f"images is {source}: not a folder")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and _shown(p, root))
-    if not files:
-        raise FileNotFoundError(f"images is {source}: no image files in it (looked for {', '.join(sorted(SUFFIXES))})")
+    files = [file for file, _ in list_folder(root, mixed=True)[1]]
     found: list[Photograph] = []
     bad: list[tuple[str, str]] = []
     for file in files:
@@ -105,11 +103,7 @@ def encoder_input(photograph: Photograph, config: EncoderConfig) -> Tensor:
 def photograph_uri(photograph: Photograph) -> str:
     """The photograph as a data URI: a JPEG of at most 1024 pixels a side, a PNG where it is small anyway."""
     pixels = photograph.pixels.permute(1, 2, 0)
-    return png_uri(pixels) if max(pixels.shape[:2]) <= SMALL_SIDE else jpeg_uri(pixels, SHOWN_SIDE)
-
-
-def _shown(path: Path, root: Path) -> bool:
-    return not any(part.startswith(".") for part in path.relative_to(root).parts)
+    return png_uri(pixels) if max(pixels.shape[:2]) <= SMALL_SIDE else jpeg_uri(image_of(pixels), SHOWN_SIDE)
 
 
 def _read(file: Path, side: int, patch: int) -> Tensor:

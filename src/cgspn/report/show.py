@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from ..models.encoder import Encoder
 from .pca import ColourBasis, fit_colours
 from .photographs import Photograph
-from .pictures import mosaic
+from .pictures import sheet
 from .show_data import Place, View, view
 
 TEACHER, STUDENT = "teacher", "student"
@@ -92,8 +92,8 @@ def check_show(student: Encoder, teacher: Encoder | None, layers: Sequence[int],
         raise ValueError(f"at is {list(places)}; accepted: pairs of shares of height and width, each 0 to 1")
 
 
-def show_picture(shown: Show, width: int = 288, rows: int = 4, gap: int = 6) -> Tensor:
-    """One row per photograph, followed by its features as colours, teacher first: uint8 [.., .., 4].
+def show_picture(shown: Show, width: int = 288, rows: int = 4, gap: int = 6) -> Image.Image:
+    """One row per photograph, followed by its features as colours, teacher first, under the titles of the columns.
 
     Rows have the aspect ratio of the first photograph; others are cut at their edges.
 
@@ -105,21 +105,14 @@ def show_picture(shown: Show, width: int = 288, rows: int = 4, gap: int = 6) -> 
     """
     first = shown.views[0].photograph.pixels
     size = (round(width * first.shape[1] / first.shape[2]), width)
-    cells = []
-    for seen in shown.views[:rows]:
-        cells.append(_cut(seen.photograph.pixels.permute(1, 2, 0).float() / 255, size))
-        cells += [_cut(shown.colours[name].picture(f), size) for name, f in seen.features.items()]
-    return mosaic(cells, 1 + len(shown.colours), gap)
-
-
-def _cut(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """[h, w, 3] to [size, 3], the middle of it at the largest scale that fills `size`."""
-    h, w = picture.shape[:2]
-    scale = max(size[0] / h, size[1] / w)
-    wide = (max(size[0], round(h * scale)), max(size[1], round(w * scale)))
-    big = interpolate(picture.permute(2, 0, 1)[None], wide, mode="bilinear", antialias=True)[0]
-    top, left = (wide[0] - size[0]) // 2, (wide[1] - size[1]) // 2
-    return big[:, top : top + size[0], left : left + size[1]].permute(1, 2, 0)
+    pictures = [
+        [
+            seen.photograph.pixels.permute(1, 2, 0),
+            *(shown.colours[name].picture(f) for name, f in seen.features.items()),
+        ]
+        for seen in shown.views[:rows]
+    ]
+    return sheet(pictures, ["photograph", *shown.colours], size, gap)
 
 
 def _some(features: Tensor) -> Tensor:

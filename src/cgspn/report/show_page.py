@@ -5,14 +5,13 @@ from __future__ import annotations
 import html
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 
 from . import page
 from .page import Section
 from .pca import ColourBasis
 from .photographs import SHOWN_SIDE, photograph_uri
-from .pictures import HEAT, jpeg_uri
+from .pictures import HEAT, image_of, jpeg_uri
 from .show import STUDENT, TEACHER, Show
 from .show_data import View, packed
 
@@ -50,11 +49,7 @@ def show_page(shown: Show, models: Mapping[str, str], facts: Mapping[str, str]) 
 
 def assets() -> dict[str, str]:
     """Style and script of a page that holds `show_sections`."""
-    here = resources.files(__package__)
-    return {
-        "style": (here / "show.css").read_text(encoding="utf-8"),
-        "script": f"const HEAT = {json.dumps(HEAT)};\n" + (here / "show.js").read_text(encoding="utf-8"),
-    }
+    return {"style": page.asset("show.css"), "script": f"const HEAT = {json.dumps(HEAT)};\n{page.asset('show.js')}"}
 
 
 def show_sections(shown: Show, title: str = "How to read this page") -> list[Section]:
@@ -113,7 +108,7 @@ def _section(number: int, seen: View, colours: Mapping[str, ColourBasis]) -> Sec
         "<figcaption><strong>Photograph</strong></figcaption></figure>"
     ]
     figures += [
-        f'<figure><img src="{jpeg_uri(colours[who].picture(f), SHOWN_SIDE)}" class="smooth" {shape} '
+        f'<figure><img src="{jpeg_uri(image_of(colours[who].picture(f)), SHOWN_SIDE)}" class="smooth" {shape} '
         f'alt="Features of the {who} as colours">'
         f"<figcaption><strong>{who.capitalize()}</strong>, features as colours</figcaption></figure>"
         for who, f in seen.features.items()

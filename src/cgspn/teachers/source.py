@@ -7,7 +7,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..models.checkpoint import line_of
 from ..models.reading import CheckpointError, read_json
 from .files import Weights, open_weights
 from .foreign import checked_config
@@ -98,9 +97,9 @@ def _fetch(repository: str, revision: str | None) -> Path:
         if names is None or names & {*WEIGHTS}:
             return Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except Exception as error:
+        hint = _hint(repository).strip()
         raise CheckpointError(
-            f"{repository} is no file or folder here, and cannot be had as a hub id "
-            f"(no such id, or no connection and nothing cached): {line_of(error)}"
-            + (f"; {hint}" if (hint := _hint(repository).strip()) else "")
+            f"{repository} is no file or folder here, and cannot be had as a hub id: no such id, or no connection and "
+            f"nothing cached{f'; {hint}' if hint else ''}"
         ) from error
     raise CheckpointError(f"hub id {repository} has none of {', '.join(WEIGHTS)}")
