@@ -14,8 +14,7 @@ from . import __version__
 
 
 def commit() -> str:
-    """The commit of the checkout that contains this package, with "+" if it has changes; "unknown" outside of a
-    checkout."""
+    """The commit of this checkout, with "+" if it has changes; "unknown" for an installed package."""
 
     def git(*arguments: str) -> str:
         here = Path(__file__).parent

@@ -71,8 +71,7 @@ def target_of(mode: str, gpus: int) -> float | None:
 
 
 def loss_rows(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The largest relative difference between the losses on several GPUs and on one, and whether it is within
-    tolerance."""
+    """The largest relative difference of losses to those on one GPU, and whether it is within tolerance."""
     tolerance = TOLERANCES[saved["settings"]["compute"]["precision"]]
     rows = []
     for row in sorted(saved["losses"], key=lambda row: (row["mode"], is_captured(row), row["gpus"])):

@@ -116,7 +116,7 @@ class ComputeConfig:
         blocks_per_unit: number of blocks that "fsdp" gathers and scatters at once. Larger units need fewer transfers,
             but overlap less with computation.
         reshard_after_forward: with "fsdp", free the gathered weights after the forward pass and gather them again in
-            the backward pass. Otherwise only gradients and optimiser state take less memory than with "ddp".
+            the backward pass. Otherwise only gradients and optimiser state are smaller than with "ddp".
         teacher_cache: GiB of host memory per process for caching the teacher's features (in bfloat16) across epochs; 0
             disables it. Requires `augment` to be off.
         save_every: number of steps between snapshots, from which an interrupted run resumes; 0 writes none.

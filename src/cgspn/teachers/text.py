@@ -95,8 +95,7 @@ class PretrainedDual(DualEncoder):
         self.logit_bias = nn.Parameter(torch.tensor(logit_bias))
 
     def with_image(self, image: Encoder) -> PretrainedDual:
-        """Return a copy with another image encoder; the text tower is copied. Raises ValueError if the widths
-        differ."""
+        """Return a copy, text tower included, with another image encoder. Raises ValueError if widths differ."""
         width, own = image.config.pooled_width, self.image.config.pooled_width
         if width != own:
             raise ValueError(f"image has width {width}; expected {own}")
