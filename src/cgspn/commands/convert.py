@@ -1,4 +1,4 @@
-"""`cgspn convert`: a pretrained attention encoder to a C-GSPN student, not yet distilled."""
+"""`cgspn convert`: convert a pretrained attention encoder to an undistilled C-GSPN student."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`cgspn show`: a page of pictures of what an encoder sees in photographs."""
+"""`cgspn show`: visualise the features of an encoder on photographs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Show(Command):
     """Longer side in pixels, rounded to whole patches. The default is the student's native size (for each embedded
     image)."""
     limit: int = 10
-    """Maximum number of photographs, in the order of their names. Each adds up to 2 MB to the page."""
+    """Maximum number of photographs, sorted by name. Each adds up to 2 MB to the page."""
     layers: tuple[int, ...] | None = None
     """Layers (numbered from 1) whose influence is shown. The default is four layers, spread evenly."""
     at: tuple[tuple[float, float], ...] = PLACES

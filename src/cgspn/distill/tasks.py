@@ -35,8 +35,8 @@ class Task(nn.Module):
         patch: patch size of the student in pixels.
         reduction: how losses of several processes are combined.
         has_unused_params: whether some parameters may get no gradient.
-        capturable: whether the losses can be captured in a CUDA graph, because they do not need the CPU. sharded:
-        whether the parameters are sharded over the processes (FSDP2).
+        capturable: whether the losses can be captured in a CUDA graph, because they do not need the CPU.
+        sharded: whether the parameters are sharded over the processes (FSDP2).
     """
 
     patch: int

@@ -37,7 +37,7 @@ class EncoderConfig:
         class_token: add a class token before the grid. Its position embedding, if any, is added to it.
         registers: number of register tokens after the class token.
         patch_bias, pre_norm, final_norm: a bias in the patch embedding, a LayerNorm before the blocks (CLIP), and a
-        LayerNorm after the blocks.
+            LayerNorm after the blocks.
         norm_eps: eps of every LayerNorm.
         pooling: "map" (attention pooling), "mean" or "cls".
         summary_tokens: indices of the prefix tokens that "cls" concatenates; (0,) is the class token.

@@ -1,4 +1,4 @@
-"""Line charts as small inline SVGs whose text is text and whose colours follow the page, light or dark."""
+"""Line charts as inline SVGs with real text and with colours that follow the page's light or dark mode."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ COLOURS = {"muted": "#5d676f", "rule": "#e2dfd8"}
 COLOURS |= {"teacher": "#3d4650", "C-GSPN": "#0b8a8c", "ViT": "#c8690a", "converted": "#9aa2a9"}
 COLOURS |= {"other-1": "#6a4fb3", "other-2": "#b8336a", "other-3": "#4c7a1f"}
 MARKERS = {"teacher": "D", "C-GSPN": "o", "ViT": "s", "converted": "^"}
-SIZE = (4.3, 2.5)  # inches; at 72 dots to the inch about as wide as a phone, so text keeps its size there
-PLACE = (0.13, 0.17, 0.85, 0.8)  # of the axes, the same in every chart, so that panels side by side align
-LOG_RATIO = 6.0  # a positive range wider than this is easier to read on a logarithmic axis
+SIZE = (4.3, 2.5)  # inches; at 72 dpi about as wide as a phone, so text is not scaled there
+PLACE = (0.13, 0.17, 0.85, 0.8)  # of the axes, equal in all charts, so that panels align
+LOG_RATIO = 6.0  # wider positive ranges get a logarithmic axis
 
 
 def require_matplotlib() -> None:
     """Raise ModuleNotFoundError, naming the extra to install, if charts cannot be drawn.
 
-    Long jobs that end in a report call this first.
+    Called before long jobs that end with a report.
     """
     try:
         import matplotlib  # noqa: F401
@@ -46,7 +46,7 @@ def colours_of(names: Iterable[str]) -> dict[str, str]:
 
 
 def smooth(values: Sequence[float], weight: float = 0.85) -> list[float]:
-    """Exponential moving average, corrected for its start: the first value is kept as it is."""
+    """Exponential moving average with bias correction; the first value is unchanged."""
     out, average, total = [], 0.0, 0.0
     for value in values:
         average = weight * average + (1 - weight) * value
@@ -56,18 +56,18 @@ def smooth(values: Sequence[float], weight: float = 0.85) -> list[float]:
 
 
 def thin(values: Sequence[float], most: int = 300) -> tuple[list[float], list[float]]:
-    """At most `most` points (x, y): means over equal runs of steps, so that long trainings stay small pictures."""
+    """Reduce a curve to at most `most` points (x, y), by means over equal numbers of steps."""
     size = -(-len(values) // most) if values else 1
     runs = [values[i : i + size] for i in range(0, len(values), size)]
     return [i * size + (len(run) - 1) / 2 for i, run in enumerate(runs)], [sum(run) / len(run) for run in runs]
 
 
 def loss_chart(curves: Mapping[str, Sequence[float]], *, label: str) -> str:
-    """Losses over the steps of a training, one colour a name: each step faint, their moving average on top.
+    """A chart of losses over steps, with one colour per name: faint values and their moving average.
 
     Args:
-        curves: losses by name; names in MARKERS have colours of their own.
-        label: what the chart shows, for those who cannot see it.
+        curves: losses by name; names in MARKERS have fixed colours.
+        label: alternative text of the chart.
 
     Returns:
         An `<svg>` element.
@@ -98,12 +98,12 @@ def loss_chart(curves: Mapping[str, Sequence[float]], *, label: str) -> str:
 def block_chart(
     values: Mapping[str, Sequence[float]], *, label: str, limits: tuple[float | None, float | None] = (None, None)
 ) -> str:
-    """One value a block, one line with markers a name.
+    """A chart with one value per block, and one line per name.
 
     Args:
-        values: by name, the blocks in order.
-        label: what the chart shows, for those who cannot see it.
-        limits: ends of the vertical axis, None for where the values end.
+        values: by name, in the order of the blocks.
+        label: alternative text of the chart.
+        limits: of the vertical axis; None for the range of the values.
 
     Returns:
         An `<svg>` element.
@@ -149,7 +149,7 @@ def _axes() -> tuple[Any, Any]:
 
 
 def _scale(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis with plain numbers where the range is wide, else one that starts at zero."""
+    """Set a logarithmic axis with plain numbers for a wide range, otherwise one that starts at zero."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = min(values), max(values)
@@ -164,7 +164,7 @@ def _scale(axes: Any, values: Sequence[float]) -> None:
 
 
 def _svg(figure: Any, label: str) -> str:
-    """The figure as an inline element: no fixed size, no metadata, ids of its own, colours of the page."""
+    """The figure as an inline SVG without fixed size and metadata, with unique ids and the page's colours."""
     import matplotlib
 
     salt = hashlib.sha256(label.encode()).hexdigest()[:8]
@@ -174,10 +174,10 @@ def _svg(figure: Any, label: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # a style in an inline SVG is one of the whole page
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # a style in an inline SVG applies to the whole page
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'font: (\d[\d.]*px)[^;"]*', r"font-size: \1", text)
-    text = re.sub(r'<g id="[^"]+">', "<g>", text)  # what is referred to has an id of the chart's own, by its salt
+    text = re.sub(r'<g id="[^"]+">', "<g>", text)  # elements that are referenced have unique ids from the salt
     head, rest = text.split(">", 1)
     view = re.search(r'viewBox="[^"]+"', head)
     assert view is not None
@@ -192,7 +192,7 @@ def _svg(figure: Any, label: str) -> str:
 
 
 def legend(names: Sequence[str]) -> str:
-    """The colours of the names as HTML, once for all charts below it."""
+    """A legend in HTML for all charts below it."""
     shapes = {"o": "●", "s": "■", "^": "▲", "D": "◆"}
     colours = colours_of(names)
     items = [

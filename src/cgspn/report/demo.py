@@ -1,4 +1,4 @@
-"""The report of the demo: what was distilled, how well it went, and what teacher and student see."""
+"""The report of the demo: training, results, and features of teacher and student."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .show_page import assets, show_sections
 from .training import Steps, block_panels, ends, step_panels
 
 TEACHER, STUDENT = "teacher", "C-GSPN"
-CANVASES = 2  # of sixteen images each, that are shown
-ALIGNED = 200  # test images that the blocks are compared on
+CANVASES = 2  # canvases of sixteen images in the report
+ALIGNED = 200  # test images on which blocks are compared
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a run of the demo found.
+    """The results of the demo.
 
     Attributes:
-        table: one row a model.
-        histories: the stages of each student, in order, by its name.
+        table: one row per model.
+        histories: the stages of each student in order, by the student's name.
         models: "teacher", "C-GSPN" and others, on the CPU, in eval mode; "teacher" and "C-GSPN" are needed.
         images: test images, at least 16.
-        facts: what else there is to know, shown as it is: counts, seconds, versions, machine, seeds.
+        facts: further facts to show: counts, seconds, versions, machine, seeds.
     """
 
     table: SummaryTable
@@ -192,7 +192,7 @@ def _blocks(result: DemoResult) -> Section:
 
 
 def _seen(result: DemoResult) -> list[Section]:
-    """What teacher and student see on canvases of sixteen images: larger than anything that either was trained on."""
+    """Features of teacher and student on canvases of sixteen images, larger than any training image."""
     student = result.models[STUDENT].image
     side, patch = COLUMNS * max(student.config.image_size), student.config.patch_size
     pictures = list(canvases(result.images.images, side, patch, CANVASES))

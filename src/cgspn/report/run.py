@@ -1,4 +1,4 @@
-"""The report of a distillation: how each stage went, block by block, how fast, from which data, with which settings."""
+"""The report of a distillation: losses per stage and block, speed, data and settings."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .training import block_panels, ends, step_panels
 
 Record = Mapping[str, Any]
 ENDS = ("first steps", "last steps")
-RISEN = 1.05  # times its lowest twentieth that a loss may end at before the report says that it rises
+RISEN = 1.05  # a loss that ends above this multiple of its lowest twentieth is reported as rising
 
 
 def run_report(record: Record) -> str:
-    """One self-contained HTML document of a run.
+    """The report of a run as one self-contained HTML document.
 
     Args:
-        record: what `cgspn distill` leaves in distill.json: "command", "versions", "config", "losses" (by stage, a list
+        record: the content of distill.json: "command", "versions", "config", "losses" (by stage, a list
             of steps), "throughput" (by stage), "images", "held_out" (`held_out.compare`), "skipped" (file and reason),
             "processes", "device".
 
@@ -109,7 +109,7 @@ def _settings(record: Record) -> Section:
 
 
 def rising(steps: Sequence[Mapping[str, float]]) -> str:
-    """A flag for a stage whose loss ends higher than it was before, by twentieths of its steps; "" if it does not."""
+    """A warning for a stage whose loss ends higher than an earlier twentieth of its steps, or ""."""
     totals = [step["total"] for step in steps]
     size = max(1, len(totals) // 20)
     means = [sum(totals[start : start + size]) / size for start in range(0, len(totals) - size + 1, size)]
@@ -118,7 +118,7 @@ def rising(steps: Sequence[Mapping[str, float]]) -> str:
 
 
 def _wall_time(speed: Mapping[str, Any]) -> str:
-    """How long a stage took since it was last started; "" if that is not known."""
+    """The duration of a stage since its last start; "" if unknown."""
     seconds = speed.get("seconds")
     if seconds is None:
         return ""
@@ -134,6 +134,6 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, str]
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:
-    """Means over the first and the last twentieth."""
+    """Means over the first and the last twentieth of the steps."""
     size = max(1, len(values) // 20)
     return sum(values[:size]) / size, sum(values[-size:]) / size

@@ -1,4 +1,4 @@
-"""The page of `cgspn show`: photographs, features as colours, and heat maps that show.js fills in."""
+"""The page of `cgspn show`: photographs, PCA visualisations, and heat maps that show.js draws."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ FLOWS = {
 
 
 def show_page(shown: Show, models: Mapping[str, str], facts: Mapping[str, str]) -> str:
-    """The page, one self-contained HTML document.
+    """The page as one self-contained HTML document.
 
     Args:
-        shown: by `look_at`.
-        models: by "teacher" and "student", how each is called.
-        facts: what else there is to know, shown as it is.
+        shown: from `look_at`.
+        models: display names by "teacher" and "student".
+        facts: further facts to show.
     """
     both = TEACHER in shown.colours
     return page.page(
@@ -53,7 +53,7 @@ def assets() -> dict[str, str]:
 
 
 def show_sections(shown: Show, title: str = "How to read this page") -> list[Section]:
-    """How to read the pictures, then a section for each photograph, the first of them unfolded."""
+    """A reading guide, and a section per photograph, of which the first is open."""
     return [_reading(shown, title), *(_section(i, v, shown.colours) for i, v in enumerate(shown.views, 1))]
 
 
@@ -145,7 +145,7 @@ def _section(number: int, seen: View, colours: Mapping[str, ColourBasis]) -> Sec
 
 
 def _stage(label: str, active: bool = False) -> str:
-    """A photograph under a heat map, filled in by the script; `active` ones are clicked and take the arrow keys."""
+    """A photograph under a heat map that the script draws. `active` ones react to clicks and arrow keys."""
     role = 'role="application" tabindex="0"' if active else 'role="img"'
     return (
         f'<div class="stage{" active" if active else ""}" {role} aria-label="{html.escape(label)}">'
@@ -168,5 +168,5 @@ def _count(number: int, what: str) -> str:
 
 
 def _printable(name: str) -> str:
-    """A file name that was not UTF-8 has no place in a page that is."""
+    """Escape a file name that is not UTF-8."""
     return name.encode("utf-8", "replace").decode("utf-8")

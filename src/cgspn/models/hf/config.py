@@ -49,7 +49,8 @@ class CgspnConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
             encoder: a name of `cgspn.list_models()`, an EncoderConfig, or one as a dict.
             apply_layernorm: for a backbone: apply the encoder's last LayerNorm to its feature maps.
             out_features, out_indices: for a backbone: its stages, "stem" (0, before the blocks), "stage1", "stage2",
-            ... kwargs: settings of transformers, such as num_labels or id2label.
+                ...
+            kwargs: settings of transformers, such as num_labels or id2label.
 
         Raises ValueError for a name, a setting or a stage that does not exist.
         """

@@ -109,13 +109,16 @@ class CgspnImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         Args:
             images: an image, a batch or a list of images.
             size, aspect, resample, crop_pct, image_mean, image_std, patch_size: replace this processor's settings, as
-            do the options below. With crop_size, size may also be {"shortest_edge": pixels}. do_convert_rgb: False uses
-            the channels as they are, without converting colours. do_resize: False for images that already have their
-            size. do_center_crop, crop_size: take a centre crop after resizing to `size`, instead of `aspect`.
-            do_rescale, rescale_factor: for integer images. do_normalize: False to only rescale.
-            return_tensors: "pt", "np", or None for a list. data_format: "channels_first" or "channels_last" for
-            pixel_values. input_data_format: the same for input arrays with ambiguous shapes. disable_grouping: no
-            effect.
+                do the options below. With crop_size, size may also be {"shortest_edge": pixels}.
+            do_convert_rgb: False uses the channels as they are, without converting colours.
+            do_resize: False for images that already have their size.
+            do_center_crop, crop_size: take a centre crop after resizing to `size`, instead of `aspect`.
+            do_rescale, rescale_factor: for integer images.
+            do_normalize: False to only rescale.
+            return_tensors: "pt", "np", or None for a list.
+            data_format: "channels_first" or "channels_last" for pixel_values.
+            input_data_format: the same for input arrays with ambiguous shapes.
+            disable_grouping: no effect.
 
         Raises ValueError for inputs that are not images, pixels out of range, incompatible options, or images of
         different sizes without resizing.
