@@ -1,7 +1,7 @@
 """Settings of training runs: typed, printable, overridable from the command line."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from .sizes import SizeRange, check_fields
 
@@ -212,6 +212,12 @@ class DistillConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     highres: HighResConfig = field(default_factory=HighResConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    @property
+    def conversion(self) -> dict[str, Any]:
+        """The settings that `convert` takes, which a converted student already has."""
+        names = ("compression", "value_expansion", "keep_attention", "window_attention", "window", "keep_positions")
+        return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that cannot be combined."""
