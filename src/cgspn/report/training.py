@@ -11,12 +11,12 @@ from .charts import block_chart, loss_chart
 Steps = Sequence[Mapping[str, float]]
 TITLES = {
     "total": ("Total", "the weighted sum that is minimised"),
-    "PP": ("After sub-layers (PP)", "mean over blocks, through adapters where they are on"),
-    "PB": ("After blocks (PB)", "mean over blocks, through adapters where they are on"),
+    "PP": ("After sub-layers (PP)", "mean over blocks, with adapters if enabled"),
+    "PB": ("After blocks (PB)", "mean over blocks, with adapters if enabled"),
     "pooled": ("Pooled vector", "relative MSE, no adapter"),
-    "contrastive": ("Contrastive", "images against captions"),
-    "gradient": ("Gradient", "its norm before clipping"),
-    "lr": ("Learning rate", "of fresh weights; others have a factor on it"),
+    "contrastive": ("Contrastive", "between images and captions"),
+    "gradient": ("Gradient", "norm before clipping"),
+    "lr": ("Learning rate", "of new weights; inherited ones have a multiplier"),
 }
 LAST = ("gradient", "lr")  # panels after the losses
 TAPS = {"": "Each sub-layer", "PP ": "Each sub-layer (PP)", "PB ": "Each block (PB)"}
