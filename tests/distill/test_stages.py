@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 import cgspn
-from cgspn.data import load_embedded
+from cgspn.data import Batch, load_embedded
 from cgspn.distill import (
     ComputeConfig,
     DistillConfig,
@@ -50,9 +50,8 @@ def teacher():
 
 
 def batch(images, config, count=32):
-    from cgspn.data import one_pass
-
-    return next(iter(one_pass(images, count, transform=eval_transform(config))))
+    chosen = torch.arange(count)
+    return Batch(0, chosen, eval_transform(config)(images.images[chosen]), images.labels[chosen])
 
 
 def test_taps_are_the_forward_pass(teacher, images):

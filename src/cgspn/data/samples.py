@@ -84,7 +84,7 @@ class SampleFolder:
 def open_folder(path: Path) -> SampleFolder:
     """List a folder of images. If there are images outside of its sub-folders, it has no classes.
 
-    Raises FileNotFoundError or NotADirectoryError, as `load_folder` does.
+    Raises FileNotFoundError or NotADirectoryError, as `list_folder` does.
     """
     names, files = list_folder(path, mixed=True)
     flat = any(file.parent == path for file, _ in files)
