@@ -106,12 +106,10 @@ class CgspnImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         Args:
             images: a picture, a batch or a list of pictures.
             return_tensors: "pt", "np", or None for a list.
-            options: instead of this processor's own: size, aspect, resample, crop_pct, image_mean, image_std, patch_size;
-                do_resize=False for pictures that have their size; do_center_crop and crop_size to cut the middle out of
-                what `size` makes ({"shortest_edge": pixels} too), in place of `aspect`; do_rescale and rescale_factor of
-                integers; do_normalize=False for pixels as the rescaling leaves them; do_convert_rgb=False for channels
-                that are the encoder's whatever they mean, one plane each; data_format of pixel_values and
-                input_data_format of arrays whose shape does not show it, "channels_first" or "channels_last".
+            options: in place of this processor's own: size, aspect, resample, crop_pct, image_mean, image_std,
+                patch_size, and those of transformers. do_center_crop and crop_size cut the middle out of what `size`
+                makes ({"shortest_edge": pixels} too), in place of `aspect`; do_rescale and rescale_factor are of
+                integers; do_convert_rgb=False takes channels as the encoder's, whatever they mean.
 
         Raises TypeError for another option, ValueError for what is no picture, pixels outside of their range, options
         that exclude one another, or sizes that differ where none is made.
