@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cgspn.data.labelled import open_numbered
+from cgspn.data import open_shards
+from cgspn.data.labelled import LabelledPictures, images_of
 from cgspn.evaluate import linear_accuracy, nearest_accuracy, recognition
 from cgspn.evaluate.recognition import PENALTIES, picture_features
 from cgspn.layers import AttentionConfig
@@ -97,6 +98,11 @@ def tar_of(path, count, broken=()):
     return path
 
 
+def numbered(tar, count):
+    pictures = images_of(open_shards(str(tar), tar.parent / "cache"))
+    return LabelledPictures(tar.stem, pictures, [i % 3 for i in range(count)], ("red", "green", "blue"))
+
+
 def test_pictures_of_tars_are_recognised_at_a_size_of_choice(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.manual_seed(0)
@@ -110,8 +116,8 @@ def test_pictures_of_tars_are_recognised_at_a_size_of_choice(tmp_path, monkeypat
         pooling="mean",
     )
     encoder = Encoder(config).eval()
-    train = open_numbered(tar_of(tmp_path / "train.tar", 12), 3)
-    test = open_numbered(tar_of(tmp_path / "test.tar", 9, broken=(4,)), 3)
+    train = numbered(tar_of(tmp_path / "train.tar", 12), 12)
+    test = numbered(tar_of(tmp_path / "test.tar", 9, broken=(4,)), 9)
     for size in (None, 12, (8, 16)):
         found = recognition(encoder, train, test, size=size, max_skipped=0.5)
         assert (found.linear, found.nearest) == (1, 1)
@@ -123,5 +129,3 @@ def test_pictures_of_tars_are_recognised_at_a_size_of_choice(tmp_path, monkeypat
         ValueError, match=r"size is 10; accepted: multiples of the patch size 4, the nearest being 8 x 8"
     ):
         recognition(encoder, train, test, size=10)
-    with pytest.raises(ValueError, match=r"has class 2; accepted: 0 to 1"):
-        open_numbered(tmp_path / "train.tar", 2)

@@ -15,19 +15,9 @@ from ..config import Resample
 from ..variable_size import inside, padded
 from .fit import FULL, Aspect, Fit, Sides, each_picture, filter_name, resizing, sides
 
-OPTIONS = (
-    "size",
-    "aspect",
-    "resample",
-    "crop_pct",
-    "image_mean",
-    "image_std",
-    "patch_size",
-    "do_convert_rgb",
-    "do_resize",
-)
-OPTIONS += ("do_center_crop", "crop_size", "do_rescale", "rescale_factor", "do_normalize", "data_format")
-OPTIONS += ("input_data_format", "disable_grouping")
+OPTIONS: tuple[str, ...] = ("size", "aspect", "resample", "crop_pct", "image_mean", "image_std", "patch_size")
+OPTIONS += ("do_convert_rgb", "do_resize", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
+OPTIONS += ("do_normalize", "data_format", "input_data_format", "disable_grouping")
 
 
 class CgspnImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg,misc]
