@@ -180,7 +180,8 @@ def run(config: CurriculumConfig) -> None:
         found.append(row)
         print(*(row[key] for key in ("student", "seed", "trained", "variant", "px", "cosine")), sep="  ", flush=True)
         settings = json.loads(json.dumps(asdict(config), default=str))
-        content = {"machine": describe(), "settings": settings, "rows": found}
+        machine = describe(program="python -m benchmarks.resolution.curriculum")
+        content = {"machine": machine, "settings": settings, "rows": found}
         write_atomically(config.out / "curriculum.json", json.dumps(content, indent=1))
 
 

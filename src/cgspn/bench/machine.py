@@ -1,4 +1,4 @@
-"""What a machine can do at best."""
+"""Peak rates of a machine."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def free(device: torch.device) -> None:
 
 
 def copy_bandwidth(size: int = 1 << 30, device: str = "cuda") -> float:
-    """Bytes a second of a copy of `size` bytes within the memory of a device, read and written counted."""
+    """Bandwidth in bytes/s of a copy of `size` bytes within a device's memory, counting reads and writes."""
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2e3 * size / medians({"copy": lambda: target.copy_(source)}, graph=False)["copy"]
 
 
 def matmul_rate(n: int = 8192, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, rounds: int = 9) -> float:
-    """Floating-point operations a second of a product of two n x n matrices."""
+    """FLOP/s of a product of two n x n matrices."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2e3 * n**3 / medians({"matmul": lambda: a @ b}, rounds=rounds, graph=False)["matmul"]
 

@@ -1,4 +1,4 @@
-"""What scaling.json says, as tables and a plot: efficiency against one GPU, losses against one GPU's."""
+"""Tables and a plot of scaling.json: efficiency and losses relative to one GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..models.checkpoint import write_atomically
 from ..report.drawing import draw, lines
 from .results import table
 
-TOLERANCES = {"bfloat16": 1e-3, "float32": 1e-5}  # relative, of losses: sums have another order
+TOLERANCES = {"bfloat16": 1e-3, "float32": 1e-5}  # relative differences of losses, because the order of sums differs
 WEAK, PLACED = 0.94, 0.9  # targets: efficiency on 2 GPUs, and that of placed blocks on any number
 
 HOW = """Weak scaling: the batch of each GPU is constant. ms a step: mean of the slowest process; ±: its deviation in
@@ -22,12 +22,12 @@ without GPUs. Memory: the largest peak of a process, which holds the whole froze
 
 
 def stage_of(mode: str) -> str:
-    """ "stage 2" of "stage 2 ddp": what one GPU does."""
+    """The stage of a mode: "stage 2" for "stage 2 ddp"."""
     return mode[:7]
 
 
 def is_captured(row: Mapping[str, Any]) -> bool:
-    """Whether a row's steps were replayed; files from before there was a choice do not say."""
+    """Whether a row's steps were CUDA graph replays; older files lack this field."""
     return bool(row.get("captured", False))
 
 
@@ -64,14 +64,15 @@ def speed_rows(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def target_of(mode: str, gpus: int) -> float | None:
-    """The efficiency that is wished for, 0 to 1."""
+    """The target efficiency, 0 to 1."""
     if mode == "stage 1 placed":
         return PLACED
     return WEAK if gpus == 2 else None
 
 
 def loss_rows(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The losses of every number of GPUs against one's: the largest relative difference, and whether it is allowed."""
+    """The largest relative difference between the losses on several GPUs and on one, and whether it is within
+    tolerance."""
     tolerance = TOLERANCES[saved["settings"]["compute"]["precision"]]
     rows = []
     for row in sorted(saved["losses"], key=lambda row: (row["mode"], is_captured(row), row["gpus"])):
@@ -99,7 +100,7 @@ def link_rows(saved: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def report(saved: Mapping[str, Any], out: Path) -> None:
-    """Write scaling.md and, where several numbers of GPUs are, scaling.png."""
+    """Write scaling.md, and scaling.png if there are several numbers of GPUs."""
     rows = speed_rows(saved)
     parts = ["# scaling", "\n".join(f"- {name}: {value}" for name, value in saved["settings"].items())]
     for gpus, machine in sorted(saved["machines"].items(), key=lambda item: int(item[0])):
@@ -121,7 +122,7 @@ def report(saved: Mapping[str, Any], out: Path) -> None:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Efficiency over the number of GPUs, a line for each mode and size."""
+    """Plot the efficiency over the number of GPUs, with a line per mode and size."""
 
     def paint(axes: Any) -> None:
         ax, shown = axes[0, 0], [row for row in rows if "efficiency" in row and row["GPUs"] > 1]
@@ -137,6 +138,6 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         ax.set_xticks(ticks, list(map(str, ticks)))
         ax.set(xlabel="GPUs", ylabel="images/s over one GPU's times their number")
         values = [row["efficiency"] for row in shown]
-        ax.set_ylim(min(0.8, *values) - 0.02, max(1.0, *values) + 0.005)  # nothing beyond 1 but what was measured so
+        ax.set_ylim(min(0.8, *values) - 0.02, max(1.0, *values) + 0.005)  # exceed 1 only for measured values
 
     draw(path, paint, figsize=(6, 3.6))

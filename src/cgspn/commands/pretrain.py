@@ -1,4 +1,4 @@
-"""`cgspn pretrain`: an image-text model from scratch, without a teacher."""
+"""`cgspn pretrain`: train an image-text model from scratch, without a teacher."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ class Pretrain(Command):
     """Replace an existing model in the folder."""
 
     def __post_init__(self) -> None:
-        """Take sizes and aspects into the config."""
+        """Apply sizes and aspects to the config."""
         if self.sizes or self.aspects:
             sizes = mixed_sizes(self.config.sizes, self.sizes, self.aspects)
             object.__setattr__(self, "config", replace(self.config, sizes=sizes))
 
     def run(self) -> None:
-        """Train, evaluate on the validation split, save. Raises ValueError, OSError or DivergedError."""
+        """Train, evaluate on the validation split, and save. Raises ValueError, OSError or DivergedError."""
         device = device_of(self.device)
         check_folder(self.out, "out")
         check_free([self.out / name for name in (CONFIG, WEIGHTS, PREPROCESSING, RECORD)], "out", self.overwrite)

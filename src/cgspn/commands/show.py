@@ -1,4 +1,4 @@
-"""`cgspn show`: a page of pictures of what an encoder sees in photographs."""
+"""`cgspn show`: visualise the features of an encoder on photographs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..report.pictures import png_bytes
 from ..report.show import PLACES, STUDENT, TEACHER, check_show, even_layers, look_at, show_picture
 from ..report.show_page import show_page
 from ..teachers import load_encoder
-from .checks import check_file, device_of
+from .checks import check_file, device_of, loaded
 from .command import Command, Device, Student
 
 
@@ -49,7 +49,7 @@ class Show(Command):
     """Longer side in pixels, rounded to whole patches. The default is the student's native size (for each embedded
     image)."""
     limit: int = 10
-    """Maximum number of photographs, in the order of their names. Each adds up to 2 MB to the page."""
+    """Maximum number of photographs, sorted by name. Each adds up to 2 MB to the page."""
     layers: tuple[int, ...] | None = None
     """Layers (numbered from 1) whose influence is shown. The default is four layers, spread evenly."""
     at: tuple[tuple[float, float], ...] = PLACES
@@ -72,8 +72,11 @@ class Show(Command):
                 check_file(path, name, "a file name", self.overwrite)
         models = {STUDENT: self.student} if self.teacher is None else {TEACHER: self.teacher, STUDENT: self.student}
         with waiting("loading"):
-            loaded = {name: load_encoder(source).to(device).requires_grad_(False) for name, source in models.items()}
-        student, teacher = loaded[STUDENT], loaded.get(TEACHER)
+            encoders = {
+                name: loaded(load_encoder, name, source).to(device).requires_grad_(False)
+                for name, source in models.items()
+            }
+        student, teacher = encoders[STUDENT], encoders.get(TEACHER)
         layers = self.layers or even_layers(student)
         check_show(student, teacher, layers, self.at)
         config = student.config
@@ -88,7 +91,7 @@ class Show(Command):
                 photographs, student, teacher, layers=layers, places=self.at, watch=lambda: watch({"shown": 1})
             )
         seconds = time.monotonic() - began
-        names = {name: f"{models[name]}: {_described(model)}" for name, model in loaded.items()}
+        names = {name: f"{models[name]}: {_described(model)}" for name, model in encoders.items()}
         facts = {
             "photographs": f"{len(photographs)} from {self.images}, {seconds:.1f} s on {device}",
             "skipped": ", ".join(name for name, _ in skipped.files) or "none",

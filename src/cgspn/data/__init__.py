@@ -1,4 +1,4 @@
-"""Images: the embedded set, image folders, shards, transforms and batches."""
+"""Data: the embedded images, image folders, shards, evaluation datasets, transforms and batches."""
 
 from .captions import TEMPLATES, fill
 from .embedded import load_embedded

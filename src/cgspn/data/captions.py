@@ -1,4 +1,4 @@
-"""Prompt templates, and class names put into them."""
+"""Prompt templates and captions from class names."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ def fill(template: str, name: str) -> str:
     """Insert a class name into a template and adapt the article: "a photo of an ankle boot".
 
     template: text with exactly one `{}`, or one `{c}` as in CLIP-benchmark, whose article does not change. Raises
-    ValueError for a template that does not contain exactly one of them.
+    ValueError for a template without exactly one of them.
     """
     if template.count("{}") + template.count("{c}") != 1:
         raise ValueError(f"template is {template!r}; expected exactly one '{{}}' or '{{c}}'")
@@ -36,10 +36,9 @@ def class_captions(
     indices: Tensor | None = None,
     templates: Sequence[str] = TEMPLATES,
 ) -> list[str]:
-    """One caption for each of `labels`, int64 [N], or those at `indices`: its class in a template drawn at random.
+    """One caption for each of `labels`, int64 [N], or for those at `indices`: the class name in a random template.
 
-    The caption of an image depends on its own index and the seed alone, so a batch has the captions it would have in
-    the whole set.
+    The caption of an image depends only on its index and the seed, so it is the same in a batch and in the whole set.
     """
     choice = torch.randint(len(templates), (len(labels),), generator=torch.Generator().manual_seed(seed))
     if indices is not None:

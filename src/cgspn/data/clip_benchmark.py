@@ -12,19 +12,19 @@ from .shards import ShardSet, index_shards
 
 SPLIT = "test"
 COUNT = "nshards.txt"
-MOST_BYTES = 1 << 24  # of a file of lines
+MOST_BYTES = 1 << 24  # of a text file
 
 
 def is_clip_benchmark(root: Path) -> bool:
-    """Whether a folder has the layout: tars in test/, or a file that says how many there are."""
+    """Whether a folder has this layout: tars in test/, or a file with their number."""
     split = root / SPLIT
     return split.is_dir() and ((split / COUNT).is_file() or any(split.glob("*.tar")))
 
 
 def open_benchmark_shards(root: Path) -> ShardSet:
-    """The samples of the test split.
+    """Open the samples of the test split.
 
-    Raises ValueError if nshards.txt holds no number, and what `open_shards` raises, naming the shards that are lost.
+    Raises ValueError if nshards.txt holds no number, and the errors of `open_shards`, which name missing shards.
     """
     split, count = root / SPLIT, root / SPLIT / COUNT
     if not count.is_file():
@@ -41,10 +41,11 @@ def open_benchmark_shards(root: Path) -> ShardSet:
 def read_lines(path: Path, what: str) -> list[str]:
     """The non-empty lines of a text file.
 
-    Raises FileNotFoundError or ValueError, saying `what` was expected there, for none, and OSError for too many.
+    Raises FileNotFoundError or ValueError, saying that `what` was expected, if there are none, and OSError if the file
+    is too large.
     """
     try:
-        # some editors put a mark before UTF-8, which is no part of the first line
+        # some editors write a byte order mark, which is not part of the first line
         lines = read_bytes(path, MOST_BYTES).decode("utf-8-sig").splitlines()
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{error}; expected {what}") from error

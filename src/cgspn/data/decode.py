@@ -1,4 +1,4 @@
-"""From an image file to RGB pixels of a given size: one box of the picture, upright, whatever its format and mode."""
+"""Decoding of a box of an image file to upright RGB pixels of a given size."""
 
 import warnings
 from collections.abc import Callable
@@ -11,22 +11,22 @@ from PIL import Image, ImageOps
 
 from .opening import is_jpeg, open_image
 
-ORIENTATION = 0x0112  # the Exif tag; values from 5 to 8 turn a picture on its side
+ORIENTATION = 0x0112  # the Exif tag; values from 5 to 8 swap height and width
 ON_ITS_SIDE = range(5, 9)
-BAND = 1 << 20  # pixels that are converted at a time
+BAND = 1 << 20  # pixels per conversion step
 
 Box = tuple[float, float, float, float]
 """(top, left, height, width) in pixels, inside the picture."""
 
 
 def read_box(file: Path | IO[bytes], size: tuple[int, int], choose: Callable[[int, int], Box]) -> NDArray[np.uint8]:
-    """Read a box of a picture, resized with an antialiased bilinear filter.
+    """Read a box of an image, resized with an antialiased bilinear filter.
 
-    Pictures are turned as their Exif orientation says; transparent pixels become white; palettes, CMYK and 16-bit
-    grey are converted; of an animation the first frame is taken. choose: from height and width of the upright picture
-    to the box. Returns uint8 [*size, 3], size = (height, width).
+    The Exif orientation is applied, transparent pixels become white, palettes, CMYK and 16-bit grey are converted, and
+    the first frame of an animation is used. choose: maps height and width of the upright image to the box. Returns
+    uint8 [*size, 3], size = (height, width).
 
-    Raises OSError or ValueError for a file that is damaged, or takes more than it should.
+    Raises OSError or ValueError for a file that is damaged or exceeds the limits.
     """
     with open_image(file) as opened:
         if not is_jpeg(opened):
@@ -34,12 +34,12 @@ def read_box(file: Path | IO[bytes], size: tuple[int, int], choose: Callable[[in
         sideways = opened.getexif().get(ORIENTATION) in ON_ITS_SIDE
         height, width = (opened.width, opened.height) if sideways else (opened.height, opened.width)
         box = choose(height, width)
-        # the decoder of JPEG can shrink by 2, 4 or 8 for free; twice the size wanted leaves the quality to the resize
+        # the JPEG decoder can shrink by 2, 4 or 8 for free; twice the target size leaves the quality to the resize
         shrink = max(1.0, min(box[2] / size[0], box[3] / size[1]) / 2)
         opened.draft(None, (int(opened.width / shrink), int(opened.height / shrink)))
         turn_upright(opened)
         image = to_rgb(opened)
-    # rounding must not move a box at the edge beyond it
+    # rounding must not move a box beyond the edge
     x, y = image.width / width, image.height / height
     top, left = max(0.0, box[0] * y), max(0.0, box[1] * x)
     bottom, right = min((box[0] + box[2]) * y, image.height), min((box[1] + box[3]) * x, image.width)
@@ -48,19 +48,19 @@ def read_box(file: Path | IO[bytes], size: tuple[int, int], choose: Callable[[in
 
 
 def turn_upright(image: Image.Image) -> None:
-    """Decode a picture and turn it, in place, as its Exif orientation says."""
+    """Decode an image and apply its Exif orientation in place."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about oddities of metadata, a line each
+        warnings.simplefilter("ignore")  # warnings about odd metadata
         ImageOps.exif_transpose(image, in_place=True)
 
 
 def whole(height: int, width: int) -> Box:
-    """All of the picture, for `read_box`."""
+    """The box of the whole image, for `read_box`."""
     return 0, 0, height, width
 
 
 def middle(size: tuple[int, int]) -> Callable[[int, int], Box]:
-    """For `read_box`: the largest box in the middle that has the aspect ratio of `size`, (height, width)."""
+    """The largest centred box with the aspect ratio of `size`, (height, width), for `read_box`."""
 
     def choose(height: int, width: int) -> Box:
         scale = min(height / size[0], width / size[1])
@@ -71,12 +71,12 @@ def middle(size: tuple[int, int]) -> Callable[[int, int], Box]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB. Raises ValueError for grey values whose range is not known."""
+    """Convert an image of any mode to RGB. Raises ValueError for grey values of unknown range."""
     rows = max(1, BAND // max(1, image.width))
     if image.mode == "RGB" or rows >= image.height:
         return _to_rgb(image)
     result = Image.new("RGB", image.size)
-    for top in range(0, image.height, rows):  # what lies between needs up to five times the memory
+    for top in range(0, image.height, rows):  # in bands, since intermediate images need up to five times the memory
         result.paste(_to_rgb(image.crop((0, top, image.width, min(top + rows, image.height)))), (0, top))
     return result
 
@@ -90,10 +90,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray((grey.astype(np.float32) / 257).round().astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point grey values, whose range is not known")
-    if image.mode == "La":  # grey times alpha, which Pillow converts to nothing else
+    if image.mode == "La":  # grey times alpha, which Pillow can only convert to LA
         image = image.convert("LA")
     if image.has_transparency_data:
-        # Over white, as pages show it; dropping alpha would uncover whatever colour was saved under it.
+        # Blend over white, as browsers do; dropping alpha would show the hidden colour below it.
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")

@@ -1,4 +1,4 @@
-"""The image set that comes with the package: part of Fashion-MNIST (MIT licence, see fashion_mnist/LICENSE)."""
+"""The images included in the package: part of Fashion-MNIST (MIT licence, see fashion_mnist/LICENSE)."""
 
 import hashlib
 import json
@@ -19,11 +19,11 @@ CLASS_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shi
 def load_embedded(split: Split) -> ImageSet:
     """Load the embedded set: grey images of clothes, 28x28, ten classes of the same size.
 
-    19,200 training, 2,000 validation and 4,000 test images; test images come from the original test split. The
-    classes take turns, so the first n images of a split are balanced too. The decoded set, images uint8 [N, 1, 28, 28],
-    is kept: every call returns the same object, whose tensors must not be written to.
+    19,200 training, 2,000 validation and 4,000 test images; test images come from the original test split. The classes
+    are interleaved, so the first n images of a split are balanced too. The decoded set, images uint8 [N, 1, 28, 28], is
+    cached: every call returns the same object, whose tensors must not be modified.
 
-    Raises ValueError for an unknown split, RuntimeError for damaged files or a Python without lzma.
+    Raises ValueError for an unknown split, and RuntimeError for damaged files or a Python without lzma.
 
     Source: Xiao, Rasul and Vollgraf, "Fashion-MNIST", 2017; subset by scripts/build_embedded.py.
     """
@@ -43,7 +43,7 @@ def load_embedded(split: Split) -> ImageSet:
     if hashlib.sha256(raw).hexdigest() != manifest["splits"][split]["sha256"]:
         raise RuntimeError(f"the embedded file {split}.xz does not hold what it should; install the package again")
     classes, h, w = manifest["classes"], manifest["height"], manifest["width"]
-    # Stored [class, n, column, row], which packs best; handed out with the classes taking turns.
+    # Stored as [class, n, column, row], which compresses best, and returned with interleaved classes.
     stored = torch.frombuffer(raw, dtype=torch.uint8).view(classes, -1, w, h)
     images = stored.permute(1, 0, 3, 2).reshape(-1, 1, h, w).contiguous()
     labels = torch.arange(classes).repeat(len(images) // classes)

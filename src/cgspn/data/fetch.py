@@ -1,4 +1,4 @@
-"""Downloads into a cache: whole or not at all, once for all processes, given up where a server keeps us waiting."""
+"""Downloads into a cache: atomic, once for all processes, and aborted if a server is too slow."""
 
 import hashlib
 import http.client
@@ -19,22 +19,21 @@ from filelock import FileLock
 
 TRIES = 3
 WAIT = 1.0  # seconds before the second try, doubled for the third
-TIMEOUT = 8.0  # seconds without a byte; after two of them a server is given up
-WINDOW, SLOWEST = 10.0, 1024  # seconds, and the bytes a second below which a server is given up
-POLL = 0.05  # seconds between looks at a download
-MOST_BYTES = 1 << 37  # of one file, for servers that never end
-AT_ONCE = 8  # downloads
+TIMEOUT = 8.0  # seconds without a byte; after two timeouts a download is aborted
+WINDOW, SLOWEST = 10.0, 1024  # seconds, and bytes/s below which a download is aborted
+POLL = 0.05  # seconds between checks of a download
+MOST_BYTES = 1 << 37  # of one file, in case a server sends data forever
+AT_ONCE = 8  # concurrent downloads
 
 
 class _SlowServer(OSError):
-    """A server that is not worth another try."""
+    """The server is too slow for another attempt."""
 
 
 def fetch_all(urls: Sequence[str], folder: Path, most_failures: int) -> Iterator[tuple[Path, str]]:
-    """The local file of each URL in order, and why it is not there, or "".
+    """The local path of each URL in order, with the reason why it is missing, or "".
 
-    Once more than `most_failures` have failed, the others are not tried. The threads do not keep the program alive:
-    Ctrl-C ends it at once.
+    After more than `most_failures` failures the other URLs are not tried. The threads do not block Ctrl-C.
     """
     stop, failed = threading.Event(), [0]
 
@@ -62,13 +61,13 @@ def _base(url: str) -> str:
 
 
 def fetch(url: str, path: Path, stop: threading.Event | None = None) -> None:
-    """Download `url` to `path` unless it is there; whole or not at all, once for all processes of this machine.
+    """Download `url` to `path` unless it exists, atomically and once for all processes of this machine.
 
-    http, https and file are read by the standard library, other schemes by fsspec and the plugin that it names.
-    What an interrupted download left is overwritten by the next. Setting `stop` ends it at once.
+    The standard library reads http, https and file; fsspec and its plugins read other schemes. The next download
+    overwrites the remains of an interrupted one. Setting `stop` ends a download.
 
-    Raises OSError if the file cannot be had after three tries (one, if the server says that there is none, or sends
-    less than a kilobyte a second), or written; ImportError or ValueError if fsspec does not know the scheme.
+    Raises OSError if writing or three attempts to download fail (one attempt if the server says that the file does not
+    exist, or sends less than a kilobyte/s), and ImportError or ValueError if fsspec does not support the scheme.
     """
     if path.exists():
         return
@@ -76,7 +75,7 @@ def fetch(url: str, path: Path, stop: threading.Event | None = None) -> None:
     waited = 0
     with FileLock(path.with_name(f".{path.name}.lock")):
         for number in range(TRIES):
-            if path.exists():  # another process was faster
+            if path.exists():  # another process has downloaded it
                 return
             try:
                 _download(url, path, stop)
@@ -89,8 +88,8 @@ def fetch(url: str, path: Path, stop: threading.Event | None = None) -> None:
 
 
 def _download(url: str, path: Path, stop: threading.Event | None) -> None:
-    """Download in a thread of its own, which is left alone where a server keeps it: no call on sockets has an end that
-    includes headers, encodings and redirections."""
+    """Download in a separate thread, which is abandoned if the server hangs, because no socket timeout covers headers,
+    encodings and redirects."""
     partial, unwanted = path.with_name(f".{path.name}.part"), threading.Event()
     ended = queue.SimpleQueue[BaseException | None]()
 
@@ -124,7 +123,7 @@ def _download(url: str, path: Path, stop: threading.Event | None) -> None:
 
 
 def _copy(url: str, partial: Path, unwanted: threading.Event) -> None:
-    """Raises OSError for a file that is not whole, or too large, and what the scheme's reader raises."""
+    """Copy a URL to a file. Raises OSError if it is incomplete or too large, and the errors of the scheme's reader."""
     with partial.open("wb", buffering=0) as file:
         if urllib.parse.urlsplit(url).scheme in ("http", "https", "file"):
             with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
@@ -132,7 +131,7 @@ def _copy(url: str, partial: Path, unwanted: threading.Event) -> None:
                     raise OSError(f"the server answers {response.status}, not with a whole file")
                 promised = response.headers.get("Content-Length")
                 _copy_bytes(response.read1, file, unwanted)
-            # a connection that breaks looks like the end of the file
+            # a broken connection looks like the end of the file
             if promised is not None and str(file.tell()) != promised.strip():
                 raise OSError(f"{url} ended after {file.tell()} of {promised} bytes")
         else:

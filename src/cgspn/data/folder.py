@@ -8,13 +8,13 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 
 
 def list_folder(root: Path, *, mixed: bool = False) -> tuple[tuple[str, ...], list[tuple[Path, int]]]:
-    """Class names, and image files with their labels, in the order of names, from sub-folders at any depth.
+    """Class names, image files and their labels, sorted by name, from sub-folders at any depth.
 
-    A flat folder has one class, named after it. Hidden files and folders are ignored. mixed: images may be in
-    sub-folders and beside them; all are then of one class.
+    A flat folder has one class, named after it. Hidden files and folders are ignored. mixed: allow images both in
+    sub-folders and beside them; they then have one class.
 
-    Raises FileNotFoundError or NotADirectoryError for a folder that is missing or holds no images, ValueError for
-    images both in sub-folders and beside them unless `mixed`.
+    Raises FileNotFoundError or NotADirectoryError for a folder that is missing or without images, ValueError for images
+    both in sub-folders and beside them unless `mixed`.
     """
     if not root.exists():
         raise FileNotFoundError(f"no such folder: {root}")
@@ -37,13 +37,13 @@ def list_folder(root: Path, *, mixed: bool = False) -> tuple[tuple[str, ...], li
         folders = [(root.resolve().name, loose)]
     if not folders:
         raise FileNotFoundError(f"no image files in {root} (looked for {', '.join(sorted(SUFFIXES))})")
-    # as texts, which those of bytes that are not UTF-8 are not yet
+    # as valid text, since names may hold bytes that are not UTF-8
     names = tuple(name.encode(errors="backslashreplace").decode() for name, _ in folders)
     return names, [(f, k) for k, (_, files) in enumerate(folders) for f in files]
 
 
 def _walk(folder: Path, root: Path) -> Iterator[Path]:
-    """The images below a folder. Links to folders are followed out of `root`, each of their targets once."""
+    """The images below a folder. Links to folders outside of `root` are followed, each target once."""
     seen, todo = {root}, [folder]
     while todo:
         for path in todo.pop().iterdir():
@@ -57,7 +57,8 @@ def _walk(folder: Path, root: Path) -> Iterator[Path]:
 
 
 def _leads_back(link: Path, seen: set[Path]) -> bool:
-    """Whether a link leads to what is walked anyway: back into the root, or into or above a target seen before."""
+    """Whether a link leads to a folder that is visited anyway: inside the root, or inside or above an earlier
+    target."""
     target = link.resolve()
     if any(target == known or known in target.parents or target in known.parents for known in seen):
         return True

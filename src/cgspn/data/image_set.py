@@ -14,9 +14,9 @@ from .foreground import foreground
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images uint8 [N, 1 or 3, H, W] of one size, labels int64 [N], and readable class names, by label.
+    """Images uint8 [N, 1 or 3, H, W] of one size, labels int64 [N], and the class name of each label.
 
-    Raises TypeError for a wrong dtype, ValueError for a wrong shape or a label without a class name.
+    Raises TypeError for a wrong dtype, and ValueError for a wrong shape or a label without a class name.
     """
 
     images: Tensor
@@ -45,7 +45,7 @@ class ImageSet:
         return self.images[indices], self.labels[indices]
 
     def subset(self, indices: Tensor) -> ImageSet:
-        """The set of the images at `indices`, int64 [M] (or a bool mask [N])."""
+        """The subset of the images at `indices`, int64 [M] (or a bool mask [N])."""
         return ImageSet(self.images[indices], self.labels[indices], self.class_names)
 
     def captions(self, seed: int = 0, indices: Tensor | None = None, templates: Sequence[str] = TEMPLATES) -> list[str]:

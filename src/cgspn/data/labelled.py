@@ -1,4 +1,4 @@
-"""Pictures with classes or captions, as they lie on disk, for measuring: nothing is decoded before its turn."""
+"""Evaluation datasets with classes or captions. Images stay on disk until they are decoded one by one."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .source import EMBEDDED
 
 @dataclass(frozen=True, eq=False)
 class LabelledPictures:
-    """N labelled pictures. class_names are inserted into the prompt templates; labels: N class numbers."""
+    """N labelled images. class_names are inserted into the prompt templates; labels: N class numbers."""
 
     name: str
     pictures: Sequence[Picture]
@@ -31,7 +31,7 @@ class LabelledPictures:
 
 @dataclass(frozen=True, eq=False)
 class CaptionedPictures:
-    """N pictures with one or more captions each."""
+    """N images with one or more captions each."""
 
     name: str
     pictures: Sequence[Picture]
@@ -39,17 +39,17 @@ class CaptionedPictures:
 
 
 def set_name(source: str | Path) -> str:
-    """Name of a source in tables: the last part of its path, without `.tar`."""
+    """The name of a source in tables: the last part of its path, without `.tar`."""
     return Path(source).name.removesuffix(".tar") or str(source)
 
 
 def open_labelled(source: str | Path) -> LabelledPictures:
-    """Find the labelled pictures of a source.
+    """Open the labelled images of a source.
 
     source: "embedded" (its test split); a folder with a sub-folder for each class; a folder in the layout of
     CLIP-benchmark: test/0.tar ... with .cls files, classnames.txt, zeroshot_classification_templates.txt.
 
-    Raises OSError for what is not there or cannot be read, ValueError for another layout or a label without a name.
+    Raises OSError if the source is missing or unreadable, and ValueError for another layout or a label without a name.
     """
     root = Path(source)
     if str(source) == EMBEDDED:
@@ -94,12 +94,12 @@ def _labelled_shards(root: Path) -> LabelledPictures:
 
 
 def open_captioned(source: str | Path) -> CaptionedPictures:
-    """Find the captioned pictures of a source; several lines are several captions.
+    """Open the captioned images of a source. Each line of a text file is a caption.
 
-    source: a folder of images at any depth, each with a .txt file beside it; a folder in the layout of CLIP-benchmark,
-    test/0.tar ... with .txt files; or tars with them, as a path, pattern or URL.
+    source: a folder with images and .txt files of the same names at any depth; a folder in the layout of
+    CLIP-benchmark, test/0.tar ... with .txt files; or tars with them, as a path, pattern or URL.
 
-    Raises FileNotFoundError if no image there has captions, OSError or ValueError for what cannot be read.
+    Raises FileNotFoundError if no image has captions, and OSError or ValueError if the source cannot be read.
     """
     root = Path(source)
     if is_clip_benchmark(root) or is_tars(source):
@@ -126,15 +126,15 @@ def open_captioned(source: str | Path) -> CaptionedPictures:
 
 
 def is_tars(source: str | Path) -> bool:
-    """Whether a source names tars: by its ending."""
+    """Whether the name of a source ends like that of tars."""
     return str(source).endswith(".tar")
 
 
 def images_of(shards: ShardSet) -> list[Picture]:
-    """The image of each sample."""
+    """The images of samples as a sequence."""
     return [Member(shards, number, "image") for number in range(len(shards))]
 
 
 def labels_of(pictures: LabelledPictures, kept: Sequence[int]) -> torch.Tensor:
-    """The labels of some of the pictures, int64 [len(kept)]."""
+    """The labels of the kept images, int64 [len(kept)]."""
     return torch.tensor([pictures.labels[number] for number in kept], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Which images a batch holds, and its shape: functions of the seed and the step, so that runs resume exactly."""
+"""The images and shape of each batch. They depend only on the seed and the step, so that a run resumes exactly."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Batch:
 
 
 def mixed_number(seed: int, purpose: int, number: int) -> int:
-    """A hash of 64 bits: seeds that differ by one must not give streams that overlap between purposes or numbers."""
+    """A 64-bit hash, so that the random streams of consecutive seeds do not overlap between purposes or numbers."""
     mixed = seed & 0xFFFFFFFFFFFFFFFF
     for value in (purpose, number):
         mixed = (mixed ^ value) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
@@ -35,20 +35,21 @@ def mixed_number(seed: int, purpose: int, number: int) -> int:
 
 
 def generator_of(seed: int, purpose: int, number: int) -> torch.Generator:
-    """Randomness for one purpose at one step or epoch, on the CPU.
+    """A CPU random generator for one purpose at one step or epoch.
 
     Purposes: 0 order, 1 crops, 2 colours, 3 blends, 4 boxes, 5 shapes of batches.
     """
     return torch.Generator().manual_seed(mixed_number(seed, purpose, number))
 
 
-@lru_cache(maxsize=2)  # a batch of a large source is a small part of its epoch
+@lru_cache(maxsize=2)  # consecutive batches use the same permutation
 def _order(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=generator_of(seed, 0, epoch))
 
 
 def stream_indices(size: int, begin: int, count: int, *, seed: int = 0) -> Tensor:
-    """`count` images from position `begin` of the endless stream of epochs of `size` images; int64 [count].
+    """Indices of `count` images from position `begin` of an infinite sequence of epochs of `size` images, int64
+    [count].
 
     Each epoch is a permutation of all images. Raises ValueError for a source without images.
     """

@@ -1,4 +1,4 @@
-"""From what a user calls a source (path, glob, brace pattern, URL) to local files; URLs are fetched once."""
+"""Resolve a source (path, glob, brace pattern or URL) to local files. URLs are downloaded once."""
 
 import glob
 import itertools
@@ -17,12 +17,12 @@ from .fetch import fetch_all
 
 Item = TypeVar("Item")
 
-MOST_NAMES = 300_000  # of a brace pattern; the largest public sets have some 230,000 shards
+MOST_NAMES = 300_000  # most names in a brace pattern; the largest public datasets have some 230,000 shards
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar file: its name as the user wrote it, patterns expanded, its local path, and why it is missing, or ""."""
+    """A tar file: its name with patterns expanded, its local path, and the reason why it is missing, or ""."""
 
     name: str
     path: Path
@@ -30,16 +30,16 @@ class Shard:
 
 
 def cache_folder(given: str | Path | None = None) -> Path:
-    """Folder of downloaded shards and indices: `given`, else $XDG_CACHE_HOME/cgspn/data or ~/.cache/cgspn/data."""
+    """The folder of downloaded shards and indices: `given`, else $XDG_CACHE_HOME/cgspn/data or ~/.cache/cgspn/data."""
     if given is not None:
         return Path(given).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cgspn" / "data"
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`a-{08..10}.tar` to a-08.tar, a-09.tar, a-10.tar and `{x,y}.tar` to x.tar, y.tar; more than one may occur.
+    """Expand `a-{08..10}.tar` to a-08.tar, a-09.tar, a-10.tar and `{x,y}.tar` to x.tar, y.tar, also several in a name.
 
-    Raises ValueError for a range that runs backwards, braces that hold neither, or more than `MOST_NAMES` names.
+    Raises ValueError for a descending range, braces with neither form, or more than `MOST_NAMES` names.
     """
     count = 1
     pieces: list[list[str]] = []
@@ -69,19 +69,19 @@ def _check_count(count: int, pattern: str) -> None:
 
 
 def is_url(source: str) -> bool:
-    """Whether a source is a URL; a Windows drive letter is none."""
+    """Whether a source is a URL and not a path with a Windows drive letter."""
     return re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", source) is not None
 
 
 def locate(source: str, cache: Path, max_skipped: float = 1.0) -> list[Shard]:
-    """The shards of a source, in order; URLs are fetched into `cache` unless they are there.
+    """The shards of a source in order. URLs are downloaded to `cache` unless they are there.
 
-    A shard that a path, brace pattern or URL names and that cannot be had comes back with its `problem`. A glob names
-    only what exists, so that it cannot notice a loss; it does not follow links to folders. As much of a path as is
-    there as it is written is taken as it is, brackets and braces included. max_skipped: largest share of URLs that may
-    fail before the others are not tried.
+    A missing shard of a path, brace pattern or URL is returned with its `problem`. A glob matches only existing files,
+    so it cannot detect missing ones, and it does not follow links to folders. The longest existing part of a path is
+    taken literally, including brackets and braces. max_skipped: largest fraction of URLs that may fail before the
+    remaining ones are not tried.
 
-    Raises ValueError for a wrong brace pattern, FileNotFoundError for a glob that matches nothing.
+    Raises ValueError for an invalid brace pattern, and FileNotFoundError for a glob without matches.
     """
     if is_url(source):
         names = expand_braces(source)
@@ -104,23 +104,23 @@ def locate(source: str, cache: Path, max_skipped: float = 1.0) -> list[Shard]:
 
 
 def _split(source: str) -> tuple[Path, str]:
-    """The longest part of a path that exists as it is written, and the pattern after it."""
+    """Split a path into its longest literal part that exists, and the pattern after it."""
     path = Path(source).expanduser()
     base = next(folder for folder in (path, *path.parents) if folder.exists() or folder == folder.parent)
     return base, "" if base == path else str(path.relative_to(base))
 
 
 def shard_of(path: Path) -> Shard:
-    """A local file as a shard, with its problem if there is none."""
+    """A shard for a local file, with a `problem` if the file is missing."""
     return Shard(str(path), path, "" if path.is_file() else "no file" if path.exists() else "no such file")
 
 
 def tars_in(folder: Path) -> list[Shard]:
-    """The tars of a folder, whatever its own path holds, in the order of their names."""
+    """The tars in a folder, sorted by name. The folder's own path is not treated as a pattern."""
     return [shard_of(path) for path in sorted(folder.glob("*.tar")) if not path.name.startswith(".")]
 
 
 def shown(work: Iterable[Item], title: str, total: int) -> Iterator[Item]:
-    """Pass items on under a progress bar, on standard error and gone at the end."""
+    """Yield items with a progress bar on standard error, which is removed at the end."""
     console = PlainConsole(stderr=True)
     yield from track(work, title, total, console=console, transient=True, disable=not console.is_terminal)

@@ -1,4 +1,4 @@
-"""Picture files of strangers: what is opened, and the limits in which Pillow may decode it."""
+"""Opening of untrusted image files, with limits for Pillow."""
 
 import warnings
 from collections.abc import Iterator
@@ -10,23 +10,22 @@ from PIL import Image, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 """Those that are read. Pillow knows others, of which PostScript starts a program on what the file holds."""
-MOST_PIXELS = 1 << 26  # of a picture: 256 MiB as RGB, for which Pillow takes four bytes
-MOST_PHOTOGRAPHED = 1 << 27  # of a JPEG, which the decoder can shrink: beyond the largest cameras
+MOST_PIXELS = 1 << 26  # of an image: 256 MiB, since Pillow uses four bytes per RGB pixel
+MOST_PHOTOGRAPHED = 1 << 27  # of a JPEG, which the decoder can shrink; more than any camera has
 MOST_BYTES = 1 << 28  # of a file
-MOST_TEXT = 1 << 20  # bytes of a caption, or of another text beside a picture
-MOST_METADATA = 1 << 24  # bytes that are read until its size is known
-MOST_READS = (1 << 13, 1 << 18)  # of a file until its size is known, and in all; Pillow takes microseconds for each
+MOST_TEXT = 1 << 20  # bytes of a caption or another text
+MOST_METADATA = 1 << 24  # bytes that may be read before the image size is known
+MOST_READS = (1 << 13, 1 << 18)  # reads of a file before its size is known, and in total
 MOST_SCANNED = 1 << 31  # pixels in all scans of a progressive JPEG, which take some seconds
 TILE = (0x0142, 0x0143)  # tags of a TIFF: width and height of its tiles
 
 
 @contextmanager
 def open_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
-    """A picture that is not decoded yet, for the time of the context, in which it is.
+    """Open an image within the context, without decoding it.
 
-    Raises OSError or ValueError for a damaged one; OSError for what is none, for formats other than `FORMATS`, for
-    files and pictures that are too large, and for small ones that take long: metadata in a million parts, scans
-    without end.
+    Raises OSError or ValueError for a damaged image, and OSError for other files, formats not in `FORMATS`, files and
+    images that are too large, and files that would take too long (metadata in a million parts, endless scans).
     """
     if isinstance(file, Path):
         check_file(file)
@@ -34,27 +33,27 @@ def open_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
         with file.open("rb") if isinstance(file, Path) else nullcontext(file) as content:
             counted = _Counted(content)
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about sizes, for which we have our own limit, and about odd metadata
+                warnings.simplefilter("ignore")  # warnings about size, which is limited here, and odd metadata
                 image = Image.open(counted, formats=FORMATS)  # type: ignore[arg-type]
             _check_size(image, content)
             counted.reads, counted.room = MOST_READS[1], MOST_BYTES
             yield image
-    except UnidentifiedImageError as error:  # its message would name an object in memory
+    except UnidentifiedImageError as error:  # its message would name a Python object
         name = f": {file}" if isinstance(file, Path) else ""
         raise OSError(f"no image, or of none of the kinds {', '.join(FORMATS)}{name}") from error
     except (OSError, ValueError, MemoryError):
         raise
-    except Exception as error:  # decoders raise all kinds for damaged files: SyntaxError, struct.error, assertions
+    except Exception as error:  # decoders raise all kinds of errors: SyntaxError, struct.error, assertions
         raise OSError(f"damaged: {type(error).__name__}: {error}") from error
 
 
 def _check_size(image: Image.Image, file: IO[bytes]) -> None:
-    """Raise OSError for a picture that takes too much memory or time."""
+    """Raise OSError for an image that would need too much memory or time."""
     pixels, most = image.width * image.height, MOST_PHOTOGRAPHED if is_jpeg(image) else MOST_PIXELS
     if pixels > most:
         raise OSError(f"{image.width} x {image.height} pixels; accepted: {most} in all")
     width, height = (getattr(image, "tag_v2", {}).get(tag, 1) for tag in TILE)
-    if width * height > max(pixels, 1 << 22):  # of which a decoder holds one
+    if width * height > max(pixels, 1 << 22):  # the decoder holds one tile
         raise OSError(f"tiles of {width} x {height} pixels for a picture of {image.width} x {image.height}")
     if image.info.get("progressive"):
         at = file.tell()
@@ -66,12 +65,12 @@ def _check_size(image: Image.Image, file: IO[bytes]) -> None:
 
 
 def is_jpeg(image: Image.Image) -> bool:
-    """Whether a picture is a JPEG, alone or the first of several in a file."""
+    """Whether an image is a JPEG, also one of several in a file."""
     return image.format in ("JPEG", "MPO")
 
 
 class _Counted:
-    """A file that is read so many times, and of which so many bytes are read in parts."""
+    """A file with a limit on the number of reads and on the bytes of partial reads."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._read, self.seek, self.tell = file.read, file.seek, file.tell
@@ -87,7 +86,7 @@ class _Counted:
 
 
 def check_file(path: Path, most: int = MOST_BYTES) -> None:
-    """Raise OSError for what is no regular file, which might have no end, and for more than so many bytes."""
+    """Raise OSError unless the path is a regular file of at most `most` bytes."""
     if not path.is_file():
         raise FileNotFoundError(f"no such file: {path}")
     if (size := path.stat().st_size) > most:
@@ -95,6 +94,6 @@ def check_file(path: Path, most: int = MOST_BYTES) -> None:
 
 
 def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
-    """The content of a file. Raises OSError as `check_file`, or if it cannot be read."""
+    """The content of a file. Raises OSError like `check_file`, or if it cannot be read."""
     check_file(path, most)
     return path.read_bytes()

@@ -1,4 +1,4 @@
-"""Pictures of any kind and size, one at a time: from paths, tars or memory to what an encoder takes."""
+"""Preprocessing of single images of any kind and size, from paths, tars or memory."""
 
 import io
 import itertools
@@ -22,9 +22,9 @@ from .sizes import Size, size_in_pixels
 from .skipped import SkipCounter
 from .transforms import MEAN, STD
 
-THREADS = 4  # that decode ahead: Pillow lets go of the interpreter while it decodes and resizes
+THREADS = 4  # threads that prefetch; Pillow releases the GIL while it decodes and resizes
 
-LONGEST = 16384  # pixels of a side that is resized as a whole
+LONGEST = 16384  # longest side in pixels that is resized without cropping first
 CHANNELS = (1, 3, 4)
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ class Member:
     part: str
 
     def read(self) -> bytes:
-        """The bytes of the file. Raises OSError if they cannot be read or the file is empty."""
+        """Read the file as bytes. Raises OSError if it is unreadable or empty."""
         content = self.shards.read_parts(self.number, (self.part,))[self.part]
         if content is None:
             raise OSError(f"the sample has no {self.part} file")
@@ -51,14 +51,14 @@ Picture = str | Path | Image.Image | Member | np.ndarray | Tensor
 
 
 def picture_name(picture: Picture) -> str:
-    """For messages."""
+    """The name of an image in messages."""
     if isinstance(picture, Member):
         return picture.shards.name(picture.number)
     return str(picture) if isinstance(picture, (str, Path)) else type(picture).__name__
 
 
 def open_raw(picture: Picture) -> Image.Image:
-    """The decoded picture in the mode that it was saved in. Raises OSError or ValueError for a damaged file."""
+    """The decoded image in its original mode. Raises OSError or ValueError for a damaged file."""
     if isinstance(picture, Image.Image):
         return picture
     if isinstance(picture, np.ndarray | Tensor):
@@ -69,12 +69,12 @@ def open_raw(picture: Picture) -> Image.Image:
 
 
 def open_picture(picture: Picture) -> Image.Image:
-    """The picture as RGB, turned as its Exif orientation says, transparent pixels white, 16 bits scaled to 8.
+    """The image as RGB with its Exif orientation applied, transparent pixels white and 16 bits scaled to 8.
 
-    Arrays and tensors are as `array_picture` takes them. Raises OSError for a file that is missing, ValueError for
-    pixels whose range is not known or a picture without any, and either for a damaged file.
+    `array_picture` describes arrays and tensors. Raises OSError for a missing file, ValueError for pixels of unknown
+    range or an empty image, and either for a damaged file.
     """
-    if isinstance(picture, Image.Image):  # which is not ours to change
+    if isinstance(picture, Image.Image):  # the caller's image must not be modified
         return to_rgb(ImageOps.exif_transpose(picture))
     if isinstance(picture, np.ndarray | Tensor):
         return to_rgb(array_picture(picture))
@@ -88,10 +88,10 @@ def _content(picture: str | Path | Member) -> Path | io.BytesIO:
 
 
 def array_picture(pixels: np.ndarray | Tensor) -> Image.Image:
-    """Pixels in memory as a picture: [H, W], [C, H, W] or [H, W, C] with 1, 3 or 4 (alpha) channels.
+    """Convert an array [H, W], [C, H, W] or [H, W, C] with 1, 3 or 4 (alpha) channels to a PIL image.
 
-    bool; uint8; other integers from 0 to 255, or 0 to 65535 for uint16; floats from 0 to 1, which are rounded to
-    8 bits. Where both ends may be channels, the first is. Raises ValueError for other shapes and ranges.
+    Accepted values: bool; uint8; other integers from 0 to 255, or 0 to 65535 for uint16; floats from 0 to 1, rounded to
+    8 bits. If both ends could be channels, the first is. Raises ValueError for other shapes and ranges.
     """
     if isinstance(pixels, Tensor):
         pixels = pixels.detach().cpu()
@@ -117,13 +117,13 @@ def array_picture(pixels: np.ndarray | Tensor) -> Image.Image:
 
 @dataclass(frozen=True)
 class Prepare:
-    """A picture of any size to the normalised float32 [channels, h, w] of an encoder, as the original library does.
+    """Convert an image of any size to normalised float32 [channels, h, w], like the model's original library.
 
-    Resized by Pillow, which CLIP, SigLIP and DINOv2 were trained and are measured with.
+    Pillow resizes, as in the training and evaluation of CLIP, SigLIP and DINOv2.
 
-    size: (height, width); None for a picture that has its size already. crop: True resizes the shorter side and cuts
-    out the middle, False squeezes all of the picture into `size`. mean, std: per channel, of values in 0..1. channels:
-    3, or 1 for grey. crop_pct: share of the resized picture's side that is cut out: at 0.875, 224 pixels of 256.
+    size: (height, width), or None to not resize. crop: True resizes the shorter side and takes a centre crop; False
+    resizes the whole image to `size`. mean, std: per channel, for values in 0..1. channels: 3, or 1 for grey. crop_pct:
+    fraction of the resized image's side that the crop keeps: at 0.875, 224 pixels of 256.
     """
 
     size: tuple[int, int] | None
@@ -135,7 +135,7 @@ class Prepare:
     crop_pct: float = 1.0
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """A picture of any mode in, float32 [channels, h, w] out. Raises ValueError as `open_picture`."""
+        """An image of any mode -> float32 [channels, h, w]. Raises ValueError like `open_picture`."""
         image = to_rgb(image)
         if self.channels == 1:
             image = image.convert("L")
@@ -146,7 +146,7 @@ class Prepare:
         return (pixels.float() / 255 - mean) / std
 
     def resized(self, image: Image.Image, height: int, width: int) -> Image.Image:
-        """The image at the size given. Raises ValueError for a picture without pixels."""
+        """The image resized to `size`. Raises ValueError for an empty image."""
         if not (image.height and image.width):
             raise ValueError(f"a picture has {image.height} x {image.width} pixels; accepted: at least 1 x 1")
         filter_ = Image.Resampling[self.resample.upper()]
@@ -158,14 +158,14 @@ class Prepare:
         top, left = (full[0] - height) // 2, (full[1] - width) // 2
         if max(full) <= LONGEST:
             return image.resize(full[::-1], filter_).crop((left, top, left + width, top + height))
-        # of a strip a few pixels wide, no more is resized than is kept
+        # crop a very long image before resizing it
         y, x = image.height / full[0], image.width / full[1]
         box = (left * x, top * y, min(image.width, (left + width) * x), min(image.height, (top + height) * y))
         return image.resize((width, height), filter_, box)
 
 
 def prepare_for(config: EncoderConfig, size: Size = None) -> Prepare:
-    """How pictures become what an encoder was trained on, at its native size or another.
+    """The preprocessing of an encoder, at its native size or another.
 
     Raises ValueError for a size that is not a multiple of the patch size.
     """
@@ -183,9 +183,9 @@ def prepare_for(config: EncoderConfig, size: Size = None) -> Prepare:
 def read_each(
     indices: Sequence[int], read: Callable[[int], T], name: Callable[[int], str], tally: SkipCounter
 ) -> Iterator[tuple[int, T]]:
-    """(index, read(index)) in order, read ahead by threads; what raises is left out and counted in `tally`.
+    """Yield (index, read(index)) in order, prefetched by threads. Failures are left out and counted in `tally`.
 
-    Raises ValueError from the tally when too many cannot be read.
+    Raises the tally's ValueError if too many fail.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         todo = iter(indices)

@@ -1,4 +1,4 @@
-"""Pictures with captions that stay on disk until training asks for them: what a source of them is, and a folder."""
+"""Training images on disk: the interface of a source, and folders."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from .skipped import Skipped
 
 @dataclass(frozen=True)
 class Sample:
-    """One stored image: the bytes of its file, and its caption, class name and class number, if there are any."""
+    """One stored image: the bytes of its file, with caption, class name and class number if known."""
 
     encoded: bytes
     caption: str = ""
@@ -28,7 +28,7 @@ class SampleSource(Protocol):
 
     @property
     def source(self) -> str:
-        """As the user wrote it."""
+        """The source as given by the user."""
 
     @property
     def problems(self) -> Skipped:
@@ -44,7 +44,7 @@ class SampleSource(Protocol):
         """Read a sample. Raises OSError or ValueError if it cannot be read."""
 
     def digest(self) -> str:
-        """A hash of the names in order, which decides whether a run can resume with this source."""
+        """A hash of the names in order. A run can resume only with an equal one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,25 +66,25 @@ class SampleFolder:
         return len(self.files)
 
     def name(self, number: int) -> str:
-        """As in `SampleSource`."""
+        """See `SampleSource`."""
         return self.files[number]
 
     def read(self, number: int) -> Sample:
-        """As in `SampleSource`."""
+        """See `SampleSource`."""
         path, label = Path(self.files[number]), self.labels[number]
         text, data = (_optional(path.with_suffix(ending)) for ending in (".txt", ".json"))
         class_name = self.class_names[label] if label >= 0 else ""
         return Sample(read_bytes(path), caption_of(text, data), class_name, label)
 
     def digest(self) -> str:
-        """As in `SampleSource`; independent of where the folder is."""
+        """See `SampleSource`. It does not depend on the folder's location."""
         return digest_of(os.fsencode(os.path.relpath(file, self.source)) for file in self.files)
 
 
 def open_folder(path: Path) -> SampleFolder:
-    """List a folder of images. If there are images outside of its sub-folders, it has no classes.
+    """Open a folder of images. If there are images outside of its sub-folders, it has no classes.
 
-    Raises FileNotFoundError or NotADirectoryError, as `list_folder` does.
+    Raises FileNotFoundError or NotADirectoryError like `list_folder`.
     """
     names, files = list_folder(path, mixed=True)
     flat = any(file.parent == path for file, _ in files)
@@ -93,7 +93,7 @@ def open_folder(path: Path) -> SampleFolder:
 
 
 def caption_of(text: bytes | None, data: bytes | None) -> str:
-    """The caption that a sample's .txt holds, or its .json under "caption" or "text"; "" for none or damage."""
+    """The caption in a sample's .txt, or in its .json under "caption" or "text"; "" if missing or damaged."""
     if text is not None and (caption := text.decode(errors="replace").strip()):
         return caption
     try:
@@ -103,12 +103,12 @@ def caption_of(text: bytes | None, data: bytes | None) -> str:
     if isinstance(found, dict):
         for key in ("caption", "text"):
             if isinstance(value := found.get(key), str) and value.strip():
-                return value.strip().encode(errors="replace").decode()  # JSON may hold halves of characters
+                return value.strip().encode(errors="replace").decode()  # JSON may hold lone surrogates
     return ""
 
 
 def digest_of(names: Iterable[bytes]) -> str:
-    """A short hash of names in their order."""
+    """A short hash of names in order."""
     hashed = hashlib.blake2b(digest_size=8)
     for name in names:
         hashed.update(name + b"\0")

@@ -1,4 +1,4 @@
-"""Pictures with class masks: ADE20K, COCO-Stuff, CamVid, and your own file pairs or webdataset tars."""
+"""Images with class masks: ADE20K, COCO-Stuff, CamVid, and your own file pairs or webdataset tars."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .locate import cache_folder
 from .prepare import Member, Picture, open_picture, open_raw, picture_name
 from .shards import open_shards
 
-IGNORE = -1  # of masks as they are handed out, whatever number says so on disk
+IGNORE = -1  # in returned masks, whatever the number on disk
 CAMVID = (
     *("sky", "building", "pole", "road", "pavement", "tree"),
     *("sign or symbol", "fence", "car", "pedestrian", "bicyclist"),
@@ -27,10 +27,9 @@ COCO_IDS, COCO_TRAIN_IDS = 182, 171
 
 @dataclass(frozen=True, eq=False)
 class SegmentationSet:
-    """Pictures and their masks, which are PNG files of one channel of class ids.
+    """Images and their masks, which are PNG files with one channel of class ids.
 
-    first: what stands for class 0 in the files; class k is first + k. ignored: what stands for pixels that do not
-    count.
+    first: the id of class 0 in the files; class k has first + k. ignored: the id of ignored pixels.
     """
 
     name: str
@@ -44,13 +43,13 @@ class SegmentationSet:
         return len(self.pictures)
 
     def picture_name(self, number: int) -> str:
-        """For messages."""
+        """The name of an image in messages."""
         return picture_name(self.pictures[number])
 
     def read(self, number: int) -> tuple[Image.Image, NDArray[np.int64]]:
-        """A picture in RGB and its mask [H, W], 0 to K - 1 or IGNORE.
+        """An RGB image and its mask [H, W], 0 to K - 1 or IGNORE.
 
-        Raises OSError or ValueError for files that are damaged or do not belong together, and what Pillow does.
+        Raises OSError or ValueError for files that are damaged or do not match, and Pillow's errors.
         """
         image, stored = open_picture(self.pictures[number]), read_ids(self.masks[number])
         if stored.shape != (image.height, image.width):
@@ -69,7 +68,8 @@ class SegmentationSet:
         return image, mask
 
     def limited(self, count: int | None) -> SegmentationSet:
-        """`count` pictures, evenly spaced, since neighbours look alike; None for all. Raises ValueError if too many."""
+        """`count` evenly spaced images, since neighbours are similar; None for all. Raises ValueError if there are
+        fewer."""
         if count is None:
             return self
         if not 1 <= count <= len(self):
@@ -79,7 +79,7 @@ class SegmentationSet:
 
 
 def read_ids(mask: Picture) -> NDArray[np.int64]:
-    """The class ids of a mask, [H, W]; of a palette image the indices. Raises ValueError for a picture in colour."""
+    """The class ids of a mask, [H, W], or the indices of a palette image. Raises ValueError for a colour image."""
     image = open_raw(mask)
     if image.mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
         raise ValueError(f"its mask is an image of mode {image.mode}; expected one channel of class ids")
@@ -87,14 +87,14 @@ def read_ids(mask: Picture) -> NDArray[np.int64]:
 
 
 def open_segmentation(source: str | Path) -> tuple[SegmentationSet, SegmentationSet]:
-    """The training and the test part of a data set, whose layout is recognised.
+    """The training and test split of a dataset, whose layout is detected.
 
-    - ADE20K (SceneParsing): images/{training,validation} and annotations/{training,validation}, 0 does not count.
+    - ADE20K (SceneParsing): images/{training,validation} and annotations/{training,validation}; 0 is ignored.
     - COCO-Stuff: train2017 and val2017, or both in images/, and the same in stuffthingmaps/ or annotations/; 182 ids,
-      or 171 where all masks end in _labelTrainIds.png; 255 does not count.
-    - CamVid: camvid-train.tar and camvid-test.tar with .jpg and .mask.png, 11 does not count.
+      or 171 if all masks end in _labelTrainIds.png; 255 is ignored.
+    - CamVid: camvid-train.tar and camvid-test.tar with .jpg and .mask.png; 11 is ignored.
 
-    Raises FileNotFoundError for none of them, OSError or ValueError for what cannot be read or has no pairs.
+    Raises FileNotFoundError for any other layout, and OSError or ValueError for unreadable files or no pairs.
     """
     root = Path(source)
     for candidate in (root, root / "ADEChallengeData2016"):
@@ -118,10 +118,10 @@ def open_segmentation(source: str | Path) -> tuple[SegmentationSet, Segmentation
 
 
 def open_pairs(source: str | Path, classes: int, ignored: int = 255) -> SegmentationSet:
-    """Pairs NAME.jpg, NAME.mask.png: in a folder at any depth, or in tars (a path, pattern or URL that ends in .tar).
+    """Open pairs NAME.jpg, NAME.mask.png in a folder at any depth, or in tars (a path, pattern or URL ending in .tar).
 
-    Ids are 0 to classes - 1, and `ignored` for pixels that do not count. Raises FileNotFoundError if there are none,
-    ValueError for fewer than two classes, and what `open_shards` raises.
+    Ids are 0 to classes - 1, or `ignored`. Raises FileNotFoundError if there are no pairs, ValueError for fewer than
+    two classes, and the errors of `open_shards`.
     """
     if classes < 2:
         raise ValueError(f"classes is {classes}; expected at least 2")
@@ -140,7 +140,7 @@ def open_pairs(source: str | Path, classes: int, ignored: int = 255) -> Segmenta
 
 
 def _ade20k(root: Path, split: str) -> SegmentationSet:
-    table = root / "objectInfo150.txt"  # columns of which the last is the name, below a line of headings
+    table = root / "objectInfo150.txt"  # the last column is the name; the first line is a header
     names = _numbered(150)
     if table.is_file():
         rows = [line.split("\t")[-1].strip() for line in read_lines(table, "names of classes")][1:]
@@ -158,12 +158,12 @@ def _coco_stuff(root: Path, masks: Path, split: str) -> SegmentationSet:
 
 
 def _pairs(images: Path, masks: Path, ending: str) -> list[tuple[Picture, Picture]]:
-    """Images with the masks of the same name. Raises FileNotFoundError if there are none."""
+    """Images and masks of the same name. Raises FileNotFoundError if there are none."""
     if not images.is_dir():
         raise FileNotFoundError(f"no such folder: {images}; expected the images of the masks in {masks}")
     files = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES)
     pairs: list[tuple[Picture, Picture]] = [(file, masks / f"{file.stem}{ending}") for file in files]
-    # some that lack theirs are skipped and named when their turn comes
+    # images without a mask are skipped and named when they are read
     if not any(isinstance(mask, Path) and mask.is_file() for _, mask in pairs):
         raise FileNotFoundError(f"{images} holds {len(files)} images, none of them with a mask NAME{ending} in {masks}")
     return pairs

@@ -1,4 +1,4 @@
-"""Image-text shards (webdataset tars) as one source with random access, so resuming needs no replay."""
+"""Image-text shards (webdataset tars) as one source with random access, so a run resumes without rereading."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,12 +14,12 @@ from .samples import Sample, caption_of, digest_of
 from .skipped import Skipped
 from .tar_index import PARTS, TarIndex, load_index, shown_name
 
-AT_ONCE = 8  # shards that are indexed together: on network disks most of the time is waiting
+AT_ONCE = 8  # shards indexed concurrently, since network disks have high latency
 
 
 @dataclass(frozen=True, eq=False)
 class ShardSet:
-    """The samples of shards, in the order of the shards and of each tar.
+    """The samples of shards, in the order of the shards and of the members of each tar.
 
     Attributes:
         problems: missing or damaged shards, and skipped samples of the others. The samples before the damage in a shard
@@ -32,7 +32,7 @@ class ShardSet:
     shards: tuple[Shard, ...] = field(repr=False)
     problems: Skipped
     ends: Tensor = field(repr=False)
-    # tensors, not arrays: workers that are not forked get these as shared memory
+    # tensors, because spawned workers get them as shared memory
     names: Tensor = field(repr=False)
     name_ends: Tensor = field(repr=False)
     spans: Tensor = field(repr=False)
@@ -41,20 +41,20 @@ class ShardSet:
         return len(self.spans)
 
     def name(self, number: int) -> str:
-        """Name of the shard, and path in it without extension."""
+        """The name of the shard, and the sample's path in it without extension."""
         start = int(self.name_ends[number - 1]) if number else 0
         key = self.names[start : int(self.name_ends[number])].numpy().tobytes()
         return f"{self._shard(number).name}: {shown_name(key)}"
 
     def read(self, number: int) -> Sample:
-        """Read a sample. Raises OSError if its shard cannot be read up to it."""
+        """Read a sample. Raises OSError if its shard is unreadable or damaged before it."""
         parts = self.read_parts(number, ("image", "txt", "json"))
         encoded, text, data = parts["image"], parts["txt"], parts["json"]
-        assert encoded is not None  # the index leaves out samples without an image
+        assert encoded is not None  # indexed samples have an image
         return Sample(encoded, caption_of(text, data))
 
     def read_parts(self, number: int, wanted: tuple[str, ...]) -> dict[str, bytes | None]:
-        """Read some of the `PARTS` of a sample as bytes, None for missing ones. Raises OSError as `read`."""
+        """Read some of the `PARTS` of a sample as bytes; None if missing. Raises OSError like `read`."""
         found: dict[str, bytes | None] = dict.fromkeys(wanted)
         with self._shard(number).path.open("rb") as file:
             for part in wanted:
@@ -67,7 +67,7 @@ class ShardSet:
         return found
 
     def digest(self) -> str:
-        """As in `SampleSource`; independent of where the shards are."""
+        """See `SampleSource`. It does not depend on the location of the shards."""
         return digest_of([tensor.numpy().tobytes() for tensor in (self.ends, self.names, self.name_ends)])
 
     def _shard(self, number: int) -> Shard:
@@ -92,10 +92,10 @@ def open_shards(source: str, cache: Path, max_skipped: float = 0.1) -> ShardSet:
 
 
 def index_shards(source: str, located: Sequence[Shard], cache: Path, max_skipped: float = 0.1) -> ShardSet:
-    """Index shards; source: what to call them. Arguments and errors as in `open_shards`."""
+    """Index the given shards. source: their name in messages. Other arguments and errors are those of `open_shards`."""
     lost = tuple((shard.name, shard.problem) for shard in located if shard.problem)
-    _check_problems(lost, located, max_skipped)  # before an index of each is looked for
-    with ThreadPool(AT_ONCE) as pool:  # its threads do not keep a program alive that is interrupted
+    _check_problems(lost, located, max_skipped)  # before the shards are indexed
+    with ThreadPool(AT_ONCE) as pool:  # its threads do not block an interrupt
         found = pool.imap(lambda shard: _index(shard, cache), located)
         indexed = list(zip(located, shown(found, "indexing shards", len(located))))
     problems = tuple((shard.name, why) for shard, (_, why) in indexed if why)
@@ -128,12 +128,12 @@ def _check_problems(problems: Sequence[tuple[str, str]], located: Sequence[Shard
 
 
 def _named(problems: Sequence[tuple[str, str]]) -> str:
-    """The first of them, for the end of a message."""
+    """The first names, for the end of a message."""
     return ": " + "; ".join(f"{name}: {why}" for name, why in problems[:3]) if problems else ""
 
 
 def _skipped(problems: tuple[tuple[str, str], ...], shards: int, kept: Sequence[tuple[Shard, TarIndex]]) -> Skipped:
-    """Shards that are lost or damaged, and what is left out of those that are used."""
+    """A report of missing or damaged shards, and of samples left out in others."""
     left_out = tuple((f"{shard.name}: {name}", why) for shard, index in kept for name, why in index.left_out)
     unnamed = sum(index.unnamed for _, index in kept)
     if not left_out:
@@ -143,7 +143,7 @@ def _skipped(problems: tuple[tuple[str, str], ...], shards: int, kept: Sequence[
 
 
 def _index(shard: Shard, cache: Path) -> tuple[TarIndex | None, str]:
-    """The index of a shard if there is any, and what is wrong with the shard."""
+    """The index of a shard, if possible, and the problem with the shard."""
     try:
         index = load_index(shard.path, cache)
     except OSError as error:

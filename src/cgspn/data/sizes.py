@@ -1,4 +1,4 @@
-"""At which size pictures are looked at: an encoder's own, or another one that its patches tile."""
+"""Parsing and checking of image sizes."""
 
 from ..models.config import EncoderConfig
 
@@ -7,7 +7,7 @@ Size = int | tuple[int, int] | None
 
 
 def parse_size(text: str) -> int | tuple[int, int]:
-    """The size that was typed: "448" for a side, "448x756" for height and width. Raises ValueError for another text."""
+    """Parse a size: "448" for a square, "448x756" for height and width. Raises ValueError for other text."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
         raise ValueError(f"size holds {text!r}; accepted: a side in pixels such as 448, or height x width as 448x756")
@@ -15,7 +15,8 @@ def parse_size(text: str) -> int | tuple[int, int]:
 
 
 def size_in_pixels(config: EncoderConfig, size: Size) -> tuple[int, int]:
-    """Height and width that pictures get. Raises ValueError for a size that is not a multiple of the patch size."""
+    """The height and width for an encoder's input. Raises ValueError for a size that is not a multiple of the patch
+    size."""
     if size is None:
         return config.image_size
     height, width = (size, size) if isinstance(size, int) else size

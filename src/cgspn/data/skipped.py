@@ -1,17 +1,17 @@
-"""What could not be read: named, counted, and tolerated up to a limit."""
+"""Records of unreadable images and shards, which are tolerated up to a limit."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-SHOWN = 10  # names in a message; the report object has them all
-FIRST = 1000  # images that a stream is given before its share of unreadable ones is judged
+SHOWN = 10  # most names in a message; the object has all
+FIRST = 1000  # the limit is a fraction of at least this many images
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """Images or shards that could not be read, of `total` that were tried. what: plural noun for them, for messages.
+    """Images or shards, of `total` tried, that could not be read. what: plural noun for messages.
 
-    files: name and reason of each, in the order of reading. unnamed: number of those that are not in `files`.
+    files: name and reason of each, in the order of reading. unnamed: number of further ones not in `files`.
     """
 
     files: tuple[tuple[str, str], ...] = ()
@@ -50,7 +50,7 @@ class SkipCounter:
     def add(self, read: int, bad: Sequence[tuple[int, str, str]]) -> None:
         """Count the images that were read, and record index, name and reason of those that were not.
 
-        Raises ValueError if there are more of these than the limit allows.
+        Raises ValueError if there are more failures than the limit allows.
         """
         self.read += read + len(bad)
         self.used += read

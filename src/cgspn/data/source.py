@@ -10,12 +10,12 @@ EMBEDDED = "embedded"
 
 
 def open_samples(source: str, *, cache: Path | None = None, max_skipped: float = 0.1) -> SampleSource:
-    """Open images that are read during training.
+    """Open a source whose images are read during training.
 
     source: a folder of images or of shards, or shards: a path, a pattern or a URL (`open_shards`). cache: folder for
     downloaded shards and indices; None for the user's cache folder. max_skipped: as in `open_shards`.
 
-    Raises FileNotFoundError, NotADirectoryError or ValueError, as `open_shards` and `list_folder` do.
+    Raises FileNotFoundError, NotADirectoryError or ValueError like `open_shards` and `list_folder`.
     """
     path = Path(source).expanduser()
     if is_url(source) or not path.is_dir():

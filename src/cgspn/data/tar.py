@@ -1,4 +1,4 @@
-"""The members of a tar, from its headers alone, in bounded time and memory.
+"""A reader of tar headers with bounded time and memory.
 
 Python's tarfile reads headers of any length and follows negative sizes backwards without end (CVE-2025-8194,
 CVE-2024-6232), so the headers of ustar, GNU and PAX archives are read here.
@@ -9,18 +9,18 @@ from typing import BinaryIO, NamedTuple
 
 BLOCK = 512
 LONGEST_HEADER = 1 << 20  # bytes of a long name or of PAX records
-LONGEST_NAME = 4096  # bytes, as Linux allows of a path
+LONGEST_NAME = 4096  # bytes, the limit of Linux for a path
 
 _LINKS = {b"1": "a hard link", b"2": "a symbolic link"}
-_WITHOUT_CONTENT = b"123456"  # links, devices, folders and FIFOs, whatever size they state
+_WITHOUT_CONTENT = b"123456"  # links, devices, folders and FIFOs have no content, whatever their size field says
 
 
 class TarDamage(ValueError):
-    """Nothing can be read from here on; the message says why."""
+    """The rest of the tar cannot be read. The message says why."""
 
 
 class Member(NamedTuple):
-    """A file of a tar: its name, where its content lies, and why that is not there as it is ("" if it is)."""
+    """A file in a tar: its name, the place of its content, and the reason if that cannot be used ("" if it can)."""
 
     name: bytes
     offset: int
@@ -29,9 +29,9 @@ class Member(NamedTuple):
 
 
 def members(file: BinaryIO, size: int) -> Iterator[Member]:
-    """The files and links of a tar of `size` bytes, in order; folders and devices are passed over.
+    """Yield the files and links of a tar of `size` bytes in order. Folders and devices are left out.
 
-    Raises TarDamage at the first header that is damaged or missing, OSError if the file cannot be read.
+    Raises TarDamage at the first damaged or missing header, and OSError if the file cannot be read.
     """
     at, records = 0, dict[bytes, bytes]()
     while True:
@@ -44,7 +44,7 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
         if not _is_header(block):
             raise TarDamage(f"no valid header at byte {at}")
         kind, length, start = block[156:157], _number(block[124:136], at), at + BLOCK
-        if kind in (b"x", b"X", b"g", b"L", b"K"):  # they describe the next header, or all of them
+        if kind in (b"x", b"X", b"g", b"L", b"K"):  # they extend the next header, or all headers
             if length > LONGEST_HEADER:
                 raise TarDamage(f"the header at byte {at} claims {length} bytes; accepted: {LONGEST_HEADER}")
             content = file.read(length)
@@ -60,7 +60,7 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
             length = int(digits)
         name = records.get(b"path") or _name(block)
         more = kind == b"S" and block[482]
-        while more:  # GNU's map of the holes goes on between header and content
+        while more:  # the map of a GNU sparse file continues after the header
             block, start = file.read(BLOCK), start + BLOCK
             more = len(block) == BLOCK and block[504]
         if kind not in _WITHOUT_CONTENT:
@@ -76,7 +76,7 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
 
 
 def _is_header(block: bytes) -> bool:
-    """Whether the checksum is right: of bytes without sign, or with it as some old programs have it."""
+    """Whether the checksum is correct, over unsigned bytes, or signed ones as in some old programs."""
     try:
         stated = int(block[148:156].split(b"\0")[0].strip() or b"0", 8)
     except ValueError:
@@ -87,7 +87,7 @@ def _is_header(block: bytes) -> bool:
 
 
 def _number(field: bytes, at: int) -> int:
-    """A size in octal digits, or in base 256 after a first bit that is set."""
+    """A number in octal digits, or in base 256 if its first bit is set."""
     if field[0] & 0x80:
         value = int.from_bytes(field, "big", signed=False) & ~(0x80 << 8 * (len(field) - 1))
         if field[0] != 0x80 or value >> 63:
@@ -100,7 +100,7 @@ def _number(field: bytes, at: int) -> int:
 
 
 def _pax_records(content: bytes, at: int) -> dict[bytes, bytes]:
-    """Those that count here, of lines "LENGTH KEY=VALUE\\n"."""
+    """The relevant PAX records, from lines "LENGTH KEY=VALUE\\n"."""
     found, position = dict[bytes, bytes](), 0
     while position < len(content) and content[position]:
         space = content.find(b" ", position, position + 20)

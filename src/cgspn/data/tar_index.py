@@ -1,6 +1,7 @@
-"""Index the samples of a webdataset tar once, so that any sample can be read without the others.
+"""An index of the samples in a webdataset tar, for random access.
 
-A sample is the members that share a path up to the first dot of the file name: `0001.jpg`, `0001.txt`, `0001.json`.
+A sample consists of the members with the same path up to the first dot of the file name: `0001.jpg`, `0001.txt`,
+`0001.json`.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ from .folder import SUFFIXES
 from .opening import MOST_BYTES, MOST_TEXT
 from .tar import LONGEST_NAME, Member, TarDamage, members
 
-FORMAT = 5  # of the cached file; another number is read as no cache
+FORMAT = 5  # version of the cached file; other versions are ignored
 
 PARTS = ("image", "txt", "json", "mask", "cls")
 IMAGES = frozenset(suffix[1:] for suffix in SUFFIXES)
@@ -27,7 +28,7 @@ ENDINGS = {**dict.fromkeys(IMAGES, "image"), "txt": "txt", "json": "json", "mask
 NO_IMAGE = f"no image (looked for {', '.join(sorted(IMAGES))})"
 DOTS = "its name has more than one dot; a sample's name ends at the first"
 TAKEN = "another file has its name"
-NAMED = 1000  # samples that are left out of a tar and named; of the others there is a count
+NAMED = 1000  # most left-out samples that are named; the others are only counted
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +36,11 @@ class TarIndex:
     """The samples of one tar, in the order of their first members.
 
     Attributes:
-        names: uint8 [total], the path of each sample's members up to the first dot, one after the other.
+        names: uint8 [total], the concatenated sample names (paths up to the first dot).
         ends: int64 [N], where each name ends in `names`.
-        spans: int64 [N, 5, 2], offset and size in bytes of the members `PARTS`; -1 where there is none.
-        damage: what is wrong with the file, or ""; the samples before the damage are all there.
-        left_out: name and reason of the first `NAMED` files and samples that cannot be used; there are `unnamed` more.
+        spans: int64 [N, 5, 2], offset and size in bytes of the members `PARTS`; -1 if missing.
+        damage: the damage of the file, or "". All samples before it are indexed.
+        left_out: name and reason of the first `NAMED` unusable files and samples; there are `unnamed` more.
     """
 
     names: NDArray[np.uint8]
@@ -59,7 +60,7 @@ class TarIndex:
 
 
 def shown_name(name: bytes) -> str:
-    """A name for messages, cut where it is long."""
+    """A name for messages, truncated if long."""
     text = name[:200].decode(errors="backslashreplace")
     return text if len(name) <= 200 else f"{text}... ({len(name)} bytes)"
 
@@ -67,7 +68,7 @@ def shown_name(name: bytes) -> str:
 def index_tar(path: Path) -> TarIndex:
     """Read the headers of a tar. Samples without an image are left out, and counted.
 
-    Raises OSError if the file cannot be read at all. A file that is no plain tar comes back empty, with its damage.
+    Raises OSError if the file cannot be read. A file that is not a plain tar gives an empty index with its damage.
     """
     size, damage, found = path.stat().st_size, "", _Samples()
     with path.open("rb") as file:
@@ -81,12 +82,12 @@ def index_tar(path: Path) -> TarIndex:
 
 
 class _Samples:
-    """Collects the members of samples."""
+    """Collector of the members of samples."""
 
     def __init__(self) -> None:
         self.any = False
         self.spans: dict[bytes, list[tuple[int, int]]] = {}
-        self.others: dict[bytes, list[tuple[str, str]]] = {}  # files that are no parts, with reasons
+        self.others: dict[bytes, list[tuple[str, str]]] = {}  # unusable files, with reasons
         self.left_out: list[tuple[str, str]] = []
         self.count = 0
 
@@ -94,7 +95,7 @@ class _Samples:
         self.any = True
         folder, slash, name = member.name.rpartition(b"/")
         stem, _, ending = name.partition(b".")
-        if not stem or not ending:  # hidden files such as the "._" twins that macOS leaves, and files like README
+        if not stem or not ending:  # hidden files, such as macOS's "._" files, and files like README
             return
         key, last = folder + slash + stem, ending.lower().decode("latin-1")
         if (part := ENDINGS.get(last)) is None:
@@ -140,10 +141,10 @@ def _unusable(member: Member, most: int) -> str:
 
 
 def load_index(path: Path, cache: Path) -> TarIndex:
-    """The index of a tar, from `cache` if the file has the size and time that it had when it was indexed.
+    """The index of a tar, from `cache` if the file has the same size and time as when it was indexed.
 
-    Of a file that is gone, or has lost samples to damage, the cached index is returned, so that the order of all
-    other samples stays what it was. A cache that is damaged, or cannot be written, is done without.
+    For a file that is now missing or damaged, the cached index is returned, so that the order of all other samples does
+    not change. A damaged or unwritable cache is ignored.
 
     Raises OSError if the file cannot be read and was never indexed.
     """
@@ -162,7 +163,7 @@ def load_index(path: Path, cache: Path) -> TarIndex:
     index = index_tar(path)
     if index.damage and cached is not None and len(index) < len(cached[1]):
         return replace(cached[1], damage=index.damage)
-    with suppress(OSError):  # a read-only or full disk costs time at the next start, nothing else
+    with suppress(OSError):  # without a cache the next start indexes again
         _write(kept, stamp, index)
     return index
 
@@ -178,7 +179,7 @@ def _read(kept: Path) -> tuple[list[int], TarIndex] | None:
             texts = damage, tuple(map(tuple, left_out)), unnamed
             stamp, index = saved["stamp"].tolist(), TarIndex(saved["names"], saved["ends"], saved["spans"], *texts)
         return (stamp, index) if stamp[0] == FORMAT else None
-    # a file that is missing, cut off, changed or of another program: NumPy and zipfile raise a dozen kinds of errors
+    # for a missing or damaged file, NumPy and zipfile raise a dozen kinds of errors
     except Exception:
         return None
 

@@ -1,8 +1,8 @@
-"""Resizing, cropping and normalising of batches of images, on tensors and without torchvision.
+"""Transforms of image batches: resizing, cropping, normalisation and augmentation, without torchvision.
 
-Everything geometric is one operation: `resample` reads a box of each image and writes it at a given size with an
-antialiased bilinear (triangle) filter, as two small matrix products per image. Boxes and flips may differ from image
-to image, and the result equals cropping first and then resizing with torch's antialiased interpolation.
+All geometric transforms use `resample`, which resizes a box of each image with an antialiased bilinear (triangle)
+filter, as two small matrix products per image. Boxes and flips may differ between images. The result equals a crop
+followed by torch's antialiased interpolation.
 
 Shapes: B images, C channels, H x W size, h x w new size.
 """
@@ -16,9 +16,9 @@ from torch import Tensor
 Size = int | tuple[int, int]
 
 MEAN = STD = (0.5, 0.5, 0.5)
-SCALE, RATIO = (0.6, 1.0), (3 / 4, 4 / 3)  # of random boxes: share of the area, width / height
-PASTED = (0.05, 0.95)  # share of the area that a box of `paste_boxes` has
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, what Pillow's "L" mode uses
+SCALE, RATIO = (0.6, 1.0), (3 / 4, 4 / 3)  # of random boxes: fraction of the area, width / height
+PASTED = (0.05, 0.95)  # fraction of the area of a box of `paste_boxes`
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as in Pillow's "L" mode
 
 
 def _pair(size: Size) -> tuple[int, int]:
@@ -29,7 +29,7 @@ def _pair(size: Size) -> tuple[int, int]:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """Images uint8, or float in 0..1, [B, 1 or 3, H, W] to float32 [B, 3, H, W] in 0..1; grey is repeated.
+    """Convert images [B, 1 or 3, H, W], uint8 or float in 0..1, to float32 [B, 3, H, W] in 0..1. Grey is repeated.
 
     Raises ValueError for another number of channels or dimensions.
     """
@@ -39,14 +39,14 @@ def to_float(images: Tensor) -> Tensor:
 
 
 def _unit(images: Tensor) -> Tensor:
-    """Bytes as float32 in 0..1. Grey stays one channel, for less work until it is repeated."""
+    """Convert bytes to float32 in 0..1. Grey stays one channel, which is faster."""
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
 def normalize(images: Tensor, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
     """(images - mean) / std per channel; float [B, 3, H, W] in, the same out. Default: 0..1 becomes -1..1.
 
-    Raises RuntimeError for a number of channels that does not fit the mean.
+    Raises RuntimeError if the number of channels does not match the mean.
     """
     return (images - images.new_tensor(mean)[:, None, None]) / images.new_tensor(std)[:, None, None]
 
@@ -57,7 +57,7 @@ def _weights(begin: Tensor, length: Tensor, size: int, new: int, flip: Tensor | 
     center = begin[:, None, None] + scale * (torch.arange(new, device=begin.device)[:, None] + 0.5)
     pixel = torch.arange(size, device=begin.device) + 0.5
     weights = (1 - (pixel - center).abs() / scale.clamp(min=1)).clamp(min=0)
-    # Pixels outside the box do not exist for the filter, as if the box had been cut out first.
+    # The filter does not read pixels outside the box, as if the image had been cropped first.
     inside = (pixel > begin[:, None, None]) & (pixel < (begin + length)[:, None, None])
     weights = weights * inside
     weights = weights / weights.sum(-1, keepdim=True)
@@ -65,10 +65,10 @@ def _weights(begin: Tensor, length: Tensor, size: int, new: int, flip: Tensor | 
 
 
 def resample(images: Tensor, boxes: Tensor, size: Size, flip: Tensor | None = None) -> Tensor:
-    """Cut a box out of each image and resize it, antialiased; optionally mirror it.
+    """Crop a box of each image and resize it with antialiasing, optionally flipped.
 
     images: float [B, C, H, W]. boxes: [B, 4] as (top, left, height, width) in whole pixels, inside the image. size:
-    (h, w), of any aspect ratio. flip: bool [B], True to mirror left and right. Returns [B, C, h, w], dtype of images.
+    (h, w), of any aspect ratio. flip: bool [B], True flips horizontally. Returns [B, C, h, w], dtype of images.
     """
     h, w = _pair(size)
     top, left, height, width = boxes.to(images.device, torch.promote_types(images.dtype, torch.float32)).unbind(1)
@@ -86,7 +86,7 @@ def resize(images: Tensor, size: Size) -> Tensor:
 
 
 def center_crop(images: Tensor, size: Size) -> Tensor:
-    """Resize float [B, C, H, W] so that it covers `size`, and take a centre crop, [B, C, h, w].
+    """Resize float [B, C, H, W] to cover `size`, and take a centre crop [B, C, h, w].
 
 
     Raises ValueError for a wrong size.
@@ -101,7 +101,7 @@ def center_crop(images: Tensor, size: Size) -> Tensor:
 
 
 def ratio_around(size: tuple[int, int]) -> tuple[float, float]:
-    """Smallest and largest width / height of random boxes that are resized to `size`: `RATIO` around its own one."""
+    """Smallest and largest width / height of random boxes for `size`: `RATIO` times its own ratio."""
     aspect = size[1] / size[0]
     return RATIO[0] * aspect, RATIO[1] * aspect
 
@@ -112,8 +112,8 @@ def boxes_from(
     """Boxes int64 [count, 4] (top, left, height, width) of images of `height` x `width` pixels.
 
     uniform: random draws, float64 [4, count] in 0..1. The area is uniform in `scale`, fractions of the image area, and
-    width / height log-uniform in `ratio`. A draw that does not fit is shortened to fit, so the stream of random numbers
-    has a fixed length.
+    width / height log-uniform in `ratio`. A box that does not fit is shortened, so every box takes the same number of
+    random draws.
     """
     area_u, ratio_u, top_u, left_u = uniform
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area_u)
@@ -126,7 +126,8 @@ def boxes_from(
 
 
 def blend_factors(count: int, share: float, generator: torch.Generator) -> Tensor:
-    """Factors for `blend`, float32 [count]: uniform in 0 to 1 for a `share` of the images, 1 for the others."""
+    """Factors for `blend`, float32 [count]: uniform in 0 to 1 for a fraction `share` of the images, 1 for the
+    others."""
     proportion, drawn = torch.rand(2, count, generator=generator)
     return torch.where(drawn < share, proportion, 1.0)
 
@@ -134,21 +135,21 @@ def blend_factors(count: int, share: float, generator: torch.Generator) -> Tenso
 def blend(images: Tensor, factors: Tensor) -> Tensor:
     """Mixup of neighbouring images (first and second, and so on): factor * image + (1 - factor) * neighbour.
 
-    images: float [B, C, H, W]; factors: [B]. The last of an odd number stays. Source: mixup, without labels.
+    images: float [B, C, H, W]; factors: [B]. The last of an odd number is unchanged. Source: mixup, without labels.
     """
     factors = factors.to(images.device, images.dtype)[:, None, None, None]
     return factors * images + (1 - factors) * images[_partners(images, 1)]
 
 
 def _partners(images: Tensor, bit: int) -> Tensor:
-    """Each image's other one, whose number differs in one bit; itself where there is none. int64 [B]."""
+    """Each image's partner, whose number differs in one bit, or itself if there is none. int64 [B]."""
     own = torch.arange(len(images), device=images.device)
     return torch.where(own ^ bit < len(images), own ^ bit, own)
 
 
 def paste_boxes(count: int, share: float, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Boxes for `paste`, int64 [count, 4] (top, left, height, width): random ones for a `share` of the images, of
-    nearly any area and twice as wide as high at most or the reverse, and empty ones for the others."""
+    """Boxes for `paste`, int64 [count, 4] (top, left, height, width): random for a fraction `share` of the images, with
+    nearly any area and an aspect ratio of at most 2, and empty for the others."""
     uniform = torch.rand(5, count, generator=generator, dtype=torch.float64)
     boxes = boxes_from(uniform[:4], height, width, PASTED, (1 / 2, 2))
     return boxes * (uniform[4] < share)[:, None]
@@ -157,8 +158,8 @@ def paste_boxes(count: int, share: float, height: int, width: int, generator: to
 def paste(images: Tensor, boxes: Tensor) -> Tensor:
     """CutMix: paste a box of another image (the third into the first, and so on) at the same position.
 
-    images: float [B, C, H, W]; boxes: as of `paste_boxes`. Images without another one stay. Source: CutMix, without
-    labels.
+    images: float [B, C, H, W]; boxes: from `paste_boxes`. Images without a partner are unchanged. Source: CutMix,
+    without labels.
     """
     top, left, height, width = boxes.to(images.device)[:, :, None, None, None].unbind(1)
     y = torch.arange(images.shape[2], device=images.device)[:, None]
@@ -168,15 +169,15 @@ def paste(images: Tensor, boxes: Tensor) -> Tensor:
 
 
 def jitter_factors(count: int, strength: float, generator: torch.Generator) -> Tensor:
-    """Factors for `jitter_colors`, float32 [count, 3], uniform in 1 - strength to 1 + strength."""
+    """Factors for `jitter_colors`, float32 [count, 3], uniform from 1 - strength to 1 + strength."""
     return 1 + strength * (2 * torch.rand(count, 3, generator=generator) - 1)
 
 
 def jitter_colors(images: Tensor, factors: Tensor) -> Tensor:
     """Change brightness, then contrast, then saturation of images, float [B, 3, H, W], clipped to 0..1.
 
-    factors: float [B, 3], on any device; 1 changes nothing, 0 gives black, the mean grey, a grey image. Source: the
-    colour jitter of SimCLR, without hue.
+    factors: float [B, 3], on any device; 1 changes nothing; 0 gives black (brightness), the mean grey (contrast) or a
+    grey image (saturation). Source: the colour jitter of SimCLR, without hue.
     """
     bright, contrast, saturation = factors.to(images.device, images.dtype)[:, :, None, None, None].unbind(1)
     images = (images * bright).clamp(0, 1)

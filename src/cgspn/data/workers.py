@@ -1,5 +1,5 @@
-"""Training batches read by worker processes. A batch is a function of the source, the settings and its step alone, so
-neither the number of workers or processes nor a restart changes what a run sees."""
+"""Training batches read by worker processes. A batch depends only on the source, the settings and its step, so the
+number of workers or processes and restarts do not change the data of a run."""
 
 import io
 import os
@@ -23,11 +23,11 @@ from .samples import Sample, SampleSource
 from .transforms import SCALE, boxes_from, ratio_around
 
 FLIP = 0.5
-SUBSTITUTES = 20  # unreadable ones in a row that end a run, whatever the limit
+SUBSTITUTES = 20  # consecutive unreadable images that end a run, whatever the limit
 MOST_WORKERS = 16
-# what a process reads of a batch at a time, at most: a thousand small images in one piece kept the others waiting
+# most images that a worker reads at once; with a thousand small images, other workers had to wait
 PART_IMAGES, PART_PIXELS = 32, 1 << 21
-AUGMENT, SUBSTITUTE = 1, 3  # purposes of randomness
+AUGMENT, SUBSTITUTE = 1, 3  # uses of random numbers, see `generator_of`
 
 Failure = tuple[int, str, str]
 """Number, name and reason of a sample that could not be used."""
@@ -108,7 +108,7 @@ class BatchPlan:
 
 
 class Rows(NamedTuple):
-    """Rows of a batch: uint8 [b, h, w, 3] (None if nothing can be used), int64 [b], int64 [b]; and what cannot be."""
+    """Rows of a batch: images uint8 [b, h, w, 3] (None if all failed), indices and labels int64 [b], and failures."""
 
     images: Tensor | None
     indices: Tensor
@@ -118,24 +118,22 @@ class Rows(NamedTuple):
 
 
 class RowsReader(Dataset[Rows]):
-    """From a step, rows of its batch and their sample numbers to decoded rows; what each worker process runs."""
+    """The dataset of worker processes: maps (step, rows of its batch, sample numbers) to decoded rows."""
 
     def __init__(self, source: SampleSource, plan: BatchPlan) -> None:
         self.source, self.plan = source, plan
 
     def __getitem__(self, key: Key) -> Rows:
-        """The rows of one step. Never raises for damaged data, because an exception would lose the position in the
-        stream.
-        """
+        """The rows of one step. Damaged data raises nothing, since an exception would lose the place in the stream."""
         step, rows, numbers = key
         shape = self.plan.at(step)[0]
         generator = generator_of(self.plan.seed, AUGMENT, step)
-        # of the whole batch, so that a row has its own whoever reads it
+        # drawn for the whole batch, so that a row does not depend on the worker
         draws = torch.rand(shape.images, 6, generator=generator, dtype=torch.float64)[rows]
         images = torch.empty(len(numbers), *shape.size, 3, dtype=torch.uint8)
         found, labels, captions, failures = list(numbers), list[int](), list[str](), list[Failure]()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of Pillow, about oddities in files
+            warnings.simplefilter("ignore")  # Pillow's warnings about odd files
             for row, number in enumerate(numbers):
                 for attempt in range(SUBSTITUTES):
                     try:
@@ -145,7 +143,7 @@ class RowsReader(Dataset[Rows]):
                     except Exception as error:
                         reason = f"{type(error).__name__}: {error}"
                         failures.append((found[row], self.source.name(found[row]), reason))
-                        # scattered: the neighbours of a damaged sample may be damaged too
+                        # take a random substitute, since neighbours of a damaged sample may be damaged too
                         found[row] = mixed_number(attempt, SUBSTITUTE, number) % len(self.source)
                 else:
                     return Rows(None, torch.tensor(found), torch.tensor(labels), captions, failures)
@@ -154,7 +152,7 @@ class RowsReader(Dataset[Rows]):
         return Rows(images, torch.tensor(found), torch.tensor(labels), captions, failures)
 
     def place(self, row: Tensor, number: int, draw: Tensor) -> tuple[Sample, str]:
-        """Decode a sample into `row`, uint8 [h, w, 3]; returns it and its caption. Raises what decoders raise."""
+        """Decode a sample into `row`, uint8 [h, w, 3], and return it with its caption. Raises the decoder's errors."""
         plan, sample = self.plan, self.source.read(number)
         caption = sample.caption
         if not caption and sample.class_name:
@@ -176,7 +174,7 @@ class RowsReader(Dataset[Rows]):
 
 
 def _keys(size: int, plan: BatchPlan, start: int, end: int) -> Iterator[Key]:
-    """The keys of `RowsReader`, in order; made in the training process, which alone holds the order of an epoch."""
+    """The keys for `RowsReader` in order, created in the training process, which holds the order of an epoch."""
     for step in range(start, end):
         shape, begin, _ = plan.at(step)
         whole = stream_indices(size, begin, shape.images, seed=plan.seed)
@@ -185,7 +183,7 @@ def _keys(size: int, plan: BatchPlan, start: int, end: int) -> Iterator[Key]:
 
 
 def joined(parts: list[Rows], device: torch.device) -> Rows:
-    """Parts of a batch as one, its images on a device."""
+    """Concatenate parts of a batch, with images on a device."""
     images = [part.images.to(device, non_blocking=True) for part in parts if part.images is not None]
     return Rows(
         torch.cat(images) if len(images) == len(parts) else None,
@@ -201,8 +199,8 @@ def read_rows(
 ) -> Iterator[tuple[int, Rows]]:
     """Yield the rows of steps `start` to `end` - 1 that this process reads, with prefetching.
 
-    prefetch: parts of batches that each of the worker processes reads ahead. device: where images go; through
-    page-locked memory to a GPU. Raises WorkerError if a restarted worker dies again before it delivers a batch.
+    prefetch: parts of batches that each worker reads ahead. device: of the images; transfers to a GPU use pinned
+    memory. Raises WorkerError if a restarted worker dies again before it delivers a batch.
     """
     step, restarted_at = start, -1
     while step < end:
@@ -212,7 +210,7 @@ def read_rows(
         while step < end:
             try:
                 rows = joined([next(parts) for _ in plan.parts(step)], device)
-            # dead workers show as RuntimeError, or as a broken connection while a batch is handed over
+            # dead workers raise RuntimeError, or a connection error during a transfer
             except (RuntimeError, OSError, EOFError) as error:
                 if not used:
                     raise
@@ -230,15 +228,15 @@ def read_rows(
 
 
 def _started(reader: RowsReader, keys: Iterator[Key], workers: int, prefetch: int, pin: bool) -> Iterator[Rows]:
-    """A loader whose workers run, and the process's signal handler what it was.
+    """Start a loader's workers, and restore the process's signal handler.
 
-    The loader's own one raises wherever the process happens to be when a worker dies, in an optimiser step too.
+    The loader's handler would raise anywhere in the process when a worker dies, even in an optimiser step.
     """
     ours = hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGCHLD) if ours else None
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "This DataLoader will create")  # more than cores: someone asked for them
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # the user asked for more than cores
             loader = DataLoader(
                 reader,
                 batch_size=None,
@@ -246,7 +244,7 @@ def _started(reader: RowsReader, keys: Iterator[Key], workers: int, prefetch: in
                 num_workers=workers,
                 prefetch_factor=prefetch if workers else None,
                 pin_memory=pin,
-                generator=torch.Generator(),  # or starting it would draw from the global one
+                generator=torch.Generator(),  # otherwise the start would use the global generator
             )
             return iter(loader)
     finally:

@@ -1,4 +1,4 @@
-"""Training: taps, adapters, losses, tasks, the loop, and the recipe made of them."""
+"""Distillation: taps, adapters, losses, tasks, the training loop, stages and presets."""
 
 from .batches import Feed, ImageSetFeed, SampleFeed, eval_transform
 from .config import ComputeConfig, DistillConfig, HighResConfig, LossConfig, OptimConfig, PretrainConfig

@@ -1,4 +1,4 @@
-"""The learnable bridge before each tap, on the student's side, for training only."""
+"""Adapters: small MLPs on the student's side of each tap, only for training."""
 
 from torch import Tensor, nn
 
@@ -9,7 +9,7 @@ from ..ops.fused.rows import can_use_rows
 
 
 class Adapter(nn.Module):
-    """x + MLP(norm(x)), starting as the identity: [B, N, C] -> [B, N, C]. Paper: adapters (docs/paper.md)."""
+    """x + MLP(norm(x)), initialised as the identity: [B, N, C] -> [B, N, C]. Paper: adapters (docs/paper.md)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -25,13 +25,13 @@ class Adapter(nn.Module):
 
 
 class Adapters(nn.Module):
-    """One adapter for each tap of an encoder of `depth` blocks, or the identity where they are off.
+    """One adapter per tap of an encoder with `depth` blocks, or the identity for disabled taps.
 
-    The last block's output feeds the final norm that users see, so its tap has none.
+    The last block has none at its output, because that is the input of the encoder's final norm.
     """
 
     def __init__(self, depth: int, width: int, *, sublayers: bool, blocks: bool) -> None:
-        """depth: number of blocks; width: C; sublayers, blocks: at which taps."""
+        """depth: number of blocks; width: C; sublayers, blocks: whether PP and PB taps have adapters."""
         super().__init__()
 
         def make(n: int) -> nn.ModuleList:

@@ -1,4 +1,4 @@
-"""The losses of a batch and their gradients: launched one by one, or replayed as one CUDA graph for each shape."""
+"""The losses and gradients of a batch, computed eagerly or by replaying one CUDA graph per shape."""
 
 import gc
 from collections.abc import Callable
@@ -14,28 +14,30 @@ from ..data import Batch
 from .optimizers import Optimizers
 from .parallel import local_shards, sync_gradients
 
-WARM = 3  # steps before the first capture: allocations, autotuning and lazy set-up happen there
+WARM = 3  # steps before the first capture, for allocations, autotuning and lazy initialisation
 
-Shapes = tuple[torch.Size, ...]  # of the images of the parts of a batch
+Shapes = tuple[torch.Size, ...]  # image shapes of the parts (accumulation steps) of a batch
 
 
 class Gradients:
-    """Call with the parts of a batch: fills the parameters' gradients. names: of the losses, after the first call."""
+    """Called with the parts of a batch, it fills the parameters' gradients. names: of the losses, after the first
+    call."""
 
     def __init__(
         self, module: nn.Module, optimizer: Optimizers, lower: Callable[[], AbstractContextManager[object]]
     ) -> None:
-        """module: from a batch to its losses. optimizer: whose gradients are cleared. lower: the precision."""
+        """module: maps a batch to its losses. optimizer: its gradients are cleared. lower: an autocast context."""
         self.module, self.optimizer, self.lower = module, optimizer, lower
         self.names: list[str] = []
 
     def __call__(self, parts: list[Batch]) -> Tensor:
-        """Mean losses over the parts, float32 [len(names)]; the gradient is that of the mean of "total"."""
+        """Return the mean losses over the parts, float32 [len(names)], and fill the gradients of the mean of
+        "total"."""
         self.optimizer.zero_grad()
         return self.add_up(parts)
 
     def add_up(self, parts: list[Batch]) -> Tensor:
-        """Forward and backward of every part."""
+        """Run forward and backward of every part."""
         values: list[Tensor] = []
         for part in parts:
             sync_gradients(self.module, part is parts[-1])
@@ -47,18 +49,18 @@ class Gradients:
         return torch.stack(values).mean(0)
 
     def close(self) -> None:
-        """Let go of what calls keep."""
+        """Free what earlier calls have kept."""
 
 
 class CapturedStep(NamedTuple):
-    """A recorded step. graph: it. parts: what it reads its images from. values: where it leaves the losses."""
+    """A captured step. graph: the CUDA graph. parts: its input batches. values: its output losses."""
 
     graph: torch.cuda.CUDAGraph
     parts: list[Batch]
     values: Tensor
 
     def replay(self, parts: list[Batch]) -> Tensor:
-        """The losses of other images of the same shapes. The next replay of any step may overwrite its memory."""
+        """The losses of new images with the same shapes. The next replay of any step may overwrite them."""
         for own, given in zip(self.parts, parts, strict=True):
             own.images.copy_(given.images)
         self.graph.replay()
@@ -66,12 +68,12 @@ class CapturedStep(NamedTuple):
 
 
 class CapturedGradients(Gradients):
-    """The same as CUDA graphs, one for each shape of batches, for models whose kernels are shorter than their launches.
+    """`Gradients` with one CUDA graph per batch shape, for models whose kernels take less time than their launches.
 
-    The first three steps are launched, and the first one of every shape; the second one of a shape is captured and
-    replayed. Graphs are never replayed at the same time, so that they share one pool of memory, and all write the same
-    gradients. Losses need nothing from the host. What FSDP2 and placed blocks exchange with other processes is in the
-    graphs; the gradients of a plain module are averaged after them (`average_gradients`).
+    The first three steps, and the first step of each shape, run eagerly. The second step of a shape is captured and
+    replayed. Graphs never run concurrently, so they share one memory pool, and all write the same gradients. Losses
+    must not need the CPU. Communication of FSDP2 and placed blocks is inside the graphs; gradients of a plain module
+    are averaged afterwards (`average_gradients`).
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class CapturedGradients(Gradients):
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, parts: list[Batch]) -> Tensor:
-        """As in `Gradients`."""
+        """See `Gradients`."""
         shapes = tuple(part.images.shape for part in parts)
         if shapes not in self.steps:
             if self.calls < WARM or shapes not in self.seen:
@@ -93,7 +95,7 @@ class CapturedGradients(Gradients):
         return self.steps[shapes].replay(parts)
 
     def launch(self, parts: list[Batch], shapes: Shapes) -> Tensor:
-        """The step without a graph, on a stream of its own, as capture wants its warm-up."""
+        """Run the step eagerly on a separate stream, as the warm-up of a capture requires."""
         self.calls += 1
         self.seen.add(shapes)
         side = torch.cuda.Stream()
@@ -104,9 +106,9 @@ class CapturedGradients(Gradients):
         return values
 
     def add_up_in_place(self, parts: list[Batch]) -> Tensor:
-        """`add_up`, whose gradients end where those of the step before are: graphs write to that memory.
+        """`add_up` that writes the gradients to the memory of the previous step, to which graphs write too.
 
-        Copies of all at once, as adding to what is there would take a kernel for each parameter.
+        It copies all gradients at once, because accumulating in place would take a kernel per parameter.
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         before = [p.grad for p in parameters]
@@ -120,15 +122,15 @@ class CapturedGradients(Gradients):
         return values
 
     def capture(self, parts: list[Batch]) -> CapturedStep:
-        """Record a step on copies of these parts; nothing is computed yet."""
+        """Capture a step on copies of these parts, without computing it."""
         parts = [replace(part, images=part.images.clone()) for part in parts]
-        gc.collect()  # what cycles hold is memory that the graph needs
+        gc.collect()  # frees memory in reference cycles, which the graph needs
         graph = torch.cuda.CUDAGraph()
-        # other threads, NCCL's among them, go on asking the device meanwhile
+        # other threads, such as NCCL's, may call CUDA during the capture
         with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             values = self.add_up_in_place(parts)
         return CapturedStep(graph, parts, values)
 
     def close(self) -> None:
-        """Free the graphs: a process group waits for those that hold its collectives before it goes."""
+        """Free the graphs. A process group cannot shut down before the graphs that contain its collectives."""
         self.steps.clear()

@@ -1,4 +1,4 @@
-"""Batches of a run; each process takes its share."""
+"""Training batches; each process gets its share."""
 
 import math
 from collections.abc import Iterator
@@ -28,21 +28,22 @@ from .parallel import World
 from .sizes import SizeRange, tokens_of
 from .trainer import Stream, rows_of
 
-CROPS, COLORS, BLENDS, BOXES = 1, 2, 3, 4  # purposes of randomness, see `generator_of`
+CROPS, COLORS, BLENDS, BOXES = 1, 2, 3, 4  # uses of random numbers, see `generator_of`
 Size = tuple[int, int]  # (height, width) in pixels
-EVEN = 8  # images of a batch are a multiple of it: kernels like that, and up to eight processes see the same batches
+EVEN = 8  # batch sizes are multiples of this, for fast kernels and the same batches on up to eight processes
 
 
 class Feed(Protocol):
-    """A source of training images for any stage."""
+    """A source of training images for all stages."""
 
     def stream(
         self, encoder: EncoderConfig, size: Size, optim: OptimConfig, world: World, sizes: SizeRange | None = None
     ) -> Stream:
-        """Return a function from a start step to this process's part of the following batches, on its device.
+        """Return a function that maps a start step to an iterator over this process's share of the batches, on its
+        device.
 
-        encoder: config of the encoder, for the normalisation of the images. sizes: what batches are drawn from; each
-        has about the tokens of `optim.batch_size` images of `size`. A feed that does not know mixed sizes may lack it.
+        encoder: config with the normalisation of images. sizes: range of image sizes; each batch has about as many
+        tokens as `optim.batch_size` images of `size`. A feed without mixed sizes may omit this parameter.
         """
 
     def captions(self, batch: Batch) -> list[str]:
@@ -50,7 +51,7 @@ class Feed(Protocol):
 
 
 def eval_transform(config: EncoderConfig, size: Size | None = None) -> EvalTransform:
-    """Resize and centre crop to `size`, the native one if None, normalised as it expects."""
+    """Resize and centre crop to `size` (None: the native size), with the encoder's normalisation."""
     return EvalTransform(size or config.image_size, config.image_crop, config.image_mean, config.image_std)
 
 
@@ -63,7 +64,7 @@ class ImageSetFeed:
     def stream(
         self, encoder: EncoderConfig, size: Size, optim: OptimConfig, world: World, sizes: SizeRange | None = None
     ) -> Stream:
-        """As in `Feed`. Raises ValueError as `blended_share`, and for a wrong size."""
+        """See `Feed`. Raises ValueError for a wrong size, and the errors of `blended_share`."""
         blended_share(optim, world)
         shapes = batch_shapes(encoder, size, optim, world.size, sizes)
         prepared = {shape.size: transform_of(encoder, shape.size, optim) for shape in shapes}
@@ -83,7 +84,7 @@ class ImageSetFeed:
         return start_at
 
     def captions(self, batch: Batch) -> list[str]:
-        """As in `Feed`; the template changes from step to step."""
+        """See `Feed`. The template changes with the step."""
         return self.images.captions(seed=batch.step, indices=batch.indices)
 
 
@@ -91,7 +92,7 @@ class ImageSetFeed:
 class SampleFeed:
     """Images that worker processes read, decode and crop during training.
 
-    captioned: skip images without a caption or class, for a contrastive loss. tally: counter of the images that this
+    captioned: skip images without a caption or class, for a contrastive loss. tally: counts the images that this
     process reads and skips.
     """
 
@@ -106,9 +107,10 @@ class SampleFeed:
     def stream(
         self, encoder: EncoderConfig, size: Size, optim: OptimConfig, world: World, sizes: SizeRange | None = None
     ) -> Stream:
-        """As in `Feed`. The stream raises ValueError when too much is skipped, WorkerError when workers keep dying.
+        """See `Feed`. The stream raises ValueError if too many images are skipped, and WorkerError if workers keep
+        dying.
 
-        Raises ValueError as `blended_share`, or for an encoder of grey images.
+        Raises ValueError for an encoder of grey images, and the errors of `blended_share`.
         """
         if encoder.channels != 3:
             raise ValueError(f"the encoder takes {encoder.channels} channels; accepted for files of images: 3")
@@ -137,7 +139,7 @@ class SampleFeed:
                         f"{rows.failures[-1][1]}: {rows.failures[-1][2]}"
                     )
                 shape, _, own = plan.at(step)
-                images = transforms.to_float(rows.images.permute(0, 3, 1, 2).contiguous())  # bytes travelled
+                images = transforms.to_float(rows.images.permute(0, 3, 1, 2).contiguous())  # workers send bytes
                 if optim.augment and optim.jitter:
                     factors = transforms.jitter_factors(
                         shape.images, optim.jitter, generator_of(optim.seed, COLORS, step)
@@ -150,7 +152,7 @@ class SampleFeed:
         return start_at
 
     def captions(self, batch: Batch) -> list[str]:
-        """As in `Feed`: the captions stored with the images, or templates filled with their class names."""
+        """See `Feed`. Captions are stored with the images, or templates filled with class names."""
         return list(batch.captions)
 
 
@@ -171,11 +173,11 @@ def transform_of(encoder: EncoderConfig, size: Size, optim: OptimConfig) -> Trai
 def batch_shapes(
     encoder: EncoderConfig, size: Size, optim: OptimConfig, processes: int, sizes: SizeRange | None
 ) -> tuple[BatchShape, ...]:
-    """The batch shapes of a stage, all with about as many tokens as `batch_size` images of `size`.
+    """The batch shapes of a stage, each with about as many tokens as `batch_size` images of `size`.
 
-    Numbers of images are rounded to multiples of eight, and of what processes and accumulation steps divide. They are
-    the same for any number of processes whose product with `OptimConfig.accumulate` divides both eight and the batch.
-    sizes: what else batches may look like; None for `size` alone.
+    Batch sizes are rounded to multiples of eight, and of processes times accumulation steps. They do not depend on the
+    number of processes if its product with `OptimConfig.accumulate` divides eight and the batch size. sizes: range of
+    image sizes; None for `size` only.
     """
     if sizes is None:
         return (BatchShape(size, optim.batch_size),)
@@ -193,7 +195,7 @@ def batch_shapes(
 def blended(images: Tensor, optim: OptimConfig, step: int, count: int, share: slice) -> Tensor:
     """A process's share of a batch of `count` images after mixup and CutMix.
 
-    Alike on any number of processes whose shares are multiples of four.
+    The result does not depend on the number of processes if shares are multiples of four.
     """
     if optim.mixup:
         factors = transforms.blend_factors(count, optim.mixup, generator_of(optim.seed, BLENDS, step))
@@ -206,7 +208,7 @@ def blended(images: Tensor, optim: OptimConfig, step: int, count: int, share: sl
 
 
 def share_of(batch_size: int, world: World) -> slice:
-    """Which rows of a batch are this process's. Raises ValueError for a batch that does not divide."""
+    """The rows of a batch for this process. Raises ValueError if the batch is not divisible."""
     if batch_size % world.size:
         raise ValueError(f"batch_size is {batch_size}; expected a multiple of the {world.size} processes")
     share = batch_size // world.size
@@ -214,15 +216,17 @@ def share_of(batch_size: int, world: World) -> slice:
 
 
 def blended_share(optim: OptimConfig, world: World) -> slice:
-    """`share_of` an optimisation's batches. Raises ValueError also for shares in which no image has another to blend
-    with."""
+    """`share_of` for a stage's batches. Also raises ValueError if shares are too small for mixup or CutMix."""
     share = share_of(optim.batch_size, world)
     own = share.stop - share.start
     if own % optim.accumulate:
         raise ValueError(
             f"accumulate is {optim.accumulate}; accepted: divisors of a process's share of batch_size, {own} images"
         )
-    for name, least in (("mixup", 2), ("cutmix", 3)):  # the second and the third image are the first one's partners
+    for name, least in (
+        ("mixup", 2),
+        ("cutmix", 3),
+    ):  # partners of an image are the next two
         if getattr(optim, name) and own < least:
             raise ValueError(f"{name} is {getattr(optim, name)}, with {own} images a process; expected {least} or more")
     return share

@@ -1,4 +1,4 @@
-"""Stage 1 with each block on one process: no gradient is ever exchanged, only the teacher's features."""
+"""Stage 1 with each block on one process. Processes exchange the teacher's features, but no gradients."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -14,18 +14,18 @@ from ..models.encoder import Encoder
 from .runtime import Runtime
 from .tasks import Losses, SublayerTask, sublayer_parts
 
-AHEAD = 2  # rounds of features under way: one hides behind a block, two behind blocks of uneven lengths
+AHEAD = 2  # rounds in flight: one overlaps with a block, two also with blocks of uneven duration
 
 
 class Exchange(NamedTuple):
-    """A round under way: what to wait for, what is being sent and must live until then, what will have arrived."""
+    """A round in flight: requests to wait for, tensors being sent (kept alive until then), and the receive buffer."""
 
     work: dist.Work | None
     sent: Tensor
     received: Tensor
 
     def wait(self) -> Tensor:
-        """[B, N, C] of one block and all images; [0, N, C] if the round has no block for this process."""
+        """The features [B, N, C] of one block for all images; [0, N, C] if the round has no block for this process."""
         if self.work is not None:
             self.work.wait()
         return self.received
@@ -35,9 +35,9 @@ class PlacedSublayerTask(SublayerTask):
     """Like `SublayerTask`, but each block is trained by a single process, on the images of all processes.
 
     Each process runs the teacher on its own share of the batch and sends every block's features to the block's owner,
-    in rounds of one block for each process: while one is computed, the next ones travel, and what has been sent is let
-    go. Optimiser state and gradients exist once in the whole run. Paper: stage 1, whose blocks are independent
-    (docs/paper.md).
+    in rounds of one block per process. Communication of later rounds overlaps with the computation of earlier ones, and
+    sent features are freed. Optimiser state and gradients exist only once in the run. Paper: stage 1, with independent
+    blocks (docs/paper.md).
     """
 
     reduction: Literal["mean", "sum"] = "sum"
@@ -47,7 +47,7 @@ class PlacedSublayerTask(SublayerTask):
     ) -> None:
         """Needs an initialised process group. Arguments and errors as in `SublayerTask`.
 
-        Raises ValueError also for fewer blocks that learn than processes.
+        Also raises ValueError if there are fewer learning blocks than processes.
         """
         super().__init__(teacher, student, learn_positions, runtime)
         ranks = dist.get_world_size()
@@ -56,41 +56,42 @@ class PlacedSublayerTask(SublayerTask):
                 f"parallel is 'placed' with {ranks} processes; each needs a block that learns, and the student has "
                 f"{len(self.learning)}"
             )
-        self.owned = [self.learning[rank::ranks] for rank in range(ranks)]  # in turn
+        self.owned = [self.learning[rank::ranks] for rank in range(ranks)]  # round robin
         self.own = self.owned[dist.get_rank()]
         self.parts = nn.ModuleDict({str(i): sublayer_parts(student.each_block()[i]) for i in self.own})
 
     def losses(self, batch: Batch) -> Losses:
-        """As in `SublayerTask`; losses of blocks that are elsewhere are zero, and so are left out of "total"."""
+        """See `SublayerTask`. Losses of blocks on other processes are zero, also in "total"."""
         taps = self.observed(batch)
         energies = self.energies.of(self.targets(taps))
         energy = dict(zip(self.learning, energies, strict=True))
         zero = energies.new_zeros(())
         losses: Losses = {f"block {i}": zero for i in self.learning}
         features = [{i: each[i] for i in self.learning} for each in (taps.block_inputs, taps.sublayers)]
-        taps = taps._replace(block_inputs=[], sublayers=[], blocks=[])  # what is sent shall not be held here
+        taps = taps._replace(block_inputs=[], sublayers=[], blocks=[])  # so that sent features are freed
         for i, (block_inputs, wanted) in self._arriving(features):
             losses[f"block {i}"] = self.sublayer_error(i, block_inputs, wanted, taps, energy[i])
         total = torch.stack([losses[f"block {i}"] for i in self.own]).sum() if self.own else zero
         return {"total": total, **losses}
 
     def _arriving(self, features: list[dict[int, Tensor]]) -> Iterator[tuple[int, list[Tensor]]]:
-        """Own blocks in turn, with what the features [b, N, C] of this process's images are for all: [B, N, C] each.
+        """Yield each owned block with the features of all images, [B, N, C] each.
 
-        features: some kinds, by block; they are taken out once sent.
+        features: lists per block of this process's features [b, N, C]; entries are removed once sent.
         """
         rounds = max(map(len, self.owned))
         coming = ([self._begin(kind, number) for kind in features] for number in range(rounds))
         begun = deque(islice(coming, AHEAD))
         for i in self.own:
             arrived = [exchange.wait() for exchange in begun.popleft()]
-            begun.extend(islice(coming, 1))  # before the block, which is launched behind it
+            begun.extend(islice(coming, 1))  # started before the block is launched
             yield i, arrived
-        for exchange in chain(*begun, *coming):  # a last round may have blocks for others only
+        for exchange in chain(*begun, *coming):  # the last round may have blocks for other processes only
             exchange.wait()
 
     def _begin(self, features: dict[int, Tensor], number: int) -> Exchange:
-        """Send this process's features [b, N, C] of each owner's block of a round, and ask for those of the own one."""
+        """Start a round: send this process's features [b, N, C] to each block's owner, and receive those of the own
+        block."""
         ranks = dist.get_world_size()
         theirs = [owned[number : number + 1] for owned in self.owned]
         blocks = [features.pop(i) for owned in theirs for i in owned]

@@ -1,8 +1,9 @@
-"""The teacher's features kept from one epoch to the next, for images that look the same each time.
+"""A cache of the teacher's features across epochs, for images without augmentation.
 
-It helps where an image is seen often and the features fit: small sets, small teachers, crops that do not change
-(`OptimConfig.augment` off). A ViT-S/14 at 224 px leaves 5.1 MB an image, an SO400M/14 at 378 px 94 MB, which a disk of
-7 GB/s delivers a tenth as fast as an H100 computes it anew. So the cache is in memory, and there is none on disk.
+It helps if images are seen often and their features fit in memory: small datasets and teachers, and fixed crops
+(`OptimConfig.augment` off). Features take 5.1 MB per image for a ViT-S/14 at 224 px, and 94 MB for an SO400M/14 at 378
+px. A disk with 7 GB/s would deliver the latter at a tenth of the speed at which an H100 computes them, so the cache is
+only in memory.
 """
 
 from collections.abc import Callable
@@ -17,21 +18,21 @@ Size = tuple[int, ...]  # (height, width) of images in pixels
 
 
 class TeacherCache:
-    """Taps by image and size, rounded to bfloat16, in host memory; once it is full, others are computed anew.
+    """Taps by image and size, in bfloat16 in CPU memory. Once it is full, taps of other images are computed each time.
 
-    Features are rounded when they are computed too, so that a run that goes on from a snapshot, with an empty cache,
-    sees the same. Valid for one teacher and no augmentation.
+    Newly computed features are rounded too, so that a run that resumes with an empty cache gets the same values. Valid
+    for one teacher without augmentation.
     """
 
     def __init__(self, limit: float) -> None:
-        """limit: bytes that it may take, on each process."""
+        """limit: maximum number of bytes per process."""
         self.limit, self.used = limit, 0
         self.owner: object = None
         self.kept: dict[tuple[int, Size], list[Tensor]] = {}
         self.like: dict[Size, Taps] = {}
 
     def belongs_to(self, owner: object) -> None:
-        """Forget everything unless it is of `owner`: what tells one teacher from others."""
+        """Clear the cache unless it belongs to `owner`, an object that identifies the teacher."""
         if owner != self.owner:
             self.kept.clear()
             self.like.clear()
@@ -39,7 +40,8 @@ class TeacherCache:
 
     @torch.no_grad()
     def taps(self, indices: Tensor, compute: Callable[[], Taps], size: Size = ()) -> Taps:
-        """The taps of images `indices`, int64 [B], at a size: from memory if all are there, else computed and kept."""
+        """The taps of the images `indices`, int64 [B], at a size: from the cache if all are in it, else computed and
+        stored."""
         keys = [(index, size) for index in indices.tolist()]
         if all(key in self.kept for key in keys):
             rows = [torch.stack(features) for features in zip(*(self.kept[key] for key in keys))]
@@ -57,19 +59,19 @@ class TeacherCache:
 
 
 def pack(taps: Taps) -> list[Tensor]:
-    """All taps, each feature once: the output of a block is the input of the next one."""
+    """A list of all features without duplicates, because the output of a block is the input of the next one."""
     stream = taps.block_inputs + taps.blocks[-1:] if taps.block_inputs else taps.blocks
     return [*taps.sublayers, *stream, taps.tokens, taps.pooled]
 
 
 def nothing_of(taps: Taps) -> Taps:
-    """Taps of no image, of the same shapes, dtypes, device and grid."""
+    """Taps of zero images, with the same shapes, dtypes, device and grid."""
     entries, branches, blocks = ([f[:0] for f in each] for each in (taps.block_inputs, taps.sublayers, taps.blocks))
     return Taps(entries, branches, blocks, taps.tokens[:0], taps.pooled[:0], taps.grid)
 
 
 def unpack(rows: list[Tensor], like: Taps) -> Taps:
-    """The taps that were packed, in the dtypes and on the device of `like`, whose grid they have."""
+    """The inverse of `pack`, with the dtypes, device and grid of `like`."""
     depth, device = len(like.blocks), like.tokens.device
     sublayers, stream = rows[:depth], [row.to(device, like.blocks[0].dtype) for row in rows[depth:-2]]
     return Taps(

@@ -1,4 +1,4 @@
-"""PyTorch's distributed checkpoints, read without running what a stranger may have put into them."""
+"""A reader of PyTorch's distributed checkpoints that does not run code from them."""
 
 import io
 import pickle
@@ -14,9 +14,9 @@ from ..teachers.pickles import check_archive
 from .manifest import DamageError
 
 _METADATA = ".metadata"
-MOST_INDEX = 1 << 24  # bytes: those of some 70,000 pieces of tensors
+MOST_INDEX = 1 << 24  # bytes, enough for some 70,000 chunks of tensors
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
-# What the index of a checkpoint of tensors is made of. No bytes: PyTorch unpickles those without limits.
+# The classes in the index of a checkpoint. Bytes entries are rejected, because PyTorch unpickles them without limits.
 _ALLOWED = {
     *(("torch", dtype) for dtype in (*_DTYPES, "Size")),
     ("torch.serialization", "_get_layout"),
@@ -33,7 +33,7 @@ _ALLOWED = {
 }
 
 
-class _Unpickler(pickle._Unpickler):  # the one in C allocates whatever a memo index asks for
+class _Unpickler(pickle._Unpickler):  # the C version allocates memory for any memo index
     dispatch: ClassVar = {code: do for code, do in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -43,14 +43,14 @@ class _Unpickler(pickle._Unpickler):  # the one in C allocates whatever a memo i
 
 
 class SafeReader(FileSystemReader):
-    """A reader whose index may hold nothing but where the tensors of its own folder lie."""
+    """A reader that accepts only an index of tensors in its own folder."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Raises DamageError for any other index."""
         return read_index(Path(str(self.path)))
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """As PyTorch's. Raises CheckpointError for a tensor that may be more than its bytes."""
+        """Like PyTorch's. Raises CheckpointError for a file that `check_archive` rejects."""
         for item in plan.items:
             place = self.storage_data[item.storage_index]
             path = Path(str(self.path)) / place.relative_path
@@ -61,7 +61,8 @@ class SafeReader(FileSystemReader):
 
 
 def read_index(folder: Path) -> Metadata:
-    """The index of a distributed checkpoint. Raises DamageError for one of more than tensors of its own folder."""
+    """The index of a distributed checkpoint. Raises DamageError if it holds anything except tensors of its own
+    folder."""
     path = folder / _METADATA
     if (size := path.stat().st_size) > MOST_INDEX:
         raise DamageError(f"{_METADATA} has {size} bytes; accepted: {MOST_INDEX}")
@@ -77,7 +78,7 @@ def read_index(folder: Path) -> Metadata:
         sparse = any(len(t.chunks) > max(1, t.size.numel()) for t in tensors.values())
         inside = all(0 <= p.offset <= p.offset + p.length <= sizes[p.relative_path] for p in places)
         described = any(place.transform_descriptors for place in places)
-    except Exception as error:  # pickles of strangers raise all kinds of errors
+    except Exception as error:  # untrusted pickles raise all kinds of errors
         raise DamageError(f"{_METADATA} cannot be used: {str(error) or type(error).__name__}") from error
     if not plain or not covered or sparse or not inside or described:
         raise DamageError(f"{_METADATA} names more than tensors of its own folder, or less")

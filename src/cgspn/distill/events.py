@@ -1,4 +1,4 @@
-"""TensorBoard: the curves of a stage, in the folder of the run."""
+"""TensorBoard event files of a stage, in the run folder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-FLUSH = 30  # seconds until curves are seen
+FLUSH = 30  # seconds between writes to disk
 
 
 def require_tensorboard() -> None:
@@ -24,17 +24,17 @@ def require_tensorboard() -> None:
 class EventWatch:
     """A `Watch` that writes every value of a step into event files.
 
-    A step that is run again after a resumption takes the place of the old one.
+    A step that is repeated after a resume replaces the earlier one.
     """
 
     def __init__(self, folder: Path, title: str) -> None:
-        """folder: of the run's events; title: of the stage. Raises ModuleNotFoundError without TensorBoard."""
+        """folder: for event files; title: of the stage. Raises ModuleNotFoundError without TensorBoard."""
         require_tensorboard()
         self.folder = folder / title.replace(", ", "_").replace(" ", "_")
         self.writer: SummaryWriter | None = None
 
     def __call__(self, record: dict[str, float]) -> None:
-        """Write a step. Raises OSError where nothing can be written."""
+        """Write a step. Raises OSError if the file cannot be written."""
         from torch.utils.tensorboard import SummaryWriter
 
         step = int(record["step"])
@@ -45,13 +45,13 @@ class EventWatch:
                 self.writer.add_scalar(group_of(name), value, step)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Flush and close the file."""
         if self.writer is not None:
             self.writer.close()
 
 
 def group_of(name: str) -> str:
-    """Where TensorBoard shows a value: "PP block 3" is beside the other blocks' PP."""
+    """The TensorBoard group of a value, such as one for the PP losses of all blocks."""
     if name in ("images_per_second", "tokens_per_second", "data_wait_share", "mfu"):
         return f"speed/{name}"
     if name in ("lr", "gradient"):

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted without computing, and what a device can do in a second."""
+"""FLOPs of a training step, counted on the meta device, and peak rates of GPUs."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from ..models.encoder import Encoder
 from .adapters import Adapters
 from .taps import tapped_forward
 
-# FLOP/s in bfloat16 with float32 sums, dense, from the makers' data sheets; the first name found in the device's counts
+# Dense bfloat16 FLOP/s with float32 sums, from data sheets. The first name contained in the device's name counts.
 PEAKS = {
     "H100 PCIe": 756e12,
     "H100": 989e12,
@@ -27,7 +27,7 @@ PEAKS = {
 
 
 def peak_of(device: torch.device, precision: str) -> float | None:
-    """FLOP/s that a device can do at best, or None for a CPU, float32 or a device that is not in `PEAKS`."""
+    """The peak FLOP/s of a device; None for a CPU, float32 or a device that is not in `PEAKS`."""
     if device.type != "cuda" or precision != "bfloat16":
         return None
     name = torch.cuda.get_device_name(device)
@@ -35,10 +35,10 @@ def peak_of(device: torch.device, precision: str) -> float | None:
 
 
 def forward_flops(encoder: EncoderConfig, size: tuple[int, int]) -> int:
-    """FLOP of one image of `size` (height, width) pixels through an encoder, on the way forward alone."""
+    """FLOPs of an encoder's forward pass for one image of `size` (height, width) pixels."""
 
     def count(config: EncoderConfig) -> int:
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:  # without gradients, torch 2.11 fails
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:  # torch 2.11 fails without gradients
             tapped_forward(Encoder(config), _image(config, size))
         return counter.get_total_flops()
 
@@ -48,10 +48,10 @@ def forward_flops(encoder: EncoderConfig, size: tuple[int, int]) -> int:
 def training_flops(
     student: EncoderConfig, size: tuple[int, int], *, sublayer_adapters: bool = False, block_adapters: bool = False
 ) -> int:
-    """FLOP of one image of `size` (height, width) pixels through a student and its adapters, forward and backward.
+    """FLOPs of a student and its adapters, forward and backward, for one image of `size` (height, width) pixels.
 
-    Counted on the meta device, a multiply-add as two: matrix products, attention and scans. What is recomputed to save
-    memory does not count, nor do norms, activations and losses. sublayer_adapters, block_adapters: where adapters are.
+    Counts matrix products, attention and scans, with two per multiply-add. Recomputation, norms, activations and losses
+    are not counted. sublayer_adapters, block_adapters: whether PP and PB taps have adapters.
     """
 
     def count(config: EncoderConfig) -> int:
@@ -68,7 +68,7 @@ def training_flops(
 
 
 def sublayer_flops(student: EncoderConfig, size: tuple[int, int], learning: list[int]) -> int:
-    """FLOP of one image through the sub-layers of the blocks `learning`, forward and backward to their weights alone.
+    """FLOPs of the sub-layers of the blocks `learning` for one image, forward and backward to their weights only.
 
     Counted as in `training_flops`.
     """
@@ -83,12 +83,12 @@ def sublayer_flops(student: EncoderConfig, size: tuple[int, int], learning: list
 
 
 def _of_all_blocks(count: Callable[[EncoderConfig], int], config: EncoderConfig) -> int:
-    """The count of an encoder from those of one and two blocks of each kind: all blocks of a kind cost the same."""
+    """The FLOPs of an encoder, extrapolated from one and two blocks of each kind."""
     one, more = 0, 0
     for mixer, blocks in Counter(config.mixers).items():
         one = count(replace(config, mixers=(mixer,)))
         block = count(replace(config, mixers=(mixer, mixer))) - one
-        one -= block  # what is around the blocks, the same whatever their kind
+        one -= block  # the FLOPs outside of the blocks
         more += blocks * block
     return one + more
 

@@ -1,16 +1,16 @@
-"""When Python collects garbage: not wherever a process happens to be, while the others wait for it."""
+"""Garbage collection at fixed steps, so that processes do not wait for one another's collections."""
 
 from __future__ import annotations
 
 import gc
 
-FULL = 1000  # steps between collections of everything: about a second each, at the same step everywhere
+FULL = 1000  # steps between full collections, which take about a second; the same steps on all processes
 
 
 class Garbage:
-    """Within the context, collections happen where they are asked for, if that is wanted, and nowhere else.
+    """Within the context, garbage is collected only by the calls below, if enabled.
 
-    From the first step on, that is: workers that were started before, for data, collect as Python does.
+    This takes effect from the first step on. Data workers, which were started before, use Python's defaults.
     """
 
     def __init__(self, wanted: bool) -> None:
@@ -25,13 +25,13 @@ class Garbage:
             gc.enable()
 
     def after_launch(self) -> None:
-        """Once a step, when the device has work to do: collect what is young."""
+        """Called once per step while the device is busy: collect the young generation."""
         if self.wanted:
             gc.disable()
             self.steps += 1
             gc.collect(1 if self.steps % FULL else 2)
 
     def at_snapshot(self) -> None:
-        """Collect everything: all processes are about to wait for a disk."""
+        """Run a full collection, since all processes are about to wait for the disk."""
         if self.wanted:
             gc.collect()

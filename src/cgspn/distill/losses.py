@@ -1,4 +1,4 @@
-"""What training minimises. All losses return float32 scalars."""
+"""Loss functions. All return float32 scalars."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,15 @@ from torch.nn.functional import kl_div, log_softmax, logsigmoid
 from ..ops.backends import unsupported_reason
 from ..ops.eager import is_eager
 
-CHANNELS_MOST = 2048  # of a row that the kernels keep on the chip
+CHANNELS_MOST = 2048  # most channels of a row that fits on the chip in the kernels
 DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 
 
 def fused_loss(student: Tensor, teacher: Tensor, energy: Tensor | None, kl_weight: float) -> Tensor | None:
-    """`tap_loss` with Triton kernels if possible: on a GPU, with a gradient to the student only. Otherwise None.
+    """`tap_loss` with Triton kernels if possible (on a GPU, with gradients only for the student); otherwise None.
 
-    The plain form makes some twenty passes over memory in float32. A compiler fuses it, so that it stays plain there.
+    The plain version makes some twenty passes over memory in float32. Under torch.compile it is used, as Inductor fuses
+    it.
     """
     can = is_eager(student, teacher) and student.is_cuda and teacher.is_cuda
     can = can and not (teacher.requires_grad or (energy is not None and energy.requires_grad))
@@ -32,8 +33,8 @@ def relative_mse(student: Tensor, teacher: Tensor, energy: Tensor | None = None)
     """mean((student - teacher)^2) / energy: about 1 for a student that returns zero.
 
     student, teacher: any shape, the same on both sides. energy: mean square of the teacher's features, a scalar; None
-    takes that of `teacher`. The division makes blocks of different scale weigh the same; the gradient is that of the
-    paper's ||F_s - F_t||^2 of stage 1 up to a factor per block (docs/paper.md).
+    takes that of `teacher`. The division gives blocks of different scales the same weight. The gradient is that of the
+    paper's stage 1 loss ||F_s - F_t||^2 up to a factor per block (docs/paper.md).
     """
     if (loss := fused_loss(student, teacher, energy, 0.0)) is not None:
         return loss
@@ -45,9 +46,10 @@ def relative_mse(student: Tensor, teacher: Tensor, energy: Tensor | None = None)
 def tap_loss(student: Tensor, teacher: Tensor, kl_weight: float, energy: Tensor | None = None) -> Tensor:
     """MSE + kl_weight * KL(P(student) || P(teacher)), P the softmax over channels: the loss of one tap.
 
-    student, teacher [B, N, C]; energy as in `relative_mse`. Both sides are first divided by its root, so that one
-    learning rate and one kl_weight serve blocks whose features differ in scale by orders of magnitude.
-    Paper: the loss of a tap in stage 2, MSE + KL (docs/paper.md).
+    student, teacher [B, N, C]; energy as in `relative_mse`. Both sides are first divided by its root, because the scale
+    of features differs between blocks by orders of magnitude.
+    Paper: the loss of a tap in stage 2, MSE + KL
+    (docs/paper.md).
     """
     if (fused := fused_loss(student, teacher, energy, kl_weight)) is not None:
         return fused
@@ -64,10 +66,10 @@ def tap_loss(student: Tensor, teacher: Tensor, kl_weight: float, energy: Tensor 
 
 
 def sigmoid_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """SigLIP's pairwise loss with as many positives as there are: image [B, D] and text [B, D] unit vectors.
+    """SigLIP's pairwise loss with any number of positives. image and text are unit vectors [B, D].
 
-    same: [B, B] bool, whether image i belongs to text j. Positives and negatives weigh the same in total, since with
-    few classes a batch holds many of both. scale: log of the temperature's inverse; bias: added to the logits.
+    same: [B, B] bool, whether image i belongs to text j. Positives and negatives have the same total weight, because
+    with few classes a batch has many of both. scale: log of the temperature's inverse; bias: added to the logits.
     Source: SigLIP (Zhai et al. 2023), equation 1, rebalanced.
     """
     logits = image @ text.T * scale.exp() + bias
@@ -77,7 +79,7 @@ def sigmoid_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor, bias:
 
 
 def clip_loss(image: Tensor, text: Tensor, same: Tensor, scale: Tensor) -> Tensor:
-    """CLIP's symmetric cross-entropy with the probability spread over all positives.
+    """CLIP's symmetric cross-entropy with the target probability spread over all positives.
 
     Arguments as in `sigmoid_loss`. Source: CLIP (Radford et al. 2021), figure 3.
     """

@@ -1,7 +1,7 @@
-"""The loss of a tap in two Triton kernels: each pass reads both sides once, whatever the loss adds up.
+"""The tap loss in two Triton kernels, forward and backward. Each reads both inputs once.
 
-Shape letters: M rows (tokens), N rows of an image, C channels. A name in capitals and constexpr is a tile; a row is a
-head and a tail of powers of two (`split_row`). Everything is float32 inside; rows are 64-bit offsets.
+Shape letters: M rows (tokens), N rows of an image, C channels. Constexpr names in capitals are tile sizes. A row is
+split into a head and a tail whose widths are powers of two (`split_row`). Arithmetic is float32; offsets are 64-bit.
 """
 
 # mypy: ignore-errors
@@ -13,13 +13,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE = 1024  # elements of a row's head that a warp takes: its reductions then need no shared memory
-NUMBERS = ["rows", "kl_weight", "energy", "upstream"]  # no kernel of their own for a value or an alignment
+TILE = 1024  # elements of a row's head per warp, so that reductions need no shared memory
+NUMBERS = ["rows", "kl_weight", "energy", "upstream"]  # not specialised for values or alignment
 
 
 @triton.jit
 def _scaled(x, energy, m, c, N, image, row, inside):
-    """Rows m of x [images, N, C], over the root of the energy; zero outside."""
+    """Rows m of x [images, N, C], divided by the root of the energy; zero outside."""
     at = (m // N) * image + (m % N) * row
     scale = tl.maximum(tl.sqrt(tl.load(energy)), 1e-6)
     return tl.load(x + at[:, None] + c[None, :], mask=inside, other=0).to(tl.float32) / scale
@@ -37,7 +37,7 @@ def _powers(x, largest, there):
 
 @triton.jit
 def _softmax(head, tail, in_head, in_tail, TAIL: tl.constexpr):
-    """Of each row the logarithm of the softmax's denominator, and the softmax of both parts."""
+    """For each row, the log of the softmax's denominator, and the softmax of head and tail."""
     largest = _largest(head, in_head)
     if TAIL:
         largest = tl.maximum(largest, _largest(tail, in_tail))
@@ -61,7 +61,7 @@ def tap_loss_forward(
     student, teacher, energy, sums, rows, N, C, s_image, s_row, t_image, t_row, kl_weight,
     ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, KL: tl.constexpr,
 ):  # fmt: skip
-    """sums [programs]: what the rows of each program add to the mean over rows."""
+    """sums [programs]: the contribution of each program's rows to the mean over rows."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c, e = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
     s, t, _ = _rows_of(student, teacher, energy, m, c, N, C, s_image, s_row, t_image, t_row, rows)
@@ -72,7 +72,7 @@ def tap_loss_forward(
         value += tl.sum((more_s - more_t) * (more_s - more_t), 1)
     value /= C
     if KL:
-        here, there = (c < C)[None, :], (e < C)[None, :]  # rows that are not there are zeros: finite
+        here, there = (c < C)[None, :], (e < C)[None, :]  # missing rows are zeros, which stay finite
         log_s, p, more_p = _softmax(s, more_s, here, there, TAIL)
         log_t, _, _ = _softmax(t, more_t, here, there, TAIL)
         divergence = tl.sum(p * (s - t), 1) + log_t - log_s
@@ -87,10 +87,10 @@ def tap_loss_backward(
     student, teacher, energy, upstream, out, rows, N, C, s_image, s_row, t_image, t_row, kl_weight,
     ROWS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, KL: tl.constexpr,
 ):  # fmt: skip
-    """out [M, C]: the gradient to the student, from the same two inputs.
+    """out [M, C]: the gradient of the student's features, from the same two inputs.
 
-    With p the student's softmax, d the difference of the log-softmaxes and KL = sum(p d): dKL/ds = p (d - KL). What the
-    log-softmaxes subtract from a whole row falls out of d - KL.
+    With p the student's softmax, d the difference of the log-softmaxes and KL = sum(p d): dKL/ds = p (d - KL). The
+    constants of the log-softmaxes cancel in d - KL.
     """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c, e = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
@@ -116,7 +116,7 @@ def tap_loss_backward(
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, int]:
-    """x as [images, N, C] with channels beside one another, and the strides of image and row."""
+    """x as [images, N, C] with contiguous channels, and the strides of image and row."""
     x = x.unsqueeze(0) if x.ndim == 2 else x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
     x = x if x.stride(-1) == 1 else x.contiguous()
     return x, x.stride(0), x.stride(1)
@@ -137,7 +137,7 @@ def split_row(channels: int) -> tuple[int, int]:
 
 
 def _tile(channels: int) -> int:
-    """Rows of a program, which is one warp unless a row is long."""
+    """The number of rows and warps of a program; one warp unless rows are long."""
     return max(1, TILE // split_row(channels)[0])
 
 
@@ -167,7 +167,7 @@ class _TapLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        """The gradient to the student, rounded once to its dtype."""
+        """The gradient of the student's features, rounded once to their dtype."""
         student, teacher, energy = ctx.saved_tensors
         out = torch.empty_like(student, memory_format=torch.contiguous_format)
         _launch(tap_loss_backward, student, teacher, energy, ctx.kl_weight, upstream, out)
@@ -175,6 +175,6 @@ class _TapLoss(torch.autograd.Function):
 
 
 def fused_tap_loss(student: Tensor, teacher: Tensor, energy: Tensor, kl_weight: float) -> Tensor:
-    """`losses.tap_loss` of tensors of one shape, its gradient to the student alone. energy: float32, a scalar."""
+    """`losses.tap_loss` with a gradient only for the student. Both inputs have one shape. energy: float32 scalar."""
     loss: Tensor = _TapLoss.apply(student, teacher, energy, kl_weight)
     return loss

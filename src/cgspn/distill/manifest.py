@@ -1,4 +1,4 @@
-"""Checksums of the files of a folder, which reveal damage before a file is used."""
+"""Checksums of the files in a folder, to detect damage before a file is used."""
 
 import hashlib
 import json
@@ -17,11 +17,11 @@ Entries = dict[str, dict[str, Any]]
 
 
 class DamageError(ValueError):
-    """A folder that is not what its manifest says; the message says which file and why."""
+    """Raised if a folder does not match its manifest. The message names the file and the reason."""
 
 
 def entries_of(folder: Path, pattern: str = "*") -> Entries:
-    """The files of a folder without its manifest. Raises OSError if a file cannot be read."""
+    """Sizes and checksums of the files in a folder, without its manifest. Raises OSError if a file cannot be read."""
     found: Entries = {}
     for path in sorted(folder.glob(pattern)):
         if path.name != NAME and path.is_file():
@@ -32,15 +32,15 @@ def entries_of(folder: Path, pattern: str = "*") -> Entries:
 
 
 def write_manifest(folder: Path, entries: Entries, counts: Mapping[str, int]) -> None:
-    """Note the files of a folder, and counts of what they hold. Raises OSError."""
+    """Write the manifest of a folder, with the given counts of its contents. Raises OSError."""
     write_atomically(folder / NAME, json.dumps({"counts": dict(counts), "files": entries}, indent=1) + "\n")
 
 
 def check_manifest(folder: Path, counts: Mapping[str, int] | None = None) -> dict[str, Any]:
-    """The counts of a folder whose files are what its manifest says.
+    """Check a folder against its manifest, and return the recorded counts.
 
-    Raises DamageError for the first file that is missing, changed, a link or none of the manifest, and for other
-    counts than `counts` has; OSError if a file cannot be read.
+    Raises DamageError for the first file that is missing, changed, a link or not in the manifest, and if the counts
+    differ from `counts`. Raises OSError if a file cannot be read.
     """
     if folder.is_symlink() or not (folder / NAME).is_file():
         raise DamageError(f"it has no {NAME} of its own")
@@ -69,7 +69,7 @@ def check_manifest(folder: Path, counts: Mapping[str, int] | None = None) -> dic
 
 
 def read_steps(path: Path, steps: Any) -> list[dict[str, float]]:
-    """One record for each step so far. Raises DamageError if the file holds anything else."""
+    """The records of all steps so far. Raises DamageError if the file holds anything else."""
     try:
         found = read_json_value(path, MOST_RECORD)
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""Muon as in PyTorch, with matrices of one shape orthogonalised together instead of one after the other."""
+"""PyTorch's Muon with matrices of the same shape orthogonalised in one batch."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,23 +9,23 @@ from torch.distributed.tensor import DTensor
 
 from ..compat import foreach_add_, foreach_copy_, foreach_lerp, foreach_lerp_, foreach_mul_
 
-TOGETHER = 1 << 26  # elements of a stack at most; larger ones fill a GPU no better, and their copies take memory
+TOGETHER = 1 << 26  # most elements of a batch; larger ones are not faster and need memory for copies
 
 
 class BatchedMuon(torch.optim.Muon):
-    """`torch.optim.Muon` with updates as large as AdamW's, in fewer and larger kernels: the same numbers, to rounding.
+    """`torch.optim.Muon` with updates of AdamW's size, in fewer and larger kernels. Results are equal up to rounding.
 
     One weight matrix of an encoder is too small to fill a GPU, and updating it takes about twenty kernel launches.
     Sharded parameters (DTensor) take PyTorch's own step, which gathers each.
     """
 
     def __init__(self, params: Any, **settings: Any) -> None:
-        """As `torch.optim.Muon`, whose state it keeps; `adjust_lr_fn` is "match_rms_adamw"."""
+        """Arguments and state are those of `torch.optim.Muon`; `adjust_lr_fn` is "match_rms_adamw"."""
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **settings)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all matrices that have a gradient; returns what `closure` does, if there is one."""
+        """Update all matrices that have a gradient. Returns the result of `closure`, if given."""
         if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
             return super().step(closure)  # type: ignore[no-untyped-call]
         loss = None
@@ -38,7 +38,7 @@ class BatchedMuon(torch.optim.Muon):
         return loss
 
     def update(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
-        """One step of matrices of one shape."""
+        """Update matrices of one shape."""
         gradients = [p.grad for p in matrices if p.grad is not None]
         for p, gradient in zip(matrices, gradients, strict=True):
             if "momentum_buffer" not in self.state[p]:
@@ -54,7 +54,7 @@ class BatchedMuon(torch.optim.Muon):
 
 
 def stacks(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
-    """The matrices by shape, dtype and device, in parts of `TOGETHER` elements or a single matrix."""
+    """Group the matrices by shape, dtype and device, in batches of at most `TOGETHER` elements or one matrix."""
     alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[Tensor]] = {}
     for matrix in matrices:
         alike.setdefault((matrix.shape, matrix.dtype, matrix.device), []).append(matrix)
@@ -64,9 +64,9 @@ def stacks(matrices: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def orthogonal(matrices: list[Tensor], coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """Matrices of one shape with their singular values brought near 1, bfloat16 [n, rows, columns], contiguous.
+    """Bring the singular values of matrices of one shape near 1. Returns bfloat16 [n, rows, columns], contiguous.
 
-    The Newton-Schulz iteration of `torch.optim.Muon`, rounded where it rounds.
+    This is the Newton-Schulz iteration of `torch.optim.Muon`, with the same rounding.
     """
     a, b, c = coefficients
     x = torch.empty(len(matrices), *matrices[0].shape, dtype=torch.bfloat16, device=matrices[0].device)

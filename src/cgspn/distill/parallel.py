@@ -1,4 +1,4 @@
-"""One process or many: who is in the run, and how its models are spread over them."""
+"""Process groups, collectives, and DDP and FSDP2 wrapping."""
 
 import inspect
 import os
@@ -24,12 +24,12 @@ from ..models.encoder import Encoder
 Item = TypeVar("Item")
 
 LET_GO = 0.25  # seconds
-BUCKET = 64 << 20  # bytes of gradients that travel together
+BUCKET = 64 << 20  # bytes of gradients per all-reduce
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: rank and device of this process, the number of all processes, and the number on this
+    """The processes of a run: this process's rank and device, the number of processes, and their number on this
     machine."""
 
     rank: int = 0
@@ -55,7 +55,7 @@ def join_world(device: str) -> Iterator[World]:
         kind = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(kind)
     store, number, size = next(rendezvous("env://"))
-    # the agent's store outlives a restart: without a prefix, processes would look for those of the attempt before
+    # the agent's store outlives a restart; without a prefix, processes would find those of the previous attempt
     attempt = PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     backend, device_id = ("nccl", kind) if kind.type == "cuda" else ("gloo", None)
     dist.init_process_group(backend, store=attempt, rank=number, world_size=size, device_id=device_id)
@@ -63,8 +63,8 @@ def join_world(device: str) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), kind, int(os.environ["LOCAL_WORLD_SIZE"]))
     finally:
         if kind.type == "cpu":
-            # A thread of Gloo that has not yet let go of a collective of the last backward, which holds a Python
-            # object, aborts the process if the interpreter is gone by then (seen in 3 of 100 runs of FSDP2 under load).
+            # wait for Gloo threads: one that still holds a Python object of the last backward's collective aborts the
+            # process after the interpreter has exited (seen in 3 of 100 FSDP2 runs under load)
             time.sleep(LET_GO)
         dist.destroy_process_group()
 
@@ -86,7 +86,7 @@ def barrier() -> None:
 
 
 def all_reduce(values: Tensor, reduction: str = "mean") -> Tensor:
-    """The mean or sum of a tensor over all processes, without a gradient."""
+    """The mean or sum of a tensor over all processes, without gradients."""
     if world_size() == 1:
         return values
     values = values.detach().clone()
@@ -104,7 +104,7 @@ def gather_objects(value: Item) -> list[Item]:
 
 
 class _GatherRows(torch.autograd.Function):
-    """All ranks' rows, in order; backward hands each rank the sum of what all ranks want of its rows."""
+    """Gather the rows of all ranks in order. The backward gives each rank the summed gradients of its rows."""
 
     @staticmethod
     def forward(ctx: object, rows: Tensor) -> Tensor:
@@ -120,7 +120,8 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """rows [b, ...] of this process -> [b * size, ...] of all, in order of rank, with gradients to every process."""
+    """Gather rows [b, ...] of all processes into [b * size, ...], in order of rank, with gradients for every
+    process."""
     if world_size() == 1:
         return rows
     gathered: Tensor = _GatherRows.apply(rows)  # type: ignore[no-untyped-call]
@@ -128,34 +129,33 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def shard_encoder(encoder: Encoder, blocks_per_unit: int = 1, reshard: bool = True) -> None:
-    """Shard the blocks of an encoder over all processes (FSDP2), in place; what is around them is the caller's root's.
+    """Shard the blocks of an encoder over all processes (FSDP2), in place. The caller shards the rest as the root.
 
-    blocks_per_unit: blocks, one after the other, whose weights are gathered together. reshard: let weights go after
-    forward, to be gathered again in backward.
+    blocks_per_unit: number of consecutive blocks whose weights are gathered together. reshard: free weights after the
+    forward and gather them again in the backward.
     """
     blocks = encoder.each_block()
     units = [blocks[i : i + blocks_per_unit] for i in range(0, len(blocks), blocks_per_unit)]
-    for unit in units:  # its first block gathers and its last one reshards, by hooks around `__call__`
+    for unit in units:  # hooks around `__call__` gather at its first block and reshard at its last
         fully_shard([*unit], reshard_after_forward=reshard)
     for unit, following in pairwise(units):
-        # asked for before a unit is launched, not after: a host that is slower than the device hides nothing else
+        # prefetch before a unit is launched: if the CPU is slower than the GPU, nothing else overlaps
         unit[0].set_modules_to_forward_prefetch([following[0]])  # type: ignore[operator]
 
 
 def wrap_distributed(task: nn.Module, *, sharded: bool, find_unused: bool) -> nn.Module:
-    """The task wrapped so that gradients are averaged over all processes; the task itself on one process.
+    """Wrap a task so that gradients are averaged over all processes. A single process gets the task itself.
 
-    sharded: FSDP2, in place; its encoder comes first (`shard_encoder`). find_unused: some parameters may get no
-    gradient.
+    sharded: use FSDP2 in place, after `shard_encoder`. find_unused: some parameters may get no gradient.
     """
     if world_size() == 1:
         return task
     if sharded:
         fully_shard(task)
-        # it embeds images, with weights that are gathered for forward only
+        # it embeds images, and its weights are gathered only for the forward
         register_fsdp_forward_method(task, "calibrate")
         return task
-    # the name since PyTorch 2.13 warns about the one before
+    # since PyTorch 2.13 the older name warns
     known = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {"find_unused_parameters": find_unused, buffers: False}
@@ -163,17 +163,17 @@ def wrap_distributed(task: nn.Module, *, sharded: bool, find_unused: bool) -> nn
 
 
 def broadcast_params(task: nn.Module) -> None:
-    """Give every process the first one's parameters and buffers, as DDP does when it is made."""
+    """Broadcast the first process's parameters and buffers, as DDP does at construction."""
     if world_size() > 1:
         for tensor in (*task.parameters(), *task.buffers()):
             dist.broadcast(tensor.detach(), 0)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace gradients by their means over all processes: what DDP does, without its hooks.
+    """Replace gradients by their means over all processes, like DDP but without hooks.
 
-    They travel in flat buckets, one after the other, while the next is filled. The same parameters must have gradients
-    on every process.
+    They are reduced in flat buckets; filling the next bucket overlaps with the reduction. The same parameters must have
+    gradients on every process.
     """
     if world_size() == 1:
         return
@@ -190,7 +190,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Gradients of one dtype that follow one another, in parts of about `BUCKET` bytes."""
+    """Split consecutive gradients of one dtype into buckets of about `BUCKET` bytes."""
     part: list[Tensor] = []
     size = 0
     for gradient in gradients:
@@ -204,7 +204,7 @@ def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def sync_gradients(module: nn.Module, wanted: bool) -> None:
-    """Whether the next backward ends in a reduction over processes; off for all but the last part of a batch."""
+    """Set whether the next backward reduces gradients over processes; off for all but the last part of a batch."""
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = wanted
     elif isinstance(module, FSDPModule):
@@ -213,7 +213,7 @@ def sync_gradients(module: nn.Module, wanted: bool) -> None:
 
 @torch.no_grad()
 def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """This process's parts of sharded tensors, sharing memory; other tensors are unchanged. Without gradients."""
+    """This process's shards of sharded tensors (sharing memory) and all other tensors unchanged, without gradients."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 

@@ -1,4 +1,4 @@
-"""A check before the first step: what training compares with is what the teacher says."""
+"""A check before the first step that the teacher's taps match its forward pass."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,10 @@ from torch import Tensor
 from ..models.encoder import Encoder
 from .taps import tapped_forward
 
-FLOAT32, BFLOAT16 = 1e-5, 0.1  # relative errors: of another order of sums, of 8 bits through some tens of blocks
+FLOAT32, BFLOAT16 = (
+    1e-5,
+    0.1,
+)  # tolerances: order of sums; bfloat16 through tens of blocks
 
 
 class ParityError(RuntimeError):
@@ -19,8 +22,8 @@ def check_parity(teacher: Encoder, images: Tensor, precision: str) -> float:
 
     teacher: in eval mode. images: [B, channels, H, W], normalised; two are enough. precision: "float32" or "bfloat16".
 
-    Returns the relative error of the final tokens. Raises ParityError if it is more than the precision explains:
-    damaged weights, features that overflow.
+    Returns the relative error of the final tokens. Raises ParityError if it is too large for the precision, for example
+    because of damaged weights or features that overflow.
     """
     plain = teacher(images).tokens.flatten(1, 2)
     with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):

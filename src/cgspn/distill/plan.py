@@ -1,4 +1,4 @@
-"""The stages of a distillation run: what each trains, at which sizes, taught by whom."""
+"""The stages of a distillation run: what each trains, its image sizes and its teacher."""
 
 import copy
 from collections.abc import Callable
@@ -19,11 +19,11 @@ from .trainer import Stream
 
 @dataclass(frozen=True)
 class Stage:
-    """One part of a run.
+    """One stage of a run.
 
-    title: shown. optim: its optimisation. size: (height, width) of its images. task: makes what it minimises from the
-    state that the student is in when it begins, and from what it is computed with. sizes: what its batches are drawn
-    from, if not of `size` alone. goes_on: whether it starts from the adapters and scales of the stage before.
+    title: for display. optim: optimiser settings. size: (height, width) of images. task: creates the task from the
+    student, in its state at the start of the stage, and a runtime. sizes: range of image sizes, or None for only
+    `size`. goes_on: whether it starts from the adapters and target scales of the previous stage.
     """
 
     title: str
@@ -34,19 +34,19 @@ class Stage:
     goes_on: bool = False
 
     def stream(self, feed: Feed, encoder: EncoderConfig, world: World) -> Stream:
-        """The batches of the stage. Raises ValueError as feeds do."""
-        if self.sizes is None:  # a feed may not know mixed sizes
+        """The batches of the stage. Raises the feed's ValueError."""
+        if self.sizes is None:  # a feed may not support mixed sizes
             return feed.stream(encoder, self.size, self.optim, world)
         return feed.stream(encoder, self.size, self.optim, world, self.sizes)
 
     def shapes(self, patch: int) -> tuple[Size, ...]:
-        """(height, width) in pixels of what its batches may look like."""
+        """The possible (height, width) of its batches, in pixels."""
         return (self.size,) if self.sizes is None else self.sizes.shapes(patch)
 
 
 def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: DistillConfig, world: World) -> None:
-    """Raise ValueError for sizes that the student's patches do not tile, a CUDA graph on a CPU, and a contrastive
-    loss without a text tower: at the start of a run, and not of the stage that is days away."""
+    """Raise ValueError for sizes that are no multiples of the patch, a CUDA graph on a CPU, and a contrastive loss
+    without a text tower. This runs at the start, because the stage that would fail may be days away."""
     if config.compute.capture and world.device.type != "cuda":
         raise ValueError(f"compute.capture is on, on device {world.device.type!r}; accepted: 'cuda' alone")
     if config.loss.contrastive and not isinstance(teacher, DualEncoder):
@@ -62,9 +62,9 @@ def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: Dis
 def plan(
     teacher: DualEncoder | Encoder, student: Encoder, feed: Feed, config: DistillConfig, name: str, world: World
 ) -> list[Stage]:
-    """The stages of a run, in order; those of 0 steps are left out. Raises ValueError as `check_possible`.
+    """The stages of a run in order, without those of 0 steps. Raises the errors of `check_possible`.
 
-    student: as it is before the first of them.
+    student: in its state before the first stage.
     """
     check_possible(teacher, student, config, world)
     dual = teacher if isinstance(teacher, DualEncoder) else None
@@ -76,7 +76,7 @@ def plan(
     inherited = inherited_after_stage1(encoder, student, config)
 
     def distillation(loss: LossConfig, own_size: Size | None = None) -> Callable[[Encoder, Runtime], Task]:
-        """own_size: of the student before, which then is the teacher."""
+        """own_size: the size of the previous student, if that is the teacher."""
 
         def task(student: Encoder, runtime: Runtime) -> Task:
             theirs = encoder if own_size is None else copy.deepcopy(student).eval().requires_grad_(False)
@@ -117,7 +117,8 @@ def plan(
 
 
 def inherited_after_stage1(teacher: Encoder, student: Encoder, config: DistillConfig) -> frozenset[str]:
-    """The student's weights that are its teacher's when stage 2 begins, in all stages from there on."""
+    """The names of the student's weights that equal the teacher's when stage 2 begins. They count as inherited from
+    then on."""
     trained = learning_blocks(teacher, student) if config.stage1.steps else []
     parts = tuple(f"blocks.{i}.{part}" for i in trained for part in ("mixer.", "norm1.", "scale1"))
     return frozenset(name for name in inherited_names(student, teacher) if not name.startswith(parts))

@@ -1,12 +1,12 @@
-"""Recipes by name; every field can be overridden from the command line."""
+"""Presets of `cgspn distill`. Every field can be overridden from the command line."""
 
 from dataclasses import replace
 
 from .config import ComputeConfig, DistillConfig, HighResConfig, LossConfig, OptimConfig
 from .sizes import SizeRange
 
-# small images and models: Muon gets further in few steps, and in six passes over the images nothing is overfitted. The
-# teacher knows 28 px alone and would teach worse features at 56 px than the student's own, upsampled
+# small images and models: Muon learns more in few steps, and six epochs do not overfit. The teacher was trained only at
+# 28 px; its features at 56 px are a worse target than the student's own features, upsampled
 EMBEDDED = DistillConfig(
     compression=4,
     stage1=OptimConfig(steps=60, batch_size=64, optimizer="muon", learning_rate=1e-2, augment=False),
@@ -18,9 +18,8 @@ EMBEDDED = DistillConfig(
         ),
     ),
 )
-# a ViT-S/14 and some hundred photographs: the recipe of results/quality. Blends, pasted boxes and small crops, as what
-# students made of other photographs fell behind what they made of those they had seen; and small batches, as more steps
-# get further with the same images
+# a ViT-S/14 and some hundred photographs: the recipe of results/quality. It uses mixup, CutMix and small crops against
+# overfitting, and small batches, because more steps learn more from the same images
 FEW = OptimConfig(batch_size=64, crop_scale=(0.08, 1.0), mixup=1.0, cutmix=0.5, embedding_rate=0)
 VIT_S14_STUDY = DistillConfig(
     compression=6,
@@ -29,18 +28,21 @@ VIT_S14_STUDY = DistillConfig(
     image_size=224,
     sizes=SizeRange(),
     stage1=replace(FEW, steps=800, optimizer="muon", learning_rate=1e-2),
-    # stage 2 begins with what stage 1 has learned: at 1e-3 the loss after blocks rose to four times its start, most of
-    # it from the patch embedding
+    # a low rate keeps what stage 1 has learned: at 1e-3 the PB loss rose to four times its initial value, mostly
+    # because of the patch embedding
     stage2=replace(FEW, steps=2800, learning_rate=2.5e-4),
-    highres=HighResConfig(optim=replace(FEW, steps=400, learning_rate=2.5e-5, warmup=0.05, accumulate=4)),
-    # a teacher that pools by a class token leaves a fresh head, whose gradient at full weight costs the tokens
+    # blends cost 0.003 of the cosine at the size of the stage (results/resolution)
+    highres=HighResConfig(
+        optim=replace(FEW, steps=400, learning_rate=2.5e-5, warmup=0.05, accumulate=4, mixup=0.0, cutmix=0.0)
+    ),
+    # a teacher with a class token leaves the pooling head untrained, and its gradient at full weight harms the tokens
     loss=LossConfig(output=0.05),
     compute=ComputeConfig(precision="bfloat16", save_every=100),
 )
-# the paper's student: s = 18, Cc = 64. The paper trains it at 378 px alone, without positions; ours sees others too
-# and keeps positions (docs/distilling.md, "Sizes"). The paper names no steps or rates; these are for 1.3e8 images seen,
-# stage 2 at 2e-4 because a ViT-S's loss rose from 4e-4 on. The parts of a batch are for eight GPUs of 80 GB, by
-# arithmetic: what the taps keep is some 0.8 GB an image at 378 px and 6 GB at 1036 px. `cgspn bench train` finds what
+# the paper's student: s = 18, Cc = 64. The paper trains it only at 378 px, without positions; this preset uses mixed
+# sizes and keeps positions (docs/distilling.md, "Sizes"). The paper gives no steps or rates. These are for 1.3e8
+# images; stage 2 has 2e-4 because a ViT-S's loss rose from 4e-4 on. Accumulation steps are computed for eight GPUs of
+# 80 GB: the taps take about 0.8 GB per image at 378 px and 6 GB at 1036 px. `cgspn bench train` finds the batch that
 # fits.
 SO400M = OptimConfig(batch_size=2048, accumulate=8, embedding_rate=0)
 SO400M_378 = DistillConfig(

@@ -1,7 +1,7 @@
-"""Whether and where a run goes on: from the folder that it left, if that is whole and of the same settings.
+"""The decision whether a run resumes from its folder, and from where.
 
-Of a stage that is done the folder holds the student, its record and its adapters, of the one under way snapshots
-(`Snapshots.newest_whole` says from which step the trainer goes on).
+The folder has the student, record and adapters of each finished stage, and snapshots of the running one
+(`Snapshots.newest_whole` gives the step from which the trainer resumes).
 """
 
 import json
@@ -31,7 +31,7 @@ Losses = list[dict[str, float]]
 
 
 def identity(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make a run the same: what does not change the result may change between two attempts."""
+    """The settings that must be equal to resume a run: those that change the result."""
     wanted: dict[str, Any] = json.loads(json.dumps(settings, default=str))  # JSON has no tuples
     wanted["config"].pop("compute")
     wanted.pop("loader")
@@ -39,17 +39,17 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def lacks_report(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` holds a finished run of these settings without its report: it was killed in between, or had not
-    what reports need."""
+    """Whether `out` holds a finished run with these settings but no report, because it was killed before or packages
+    for reports were missing."""
     unfinished = (out / RECORD).exists() and (out / RUN).exists() and not (out / REPORT).exists()
     return unfinished and read_json(out / RUN) == identity(settings)
 
 
 def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
-    """Note the settings of the run in `out`.
+    """Check that `out` can hold a run with these settings, and write them to it.
 
-    Raises ValueError if it holds a finished run, a model that is of no run, or an unfinished run of other settings.
-    Those of stages that have not begun may change.
+    Raises ValueError if it holds a finished run, a model that is not from a run, or an unfinished run with other
+    settings. The settings of stages that have not started may change.
     """
     path = out / RUN
     if (out / RECORD).exists():
@@ -62,7 +62,7 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
         if not path.exists():
             raise ValueError(f"out is {out}, which holds a run ({begun}) without its {RUN}; give another folder")
         found = read_run(path)
-        for name in ahead_of(out, found["config"]):  # nothing was made of them yet
+        for name in ahead_of(out, found["config"]):  # not used yet
             found["config"][name] = wanted["config"].get(name)
         if found != wanted:
             changed = ", ".join(sorted(differences(found, wanted)))
@@ -75,7 +75,7 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """The settings of a run. Raises CheckpointError for a file that does not hold such."""
+    """The settings of a run. Raises CheckpointError for an invalid file."""
     found = read_json(path)
     config = found.get("config")
     stages: list[Any] = [config.get(name) for name in ORDER] if isinstance(config, dict) else [None]
@@ -88,12 +88,12 @@ def read_run(path: Path) -> dict[str, Any]:
 
 
 def is_number(name: str) -> bool:
-    """Whether a name is that of a stage."""
+    """Whether a name is a stage's number."""
     return re.fullmatch(r"[0-9]{1,4}", name) is not None
 
 
 def begun_in(out: Path) -> tuple[list[int], dict[int, int]]:
-    """The stages of an unfinished run in `out` that are done, and the last step of those that have a snapshot."""
+    """The finished stages of the unfinished run in `out`, and the newest step of each stage with a snapshot."""
     done = sorted(int(name) for path in (out / "stages").glob("*/losses.json") if is_number(name := path.parent.name))
     folders = [folder for folder in sorted((out / "snapshots").glob("[0-9]*")) if is_number(folder.name)]
     newest = {int(folder.name): Snapshots(folder, 0).newest() for folder in folders}
@@ -108,12 +108,12 @@ def progress_of(out: Path) -> str:
 
 
 def ahead_of(out: Path, config: dict[str, Any]) -> list[str]:
-    """The settings, of a run's `config`, that only stages read which have not begun in `out`."""
+    """The names of settings in a run's `config` that are used only by stages that have not started in `out`."""
     done, under_way = begun_in(out)
     stages = [name for name in ORDER[:2] if config[name]["steps"]] + ["highres"] * len(config["highres"]["sizes"])
     begun = stages[: max([*done, *under_way]) + 1]
     ahead = list(ORDER[max(map(ORDER.index, begun), default=-1) + 1 :])
-    # a contrastive loss tells which images a stage can use, the one under way included
+    # a contrastive loss also decides which images the running stage can use
     return [*ahead, "loss"] if "stage2" in ahead and not under_way else ahead
 
 
@@ -128,14 +128,15 @@ def differences(one: Any, other: Any, name: str = "") -> Iterator[str]:
 
 @dataclass(frozen=True)
 class StageFolders:
-    """The folders of the stages of a run, by number; none if the run has no folder. every: see `Snapshots`."""
+    """The stage folders of a run by number; None if the run has no folder. every: see `Snapshots`."""
 
     folder: Path | None
     every: int
     world: World
 
     def restore(self, number: int, student: Encoder) -> tuple[Losses, dict[str, Any], dict[str, Tensor]] | None:
-        """Losses, throughput and adapters of a stage that is done, whose weights the student gets; None for others."""
+        """Load the weights of a finished stage into the student, and return losses, throughput and adapters; None if
+        unfinished."""
         done = self._of("stages", number)
         record = finished_stage(done, self.world) if done else None
         if done is None or record is None:
@@ -151,7 +152,7 @@ class StageFolders:
     def finish(
         self, number: int, student: Encoder, losses: Losses, throughput: dict[str, Any], carried: Mapping[str, Tensor]
     ) -> None:
-        """Save the result of a stage, on the first process. Raises OSError."""
+        """Save the result of a stage on the first process. Raises OSError."""
         done = self._of("stages", number)
         if done is not None and self.world.rank == 0:
             student.save_pretrained(done)
@@ -163,16 +164,16 @@ class StageFolders:
 
 
 def finish_stage(folder: Path, losses: list[dict[str, float]], throughput: dict[str, Any]) -> None:
-    """Note that a stage whose student is in `folder` is done. Raises OSError."""
+    """Mark a stage, whose student is in `folder`, as finished. Raises OSError."""
     write_atomically(folder / THROUGHPUT, json.dumps(throughput))
     write_atomically(folder / LOSSES, json.dumps(losses))
     write_manifest(folder, entries_of(folder), {"steps": len(losses)})
 
 
 def finished_stage(folder: Path, world: World) -> tuple[list[dict[str, float]], dict[str, Any]] | None:
-    """Losses and throughput of a stage that is done and whole; None for others. All processes call this.
+    """Losses and throughput of a finished, undamaged stage; None for others. All processes must call this.
 
-    One that is damaged is named on standard error and moved aside: the stage is run again.
+    A damaged folder is reported on standard error and renamed, and the stage runs again.
     """
     found: Any = None
     if world.rank == 0 and (folder / LOSSES).exists():
@@ -185,7 +186,7 @@ def finished_stage(folder: Path, world: World) -> tuple[list[dict[str, float]], 
 
 
 def carried_from(folder: Path) -> dict[str, Tensor]:
-    """Adapters and scales that the last stage of the run in `folder` has left, on the CPU; empty if there are none."""
+    """Adapters and target scales of the last stage of the run in `folder`, on the CPU; empty if there are none."""
     stages = sorted((folder / "stages").glob(f"[0-9]*/{ADAPTERS}"), key=lambda path: path.parent.name)
     return read_tensors(stages[-1]) if stages else {}
 

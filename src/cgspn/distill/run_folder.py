@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time, and none that a refused run has made."""
+"""The run folder: a lock for one run at a time, and removal of the folder of a run that failed at its start."""
 
 import json
 import os
@@ -22,17 +22,17 @@ LOCK, HOLDER = ".lock", ".holder.json"
 
 @contextmanager
 def left_clean(out: Path) -> Iterator[list[bool]]:
-    """Take a folder away again that was made for a run which ended before it left anything in it.
+    """Remove a folder that was created for a run, if the run fails before it has written any result.
 
-    Entered before the processes of a run meet, so that each sees what was there before any of them made the folder; and
-    each takes it away, since torchrun ends the others when one is refused. Yields a list to which the run adds an item
-    once the folder is its own: that of another run is left alone.
+    Enter it before the processes of a run join, so that each of them sees the state before the folder was created. Each
+    process removes the folder, since torchrun ends the others when one fails. Yields a list to which the run appends an
+    item once it owns the folder; the folder of another run is not touched.
     """
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     own: list[bool] = []
     try:
         yield own
-    except BaseException:  # a refusal, a teacher that is damaged, an interruption
+    except BaseException:  # such as invalid settings, a damaged teacher, an interrupt
         ours = {RUN, LOCK, HOLDER} if own else set()
         with suppress(OSError):  # another process was first
             if missing and {path.name for path in out.iterdir()} <= ours:
@@ -45,14 +45,14 @@ def left_clean(out: Path) -> Iterator[list[bool]]:
 
 @contextmanager
 def locked(folder: Path, world: World) -> Iterator[None]:
-    """Hold a folder for the time of the context; the first process does, and all learn whether it could.
+    """Lock a folder within the context. The first process takes the lock, and all processes get the result.
 
-    Raises ValueError, on every process, naming the run that holds it; OSError where nothing can be written.
+    Raises ValueError on every process, naming the run that holds it, and OSError if the folder is not writable.
     """
     lock, refusal = FileLock(folder / LOCK), ""
     if world.rank == 0:
         try:
-            if (folder / LOCK).is_symlink():  # to a file that some versions of filelock would empty
+            if (folder / LOCK).is_symlink():  # some versions of filelock would truncate its target
                 (folder / LOCK).unlink()
             lock.acquire(timeout=0)
             now = time.strftime("%Y-%m-%d %H:%M:%S")
@@ -67,13 +67,13 @@ def locked(folder: Path, world: World) -> Iterator[None]:
     finally:
         if lock.is_locked:
             (folder / HOLDER).unlink(missing_ok=True)
-            with suppress(OSError):  # while it is held: whoever waits for it finds that it is gone, and makes another
+            with suppress(OSError):  # removed while held: a waiting process then creates a new one
                 (folder / LOCK).unlink()
             lock.release()
 
 
 def holder_of(folder: Path) -> str:
-    """Who holds a folder, in words."""
+    """A description of the process that holds a folder."""
     try:
         found = read_json(folder / HOLDER)
     except (CheckpointError, OSError):

@@ -1,4 +1,4 @@
-"""What a task computes with: functions that are compiled or not, a cache of the teacher's features, sharding."""
+"""The runtime of a task: compiled or eager functions, the teacher cache, and sharding."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 SomeTask = TypeVar("SomeTask", bound="Task")
 
-COMPILED = 256  # graphs of a function: one for each shape of batches and kind of block, of which some tens are usual
+COMPILED = 256  # most graphs per function: one per batch shape and kind of block, usually some tens
 
 
 def adapted_tap_loss(adapter: nn.Module, student: Tensor, teacher: Tensor, energy: Tensor, kl_weight: float) -> Tensor:
-    """`tap_loss` of what the adapter makes of the student's features."""
+    """`tap_loss` of the student's features after the adapter."""
     return tap_loss(adapter(student), teacher, kl_weight, energy)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """How a task is computed. tapped: from a block, tokens and grid to the block's output (PB) and its mixing branch
-    (PP). sublayer: to its mixing branch alone. cache: keeps the teacher's features. sharded: the student's weights are
-    spread over the processes (FSDP2)."""
+    """How a task is computed. tapped: maps a block, tokens and grid to the block's output (PB) and mixing branch (PP).
+    sublayer: to the mixing branch only. cache: of the teacher's features. sharded: the student's weights are sharded
+    over the processes (FSDP2)."""
 
     tapped: Callable[[Block, Tensor, Grid], tuple[Tensor, Tensor]] = Block.tapped
     sublayer: Callable[[Block, Tensor, Grid], Tensor] = Block.sublayer
@@ -47,8 +47,8 @@ class Runtime:
 
     @classmethod
     def of(cls, compute: ComputeConfig, world: World, cache: TeacherCache | None = None) -> Runtime:
-        """What the settings of a run ask for. A compiled function serves the blocks of teacher and student alike: those
-        of an encoder share one graph for each shape of batches, whatever its depth."""
+        """The runtime for given settings. Teacher and student share the compiled functions, and all blocks of an
+        encoder share one graph per batch shape."""
         sharded = compute.parallel == "fsdp" and world.size > 1
         if not compute.compile:
             return cls(cache=cache, sharded=sharded)
@@ -64,9 +64,10 @@ def running(
     world: World,
     cache: TeacherCache | None = None,
 ) -> Iterator[SomeTask]:
-    """The task that `make` makes of a student and a runtime, for the time of the context.
+    """Create a task with `make` from the student and a runtime, within the context.
 
-    A sharded student is a copy, since sharding cannot be undone. Afterwards the student has what was learned, whole.
+    If it is sharded, the task trains a copy, since sharding cannot be undone, and the student gets its full weights
+    back.
     """
     runtime = Runtime.of(compute, world, cache)
     working = copy.deepcopy(student) if runtime.sharded else student

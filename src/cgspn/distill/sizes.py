@@ -1,4 +1,4 @@
-"""Training at mixed sizes: the shapes that batches are drawn from."""
+"""The image shapes of training at mixed sizes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-USUAL = 4 ** (1 / 5)  # from one side to the next, where a range has but one: that of the default range
+USUAL = 4 ** (1 / 5)  # ratio of consecutive sides if a range has only one side; that of the default range
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,13 @@ class SizeRange:
         )
 
     def sides(self, patch: int) -> tuple[int, ...]:
-        """Sides of the squares in pixels, whole patches, ascending and each once."""
+        """Sides of the squares in pixels, rounded to whole patches, ascending, without duplicates."""
         ratio = (self.largest / self.smallest) ** (1 / max(1, self.count - 1))
         return tuple(sorted({whole(self.smallest * ratio**i, patch) for i in range(self.count)}))
 
     def shapes(self, patch: int) -> tuple[tuple[int, int], ...]:
-        """(height, width) in pixels, whole patches: every side with every aspect, ascending.
+        """The shapes (height, width) in pixels, rounded to whole patches: every side with every aspect ratio,
+        ascending.
 
         Each shape is listed once, except those of the largest side, which are repeated to make up `largest_share`.
         """
@@ -72,7 +73,7 @@ class SizeRange:
         return list(dict.fromkeys(shapes))
 
     def up_to(self, largest: int, largest_share: float) -> SizeRange:
-        """The range whose sides are as dense, up to another largest one, which has a share of the batches."""
+        """An equally dense range up to a new largest size, which has the fraction `share` of the batches."""
         several = self.count > 1 and self.largest > self.smallest
         ratio = (self.largest / self.smallest) ** (1 / (self.count - 1)) if several else USUAL
         smallest = min(self.smallest, largest)
@@ -81,14 +82,15 @@ class SizeRange:
 
 
 def check_fields(config: object, *rules: tuple[str, bool, str]) -> None:
-    """Raise ValueError for the first field that breaks its rule: (name, whether it is right, what is accepted)."""
+    """Raise ValueError for the first invalid field. A rule is (name, whether the value is valid, accepted values)."""
     for name, right, accepted in rules:
         if not right:
             raise ValueError(f"{name} is {getattr(config, name)!r}; accepted: {accepted}")
 
 
 def with_area(size: tuple[int, int], area: tuple[int, int], patch: int) -> tuple[int, int]:
-    """The size of the aspect of `size` and about the area of another one, whole patches; that one if aspects agree."""
+    """A size with the aspect ratio of `size` and about the area of `other`, in whole patches; `other` if ratios are
+    equal."""
     if size[0] * area[1] == size[1] * area[0]:
         return area
     scale = (area[0] * area[1] / (size[0] * size[1])) ** 0.5

@@ -1,4 +1,4 @@
-"""Snapshots of a training stage on disk: whole or not there, and readable by any number of processes."""
+"""Snapshots of a training stage on disk. They are written atomically and can be read by any number of processes."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from .manifest import DamageError, Entries, check_manifest, entries_of, read_ste
 from .parallel import Item, barrier, gather_objects, rank
 
 RECORD = "record.json"
-KEPT = 2  # the last one, and the one before in case the machine dies while an old one is removed
+KEPT = 2  # the last one, and the previous one in case the machine dies during a removal
 
 
 class SnapshotError(RuntimeError):
@@ -33,23 +33,23 @@ class SnapshotError(RuntimeError):
 
 @dataclass(frozen=True)
 class Snapshots:
-    """The snapshots of one stage, in folders named by the number of steps done; `every` so many, 0 for none."""
+    """The snapshots of one stage, in folders named by finished steps; one every `every` steps (0: none)."""
 
     folder: Path
     every: int
 
     def due(self, done: int) -> bool:
-        """Whether one belongs after `done` steps."""
+        """Whether a snapshot is due after `done` steps."""
         return bool(self.every) and done % self.every == 0
 
     def newest(self) -> int:
-        """Steps done by the newest snapshot, whether it is whole or not; 0 if there is none."""
+        """The step of the newest snapshot, damaged or not; 0 if there is none."""
         return max(self._steps(), default=0)
 
     def newest_whole(self) -> int:
-        """Steps done by the newest snapshot that is what was written; 0 if there is none. All processes call this.
+        """The step of the newest undamaged snapshot; 0 if there is none. All processes must call this.
 
-        Those that are damaged are named on standard error and moved aside.
+        Damaged snapshots are reported on standard error and renamed.
         """
         return gather_objects(next(self._whole(), 0) if rank() == 0 else 0)[0]
 
@@ -71,12 +71,12 @@ class Snapshots:
         return self.folder / f"{steps:08d}{ending}"
 
     def save(self, done: int, tensors: dict[str, Tensor], record: list[dict[str, float]]) -> None:
-        """Write one, then remove those that are no longer needed. All processes call this.
+        """Write a snapshot, then remove old ones. All processes must call this.
 
-        done: steps done. tensors: by name; sharded ones (DTensor) and ones that only some processes have are put
-        together on loading. record: of each of the steps; the first process's goes into JSON beside them.
+        done: number of finished steps. tensors: by name; they may be sharded (DTensor) or exist on only some processes.
+        record: of each step; that of the first process is written as JSON.
 
-        Raises SnapshotError, on every process, if the disk is full or the folder cannot be written.
+        Raises SnapshotError on every process if the disk is full or the folder is not writable.
         """
         whole, partial, first = self._folder(done), self._folder(done, ".partial"), rank() == 0
 
@@ -89,7 +89,7 @@ class Snapshots:
         def write() -> Entries:
             with _alone_unwarned():
                 save(dict(tensors), checkpoint_id=partial, no_dist=not dist.is_initialized())
-            # each process looks at its own files, which takes as long as reading them
+            # each process checks its own files, which takes as long as reading them
             return entries_of(partial, f"__{rank()}_*")
 
         def finish() -> None:
@@ -111,7 +111,7 @@ class Snapshots:
         barrier()
 
     def _together(self, done: int, work: Callable[[], Item]) -> list[Item]:
-        """What `work` returns on each process. Raises SnapshotError, on every process, if it fails on any."""
+        """Gather the results of `work` from all processes. Raises SnapshotError on every process if it fails on any."""
         results, failure = list[Item](), ""
         try:
             results.append(work())
@@ -129,9 +129,10 @@ class Snapshots:
         return [result for each, _ in gathered for result in each]
 
     def load(self, done: int, tensors: dict[str, Tensor]) -> list[dict[str, float]]:
-        """Fill `tensors`, in place, from the snapshot after `done` steps; returns its record. No code of it is run.
+        """Fill `tensors` in place from the snapshot after `done` steps and return its record, without running code from
+        it.
 
-        Raises SnapshotError if the snapshot does not hold one of them, or holds it in another shape.
+        Raises SnapshotError if a tensor is missing or has another shape.
         """
         folder = self._folder(done)
         try:
@@ -142,7 +143,7 @@ class Snapshots:
             raise SnapshotError(f"the snapshot in {folder} cannot be used: {line_of(_cause(error))}") from error
 
     def clear(self) -> None:
-        """Remove all of them: the stage is done."""
+        """Remove all snapshots of a finished stage."""
         barrier()
         if rank() == 0:
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -151,7 +152,7 @@ class Snapshots:
 
 
 def check_snapshot(folder: Path, steps: int) -> None:
-    """Raise DamageError unless a snapshot is what was written after so many steps."""
+    """Raise DamageError if the snapshot after `done` steps is damaged."""
     counts = check_manifest(folder, {"steps": steps})
     if counts.get("tensors") != len(read_index(folder).state_dict_metadata):
         raise DamageError("it does not hold as many tensors as were written")
@@ -159,9 +160,9 @@ def check_snapshot(folder: Path, steps: int) -> None:
 
 
 def set_aside(folder: Path, message: str) -> None:
-    """Report what is wrong with a folder and rename it so that it is not used again."""
+    """Report damage in a folder and rename it, so that it is not used again."""
     aside = folder.with_name(f"{folder.name}.damaged")
-    with suppress(OSError):  # what cannot be renamed is found, checked and named again
+    with suppress(OSError):  # otherwise it is checked and reported again
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
     warn(f"{message} ({folder})")
@@ -169,14 +170,14 @@ def set_aside(folder: Path, message: str) -> None:
 
 @contextmanager
 def _alone_unwarned() -> Iterator[None]:
-    """Without the warning that a process is taken to be alone, which PyTorch gives even to those that say so."""
+    """Suppress PyTorch's warning about checkpoints without a process group."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What a process failed of, of an error that PyTorch has gathered."""
+    """The first underlying error in PyTorch's combined error."""
     if isinstance(error, CheckpointException) and error.failures:
         cause: Any = next(iter(error.failures.values()))
         return cause[0] if isinstance(cause, tuple) else cause

@@ -1,4 +1,4 @@
-"""The recipe: pretrain without a teacher, or convert and distill in stages (docs/distilling.md)."""
+"""Distillation in stages (docs/distilling.md), and pretraining without a teacher."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from .runtime import running
 from .tasks import ContrastiveTask, DistillTask
 from .trainer import History, Watch, train
 
-Watcher = Callable[[str, int], Watch]  # title and number of steps -> what the trainer calls after each
+Watcher = Callable[[str, int], Watch]  # (title, number of steps) -> callback after each step
 
 
 def pretrain(
@@ -88,7 +88,7 @@ def distill(
     carried = dict(carried or {})
     torch.manual_seed(config.stage1.seed)
     stages = plan(teacher, student, feed, config, name, world)
-    # what a stage cannot do is said before the first begins, which may take days
+    # raise errors of later stages before the first, which may take days
     streams = [stage.stream(feed, student.config, world) for stage in stages]
     if cache is not None:
         for stage in stages:
@@ -102,7 +102,7 @@ def distill(
                 histories.append(History(stage.title, losses, throughput))
                 continue
             if not histories:
-                # of a stream of one step, which starts no more workers than that needs
+                # a stream of one step, which starts only the workers it needs
                 one = replace(stage, optim=replace(stage.optim, steps=1))
                 first = next(iter(one.stream(feed, student.config, world)(0)))
                 check_parity(encoder.eval(), first.images[:2], config.compute.precision)
@@ -133,7 +133,7 @@ def distill(
 
 
 def check_cacheable(stage: Stage) -> None:
-    """Raise ValueError if a stage's images change from epoch to epoch, so that no teacher's features can be kept."""
+    """Raise ValueError if a stage's images differ between epochs, so that the teacher's features cannot be cached."""
     if stage.optim.augment or stage.optim.mixup or stage.optim.cutmix:
         raise ValueError(
             f"teacher_cache is on, but {stage.title} crops or blends at random; "
@@ -143,7 +143,7 @@ def check_cacheable(stage: Stage) -> None:
 
 @contextmanager
 def frozen(teacher: torch.nn.Module) -> Iterator[None]:
-    """No gradients for a teacher, for the time of the context."""
+    """Disable the gradients of a teacher within the context."""
     changed = [p for p in teacher.parameters() if p.requires_grad]
     for parameter in changed:
         parameter.requires_grad_(False)

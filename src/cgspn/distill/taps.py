@@ -1,4 +1,4 @@
-"""Where teacher and student are compared: after each sub-layer (PP) and after each block (PB)."""
+"""Taps, at which teacher and student are compared: after each sub-layer (PP) and after each block (PB)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -34,7 +34,7 @@ class Taps(NamedTuple):
 def tapped_forward(encoder: Encoder, images: Tensor, run: RunTapped = Block.tapped) -> Taps:
     """Run the forward pass of an encoder and record every tap. images: normalised, [B, channels, H, W].
 
-    run: function that runs a block, as `Block.tapped`. Raises ValueError for an image size that is not a multiple of
+    run: function that runs a block, like `Block.tapped`. Raises ValueError for an image size that is not a multiple of
         the patch size.
     Paper: PP and PB taps (docs/paper.md).
     """
@@ -51,12 +51,12 @@ def tapped_forward(encoder: Encoder, images: Tensor, run: RunTapped = Block.tapp
 
 
 def retarget_first_block(taps: Taps, entry: Tensor) -> Taps:
-    """A teacher's taps as a student can reach them whose grid tokens enter the first block as `entry` [B, h*w, C].
+    """Change a teacher's taps for a student whose grid tokens enter the first block as `entry` [B, h*w, C].
 
-    A student without positions starts elsewhere than its teacher, and what is missing would be missing in the stream
-    of every block. So its first sub-layer gets its own tokens, and is asked for the gap as well: from where the
-    student starts to where the teacher is after its own first sub-layer. The scan can find positions: it starts at
-    the borders. Not in the paper.
+    Without position embeddings a student's tokens differ from the teacher's before the first block, and this difference
+    would stay in the residual stream. So the first sub-layer gets the student's own tokens, and its target is the
+    teacher's stream after the first sub-layer minus these tokens. The scan can infer positions because it starts at the
+    borders. Not in the paper.
     """
     gap = taps.block_inputs[0][:, taps.grid.prefix :] - entry
     prefix = taps.block_inputs[0][:, : taps.grid.prefix]
@@ -74,11 +74,11 @@ def observe(
     size: tuple[int, int] | None = None,
     run: RunTapped = Block.tapped,
 ) -> Taps:
-    """The frozen teacher's taps for images that are normalised as the student wants them.
+    """The frozen teacher's taps for images with the student's normalisation.
 
-    teacher: put into eval mode. images: [B, channels, H, W]. size: (height, width) in pixels that the teacher sees them
-    at; its grid features are then upsampled bilinearly to the grid that the images have at full size. None for the
-    images as they are. run: as in `tapped_forward`.
+    teacher: put into eval mode. images: [B, channels, H, W]. size: (height, width) in pixels to which images are
+    resized for the teacher; its grid features are then upsampled bilinearly to the grid of the original images. None
+    does not resize. run: as in `tapped_forward`.
 
     Paper: high-resolution curriculum, upsampled self-teacher (docs/paper.md).
     """
@@ -89,7 +89,7 @@ def observe(
             torch.tensor(v, device=images.device)[:, None, None]
             for v in (student.image_mean, student.image_std, config.image_mean, config.image_std)
         )
-        # in float32: in bf16 each of the steps would round
+        # in float32, because bf16 would round after each step
         images = ((images.float() * std + mean - mean_t) / std_t).to(images.dtype)
     if size is None or size == tuple(images.shape[-2:]):
         return tapped_forward(teacher, images, run)

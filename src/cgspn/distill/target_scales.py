@@ -1,4 +1,4 @@
-"""What losses are divided by: the size of the teacher's features, the same for all batches of a run."""
+"""Target scales: the mean squares of the teacher's features, by which losses are divided."""
 
 from collections.abc import Iterable
 
@@ -9,10 +9,10 @@ from .parallel import all_reduce
 
 
 class TargetScales(nn.Module):
-    """Mean squares of the teacher's features, measured once on the first batch of a run, over all processes.
+    """Mean squares of the teacher's features, measured on the first batch of a run over all processes.
 
-    Losses are divided by these and not by those of each batch, so that the loss of a batch is the mean of the losses
-    of its parts, however it is spread over processes and accumulated.
+    They are constant in a run. So the loss of a batch is the mean of the losses of its parts, however the batch is
+    split over processes and accumulation steps.
     """
 
     def __init__(self, count: int) -> None:
@@ -22,7 +22,7 @@ class TargetScales(nn.Module):
 
     @torch.no_grad()
     def measure(self, parts: Iterable[list[Tensor]]) -> None:
-        """Take the means over the parts of a batch, each a list of `count` features; once only."""
+        """Average over the parts of a batch, each a list of `count` features. Only the first call has an effect."""
         values = self.get_buffer("values")
         if len(values) and not self.known and not bool(values.any()):
             means = [torch.stack([f.float().square().mean() for f in features]) for features in parts]
@@ -30,6 +30,6 @@ class TargetScales(nn.Module):
         self.known = True
 
     def of(self, features: list[Tensor]) -> Tensor:
-        """One value a feature, float32 [count]; those of `features` if none were measured before."""
+        """One value per feature, float32 [count]. They are measured on `features` if they are not known."""
         self.measure([features])
         return self.get_buffer("values")

@@ -1,4 +1,4 @@
-"""What is learned: each task holds its models and turns a batch into a loss. The trainer knows nothing else."""
+"""Tasks: each holds its models and computes the losses of a batch for the trainer."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -29,14 +29,14 @@ Captions = Callable[[Batch], list[str]]
 
 
 class Task(nn.Module):
-    """The interface that `train` needs. The parameters of a task are trained; a teacher is held but not registered.
+    """The interface for `train`. All parameters of a task are trained; a teacher is not registered as a submodule.
 
     Attributes:
-        patch: of the encoder that learns, in pixels.
-        reduction: how the losses of several processes become those of the run.
-        has_unused_params: whether some of its parameters may get no gradient.
-        capturable: whether its losses need nothing from the host, so that a CUDA graph can hold them.
-        sharded: whether its parameters are spread over the processes (FSDP2) instead of copied.
+        patch: patch size of the student in pixels.
+        reduction: how losses of several processes are combined.
+        has_unused_params: whether some parameters may get no gradient.
+        capturable: whether the losses can be captured in a CUDA graph, because they do not need the CPU.
+        sharded: whether the parameters are sharded over the processes (FSDP2).
     """
 
     patch: int
@@ -51,14 +51,14 @@ class Task(nn.Module):
 
     @property
     def learns(self) -> bool:
-        """Whether there is anything to learn."""
+        """Whether any parameter is trained."""
         return next(self.parameters(), None) is not None
 
     def calibrate(self, parts: list[Batch]) -> None:
-        """Measure on the first batch of a run, in the parts it is accumulated from, what stays constant after."""
+        """Measure constants, such as target scales, on the parts of the first batch of a run."""
 
     def losses(self, batch: Batch) -> Losses:
-        """Scalars by name; "total" is minimised, the others are shown."""
+        """Named scalars; "total" is minimised, the others are logged."""
         raise NotImplementedError
 
     def tokens(self, size: Size) -> int:
@@ -66,29 +66,27 @@ class Task(nn.Module):
         return tokens_of(size, self.patch)
 
     def flops(self, size: Size) -> int | None:
-        """FLOP per image of `size` (height, width) pixels, teacher and student together; None if they are not
-        counted.
-        """
+        """FLOPs of teacher and student per image of `size` (height, width) pixels; None if they are not counted."""
         return None
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Fresh and inherited parameters; each group has its own learning rate."""
+        """Fresh (newly initialised) and inherited parameters, which have different learning rates."""
         return list(self.parameters()), []
 
     def forward(self, batch: Batch) -> Losses:
-        """The losses: what wrappers for several processes call."""
+        """The losses, for wrappers such as DDP."""
         return self.losses(batch)
 
     def collect(self) -> None:
-        """After the last step, share what a single process has learned with all processes."""
+        """After the last step, share weights that only one process has trained with all processes."""
 
     def _look_at(self, **models: object) -> None:
-        """Keep models without registering them: neither trained nor saved."""
+        """Store models without registering them, so that they are not trained or saved."""
         vars(self).update(models)
 
 
 class TeacherTask(Task):
-    """Base of both stages: a frozen teacher, whose taps are compared with the student's."""
+    """Base class of both stages, with a frozen teacher whose taps are compared with the student's."""
 
     teacher: Encoder
     student: Encoder
@@ -102,23 +100,23 @@ class TeacherTask(Task):
         self.learn_positions = learn_positions and teacher.positions is not None and student.positions is None
 
     def targets(self, taps: Taps) -> list[Tensor]:
-        """The features of the teacher by whose energies the losses are divided."""
+        """The teacher's features by whose mean squares the losses are divided."""
         raise NotImplementedError
 
     def seen_at(self, size: Size) -> Size:
-        """The size (height, width) in pixels at which the teacher sees images of `size`."""
+        """The size (height, width) in pixels to which images of `size` are resized for the teacher."""
         return size
 
     @torch.no_grad()
     def calibrate(self, parts: list[Batch]) -> None:
-        """The energies of the teacher's features."""
+        """Measure the target scales."""
         if self.compares:
             self.energies.measure(self.targets(self.observed(part)) for part in parts)
 
     @torch.no_grad()
     def observed(self, batch: Batch, entry: Tensor | None = None) -> Taps:
-        """The teacher's taps, from the cache or observed, the first of them from where the student starts: `entry`,
-        [B, h*w, C], or its own embedding."""
+        """The teacher's taps, computed or from the cache. With learned positions, the first one is changed for `entry`,
+        [B, h*w, C], or for the student's own embedding."""
         size, cache = (batch.images.shape[-2], batch.images.shape[-1]), self.runtime.cache
         run = self.runtime.tapped
         look = partial(observe, self.teacher, batch.images, self.student.config, self.seen_at(size), run)
@@ -129,7 +127,7 @@ class TeacherTask(Task):
 
 
 def inherited_names(student: Encoder, teacher: Encoder) -> frozenset[str]:
-    """The student's parameters that equal the teacher's of the same name and shape."""
+    """The names of the student's parameters that equal the teacher's of the same name and shape."""
     theirs = dict(teacher.named_parameters())
     return frozenset(
         name
@@ -139,7 +137,7 @@ def inherited_names(student: Encoder, teacher: Encoder) -> frozenset[str]:
 
 
 def learning_blocks(teacher: Encoder, student: Encoder) -> list[int]:
-    """The student's blocks whose mixer is not the teacher's own."""
+    """The indices of the student's blocks whose mixer was not inherited."""
     theirs = teacher.blocks.state_dict()
     return [
         i
@@ -152,10 +150,10 @@ def learning_blocks(teacher: Encoder, student: Encoder) -> list[int]:
 
 
 class SublayerTask(TeacherTask):
-    """Stage 1: block i of the student gets the teacher's own features and learns the teacher's sub-layer output.
+    """Stage 1: block i of the student gets the teacher's input of that block and learns the teacher's sub-layer output.
 
-    Blocks are independent: no gradient passes between them, and one teacher pass feeds all. Blocks whose mixer is
-    kept from the teacher have nothing to learn. Paper: stage 1 (docs/paper.md).
+    Blocks are independent: there are no gradients between them, and one pass of the teacher gives all inputs. Blocks
+    with an inherited mixer are not trained. Paper: stage 1 (docs/paper.md).
     """
 
     def __init__(
@@ -172,7 +170,7 @@ class SublayerTask(TeacherTask):
         self.energies = TargetScales(len(self.learning)).to(next(student.parameters()).device)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Mixers are fresh; the norm and scale around them are inherited."""
+        """Mixers are fresh; their norms and LayerScales are inherited."""
         fresh = [p for name, p in self.named_parameters() if ".mixer." in name]
         return fresh, [p for name, p in self.named_parameters() if ".mixer." not in name]
 
@@ -181,7 +179,7 @@ class SublayerTask(TeacherTask):
         return forward_flops(self.teacher.config, size) + sublayer_flops(self.student.config, size, self.learning)
 
     def targets(self, taps: Taps) -> list[Tensor]:
-        """The sub-layers that are learned."""
+        """The sub-layers of the trained blocks."""
         return [taps.sublayers[i] for i in self.learning]
 
     def losses(self, batch: Batch) -> Losses:
@@ -196,7 +194,7 @@ class SublayerTask(TeacherTask):
         return {"total": total, **losses}
 
     def sublayer_error(self, i: int, block_inputs: Tensor, wanted: Tensor, taps: Taps, energy: Tensor) -> Tensor:
-        """Block i on the teacher's block_inputs [B, N, C], against the teacher's branch [B, h*w, C]."""
+        """Relative MSE of block i on the teacher's input [B, N, C], compared with the teacher's branch [B, h*w, C]."""
         grid = taps.grid._replace(prefix=self.student.config.prefix)
         tokens = block_inputs[:, taps.grid.prefix - grid.prefix :]
         branch = self.runtime.sublayer(self.student.each_block()[i], tokens, grid)
@@ -209,7 +207,7 @@ def sublayer_parts(block: Block) -> nn.ModuleDict:
 
 
 class DistillTask(TeacherTask):
-    """Stage 2: the whole student against the teacher at two taps a block, through adapters.
+    """Stage 2: the whole student is compared with the teacher at two taps per block, through adapters.
 
     Paper: stage 2, alpha * PP + beta * PB (docs/paper.md).
     """
@@ -231,11 +229,11 @@ class DistillTask(TeacherTask):
     ) -> None:
         """dual and captions: the teacher's image-text model and the captions of a batch, for the contrastive loss.
 
-        teacher_size: (height, width) in pixels of the largest images that the teacher sees; larger ones are resized to
-        that area for it, and its taps are then upsampled to the student's grid. learn_positions: see `DistillConfig`.
-        inherited: names of the student's weights that count as the teacher's; None for those that are equal to its now.
+        teacher_size: (height, width) in pixels of the largest teacher input. Larger images are resized to that area,
+        and the taps are upsampled to the student's grid. learn_positions: see `DistillConfig`. inherited: names of the
+        student's weights that count as inherited; None for those that equal the teacher's now.
 
-        Raises ValueError if the contrastive loss is on without what it needs, or if depths or widths differ.
+        Raises ValueError if the contrastive loss lacks a text tower or captions, or if depths or widths differ.
         """
         super().__init__(teacher, student, learn_positions, runtime)
         if (teacher.config.depth, teacher.config.width) != (student.config.depth, student.config.width):
@@ -260,48 +258,49 @@ class DistillTask(TeacherTask):
         self.energies = TargetScales(2 * depth + 1).to(device)
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Adapters are fresh, and what stage 1 has changed counts as fresh too."""
+        """Adapters are fresh, and so are weights that stage 1 has trained."""
         named = list(self.student.named_parameters())
         fresh = [p for name, p in named if name not in self.inherited]
         return fresh + list(self.adapters.parameters()), [p for name, p in named if name in self.inherited]
 
     def flops(self, size: Size) -> int:
-        """As in `Task`; without the text tower of a contrastive loss."""
+        """See `Task`. The text tower of a contrastive loss is not counted."""
         theirs = forward_flops(self.teacher.config, self.seen_at(size)) if self.compares else 0
         at_sublayers, at_blocks = self.adapted
         student = self.student.config
         return theirs + training_flops(student, size, sublayer_adapters=at_sublayers, block_adapters=at_blocks)
 
     def seen_at(self, size: Size) -> Size:
-        """As in `TeacherTask`: no larger than `teacher_size`."""
+        """See `TeacherTask`; at most `teacher_size`."""
         largest = self.teacher_size
         if largest is None or size[0] * size[1] <= largest[0] * largest[1]:
             return size
         return with_area(size, largest, self.teacher.config.patch_size)
 
     def _around(self) -> dict[str, Tensor]:
-        """What it holds beside the student: adapters and scales."""
+        """The modules apart from the student: adapters and target scales."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("student.")}
 
     def carried(self) -> dict[str, Tensor]:
-        """Adapters and scales by name, whole, for a later stage with the same teacher; all processes must ask."""
+        """Full tensors of adapters and target scales, for a later stage with the same teacher. All processes must call
+        this."""
         return {name: full_tensor(value).detach().clone() for name, value in self._around().items()}
 
     def carry_on(self, state: Mapping[str, Tensor]) -> None:
-        """Start from what `carried` gave. Raises ValueError for adapters of another encoder or other losses."""
+        """Load the result of `carried`. Raises ValueError for adapters of another encoder or other losses."""
         mine = {name: value.shape for name, value in self._around().items()}
         if state and mine != {name: value.shape for name, value in state.items()}:
             raise ValueError(f"carried holds {len(state)} tensors of other names or shapes; expected {len(mine)}")
         self.load_state_dict(state, strict=False)
 
     def targets(self, taps: Taps) -> list[Tensor]:
-        """Every tap and the pooled vector."""
+        """All taps and the pooled vector."""
         return [*taps.sublayers, *taps.blocks, taps.pooled]
 
     def losses(self, batch: Batch) -> Losses:
-        """Mean PP and PB losses over blocks, the pooled vector's, the contrastive one, and their weighted sum "total".
+        """PP and PB losses averaged over blocks, the pooled and contrastive losses, and their weighted sum "total".
 
-        Beside them the loss of each tap, "PP block i" and "PB block i".
+        Also the loss of each tap, "PP block i" and "PB block i".
         """
         config = self.config
         mine = tapped_forward(self.student, batch.images, self.runtime.tapped)
@@ -339,7 +338,7 @@ class DistillTask(TeacherTask):
 
 
 class ContrastiveTask(Task):
-    """Training without a teacher: images and captions that belong together are drawn together."""
+    """Contrastive training of an image-text model without a teacher."""
 
     def __init__(self, model: DualEncoder, captions: Captions, loss: str) -> None:
         """captions: the captions of a batch; loss: "clip" or "sigmoid"."""
@@ -348,7 +347,7 @@ class ContrastiveTask(Task):
         self.patch = model.image.config.patch_size
 
     def losses(self, batch: Batch) -> Losses:
-        """The contrastive loss over the images of all processes. Those of one class belong together."""
+        """The contrastive loss over the images of all processes. Images of one class are positives of each other."""
         model = self.model
         image, text = model.encode_image(batch.images), model.encode_text(self.captions(batch))
         ids = batch.labels.to(image.device)
@@ -356,13 +355,13 @@ class ContrastiveTask(Task):
 
 
 def caption_ids(captions: list[str], device: torch.device) -> Tensor:
-    """int64 [B], equal for equal captions on every process."""
+    """Ids of captions, int64 [B]. Equal captions have equal ids on every process."""
     digests = [hashlib.blake2b(caption.encode(), digest_size=8).digest() for caption in captions]
     return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], device=device)
 
 
 def _contrastive_loss(kind: str, image: Tensor, text: Tensor, ids: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """The loss over the rows of all processes; those of equal ids belong together. kind: "clip" or "sigmoid"."""
+    """The loss over the rows of all processes. Rows with equal ids are positives. kind: "clip" or "sigmoid"."""
     image, text, ids = gather_rows(image), gather_rows(text), gather_rows(ids)
     same = ids[:, None] == ids[None]
     return sigmoid_loss(image, text, same, scale, bias) if kind == "sigmoid" else clip_loss(image, text, same, scale)

@@ -1,4 +1,4 @@
-"""How fast a stage ran, and how long it waited for data."""
+"""The throughput of a stage, and its time waiting for data."""
 
 import time
 from collections import Counter
@@ -8,16 +8,16 @@ from typing import Any, Literal, NamedTuple
 
 from ..data import Batch
 
-RECENT = 20  # steps that what is shown of a running stage is the mean of
-POINTS = 200  # of the curve of a stage
-WARM = 10  # steps that compile, tune and allocate: in a stage of more, they are left out of the figures
-NEW = 2  # steps of each shape of batches that do so too
+RECENT = 20  # number of steps over which the displayed rates are averaged
+POINTS = 200  # most points of a stage's curve
+WARM = 10  # first steps, which compile, tune and allocate; left out of the rates of longer stages
+NEW = 2  # first steps of each batch shape, likewise
 
 Size = tuple[int, ...]  # (height, width) of images in pixels
 
 
 class Work(NamedTuple):
-    """Of one image. tokens: of the grid. flops: FLOP of teacher and student. None for what is not known."""
+    """The work per image. tokens: of the grid. flops: of teacher and student. None if unknown."""
 
     tokens: int | None = None
     flops: int | None = None
@@ -25,11 +25,11 @@ class Work(NamedTuple):
 
 @dataclass
 class Throughput:
-    """Seconds of each step since the stage was started, or started again, with the number and size of its images.
+    """Seconds of each step since the start or resume of a stage, with the number and size of its images.
 
-    waits: for data; the first one, which starts the workers, included. steps: of the whole step, its wait included. A
-    step ends with the wait for the device, so that waiting for data is time in which the device has nothing to do.
-    work: what an image of a size is; asked once for each. peak: FLOP/s of the device; None if not known.
+    waits: seconds of waiting for data, including the start of workers. steps: seconds of whole steps, including the
+    wait. A step ends when the device is idle, so waiting for data is idle time of the device. work: gives the work per
+    image of a size, called once per size. peak: FLOP/s of the device; None if unknown.
     """
 
     waits: list[float] = field(default_factory=list)
@@ -41,7 +41,7 @@ class Throughput:
     known: dict[Size, Work] = field(default_factory=dict)
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """Pass batches on, and measure."""
+        """Yield the batches, and record times."""
         iterator = iter(batches)
         while True:
             asked = time.perf_counter()
@@ -56,13 +56,12 @@ class Throughput:
                 self.known[size] = self.work(size)
             try:
                 yield batch
-            finally:  # of the last step too, after which nothing more is asked for
+            finally:  # also records the last step
                 self.steps.append(time.perf_counter() - asked)
 
     def rates(self, steps: Iterable[int]) -> dict[str, float]:
-        """Images/s on this process, share of the time that data was waited for (0 to 1), and, if known, tokens a
-        second and MFU: the share of the device's peak (0 to 1) that the FLOP of teacher and student make. Empty for no
-        steps."""
+        """Images/s of this process, fraction of the time spent waiting for data, and, if known, tokens/s and MFU: the
+        FLOPs of teacher and student as a fraction of the device's peak. Empty without steps."""
         chosen = list(steps)
         seconds = sum(self.steps[i] for i in chosen)
         if not chosen:
@@ -77,14 +76,14 @@ class Throughput:
         return rates
 
     def _total(self, steps: list[int], of: Literal["tokens", "flops"]) -> int | None:
-        """The sum over the images of some steps; None if it is not known of all."""
+        """The sum over all images of some steps; None if a value is unknown."""
         each = [(self.images[i], getattr(self.known[self.sizes[i]], of)) for i in steps]
         known = [images * value for images, value in each if value is not None]
         return sum(known) if len(known) == len(each) else None
 
     def settled(self) -> list[int]:
-        """The steps that compile, tune and allocate nothing: after the first ten, and the first two of each size. All
-        if there are no others."""
+        """The steps without warm-up: after the first ten, and after the first two of each size. All steps if there are
+        no such steps."""
         seen: Counter[Size] = Counter()
         steps = []
         for i, size in enumerate(self.sizes[: len(self.steps)]):
@@ -94,15 +93,15 @@ class Throughput:
         return steps or list(range(len(self.steps)))
 
     def recent(self) -> dict[str, float]:
-        """The rates of the last steps; empty after the first."""
+        """The rates of the last steps; empty after the first step."""
         return self.rates(range(max(0, len(self.steps) - RECENT), len(self.steps)))
 
     def summary(self) -> dict[str, Any]:
-        """What a record keeps: `rates` of the `settled` steps, seconds in all and until the first batch, and "curve":
-        images/s in the course of the stage, means over equal runs of at most 200."""
+        """For the record: `rates` of the `settled` steps, total seconds, seconds until the first batch, and "curve":
+        images/s over the stage, with at most 200 points."""
         if not self.steps:
             return {}
-        size = max(-(-len(self.steps) // POINTS), len(set(self.sizes)))  # every size in each of the runs
+        size = max(-(-len(self.steps) // POINTS), len(set(self.sizes)))  # each point covers every size
         runs = [range(i, min(i + size, len(self.steps))) for i in range(0, len(self.steps), size)]
         return {
             **self.rates(self.settled()),

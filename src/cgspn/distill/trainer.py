@@ -1,4 +1,4 @@
-"""The loop: a task, batches, warm-up and cosine, a guard against NaN, snapshots, a record of every step."""
+"""The training loop, with warm-up and cosine decay, a check for NaN, snapshots, and a record of every step."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -23,13 +23,13 @@ from .snapshots import Snapshots
 from .tasks import Task
 from .throughput import Throughput, Work
 
-DETAILS = 200  # steps of a stage, about, that leave the losses of every block in the record; others only their means
+DETAILS = 200  # about this many steps of a stage record the losses of every block; others only their means
 
 Stream = Callable[[int], Iterable[Batch]]
 
 
 class DivergedError(RuntimeError):
-    """Raised if the loss or the gradient is not finite; the message names the step and the part."""
+    """Raised if the loss or a gradient is not finite. The message names the step and the part."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ Watch = Callable[[dict[str, float]], None]
 
 
 def learning_rate(config: OptimConfig, step: int) -> float:
-    """The factor on the peak learning rate at a step: linear warm-up, then a cosine to zero."""
+    """The learning rate at a step as a fraction of the peak: linear warm-up, then cosine decay to zero."""
     warmup = max(1, round(config.steps * config.warmup))
     if step < warmup:
         return (step + 1) / warmup
@@ -70,23 +70,23 @@ def train(
     compute: ComputeConfig | None = None,
     snapshots: Snapshots | None = None,
 ) -> History:
-    """Run a task over batches, one step each, going on from the newest snapshot if there is one.
+    """Train a task, one step per batch, starting from the newest snapshot if there is one.
 
-    On several processes the task is spread over them (`ComputeConfig.parallel`).
+    With several processes, `ComputeConfig.parallel` says how the task is distributed.
 
-    stream: from a step to the batches from there on, this process's share of each; if they end early, so does the run.
-    title: what the record is called. watch: called after every step with its losses and the rates of the last steps
-    (`Throughput`), images and tokens a second those of all processes.
+    stream: maps a step to an iterator over this process's share of the batches from there on. The run ends early if
+    they do. title: name of the record. watch: called after every step with its losses and the rates of the last steps
+    (`Throughput`), where images/s and tokens/s are those of all processes.
 
-    Returns the record of every step, those before a resumption included. Raises DivergedError at the first step whose
-    loss or gradient is not finite, before it touches a weight, and leaves the state before it as the newest snapshot;
-    SnapshotError if one could not be written.
+    Returns the record of every step, including those before a resume. Raises DivergedError at the first step whose loss
+    or gradient is not finite, before it changes a weight; the newest snapshot then has the state before that step.
+    Raises SnapshotError if a snapshot cannot be written.
     """
     compute = compute or ComputeConfig()
-    own = task.reduction == "sum"  # every process has parameters of its own
+    own = task.reduction == "sum"  # each process trains different parameters
     device = next(task.parameters()).device
     captured = compute.capture and device.type == "cuda" and task.capturable
-    averaged = captured and not task.sharded and not own  # after the graph; others exchange within it
+    averaged = captured and not task.sharded and not own  # average after the graph; other tasks communicate inside it
     module: nn.Module = task
     if averaged:
         broadcast_params(task)
@@ -103,7 +103,7 @@ def train(
     gradients = (CapturedGradients if captured else Gradients)(module, optimizer, lower)
 
     def keep(step: int) -> None:
-        """Leave the last good state, of which a step that failed has changed nothing."""
+        """Save the state before the failed step, which has not changed any weight."""
         if snapshots is not None and snapshots.every and step > start:
             snapshots.save(step, _state(task, optimizer, average), history.steps)
 
@@ -127,14 +127,14 @@ def train(
                 values = gradients(parts)
                 if averaged:
                     average_gradients(parameters)
-            except NonFiniteError as error:  # on a CPU the scan looks at what it is given
-                if world_size() == 1:  # alone: others may be in the middle of the step
+            except NonFiniteError as error:  # on a CPU the scan checks its input
+                if world_size() == 1:  # with more processes, others may be in the middle of the step
                     keep(step)
                 raise DivergedError(f"{title}: {error}, at step {step}") from error
             norm = clip_gradients(parameters, task, config.clip)
             shown = torch.cat([all_reduce(values, task.reduction), norm.reshape(1)])
             garbage.after_launch()
-            *means, length = shown.tolist()  # one wait for the device a step
+            *means, length = shown.tolist()  # synchronises once per step
             record = dict(zip(gradients.names, means, strict=True))
             bad = [name for name, value in record.items() if not math.isfinite(value)]
             if bad or not math.isfinite(length):
@@ -154,7 +154,7 @@ def train(
             if snapshots is not None and snapshots.due(step + 1) and step + 1 < config.steps:
                 garbage.at_snapshot()
                 snapshots.save(step + 1, _state(task, optimizer, average), history.steps)
-    optimizer.zero_grad()  # those of a graph would hold its memory
+    optimizer.zero_grad()  # gradients of a CUDA graph keep its memory
     history.throughput = clock.summary()
     with torch.no_grad():
         for parameter, mean in zip(parameters, average):
@@ -163,12 +163,12 @@ def train(
 
 
 def detailed(step: int, steps: int) -> bool:
-    """Whether the record of a step of a stage of `steps` keeps the losses of single blocks."""
+    """Whether a step, in a stage of `steps` steps, records the losses of single blocks."""
     return step % max(1, steps // DETAILS) == 0 or step == steps - 1
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
-    """A batch cut into `parts` equal ones. Raises ValueError if they cannot be equal."""
+    """Split a batch into `parts` equal parts. Raises ValueError if it is not divisible."""
     if parts == 1:
         return [batch]
     if len(batch.indices) % parts:
@@ -178,20 +178,20 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:
-    """Some images of a batch, with everything that belongs to them."""
+    """A batch of the given rows."""
     values = {field.name: getattr(batch, field.name) for field in fields(batch)}
     cut: dict[str, Any] = {n: value[rows] for n, value in values.items() if isinstance(value, (Tensor, list, tuple))}
     return replace(batch, **cut)
 
 
 def clip_gradients(parameters: list[nn.Parameter], task: Task, most: float) -> Tensor:
-    """Scale the gradient of the whole run, wherever its parts are, to a norm of at most `most`.
+    """Clip the global gradient norm over all processes to `most`.
 
-    Returns the norm before, a scalar on the parameters' device.
+    Returns the norm before clipping, a scalar on the parameters' device.
     """
     gradients = local_shards(p.grad for p in parameters if p.grad is not None)
     norm = nn.utils.get_total_norm(gradients)
-    if task.sharded or task.reduction == "sum":  # every process has gradients of its own
+    if task.sharded or task.reduction == "sum":  # each process has different gradients
         norm = all_reduce(norm.square(), "sum").sqrt()
     foreach_mul_(gradients, (most / (norm + 1e-6)).clamp(max=1))
     return norm

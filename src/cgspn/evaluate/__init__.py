@@ -1,11 +1,9 @@
-"""Evaluation: functions on tensors (zeroshot, retrieval, probe, segmentation, alignment, influence), and models applied
+"""Evaluation: functions on tensors (zeroshot, retrieval, probe, segmentation, alignment), and models applied
 to images (predict), datasets (measure) and image sets in memory (suite)."""
 
-from .alignment import BlockAlignment, align, cosine, linear_cka, relative_mse
-from .influence import influence_map
+from .alignment import BlockAlignment, align, cosine, relative_mse
 from .predict import Classification, Similarity, classify, similarity
 from .probe import Probe, patch_histograms
-from .recognition import Recognition, linear_accuracy, nearest_accuracy, recognition
 from .retrieval import Retrieval, retrieve, retrieve_captions
 from .segmentation import PixelScore, Segmentation, fit_probe, segment
 from .table import Metric, SummaryTable
@@ -18,7 +16,6 @@ __all__ = [
     "Metric",
     "PixelScore",
     "Probe",
-    "Recognition",
     "Retrieval",
     "Segmentation",
     "Similarity",
@@ -29,12 +26,7 @@ __all__ = [
     "classify",
     "cosine",
     "fit_probe",
-    "influence_map",
-    "linear_accuracy",
-    "linear_cka",
-    "nearest_accuracy",
     "patch_histograms",
-    "recognition",
     "relative_mse",
     "retrieve",
     "retrieve_captions",

@@ -23,9 +23,10 @@ def resize_matrix(ranks: Tensor, size: int, resize: PositionResize, count: Tenso
 
     Args:
         ranks: [..., n], 1, 2, ... for the target lines in order; the last one is their number. Padding repeats the
-        previous rank. size: number of source lines. resize: as in `LearnedPositions`; pixel centres as with
-        align_corners=False, except for "..._corners". count: [..., 1], the number of target lines, if `ranks` holds
-        only the first of them.
+            previous rank.
+        size: number of source lines.
+        resize: as in `LearnedPositions`; pixel centres as with align_corners=False, except for "..._corners".
+        count: [..., 1], the number of target lines, if `ranks` holds only the first of them.
 
     Source: the cubic of Keys (1981), with a = -0.75 as PyTorch's plain one and -0.5 as its antialiased one (Pillow's).
     """

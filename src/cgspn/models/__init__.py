@@ -1,4 +1,4 @@
-"""Encoders, text tower, the two side by side, and models by name."""
+"""Encoders, the text tower, image-text models, and the registry of models."""
 
 from .checkpoint import CheckpointError
 from .config import EncoderConfig, TextConfig

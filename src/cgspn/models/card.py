@@ -1,4 +1,4 @@
-"""README.md beside a checkpoint: what the model is and how each library opens it."""
+"""The model card (README.md) of a checkpoint folder."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ CARD = "README.md"
 
 
 def model_card(config: EncoderConfig, parameters: int) -> str:
-    """The card of an encoder in Markdown, with the header that model hubs read. parameters: how many it has."""
+    """The model card of an encoder in Markdown, with a header for model hubs. parameters: their number."""
     scans = config.mixers.count("propagation")
     height, width = config.image_size
     task = "image-classification" if config.num_classes else "image-feature-extraction"
@@ -58,6 +58,6 @@ Training data, evaluation, licence and limits are for whoever publishes the mode
 
 
 def write_card(folder: str | Path, config: EncoderConfig, parameters: int) -> None:
-    """Write the card into `folder` unless it has a README already. Raises OSError if it cannot be written."""
+    """Write the model card to `folder` unless it has a README. Raises OSError if it cannot be written."""
     if not (Path(folder) / CARD).exists():
         write_atomically(Path(folder) / CARD, model_card(config, parameters))

@@ -1,4 +1,4 @@
-"""Checkpoint folders: config.json + model.safetensors, written whole or not at all."""
+"""Checkpoint folders with config.json and model.safetensors, written atomically."""
 
 import errno
 import json
@@ -19,13 +19,13 @@ from .reading import CheckpointError
 
 __all__ = ["CheckpointError", "save_model", "write_atomically"]
 
-LITTLE = 1 << 16  # bytes: a disk with no more is full
+LITTLE = 1 << 16  # bytes; a disk with less free space counts as full
 CONFIG, WEIGHTS, PREPROCESSING = "config.json", "model.safetensors", "preprocessor_config.json"
 
 
 def write_atomically(path: str | Path, data: bytes | str) -> None:
-    """Replace `path` by `data`; an interrupted call leaves what was there. Raises OSError if it cannot be written."""
-    # names of files may hold bytes that are not UTF-8, which Python keeps as lone surrogates
+    """Write `data` to `path` atomically. Raises OSError if it cannot be written."""
+    # file names may hold bytes that are not UTF-8, which Python keeps as lone surrogates
     content = data.encode(errors="backslashreplace") if isinstance(data, str) else data
     with _replacing(Path(path)) as temporary:
         temporary.write_bytes(content)
@@ -50,7 +50,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 
 def line_of(error: BaseException) -> str:
-    """An error in one line: the first, without the advice that PyTorch gives before, to read files without limits."""
+    """The first line of an error, without PyTorch's advice to load with weights_only=False."""
     lines = str(error).rpartition("WeightsUnpickler error: ")[2].split("\n")
     said = (line for line in lines if line.strip() and not line.startswith("Weights only load failed"))
     return re.sub(r"\x1b\[[0-9;]*m", "", next(said, type(error).__name__)).strip()
@@ -60,13 +60,13 @@ def reason_of(error: BaseException, folder: Path) -> str:
     """One-line description of an error while writing to a folder. It says so if the disk is full."""
     text = line_of(error)
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text
-    with suppress(OSError):  # PyTorch and safetensors do not always say why
+    with suppress(OSError):  # PyTorch and safetensors do not always give the reason
         full = full or shutil.disk_usage(folder).free < LITTLE
     return f"disk full: {text}" if full else text
 
 
 def save_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write the weights, then the config that makes the folder a checkpoint. Raises OSError."""
+    """Write the weights, then the config, which marks the folder as a checkpoint. Raises OSError."""
     folder = Path(folder)
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     with _replacing(folder / WEIGHTS) as temporary:

@@ -1,4 +1,4 @@
-"""The typed configuration of an encoder, saved as config.json next to the weights."""
+"""The typed config of an encoder, saved as config.json."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -8,9 +8,9 @@ from ..layers import Activation, AttentionConfig, Pooling, PositionResize, Propa
 from .reading import build
 
 MixerName = Literal["attention", "window_attention", "propagation"]
-MODEL_TYPE = "cgspn"  # by which transformers recognises a folder
+MODEL_TYPE = "cgspn"  # transformers recognises a folder by this
 Resample = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]  # Pillow's filters
-WIDEST, DEEPEST = 1 << 16, 1 << 12  # of what is built: beyond any model, and small enough to be refused in time
+WIDEST, DEEPEST = 1 << 16, 1 << 12  # limits against configs whose construction would take forever
 
 _RANGES = {  # of a field, or of each of its numbers
     **dict.fromkeys(("width", "channels", "patch_size", "embed_dim", "position_table"), (1, WIDEST, "")),
@@ -50,7 +50,7 @@ class EncoderConfig:
         class_token: add a class token before the grid. Its position embedding, if any, is added to it.
         registers: number of register tokens after the class token.
         patch_bias, pre_norm, final_norm: a bias in the patch embedding, a LayerNorm before the blocks (CLIP), and a
-        LayerNorm after the blocks.
+            LayerNorm after the blocks.
         norm_eps: eps of every LayerNorm.
         pooling: "map" (attention pooling), "mean" or "cls".
         summary_tokens: indices of the prefix tokens that "cls" concatenates; (0,) is the class token.
@@ -103,7 +103,7 @@ class EncoderConfig:
     trained_sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise ValueError for settings that no encoder can have."""
+        """Raise ValueError for invalid settings."""
         if not isinstance(self.image_size, tuple) or len(self.image_size) != 2:
             raise ValueError(f"image_size is {self.image_size!r}; expected (height, width)")
         for name, (least, most, unit) in _RANGES.items():
@@ -146,12 +146,12 @@ class EncoderConfig:
 
     @property
     def window_size(self) -> tuple[int, int]:
-        """Rows and columns of positions in a window of attention."""
+        """Rows and columns of a window in window attention."""
         return (self.window, self.window) if isinstance(self.window, int) else self.window
 
     @property
     def pooled_width(self) -> int:
-        """Channels of the pooled vector."""
+        """Number of channels of the pooled vector."""
         return self.embed_dim or self.width * (len(self.summary_tokens) if self.pooling == "cls" else 1)
 
     @property
@@ -180,7 +180,7 @@ class TextConfig:
     context: int = 48
 
     def __post_init__(self) -> None:
-        """Raise ValueError for settings that no text tower can have."""
+        """Raise ValueError for invalid settings."""
         for name, least, most in (("width", 1, WIDEST), ("depth", 0, DEEPEST), ("context", 1, 16 * WIDEST)):
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name} is {getattr(self, name)}; accepted: {least} to {most}")
@@ -194,7 +194,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def preprocessing(config: EncoderConfig) -> dict[str, Any]:
-    """How pictures become images for an encoder, as transformers' image processors keep it."""
+    """The preprocessing of an encoder as a config of transformers' image processors."""
     return {
         "image_processor_type": "CgspnImageProcessor",
         "size": {"height": config.image_size[0], "width": config.image_size[1]},
@@ -208,5 +208,5 @@ def preprocessing(config: EncoderConfig) -> dict[str, Any]:
 
 
 def encoder_config_from_dict(values: Any, where: str = "encoder") -> EncoderConfig:
-    """The inverse of `to_dict`; where: file and key, for messages. Raises CheckpointError for any other values."""
+    """The inverse of `to_dict`. where: file and key, for messages. Raises CheckpointError for invalid values."""
     return build(EncoderConfig, values, where)

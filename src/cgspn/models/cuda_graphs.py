@@ -1,4 +1,4 @@
-"""An encoder replayed from CUDA graphs: one image at a time costs what the GPU needs, not what launching costs."""
+"""Inference with CUDA graphs, for low latency on one or a few images."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..layers.state import Snapshot
 if TYPE_CHECKING:
     from .encoder import Encoder, EncoderOutput
 
-WARM = 3  # passes before a capture: kernels are compiled, libraries set up and launches prepared
+WARM = 3  # passes before a capture, which compile kernels and initialise libraries
 
 
 @dataclass(frozen=True)
 class _Recording:
-    """A graph and the tensors it reads and writes."""
+    """A graph with its input and output tensors."""
 
     graph: torch.cuda.CUDAGraph
     images: Tensor
@@ -46,11 +46,10 @@ class CapturedEncoder:
     def __init__(self, encoder: Encoder, *, limit: int = 16, memory: float = 8.0) -> None:
         """encoder: on a CUDA device; put into eval mode.
 
-        limit: graphs kept at once; the one used longest ago goes first. memory: gigabytes that a pass may need beside
-        the weights to be kept as a graph, since all graphs share one pool of memory, as large as the largest needs;
-        what needs more is launched, as by the encoder itself.
+        limit: maximum number of graphs; the least recently used one is dropped. memory: maximum gigabytes of a pass,
+        without weights; larger passes run eagerly. All graphs share one memory pool, as large as the largest needs.
 
-        Raises ValueError for an encoder elsewhere, or a limit below one.
+        Raises ValueError for an encoder on another device, or a limit below one.
         """
         device = next(encoder.parameters()).device
         if device.type != "cuda":
@@ -64,20 +63,20 @@ class CapturedEncoder:
         self._start_over()
 
     def __call__(self, images: Tensor, mask: Tensor | None = None) -> EncoderOutput:
-        """images [B, channels, H, W], mask [B, h, w] bool -> tokens [B, h, w, C], pooled; no gradients.
+        """images [B, channels, H, W], mask [B, h, w] bool -> tokens [B, h, w, C] and pooled, without gradients.
 
-        Raises what the encoder raises, ValueError for images on another device.
+        Raises the encoder's errors, and ValueError for images on another device.
         """
         if images.device != self._device:
             raise ValueError(f"images is on {images.device}; expected the encoder's device, {self._device}")
-        # not in inference mode, whose tensors could not be written to outside of it
+        # tensors created in inference mode could not be written to outside of it
         with self._lock, torch.inference_mode(False), torch.no_grad():
             if not self._snapshot.holds() or self._snapshot.look() != self._found:
                 self._start_over()
             return self._replay(images, mask)
 
     def _start_over(self) -> None:
-        """Forget what was recorded, of an encoder that is not the same any more."""
+        """Drop all graphs after a change of the encoder."""
         self.recordings.clear()
         self._snapshot = Snapshot(self.encoder)
         self._found = self._snapshot.look()
@@ -96,21 +95,21 @@ class CapturedEncoder:
         if recording is None:
             return self.encoder(images, mask)  # type: ignore[no-any-return]
         stream = torch.cuda.current_stream(self._device)
-        stream.wait_event(self._done)  # another stream may still replay
+        stream.wait_event(self._done)  # a replay may still run on another stream
         recording.images.copy_(images)
         if recording.mask is not None and mask is not None:
             recording.mask.copy_(mask)
         recording.graph.replay()
-        # clones: the next replay, of any shape, may write where these lie
+        # cloned, because the next replay of any shape may overwrite them
         output = type(recording.output)(*(out.clone() for out in recording.output))
         self._done.record(stream)
         return output
 
     def _record(self, images: Tensor, mask: Tensor | None, autocast_dtype: torch.dtype | None) -> _Recording | None:
-        """None for a pass that needs more than `memory`."""
+        """Capture a graph; None if the pass needs more than `memory`."""
 
         def autocast() -> AbstractContextManager[Any]:
-            # without its cache, which would keep weights as they are now
+            # without its cache, which would freeze the current weights
             dtype = autocast_dtype or torch.get_autocast_dtype("cuda")
             return torch.autocast("cuda", dtype, enabled=autocast_dtype is not None, cache_enabled=False)
 
@@ -120,7 +119,7 @@ class CapturedEncoder:
         side.wait_stream(torch.cuda.current_stream(device))
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        with torch.cuda.stream(side), autocast():  # capture wants its warm-up on a stream of its own
+        with torch.cuda.stream(side), autocast():  # capture requires a warm-up on a side stream
             for _ in range(WARM):
                 self.encoder(images, mask)
         torch.cuda.current_stream(device).wait_stream(side)

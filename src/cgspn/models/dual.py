@@ -1,4 +1,4 @@
-"""Image and text encoder side by side in one embedding space: what zero-shot and retrieval need."""
+"""Image-text models, which embed images and texts in one space."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ Loss = Literal["clip", "sigmoid"]
 
 
 class DualEncoder(nn.Module):
-    """An image `Encoder`, a `TextTower`, a projection of each to `embed_dim`, and the scale and bias of the loss.
+    """An image `Encoder` and a `TextTower`, each with a projection to `embed_dim`, and the scale and bias of the loss.
 
     logit_scale is the logarithm of the scale. A "clip" loss does not use logit_bias.
     """
 
     def __init__(self, image: Encoder, text: TextTower, embed_dim: int, loss: Loss = "clip") -> None:
-        """embed_dim: width of the shared space. loss: that it is trained with, which says how to read its logits."""
+        """embed_dim: width of the shared space. loss: the training loss, which defines the meaning of the logits."""
         super().__init__()
         self.loss: Loss = loss
         self.image, self.text = image, text
         self.image_projection = nn.Linear(image.config.pooled_width, embed_dim, bias=False)
         self.text_projection = nn.Linear(text.config.width, embed_dim, bias=False)
-        # where SigLIP starts its scale and bias
+        # SigLIP's initial scale and bias
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0))
 
@@ -108,7 +108,7 @@ def build_dual(encoder: EncoderConfig, text: TextConfig, embed_dim: int, loss: L
 def dual_of(
     config: Mapping[str, Any], encoder: EncoderConfig, weights: Weights, where: str, dtype: torch.dtype = torch.float32
 ) -> DualEncoder:
-    """The DualEncoder of a saved config and its weights, in eval mode. Raises CheckpointError naming `where`."""
+    """Build a DualEncoder from a saved config and weights, in eval mode. Raises CheckpointError naming `where`."""
     text = build(TextConfig, config.get("text"), f"{where}: text")
     embed_dim = checked(config.get("embed_dim"), int, f"{where}: embed_dim")
     if not 1 <= embed_dim <= WIDEST:
@@ -124,7 +124,5 @@ def image_encoder(model: Encoder | DualEncoder) -> Encoder:
 
 
 def with_image(model: Encoder | DualEncoder, image: Encoder) -> Encoder | DualEncoder:
-    """The model with another image encoder; for a plain encoder, that encoder itself. Raises ValueError if widths
-    differ.
-    """
+    """The model with another image encoder, or the new encoder itself if `model` is one. Raises ValueError."""
     return model.with_image(image) if isinstance(model, DualEncoder) else image

@@ -1,4 +1,4 @@
-"""The image encoder: one class for ViT, C-GSPN, GSPN and hybrids, which differ in a list of mixers."""
+"""The image encoder: one class for ViT, C-GSPN, GSPN and hybrids, which differ in their list of mixers."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -34,7 +34,7 @@ class EncoderOutput(NamedTuple):
 
 
 def build_mixer(config: EncoderConfig, layer: int) -> Mixer:
-    """The mixer of one block. Raises ValueError from the mixer for settings that do not fit the width."""
+    """Create the mixer of one block. Raises the mixer's ValueError for settings that do not match the width."""
     if config.mixers[layer] == "attention":
         return AttentionMixer(config.width, config.attention)
     if config.mixers[layer] == "window_attention":
@@ -56,7 +56,7 @@ class Encoder(TimmContract):
     block_type: type[Block] = Block
 
     def __init__(self, config: EncoderConfig) -> None:
-        """Raises ValueError for a config whose parts do not fit one another."""
+        """Raises ValueError for a config with inconsistent settings."""
         super().__init__()
         self.config = config
         width, patch, eps = config.width, config.patch_size, config.norm_eps
@@ -115,7 +115,7 @@ class Encoder(TimmContract):
         return list(self.blocks)  # type: ignore[arg-type]
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in backward instead of keeping them."""
+        """Set whether the backward recomputes each block's activations instead of saving them."""
         self.checkpointing = enable
 
     def embed(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Grid]:
@@ -134,7 +134,7 @@ class Encoder(TimmContract):
         return self.pre_norm(tokens), grid._replace(prefix=self.config.prefix)
 
     def forward_features(self, images: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Images [B, channels, H, W] -> normalised tokens [B, prefix + h*w, C] after the last block, as timm's.
+        """Images [B, channels, H, W] -> normalised tokens [B, prefix + h*w, C] after the last block, as in timm.
 
         mask: [B, h, w] bool, False where a position is padding. Raises ValueError for sizes that are not multiples of
             the patch size.
@@ -150,7 +150,7 @@ class Encoder(TimmContract):
         return self.norm(tokens), grid
 
     def run_block(self, block: Block, tokens: Tensor, grid: Grid) -> Tensor:
-        """One block, with activation checkpointing if that is on."""
+        """Run a block, with activation checkpointing if enabled."""
         return self._recomputed(block, tokens, grid)
 
     def run_tapped(
@@ -160,23 +160,23 @@ class Encoder(TimmContract):
         grid: Grid,
         run: Callable[[Block, Tensor, Grid], tuple[Tensor, Tensor]] = Block.tapped,
     ) -> tuple[Tensor, Tensor]:
-        """One block's output and its mixing branch as `run` gives them, with activation checkpointing if that is on."""
+        """A block's output and mixing branch from `run`, with activation checkpointing if enabled."""
         return self._recomputed(partial(run, block), tokens, grid)
 
     def _recomputed(self, function: Callable[[Tensor, Grid], Any], tokens: Tensor, grid: Grid) -> Any:
         if not (self.checkpointing and torch.is_grad_enabled()):
             return function(tokens, grid)
-        # nothing in a block is random: generators are not asked for their state, which a CUDA graph could not tell
+        # blocks are deterministic, so RNG states are not saved, which CUDA graphs do not allow
         return checkpoint(function, tokens, grid, use_reentrant=False, preserve_rng_state=False)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False, mask: Tensor | None = None) -> Tensor:
         """Normalised tokens [B, prefix + h*w, C] -> logits [B, num_classes], or pooled [B, config.pooled_width].
 
-        pre_logits: the pooled vector even of an encoder with a classifier; without one they are the same.
+        pre_logits: return the pooled vector even if there is a classifier.
         mask: [B, h, w] bool, as for the tokens.
         """
         prefix = self.config.prefix
-        grid = Grid(1, tokens.shape[1] - prefix, prefix, mask)  # pooling does not ask where a token lies
+        grid = Grid(1, tokens.shape[1] - prefix, prefix, mask)  # pooling does not use positions
         pooled: Tensor = self.project(self.pool_norm(self.pool(tokens, grid)))
         return pooled if pre_logits else self.head(pooled)
 
@@ -186,7 +186,7 @@ class Encoder(TimmContract):
         return EncoderOutput(to_map(tokens, grid), self.forward_head(tokens, pre_logits=True, mask=mask))
 
     def forward_variable_size(self, images: Sequence[Tensor], **options: Any) -> list[EncoderOutput]:
-        """Encode images [channels, H, W] of different sizes, each as on its own: tokens [h, w, C] and pooled, in order.
+        """Encode images [channels, H, W] of different sizes: tokens [h, w, C] and pooled for each, in order.
 
         options: `method`, `max_tokens`, `max_shapes` and `shapes` of `cgspn.models.encode_variable_size`, with the same
             errors.
@@ -259,5 +259,5 @@ class Encoder(TimmContract):
 
 
 def to_map(tokens: Tensor, grid: Grid) -> Tensor:
-    """tokens [B, prefix + h*w, C] -> the grid alone, [B, h, w, C]."""
+    """tokens [B, prefix + h*w, C] -> the grid tokens [B, h, w, C]."""
     return tokens[:, grid.prefix :].unflatten(1, (grid.height, grid.width))

@@ -1,4 +1,4 @@
-"""Feature pyramids for detection and segmentation heads, made of the one map that an encoder of one stride gives."""
+"""Feature pyramids for detection and segmentation heads, computed from the encoder's single feature map."""
 
 import math
 from collections import OrderedDict
@@ -42,15 +42,15 @@ class FeaturePyramid(nn.Module):
     def __init__(
         self, encoder: Encoder, channels: int = 256, strides: Sequence[float] = (4, 8, 16, 32), index: int = -1
     ) -> None:
-        """A pyramid over `encoder`, which is shared, not copied, and trains with it unless its gradients are off.
+        """Create a pyramid that shares `encoder` and trains it too, unless its gradients are disabled.
 
         Args:
             encoder: any image encoder.
-            channels: of every map.
-            strides: in pixels, rising.
-            index: the block whose normalised tokens the maps are made of.
+            channels: number of channels of every map.
+            strides: in pixels, ascending.
+            index: the block from whose normalised tokens the maps are computed.
 
-        Raises ValueError for strides that are not positive and rising, or a block that does not exist.
+        Raises ValueError for strides that are not positive and ascending, or a block that does not exist.
         """
         super().__init__()
         rising = all(a < b for a, b in pairwise(strides))
@@ -87,9 +87,9 @@ class FeaturePyramid(nn.Module):
 
 
 def at_stride(features: Tensor, own: float, stride: float, size: tuple[int, int]) -> Tensor:
-    """A map [B, C, h, w] of stride `own` read bilinearly at another, `size` cells from the upper left: [B, C, *size].
+    """Resample a map [B, C, h, w] of stride `own` bilinearly at another stride, to `size` cells: [B, C, *size].
 
-    Corners stay where they are: resizing to `size` outright would stretch the map by the pixels of the last cell.
+    The upper left corner stays fixed. Resizing to `size` would stretch the map by the rest of the last cell.
     """
     if own != stride:
         beyond = math.ceil(stride / own)
@@ -99,7 +99,7 @@ def at_stride(features: Tensor, own: float, stride: float, size: tuple[int, int]
 
 
 def _level(width: int, octaves: int, channels: int) -> nn.Sequential:
-    """The map, `octaves` times doubled (halved if negative), then projected to `channels`."""
+    """The map, doubled `octaves` times (halved if negative) and projected to `channels`."""
     layers: list[nn.Module] = []
     for octave in range(octaves):
         narrow = max(width // 2, 1)
@@ -107,7 +107,7 @@ def _level(width: int, octaves: int, channels: int) -> nn.Sequential:
         if octave < octaves - 1:
             layers += [ChannelNorm(narrow, eps=1e-6), nn.GELU()]
         width = narrow
-    if octaves < 0:  # ceil: a last odd row is part of the image
+    if octaves < 0:  # ceil keeps a last odd row
         layers.append(nn.MaxPool2d(2**-octaves, ceil_mode=True))
     layers += [nn.Conv2d(width, channels, 1, bias=False), ChannelNorm(channels, eps=1e-6)]
     layers += [nn.Conv2d(channels, channels, 3, padding=1, bias=False), ChannelNorm(channels, eps=1e-6)]

@@ -1,4 +1,4 @@
-"""JSON and typed configs from files that may hold anything; errors name the file, the key and what is accepted."""
+"""Reading of untrusted JSON and typed configs. Errors name the file, the key and the accepted values."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 Config = TypeVar("Config")
 
 MOST_BYTES = 1 << 24  # of a JSON file
-MOST_PARTS = 1 << 18  # values and containers that are shorter than 16 bytes on average
+MOST_PARTS = 1 << 18  # most values and containers, if shorter than 16 bytes on average
 LONGEST = 10_000  # of lists and texts in configs
 _NAMES = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a text"}
 
@@ -21,12 +21,12 @@ class CheckpointError(ValueError):
     """Raised if a checkpoint cannot be read. The message says what was expected and what was found."""
 
     def __init__(self, message: str) -> None:
-        """message: names from files in it may hold halves of characters, which no stream can print."""
+        """message: lone surrogates, as in file names, are escaped so that it can be printed."""
         super().__init__(message.encode(errors="backslashreplace").decode())
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises CheckpointError for any other file or a larger one, OSError if it cannot be read."""
+    """Read a JSON object. Raises CheckpointError for an invalid or too large file, OSError if it cannot be read."""
     value = read_json_value(path)
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds {shown(value)}; expected a JSON object")
@@ -34,7 +34,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_json_value(path: Path, most: int = MOST_BYTES) -> Any:
-    """The content of a JSON file. Raises as `read_json`; `most`: the largest size in bytes."""
+    """Read a JSON file of at most `most` bytes. Raises the errors of `read_json`."""
     if not path.is_file():
         raise CheckpointError(f"{path} is no file; expected one with JSON")
     if (size := path.stat().st_size) > most:
@@ -46,26 +46,26 @@ def read_json_value(path: Path, most: int = MOST_BYTES) -> Any:
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
         raise CheckpointError(f"{path} is not readable JSON: it is nested too deeply") from error
-    except ValueError as error:  # wrong syntax, bytes that are not UTF-8, numbers of thousands of digits
+    except ValueError as error:  # wrong syntax, invalid UTF-8, numbers with thousands of digits
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) < len(pairs):  # of which some readers take the first, others the last
+    if len(found) < len(pairs):  # readers differ in which of several equal keys they take
         raise ValueError("an object states a key twice")
     return found
 
 
 def build(cls: type[Config], values: Any, where: str) -> Config:
-    """A dataclass config of JSON values; fields that are missing keep their defaults.
+    """Build a dataclass config from JSON values. Missing fields keep their defaults.
 
     Args:
         cls: a dataclass of bool, int, float, str, Literal, tuples of them, None, and further such dataclasses.
-        values: what was read.
+        values: the JSON object.
         where: the file, and the key in it, for messages.
 
-    Raises CheckpointError for keys that `cls` has not, values of another type, and what `cls` itself refuses.
+    Raises CheckpointError for unknown keys, values of another type, and values that `cls` rejects.
     """
     hints = get_type_hints(cls)
     known = {field.name: hints[field.name] for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ def build(cls: type[Config], values: Any, where: str) -> Config:
 
 
 def checked(value: Any, hint: Any, where: str) -> Any:
-    """A JSON value as the type `hint` (`build`). Raises CheckpointError naming `where` if it is none."""
+    """Convert a JSON value to the type `hint` (see `build`). Raises CheckpointError naming `where` if impossible."""
     if dataclasses.is_dataclass(hint):
         return build(hint, value, where)  # type: ignore[arg-type]
     if get_origin(hint) in (Union, types.UnionType):
@@ -118,11 +118,11 @@ def _tuple(value: Any, each: tuple[Any, ...], where: str) -> tuple[Any, ...]:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
+    """A value for a message, truncated if long."""
     if isinstance(value, (dict, list)) and len(value) > 20:
         return f"a {type(value).__name__} of {len(value)}"
     try:
         text = repr(value)
-    except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
+    except (RecursionError, ValueError):  # nested too deeply, or a number with thousands of digits
         return f"a {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:80]}..."

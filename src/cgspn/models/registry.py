@@ -1,4 +1,4 @@
-"""Models by name, named as timm names them: `vit_so400m_patch14_378`, `cgspn_so400m_patch14_378`."""
+"""The registry of models, with names like timm's: `vit_so400m_patch14_378`, `cgspn_so400m_patch14_378`."""
 
 import difflib
 import fnmatch
@@ -9,8 +9,8 @@ from ..layers import GSPN, AttentionConfig, PropagationConfig
 from .config import EncoderConfig, MixerName
 from .encoder import Encoder
 
-# width, depth, heads, MLP width. The compression keeps a latent of 64 channels where the width allows, the paper's
-# Cc; small widths would be left with too little at s = 18 (docs/choosing.md, "How large a latent").
+# width, depth, heads, MLP width. The compression gives a latent of 64 channels if the width allows, as in the paper;
+# for small widths s = 18 would leave too few (docs/choosing.md, "How large a latent").
 SIZES: dict[str, tuple[int, int, int, int]] = {
     "tiny": (192, 12, 3, 768),
     "small": (384, 12, 6, 1536),
@@ -19,11 +19,11 @@ SIZES: dict[str, tuple[int, int, int, int]] = {
     "so400m": (1152, 27, 16, 4304),
 }
 COMPRESSION = {"tiny": 6, "small": 6, "base": 12, "large": 16, "so400m": 18}
-EMBEDDED = "patch4_28"  # the size of the embedded images; the demo's models
+EMBEDDED = "patch4_28"  # for the demo's models, with the size of the embedded images
 
 
 def spread(keep: int, depth: int) -> tuple[int, ...]:
-    """Indices of `keep` of `depth` layers, evenly spread (3 of 27: 8, 17, 26). Raises ValueError for too many."""
+    """Indices of `keep` evenly spaced layers of `depth` (3 of 27: 8, 17, 26). Raises ValueError if keep > depth."""
     if not 0 <= keep <= depth:
         raise ValueError(f"keep_attention is {keep}; accepted: 0 to {depth}, or a list of layer indices")
     return tuple((i + 1) * depth // keep - 1 for i in range(keep))
@@ -105,6 +105,6 @@ def create_model(name: str, **overrides: Any) -> Encoder:
         name: one of `list_models()`.
         overrides: fields of `EncoderConfig`, such as `image_size=(518, 518)`.
 
-    Raises ValueError as `model_config` does.
+    Raises ValueError like `model_config`.
     """
     return Encoder(model_config(name, **overrides))

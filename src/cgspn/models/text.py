@@ -11,7 +11,7 @@ from .config import TextConfig
 
 
 def text_list(texts: str | Sequence[str]) -> list[str]:
-    """Texts as a list; a single text becomes a list of one. Raises ValueError for no texts or an empty one."""
+    """Convert a text or texts to a list. Raises ValueError for no texts or an empty text."""
     found = [texts] if isinstance(texts, str) else list(texts)
     if not found or not all(found):
         raise ValueError(f"texts is {found!r}; expected at least one text, none of them empty")

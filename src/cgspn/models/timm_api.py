@@ -1,4 +1,4 @@
-"""What code written for a ViT of timm asks of an encoder, besides its forward passes: names, groups, surgery."""
+"""timm's encoder interface except for the forward passes: metadata, parameter groups and changes to the model."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,20 +11,20 @@ from torch.nn.functional import interpolate
 from ..layers import ClassTokenPool, LearnedPositions, MeanPool, PatchEmbed
 from .config import EncoderConfig
 
-POOLS = {"map": "map", "mean": "avg", "cls": "token"}  # ours: timm's
-WITH_PREVIOUS = (99999,)  # timm's sign for "in the group of the layer before"
+POOLS = {"map": "map", "mean": "avg", "cls": "token"}  # our name: timm's name
+WITH_PREVIOUS = (99999,)  # timm's code for "in the group of the previous layer"
 
 
 def _stated(name: str, doc: str) -> property:
-    """A field of the encoder's config under timm's name."""
+    """A property for a field of the encoder's config under timm's name."""
     return property(lambda self: getattr(self.config, name), doc=doc)
 
 
 class TimmContract(nn.Module):
-    """The part of timm's encoder contract that reads or changes an encoder. `config` follows every change.
+    """The part of timm's encoder interface that inspects or changes an encoder. `config` follows every change.
 
-    timm's `num_features` and `embed_dim` are the width of the tokens; the length of the pooled vector, which CLIP
-    projects to another one, is `head_hidden_size` here as there.
+    As in timm, `num_features` and `embed_dim` are the width of the tokens, and `head_hidden_size` is the length of the
+    pooled vector, which CLIP projects to another width.
     """
 
     config: EncoderConfig
@@ -48,12 +48,12 @@ class TimmContract(nn.Module):
 
     @property
     def global_pool(self) -> str:
-        """How tokens are pooled, in timm's words: "map", "avg" or "token"."""
+        """The pooling under timm's name: "map", "avg" or "token"."""
         return POOLS[self.config.pooling]
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """One entry a block: its module, channels and stride in pixels."""
+        """One entry per block: module, channels and stride in pixels."""
         config = self.config
         return [
             {"module": f"blocks.{i}", "num_chs": config.width, "reduction": config.patch_size}
@@ -62,7 +62,7 @@ class TimmContract(nn.Module):
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
-        """How to prepare images, as `timm.data.resolve_model_data_config` reads it."""
+        """The preprocessing, for `timm.data.resolve_model_data_config`."""
         return data_config(self.config)
 
     @property
@@ -71,14 +71,14 @@ class TimmContract(nn.Module):
         return self.pretrained_cfg
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that are embeddings, not weights of a product."""
+        """Names of embedding parameters, which have no weight decay."""
         names = ("prefix", "positions.table", "pool.probe")
         return {name for name, _ in self.named_parameters() if name in names}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Regular expressions that sort parameter names into layers: stem, blocks; what none matches comes last.
+        """Regular expressions that map parameter names to layers: stem, then blocks. Unmatched names come last.
 
-        coarse: of no effect, a block being the coarsest group there is; timm passes it.
+        coarse: passed by timm; no effect, because blocks are the coarsest groups.
         """
         return {
             "stem": r"^(?:prefix|positions|patch_embed|pre_norm)\b",
@@ -86,18 +86,17 @@ class TimmContract(nn.Module):
         }
 
     def get_classifier(self) -> nn.Module:
-        """The classifier: a Linear, or an Identity without classes."""
+        """The classifier: a Linear, or an Identity if there are no classes."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A fresh classifier after the pooling.
+        """Replace the classifier by a new one.
 
         Args:
             num_classes: 0 for none.
-            global_pool: another pooling, "avg" or "token" in timm's words; None or the present one keeps it.
+            global_pool: new pooling under timm's name, "avg" or "token"; None keeps the current one.
 
-        Raises ValueError for a pooling that is unknown, needs a class token that is not there, or would start fresh
-        beside trained weights ("map").
+        Raises ValueError for a pooling that is unknown, needs a missing class token, or would need new weights ("map").
         """
         if global_pool not in (None, self.global_pool):
             pooling = {"avg": "mean", "token": "cls"}.get(str(global_pool))
@@ -112,16 +111,16 @@ class TimmContract(nn.Module):
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """Another native image size, and another patch size with it if wanted; positions and patches are resized.
+        """Change the native image size and optionally the patch size. Position embeddings and patches are resized.
 
-        Forward takes any size without this. It is for a checkpoint that starts at that size, learned positions that
-        are trained there, and a finer or coarser grid.
+        Forward accepts any size without this. Use it to save a checkpoint with that size, to train position embeddings
+        at that size, or for a finer or coarser grid.
 
         Args:
             img_size: (height, width) in pixels; None keeps it.
             patch_size: in pixels, square; None keeps it.
 
-        Raises ValueError for an image size that the patches do not tile or a patch that is not square.
+        Raises ValueError for an image size that is not a multiple of the patch, or a patch that is not square.
         Source: timm; for the patches, FlexiViT (Beyer et al., 2023).
         """
         config = self.config
@@ -145,10 +144,10 @@ class TimmContract(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] | None = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the feature maps of `indices` do not need; returns the indices counted from 0.
+        """Drop all modules that the feature maps of `indices` do not need. Returns non-negative indices.
 
         Args:
-            indices: as `forward_intermediates` takes them.
+            indices: as in `forward_intermediates`.
             prune_norm: drop the last LayerNorm too.
             prune_head: drop pooling weights, projection and classifier too.
 
@@ -167,7 +166,7 @@ class TimmContract(nn.Module):
         return kept
 
     def block_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Indices from 0 for what `forward_intermediates` accepts. Raises ValueError outside the encoder."""
+        """Non-negative indices for the `indices` of `forward_intermediates`. Raises ValueError outside the encoder."""
         depth = self.config.depth
         if indices is None:
             return list(range(depth))
@@ -181,7 +180,7 @@ class TimmContract(nn.Module):
 
 
 def data_config(config: EncoderConfig) -> dict[str, Any]:
-    """How images are prepared for a config, in the words of timm's `pretrained_cfg`."""
+    """The preprocessing of a config as timm's `pretrained_cfg`."""
     return {
         "architecture": config.name,
         "input_size": (config.channels, *config.image_size),
@@ -200,7 +199,7 @@ def data_config(config: EncoderConfig) -> dict[str, Any]:
 
 
 def build_head(config: EncoderConfig) -> nn.Module:
-    """The classifier of a config: a Linear from the pooled vector, small at first; an Identity without classes."""
+    """Create the classifier of a config: a Linear with small weights, or an Identity if there are no classes."""
     if not config.num_classes:
         return nn.Identity()
     head = nn.Linear(config.pooled_width, config.num_classes)
@@ -211,10 +210,10 @@ def build_head(config: EncoderConfig) -> nn.Module:
 
 @torch.no_grad()
 def resize_patches(projection: nn.Conv2d, patch: int) -> nn.Conv2d:
-    """A patch projection for another patch size that answers a resized patch as the old one answered the patch.
+    """Resize a patch projection so that a resized patch gives the same token as before.
 
-    The weights go through the pseudo-inverse of the resize, not through the resize: shrunk weights would answer
-    with a different magnitude. Source: FlexiViT (Beyer et al., 2023), section 3.4.
+    The weights are multiplied by the pseudo-inverse of the resize, because resized weights would change the magnitude
+    of the tokens. Source: FlexiViT (Beyer et al., 2023), section 3.4.
     """
     weight = projection.weight
     out, channels, old, _ = weight.shape

@@ -1,4 +1,4 @@
-"""Blocks for timm: stochastic depth in training, and a module that gives hooks the feature map."""
+"""Blocks for timm with stochastic depth, and with a module for hooks on the feature map."""
 
 from typing import Any
 
@@ -10,22 +10,22 @@ from ..layers.plain import has_no_hooks
 
 
 class TimmBlock(Block):
-    """A `Block` with what timm's blocks have besides.
+    """A `Block` with the additional features of timm's blocks.
 
     Attributes:
-        drop_path: in training, the share of images that skip each half of the block; the others count for them.
-        map: a module through which the block's map [B, C, h, w] passes, for hooks.
+        drop_path: in training, the fraction of images that skip each half of the block; the others are scaled up.
+        map: an identity module that is called with the block's map [B, C, h, w], for hooks.
     """
 
     drop_path = 0.0
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """As `Block`."""
+        """See `Block`."""
         super().__init__(*args, **kwargs)
         self.map = nn.Identity()
 
     def forward(self, tokens: Tensor, grid: Grid, tapped: bool = False) -> Any:
-        """As of `Block`."""
+        """See `Block`."""
         if self.training and self.drop_path:
             branch = self._dropped(self.sublayer(tokens, grid))
             tokens = tokens + branch
@@ -39,6 +39,6 @@ class TimmBlock(Block):
         return out
 
     def _dropped(self, branch: Tensor) -> Tensor:
-        """A branch [B, N, C], zero for the images that skip it, larger for the others so that the mean stays."""
+        """A branch [B, N, C] with stochastic depth: zero for images that skip it, scaled up for the others."""
         kept = 1.0 - self.drop_path
         return branch * torch.empty_like(branch[:, :1, :1]).bernoulli_(kept) / kept

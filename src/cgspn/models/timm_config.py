@@ -1,4 +1,4 @@
-"""The `EncoderConfig` that timm's arguments for a model ask for. Needs no timm."""
+"""The conversion of timm's model arguments to an `EncoderConfig`. It does not need timm."""
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
@@ -8,25 +8,25 @@ from .config import EncoderConfig, encoder_config_from_dict
 from .registry import model_config
 from .timm_api import POOLS
 
-ANY = "cgspn_encoder"  # timm's name for a model that is none of the registered ones, such as a converted student
+ANY = "cgspn_encoder"  # timm name of models without a registered config, such as converted students
 POOLINGS = {"": "mean", **{theirs: ours for ours, theirs in POOLS.items()}}
 REGULARISERS = ("drop_rate", "proj_drop_rate", "attn_drop_rate", "patch_drop_rate", "pos_drop_rate")
 
 
 class UnknownOption(TypeError, ValueError):
-    """A keyword that no encoder has: a TypeError as of any function, and a ValueError as for other settings here."""
+    """An unknown keyword. It is both a TypeError, as for any function, and a ValueError, as for other settings here."""
 
 
 def config_of(name: str, options: Mapping[str, Any]) -> EncoderConfig:
-    """The config of a model as timm asks for it.
+    """The config for timm's model arguments.
 
     Args:
-        name: of `cgspn.list_models()`, or `ANY`.
+        name: one of `cgspn.list_models()`, or `ANY`.
         options: timm's (img_size, in_chans, num_classes, global_pool, embed_dim), fields of EncoderConfig, and
-            `config`, a whole one that takes the place of the name's.
+            `config`, a whole config that replaces that of the name.
 
-    timm's embed_dim is the width of the tokens; the MLPs' changes with it. Raises UnknownOption, which is a TypeError,
-    for a keyword that there is none of, and ValueError for a value that is not accepted.
+    timm's embed_dim is the width of the tokens; the MLP width scales with it. Raises UnknownOption, which is a
+    TypeError, for an unknown keyword, and ValueError for an invalid value.
     """
     options = dict(options)
     for option in REGULARISERS:

@@ -7,12 +7,12 @@
     logits = model(images)  # any height and width that are multiples of 14
     maps = timm.create_model("cgspn_small_patch14_378", features_only=True, out_indices=(3, 7, 11))(images)
 
-An encoder that exists already, such as a distilled student, becomes a model of timm by `from_encoder`:
+`from_encoder` turns an existing encoder, such as a distilled student, into a timm model:
 
     student = cgspn.models.timm_models.from_encoder(cgspn.load_encoder("runs/student"), num_classes=10)
 
-What timm's `save_for_hf` and `push_to_hf_hub` write of it, timm opens as `local-dir:...` or `hf-hub:...` once this
-module is imported, and so does `cgspn.load_encoder`.
+timm (after importing this module, with `local-dir:...` or `hf-hub:...`) and `cgspn.load_encoder` can load the files
+that timm's `save_for_hf` and `push_to_hf_hub` write.
 """
 
 import math
@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 try:
     import timm
     from timm.models import build_model_with_cfg, register_model
-except (ImportError, RuntimeError) as error:  # RuntimeError: from a torchvision that was built for another torch
+except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
     raise ImportError(
         f"cgspn.models.timm_models needs timm, and a torchvision built for your torch. It failed with: {error}. "
         "See 'Install' in the guide for timm users"
@@ -47,13 +47,13 @@ INPUT = ("input_size", "min_input_size", "pool_size", "mean", "std", "interpolat
 
 
 class TimmEncoder(Encoder):
-    """An `Encoder` that returns what a ViT of timm returns: logits [B, num_classes], or pooled without classes.
+    """An `Encoder` with the outputs of timm's ViTs: logits [B, num_classes], or pooled without classes.
 
-    All else is the encoder's; the weights have the same names, so each reads what the other saved. With pooling "" it
-    returns the tokens [B, prefix + h*w, C] in place of the pooled vector, through the classifier if there is one.
+    Weights have the same names as in `Encoder`, so each can load the other's files. With pooling "" it returns the
+    tokens [B, prefix + h*w, C] instead of the pooled vector, after the classifier if there is one.
 
     Attributes:
-        dynamic_img_pad: pad images that patches do not tile with zeros, to the right and below.
+        dynamic_img_pad: pad images with zeros to whole patches, to the right and below.
     """
 
     block_type = TimmBlock
@@ -64,21 +64,21 @@ class TimmEncoder(Encoder):
     def __init__(
         self, config: EncoderConfig, *, pooled: bool = True, drop_path_rate: float = 0.0, dynamic_img_pad: bool = False
     ) -> None:
-        """An encoder for timm.
+        """Create an encoder for timm.
 
         Args:
             config: of the encoder.
-            pooled: False for timm's pooling "", tokens in place of the pooled vector.
-            drop_path_rate: of the last block, in training; it grows linearly from 0 in the first.
+            pooled: False for timm's pooling "", which returns tokens instead of the pooled vector.
+            drop_path_rate: stochastic depth rate of the last block; it grows linearly from 0 in the first block.
             dynamic_img_pad: see above.
 
-        Raises ValueError for a config whose parts do not fit one another, or a rate outside 0 to 1.
+        Raises ValueError for a config with inconsistent settings, or a rate outside 0 to 1.
         """
         super().__init__(config)
         self.pooled, self.dynamic_img_pad, self.drop_path_rate = pooled, dynamic_img_pad, drop_path_rate
         if not 0 <= drop_path_rate < 1:
             raise ValueError(f"drop_path_rate is {drop_path_rate}; accepted: from 0 to below 1")
-        for i, block in enumerate(self.blocks):  # in equal steps, as timm spreads it
+        for i, block in enumerate(self.blocks):  # in equal steps, as in timm
             assert isinstance(block, TimmBlock)
             block.drop_path = drop_path_rate * i / max(config.depth - 1, 1)
         name = config.name if config.name in list_models() else ANY
@@ -86,21 +86,21 @@ class TimmEncoder(Encoder):
 
     @property
     def _model_args(self) -> dict[str, Any]:
-        """The arguments that timm saves to rebuild the model: its complete current configuration."""
+        """The arguments that timm saves to rebuild the model: its complete current config."""
         return {"config": to_dict(self.config)} | ({} if self.pooled else {"global_pool": ""})
 
     @_model_args.setter
     def _model_args(self, value: Mapping[str, Any]) -> None:
-        """timm records here what a model was created with, which is part of the above."""
+        """Ignore timm's record of the creation arguments, which the getter already includes."""
 
     @property
     def global_pool(self) -> str:
-        """How tokens are pooled, in timm's words: "map", "avg", "token", or "" for not at all."""
+        """The pooling under timm's name: "map", "avg", "token", or "" for none."""
         return super().global_pool if self.pooled else ""
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
-        """One entry a block: a module that gives its map [B, C, h, w] to hooks, channels and stride in pixels."""
+        """One entry per block: the module whose hooks get the map [B, C, h, w], channels, and stride in pixels."""
         return [{**entry, "module": f"{entry['module']}.map"} for entry in super().feature_info]
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
@@ -108,20 +108,20 @@ class TimmEncoder(Encoder):
         return self.forward_head(self.forward_features(images, mask), mask=mask)
 
     def embed(self, images: Tensor, mask: Tensor | None = None) -> Any:
-        """As `Encoder.embed`, of padded images if that is asked for."""
+        """`Encoder.embed`, after padding if `dynamic_img_pad` is set."""
         if self.dynamic_img_pad:
             patch, (height, width) = self.config.patch_size, images.shape[-2:]
             images = pad(images, (0, -width % patch, 0, -height % patch))
         return super().embed(images, mask)
 
     def run_block(self, block: Any, tokens: Tensor, grid: Any) -> Tensor:
-        """As `Encoder.run_block`; what is recomputed skips the same images again."""
+        """`Encoder.run_block`; recomputation skips the same images again."""
         if self.checkpointing and self.training and self.drop_path_rate and torch.is_grad_enabled():
             return checkpoint(block, tokens, grid, use_reentrant=False)
         return super().run_block(block, tokens, grid)
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False, mask: Tensor | None = None) -> Tensor:
-        """As `Encoder.forward_head`; with pooling "" the same of every token, [B, prefix + h*w, ...]."""
+        """`Encoder.forward_head`; with pooling "" it is applied to every token, [B, prefix + h*w, ...]."""
         if self.pooled:
             return super().forward_head(tokens, pre_logits, mask)
         each: Tensor = self.project(self.pool_norm(tokens))
@@ -139,10 +139,10 @@ class TimmEncoder(Encoder):
         output_dict: bool = False,
         mask: Tensor | None = None,
     ) -> Any:
-        """`Encoder.forward_intermediates` with timm's order of arguments, and timm's default: (final tokens, maps).
+        """`Encoder.forward_intermediates` with timm's argument order and default result (final tokens, maps).
 
-        output_dict: a dict with `image_intermediates`; `image_intermediates_prefix` if prefix tokens are wanted and
-        there are any; and `image_features`, the final tokens, unless `intermediates_only`.
+        output_dict: return a dict with `image_intermediates`; `image_intermediates_prefix` if prefix tokens are
+        requested and exist; and `image_features`, the final tokens, unless `intermediates_only`.
         """
         found = super().forward_intermediates(
             images,
@@ -164,29 +164,29 @@ class TimmEncoder(Encoder):
         return {"image_intermediates": maps, **out}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """As the encoder's, and "" as a pooling: tokens in place of the pooled vector. Raises ValueError as there."""
+        """`Encoder.reset_classifier`, which also accepts the pooling "": tokens instead of the pooled vector."""
         super().reset_classifier(num_classes, "avg" if global_pool == "" else global_pool)
         self.pooled = self.pooled if global_pool is None else global_pool != ""
 
     def set_input_size(
         self, img_size: int | tuple[int, int] | None = None, patch_size: int | tuple[int, int] | None = None
     ) -> None:
-        """As the encoder's; timm's records follow. Raises ValueError as there."""
+        """`Encoder.set_input_size`, which also updates timm's records."""
         super().set_input_size(img_size, patch_size)
         record_input(self, self.config)
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """What torch.jit.script compiles in place of the Python code: a trace, which takes all sizes and batches."""
+        """A trace for torch.jit.script instead of the Python code. It accepts all image and batch sizes."""
         weight, patch = self.patch_embed.projection.weight, self.config.patch_size
         images = torch.zeros(2, self.in_chans, 3 * patch, 5 * patch, device=weight.device, dtype=weight.dtype)
         return Traced(torch.jit.trace(self, images, check_trace=False))
 
 
 class Traced(nn.Module):
-    """A traced model as a module that torch.jit.script takes."""
+    """A traced model as a module that torch.jit.script accepts."""
 
     def __init__(self, program: torch.jit.ScriptModule) -> None:
-        """program: from one tensor to one."""
+        """program: maps one tensor to one tensor."""
         super().__init__()
         self.program = program
 
@@ -196,9 +196,9 @@ class Traced(nn.Module):
 
 
 def from_encoder(encoder: Encoder, num_classes: int | None = None) -> TimmEncoder:
-    """An encoder's weights, shared and not copied, in a model of timm; in the mode the encoder is in.
+    """Create a timm model that shares an encoder's weights, in the same train or eval mode.
 
-    num_classes: of a fresh classifier; None keeps the encoder's own, if it has one. Raises ValueError if negative.
+    num_classes: of a new classifier; None keeps the encoder's classifier, if any. Raises ValueError if negative.
     """
     with torch.device("meta"):
         model = TimmEncoder(encoder.config)
@@ -209,9 +209,9 @@ def from_encoder(encoder: Encoder, num_classes: int | None = None) -> TimmEncode
 
 
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Encoder) -> dict[str, Tensor]:
-    """The weights of a file as `model` wants them: out of the wrappings of training, positions at the model's grid.
+    """Convert the weights of a file for `model`: remove wrappers of training, and resize positions to the model's grid.
 
-    Raises ValueError for learned positions of another, not square grid, which a file does not show.
+    Raises ValueError for positions of another grid that may not be square, since a file does not store its shape.
     """
     for wrapping in ("state_dict", "model"):
         state_dict = state_dict.get(wrapping, state_dict)
@@ -253,7 +253,7 @@ def _entry(name: str) -> Callable[..., Any]:
             build, name, pretrained, feature_cfg=features, pretrained_filter_fn=checkpoint_filter_fn, **options
         )
         record_input(model, next(m for m in model.modules() if isinstance(m, TimmEncoder)).config)
-        model.pretrained_cfg |= options.get("pretrained_cfg_overlay") or {}  # the user's word is the last
+        model.pretrained_cfg |= options.get("pretrained_cfg_overlay") or {}  # the user's values take precedence
         return model
 
     entry.__name__ = entry.__qualname__ = name
@@ -262,14 +262,14 @@ def _entry(name: str) -> Callable[..., Any]:
 
 
 def record_input(model: Any, config: EncoderConfig) -> None:
-    """Let timm's data config follow the encoder: what timm recorded is the input of the name, not of this model."""
+    """Update timm's data config from the encoder, because timm recorded the defaults of the name."""
     now = {key: value for key, value in data_config(config).items() if key in INPUT}
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, **now}
     model._traits = {**getattr(model, "_traits", {}), "img_size": config.image_size}
 
 
 def _register() -> dict[str, Any]:
-    """Register all names that timm does not use itself; returns their default configs, where timm looks for them."""
+    """Register all names that timm does not have, and return their default configs, as timm expects."""
     names = [name for name in (*list_models(), ANY) if not timm.is_model(name)]
     default_cfgs.update({name: data_config(config_of(name, {})) for name in names})
     for name in names:

@@ -1,7 +1,6 @@
-"""Images of different sizes through one encoder: padded with a mask, a few shapes for all of them, results as if alone.
+"""Encoding of images with different sizes in padded and masked batches of few shapes, with the same results as alone.
 
-`encoder.forward_variable_size(images)` takes a list of [channels, H, W] and gives a list of EncoderOutput in the same
-order."""
+`encoder.forward_variable_size(images)` maps a list of [channels, H, W] to a list of EncoderOutput in the same order."""
 
 from __future__ import annotations
 
@@ -22,12 +21,12 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, int]  # rows and columns of patches
 Method = Literal["bucket", "pad"]
-DISTINCT = 256  # grids that `choose_shapes` tells apart: joining them takes the square of their number each time
+DISTINCT = 256  # most distinct grids in `choose_shapes`, because each merge takes quadratic time
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Images that go together. indices: which of the list; shape: rows and columns that each is padded to."""
+    """Images of one batch. indices: their places in the list; shape: rows and columns to which they are padded."""
 
     indices: tuple[int, ...]
     shape: Shape
@@ -85,7 +84,7 @@ def choose_shapes(grids: Sequence[Shape], count: int) -> list[Shape]:
         shape[into], images[into] = joined[into, gone], images[into] + images[gone]
         shape, images = np.delete(shape, gone, 0), np.delete(images, gone)
     shapes = [(int(rows), int(columns)) for rows, columns in shape]
-    while True:  # an image may now fit into a smaller shape than the one it was joined to; shapes then shrink
+    while True:  # an image may now fit into a smaller shape than its own, which then shrinks
         held = _held(grids, shapes)
         smaller = sorted((max(grids[i][0] for i in own), max(grids[i][1] for i in own)) for own in held.values())
         if smaller == shapes:
@@ -163,7 +162,7 @@ def encode_variable_size(
     for batch in packing.batches:
         own = [grids[index] for index in batch.indices]
         batched = padded([images[index] for index in batch.indices], own, batch.shape, encoder.config.patch_size)
-        # without a mask where none is needed: attention has faster kernels then
+        # no mask unless needed, because attention is then faster
         mask = None if all(grid == batch.shape for grid in own) else inside(own, batch.shape).to(batched.device)
         out = encoder(batched, mask)
         for row, (index, (height, width)) in enumerate(zip(batch.indices, own, strict=True)):
@@ -172,7 +171,8 @@ def encode_variable_size(
 
 
 def padded(images: Sequence[Tensor], grids: Sequence[Shape], shape: Shape, patch: int) -> Tensor:
-    """[B, channels, H, W] with zeros to the right and below; pixels beyond the last whole patch are left out."""
+    """Pad images to [B, channels, H, W] with zeros to the right and below. Pixels after the last whole patch are
+    dropped."""
     rows = []
     for image, (height, width) in zip(images, grids, strict=True):
         beyond = (0, (shape[1] - width) * patch, 0, (shape[0] - height) * patch)
@@ -210,7 +210,7 @@ def _buckets(grids: Sequence[Shape], max_tokens: int, shapes: Sequence[Shape]) -
 
 
 def _held(grids: Sequence[Shape], shapes: Sequence[Shape]) -> dict[Shape, list[int]]:
-    """The smallest of the shapes for every image: shape -> indices. Raises ValueError for an image that fits none."""
+    """Assign every image to the smallest fitting shape: shape -> indices. Raises ValueError if an image fits none."""
     held: dict[Shape, list[int]] = {}
     for index, grid in enumerate(grids):
         fitting = [shape for shape in shapes if shape[0] >= grid[0] and shape[1] >= grid[1]]

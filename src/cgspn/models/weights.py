@@ -1,4 +1,4 @@
-"""Weight files as tables of tensors that are read one at a time, after their shapes were compared with a model's."""
+"""Weight files as tables of tensors. Shapes are compared with the model's before tensors are read one by one."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .reading import CheckpointError
 
-LONGEST_HEADER = 1 << 24  # bytes; each of its tensors becomes an object before the first is read
+LONGEST_HEADER = 1 << 24  # bytes; each tensor in the header becomes a Python object
 DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -21,7 +21,8 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of a file: its shape, and how to read it. Reading raises CheckpointError for values not finite."""
+    """A tensor in a file: its shape, and a function that reads it. Reading raises CheckpointError for NaN or
+    infinity."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
@@ -32,10 +33,10 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def open_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
-    """The tensors of a .safetensors file and its metadata; nothing but the header is read.
+    """The tensors of a .safetensors file and its metadata. Only the header is read.
 
-    Raises CheckpointError for a file that the safetensors library refuses: truncated, overlapping or incomplete
-    tensors, sizes that do not agree with shapes; and for a header of more than 16 MiB or unknown dtypes.
+    Raises CheckpointError for a file that the safetensors library rejects (truncated, overlapping or incomplete
+    tensors, sizes that do not match shapes), a header of more than 16 MiB, or unknown dtypes.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} is no file")
@@ -62,7 +63,7 @@ def open_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
 
 
 def _read(path: Path, key: str) -> Tensor:
-    """A copy: the map of the file, which would count as memory a second time, is closed after each tensor."""
+    """Read a copy of a tensor. The memory map of the file is closed after each, or it would count as memory again."""
     try:
         with safe_open(path, "pt") as opened:  # type: ignore[no-untyped-call]
             return finite(opened.get_tensor(key).clone(), f"{path}: {key}")
@@ -71,8 +72,8 @@ def _read(path: Path, key: str) -> Tensor:
 
 
 def finite(tensor: Tensor, where: str) -> Tensor:
-    """The tensor. Raises CheckpointError if it holds NaN or infinity."""
-    # the sum costs a twentieth of looking at each value, and is finite where all are but for sums beyond 1e38
+    """Return the tensor. Raises CheckpointError if it holds NaN or infinity."""
+    # a finite sum implies finite values, and takes a twentieth of the time of checking each
     if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
         raise CheckpointError(f"{where} holds values that are not finite")
     return tensor
@@ -81,9 +82,9 @@ def finite(tensor: Tensor, where: str) -> Tensor:
 def read_state(
     module: nn.Module, weights: Weights, where: str, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """The state dict of a module from a file's weights, which become `dtype` where they are floats.
+    """Read the state dict of a module from a file's weights. Floats are cast to `dtype`.
 
-    Names and shapes are compared before the first tensor is read. Raises CheckpointError naming those that differ.
+    Names and shapes are compared before the first tensor is read. Raises CheckpointError naming mismatches.
     """
     check_fit(module, weights, where)
     state = module.state_dict()
@@ -99,7 +100,8 @@ def _as(tensor: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Tensor:
 
 
 def load(make: Callable[[], Model], weights: Weights, where: str, dtype: torch.dtype = torch.float32) -> Model:
-    """A module in eval mode with the weights of a file; `make` runs on the meta device. Raises CheckpointError."""
+    """Create a module with `make` (on the meta device) and load the weights of a file, in eval mode. Raises
+    CheckpointError."""
     try:
         with torch.device("meta"):
             module = make()
@@ -110,12 +112,12 @@ def load(make: Callable[[], Model], weights: Weights, where: str, dtype: torch.d
 
 
 def below(weights: Weights, prefix: str) -> Weights:
-    """The tensors whose names begin with `prefix`, without it."""
+    """The tensors whose names begin with `prefix`, with the prefix removed."""
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def check_fit(module: nn.Module, weights: Weights, where: str) -> None:
-    """Raise CheckpointError, naming tensors, unless `weights` has just those of a module."""
+    """Raise CheckpointError, naming tensors, unless `weights` has exactly the names and shapes of a module."""
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     missing, unknown = wanted.keys() - weights.keys(), weights.keys() - wanted.keys()
     wrong = [
@@ -130,13 +132,13 @@ def check_fit(module: nn.Module, weights: Weights, where: str) -> None:
 
 
 def check_depth(blocks: int, weights: Weights, where: str) -> None:
-    """Raise CheckpointError for more blocks than tensors, before a module is made for each."""
+    """Raise CheckpointError for more blocks than tensors, before modules are created."""
     if blocks > len(weights):
         raise CheckpointError(f"{where} has {blocks} blocks, but weights of {len(weights)} tensors; they do not fit")
 
 
 def listed(names: Iterable[str], most: int = 6) -> str:
-    """The first names in order, and how many more there are."""
+    """The first names in order, and the number of further ones."""
     names = sorted(names)
     shown = ", ".join(name[:100].replace("|", " or ") for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

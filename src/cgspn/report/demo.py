@@ -1,10 +1,8 @@
-"""The report of the demo: what was distilled, how well it went, and what teacher and student see."""
+"""The report of the demo: training, results, and features of teacher and student."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean as mean
 
 import torch
 
@@ -15,29 +13,29 @@ from ..distill.trainer import History
 from ..evaluate import BlockAlignment, SummaryTable, align
 from ..models.dual import DualEncoder
 from . import page
-from .charts import block_chart, legend, loss_chart
+from .charts import block_chart, legend
 from .page import Section
 from .photographs import COLUMNS, canvases
-from .run import TITLES
 from .show import look_at
 from .show_page import assets, show_sections
 from .theme import series_colours
+from .training import Steps, block_panels, ends, step_panels
 
 TEACHER, STUDENT = "teacher", "C-GSPN"
-CANVASES = 2  # of sixteen images each, that are shown
-ALIGNED = 200  # test images that the blocks are compared on
+CANVASES = 2  # canvases of sixteen images in the report
+ALIGNED = 200  # test images on which blocks are compared
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a run of the demo found.
+    """The results of the demo.
 
     Attributes:
-        table: one row a model.
-        histories: the stages of each student, in order, by its name.
+        table: one row per model.
+        histories: the stages of each student in order, by the student's name.
         models: "teacher", "C-GSPN" and others, on the CPU, in eval mode; "teacher" and "C-GSPN" are needed.
         images: test images, at least 16.
-        facts: what else there is to know, shown as it is: counts, seconds, versions, machine, seeds.
+        facts: further facts to show: counts, seconds, versions, machine, seeds.
     """
 
     table: SummaryTable
@@ -107,8 +105,8 @@ def _results(result: DemoResult) -> Section:
         page.group(cards, "cards"),
         page.scroll(result.table.to_html(), result.table.title),
         page.paragraph(
-            "Retrieval (R@1) asks whether the first caption found for an image, or the first of a hundred images "
-            "found for a caption, is of its class. Segmentation (mIoU) reads the class of every pixel from the frozen "
+            "Retrieval (R@1) asks whether the first of a hundred images found for a caption is of its class. "
+            "Segmentation (mIoU) reads the class of every pixel from the frozen "
             "features with one linear map. The best value of each column is marked; “converted” is the C-GSPN student "
             "before distillation and shows what the inherited weights alone are worth.",
             "read",
@@ -125,12 +123,12 @@ def _results(result: DemoResult) -> Section:
 
 
 def _training(result: DemoResult) -> Section:
-    stages: dict[str, dict[str, History]] = {}
+    stages: dict[str, dict[str, Steps]] = {}
     for name, histories in result.histories.items():
         for history in histories:
             if history.steps:
                 stage = history.title.removeprefix(f"{name}, ")
-                stages.setdefault(stage, {})[name] = history
+                stages.setdefault(stage, {})[name] = history.steps
     body = [
         page.paragraph(
             "Stage 1 aligns each mixing sub-layer alone: it is given what the teacher's layer was given and learns to "
@@ -140,51 +138,19 @@ def _training(result: DemoResult) -> Section:
         ),
         page.paragraph(
             "Lower is better. Faint lines are single steps, strong lines their moving average; where the losses span "
-            "a wide range the vertical axis is logarithmic. Both students saw the same images in the same order.",
+            "a wide range the vertical axis is logarithmic. Charts over blocks show the last twentieth of the steps. "
+            "Both students saw the same images in the same order.",
             "read",
         ),
         legend(list(result.histories)),
     ]
-    for stage, by_student in stages.items():
-        body.append(page.heading(stage[:1].upper() + stage[1:]))
-        body.append(page.group(_loss_panels(stage, by_student), "wide"))
+    for stage, runs in stages.items():
+        last = {name: ends(steps)[1] for name, steps in runs.items()}
+        panels = step_panels(stage, runs, schedule=False) + block_panels(stage, last, "last steps")
+        body += [page.heading(stage[:1].upper() + stage[1:]), page.group(panels, "wide")]
     if not stages:
         body.append(page.paragraph("This run trained nothing, so there are no curves."))
     return Section("training", "How the students learned", "\n".join(body), "Training")
-
-
-def _loss_panels(stage: str, histories: dict[str, History]) -> list[str]:
-    """Total and parts, a chart each; the sub-layer losses of stage 1 as their mean, and the last ones a block."""
-    names = [k for k in next(iter(histories.values())).steps[0] if k not in ("step", "lr", "gradient")]
-    names = [name for name in names if " block " not in name]  # single taps of stage 2: their means are shown
-    blocks = [name for name in names if name.startswith("block ")]
-    panels = []
-    if blocks:
-        means = {
-            who: [mean(found) for step in h.steps if (found := [step[b] for b in blocks if b in step])]
-            for who, h in histories.items()
-        }
-        chart = loss_chart(means, label=f"{stage}: mean relative MSE of the sub-layers over the steps")
-        panels.append(
-            page.panel(chart, "All sub-layers", "mean relative MSE; 1 is what a student that returns zeros has")
-        )
-        last = {
-            who: [_tail([step[b] for step in h.steps if b in step]) for b in blocks] for who, h in histories.items()
-        }
-        chart = block_chart(last, label=f"{stage}: relative MSE of each sub-layer at the end")
-        panels.append(
-            page.panel(chart, "Each sub-layer at the end", "relative MSE, mean of the last tenth of the steps")
-        )
-        return panels
-    for name in names:
-        curves = {who: h.curve(name) for who, h in histories.items() if name in h.steps[0]}
-        title, note = TITLES.get(name, (name, ""))
-        panels.append(page.panel(loss_chart(curves, label=f"{stage}: {title} over the steps"), title, note))
-    return panels
-
-
-def _tail(values: Sequence[float]) -> float:
-    return mean(values[-max(1, len(values) // 10) :])
 
 
 def _blocks(result: DemoResult) -> Section:
@@ -226,7 +192,7 @@ def _blocks(result: DemoResult) -> Section:
 
 
 def _seen(result: DemoResult) -> list[Section]:
-    """What teacher and student see on canvases of sixteen images: larger than anything that either was trained on."""
+    """Features of teacher and student on canvases of sixteen images, larger than any training image."""
     student = result.models[STUDENT].image
     side, patch = COLUMNS * max(student.config.image_size), student.config.patch_size
     pictures = list(canvases(result.images.images, side, patch, CANVASES))

@@ -1,4 +1,4 @@
-"""The report of a distillation: how each stage went, block by block, how fast, from which data, with which settings."""
+"""The report of a distillation: losses per stage and block, speed, data and settings."""
 
 from __future__ import annotations
 
@@ -7,29 +7,20 @@ from typing import Any
 
 from ..console import rate_text
 from . import page
-from .charts import block_chart, legend, loss_chart
+from .charts import legend, loss_chart
 from .page import Section
+from .training import block_panels, ends, step_panels
 
 Record = Mapping[str, Any]
-TITLES = {
-    "total": ("Total", "the weighted sum that is minimised"),
-    "PP": ("After sub-layers (PP)", "mean over blocks, through adapters where they are on"),
-    "PB": ("After blocks (PB)", "mean over blocks, through adapters where they are on"),
-    "pooled": ("Pooled vector", "relative MSE, no adapter"),
-    "contrastive": ("Contrastive", "images against captions"),
-    "gradient": ("Gradient", "its norm before clipping"),
-    "lr": ("Learning rate", "of fresh weights; others have a factor on it"),
-}
-
-LAST = ("gradient", "lr")  # panels after those of losses
-RISEN = 1.05  # times its lowest twentieth that a loss may end at before the report says that it rises
+ENDS = ("first steps", "last steps")
+RISEN = 1.05  # a loss that ends above this multiple of its lowest twentieth is reported as rising
 
 
 def run_report(record: Record) -> str:
-    """One self-contained HTML document of a run.
+    """The report of a run as one self-contained HTML document.
 
     Args:
-        record: what `cgspn distill` leaves in distill.json: "command", "versions", "config", "losses" (by stage, a list
+        record: the content of distill.json: "command", "versions", "config", "losses" (by stage, a list
             of steps), "throughput" (by stage), "images", "held_out" (`held_out.compare`), "skipped" (file and reason),
             "processes", "device".
 
@@ -76,38 +67,11 @@ def _summary(record: Record, stages: Mapping[str, Sequence[Mapping[str, float]]]
 
 
 def _stage(key: str, title: str, steps: Sequence[Mapping[str, float]], speed: Mapping[str, Any]) -> Section:
-    names = [name for name in steps[0] if name != "step" and "block" not in name]
-    names.sort(key=lambda name: LAST.index(name) + 1 if name in LAST else 0)
-    panels = []
-    for name in names:
-        chart = loss_chart(
-            {name: [step[name] for step in steps if name in step]}, label=f"{title}: {name} over the steps"
-        )
-        caption, note = TITLES.get(name, (name, ""))
-        panels.append(page.panel(chart, caption, note))
-    body = [page.group(panels, "wide"), *_blocks(title, steps), *_speed(title, speed)]
+    body = [page.group(step_panels(title, {"student": steps}), "wide")]
+    if panels := block_panels(title, dict(zip(ENDS, ends(steps))), "first and last steps"):
+        body += [page.heading("Block by block"), legend(ENDS), page.group(panels, "wide")]
+    body += _speed(title, speed)
     return Section(key, title[:1].upper() + title[1:], "\n".join(body), title.rpartition(", ")[2])
-
-
-def _blocks(title: str, steps: Sequence[Mapping[str, float]]) -> list[str]:
-    """The losses of every block at the beginning and at the end: one chart for each kind of tap."""
-    detailed = [step for step in steps if any("block" in name for name in step)]
-    panels = []
-    for tap, caption in (("", "Each sub-layer"), ("PP ", "Each sub-layer (PP)"), ("PB ", "Each block (PB)")):
-        names = [name for name in (detailed[0] if detailed else ()) if name.startswith(f"{tap}block ")]
-        if not names:
-            continue
-        curves = {when: [] for when in ("first steps", "last steps")}  # type: dict[str, list[float]]
-        for name in names:
-            for when, value in zip(curves, _ends([step[name] for step in detailed if name in step])):
-                curves[when].append(value)
-        chart = block_chart(curves, label=f"{title}: {caption.lower()}, first and last steps")
-        numbers = ", ".join(name.rpartition(" ")[2] for name in names)
-        consecutive = [int(name.rpartition(" ")[2]) for name in names] == list(range(len(names)))
-        panels.append(page.panel(chart, caption, "loss" if consecutive else f"loss; the blocks with indices {numbers}"))
-    if not panels:
-        return []
-    return [page.heading("Block by block"), legend(["first steps", "last steps"]), page.group(panels, "wide")]
 
 
 def _speed(title: str, speed: Mapping[str, Any]) -> list[str]:
@@ -145,7 +109,7 @@ def _settings(record: Record) -> Section:
 
 
 def rising(steps: Sequence[Mapping[str, float]]) -> str:
-    """A flag for a stage whose loss ends higher than it was before, by twentieths of its steps; "" if it does not."""
+    """A warning for a stage whose loss ends higher than an earlier twentieth of its steps, or ""."""
     totals = [step["total"] for step in steps]
     size = max(1, len(totals) // 20)
     means = [sum(totals[start : start + size]) / size for start in range(0, len(totals) - size + 1, size)]
@@ -154,7 +118,7 @@ def rising(steps: Sequence[Mapping[str, float]]) -> str:
 
 
 def _wall_time(speed: Mapping[str, Any]) -> str:
-    """How long a stage took since it was last started; "" if that is not known."""
+    """The duration of a stage since its last start; "" if unknown."""
     seconds = speed.get("seconds")
     if seconds is None:
         return ""
@@ -170,6 +134,6 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, str]
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:
-    """Means over the first and the last twentieth."""
+    """Means over the first and the last twentieth of the steps."""
     size = max(1, len(values) // 20)
     return sum(values[:size]) / size, sum(values[-size:]) / size

@@ -1,18 +1,17 @@
-"""The page of `cgspn show`: photographs, features as colours, and heat maps that show.js fills in."""
+"""The page of `cgspn show`: photographs, PCA visualisations, and heat maps that show.js draws."""
 
 from __future__ import annotations
 
 import html
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 
 from . import page
 from .page import Section
 from .pca import ColourBasis
 from .photographs import SHOWN_SIDE, photograph_uri
-from .pictures import HEAT, jpeg_uri
+from .pictures import HEAT, image_of, jpeg_uri
 from .show import STUDENT, TEACHER, Show
 from .show_data import View, packed
 
@@ -29,12 +28,12 @@ FLOWS = {
 
 
 def show_page(shown: Show, models: Mapping[str, str], facts: Mapping[str, str]) -> str:
-    """The page, one self-contained HTML document.
+    """The page as one self-contained HTML document.
 
     Args:
-        shown: by `look_at`.
-        models: by "teacher" and "student", how each is called.
-        facts: what else there is to know, shown as it is.
+        shown: from `look_at`.
+        models: display names by "teacher" and "student".
+        facts: further facts to show.
     """
     both = TEACHER in shown.colours
     return page.page(
@@ -50,15 +49,11 @@ def show_page(shown: Show, models: Mapping[str, str], facts: Mapping[str, str]) 
 
 def assets() -> dict[str, str]:
     """Style and script of a page that holds `show_sections`."""
-    here = resources.files(__package__)
-    return {
-        "style": (here / "show.css").read_text(encoding="utf-8"),
-        "script": f"const HEAT = {json.dumps(HEAT)};\n" + (here / "show.js").read_text(encoding="utf-8"),
-    }
+    return {"style": page.asset("show.css"), "script": f"const HEAT = {json.dumps(HEAT)};\n{page.asset('show.js')}"}
 
 
 def show_sections(shown: Show, title: str = "How to read this page") -> list[Section]:
-    """How to read the pictures, then a section for each photograph, the first of them unfolded."""
+    """A reading guide, and a section per photograph, of which the first is open."""
     return [_reading(shown, title), *(_section(i, v, shown.colours) for i, v in enumerate(shown.views, 1))]
 
 
@@ -113,7 +108,7 @@ def _section(number: int, seen: View, colours: Mapping[str, ColourBasis]) -> Sec
         "<figcaption><strong>Photograph</strong></figcaption></figure>"
     ]
     figures += [
-        f'<figure><img src="{jpeg_uri(colours[who].picture(f), SHOWN_SIDE)}" class="smooth" {shape} '
+        f'<figure><img src="{jpeg_uri(image_of(colours[who].picture(f)), SHOWN_SIDE)}" class="smooth" {shape} '
         f'alt="Features of the {who} as colours">'
         f"<figcaption><strong>{who.capitalize()}</strong>, features as colours</figcaption></figure>"
         for who, f in seen.features.items()
@@ -150,7 +145,7 @@ def _section(number: int, seen: View, colours: Mapping[str, ColourBasis]) -> Sec
 
 
 def _stage(label: str, active: bool = False) -> str:
-    """A photograph under a heat map, filled in by the script; `active` ones are clicked and take the arrow keys."""
+    """A photograph under a heat map that the script draws. `active` ones react to clicks and arrow keys."""
     role = 'role="application" tabindex="0"' if active else 'role="img"'
     return (
         f'<div class="stage{" active" if active else ""}" {role} aria-label="{html.escape(label)}">'
@@ -173,5 +168,5 @@ def _count(number: int, what: str) -> str:
 
 
 def _printable(name: str) -> str:
-    """A file name that was not UTF-8 has no place in a page that is."""
+    """Escape a file name that is not UTF-8."""
     return name.encode("utf-8", "replace").decode("utf-8")

@@ -1,7 +1,7 @@
-"""Colours of the reports, once: as CSS variables for the page, and as stand-ins that charts draw with.
+"""Colours of the reports, as CSS variables for pages and for charts.
 
-A chart library knows no CSS variables, so charts are drawn in stand-in colours that occur nowhere else, and the
-finished SVG has each replaced by its variable. One picture then serves light and dark pages.
+matplotlib does not support CSS variables. So charts are drawn in the colours of the light page, which are replaced by
+variables in the SVG. The same chart then works in light and dark mode.
 """
 
 from __future__ import annotations
@@ -14,16 +14,14 @@ class Colour:
     """A colour of the page.
 
     Attributes:
-        name: of the CSS variable, without the dashes.
+        name: of the CSS variable, without dashes.
         light: hex value on a light page.
         dark: hex value on a dark page.
-        stand_in: what charts draw with until `use_variables`.
     """
 
     name: str
     light: str
     dark: str
-    stand_in: str
 
     @property
     def css(self) -> str:
@@ -31,42 +29,41 @@ class Colour:
         return f"var(--{self.name})"
 
 
-PAPER = Colour("paper", "#fbfaf7", "#14171a", "#f00001")
-CARD = Colour("card", "#ffffff", "#1c2024", "#f00002")
-INK = Colour("ink", "#1d2327", "#e8eaec", "#f00003")
-MUTED = Colour("muted", "#5d676f", "#a2abb3", "#f00004")
-RULE = Colour("rule", "#e2dfd8", "#31373d", "#f00005")
-LINK = Colour("link", "#0b6e70", "#56cfc6", "#f00006")
+PAPER = Colour("paper", "#fbfaf7", "#14171a")
+CARD = Colour("card", "#ffffff", "#1c2024")
+INK = Colour("ink", "#1d2327", "#e8eaec")
+MUTED = Colour("muted", "#5d676f", "#a2abb3")
+RULE = Colour("rule", "#e2dfd8", "#31373d")
+LINK = Colour("link", "#0b6e70", "#56cfc6")
 PAGE_COLOURS = (PAPER, CARD, INK, MUTED, RULE, LINK)
 
-# The models of the reports keep one colour each in every chart, and a marker for those who cannot tell the colours.
-TEACHER = Colour("series-teacher", "#3d4650", "#d4dae0", "#f00011")
+# Each model has the same colour in every chart, and a marker to distinguish it without colours.
 SERIES = {
-    "teacher": TEACHER,
-    "C-GSPN": Colour("series-cgspn", "#0b8a8c", "#3ec9bf", "#f00012"),
-    "ViT": Colour("series-vit", "#c8690a", "#f3a64b", "#f00013"),
-    "converted": Colour("series-converted", "#9aa2a9", "#727c85", "#f00014"),
+    "teacher": Colour("series-teacher", "#3d4650", "#d4dae0"),
+    "C-GSPN": Colour("series-cgspn", "#0b8a8c", "#3ec9bf"),
+    "ViT": Colour("series-vit", "#c8690a", "#f3a64b"),
+    "converted": Colour("series-converted", "#9aa2a9", "#727c85"),
 }
 OTHERS = (
-    Colour("series-1", "#6a4fb3", "#b19cf0", "#f00021"),
-    Colour("series-2", "#b8336a", "#f07fae", "#f00022"),
-    Colour("series-3", "#4c7a1f", "#a3cf6d", "#f00023"),
+    Colour("series-1", "#6a4fb3", "#b19cf0"),
+    Colour("series-2", "#b8336a", "#f07fae"),
+    Colour("series-3", "#4c7a1f", "#a3cf6d"),
 )
 MARKERS = {"teacher": "D", "C-GSPN": "o", "ViT": "s", "converted": "^"}
 EVERY = (*PAGE_COLOURS, *SERIES.values(), *OTHERS)
 
 
 def series_colours(names: list[str]) -> dict[str, Colour]:
-    """A colour for each name: its own if it is one of SERIES, else one of OTHERS in turn."""
+    """A colour for each name: from SERIES if listed there, otherwise the next one of OTHERS."""
     strangers = [name for name in names if name not in SERIES]
     taken = {name: OTHERS[i % len(OTHERS)] for i, name in enumerate(strangers)}
     return {name: SERIES.get(name) or taken[name] for name in names}
 
 
 def use_variables(svg: str) -> str:
-    """An SVG with every stand-in colour replaced by its CSS variable."""
+    """Replace every colour of the light page in an SVG by its CSS variable."""
     for colour in EVERY:
-        svg = svg.replace(colour.stand_in, colour.css)
+        svg = svg.replace(colour.light, colour.css)
     return svg
 
 

@@ -1,4 +1,4 @@
-"""Teacher to student: the same encoder with propagation or windows in place of attention, all else inherited."""
+"""Conversion of a teacher to a student with propagation or window attention. All other weights are inherited."""
 
 import copy
 import math
@@ -16,19 +16,20 @@ from ..models.registry import spread
 
 @dataclass(frozen=True)
 class Inherited:
-    """The names of a student's tensors that start from its teacher's, and of those that start afresh."""
+    """The names of a student's tensors that are inherited, and of those that are newly initialised."""
 
     inherited: tuple[str, ...]
     fresh: tuple[str, ...]
 
 
-Layers = int | Sequence[int]  # how many, or their indices from 0
+Layers = int | Sequence[int]  # a count, or indices from 0
 
 
 def student_mixers(depth: int, keep_attention: Layers = 0, window_attention: Layers = 0) -> tuple[MixerName, ...]:
-    """The mixer of each of `depth` blocks of a student. Indices come first; counts are spread over what they leave.
+    """The mixers of a student with `depth` blocks. Layers given by index are placed first, and counts are spread over
+    the rest.
 
-    Raises ValueError for a layer that does not exist, that is named twice, or more layers than there are.
+    Raises ValueError for an invalid or repeated index, or for more layers than the student has.
     """
     mixers: list[MixerName] = ["propagation"] * depth
     wanted: dict[str, tuple[MixerName, Layers]] = {
@@ -123,7 +124,7 @@ def convert(
         embed_dim=None if config.pooled_width == config.width else config.pooled_width,
     )
     device = next(teacher.parameters()).device
-    with torch.device("meta"):  # what is inherited needs no random start
+    with torch.device("meta"):  # inherited tensors need no initialisation
         student = Encoder(config)
     for layer, block in enumerate(student.each_block()):
         if mixers[layer] == "propagation":
@@ -141,7 +142,7 @@ def convert(
 
 @torch.no_grad()
 def inherit(teacher: Encoder, student: Encoder, *, share: bool = False) -> Inherited:
-    """Give the student every weight of the same name and shape; returns which. share: as in `convert`."""
+    """Copy every weight of the same name and shape to the student. Returns their names. share: as in `convert`."""
     theirs, mine = teacher.state_dict(), student.state_dict()
     twins = [name for name, value in mine.items() if name in theirs and theirs[name].shape == value.shape]
     bias = "patch_embed.projection.bias"

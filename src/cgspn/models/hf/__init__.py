@@ -7,9 +7,9 @@
     processor = AutoImageProcessor.from_pretrained("runs/student")
     out = model(**processor(pictures, return_tensors="pt"))  # last_hidden_state, pooler_output
 
-AutoConfig and AutoModelForImageClassification work alike. A folder is one format for both libraries: what transformers
-saves, `cgspn.load_encoder` reads. As a backbone of transformers' detection and segmentation models, from a folder and
-from a config (AutoBackbone.from_pretrained knows hub ids alone):
+AutoConfig and AutoModelForImageClassification work the same way. Both libraries use the same folder format:
+`cgspn.load_encoder` reads what transformers saves. A backbone for transformers' detection and segmentation models can
+be created from a folder or a config (AutoBackbone.from_pretrained accepts only hub ids):
 
     backbone = cgspn.models.hf.CgspnBackbone.from_pretrained("runs/student", out_indices=[4, 8, 12])
     backbone = AutoBackbone.from_config(cgspn.models.hf.CgspnConfig("cgspn_small_patch14_378", out_indices=[4, 8, 12]))
@@ -18,7 +18,7 @@ from a config (AutoBackbone.from_pretrained knows hub ids alone):
 try:
     import transformers.backbone_utils  # noqa: F401, absent before 5.2
     from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
-except (ImportError, RuntimeError) as error:  # RuntimeError: from a torchvision that was built for another torch
+except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
     raise ImportError(
         f"cgspn.models.hf needs transformers 5.2 or newer: pip install 'cgspn[hf]'. It failed with: {error}. A "
         "torchvision built for another torch than the one installed has this effect too"

@@ -1,4 +1,4 @@
-"""An encoder's config as transformers keeps configs."""
+"""An encoder's config as a config of transformers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DEFAULT = "cgspn_small_patch14_378"
 
 
 def _field(name: str, doc: str, section: str = "") -> property:
-    """A value of the encoder's config under the name that transformers has for it, read and set."""
+    """A property that reads and sets a value of the encoder's config under transformers' name."""
 
     def of(config: CgspnConfig) -> dict[str, Any]:
         return config.encoder[section] if section else config.encoder
@@ -27,10 +27,10 @@ def _field(name: str, doc: str, section: str = "") -> property:
 
 
 class CgspnConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
-    """The `EncoderConfig` of a model, under `encoder`, and what transformers adds to it.
+    """The `EncoderConfig` of a model, under `encoder`, with transformers' own settings.
 
     Sizes can be read and set under the names that transformers uses for ViTs: hidden_size, num_hidden_layers,
-    patch_size, ... What is set is checked when a model is built of it.
+    patch_size, ... Values are checked when a model is built.
     """
 
     model_type = MODEL_TYPE
@@ -43,13 +43,14 @@ class CgspnConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
         out_indices: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> None:
-        """A config around an encoder's.
+        """Wrap an encoder's config.
 
         Args:
             encoder: a name of `cgspn.list_models()`, an EncoderConfig, or one as a dict.
-            apply_layernorm: of a backbone: normalise its feature maps with the encoder's last LayerNorm.
-            out_features, out_indices: of a backbone: its stages, "stem" (0, before the blocks) and "stage1" and up.
-            kwargs: of transformers, such as num_labels or id2label.
+            apply_layernorm: for a backbone: apply the encoder's last LayerNorm to its feature maps.
+            out_features, out_indices: for a backbone: its stages, "stem" (0, before the blocks), "stage1", "stage2",
+                ...
+            kwargs: settings of transformers, such as num_labels or id2label.
 
         Raises ValueError for a name, a setting or a stage that does not exist.
         """
@@ -60,7 +61,7 @@ class CgspnConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
             encoder = encoder_config_from_dict(encoder)
         if encoder.num_classes and not kwargs.keys() & {"num_labels", "id2label"}:
             kwargs["num_labels"] = encoder.num_classes
-        self.model = "encoder"  # by which this library recognises its folders
+        self.model = "encoder"  # this library recognises its folders by it
         self.encoder = to_dict(encoder)
         self.apply_layernorm = apply_layernorm
         super().__init__(**kwargs)
@@ -71,7 +72,7 @@ class CgspnConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def encoder_config(self) -> EncoderConfig:
-        """`encoder` as an EncoderConfig. Raises ValueError if it was changed to something else."""
+        """`encoder` as an EncoderConfig. Raises ValueError if it was changed to an invalid value."""
         return encoder_config_from_dict(self.encoder)
 
     @property
@@ -87,7 +88,7 @@ class CgspnConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def num_hidden_layers(self) -> int:
-        """Number of blocks; setting it drops the last ones, or repeats a kind that all of them are of."""
+        """Number of blocks. Setting it drops the last blocks, or adds blocks if all have the same mixer."""
         return len(self.encoder["mixers"])
 
     @num_hidden_layers.setter
@@ -99,7 +100,7 @@ class CgspnConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
 
     @property
     def image_size(self) -> list[int]:
-        """Native height and width in pixels; models take any multiples of the patch size. One number sets both."""
+        """Native height and width in pixels (models accept any multiples of the patch size). One number sets both."""
         return list(self.encoder["image_size"])
 
     @image_size.setter

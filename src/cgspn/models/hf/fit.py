@@ -1,4 +1,4 @@
-"""One picture of any kind to float32 [C, H, W] as an image processor's options say, by way of `cgspn.data.prepare`."""
+"""Conversion of one image of any kind to float32 [C, H, W] with an image processor's options."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,20 +16,20 @@ from ..config import Resample
 
 Aspect = Literal["crop", "squash", "keep"]
 Sides = int | Sequence[int] | Mapping[str, int]
-FULL = 255  # of the pixels that pictures are decoded to
+FULL = 255  # largest value of decoded pixels
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How pictures get their size, and what their channels are.
+    """The conversion of images: size, channels and normalisation.
 
     Attributes:
-        prepare: size, crop and filter; mean and std of pixels times `factor`.
-        factor: that of integers; floats are in 0 to 1 as they come.
-        patch: give each picture as many pixels as prepare.size has in its own aspect ratio, in whole patches; 0 to not.
-        window: (height, width) that is cut out of the middle of a picture that is not resized.
-        convert: pictures are colours, and become RGB or grey; otherwise their channels are taken as they are.
-        layout: "channels_first" or "channels_last" for arrays whose shape does not show it.
+        prepare: size, crop and filter, and mean and std for pixels times `factor`.
+        factor: scale of integer pixels; floats are already in 0 to 1.
+        patch: if not 0, keep each image's aspect ratio with as many pixels as prepare.size, in whole patches.
+        window: (height, width) of the centre crop of an image that is not resized.
+        convert: images are converted to RGB or grey; otherwise their channels are used as they are.
+        layout: "channels_first" or "channels_last" for arrays with ambiguous shapes.
     """
 
     prepare: Prepare
@@ -40,7 +40,7 @@ class Fit:
     layout: str | None = None
 
     def __call__(self, picture: Any) -> Tensor:
-        """float32 [C, H, W]. Raises ValueError for another number of channels, and as `open_picture` does."""
+        """float32 [C, H, W]. Raises ValueError for a wrong number of channels, and the errors of `open_picture`."""
         count = len(self.prepare.mean)
         if self.convert and count in (1, 3):
             planes, channels = [open_picture(self._first(picture))], count
@@ -67,13 +67,13 @@ class Fit:
         return prepare(image)
 
     def _planes(self, picture: Any) -> list[Image.Image]:
-        """Each channel as a grey picture."""
+        """Each channel as a grey image."""
         if isinstance(picture, Image.Image):
             return list(picture.split())
         return [array_picture(plane) for plane in ([picture] if picture.ndim == 2 else self._first(picture))]
 
     def _first(self, picture: Any) -> Any:
-        """An array or tensor of colours with its channels first, where that is known; anything else as it is."""
+        """An array or tensor with its channels moved first if the layout is known; anything else unchanged."""
         if not isinstance(picture, (np.ndarray, Tensor)) or picture.ndim != 3:
             return picture
         known = CHANNELS if self.convert else (len(self.prepare.mean),)
@@ -84,7 +84,7 @@ class Fit:
 
 
 def each_picture(images: Any) -> Iterator[Any]:
-    """The pictures of nested lists and batches one by one; paths are opened. Raises ValueError for anything else."""
+    """Yield the images of nested lists and batches. Paths are opened. Raises ValueError for anything else."""
     if isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4:
         for image in images:
             yield from each_picture(image)
@@ -106,7 +106,7 @@ def _is_float(picture: Any) -> bool:
 
 
 def resizing(size: Sides, crop_size: Sides | None, aspect: Aspect, pct: float) -> dict[str, Any]:
-    """The size, crop and crop_pct of `Prepare` that options ask for; crop_size None to not cut. Raises ValueError."""
+    """The size, crop and crop_pct of `Prepare` for given options. crop_size None does not crop. Raises ValueError."""
     if crop_size is None:
         return {"size": sides("size", size), "crop": aspect == "crop", "crop_pct": pct}
     height, width = sides("crop_size", crop_size)
@@ -123,13 +123,13 @@ def resizing(size: Sides, crop_size: Sides | None, aspect: Aspect, pct: float) -
 
 
 def sides(name: str, size: Sides) -> tuple[int, int]:
-    """Height and width of a size in any of its forms. Raises ValueError for another."""
+    """Height and width from any form of a size. Raises ValueError for invalid ones."""
     values: list[Any]
     if isinstance(size, int):
         values = [size, size]
     elif isinstance(size, Sequence):
         values = list(size)
-    else:  # transformers' own kind of mapping is none by its type
+    else:  # transformers' own type is not a Mapping
         values = [size[key] for key in ("height", "width")] if set(size) == {"height", "width"} else []
     if len(values) != 2 or not all(isinstance(v, int) and v >= 1 for v in values):
         raise ValueError(f"{name} is {size}; expected {{'height': pixels, 'width': pixels}}")
@@ -137,7 +137,7 @@ def sides(name: str, size: Sides) -> tuple[int, int]:
 
 
 def filter_name(resample: Any) -> Resample:
-    """Pillow resampling filter by name or number. Raises ValueError for an unknown filter."""
+    """A Pillow resampling filter by name or number. Raises ValueError for an unknown filter."""
     name = str(getattr(resample, "value", resample)).lower()
     for accepted in get_args(Resample):
         if name in (accepted, str(Image.Resampling[accepted.upper()].value)):

@@ -1,4 +1,4 @@
-"""Encoders as models of transformers: features, classification, backbone."""
+"""Encoders as transformers models for features and classification, and as backbone."""
 
 import sys
 from pathlib import Path
@@ -22,7 +22,7 @@ from .config import CgspnConfig
 
 
 class CgspnBlock(GradientCheckpointingLayer, Block):  # type: ignore[misc]
-    """A block whose activations transformers' training loops may recompute."""
+    """A block that supports transformers' gradient checkpointing."""
 
 
 class CgspnEncoder(Encoder):
@@ -32,10 +32,10 @@ class CgspnEncoder(Encoder):
 
 
 class Pass(NamedTuple):
-    """What the blocks gave.
+    """The outputs of the blocks.
 
-    tokens: normalised, [B, prefix + h*w, C]. grid: theirs. states: tokens before the blocks and after each.
-    attentions: [B, heads, N, N] of each attention block. The last two are None where they were not asked for.
+    tokens: normalised, [B, prefix + h*w, C]. grid: of the tokens. states: tokens before the blocks and after each.
+    attentions: [B, heads, N, N] of each attention block. The last two are None unless requested.
     """
 
     tokens: Tensor
@@ -56,9 +56,9 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _no_split_modules = ("CgspnBlock",)
 
     def __init__(self, config: CgspnConfig) -> None:
-        """Raises ValueError for a config whose parts do not fit one another."""
+        """Raises ValueError for a config with inconsistent settings."""
         super().__init__(config)
-        # `post_init` draws the weights once more, and is to draw those that `create_model` would
+        # `post_init` initialises again, and must draw the same weights as `create_model`
         with torch.random.fork_rng(devices=[]):
             self.encoder = CgspnEncoder(config.encoder_config)
         self.gradient_checkpointing = False
@@ -68,11 +68,11 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         return self.encoder.patch_embed
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Another patch embedding."""
+        """Replace the patch embedding."""
         self.encoder.patch_embed = value  # type: ignore[assignment]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Start what transformers has not marked as loaded as a new encoder has it, with the first such module."""
+        """Initialise all weights that transformers has not loaded, at the call for the first such module."""
         if all(map(_is_initialised, module.parameters(recurse=False))):
             return
         encoder = self.encoder
@@ -86,7 +86,7 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """As transformers' own, with a model card where there is none; `cgspn.load_encoder` reads the folder too."""
+        """Like transformers', plus a model card if there is none. `cgspn.load_encoder` can read the folder."""
         super().save_pretrained(save_directory, *args, **kwargs)
         if kwargs.get("is_main_process", True):
             write_card(save_directory, self.encoder.config, self.num_parameters())
@@ -98,7 +98,7 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> Pass:
-        """Images [B, channels, H, W] through the blocks; None for the flags leaves them to the config.
+        """Run images [B, channels, H, W] through the blocks. Flags that are None take the config's values.
 
         pixel_mask: [B, H, W], zero where a pixel is padding to the right or below.
         """
@@ -108,11 +108,11 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         want_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         want_maps = config.output_attentions if output_attentions is None else output_attentions
         mask = None if pixel_mask is None else pixel_mask[:, ::patch, ::patch].bool()
-        # as transformers' own models, whose processors give float32 to weights of half precision
+        # like transformers' models, whose processors return float32 even for half-precision weights
         images = pixel_values.to(encoder.patch_embed.projection.weight.dtype)
         tokens, grid = encoder.embed(images, mask)
         states, maps = [tokens], []
-        # the blocks recompute in training mode; a frozen encoder that gradients pass through is left to this loop
+        # blocks checkpoint only in training mode; this loop also covers a frozen encoder with gradients
         recompute = self.gradient_checkpointing and not self.training and torch.is_grad_enabled()
         for block in encoder.each_block():
             if want_maps and isinstance(block.mixer, AttentionMixer):
@@ -122,7 +122,7 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
                 maps.append(attention)
             else:
                 tokens, grid = order(tokens, grid, block.mixer.window)
-                # the function is transformers' own: it may also offload
+                # transformers' function, which may also offload
                 tokens = self._gradient_checkpointing_func(block, tokens, grid) if recompute else block(tokens, grid)
             if want_states:
                 states.append(order(tokens, grid, None)[0])
@@ -131,9 +131,9 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
 
 
 def translate_scans() -> None:
-    """Add the scan to what transformers' ONNX exporter can translate, where that is what traces a model.
+    """Add the scan to transformers' ONNX exporter while that traces a model.
 
-    Its table has no public way in, and a model has no other part in its export than its own forward.
+    Its table has no public interface, and a model can only act in its own forward.
     """
     exporter = sys.modules.get("transformers.exporters.exporter_onnx")
     if exporter is not None:
@@ -162,15 +162,16 @@ class CgspnModel(CgspnPreTrainedModel):
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
     ) -> BaseModelOutputWithPooling:
-        """Features of normalised images of any height and width that are multiples of the patch size.
+        """Features of normalised images whose height and width are any multiples of the patch size.
 
         Args:
             pixel_values: [B, channels, H, W].
-            pixel_mask: [B, H, W], zero where a pixel is padding to the right or below, as the image processor gives it.
+            pixel_mask: [B, H, W], zero where a pixel is padding to the right or below, as returned by the image
+                processor.
             output_hidden_states: also return the tokens before the blocks and after each, before the last LayerNorm.
-            output_attentions: also return [B, heads, N, N] of each attention block; a scan has no such map, and
-                without attention blocks attentions are None.
-            interpolate_pos_encoding: of no effect; positions, where there are any, follow the size of the images.
+            output_attentions: also return [B, heads, N, N] of each attention block. Scans have no attention map;
+                without attention blocks the result is None.
+            interpolate_pos_encoding: no effect; position embeddings are always resized to the image.
 
         Raises ValueError for sizes that are not multiples of the patch size.
         """
@@ -199,7 +200,8 @@ class CgspnForImageClassification(CgspnPreTrainedModel):
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
     ) -> ImageClassifierOutput:
-        """Logits, and with labels [B] (or [B, num_labels] for several a picture) the loss. Else as `CgspnModel`."""
+        """Logits, and with labels [B] (or [B, num_labels] for several per image) the loss. Otherwise like
+        `CgspnModel`."""
         tokens, grid, states, maps = self.run(pixel_values, pixel_mask, output_hidden_states, output_attentions)
         logits = self.encoder.forward_head(tokens, mask=grid.mask)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
@@ -207,9 +209,9 @@ class CgspnForImageClassification(CgspnPreTrainedModel):
 
 
 class CgspnBackbone(BackboneMixin, CgspnPreTrainedModel):  # type: ignore[misc]
-    """Feature maps [B, C, ceil(H / patch), ceil(W / patch)] of config.out_features, for heads of transformers.
+    """A backbone with feature maps [B, C, ceil(H / patch), ceil(W / patch)] of config.out_features.
 
-    Images of any size: those that patches do not tile are padded with zeros below and to the right.
+    Images may have any size; they are padded with zeros to whole patches, below and to the right.
     """
 
     has_attentions = False
@@ -223,7 +225,7 @@ class CgspnBackbone(BackboneMixin, CgspnPreTrainedModel):  # type: ignore[misc]
     def forward(
         self, pixel_values: Tensor, output_hidden_states: bool | None = None, output_attentions: bool | None = None
     ) -> BackboneOutput:
-        """The maps of the stages asked for. pixel_values: [B, channels, H, W], normalised."""
+        """The maps of the requested stages. pixel_values: [B, channels, H, W], normalised."""
         patch, (height, width) = self.config.patch_size, pixel_values.shape[-2:]
         images = pad(pixel_values, (0, -width % patch, 0, -height % patch))
         _, grid, states, maps = self.run(images, None, True, output_attentions)

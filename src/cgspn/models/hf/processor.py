@@ -1,4 +1,4 @@
-"""Pictures to what an encoder takes, as an image processor of transformers."""
+"""An image processor of transformers for encoders."""
 
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -21,7 +21,7 @@ OPTIONS += ("do_normalize", "data_format", "input_data_format", "disable_groupin
 
 
 class CgspnImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg,misc]
-    """The options that transformers does not know, or not in this form."""
+    """Options that transformers lacks or defines differently."""
 
     aspect: Aspect
     patch_size: int
@@ -30,13 +30,13 @@ class CgspnImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call
 
 
 class CgspnImageProcessor(BaseImageProcessor):  # type: ignore[misc]
-    """Pictures (PIL, arrays, tensors, paths; one or many) to pixel_values [B, C, H, W], resized and normalised.
+    """Converts images (PIL, arrays, tensors, paths; one or many) to resized and normalised pixel_values [B, C, H, W].
 
-    They are decoded and resized as in training and evaluation (`cgspn.data.prepare`). What to do with a picture of
-    another aspect ratio is `aspect`: "crop" resizes it to fill `size` and cuts the middle, as the encoders are trained;
-    "squash" resizes it to `size` outright; "keep" resizes it to as many pixels as `size` has, in its own aspect ratio
-    rounded to whole patches, pads the batch to its largest and returns pixel_mask [B, H, W] (int64, 0 where padded),
-    with which the models give what they give for each picture alone.
+    Images are decoded and resized as in training and evaluation (`cgspn.data.prepare`). `aspect` says how an image with
+    another aspect ratio is handled. "crop" resizes it to cover `size` and takes a centre crop, as in training. "squash"
+    resizes it to `size`. "keep" keeps its aspect ratio, rounded to whole patches, with as many pixels as `size`; the
+    batch is padded to its largest image, and pixel_mask [B, H, W] (int64, 0 where padded) is returned, with which the
+    models give the same result as for each image alone.
 
     Integer images are assumed to be in 0..255 (16-bit: 0..65535) and float images in 0..1. Floats are not rescaled.
     Arrays and tensors are [H, W], [C, H, W] or [H, W, C].
@@ -60,7 +60,7 @@ class CgspnImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         crop_pct: float = 1.0,
         **kwargs: Any,
     ) -> None:
-        """The defaults of every call.
+        """Set the defaults of all calls.
 
         Args:
             size: {"height": pixels, "width": pixels}, (height, width) or one side; 378 x 378 if None. Beside a
@@ -69,10 +69,10 @@ class CgspnImageProcessor(BaseImageProcessor):  # type: ignore[misc]
             patch_size: in pixels, for aspect="keep".
             aspect: "crop", "squash" or "keep".
             resample: the name or number of a filter of Pillow.
-            crop_pct: share of the resized picture's side that is cut out, for "crop" and "squash".
-            kwargs: what transformers adds, such as the other options of `preprocess`.
+            crop_pct: fraction of the resized image's side that the crop keeps, for "crop" and "squash".
+            kwargs: further options of transformers and of `preprocess`.
 
-        Raises ValueError for another size, aspect or resample.
+        Raises ValueError for an invalid size, aspect or resample.
         """
         super().__init__(**kwargs)
         size = {"height": 378, "width": 378} if size is None else size
@@ -91,18 +91,18 @@ class CgspnImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         device: str | torch.device | None = None,
         **options: Any,
     ) -> BatchFeature:
-        """pixel_values of the pictures, float32, on `device`, else that of the tensors given, else the CPU.
+        """Convert images to float32 pixel_values, on `device` if given, else on the input tensors' device or the CPU.
 
         Args:
-            images: a picture, a batch or a list of pictures.
+            images: an image, a batch or a list of images.
             return_tensors: "pt", "np", or None for a list.
-            options: in place of this processor's own: size, aspect, resample, crop_pct, image_mean, image_std,
-                patch_size, and those of transformers. do_center_crop and crop_size cut the middle out of what `size`
-                makes ({"shortest_edge": pixels} too), in place of `aspect`; do_rescale and rescale_factor are of
-                integers; do_convert_rgb=False takes channels as the encoder's, whatever they mean.
+            options: replace this processor's settings: size, aspect, resample, crop_pct, image_mean, image_std,
+                patch_size and the options of transformers. do_center_crop and crop_size take a centre crop after
+                resizing to `size`, which may be {"shortest_edge": pixels}, instead of `aspect`. do_convert_rgb=False
+                uses the channels as they are. do_rescale and rescale_factor are for integer images.
 
-        Raises TypeError for another option, ValueError for what is no picture, pixels outside of their range, options
-        that exclude one another, or sizes that differ where none is made.
+        Raises TypeError for an unknown option, and ValueError for inputs that are not images, pixels out of range,
+        incompatible options, or images of different sizes without resizing.
         """
         if unknown := sorted(options.keys() - set(OPTIONS)):
             raise TypeError(f"preprocess has no {', '.join(unknown)}; accepted: {', '.join(OPTIONS)}")
@@ -151,7 +151,7 @@ def _stacked(pixels: list[Tensor]) -> Tensor:
 
 
 def _padded(pixels: list[Tensor]) -> dict[str, Tensor]:
-    """Images [C, h, w] padded with zeros to the largest sides, and which pixels are theirs."""
+    """Images [C, h, w] padded with zeros to the largest sides, and the mask of valid pixels."""
     sizes = [(image.shape[1], image.shape[2]) for image in pixels]
     largest = max(height for height, _ in sizes), max(width for _, width in sizes)
     return {"pixel_values": padded(pixels, sizes, largest, patch=1), "pixel_mask": inside(sizes, largest).long()}
