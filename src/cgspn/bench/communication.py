@@ -22,9 +22,7 @@ ROUNDS = 10  # timed rounds of a collective, after three for warm-up
 
 
 def busy_and_exposed(communication: Iterable[Interval], other: Iterable[Interval]) -> tuple[float, float]:
-    """Time during which a communication kernel runs, and the part of it during which no other GPU work runs. Same unit
-    as the intervals.
-    """
+    """Time with a communication kernel running, and its part without other GPU work, in the unit of the intervals."""
     both = enumerate((communication, other))
     marks = [(at, kind, step) for kind, found in both for one in found for at, step in zip(one, (1, -1), strict=True)]
     active, busy, exposed, last = [0, 0], 0.0, 0.0, 0.0

@@ -19,9 +19,9 @@ from ..models.encoder import Encoder
 from ..models.registry import create_model
 from ..report.drawing import draw_sizes
 from .checks import at_least, known, not_empty, tiled_by
-from .machine import ceilings, free
+from .machine import ceilings, dtype_of, fitting, free
 from .results import write
-from .table import Mode, measured, peak_memory
+from .table import Mode, measured
 from .timing import medians
 
 Row = dict[str, Any]
@@ -109,17 +109,8 @@ def fitted(name: str, pixels: int, batch: int, mode: Mode, device: torch.device)
     row: Row = {"px": pixels, "mode": mode, "model": name}
     if with_options(name)[2] and mode == "training":
         return row | {"note": "8 bits are for inference"}
-    while batch:
-        step = None
-        try:
-            step = model_step(name, pixels, batch, mode, device)
-            return row | {"B": batch, "peak GB": peak_memory(step, device)}
-        except torch.OutOfMemoryError:
-            batch //= 2
-        finally:
-            step = None  # it holds the encoder
-            free(device)
-    return row | {"note": "OOM at B = 1"}
+    batch, peak = fitting(lambda tried: model_step(name, pixels, tried, mode, device), batch, device)
+    return row | ({"B": batch, "peak GB": peak} if batch else {"note": "OOM at B = 1"})
 
 
 def model_step(name: str, pixels: int, batch: int, mode: Mode, device: torch.device) -> Callable[[], object]:
@@ -164,7 +155,7 @@ def make(name: str, pixels: int, device: torch.device) -> Encoder:
     base, fields, fp8 = with_options(name)
     with torch.device(device):
         encoder = create_model(base, image_size=(pixels, pixels), **fields)
-    encoder = encoder.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
+    encoder = encoder.to(dtype_of(device)).eval()
     return quantize_mlps(encoder) if fp8 else encoder
 
 
@@ -198,9 +189,7 @@ def single_rows(config: EncoderBenchConfig, device: torch.device) -> list[Row]:
         if config.compile:
             compiled = {name: torch.compile(model, mode="max-autotune") for name, model in encoders.items()}
             ways["torch.compile, max-autotune"] = compiled
-        image = torch.randn(
-            1, 3, pixels, pixels, device=device, dtype=next(encoders[config.models[0]].parameters()).dtype
-        )
+        image = torch.randn(1, 3, pixels, pixels, device=device, dtype=dtype_of(device))
         for way, models in ways.items():
             calls = {name: encoder_step(model, image, "inference") for name, model in models.items()}
             times = measured(calls, max(config.rounds, 5), way == "CUDA graph")

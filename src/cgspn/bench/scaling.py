@@ -81,8 +81,8 @@ class ScalingConfig:
     compute: ComputeConfig = field(default_factory=lambda: ComputeConfig(precision="bfloat16"))
 
     def __post_init__(self) -> None:
-        """Raise ValueError for sizes without a batch, fewer than two steps (which have no spread), other invalid
-        settings, or an unknown model."""
+        """Raise ValueError for sizes without a batch, fewer than two steps, other invalid settings, or an unknown
+        model."""
         if len(self.sizes) != len(self.batches):
             raise ValueError(f"batches is {self.batches}; expected one number for each of the sizes, {self.sizes}")
         not_empty(self, "modes", "sizes")

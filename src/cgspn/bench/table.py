@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from ..layers import Grid
 from ..report.drawing import draw_sizes
 from .checks import at_least, not_empty, tiled
 from .contenders import OURS, Contender, Shape, build, names
-from .machine import ceilings, free
+from .machine import ceilings, dtype_of, fitting, free, peak_memory
 from .results import write
 from .timing import launched, medians
 
@@ -83,28 +84,18 @@ def steps(contender: Contender, tokens: Tensor, grid: Grid, mode: Mode) -> dict[
     return {"sub-layer": lambda: step(contender.sublayer, mixer), "block": lambda: step(contender.whole, whole)}
 
 
-def peak_memory(run: Callable[[], object], device: torch.device) -> float | None:
-    """Peak gigabytes that a call allocates; None on a CPU.
-
-    Raises torch.OutOfMemoryError if it does not fit.
-    """
-    if device.type != "cuda":
-        run()
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e9
+def our_step(config: TableConfig, pixels: int, mode: Mode, device: torch.device, batch: int) -> Callable[[], object]:
+    """A call of C-GSPN's block, which decides how large batches are."""
+    side = pixels // config.shape.patch
+    tokens = torch.randn(batch, side * side, config.shape.width, device=device, dtype=dtype_of(device))
+    return steps(build(OURS, config.shape, device, tokens.dtype), tokens, Grid(side, side), mode)["block"]
 
 
 def size_rows(config: TableConfig, pixels: int, batch: int, mode: Mode, device: torch.device) -> list[Row]:
     """Measure all contenders at one size, batch and mode, interleaved."""
     side = pixels // config.shape.patch
     grid = Grid(side, side)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tokens = torch.randn(batch, grid.tokens, config.shape.width, device=device, dtype=dtype)
+    tokens = torch.randn(batch, grid.tokens, config.shape.width, device=device, dtype=dtype_of(device))
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     rows: dict[str, Row] = {}
     for name in config.contenders or names(device):
@@ -198,24 +189,6 @@ def crossovers(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def fitting_batch(config: TableConfig, pixels: int, batch: int, mode: Mode, device: torch.device) -> int:
-    """The largest batch at which the C-GSPN block fits, by halving `batch`."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    side = pixels // config.shape.patch
-    while batch > 1:
-        try:
-            tokens = torch.randn(batch, side * side, config.shape.width, device=device, dtype=dtype)
-            contender = build(OURS, config.shape, device, dtype)
-            steps(contender, tokens, Grid(side, side), mode)["block"]()
-            return batch
-        except torch.OutOfMemoryError:
-            batch //= 2
-        finally:
-            tokens = contender = None  # type: ignore[assignment]
-            free(device)
-    return batch
-
-
 def run(
     config: TableConfig, out: Path, device: torch.device, *, commit: str = "", say: Callable[[str], object] = print
 ) -> list[Row]:
@@ -230,12 +203,8 @@ def run(
     rows: list[Row] = []
     for pixels in config.sizes:
         for mode in config.modes:
-            taken = set()
-            for wanted in config.batches:
-                batch = fitting_batch(config, pixels, wanted, mode, device)
-                if batch in taken:
-                    continue
-                taken.add(batch)
+            step = partial(our_step, config, pixels, mode, device)
+            for batch in dict.fromkeys(fitting(step, wanted, device)[0] or 1 for wanted in config.batches):
                 rows += size_rows(config, pixels, batch, mode, device)
                 free(device)
                 best = next((r for r in rows[::-1] if r["mixer"] == OURS), None)

@@ -113,8 +113,7 @@ class Scaling(_Measurement):
     """Settings of the benchmark."""
 
     def run(self) -> None:
-        """Raises ValueError for an unknown model, settings that differ from earlier launches, or batches that do not
-        fit."""
+        """Raises ValueError for an unknown model, other settings than earlier launches, or batches that do not fit."""
         from ..bench.scaling import run
 
         with join_world(device_of("auto")) as world:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
-import shlex
-import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
@@ -17,7 +14,6 @@ from typing import Any, ClassVar, Literal
 import torch
 import tyro
 
-from .. import __version__
 from ..console import console, progress_watcher, writable_folder
 from ..data import LoaderConfig, Skipped, load_embedded, open_samples
 from ..data.prepare import Picture
@@ -31,6 +27,7 @@ from ..distill.resume import RECORD, REPORT, carried_from, check_same_run, lacks
 from ..distill.run_folder import left_clean, locked
 from ..distill.stages import Watcher
 from ..distill.trainer import Watch
+from ..environment import command, versions
 from ..models.checkpoint import write_atomically
 from ..models.dual import image_encoder, with_image
 from ..models.encoder import Encoder
@@ -45,8 +42,6 @@ from .command import Command, Device, Out, Teacher
 from .header import device_name, header, warnings
 
 Preset = Literal["embedded", "vit-s14-study", "so400m-378", "so400m-highres"]
-# settings that a converted student already has
-CONVERTED = ("compression", "value_expansion", "keep_attention", "window_attention", "window", "keep_positions")
 EVENTS = "events"
 
 
@@ -136,7 +131,7 @@ class Distill(Command):
         settings["config"], settings["loader"] = asdict(self.settings), asdict(self.loader)
         if self.student is not None:
             self.check_taken()
-            settings["config"] |= dict.fromkeys(CONVERTED)
+            settings["config"] |= dict.fromkeys(self.settings.conversion)
         if self.show_config:
             console.print_json(json.dumps(settings, default=str))
             return
@@ -194,8 +189,8 @@ class Distill(Command):
             with_image(teacher, student).save_pretrained(out)
             pictures, trained_on = pictures_of(feed)
             record = {
-                "command": shlex.join(["cgspn", *sys.argv[1:]]),
-                "versions": {"cgspn": __version__, "torch": torch.__version__, "python": platform.python_version()},
+                "command": command(),
+                "versions": versions(),
                 **settings,
                 "processes": world.size,
                 "device": device_name(world.device),
@@ -220,24 +215,16 @@ class Distill(Command):
 
     def check_taken(self) -> None:
         """Raise ValueError for conversion settings if `student` is already converted."""
-        for name in CONVERTED:
-            if (given := getattr(self.settings, name)) != getattr(PRESETS[self.preset], name):
+        preset = PRESETS[self.preset].conversion
+        for name, given in self.settings.conversion.items():
+            if given != preset[name]:
                 raise ValueError(f"config.{name} is {given} beside student, which is taken as it is; leave one out")
 
     def student_of(self, teacher: Encoder) -> Encoder:
         """The student before training."""
         if self.student is not None:
             return loaded(load_encoder, "student", self.student)
-        config = self.settings
-        return convert(
-            teacher,
-            compression=config.compression,
-            keep_attention=config.keep_attention,
-            window_attention=config.window_attention,
-            window=config.window,
-            keep_positions=config.keep_positions,
-            value_expansion=config.value_expansion,
-        )
+        return convert(teacher, **self.settings.conversion)
 
 
 def pictures_of(feed: ImageSetFeed | SampleFeed) -> tuple[Iterable[Picture], bool]:

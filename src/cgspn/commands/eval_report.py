@@ -56,8 +56,7 @@ def percents(sources: Sequence[str]) -> list[Metric]:
 
 
 def typed_sizes(texts: Sequence[str]) -> list[Size]:
-    """The distinct sizes of `--size`; an empty one means the model's native size. Raises ValueError for an invalid
-    size."""
+    """The distinct sizes of `--size`; None means the native size. Raises ValueError for an invalid size."""
     return list(dict.fromkeys(parse_size(str(text)) for text in texts)) or [None]
 
 
@@ -117,8 +116,7 @@ class Report:
             yield watch
 
     def row(self, source: str, size: tuple[int, ...]) -> str:
-        """The row name of a model at a size, (height, width) or shorter side, which is included if there are
-        several."""
+        """The row name of a model, with the size (height, width) or shorter side if there are several."""
         square = len(size) == 1 or size[0] == size[1]
         name = f"{source} at {size[0] if square else 'x'.join(map(str, size))} px" if self.several else source
         self.sizes[name] = (source, size)

@@ -67,8 +67,7 @@ def flop_an_image(teacher: Encoder, student: Encoder, stage: Stage) -> int:
 
 
 def warnings(teacher: str, preset: str, given: bool, device: torch.device, student: Path | None) -> Iterator[str]:
-    """Warnings about likely mistakes. given: whether any setting of the preset was changed; student: the start
-    checkpoint."""
+    """Warnings about likely mistakes. given: whether a setting was changed; student: the start checkpoint."""
     if preset == EMBEDDED and teacher != EMBEDDED and not given:
         yield (
             "the preset is that of the demo, whose steps and rates are for the embedded teacher of 1.3 M parameters; "

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar
 
 import torch
 import tyro
 
-from .. import __version__
 from ..console import console, progress_watcher
 from ..data import load_embedded
 from ..distill import PretrainConfig, pretrain
+from ..environment import command, versions
 from ..evaluate.suite import evaluate_zeroshot
 from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, write_atomically
 from .checks import check_folder, check_free, device_of, mixed_sizes
@@ -70,8 +68,8 @@ class Pretrain(Command):
         accuracy = evaluate_zeroshot(model, load_embedded("validation"))
         model.save_pretrained(self.out, dtype=torch.float16 if self.half else torch.float32)
         record = {
-            "command": shlex.join(["cgspn", *sys.argv[1:]]),
-            "versions": {"cgspn": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "command": command(),
+            "versions": versions(),
             "machine": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
             "config": asdict(self.config),
             "validation_zeroshot_top1": accuracy,

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from .. import __version__
 from ..console import console, progress_watcher, waiting
+from ..environment import command, versions
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..report.photographs import COLUMNS, load_photographs
@@ -95,8 +91,8 @@ class Show(Command):
         facts = {
             "photographs": f"{len(photographs)} from {self.images}, {seconds:.1f} s on {device}",
             "skipped": ", ".join(name for name, _ in skipped.files) or "none",
-            "command": shlex.join(["cgspn", *sys.argv[1:]]),
-            "versions": f"cgspn {__version__}, torch {torch.__version__}",
+            "command": command(),
+            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         }
         html = show_page(shown, names, facts)
         write_atomically(self.out, html)

@@ -57,8 +57,7 @@ def _walk(folder: Path, root: Path) -> Iterator[Path]:
 
 
 def _leads_back(link: Path, seen: set[Path]) -> bool:
-    """Whether a link leads to a folder that is visited anyway: inside the root, or inside or above an earlier
-    target."""
+    """Whether a link's target is visited anyway: it is inside the root, or inside or above an earlier target."""
     target = link.resolve()
     if any(target == known or known in target.parents or target in known.parents for known in seen):
         return True

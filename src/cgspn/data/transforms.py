@@ -126,8 +126,7 @@ def boxes_from(
 
 
 def blend_factors(count: int, share: float, generator: torch.Generator) -> Tensor:
-    """Factors for `blend`, float32 [count]: uniform in 0 to 1 for a fraction `share` of the images, 1 for the
-    others."""
+    """Factors for `blend`, float32 [count]: uniform in 0..1 for a fraction `share` of the images, else 1."""
     proportion, drawn = torch.rand(2, count, generator=generator)
     return torch.where(drawn < share, proportion, 1.0)
 

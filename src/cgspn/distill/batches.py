@@ -39,8 +39,7 @@ class Feed(Protocol):
     def stream(
         self, encoder: EncoderConfig, size: Size, optim: OptimConfig, world: World, sizes: SizeRange | None = None
     ) -> Stream:
-        """Return a function that maps a start step to an iterator over this process's share of the batches, on its
-        device.
+        """Return a function from a start step to an iterator over this process's share of the batches.
 
         encoder: config with the normalisation of images. sizes: range of image sizes; each batch has about as many
         tokens as `optim.batch_size` images of `size`. A feed without mixed sizes may omit this parameter.
@@ -107,8 +106,7 @@ class SampleFeed:
     def stream(
         self, encoder: EncoderConfig, size: Size, optim: OptimConfig, world: World, sizes: SizeRange | None = None
     ) -> Stream:
-        """See `Feed`. The stream raises ValueError if too many images are skipped, and WorkerError if workers keep
-        dying.
+        """See `Feed`. The stream raises ValueError if too much is skipped, and WorkerError if workers keep dying.
 
         Raises ValueError for an encoder of grey images, and the errors of `blended_share`.
         """

@@ -49,8 +49,7 @@ class Probe:
 
 
 def _upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """The argmax of upsampled logits [N, K, h, w] at each pixel, int64 [N, H, W], computed for a few classes at a
-    time."""
+    """The argmax of upsampled logits [N, K, h, w] at each pixel, int64 [N, H, W], in groups of classes."""
     best, found = None, None
     step = max(1, PIXELS // (len(logits) * size[0] * size[1]))
     for first in range(0, logits.shape[1], step):

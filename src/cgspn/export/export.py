@@ -132,8 +132,7 @@ def _description_of(path: Path) -> Path:
 
 @torch.no_grad()
 def compare(side: ImageSide, runner: Runner, batch: int, height: int, width: int) -> Parity:
-    """Relative errors of an exported program on random images of one size. Raises ExportError for wrong output
-    shapes."""
+    """Relative errors of a program on random images of one size. Raises ExportError for wrong output shapes."""
     weight = side.encoder.patch_embed.projection.weight
     images = torch.randn(
         batch, side.encoder.config.channels, height, width, generator=torch.Generator().manual_seed(0)

@@ -53,8 +53,7 @@ def resize_matrix(ranks: Tensor, size: int, resize: PositionResize, count: Tenso
 
 
 def resize_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Resize table [h0, w0, C] by matrices [..., h, h0] and [..., w, w0] of `resize_matrix` -> float32 [..., h, w,
-    C]."""
+    """Resize table [h0, w0, C] by matrices [..., h, h0] and [..., w, w0]: float32 [..., h, w, C]."""
     width, channels = table.shape[1:]
     wide = (rows @ table.float().flatten(1)).unflatten(-1, (width, channels))
     return _turned((columns @ _turned(wide).flatten(-2)).unflatten(-1, (-1, channels)))

@@ -124,5 +124,5 @@ def image_encoder(model: Encoder | DualEncoder) -> Encoder:
 
 
 def with_image(model: Encoder | DualEncoder, image: Encoder) -> Encoder | DualEncoder:
-    """The model with another image encoder, or the new encoder itself if `model` is one. Raises ValueError."""
+    """The model with another image encoder (for an encoder, that one). Raises ValueError if widths differ."""
     return model.with_image(image) if isinstance(model, DualEncoder) else image

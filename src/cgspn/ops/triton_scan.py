@@ -1,5 +1,4 @@
-"""The Triton backend: the functions of torch_scan.py, one launch each. It serves GPUs that the CUDA backend does not
-support.
+"""The Triton backend, for GPUs without the CUDA backend: the functions of torch_scan.py, one launch each.
 
 The backward recomputes the state in float32 (float64 for float64 inputs) instead of saving it, so its gradients do not
 use a rounded state. Lines longer than LONGEST go to the PyTorch backend. With TRITON_INTERPRET=1 in the environment it
@@ -116,9 +115,7 @@ def forward(scan: Scan) -> Tensor:
 
 
 def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of `forward` with respect to x, logits, lam, u and keep, in the inputs' dtypes and shapes; None for
-    None.
-    """
+    """Gradients of `forward` with respect to x, logits, lam, u and keep, in their dtypes and shapes."""
     x, count = scan.x, len(scan.directions)
     if max(x.shape[1:3]) > LONGEST:
         return torch_scan.backward(dy, scan)

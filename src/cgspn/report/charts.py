@@ -6,11 +6,16 @@ import hashlib
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
-from .theme import MARKERS, MUTED, RULE, series_colours, use_variables
-
+# Colours of a light page by name; page.css overrides those of a dark one. The models of the reports keep one each in
+# every chart, and a marker for those who cannot tell the colours; other names take the last ones in turn.
+COLOURS = {"muted": "#5d676f", "rule": "#e2dfd8"}
+COLOURS |= {"teacher": "#3d4650", "C-GSPN": "#0b8a8c", "ViT": "#c8690a", "converted": "#9aa2a9"}
+COLOURS |= {"other-1": "#6a4fb3", "other-2": "#b8336a", "other-3": "#4c7a1f"}
+MARKERS = {"teacher": "D", "C-GSPN": "o", "ViT": "s", "converted": "^"}
 SIZE = (4.3, 2.5)  # inches; at 72 dpi about as wide as a phone, so text is not scaled there
 PLACE = (0.13, 0.17, 0.85, 0.8)  # of the axes, equal in all charts, so that panels align
 LOG_RATIO = 6.0  # wider positive ranges get a logarithmic axis
@@ -27,6 +32,17 @@ def require_matplotlib() -> None:
         raise ModuleNotFoundError(
             "charts need matplotlib, which is not installed; run: pip install 'cgspn[report]'", name="matplotlib"
         ) from error
+
+
+def css(colour: str) -> str:
+    """One of COLOURS as CSS: the page's variable of that name where it has one, as in the dark."""
+    return f"var(--{colour.lower()}, {COLOURS[colour]})"
+
+
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """For each name the name of its colour: its own, or one of three others in turn."""
+    others = cycle(name for name in COLOURS if name.startswith("other"))
+    return {name: name if name in MARKERS else next(others) for name in names}
 
 
 def smooth(values: Sequence[float], weight: float = 0.85) -> list[float]:
@@ -50,7 +66,7 @@ def loss_chart(curves: Mapping[str, Sequence[float]], *, label: str) -> str:
     """A chart of losses over steps, with one colour per name: faint values and their moving average.
 
     Args:
-        curves: losses by name; names in `theme.SERIES` have fixed colours.
+        curves: losses by name; names in MARKERS have fixed colours.
         label: alternative text of the chart.
 
     Returns:
@@ -65,10 +81,10 @@ def loss_chart(curves: Mapping[str, Sequence[float]], *, label: str) -> str:
             f"curves holds { ({k: len(v) for k, v in curves.items()}) } losses; expected at least one each"
         )
     figure, axes = _axes()
-    colours = series_colours(list(curves))
+    colours = colours_of(curves)
     shown: list[float] = []
     for name, values in curves.items():
-        colour = colours[name].light
+        colour = COLOURS[colours[name]]
         for line, style in ((values, {"linewidth": 0.8, "alpha": 0.35}), (smooth(values), {"linewidth": 1.9})):
             x, y = thin(line)
             axes.plot(x, y, color=colour, clip_on=False, **style)
@@ -99,10 +115,10 @@ def block_chart(
     if not values or not all(values.values()):
         raise ValueError("values is empty; expected one value a block")
     figure, axes = _axes()
-    colours = series_colours(list(values))
+    colours = colours_of(values)
     for name, line in values.items():
         blocks = range(1, len(line) + 1)
-        colour, marker = colours[name].light, MARKERS.get(name, "o")
+        colour, marker = COLOURS[colours[name]], MARKERS.get(name, "o")
         axes.plot(blocks, line, color=colour, marker=marker, markersize=4.5, linewidth=1.7, clip_on=False)
     if limits == (None, None):
         _scale(axes, [v for line in values.values() for v in line])
@@ -123,11 +139,11 @@ def _axes() -> tuple[Any, Any]:
     axes = figure.add_axes(PLACE)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED.light)
-    axes.tick_params(which="both", colors=MUTED.light, labelsize=8.5, length=0)
+    axes.spines["bottom"].set_color(COLOURS["muted"])
+    axes.tick_params(which="both", colors=COLOURS["muted"], labelsize=8.5, length=0)
     axes.tick_params(axis="x", which="major", length=3)
-    axes.xaxis.label.set(color=MUTED.light, fontsize=8.5)
-    axes.grid(axis="y", which="major", color=RULE.light, linewidth=0.8)
+    axes.xaxis.label.set(color=COLOURS["muted"], fontsize=8.5)
+    axes.grid(axis="y", which="major", color=COLOURS["rule"], linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
 
@@ -169,15 +185,18 @@ def _svg(figure: Any, label: str) -> str:
         f'<svg class="chart" role="img" aria-label="{html.escape(label)}" {view.group()} '
         'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     )
-    return use_variables(f"{head}>{re.sub(chr(10) + ' *', chr(10), rest)}").strip()
+    text = f"{head}>{re.sub(chr(10) + ' *', chr(10), rest)}".strip()
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, css(name))
+    return text
 
 
 def legend(names: Sequence[str]) -> str:
     """A legend in HTML for all charts below it."""
     shapes = {"o": "●", "s": "■", "^": "▲", "D": "◆"}
-    colours = series_colours(list(names))
+    colours = colours_of(names)
     items = [
-        f'<li><span style="color: {colours[name].css}" aria-hidden="true">'
+        f'<li><span style="color: {css(colours[name])}" aria-hidden="true">'
         f"━{shapes[MARKERS.get(name, 'o')]}━</span> {html.escape(name)}</li>"
         for name in names
     ]

@@ -13,12 +13,11 @@ from ..distill.trainer import History
 from ..evaluate import BlockAlignment, SummaryTable, align
 from ..models.dual import DualEncoder
 from . import page
-from .charts import block_chart, legend
+from .charts import block_chart, colours_of, css, legend
 from .page import Section
 from .photographs import COLUMNS, canvases
 from .show import look_at
 from .show_page import assets, show_sections
-from .theme import series_colours
 from .training import Steps, block_panels, ends, step_panels
 
 TEACHER, STUDENT = "teacher", "C-GSPN"
@@ -68,7 +67,7 @@ def demo_report(result: DemoResult) -> str:
 
 
 def _results(result: DemoResult) -> Section:
-    colours = series_colours(list(result.models))
+    colours = colours_of(result.models)
     metric = next((m for m in result.table.metrics if m.key == "zeroshot"), None)
     scores = {name: row.get("zeroshot") for name, row in result.table.rows.items()}
     cards = []
@@ -87,7 +86,7 @@ def _results(result: DemoResult) -> Section:
             what = "Converted, not distilled"
         else:
             what = f"{name} student"
-        cards.append(page.card(what, f"{metric.show(score)} {metric.unit}".strip(), note, colours[name].css))
+        cards.append(page.card(what, f"{metric.show(score)} {metric.unit}".strip(), note, css(colours[name])))
     sizes = {name: sum(p.numel() for p in model.image.parameters()) for name, model in result.models.items()}
     share = sizes[STUDENT] / sizes[TEACHER] - 1
     note = f"the teacher has {_millions(sizes[TEACHER])}: {abs(share):.0%} {'fewer' if share < 0 else 'more'}"

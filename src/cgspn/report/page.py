@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from .theme import variables
-
 
 @dataclass(frozen=True)
 class Section:
@@ -70,8 +68,6 @@ def page(
 <link rel="icon" href="data:,">
 <title>{_(title)}</title>
 <style>
-:root {{ color-scheme: light dark; {variables(dark=False)} }}
-@media (prefers-color-scheme: dark) {{ :root {{ {variables(dark=True)} }} }}
 {asset("page.css")}
 {style.strip()}
 </style>

@@ -19,8 +19,7 @@ GREY = (128, 136, 144)  # of titles; visible on light and on dark
 
 
 def image_of(picture: Tensor) -> Image.Image:
-    """Convert a picture to a PIL image, with floats clipped to 0..1. Raises ValueError for values that are not
-    finite."""
+    """Convert a picture to a PIL image, with floats clipped to 0..1. Raises ValueError for NaN or infinity."""
     if picture.is_floating_point():
         if not bool(torch.isfinite(picture).all()):
             raise ValueError("picture holds values that are not finite; accepted: 0 to 1")
@@ -49,8 +48,7 @@ def jpeg_uri(image: Image.Image, side: int) -> str:
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
-    """Tile images [N, C, H, W], N a multiple of columns, into one canvas [C, N/columns * H, columns * W] without
-    gaps."""
+    """Tile images [N, C, H, W], N a multiple of columns, into a canvas [C, N/columns * H, columns * W]."""
     return images.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
 
 

@@ -137,8 +137,7 @@ def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Pos
 
 @torch.no_grad()
 def scanned(mixer: PropagationMixer, entry: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """The latent [1, h, w, Cc] of a propagation mixer, and its scanned features: the latent, or values [1, h, w, D *
-    own]."""
+    """A mixer's latent [1, h, w, Cc], and its scanned features: the latent, or values [1, h, w, D * own]."""
     narrow = mixer.down(mixer.expand(mixer.project_in(entry))).unflatten(1, (grid.height, grid.width))
     x = mixer.localise(narrow, grid.mask)
     return x[..., : mixer.latent], x if mixer.config.value_expansion is None else x[..., mixer.latent :]

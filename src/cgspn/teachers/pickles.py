@@ -79,8 +79,7 @@ def _flat(content: Mapping[Any, Any], prefix: str, left: list[int]) -> Iterator[
 
 
 def check_archive(file: IO[bytes], name: str) -> None:
-    """Raise CheckpointError for a file that is not from `torch.save`, is a program, or needs more memory than its
-    size."""
+    """Raise CheckpointError for a file that `torch.save` did not write, a program, or a zip bomb."""
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - (1 << 16)))
     end = file.read().rpartition(b"PK\5\6")[2]

@@ -200,8 +200,7 @@ class CgspnForImageClassification(CgspnPreTrainedModel):
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
     ) -> ImageClassifierOutput:
-        """Logits, and with labels [B] (or [B, num_labels] for several per image) the loss. Otherwise like
-        `CgspnModel`."""
+        """Logits, and the loss if labels [B] or [B, num_labels] are given. Otherwise like `CgspnModel`."""
         tokens, grid, states, maps = self.run(pixel_values, pixel_mask, output_hidden_states, output_attentions)
         logits = self.encoder.forward_head(tokens, mask=grid.mask)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)

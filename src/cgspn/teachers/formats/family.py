@@ -123,8 +123,7 @@ class Family:
 
 
 def build(tower: Tower, options: Options) -> Encoder:
-    """Build the encoder in eval mode, reading tensors one by one. Raises CheckpointError naming keys that do not
-    match."""
+    """Build the encoder in eval mode, tensor by tensor. Raises CheckpointError naming mismatched keys."""
     family = tower.family
     try:
         config = options.apply(family.config(tower))
@@ -189,8 +188,7 @@ def grid_positions(config: EncoderConfig, table: Tensor) -> Tensor:
 
 
 def prefix_tokens(config: EncoderConfig, *tensors: Tensor) -> Tensor:
-    """Concatenate class and register tokens, and add their positions from the last tensor if it has them: [prefix,
-    C]."""
+    """Class and register tokens [prefix, C], plus their positions from the last tensor if it has them."""
     width = config.width
     if not config.positions:
         return torch.cat([tensor.reshape(-1, width) for tensor in tensors])

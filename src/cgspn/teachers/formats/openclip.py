@@ -7,8 +7,7 @@ from .preprocessing import CLIP_MEAN, CLIP_STD, normalisation
 
 
 def config(tower: Tower) -> EncoderConfig:
-    """Derive the config from shapes, open_clip_config.json and the file name. Raises ValueError for unsupported
-    options."""
+    """Derive the config from shapes, JSON and the file name. Raises ValueError for unsupported options."""
     model = tower.source.configs.get("open_clip_config.json", {}).get("model_cfg", {})
     vision = model.get("vision_cfg", {})
     wrong = next((key for key in _OTHER if vision.get(key)), None)
