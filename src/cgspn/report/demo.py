@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..data import ImageSet, one_pass
+from ..data import ImageSet
 from ..distill.batches import eval_transform
 from ..distill.taps import tapped_forward
 from ..distill.trainer import History
@@ -153,9 +153,8 @@ def _training(result: DemoResult) -> Section:
 def _blocks(result: DemoResult) -> Section:
     images = result.images.subset(torch.arange(min(ALIGNED, len(result.images))))
     teacher = result.models[TEACHER].image
-    transform = eval_transform(teacher.config)
     with torch.no_grad():
-        batch = next(iter(one_pass(images, len(images), transform=transform))).images
+        batch = eval_transform(teacher.config)(images.images)
         theirs = tapped_forward(teacher, batch)
         found: dict[str, tuple[list[BlockAlignment], list[BlockAlignment]]] = {}
         for name, model in result.models.items():

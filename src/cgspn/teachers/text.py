@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -93,16 +92,6 @@ class PretrainedDual(DualEncoder):
         self.text_projection = nn.Identity()  # type: ignore[assignment]
         self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
         self.logit_bias = nn.Parameter(torch.tensor(logit_bias))
-
-    def with_image(self, image: Encoder) -> PretrainedDual:
-        """Return a copy, text tower included, with another image encoder. Raises ValueError if widths differ."""
-        width, own = image.config.pooled_width, self.image.config.pooled_width
-        if width != own:
-            raise ValueError(f"image has width {width}; expected {own}")
-        text: Any = copy.deepcopy(self.text)
-        other = PretrainedDual(image, text, self.logit_scale.item(), self.logit_bias.item())
-        other.image_projection.load_state_dict(self.image_projection.state_dict())
-        return other.to(self.logit_scale.device).train(self.training)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write the text tower and tokenizer to `folder`/text, then config.json and model.safetensors.
