@@ -79,8 +79,8 @@ def _reading(shown: Show, title: str) -> Section:
         (
             "Influence on a patch",
             "A scan passes information from line to line, so each direction reaches a patch from a triangle. The heat "
-            "map shows the square root of the influence of each position on the scan's output at the ringed patch, on one "
-            "scale for all directions. For attention it shows the square root of the weight.",
+            "map shows the square root of the influence of each position on the scan's output at the ringed patch, on "
+            "one scale for all directions. For attention it shows the square root of the weight.",
         ),
     )
     body = [
