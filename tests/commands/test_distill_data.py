@@ -110,7 +110,7 @@ def test_a_run_without_captions_cannot_be_contrastive(tmp_path, shards):
     (tmp_path / "flat").mkdir()
     for i in range(20):
         Image.new("RGB", (30, 30)).save(tmp_path / "flat" / f"{i}.png")
-    with pytest.raises(ValueError, match=r"flat: none of the images can be used that were read: .*no caption \(look"):
+    with pytest.raises(ValueError, match=r"flat: none of the images read so far can be used: .*no caption \(look"):
         distill("run", "flat")
     assert not Path("run").exists()
 
@@ -206,7 +206,7 @@ def with_sizes(config, *sizes):
 def test_a_step_that_waits_for_the_host_is_not_captured():
     with pytest.raises(ValueError, match="teacher_cache is -1; accepted: 0 or more GiB"):
         ComputeConfig(teacher_cache=-1)
-    with pytest.raises(ValueError, match="capture is on beside teacher_cache"):
+    with pytest.raises(ValueError, match="capture and teacher_cache are both on"):
         ComputeConfig(capture=True, teacher_cache=1)
     with pytest.raises(ValueError, match=r"compute\.capture is on beside loss\.contrastive"):
         replace(CONFIG, compute=ComputeConfig(capture=True))

@@ -33,7 +33,7 @@ def test_of_many_at_once_one_holds_the_folder_and_the_others_are_told_who(tmp_pa
         for process in processes:
             process.join(20)
         assert said[0] == "held"
-        assert all("where another run is going on: " in each for each in said[1:])
+        assert all("which another run is using: " in each for each in said[1:])
         assert not list(tmp_path.iterdir())
 
 
