@@ -41,7 +41,7 @@ def test_a_lock_that_a_killed_run_left_is_no_lock(tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / ".holder.json").write_text('{"process": 1}')
     with locked(tmp_path, World()):
-        with pytest.raises(ValueError, match=r"another run is going on: process \d+ on "), locked(tmp_path, World()):
+        with pytest.raises(ValueError, match=r"another run is using: process \d+ on "), locked(tmp_path, World()):
             pass
         assert (tmp_path / ".lock").exists()
     assert not list(tmp_path.iterdir())
