@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from . import __version__
 from .bench.timing import medians
 from .data import ImageSet, load_embedded
 from .distill import DistillConfig, distill
 from .distill.presets import EMBEDDED
 from .distill.stages import Watcher
+from .environment import versions
 from .evaluate.suite import METRICS, evaluate_dual
 from .evaluate.table import Metric, SummaryTable
 from .models.dual import DualEncoder
@@ -94,14 +94,7 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
     teacher = load_embedded_teacher()
 
     torch.manual_seed(config.distill.stage1.seed)
-    converted = convert(
-        teacher.image,
-        compression=config.distill.compression,
-        keep_attention=config.distill.keep_attention,
-        window_attention=config.distill.window_attention,
-        window=config.distill.window,
-        value_expansion=config.distill.value_expansion,
-    )
+    converted = convert(teacher.image, **config.distill.conversion)
     students = {"C-GSPN": copy.deepcopy(converted), "ViT": attention_student(teacher.image)}
     models: dict[str, DualEncoder] = {"teacher": teacher}
     histories = {}
@@ -129,7 +122,7 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
         "held-out images": str(len(test)),
         "training images": str(len(train)),
         "seeds": f"{config.distill.stage1.seed}, {config.distill.stage2.seed}",
-        "versions": f"cgspn {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
     return DemoResult(table=table, histories=histories, models=models, images=test, facts=facts)

@@ -9,7 +9,7 @@ import torch
 import cgspn
 from cgspn.commands.convert import RECORD, Convert
 from cgspn.layers import PropagationConfig, value_config
-from cgspn.teachers.convert import student_config, student_mixers, student_of
+from cgspn.teachers.convert import student_mixers
 from cgspn.teachers.parameters import parameter_table
 
 
@@ -45,11 +45,10 @@ def test_every_parameter_is_counted_once():
 
 def test_nothing_is_left_without_weights_and_sharing_changes_no_value():
     teacher = with_class_token()
-    config = student_config(teacher.config, compression=4, keep_attention=[0, 2])
     students = []
     for share in (False, True):
         torch.manual_seed(1)
-        students.append(student_of(teacher, config, share=share)[0])
+        students.append(cgspn.convert(teacher, compression=4, keep_attention=[0, 2], share=share))
     apart, shared = (student.state_dict() for student in students)
     assert all(torch.equal(apart[name], shared[name]) for name in apart)
     theirs = teacher.state_dict()

@@ -1,4 +1,4 @@
-"""`cgspn convert`: a pretrained attention encoder to a C-GSPN student, not yet distilled."""
+"""`cgspn convert`: convert a pretrained attention encoder to an undistilled C-GSPN student."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 import torch
 from rich.table import Table
 
-from .. import __version__
 from ..console import console
+from ..environment import versions
 from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, write_atomically
 from ..models.config import to_dict
 from ..models.dual import DualEncoder, image_encoder
@@ -122,7 +122,7 @@ class Convert(Command):
             "parameters": [asdict(row) for row in table],
             "inherited": origin.inherited,
             "fresh": origin.fresh,
-            "versions": {"cgspn": __version__, "torch": torch.__version__},
+            "versions": versions(),
         }
         write_atomically(out / RECORD, json.dumps(record, indent=1) + "\n")
         console.print(f"{encoder.config.name} -> {config.name}")

@@ -1,4 +1,4 @@
-"""`cgspn eval`: models against data sets, in one table."""
+"""`cgspn eval`: evaluate models on datasets, with one table."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .checks import loaded
 from .command import Encoders, Models
 from .eval_report import Evaluation, Report, distinct, percents, typed_sizes
 
-MOST_CLASSES = 40  # whose IoU is printed; JSON has them all
+MOST_CLASSES = 40  # most classes whose IoU is printed; JSON has all
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _ImageText(Evaluation):
     Several sizes give one row each and a plot."""
 
     def measure(self, title: str, opened: Iterable[Job]) -> None:
-        """Measure all models; data sets are opened when every model has proved to have a text tower."""
+        """Evaluate all models. Datasets are opened after checking that every model has a text tower."""
         if not self.models:
             raise ValueError("models is empty; expected one or more image-text models")
         sizes = typed_sizes(self.size)
@@ -206,7 +206,7 @@ class Segment(Evaluation):
         report.finish()
 
     def sets(self) -> list[tuple[SegmentationSet, SegmentationSet]]:
-        """The training and test part of each data set. Raises ValueError if none is given, or OSError."""
+        """The training and test split of each dataset. Raises ValueError if none is given, or OSError."""
         sets = [open_segmentation(source) for source in self.data]
         if self.train is not None and self.test is not None:
             if self.classes is None:

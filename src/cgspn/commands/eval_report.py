@@ -1,4 +1,4 @@
-"""The settings that all evaluations share, and what they show and write."""
+"""The common settings and the output of `cgspn eval`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..terminal import warn
 from .checks import check_file, device_of
 from .command import Command, Device
 
-NOT_PRINTED = ("@10", "top5")  # in JSON alone, for the width of terminals
+NOT_PRINTED = ("@10", "top5")  # only in JSON, to save width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,26 +45,26 @@ class Evaluation(Command):
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """The names, numbered where two are the same."""
+    """The names, with numbers added to duplicates."""
     return [f"{name} {names[:i].count(name) + 1}" if names.count(name) > 1 else name for i, name in enumerate(names)]
 
 
 def percents(sources: Sequence[str]) -> list[Metric]:
-    """A column of shares for each model, headed by the last part of where it is from, which a table has room for."""
+    """A percentage metric per model, with the last part of its source as heading."""
     titles = distinct([Path(source).name or source for source in sources])
     return [Metric(source, title, 100, "%") for source, title in zip(sources, titles, strict=True)]
 
 
 def typed_sizes(texts: Sequence[str]) -> list[Size]:
-    """The sizes of `--size`, each once; none stand for each model's own. Raises ValueError for what is no size."""
+    """The distinct sizes of `--size`; None means the native size. Raises ValueError for an invalid size."""
     return list(dict.fromkeys(parse_size(str(text)) for text in texts)) or [None]
 
 
 def check_metrics() -> None:
-    """Raise ValueError, with the reason, where torchmetrics does not import: before the work and not after it."""
+    """Raise ValueError with the reason if torchmetrics cannot be imported, before the work starts."""
     try:
         import torchmetrics.classification  # noqa: F401
-    except (ImportError, RuntimeError) as error:  # RuntimeError: from a torchvision that was built for another torch
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
         raise ValueError(
             f"torchmetrics does not import here: {error}; a torchvision built for another torch than the one installed "
             "has this effect: install both from the same index, or uninstall torchvision"
@@ -105,7 +105,7 @@ class Report:
 
     @contextmanager
     def progress(self, title: str, steps: int) -> Iterator[Watch]:
-        """A progress bar over `steps` pictures."""
+        """A progress bar over `steps` images."""
         with progress_watcher() as watcher:
             step = watcher(title, steps)
 
@@ -116,30 +116,30 @@ class Report:
             yield watch
 
     def row(self, source: str, size: tuple[int, ...]) -> str:
-        """The row of a model at a size: (height, width), or the shorter side. Named by it where there are several."""
+        """The row name of a model, with the size (height, width) or shorter side if there are several."""
         square = len(size) == 1 or size[0] == size[1]
         name = f"{source} at {size[0] if square else 'x'.join(map(str, size))} px" if self.several else source
         self.sizes[name] = (source, size)
         return name
 
     def skip(self, data: str, skipped: Skipped) -> None:
-        """Say what was skipped, once for all models."""
+        """Print what was skipped, once for all models."""
         if skipped and data not in self.left_out:
             self.left_out[data] = {"total": skipped.total, "files": dict(skipped.files)}
             warn(f"{data}: {skipped.summary()}")
 
     def add(self, model: str, data: str, values: dict[Metric, float]) -> None:
-        """Measures of a model on a data set."""
+        """Add the metrics of a model on a dataset."""
         known = self.metrics.setdefault(data, [])
         known += [metric for metric in values if metric not in known]
         self.detail(model, data, {metric.key: value for metric, value in values.items()})
 
     def detail(self, model: str, data: str, values: dict[str, Any]) -> None:
-        """What goes into JSON alone."""
+        """Add details for JSON only."""
         self.measured.setdefault(model, {}).setdefault(data, {}).update(values)
 
     def table(self) -> SummaryTable:
-        """Models as rows; as columns the measures of each data set."""
+        """The table with models as rows, and the metrics of each dataset as columns."""
         one = len(self.metrics) == 1
         columns = {
             (data, metric.key): replace(
@@ -163,7 +163,7 @@ class Report:
         return metric.key == "image_to_text@1" and all("top1" in v and "image_to_text@5" not in v for v in found)
 
     def finish(self) -> None:
-        """Print the table, and write plot and JSON if wanted. Raises OSError."""
+        """Print the table, and write plot and JSON if requested. Raises OSError."""
         table = self.table()
         console.print(table.to_rich())
         if len({size for _, size in self.sizes.values()}) > 1 and not self.several:
@@ -171,7 +171,7 @@ class Report:
             console.print(f"each at its native size: {', '.join(native)}; --size compares them at one", soft_wrap=True)
         if self.plot is not None:
             plot_scores(table, self.sizes, self.plot)
-            if self.plot.exists():  # it is not where matplotlib is missing, which was said
+            if self.plot.exists():  # missing without matplotlib, after a warning
                 console.print(f"wrote {self.plot}", soft_wrap=True)
         if (out := self.settings.out) is None:
             return
@@ -190,7 +190,7 @@ class Report:
 
 
 def plot_scores(table: SummaryTable, sizes: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> None:
-    """A PNG of each measure against the size, a line for each model; sizes: model and sides in pixels of each row."""
+    """Plot each metric over the size, one line per model, as PNG. sizes: model and sides in pixels of each row."""
 
     def paint(axes: Any) -> None:
         for ax, metric in zip(axes[0], table.metrics):

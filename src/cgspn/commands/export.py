@@ -1,4 +1,4 @@
-"""`cgspn export`: an encoder as a file that other programs run, checked against the encoder before it is kept."""
+"""`cgspn export`: export an encoder to a file for other runtimes, and compare it with the encoder."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Export(Command):
     """Replace existing files."""
 
     def run(self) -> None:
-        """Raises ValueError (ExportError if the file does not give what the encoder gives) or OSError."""
+        """Raises ValueError (ExportError if the file's outputs differ from the encoder's) or OSError."""
         from ..export import export_model
 
         check_free([self.out, self.out.with_name(f"{self.out.name}.json")], "out", self.overwrite)

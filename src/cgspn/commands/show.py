@@ -1,17 +1,13 @@
-"""`cgspn show`: a page of pictures of what an encoder sees in photographs."""
+"""`cgspn show`: visualise the features of an encoder on photographs."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from .. import __version__
 from ..console import console, progress_watcher, waiting
+from ..environment import command, versions
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..report.photographs import COLUMNS, load_photographs
@@ -49,7 +45,7 @@ class Show(Command):
     """Longer side in pixels, rounded to whole patches. The default is the student's native size (for each embedded
     image)."""
     limit: int = 10
-    """Maximum number of photographs, in the order of their names. Each adds up to 2 MB to the page."""
+    """Maximum number of photographs, sorted by name. Each adds up to 2 MB to the page."""
     layers: tuple[int, ...] | None = None
     """Layers (numbered from 1) whose influence is shown. The default is four layers, spread evenly."""
     at: tuple[tuple[float, float], ...] = PLACES
@@ -95,8 +91,8 @@ class Show(Command):
         facts = {
             "photographs": f"{len(photographs)} from {self.images}, {seconds:.1f} s on {device}",
             "skipped": ", ".join(name for name, _ in skipped.files) or "none",
-            "command": shlex.join(["cgspn", *sys.argv[1:]]),
-            "versions": f"cgspn {__version__}, torch {torch.__version__}",
+            "command": command(),
+            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         }
         html = show_page(shown, names, facts)
         write_atomically(self.out, html)

@@ -79,12 +79,6 @@ def _labelled_shards(root: Path) -> LabelledPictures:
     templates = tuple(read_lines(path, "templates of captions, one a line")) if path.exists() else TEMPLATES
     for template in templates:
         fill(template, names[0])
-    labels = class_numbers(shards, len(names), f", the lines of {root / 'classnames.txt'}")
-    return LabelledPictures(set_name(root), images_of(shards), labels, names, templates)
-
-
-def class_numbers(shards: ShardSet, classes: int, where: str) -> list[int]:
-    """The class in the .cls file of each sample. Raises ValueError for a class outside 0 to classes - 1."""
     labels: list[int] = []
     for number in range(len(shards)):
         content = shards.read_parts(number, ("cls",))["cls"]
@@ -93,9 +87,10 @@ def class_numbers(shards: ShardSet, classes: int, where: str) -> list[int]:
         if not (digits := content.strip()).isdigit() or len(digits) > 9:
             raise ValueError(f"{shards.name(number)}: its .cls file holds {content[:20]!r}; expected a number")
         labels.append(int(digits))
-        if labels[-1] >= classes:
-            raise ValueError(f"{shards.name(number)} has class {labels[-1]}; accepted: 0 to {classes - 1}{where}")
-    return labels
+        if labels[-1] >= len(names):
+            accepted = f"0 to {len(names) - 1}, the lines of {root / 'classnames.txt'}"
+            raise ValueError(f"{shards.name(number)} has class {labels[-1]}; accepted: {accepted}")
+    return LabelledPictures(set_name(root), images_of(shards), labels, names, templates)
 
 
 def open_captioned(source: str | Path) -> CaptionedPictures:

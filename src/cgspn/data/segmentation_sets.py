@@ -68,8 +68,7 @@ class SegmentationSet:
         return image, mask
 
     def limited(self, count: int | None) -> SegmentationSet:
-        """`count` evenly spaced images, since neighbours are similar; None for all. Raises ValueError if there are
-        fewer."""
+        """`count` evenly spaced images, since neighbours are similar; None for all. Raises ValueError if too few."""
         if count is None:
             return self
         if not 1 <= count <= len(self):

@@ -18,9 +18,8 @@ from torch.utils.data import DataLoader, Dataset
 from ..terminal import warn
 from .captions import TEMPLATES, fill
 from .decode import Box, middle, read_box
-from .loader import generator_of, mixed_number, stream_indices
+from .loader import BatchShape, generator_of, mixed_number, scheduled, stream_indices
 from .samples import Sample, SampleSource
-from .schedule import BatchShape, scheduled
 from .transforms import SCALE, boxes_from, ratio_around
 
 FLIP = 0.5

@@ -90,8 +90,7 @@ class PlacedSublayerTask(SublayerTask):
             exchange.wait()
 
     def _begin(self, features: dict[int, Tensor], number: int) -> Exchange:
-        """Start a round: send this process's features [b, N, C] to each block's owner, and receive those of the own
-        block."""
+        """Start a round: send features [b, N, C] to each block's owner, and receive those of the own block."""
         ranks = dist.get_world_size()
         theirs = [owned[number : number + 1] for owned in self.owned]
         blocks = [features.pop(i) for owned in theirs for i in owned]

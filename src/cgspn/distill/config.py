@@ -1,7 +1,7 @@
 """Settings of training runs: typed, printable, overridable from the command line."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from .sizes import SizeRange, check_fields
 
@@ -116,7 +116,7 @@ class ComputeConfig:
         blocks_per_unit: number of blocks that "fsdp" gathers and scatters at once. Larger units need fewer transfers,
             but overlap less with computation.
         reshard_after_forward: with "fsdp", free the gathered weights after the forward pass and gather them again in
-            the backward pass. Otherwise only gradients and optimiser state take less memory than with "ddp".
+            the backward pass. Otherwise only gradients and optimiser state are smaller than with "ddp".
         teacher_cache: GiB of host memory per process for caching the teacher's features (in bfloat16) across epochs; 0
             disables it. Requires `augment` to be off.
         save_every: number of steps between snapshots, from which an interrupted run resumes; 0 writes none.
@@ -212,6 +212,12 @@ class DistillConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     highres: HighResConfig = field(default_factory=HighResConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+    @property
+    def conversion(self) -> dict[str, Any]:
+        """The settings that `convert` takes, which a converted student already has."""
+        names = ("compression", "value_expansion", "keep_attention", "window_attention", "window", "keep_positions")
+        return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that cannot be combined."""

@@ -61,8 +61,7 @@ class SafeReader(FileSystemReader):
 
 
 def read_index(folder: Path) -> Metadata:
-    """The index of a distributed checkpoint. Raises DamageError if it holds anything except tensors of its own
-    folder."""
+    """The index of a distributed checkpoint. Raises DamageError unless it only holds tensors in its folder."""
     path = folder / _METADATA
     if (size := path.stat().st_size) > MOST_INDEX:
         raise DamageError(f"{_METADATA} has {size} bytes; accepted: {MOST_INDEX}")

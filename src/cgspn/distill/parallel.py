@@ -29,8 +29,7 @@ BUCKET = 64 << 20  # bytes of gradients per all-reduce
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: this process's rank and device, the number of processes, and their number on this
-    machine."""
+    """A run's processes: rank and device of this one, their number, and their number on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -120,8 +119,7 @@ class _GatherRows(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Gather rows [b, ...] of all processes into [b * size, ...], in order of rank, with gradients for every
-    process."""
+    """Gather rows [b, ...] of all processes into [b * size, ...] in order of rank, with gradients."""
     if world_size() == 1:
         return rows
     gathered: Tensor = _GatherRows.apply(rows)  # type: ignore[no-untyped-call]

@@ -117,8 +117,7 @@ def plan(
 
 
 def inherited_after_stage1(teacher: Encoder, student: Encoder, config: DistillConfig) -> frozenset[str]:
-    """The names of the student's weights that equal the teacher's when stage 2 begins. They count as inherited from
-    then on."""
+    """The names of the student's weights that equal the teacher's, and count as inherited, from stage 2 on."""
     trained = learning_blocks(teacher, student) if config.stage1.steps else []
     parts = tuple(f"blocks.{i}.{part}" for i in trained for part in ("mixer.", "norm1.", "scale1"))
     return frozenset(name for name in inherited_names(student, teacher) if not name.startswith(parts))

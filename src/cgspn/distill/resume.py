@@ -39,8 +39,7 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def lacks_report(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` holds a finished run with these settings but no report, because it was killed before or packages
-    for reports were missing."""
+    """Whether `out` holds a finished run with these settings that has no report yet."""
     unfinished = (out / RECORD).exists() and (out / RUN).exists() and not (out / REPORT).exists()
     return unfinished and read_json(out / RUN) == identity(settings)
 
@@ -135,8 +134,7 @@ class StageFolders:
     world: World
 
     def restore(self, number: int, student: Encoder) -> tuple[Losses, dict[str, Any], dict[str, Tensor]] | None:
-        """Load the weights of a finished stage into the student, and return losses, throughput and adapters; None if
-        unfinished."""
+        """Load a finished stage's weights into the student. Returns losses, throughput and adapters, or None."""
         done = self._of("stages", number)
         record = finished_stage(done, self.world) if done else None
         if done is None or record is None:

@@ -129,8 +129,7 @@ class Snapshots:
         return [result for each, _ in gathered for result in each]
 
     def load(self, done: int, tensors: dict[str, Tensor]) -> list[dict[str, float]]:
-        """Fill `tensors` in place from the snapshot after `done` steps and return its record, without running code from
-        it.
+        """Fill `tensors` from the snapshot after `done` steps and return its record. Runs no code from it.
 
         Raises SnapshotError if a tensor is missing or has another shape.
         """

@@ -35,8 +35,8 @@ class Task(nn.Module):
         patch: patch size of the student in pixels.
         reduction: how losses of several processes are combined.
         has_unused_params: whether some parameters may get no gradient.
-        capturable: whether the losses can be captured in a CUDA graph, because they do not need the CPU. sharded:
-        whether the parameters are sharded over the processes (FSDP2).
+        capturable: whether the losses can be captured in a CUDA graph, because they do not need the CPU.
+        sharded: whether the parameters are sharded over the processes (FSDP2).
     """
 
     patch: int
@@ -282,8 +282,7 @@ class DistillTask(TeacherTask):
         return {name: value for name, value in self.state_dict().items() if not name.startswith("student.")}
 
     def carried(self) -> dict[str, Tensor]:
-        """Full tensors of adapters and target scales, for a later stage with the same teacher. All processes must call
-        this."""
+        """Full tensors of adapters and target scales, for a later stage. All processes must call this."""
         return {name: full_tensor(value).detach().clone() for name, value in self._around().items()}
 
     def carry_on(self, state: Mapping[str, Tensor]) -> None:

@@ -82,8 +82,7 @@ class Throughput:
         return sum(known) if len(known) == len(each) else None
 
     def settled(self) -> list[int]:
-        """The steps without warm-up: after the first ten, and after the first two of each size. All steps if there are
-        no such steps."""
+        """The steps after warm-up (the first ten, and the first two of each size), or all if there are none."""
         seen: Counter[Size] = Counter()
         steps = []
         for i, size in enumerate(self.sizes[: len(self.steps)]):

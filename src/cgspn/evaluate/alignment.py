@@ -1,4 +1,4 @@
-"""How near a student's features are to its teacher's, block by block."""
+"""Similarity of a student's and its teacher's features, per block."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BlockAlignment:
 
 
 def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both as float64 [tokens, C]."""
+    """Check both tensors and return them as float64 [tokens, C]."""
     if student.ndim < 2 or student.shape[:-1] != teacher.shape[:-1] or 0 in student.shape + teacher.shape:
         raise ValueError(
             f"student has shape {tuple(student.shape)}, teacher {tuple(teacher.shape)}; "

@@ -1,4 +1,4 @@
-"""What is measured on which pictures: a data set's pictures are embedded once, and judged from the embeddings."""
+"""Evaluation jobs: the images of a dataset are embedded once, and all metrics are computed from the embeddings."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ PIXELS = Metric("pixel_accuracy", "pixel accuracy", 100, "%")
 
 
 def recall(direction: str, rank: int) -> Metric:
-    """The column of a recall; direction: "image_to_text" or "text_to_image"."""
+    """The table column of a recall. direction: "image_to_text" or "text_to_image"."""
     label = direction.replace("_to_", " → ")
     return Metric(f"{direction}@{rank}", f"{label} R@{rank}", 100, "%", averaged=rank == 1)
 
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """The pictures of a data set, to be embedded once.
+    """The images of a dataset, which are embedded once.
 
-    name: of the data set. classes: measure zero-shot accuracy. captions: measure retrieval by these, or by captions
-    made of the names of classes.
+    name: of the dataset. classes: measure zero-shot accuracy. captions: measure retrieval with these, or with captions
+    from class names.
     """
 
     name: str
@@ -44,11 +44,11 @@ class Job:
     captions: CaptionedPictures | LabelledPictures | None = None
 
     def judge(self, model: DualEncoder, embeddings: Tensor, kept: Sequence[int]) -> dict[Metric, float]:
-        """Measures, each 0 to 1, from embeddings [n, D] and the numbers of the n pictures."""
+        """Metrics, each 0 to 1, from embeddings [n, D] and the indices of the n images."""
         measures: dict[Metric, float] = {}
         if self.classes is not None:
             score = zeroshot(model, self.classes, embeddings, kept)
-            # of five classes or fewer the right one is always among the first five
+            # with five classes or fewer, top-5 is always 1
             fifth = {TOP5: score.top5} if len(self.classes.class_names) > 5 else {}
             measures |= {TOP1: score.top1, **fifth, PER_CLASS: score.per_class}
         if isinstance(self.captions, LabelledPictures):
@@ -63,9 +63,9 @@ class Job:
 
 
 def zeroshot_job(source: str, templates: Path | None = None) -> Job:
-    """Zero-shot classification; templates: a file with one a line, instead of the data set's.
+    """Zero-shot classification. templates: a file with one template per line, which replaces the dataset's.
 
-    Raises OSError or ValueError as `open_labelled`, and ValueError for a wrong template.
+    Raises the errors of `open_labelled`, and ValueError for an invalid template.
     """
     pictures = open_labelled(source)
     if templates is not None:
@@ -79,9 +79,9 @@ def zeroshot_job(source: str, templates: Path | None = None) -> Job:
 
 
 def retrieval_job(source: str) -> Job:
-    """Retrieval by captions, or of pictures without captions by the names of their classes.
+    """Retrieval with captions, or with captions from class names if there are none.
 
-    Raises OSError or ValueError as `open_captioned`.
+    Raises the errors of `open_captioned`.
     """
     captions: CaptionedPictures | LabelledPictures | None
     try:

@@ -1,8 +1,8 @@
 """Image-text retrieval, where several images may share a caption and several captions an image.
 
-torchmetrics' RetrievalHitRate is the same recall where no two scores are equal (a test holds both together). It is not
-used, for two reasons: it breaks ties by the order of the items, so that a model that maps everything to a point looks
-good, and it takes every pair of image and caption as one list, 2 GB for the 5000 images and 25,000 captions of COCO.
+torchmetrics' RetrievalHitRate gives the same recall if no scores are equal (tested). It is not used for two reasons. It
+breaks ties by the order of the items, so that a model which maps everything to one point gets a high score. And it
+needs every pair of image and caption in one list, 2 GB for the 5000 images and 25,000 captions of COCO.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from .checks import check_ids, check_matrix
 
-QUERIES = 1024  # at a time
+QUERIES = 1024  # per batch
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def retrieve(
 def retrieve_captions(
     image_embeddings: Tensor, text_embeddings: Tensor, pairs: Tensor, ranks: tuple[int, ...] = (1, 5, 10)
 ) -> Retrieval:
-    """Compute recall as `retrieve` does, for a given list of matching pairs; images may share captions.
+    """Compute recall like `retrieve`, for a given list of matching pairs. Images may share captions.
 
     Args:
         image_embeddings: [N, D], of any norm.

@@ -1,4 +1,4 @@
-"""Export with the check built in: write, load back, compare with the encoder, and only then give the file its name."""
+"""Export with a check: the file is written, loaded, compared with the encoder, and only then renamed."""
 
 import copy
 import importlib.metadata
@@ -60,7 +60,7 @@ def export_model(
             normalisation, bounds, versions and the measured errors.
         format: "onnx" (standard operators), "torch" (torch.export) or "aot" (AOTInductor).
         min_size, max_size: bounds of height and width in pixels, multiples of the patch size; None for one patch and
-        twice the native size. Outside the bounds, torch programs and `load_exported` raise an error.
+            twice the native size. Outside the bounds, torch programs and `load_exported` raise an error.
         max_batch: largest batch size.
         tolerance: largest accepted relative error ||a - b|| / ||b||; 16-bit weights need more, such as 2e-2.
         source: origin of the model, for the description.
@@ -97,7 +97,7 @@ def export_model(
             raise ExportError(
                 f"the {format} program differs from the encoder by {worst:.1e}; accepted: {tolerance:.0e}"
             )
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # weights beside a graph before the graph
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # external weights before the graph
             os.replace(file, out.parent / file.name)
     description = {**describe(side, bounds, format, out.name, source, found), "tolerance": tolerance}
     write_atomically(_description_of(out), json.dumps(description, indent=2) + "\n")
@@ -109,8 +109,7 @@ def load_exported(path: str | Path) -> Runner:
     description.
 
     The function raises ValueError for a wrong number of channels or sizes outside the bounds, which AOTInductor and
-    ONNX Runtime may not check.
-    Raises OSError or ValueError if the file or the description beside it is missing or damaged.
+    ONNX Runtime may not check. Raises OSError or ValueError if the file or its description is missing or damaged.
     """
     path = Path(path)
     description = json.loads(_description_of(path).read_text())
@@ -133,7 +132,7 @@ def _description_of(path: Path) -> Path:
 
 @torch.no_grad()
 def compare(side: ImageSide, runner: Runner, batch: int, height: int, width: int) -> Parity:
-    """Relative errors of an exported program on random images of one size. Raises ExportError for another shape."""
+    """Relative errors of a program on random images of one size. Raises ExportError for wrong output shapes."""
     weight = side.encoder.patch_embed.projection.weight
     images = torch.randn(
         batch, side.encoder.config.channels, height, width, generator=torch.Generator().manual_seed(0)
@@ -150,7 +149,7 @@ def compare(side: ImageSide, runner: Runner, batch: int, height: int, width: int
 def describe(
     side: ImageSide, bounds: Bounds, format: Format, file: str, source: str, found: list[Parity]
 ) -> dict[str, Any]:
-    """The JSON beside an exported file: everything needed to use the file without this library."""
+    """The JSON description of an exported file, sufficient to use it without this library."""
     config = side.encoder.config
     weight = side.encoder.patch_embed.projection.weight
     widths: dict[str, list[Any]] = {

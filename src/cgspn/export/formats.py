@@ -1,4 +1,4 @@
-"""The three files an encoder can become: a torch.export program, an AOTInductor package, an ONNX graph in plain ops."""
+"""The export formats: torch.export program, AOTInductor package, and ONNX graph with standard operators."""
 
 import logging
 import warnings
@@ -28,7 +28,7 @@ LOADER: dict[Format, str] = {
 
 
 def write_torch(side: ImageSide, bounds: Bounds, path: Path, say: Say) -> None:
-    """Save a torch.export program (.pt2). Raises OSError, and torch's errors for what cannot be traced."""
+    """Save a torch.export program (.pt2). Raises OSError, and torch's errors if the model cannot be traced."""
     say("tracing the encoder and saving the program")
     torch.export.save(trace(side, bounds), path)
 
@@ -44,7 +44,7 @@ def write_aot(side: ImageSide, bounds: Bounds, path: Path, say: Say) -> None:
 
 
 def write_onnx(side: ImageSide, bounds: Bounds, path: Path, say: Say) -> None:
-    """Save an ONNX graph, opset 18, no custom domain; side: float32, on the CPU. Raises ValueError without onnx."""
+    """Save an ONNX graph (opset 18, no custom operators). side: float32 on the CPU. Raises ValueError without onnx."""
     check_onnx()
     from .onnx_scan import propagate_2d_onnx
     from .onnx_sizes import name_axes, refuse_other_sizes
@@ -67,7 +67,7 @@ def write_onnx(side: ImageSide, bounds: Bounds, path: Path, say: Say) -> None:
     name_axes(program.model.graph)
     refuse_other_sizes(program.model.graph, bounds)
     size = sum(p.numel() * p.element_size() for p in side.parameters())
-    program.save(str(path), external_data=size > 1.9e9)  # protobuf ends at 2 GB
+    program.save(str(path), external_data=size > 1.9e9)  # protobuf is limited to 2 GB
 
 
 def check_onnx() -> None:
@@ -88,7 +88,7 @@ WRITERS: dict[Format, Callable[[ImageSide, Bounds, Path, Say], None]] = {
 
 
 def open_file(path: Path, format: Format) -> Runner:
-    """The format's own loader: images [B, channels, H, W] -> the exported outputs, in order. Raises what it raises."""
+    """Load a file with the format's runtime, as a function: images [B, channels, H, W] -> outputs in order."""
     if format == "torch":
         return torch.export.load(path).module()
     if format == "aot":
@@ -103,7 +103,7 @@ def open_file(path: Path, format: Format) -> Runner:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's notes on torchvision, which is not used, and on its own deprecations."""
+    """Suppress the exporter's warnings about torchvision, which is not used, and about deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

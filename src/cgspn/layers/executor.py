@@ -89,8 +89,7 @@ def has_room(tokens: Tensor) -> bool:
 
 
 def has_dtype_of(mlp: nn.Module, tokens: Tensor) -> bool:
-    """Whether the MLP's products run in the dtype of the tokens, and its GELU is one that the fused products
-    support."""
+    """Whether the MLP's products run in the dtype of the tokens, and its GELU can be fused."""
     if not isinstance(mlp, Mlp):
         return True
     return mlp.act.approximate == "tanh" and tokens.dtype in (autocast_dtype(tokens), mlp.fc1.weight.dtype)

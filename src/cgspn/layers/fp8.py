@@ -149,8 +149,7 @@ class Fp8Linear(nn.Module):
     bias: Tensor
 
     def __init__(self, layer: nn.Linear) -> None:
-        """layer: [K] -> [N] with a bias. Raises ValueError for any other layer, or for widths that are no multiples of
-        16."""
+        """layer: [K] -> [N] with a bias. Raises ValueError for other layers and widths not divisible by 16."""
         super().__init__()
         if not is_plain(layer, nn.Linear):
             kind = type(layer).__name__
@@ -212,8 +211,7 @@ class Fp8Mlp(nn.Module):
 
 
 def quantize_mlps(model: Model) -> Model:
-    """Quantise the MLP of every block of an encoder to FP8 in place and return the encoder, for inference without
-    saving.
+    """Quantise the MLP of every block of an encoder to FP8, in place, for inference. It cannot be saved.
 
     Works for attention and C-GSPN blocks. The MLP of a MAP head, which processes one token, is not changed.
     `unsupported_reason(device)` says why FP8 is not faster on a device: the kernels need Triton, and Hopper or later.

@@ -1,4 +1,4 @@
-"""The Triton backend: the functions of torch_scan.py. It serves GPUs that the CUDA backend does not support.
+"""The Triton backend, for GPUs without the CUDA backend: the functions of torch_scan.py.
 
 The kernels know no mask and no normalised state, which are expressed by their inputs. The backward recomputes the state
 in float32 (float64 for float64 inputs) instead of saving it, so its gradients do not use a rounded state. Lines longer
@@ -134,9 +134,7 @@ def forward(scan: Scan) -> Tensor:
 
 
 def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of `forward` with respect to x, logits, lam, u and keep, in the inputs' dtypes and shapes; None for
-    None.
-    """
+    """Gradients of `forward` with respect to x, logits, lam, u and keep, in their dtypes and shapes."""
     if max(scan.x.shape[1:3]) > LONGEST:
         return torch_scan.backward(dy, scan)
     dy, scan = dy if scan.mask is None else _inside(dy, scan.mask), _without_mask(scan)

@@ -1,8 +1,7 @@
-"""The shell of every report: one HTML file that needs nothing else, reads on a phone, in light and in dark.
+"""The HTML page of every report: self-contained, readable on a phone, with light and dark mode.
 
-No requests to anywhere, and no scripts but those that a report brings along: pictures are data URIs, charts are
-inline SVG. Functions here take and return HTML; arguments called `text`, `title` and the like are plain text and are
-escaped, those called `body` are HTML.
+It makes no network requests and has only the report's own scripts. Pictures are data URIs, and charts inline SVGs.
+Functions here return HTML. Arguments such as `text` and `title` are plain text and are escaped; `body` is HTML.
 """
 
 from __future__ import annotations
@@ -12,18 +11,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from .theme import variables
-
 
 @dataclass(frozen=True)
 class Section:
     """A part of a page.
 
     Attributes:
-        key: its anchor: letters, digits and dashes.
-        title: its heading, plain text.
+        key: anchor of letters, digits and dashes.
+        title: heading, plain text.
         body: HTML.
-        short: what the table of contents calls it; the title if empty.
+        short: name in the table of contents; the title if empty.
     """
 
     key: str
@@ -40,18 +37,18 @@ def asset(name: str) -> str:
 def page(
     title: str, lead: str, sections: Sequence[Section], *, footer: str = "", style: str = "", script: str = ""
 ) -> str:
-    """A whole HTML document.
+    """A complete HTML document.
 
     Args:
         title: plain text.
         lead: one or two sentences below it, plain text.
-        sections: in order.
+        sections: the sections in order.
         footer: plain text.
-        style: CSS of this page alone.
-        script: JavaScript of this page, run once all of it is there.
+        style: CSS for this page only.
+        script: JavaScript for this page, run after loading.
 
     Raises:
-        ValueError: two sections of the same key.
+        ValueError: two sections with the same key.
     """
     keys = [section.key for section in sections]
     if len(set(keys)) < len(keys):
@@ -71,8 +68,6 @@ def page(
 <link rel="icon" href="data:,">
 <title>{_(title)}</title>
 <style>
-:root {{ color-scheme: light dark; {variables(dark=False)} }}
-@media (prefers-color-scheme: dark) {{ :root {{ {variables(dark=True)} }} }}
 {asset("page.css")}
 {style.strip()}
 </style>
@@ -94,7 +89,7 @@ def page(
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph of plain text; kind "read" for how to read what follows."""
+    """A paragraph of plain text. kind "read" marks reading instructions."""
     return f'<p class="{kind}">{_(text)}</p>' if kind else f"<p>{_(text)}</p>"
 
 
@@ -104,7 +99,7 @@ def heading(text: str) -> str:
 
 
 def card(what: str, value: str, note: str = "", colour: str = "var(--rule)") -> str:
-    """One number worth a second look. colour: CSS."""
+    """A card with an important number. colour: CSS."""
     return (
         f'<div class="card" style="--accent: {colour}"><div class="what">{_(what)}</div>'
         f'<div class="value">{_(value)}</div><div class="note">{_(note)}</div></div>'
@@ -117,27 +112,27 @@ def group(parts: Sequence[str], kind: str) -> str:
 
 
 def picture(uri: str, alt: str, caption: str = "", note: str = "") -> str:
-    """An image with its caption: a name in bold and a note after it. alt: what it shows, in words."""
+    """An image with a caption, a name in bold and a note. alt: alternative text."""
     return f'<figure><img src="{uri}" alt="{_(alt)}" loading="lazy">{_caption(caption, note)}</figure>'
 
 
 def panel(body: str, caption: str, note: str = "") -> str:
-    """A chart in a frame, its caption above it."""
+    """A framed chart with a caption above it."""
     return f'<figure class="panel">{_caption(caption, note)}{body}</figure>'
 
 
 def scroll(body: str, label: str) -> str:
-    """A table that scrolls sideways where the screen is narrower than it is, by touch and by keyboard."""
+    """A table that scrolls sideways on narrow screens, by touch and keyboard."""
     return f'<div class="scroll" role="region" aria-label="{_(label)}" tabindex="0">{body}</div>'
 
 
 def fact_list(facts: Mapping[str, str]) -> str:
-    """Names and values."""
+    """A list of names and values."""
     return "<dl>" + "".join(f"<dt>{_(k)}</dt><dd>{_(v)}</dd>" for k, v in facts.items()) + "</dl>"
 
 
 def colour_scale(colours: Sequence[tuple[float, float, float]], low: str, high: str) -> str:
-    """A bar from the first colour to the last with words at its ends."""
+    """A colour bar with labels at its ends."""
     stops = ", ".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * c for c in colour)) for colour in colours)
     return (
         f'<div class="scale"><span>{_(low)}</span><i style="background: linear-gradient(90deg, {stops})"></i>'
@@ -146,7 +141,7 @@ def colour_scale(colours: Sequence[tuple[float, float, float]], low: str, high: 
 
 
 def words(items: Sequence[str]) -> str:
-    """Items as a phrase: "a, b and c"."""
+    """Join items to a phrase: "a, b and c"."""
     return f"{', '.join(items[:-1])} and {items[-1]}" if len(items) > 1 else "".join(items)
 
 

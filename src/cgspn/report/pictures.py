@@ -1,6 +1,6 @@
-"""Tensors to pictures inside the page: data URIs, and pictures side by side.
+"""Conversion of tensors to pictures for pages: data URIs and sheets.
 
-Pictures here are [H, W] or [H, W, 3], uint8, or float in 0..1.
+A picture is [H, W] or [H, W, 3], uint8 or float in 0..1.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-# Dark red to pale yellow: reads on grey, and by brightness alone where colours cannot be told apart.
+# Dark red to pale yellow: visible on grey, and by brightness alone.
 HEAT = ((0.45, 0.00, 0.24), (0.80, 0.13, 0.15), (0.96, 0.45, 0.10), (1.00, 0.78, 0.20), (1.00, 0.98, 0.75))
-GREY = (128, 136, 144)  # of titles: reads on light and on dark
+GREY = (128, 136, 144)  # of titles; visible on light and on dark
 
 
 def image_of(picture: Tensor) -> Image.Image:
-    """A picture for PIL, float values outside 0..1 cut off. Raises ValueError for values that are not finite."""
+    """Convert a picture to a PIL image, with floats clipped to 0..1. Raises ValueError for NaN or infinity."""
     if picture.is_floating_point():
         if not bool(torch.isfinite(picture).all()):
             raise ValueError("picture holds values that are not finite; accepted: 0 to 1")
@@ -35,12 +35,12 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def png_uri(picture: Tensor) -> str:
-    """A picture as the `data:` URI of a PNG, for the `src` of an image. Raises as `image_of`."""
+    """A picture as a PNG data URI. Raises the errors of `image_of`."""
     return "data:image/png;base64," + base64.b64encode(png_bytes(image_of(picture))).decode("ascii")
 
 
 def jpeg_uri(image: Image.Image, side: int) -> str:
-    """A smooth image as the `data:` URI of a JPEG of at most `side` pixels a side."""
+    """A smooth image as a JPEG data URI with at most `side` pixels per side."""
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, format="JPEG", quality=85, optimize=True, progressive=True)
@@ -48,14 +48,14 @@ def jpeg_uri(image: Image.Image, side: int) -> str:
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
-    """Images [N, C, H, W], N a multiple of columns, as one canvas [C, N/columns * H, columns * W] without gaps."""
+    """Tile images [N, C, H, W], N a multiple of columns, into a canvas [C, N/columns * H, columns * W]."""
     return images.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
 
 
 def sheet(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], size: tuple[int, int], gap: int) -> Image.Image:
-    """Rows of pictures under the titles of the columns, RGBA with transparent gaps.
+    """Arrange pictures in rows below column titles, RGBA with transparent gaps.
 
-    size: height and width of each picture, which is scaled to fill them and cut at its edges.
+    size: height and width of each picture, which is resized to cover them and cropped.
     """
     height, width = size
     band = max(14, width // 12)

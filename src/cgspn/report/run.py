@@ -1,4 +1,4 @@
-"""The report of a distillation: how each stage went, block by block, how fast, from which data, with which settings."""
+"""The report of a distillation: losses per stage and block, speed, data and settings."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .training import block_panels, ends, step_panels
 
 Record = Mapping[str, Any]
 ENDS = ("first steps", "last steps")
-RISEN = 1.05  # times its lowest twentieth that a loss may end at before the report says that it rises
+RISEN = 1.05  # a loss that ends above this multiple of its lowest twentieth is reported as rising
 
 
 def run_report(record: Record) -> str:
-    """One self-contained HTML document of a run.
+    """The report of a run as one self-contained HTML document.
 
     Args:
-        record: what `cgspn distill` leaves in distill.json: "command", "versions", "config", "losses" (by stage, a list
+        record: the content of distill.json: "command", "versions", "config", "losses" (by stage, a list
             of steps), "throughput" (by stage), "images", "held_out" (`held_out.compare`), "skipped" (file and reason),
             "processes", "device".
 
@@ -38,7 +38,7 @@ def run_report(record: Record) -> str:
         f"From {record['teacher']} with {record['images']:,} images, in {len(stages)} "
         f"{'stage' if len(stages) == 1 else 'stages'}: losses, blocks, speed, data and settings.",
         sections,
-        footer="Made by cgspn distill. This file holds everything it shows and asks nothing of the network.",
+        footer="Made by cgspn distill. This file is self-contained and makes no network requests.",
     )
 
 
@@ -52,15 +52,15 @@ def _summary(record: Record, stages: Mapping[str, Sequence[Mapping[str, float]]]
         cards.append(page.card(title, f"{last:.3g}", ", ".join(part for part in parts if part), "var(--link)"))
     held = record.get("held_out") or {}
     if "cosine" in held:
-        seen = "that it was trained on, as fewer than 100 are there" if held["trained_on"] else "kept out of training"
-        note = f"of grid tokens at the native size, mean over {held['images']} images {seen}; 1 is the same direction"
+        seen = "training images (there are fewer than 100)" if held["trained_on"] else "held-out images"
+        note = f"of the final grid tokens at the native size, mean over {held['images']} {seen}"
         cards.insert(0, page.card("Cosine to the teacher", f"{held['cosine']:.3f}", note, "var(--link)"))
     body = [
-        page.paragraph("The loss of each stage at its end, mean of the last twentieth of its steps. Lower is better."),
+        page.paragraph("The final loss of each stage, averaged over the last twentieth of its steps. Lower is better."),
         page.group(cards, "cards") if cards else page.paragraph("This run trained nothing."),
     ]
     if "picture" in held:
-        words = "features as colours, one choice for all images; the student's are turned to fit the teacher's"
+        words = "PCA visualisation of the features; the student's components are rotated to match the teacher's"
         picture = page.picture(held["picture"], f"Images and {words}", "Image, teacher, student", words)
         body.append(page.group([picture], "wide"))
     return Section("summary", "In short", "\n".join(body), "In short")
@@ -79,11 +79,11 @@ def _speed(title: str, speed: Mapping[str, Any]) -> list[str]:
         return []
     cards = [page.card("Images/s", f"{speed['images_per_second']:,.1f}", "all processes, after the first steps")]
     if "mfu" in speed:
-        cards.append(page.card("MFU", f"{speed['mfu']:.0%}", "FLOP of teacher and student over the peak of the device"))
+        cards.append(page.card("MFU", f"{speed['mfu']:.0%}", "FLOPs of teacher and student / peak of the device"))
     note = f"first batch after {speed['first_batch_seconds']:.1f} s"
     cards.append(page.card("Waiting for data", f"{speed['data_wait_share']:.1%}", note))
-    chart = loss_chart({"images/s": speed["curve"]}, label=f"{title}: images/s in the course of the stage")
-    panel = page.panel(chart, "Images/s", "in the course of the stage, since it was last started")
+    chart = loss_chart({"images/s": speed["curve"]}, label=f"{title}: images/s over the stage")
+    panel = page.panel(chart, "Images/s", "since the stage was last started")
     return [page.heading("Speed"), page.group(cards, "cards"), page.group([panel], "wide")]
 
 
@@ -96,20 +96,20 @@ def _data(record: Record) -> Section:
         if each["files"]:
             names = {name: str(reason) for name, reason in each["files"].items()}
             body += [page.heading(f"Skipped {kind}"), page.fact_list(names)]
-    return Section("data", "What was seen", "\n".join(body), "Data")
+    return Section("data", "Training data", "\n".join(body), "Data")
 
 
 def _settings(record: Record) -> Section:
     facts = {"command": record["command"], "device": record["device"], "processes": str(record["processes"])}
     if record.get("peak_memory"):
-        facts["peak memory"] = f"{record['peak_memory'] / 2**30:.1f} GiB, the largest of a process"
+        facts["peak memory"] = f"{record['peak_memory'] / 2**30:.1f} GiB, the maximum over processes"
     facts |= {name: str(version) for name, version in record["versions"].items()}
     body = [page.fact_list(facts), page.heading("Settings"), page.fact_list(dict(_flat(record["config"])))]
-    return Section("settings", "What was run", "\n".join(body), "Settings")
+    return Section("settings", "Command and settings", "\n".join(body), "Settings")
 
 
 def rising(steps: Sequence[Mapping[str, float]]) -> str:
-    """A flag for a stage whose loss ends higher than it was before, by twentieths of its steps; "" if it does not."""
+    """A warning for a stage whose loss ends higher than an earlier twentieth of its steps, or ""."""
     totals = [step["total"] for step in steps]
     size = max(1, len(totals) // 20)
     means = [sum(totals[start : start + size]) / size for start in range(0, len(totals) - size + 1, size)]
@@ -118,7 +118,7 @@ def rising(steps: Sequence[Mapping[str, float]]) -> str:
 
 
 def _wall_time(speed: Mapping[str, Any]) -> str:
-    """How long a stage took since it was last started; "" if that is not known."""
+    """The duration of a stage since its last start; "" if unknown."""
     seconds = speed.get("seconds")
     if seconds is None:
         return ""
@@ -134,6 +134,6 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, str]
 
 
 def _ends(values: Sequence[float]) -> tuple[float, float]:
-    """Means over the first and the last twentieth."""
+    """Means over the first and the last twentieth of the steps."""
     size = max(1, len(values) // 20)
     return sum(values[:size]) / size, sum(values[-size:]) / size

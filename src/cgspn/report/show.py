@@ -1,4 +1,4 @@
-"""What student and teacher make of photographs: all views, in colours that can be compared, and a picture of them."""
+"""Views of photographs through student and teacher, with comparable colours."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from .show_data import Place, View, view
 
 TEACHER, STUDENT = "teacher", "student"
 PLACES: tuple[Place, ...] = ((0.5, 0.5), (0.3, 0.25), (0.75, 0.7))
-LAYERS = 4  # layers that are shown where none are named
-FITTED = 20_000  # patches of a photograph that the colours are fitted on
+LAYERS = 4  # default number of layers
+FITTED = 20_000  # most patches per photograph for fitting colours
 
 
 @dataclass(frozen=True)
 class Show:
-    """Photographs through a student, and through its teacher if there is one.
+    """Photographs with the features of a student, and optionally its teacher.
 
     Attributes:
-        views: one a photograph.
-        colours: by model, fitted on all photographs, the student's turned to the teacher's.
+        views: one per photograph.
+        colours: by model, fitted on all photographs; the student's are aligned with the teacher's.
     """
 
     views: list[View]
@@ -42,14 +42,14 @@ def look_at(
     places: Sequence[Place] = PLACES,
     watch: Callable[[], object] | None = None,
 ) -> Show:
-    """Run the photographs through the models, one at a time, on the device where the models are.
+    """Run the photographs through the models one by one, on the models' device.
 
     Args:
-        photographs: at least one, sizes that the patches tile.
+        photographs: at least one, with sizes that are multiples of the patch size.
         student: any encoder.
         teacher: any encoder of the same patch size.
-        layers: of the student, from 1, whose flows are shown; None for four spread evenly.
-        places: of the patches whose flows are shown, as shares of height and width.
+        layers: the student's layers, from 1, whose influence is shown; None for four evenly spaced ones.
+        places: patches whose influence is shown, as fractions of height and width.
         watch: called after each photograph.
 
     Raises:
@@ -72,14 +72,14 @@ def look_at(
 
 
 def even_layers(student: Encoder) -> list[int]:
-    """Numbers, from 1, of at most four layers spread evenly, the first and the last among them."""
+    """Numbers, from 1, of at most four evenly spaced layers, including the first and the last."""
     depth = student.config.depth
     count = min(LAYERS, depth)
     return [1 + round(i * (depth - 1) / max(1, count - 1)) for i in range(count)]
 
 
 def check_show(student: Encoder, teacher: Encoder | None, layers: Sequence[int], places: Sequence[Place]) -> None:
-    """Raise ValueError for what `look_at` does not take."""
+    """Raise ValueError for invalid arguments of `look_at`."""
     if teacher is not None and teacher.config.patch_size != student.config.patch_size:
         raise ValueError(
             f"teacher has patches of {teacher.config.patch_size} pixels; expected the student's, "
@@ -93,15 +93,15 @@ def check_show(student: Encoder, teacher: Encoder | None, layers: Sequence[int],
 
 
 def show_picture(shown: Show, width: int = 288, rows: int = 4, gap: int = 6) -> Image.Image:
-    """One row per photograph, followed by its features as colours, teacher first, under the titles of the columns.
+    """A picture with one row per photograph and PCA visualisations of its features, teacher first, below column titles.
 
-    Rows have the aspect ratio of the first photograph; others are cut at their edges.
+    All rows have the aspect ratio of the first photograph; others are cropped.
 
     Args:
-        shown: by `look_at`.
-        width: of each picture, in pixels.
-        rows: most photographs.
-        gap: pixels between pictures, transparent.
+        shown: from `look_at`.
+        width: of each image in pixels.
+        rows: maximum number of photographs.
+        gap: transparent pixels between images.
     """
     first = shown.views[0].photograph.pixels
     size = (round(width * first.shape[1] / first.shape[2]), width)

@@ -1,4 +1,4 @@
-"""Panels of the losses of a stage: over its steps, and block by block; of one run or of several beside one another."""
+"""Charts of the losses of a stage over steps and over blocks, for one or several runs."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from .charts import block_chart, loss_chart
 Steps = Sequence[Mapping[str, float]]
 TITLES = {
     "total": ("Total", "the weighted sum that is minimised"),
-    "PP": ("After sub-layers (PP)", "mean over blocks, through adapters where they are on"),
-    "PB": ("After blocks (PB)", "mean over blocks, through adapters where they are on"),
+    "PP": ("After sub-layers (PP)", "mean over blocks, with adapters if enabled"),
+    "PB": ("After blocks (PB)", "mean over blocks, with adapters if enabled"),
     "pooled": ("Pooled vector", "relative MSE, no adapter"),
-    "contrastive": ("Contrastive", "images against captions"),
-    "gradient": ("Gradient", "its norm before clipping"),
-    "lr": ("Learning rate", "of fresh weights; others have a factor on it"),
+    "contrastive": ("Contrastive", "between images and captions"),
+    "gradient": ("Gradient", "norm before clipping"),
+    "lr": ("Learning rate", "of new weights; inherited ones have a multiplier"),
 }
-LAST = ("gradient", "lr")  # panels after those of losses
+LAST = ("gradient", "lr")  # panels after the losses
 TAPS = {"": "Each sub-layer", "PP ": "Each sub-layer (PP)", "PB ": "Each block (PB)"}
 
 
 def step_panels(stage: str, runs: Mapping[str, Steps], schedule: bool = True) -> list[str]:
-    """A chart of the total and of each part of it over the steps, a line for each run.
+    """Charts of the total loss and each of its parts over the steps, with a line per run.
 
-    schedule: show gradient and learning rate too.
+    schedule: also show gradient norm and learning rate.
     """
     names = [name for name in next(iter(runs.values()))[0] if name != "step" and "block" not in name]
     panels = []
@@ -38,7 +38,7 @@ def step_panels(stage: str, runs: Mapping[str, Steps], schedule: bool = True) ->
 
 
 def block_panels(stage: str, lines: Mapping[str, Steps], when: str) -> list[str]:
-    """A chart for each kind of tap: the mean loss of every block, a line for each set of steps (`ends`)."""
+    """One chart per kind of tap: the mean loss of every block, with a line per set of steps (`ends`)."""
     first = next((steps[0] for steps in lines.values() if steps), {})
     panels = []
     for tap, caption in TAPS.items():
@@ -55,7 +55,7 @@ def block_panels(stage: str, lines: Mapping[str, Steps], when: str) -> list[str]
 
 
 def ends(steps: Steps) -> tuple[Steps, Steps]:
-    """The first and the last twentieth of the steps that record single blocks, which not all of a long stage do."""
+    """The first and the last twentieth of the steps that record single blocks; in long stages not every step does."""
     detailed = [step for step in steps if any("block" in name for name in step)]
     size = max(1, len(detailed) // 20)
     return detailed[:size], detailed[-size:]

@@ -1,4 +1,4 @@
-"""`load_encoder`: one entry for every checkpoint; the format is recognised, not asked for."""
+"""Loading of checkpoints in any supported format, which is detected."""
 
 import re
 import warnings
