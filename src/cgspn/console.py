@@ -47,6 +47,11 @@ def rate_text(rate: float) -> str:
     return f"{rate:,.{0 if rate >= 10 else 2}f} images/s"
 
 
+def duration_text(seconds: float) -> str:
+    """A duration in hours, or in minutes if it is below one."""
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+
+
 def waiting(text: str) -> Status:
     """Show a status message until the context ends."""
     return console.status(Text(text))
