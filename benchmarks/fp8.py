@@ -38,7 +38,6 @@ from .quality import TESTED
 from .resolution.photographs import read_tar, square
 
 Row = dict[str, Any]
-WAYS: tuple[fp8.Products, ...] = ("library", "triton")
 
 
 @dataclass(frozen=True)
@@ -163,28 +162,21 @@ def mlp_rows(shape: Shape, pixels: int, batch: int, device: torch.device, rounds
     """The MLP half after its norm, and what it consists of, at `batch` images: in 16 bits and in 8, interleaved."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     plain = Mlp(shape.width, shape.hidden, "gelu_tanh").to(device, dtype)
-    ways = {way: Fp8Mlp(plain, way) for way in WAYS if way == "library" or fp8.unsupported_reason(device) is None}
     tokens = batch * (pixels // shape.patch) ** 2
     x, residual = (torch.randn(tokens, shape.width, device=device, dtype=dtype) for _ in range(2))
-    mlp = ways["library"]
+    mlp = Fp8Mlp(plain)
     values, scales, ahead = fp8.fp8_rows(x, mlp.steep, mlp.offset)
     first, second = mlp.fc1, mlp.fc2
-    wide = first(values, scales, dtype)
-    hidden = fp8.fp8_activate(wide, ahead, "gelu_tanh")
+    one = (values, scales, first.weight, first.scales, first.bias, ahead, "gelu_tanh")
+    two = (residual, fp8.fp8_linear_activate(*one), ahead, second.weight, second.scales)
     calls: dict[str, Callable[[], object]] = {
         "bf16, residual added after": lambda: residual + plain(x),
         "bf16, epilogues": lambda: plain.adder(x)(residual),
-        **{f"fp8, {way}": lambda m=m: m.adder(x)(residual) for way, m in ways.items()},  # type: ignore[misc]
-        "of library: tokens to 8 bits": lambda: fp8.fp8_rows(x, mlp.steep, mlp.offset),
-        "of library: fc1": lambda: first(values, scales, dtype),
-        "of library: GELU to 8 bits": lambda: fp8.fp8_activate(wide, ahead, "gelu_tanh"),
-        "of library: fc2": lambda: second(hidden, ahead, dtype, False),
+        "fp8": lambda: mlp.adder(x)(residual),
+        "of fp8: tokens to 8 bits": lambda: fp8.fp8_rows(x, mlp.steep, mlp.offset),
+        "of fp8: fc1 and GELU": lambda: fp8.fp8_linear_activate(*one),
+        "of fp8: fc2 and residual": lambda: fp8.fp8_linear_onto(*two),
     }
-    if "triton" in ways:
-        one = (values, scales, first.weight, first.scales, first.bias, ahead, "gelu_tanh")
-        calls["of triton: fc1 and GELU"] = lambda: fp8.fp8_linear_activate(*one)
-        two = (residual, hidden, ahead, second.weight, second.scales)
-        calls["of triton: fc2 and residual"] = lambda: fp8.fp8_linear_onto(*two)
     with torch.no_grad():
         times = medians(calls, rounds=rounds, graph=False)
     flop = 2 * tokens * shape.width * shape.hidden
@@ -207,12 +199,12 @@ def block_rows(shape: Shape, pixels: int, batch: int, device: torch.device, roun
     calls: dict[str, Callable[[], object]] = {}
     rows: dict[str, Row] = {}
     for mixer in [n for n in names(device) if n.endswith(FUSED_MLP) or n == OURS]:
-        for way in (None, *WAYS):
-            name = f"{mixer.removesuffix(FUSED_MLP)}, MLP " + ("bf16" if way is None else f"fp8, {way}")
+        for way in ("bf16", "fp8"):
+            name = f"{mixer.removesuffix(FUSED_MLP)}, MLP {way}"
             rows[name] = {"px": pixels, "B": batch, "block": name}
             contender = build(mixer, shape, device, dtype)
-            if way is not None:
-                quantize_mlps(contender.block, products=way)
+            if way == "fp8":
+                quantize_mlps(contender.block)
 
             def call(contender: Any = contender) -> object:
                 with torch.no_grad():

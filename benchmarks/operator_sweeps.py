@@ -57,8 +57,6 @@ def projected_rows(b: int, n: int, c: int = 64) -> list[Row]:
     trained = forwards | {"all in memory, made again": {"parameters": "memory"}}
     if projected.unsupported_reason(x) is None:
         forwards["chip"] = {"parameters": "chip"}
-        if projected.unsupported_reason(x, backward=True) is None:
-            trained["chip in both passes"] = {"parameters": "chip"}
     calls: dict[str, Callable[[], object]] = {"projection alone": projection}
     calls |= {f"forward: {name}": partial(forward, options) for name, options in forwards.items()}
     calls |= {f"forward + backward: {name}": partial(both, options) for name, options in trained.items()}

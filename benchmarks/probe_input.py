@@ -213,7 +213,6 @@ def folder(root: Path, rng: random.Random) -> Callable[[], object]:
     def read() -> None:
         open_labelled(root / "f")
         source = open_samples(str(root / "f"), cache=root / "cache")
-        cgspn.data.load_folder(root / "f", 8, max_skipped_fraction=1.0)
         for number in range(len(source)):
             with contextlib.suppress(OSError):
                 source.read(number)

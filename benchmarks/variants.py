@@ -29,7 +29,7 @@ from cgspn.ops.backends import unsupported_reason
 from cgspn.ops.cuda import launch, projected, scan
 from cgspn.ops.cuda.compile import cubin, macros
 from cgspn.ops.cuda.plan import Problem, TileConfig, choose
-from cgspn.ops.cuda.projected_plan import ProjectedTileConfig, choose_backward, cuts
+from cgspn.ops.cuda.projected_plan import ProjectedTileConfig, cuts
 from cgspn.ops.cuda.projected_plan import choose as choose_projected
 from cgspn.ops.gpu import Machine, gpu_of
 
@@ -97,11 +97,8 @@ def jobs(machine: Machine) -> Iterator[tuple[str, dict[str, int]]]:
                 save = None if p.backward else False
                 yield p.name, launch.scan_defines(cut, p, FLOAT32, masked=False, merged=False, save=save)
     for _, n, c in PROJECTED:
-        for backward in (False, True):
-            for projected_cut in cuts(n, c, machine, backward):
-                name = "projected_backward" if backward else "projected_forward"
-                gated = None if backward else True
-                yield name, projected.projected_defines(projected_cut, c, BF16, masked=False, gated=gated)
+        for projected_cut in cuts(n, c, machine):
+            yield "projected_forward", projected.projected_defines(projected_cut, c, BF16, masked=False)
 
 
 def _flat(result: Any) -> Tensor:
@@ -170,26 +167,16 @@ def line_scan_rows(machine: Machine, copy: float) -> list[Row]:
 
 
 def projected_rows(b: int, n: int, c: int, machine: Machine) -> list[Row]:
-    """`propagate_2d_projected` with parameters on the chip, summed, in bfloat16, every cut of either pass."""
-    x, dy = (torch.randn(b, n, n, c, device="cuda").bfloat16() for _ in range(2))
+    """`propagate_2d_projected` with parameters on the chip, summed, in bfloat16, every cut."""
+    x = torch.randn(b, n, n, c, device="cuda").bfloat16()
     weight = (torch.randn(20 * c, c, device="cuda") / c**0.5).bfloat16()
     bias = torch.randn(20 * c, device="cuda").bfloat16()
     p = ProjectedScan(x, weight, bias)
-    rows: list[Row] = []
-    for backward in (False, True):
-        if backward:
-            function: Callable[..., object] = partial(projected.backward, dy, p)
-            own = choose_backward(b, n, c, 4, machine)
-        else:
-            function = partial(projected.forward, p)
-            own = choose_projected(b, n, c, 4, machine)
-        rivals: list[ProjectedTileConfig] = list(cuts(n, c, machine, backward))
-        calls: dict[str, Callable[[], object]] = {f"the plan's, {own}": function}
-        calls |= {describe_cut(cut): partial(function, cut=cut) for cut in rivals}
-        for name, ms, difference in _timed(calls):
-            kind = "backward" if backward else "forward"
-            rows.append({"B": b, "grid": n, "C": c, "pass": kind, "cut": name, "ms": ms, "difference": difference})
-    return rows
+    function = partial(projected.forward, p)
+    calls: dict[str, Callable[[], object]] = {f"the plan's, {choose_projected(b, n, c, 4, machine)}": function}
+    calls |= {describe_cut(cut): partial(function, cut=cut) for cut in cuts(n, c, machine)}
+    size = {"B": b, "grid": n, "C": c, "pass": "forward"}
+    return [size | {"cut": name, "ms": ms, "difference": difference} for name, ms, difference in _timed(calls)]
 
 
 def describe_cut(cut: TileConfig | ProjectedTileConfig) -> str:

@@ -19,7 +19,6 @@ from cgspn.ops.cuda.launch import merge_defines, scan_defines
 from cgspn.ops.cuda.plan import Problem, choose
 from cgspn.ops.cuda.projected import projected_defines
 from cgspn.ops.cuda.projected_plan import choose as choose_projected
-from cgspn.ops.cuda.projected_plan import choose_backward
 from cgspn.ops.gpu import Machine
 
 ARCHITECTURES = {"sm_80": Machine(108, 163 * 1024, False), "sm_90": Machine(132, 227 * 1024, True)}
@@ -29,9 +28,9 @@ REGISTERS = 65536  # of an SM
 # some was measured faster than narrower vectors (results/operator).
 SPILLS = {"forward": 160, "backward": 400}
 # A few bytes outside the loop over lines, at 168 registers: 10 warps a block are worth more than what that costs.
-SPILLS |= {"projected_forward": 40, "projected_backward": 40}
+SPILLS |= {"projected_forward": 40}
 SHAPES = [(1, 74, 64), (1, 147, 64), (1, 294, 64), (8, 74, 64), (32, 74, 64), (32, 147, 64), (2, 40, 21), (1, 1024, 64)]
-PROJECTED = [(1, 74, 64), (32, 74, 64), (32, 147, 64), (8, 37, 24), (4, 74, 256)]
+PROJECTED = [(1, 74, 64), (32, 74, 64), (32, 147, 64), (8, 37, 24)]
 # batch, grid, channels of a direction: eight have one set of parameters between them
 SETS = [(1, 74, 64), (32, 74, 64), (32, 74, 96), (32, 147, 96), (1, 294, 96)]
 Variant = tuple[str, dict[str, int]]
@@ -61,14 +60,9 @@ def sets(machine: Machine) -> Iterator[Variant]:
 def projected(machine: Machine) -> Iterator[Variant]:
     """The projected scans that the plan asks for."""
     for b, n, c in PROJECTED:
-        chosen = [(first, False)] if (first := choose_projected(b, n, c, 4, machine)) else []
-        if last := choose_backward(b, n, c, 4, machine):
-            chosen.append((last, True))
-        for (cut, backward), masked in itertools.product(chosen, (False, True)):
-            yield (
-                "projected_backward" if backward else "projected_forward",
-                projected_defines(cut, c, 2, masked=masked, gated=None if backward else True),
-            )
+        if cut := choose_projected(b, n, c, 4, machine):
+            for masked in (False, True):
+                yield "projected_forward", projected_defines(cut, c, 2, masked=masked)
 
 
 def variants(machine: Machine) -> list[Variant]:

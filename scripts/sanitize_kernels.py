@@ -8,8 +8,6 @@ and the same with racecheck and synccheck; initcheck without the kernel filter.
 
 from __future__ import annotations
 
-from unittest import mock
-
 import torch
 
 from cgspn.ops.arguments import ProjectedScan, Scan
@@ -18,12 +16,6 @@ from cgspn.ops.cuda.plan import TileConfig
 from cgspn.ops.cuda.projected_plan import ProjectedTileConfig
 
 FOUR = [0, 1, 2, 3]
-
-
-def product(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-    """torch.mm and torch.bmm without cuBLAS, whose kernels racecheck breaks."""
-    total = (a.float().unsqueeze(-1) * b.float().unsqueeze(-3)).sum(-2)
-    return total.to(a.dtype) if out is None else out.copy_(total)
 
 
 def main() -> None:
@@ -44,16 +36,14 @@ def main() -> None:
                     y, *saved = scan.forward_saving(arguments)
                     scan.backward(y, arguments, *saved)
             launch.choose = choose
-    for b, h, w, c in ((2, 9, 13, 24), (1, 21, 18, 136), (1, 11, 19, 40)):
+    for b, h, w, c in ((2, 9, 13, 24), (1, 21, 18, 64), (1, 11, 19, 40)):
         x, weight = (torch.randn(s, device="cuda").bfloat16() for s in ((b, h, w, c), (20 * c, c)))
         # The plan's own cut for few blocks; and that for many, some of whose warps have no channels.
         cut = None if c != 40 else ProjectedTileConfig(2, 1, 3)
         for inside in (None, torch.rand(b, h, w, device="cuda") < 0.8):
             for merge in (True, False):
                 p = ProjectedScan(x, weight, weight[:, 0], inside, FOUR, merge)
-                y = projected.forward(p, cut)
-                with mock.patch.multiple(torch, mm=product, bmm=product):
-                    projected.backward(y, p, cut)
+                projected.forward(p, cut)
     torch.cuda.synchronize()
     print("done")
 

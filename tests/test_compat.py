@@ -45,7 +45,7 @@ def test_missing_name_says_which_versions_have_it():
         compat.private("_no.such")
 
 
-@pytest.mark.parametrize("path", ["_scaled_mm", "_inductor.aoti_load_package", "_inductor.aoti_compile_and_package"])
+@pytest.mark.parametrize("path", ["_inductor.aoti_load_package", "_inductor.aoti_compile_and_package"])
 def test_private_finds_what_is_looked_up_at_use(path):
     assert callable(compat.private(path))
 

@@ -23,7 +23,7 @@ from cgspn.models.checkpoint import write_atomically
 from cgspn.models.config import EncoderConfig
 from cgspn.models.encoder import Encoder
 from cgspn.models.registry import model_config
-from cgspn.teachers.convert import student_config
+from cgspn.teachers import convert
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def config_of(student: Student, teacher: EncoderConfig) -> EncoderConfig:
     for name in ("keep_attention", "window_attention"):
         if name in arguments:
             arguments[name] = scaled(arguments[name], teacher.depth)
-    return replace(student_config(teacher, **arguments), positions=positions)
+    with torch.device("meta"):
+        return replace(convert(Encoder(teacher), **arguments).config, positions=positions)
 
 
 @torch.no_grad()

@@ -62,8 +62,7 @@ def _said(words: str, code: int) -> int:
 
 
 def run(arguments: list[str]) -> None:
-    """Parse a command line and run its command. Raises ValueError for an unknown command, and the command's own
-    errors."""
+    """Parse a command line and run its command. Raises ValueError for an unknown command, and its errors."""
     if arguments[:1] == ["--version"]:
         print(f"cgspn {__version__}")
         return

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from . import __version__
 from .bench.timing import medians
 from .data import ImageSet, load_embedded
 from .distill import DistillConfig, distill
 from .distill.presets import EMBEDDED
 from .distill.stages import Watcher
+from .environment import versions
 from .evaluate.suite import METRICS, evaluate_dual
 from .evaluate.table import Metric, SummaryTable
 from .models.dual import DualEncoder
@@ -58,8 +58,8 @@ def _first(images: ImageSet, count: int, name: str) -> ImageSet:
     return images.subset(torch.arange(count))
 
 
-def idle_threads(limit: int = 8) -> int:
-    """The number of threads from which small models gain now: the idle cores, at least 1 and at most `limit`.
+def idle_threads() -> int:
+    """The number of threads from which small models gain now: the idle cores, at least 1 and at most 8.
 
     Every operation waits for its slowest thread. With more threads than idle cores the demo takes several times as
     long, and its operations are too small for more than a few threads.
@@ -67,7 +67,7 @@ def idle_threads(limit: int = 8) -> int:
     total = os.cpu_count() or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
     busy = os.getloadavg()[0] * cores / total if hasattr(os, "getloadavg") else 0.0
-    return max(1, min(limit, cores, round(cores - busy)))
+    return max(1, min(8, cores, round(cores - busy)))
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def run_demo(config: DemoConfig, watcher: Watcher | None = None) -> DemoResult:
         "held-out images": str(len(test)),
         "training images": str(len(train)),
         "seeds": f"{config.distill.stage1.seed}, {config.distill.stage2.seed}",
-        "versions": f"cgspn {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
     }
     return DemoResult(table=table, histories=histories, models=models, images=test, facts=facts)

@@ -14,8 +14,7 @@ from . import __version__
 
 
 def commit() -> str:
-    """The commit of the checkout that contains this package, with "+" if it has changes; "unknown" outside of a
-    checkout."""
+    """The commit of this checkout, with "+" if it has changes; "unknown" for an installed package."""
 
     def git(*arguments: str) -> str:
         here = Path(__file__).parent
@@ -28,20 +27,28 @@ def commit() -> str:
         return "unknown"
 
 
+def command(program: str = "cgspn") -> str:
+    """The command line of this process; program: what its arguments were given to."""
+    return shlex.join([program, *sys.argv[1:]])
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, PyTorch and Python."""
+    return {"cgspn": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
 def describe(commit_name: str = "", program: str = "cgspn") -> dict[str, str]:
     """Command, machine, versions, commit and time of a result.
 
     commit_name: replaces `commit()`. program: the name of the command in front of this process's arguments.
     """
     return {
-        "command": " ".join([program, *map(shlex.quote, sys.argv[1:])]),
+        "command": command(program),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "cpu": cpu_name(),
-        "torch": torch.__version__,
+        **versions(),
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
-        "python": platform.python_version(),
-        "cgspn": __version__,
         "commit": commit_name or commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -130,10 +130,10 @@ def test_a_processor_captures_nothing_and_the_file_takes_both_kinds(tmp_path):
 
 def test_captured_steps_are_compared_with_captured_ones():
     def row(mode, gpus, rate, **more):
-        times = {"step_ms": 1.0, "spread_ms": 0.0, "images/s": rate}
+        times = {"step_ms": 1.0, "spread_ms": 0.0, "images/s": rate, "captured": False}
         return {"mode": mode, "image": 378, "batch": 64, "gpus": gpus} | times | more
 
-    old = [row("stage 2", 1, 100.0), row("stage 2 fsdp", 2, 150.0)]  # of a file that does not know of captures
+    old = [row("stage 2", 1, 100.0), row("stage 2 fsdp", 2, 150.0)]
     new = [row("stage 2", 1, 120.0, captured=True), row("stage 2 ddp", 2, 228.0, captured=True)]
     rows = speed_rows({"rows": [*old, *new]})
     assert [(r["mode"], r["captured"], r["GPUs"], r["efficiency"]) for r in rows] == [

@@ -12,7 +12,7 @@ MEASURED = Path(__file__).parents[2] / "results/scaling/scaling.json"
 
 def saved_of(step=400.0, spread=0.0, size=2.4e9):
     one = {"mode": "stage 2", "image": 378, "batch": 64, "gpus": 1, "step_ms": step, "spread_ms": spread}
-    one |= {"bytes": size, "blocks": 27, "student": 0.75}
+    one |= {"bytes": size, "blocks": 27, "student": 0.75, "captured": False}
     compute = {"blocks_per_unit": 3, "reshard_after_forward": False}
     return {
         "settings": {"compute": compute},

@@ -38,7 +38,6 @@ def test_every_job_names_the_macros_of_its_kernel() -> None:
     for name, defines in jobs(HOPPER):
         assert {"DTYPE", "VEC", "THREADS", "HALO"} <= defines.keys()
         assert ("SAVE" in defines) == (name == "forward")
-        assert ("GATED" in defines) == (name == "projected_forward")
 
 
 def test_a_variant_that_differs_is_not_the_best() -> None:

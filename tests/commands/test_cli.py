@@ -40,7 +40,7 @@ def test_help_shows_examples(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--out", "file"], "out is file, where nothing can be written"),
+        (["demo", "--out", "file"], "out is file, which is not writable"),
         (["demo", "--config.test-images", "0"], "test_images is 0; accepted: 1 to 4000"),
         (["demo", "--config.distill.compression", "97"], "compression is 97"),
         (["pretrain", "x", "--config.model", "vit_mni_patch4_28"], "did you mean"),
@@ -49,6 +49,7 @@ def test_help_shows_examples(capsys):
         (["distil"], "'distil' is not a command of cgspn; did you mean distill?"),
         (["eval", "zeroshoot", "embedded"], "'zeroshoot' is not a command of cgspn eval; did you mean zeroshot?"),
         (["convert", "embeded", "new/student"], "embeded does not exist; did you mean embedded?"),
+        (["show", "nobody/nothing"], "no connection and nothing cached (given as student)"),
         (["convert", "nowhere", "new/student"], "nowhere"),
         (["convert", "embedded", "new/student", "--compression", "0"], "compression is 0"),
         (["eval", "zeroshot", "nowhere", "--out", "new/table.json"], "nowhere"),

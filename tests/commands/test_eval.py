@@ -77,10 +77,14 @@ def test_retrieval_and_everything_that_a_folder_allows(tmp_path, student, capsys
     run("retrieval", "embedded", "--data", "photos", "--out", "classes.json")
     found = json.loads((tmp_path / "classes.json").read_text())["results"]["embedded"]["photos"]
     assert found.keys() == {"image_to_text@1", "text_to_image@1"}
-    run("all", "embedded", "dual", "--data", "photos")
+    assert "image → text R@1 (%)" in capsys.readouterr().out
+    run("all", "embedded", "dual", "--data", "photos", "--out", "both.json")
     shown = capsys.readouterr().out
     assert "top-1 (%)" in shown
-    assert "image → text R@1 (%)" in shown
+    assert "text → image R@1 (%)" in shown
+    assert "image → text R@1 (%)" not in shown  # by captions made of classes it is zero-shot by another name
+    found = json.loads((tmp_path / "both.json").read_text())["results"]["embedded"]["photos"]
+    assert {"top1", "per_class", "image_to_text@1"} <= found.keys()
     for i, label in enumerate(labels):
         (tmp_path / "photos" / names[label] / f"{i}.txt").write_text(f"a {names[label]}\nnumber {i}\n")
     run("all", "embedded", "--data", "photos", "--out", "all.json")
@@ -162,6 +166,7 @@ def test_segment_on_pairs_of_ones_own(tmp_path, student, capsys):
     [
         (["zeroshot", "embedded", "--data", "missing"], "no such folder: missing"),
         (["zeroshot"], "models is empty"),
+        (["zeroshot", "student", "--data", "missing"], "models names student, which is an image encoder without"),
         (["retrieval", "student"], "models names student, which is an image encoder without a text tower"),
         (["zeroshot", "embedded", "--batch-size", "0"], "batch_size is 0"),
         (["zeroshot", "embedded", "--max-skipped", "2"], r"max_skipped is 2\.0; accepted: 0 to 1"),

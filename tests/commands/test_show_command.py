@@ -47,4 +47,4 @@ def test_a_folder_with_a_damaged_photograph_makes_a_page_and_a_picture(tmp_path,
     page = (tmp_path / "new" / "page.html").read_text()
     assert "48 × 32 pixels, 12 × 8 patches" in page
     assert "photos/broken.jpg" in page
-    assert Image.open(tmp_path / "picture.png").size == (582, 192)
+    assert Image.open(tmp_path / "picture.png").size == (582, 24 + 6 + 192)

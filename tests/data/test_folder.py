@@ -1,15 +1,22 @@
 """Image folders: what is read, how colours come out, and what happens to files that cannot be read."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cgspn.data import load_folder
-from cgspn.data.decode import middle, read_box
+from cgspn.data.decode import middle, read_box, whole
+from cgspn.data.folder import list_folder
+
+
+def load(root, size, crop=True):
+    """Class names, labels, and uint8 [N, 3, h, w]."""
+    size = (size, size) if isinstance(size, int) else size
+    names, files = list_folder(root)
+    pixels = [read_box(file, size, middle(size) if crop else whole) for file, _ in files]
+    return names, [label for _, label in files], torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
 
 
 def save(path, color=(255, 0, 0), size=(20, 16), mode="RGB", **options):
@@ -24,30 +31,28 @@ def test_sub_folders_are_classes(tmp_path):
     save(tmp_path / ".hidden" / "x.png")
     (tmp_path / "cat" / "notes.txt").write_text("no image")
     (tmp_path / "empty").mkdir()
-    images, skipped = load_folder(tmp_path, (8, 12))
-    assert len(skipped) == 0
-    assert skipped.total == 3
-    assert images.class_names == ("cat", "dog")
-    assert images.labels.tolist() == [0, 0, 1]
-    assert images.images.shape == (3, 3, 8, 12)
-    assert images.images[:, :, 4, 6].tolist() == [[255, 0, 0], [0, 0, 255], [0, 255, 0]]
+    names, labels, images = load(tmp_path, (8, 12))
+    assert names == ("cat", "dog")
+    assert labels == [0, 0, 1]
+    assert images.shape == (3, 3, 8, 12)
+    assert images[:, :, 4, 6].tolist() == [[255, 0, 0], [0, 0, 255], [0, 255, 0]]
 
 
 def test_a_flat_folder_is_one_class(tmp_path):
     for i in range(3):
         save(tmp_path / "pets" / f"{i}.png", (i, i, i))
-    images, _ = load_folder(tmp_path / "pets", 4)
-    assert images.class_names == ("pets",)
-    assert images.images[:, 0, 0, 0].tolist() == [0, 1, 2]
+    names, _, images = load(tmp_path / "pets", 4)
+    assert names == ("pets",)
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 2]
 
 
 def test_crop_and_squeeze(tmp_path):
     # Red, green, blue stripes: the crop shows the middle one only, the squeeze all three.
     stripes = np.repeat(np.eye(3, dtype=np.uint8) * 255, 10, axis=0)[None].repeat(10, 0)
     Image.fromarray(stripes).save(tmp_path / "stripes.png")
-    cropped = load_folder(tmp_path, 10)[0].images[0]
+    cropped = load(tmp_path, 10)[2][0]
     assert cropped[:, 5, 1].tolist() == cropped[:, 5, 8].tolist() == [0, 255, 0]
-    squeezed = load_folder(tmp_path, 10, crop=False)[0].images[0]
+    squeezed = load(tmp_path, 10, crop=False)[2][0]
     assert squeezed[:, 5, 1].tolist() == [255, 0, 0]
     assert squeezed[:, 5, 8].tolist() == [0, 0, 255]
 
@@ -59,7 +64,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise: bright on top
     image.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    out = load_folder(tmp_path, 8)[0].images[0].float()
+    out = load(tmp_path, 8)[2][0].float()
     assert out[:, :3].mean() > 230
     assert out[:, 5:].mean() < 25
 
@@ -74,9 +79,7 @@ def test_modes(tmp_path):
     Image.fromarray(np.full((4, 4), 0xC0C0, np.uint16)).save(tmp_path / "e_grey16.png")
     save(tmp_path / "f_bits.png", 1, mode="1")
     save(tmp_path / "g_clear.gif", 3, mode="P", transparency=3)
-    images, skipped = load_folder(tmp_path, 4)
-    assert not skipped.files
-    colors = images.images[:, :, 2, 2].tolist()
+    colors = load(tmp_path, 4)[2][:, :, 2, 2].tolist()
     assert colors[0] == [10, 200, 30]
     assert colors[1] == [255, 255, 255]  # nothing but transparency: white, not the colour under it
     assert colors[2] == [127, 127, 127]
@@ -85,65 +88,27 @@ def test_modes(tmp_path):
     assert colors[5] == colors[6] == [255, 255, 255]
 
 
-def damaged_folder(root):
-    for i in range(8):
-        save(root / "k" / f"{i}.png", (i, 0, 0))
-    (root / "k" / "cut.jpg").write_bytes(b"")
-    save(root / "k" / "torn.png", size=(200, 200))
-    whole = root / "k" / "torn.png"
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
-    noise.save(whole)
-    whole.write_bytes(whole.read_bytes()[:3000])
-    (root / "k" / "[bold]text.png").write_text("this is no image")
-
-
-def test_damaged_files_are_skipped_counted_named_and_printed_once(tmp_path, capsys):
-    damaged_folder(tmp_path)
-    images, skipped = load_folder(tmp_path, 4, max_skipped_fraction=0.3)
-    assert images.images[:, 0, 0, 0].tolist() == list(range(8))
-    assert images.labels.tolist() == [0] * 8
-    assert {Path(name).name for name, _ in skipped.files} == {"cut.jpg", "torn.png", "[bold]text.png"}
-    assert (len(skipped), skipped.total) == (3, 11)
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert printed.err.count("skipped 3 of 11 image files") == 1
-    for name in ("cut.jpg", "torn.png", "[bold]text.png"):
-        assert printed.err.count(name) >= 1
-
-
-def test_too_many_damaged_files_stop_the_run(tmp_path):
-    damaged_folder(tmp_path)
-    with pytest.raises(ValueError, match=r"more than 10% of its 11 image files.*\.(png|jpg)"):
-        load_folder(tmp_path, 4)
-
-
-def test_nothing_but_damage(tmp_path):
-    (tmp_path / "a.png").write_text("no")
-    with pytest.raises(ValueError, match=f"{tmp_path}.*none of its 1 image files"):
-        load_folder(tmp_path, 4, max_skipped_fraction=1.0)
-
-
 def test_missing_and_empty_folders_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=f"no such folder: {tmp_path}/away"):
-        load_folder(tmp_path / "away", 4)
+        list_folder(tmp_path / "away")
     with pytest.raises(FileNotFoundError, match=f"no image files in {tmp_path}"):
-        load_folder(tmp_path, 4)
+        list_folder(tmp_path)
     (tmp_path / "file.png").write_text("")
     with pytest.raises(NotADirectoryError, match=r"file\.png"):
-        load_folder(tmp_path / "file.png", 4)
+        list_folder(tmp_path / "file.png")
     save(tmp_path / "sub" / "a.png")
     with pytest.raises(ValueError, match="beside sub-folders"):
-        load_folder(tmp_path, 4)
+        list_folder(tmp_path)
 
 
 def test_images_agree_with_the_transforms(tmp_path):
     # The same photograph through the folder (Pillow) and through the tensor transform must match.
-    from cgspn.data import center_crop, to_float
+    from cgspn.data.transforms import center_crop, to_float
 
     noise = torch.rand(1, 3, 9, 13, generator=torch.Generator().manual_seed(0))
     pixels = (torch.nn.functional.interpolate(noise, (90, 130), mode="bicubic") * 255).clamp(0, 255).to(torch.uint8)
     Image.fromarray(pixels[0].permute(1, 2, 0).numpy()).save(tmp_path / "a.png")
-    got = load_folder(tmp_path, 32)[0].images[0].float()
+    got = load(tmp_path, 32)[2][0].float()
     expected = center_crop(to_float(pixels), 32)[0] * 255
     assert (got - expected).abs().mean() < 1.5
 

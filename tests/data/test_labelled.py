@@ -2,10 +2,11 @@
 
 import pytest
 
-from cgspn.data import open_folder, open_shards
+from cgspn.data import open_shards
 from cgspn.data.captions import fill
 from cgspn.data.labelled import open_captioned, open_labelled
 from cgspn.data.prepare import open_picture
+from cgspn.data.samples import open_folder
 from layouts import clip_benchmark, encoded, picture, write_tar
 
 

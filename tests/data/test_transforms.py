@@ -7,10 +7,9 @@ from torch.nn.functional import interpolate
 from cgspn.data.transforms import (
     EvalTransform,
     TrainTransform,
+    boxes_from,
     center_crop,
     normalize,
-    random_boxes,
-    random_resized_crop,
     resample,
     resize,
     to_float,
@@ -60,8 +59,8 @@ def test_center_crop_takes_the_middle(height, width, size):
     assert slope_rows == pytest.approx(slope_columns, rel=0.15)
 
 
-def test_random_boxes_lie_inside_and_cover_their_ranges():
-    boxes = random_boxes(4000, 30, 50, generator(), (0.2, 0.5), (0.5, 2.0)).float()
+def test_boxes_lie_inside_and_cover_their_ranges():
+    boxes = boxes_from(torch.rand(4, 4000, generator=generator()), 30, 50, (0.2, 0.5), (0.5, 2.0)).float()
     top, left, h, w = boxes.unbind(1)
     assert (top >= 0).all()
     assert (left >= 0).all()
@@ -74,14 +73,15 @@ def test_random_boxes_lie_inside_and_cover_their_ranges():
     assert (top == 0).any()
 
 
-def test_random_resized_crop_follows_its_generator_and_flips_half():
+def test_random_crops_follow_its_generator_and_flips_half():
     x = torch.rand(6, 3, 28, 28, generator=generator())
-    first = random_resized_crop(x, 32, generator(5))
-    assert torch.equal(first, random_resized_crop(x, 32, generator(5)))
-    assert not torch.equal(first, random_resized_crop(x, 32, generator(6)))
+    crop = TrainTransform(32)
+    first = crop(x, generator(5))
+    assert torch.equal(first, crop(x, generator(5)))
+    assert not torch.equal(first, crop(x, generator(6)))
     # The whole image as the box: every output is the image or its mirror.
     many = x[:1].expand(400, -1, -1, -1)
-    out = random_resized_crop(many, 28, generator(), scale=(1, 1), ratio=(1, 1))
+    out = TrainTransform(28, (1, 1), (1, 1), mean=(0,) * 3, std=(1,) * 3)(many, generator())
     plain = (out - many).abs().amax((1, 2, 3)) < 1e-5
     mirrored = (out - many.flip(3)).abs().amax((1, 2, 3)) < 1e-5
     assert (plain | mirrored).all()

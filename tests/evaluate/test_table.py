@@ -52,14 +52,10 @@ def test_html_escapes_and_marks_the_best():
     assert best == [["90.0"], ["54.0", "1.00", "71.0"], ["1.00"]]
 
 
-def test_json_goes_round_and_holds_plain_values():
-    first = table()
-    data = json.loads(first.to_json())
+def test_json_holds_plain_values():
+    data = json.loads(table().to_json())
     assert data["rows"]["teacher"]["top1"] == 0.9
     assert data["averages"] == {"teacher": 0.7, "C-GSPN & co": pytest.approx(0.71), "untrained": None}
-    again = SummaryTable.from_json(first.to_json())
-    assert again == first
-    assert again.to_html() == first.to_html()
 
 
 def test_wrong_arguments_are_named():
@@ -71,5 +67,3 @@ def test_wrong_arguments_are_named():
         SummaryTable("t", [METRICS[0], METRICS[0]])
     with pytest.raises(ValueError, match="must share scale"):
         SummaryTable("t", [METRICS[0], Metric("ms", "time", averaged=True)])
-    with pytest.raises(ValueError, match="not the JSON of a SummaryTable"):
-        SummaryTable.from_json("[]")

@@ -34,6 +34,8 @@ def test_the_embedded_teacher_becomes_a_file_with_a_table_of_errors(format, tmp_
     result = cgspn("export", "embedded", name, "--format", format, "--max-size", "40", "--max-batch", "2", cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"wrote {name} and {name}.json" in result.stdout
+    for step in ("tracing the encoder", "opening the file", "comparing the outputs for 1 x 40 x 40"):
+        assert step in result.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == [name, f"{name}.json"]
     description = json.loads((tmp_path / f"{name}.json").read_text())
     assert description["normalisation"]["mean"] == list(load_model("embedded").image.config.image_mean)

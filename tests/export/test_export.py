@@ -120,7 +120,7 @@ def test_onnx_holds_standard_operators_alone_and_the_embedding_of_an_image_text_
 def test_a_file_that_is_wrong_is_not_kept(tmp_path, monkeypatch):
     """A format that writes another encoder than it was given: the check must see it, and nothing may stay."""
 
-    def wrong(side, bounds, path):
+    def wrong(side, bounds, path, say):
         with torch.no_grad():
             torch.save([output + 1e-2 for output in side(torch.zeros(1, 3, 8, 8))], path)
 

@@ -77,7 +77,8 @@ def test_no_hidden_channel_leaves_the_range():
         # tokens along the rows of fc1 reach the bound
         x = torch.cat([plain.fc1.weight * 100, torch.randn(50, 48) * 1e4, torch.zeros(1, 48)])
         values, scales, ahead = fp8.fp8_rows(x, mine.steep, mine.offset)
-        hidden = fp8.activated(mine.fc1(values, scales, torch.float32), "gelu_tanh")
+        hidden = fp8.plain_product(values, scales, mine.fc1.weight, mine.fc1.scales) + mine.fc1.bias
+        hidden = fp8.activated(hidden, "gelu_tanh")
     assert ((hidden / ahead).abs() <= fp8.LARGEST).all()
     assert (hidden / ahead).abs().max() > fp8.LARGEST / 2  # and it is no wider than it must be
 
@@ -109,7 +110,7 @@ def test_it_keeps_its_numbers_through_casts_and_refuses_to_be_saved_or_trained()
     assert mine.fc2.bias.dtype == torch.bfloat16
     x = torch.randn(3, 48, dtype=torch.bfloat16)
     assert mine(x).dtype == torch.bfloat16
-    with pytest.raises(RuntimeError, match="for inference alone"):
+    with pytest.raises(RuntimeError, match="only for inference"):
         mine.state_dict()
     with pytest.raises(RuntimeError, match="no gradients"):
         mine(x.requires_grad_())
@@ -120,11 +121,9 @@ def test_what_it_does_not_take_is_refused_before_anything_changes():
         Fp8Mlp(Mlp(48, 80, "swiglu"))
     with pytest.raises(ValueError, match="width of 40"):
         Fp8Mlp(Mlp(48, 40))
-    with pytest.raises(ValueError, match="products is 'cuda'"):
-        quantize_mlps(torch.nn.Identity(), products="cuda")
     odd = Mlp(48, 80)
     odd.fc2 = torch.nn.utils.parametrizations.weight_norm(odd.fc2)
-    with pytest.raises(ValueError, match=r"take nn\.Linear"):
+    with pytest.raises(ValueError, match=r"accept nn\.Linear"):
         Fp8Mlp(odd)
     blocks = torch.nn.ModuleList(Block(48, torch.nn.Identity(), h, "gelu", 1e-6, None) for h in (64, 40))
     with pytest.raises(ValueError, match="width of 40"):
@@ -140,13 +139,6 @@ def test_it_compiles_whole():
         torch.testing.assert_close(torch.compile(mine, fullgraph=True, backend="aot_eager")(x), mine(x))
         inputs = (x.flatten(0, 1), 1.0, 0.5)
         torch.library.opcheck(fp8.fp8_rows, inputs, test_utils=("test_schema", "test_faketensor"))
-
-
-@pytest.mark.skipif(GPU, reason="there it runs")
-def test_products_that_cannot_run_say_so():
-    mine = Fp8Mlp(Mlp(48, 80), "triton")
-    with pytest.raises(RuntimeError, match="products 'triton' cannot run here: 'cpu'"):
-        mine(torch.randn(3, 48))
 
 
 def inputs(rows, width, columns):
@@ -169,9 +161,8 @@ def same_up_to_ties(mine, wanted):
 
 
 @kernels
-@pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu"])
 @pytest.mark.parametrize("rows", [5, 37])
-def test_kernels_of_one_pass(rows, act):
+def test_kernel_that_quantises(rows):
     from cgspn.layers import fp8_kernels
 
     x, *_ = inputs(rows, 144, 16)
@@ -183,9 +174,6 @@ def test_kernels_of_one_pass(rows, act):
     same_up_to_ties(out, values)
     torch.testing.assert_close(scales, wanted)
     torch.testing.assert_close(ahead, (x.norm(dim=1, keepdim=True) * steep + offset) / fp8.LARGEST)
-
-    fp8_kernels.activate[((rows + 7) // 8, 3)](x, ahead, out, rows, 144, ROWS=8, CHANNELS=64, ACT=act)
-    same_up_to_ties(out, (fp8.activated(x, act) / ahead).to(fp8.FP8))
 
 
 @kernels
@@ -227,17 +215,15 @@ def test_kernel_of_the_product(rows, width, columns, act):
 @pytest.mark.skipif(not GPU, reason="needs a GPU with float8")
 @pytest.mark.parametrize("act", ["gelu", "gelu_tanh", "quick_gelu"])
 @pytest.mark.parametrize("rows", [1, 300, 4099])
-def test_on_a_gpu_both_products_give_the_emulated_numbers(rows, act):
+def test_on_a_gpu_the_kernels_give_the_emulated_numbers(rows, act):
     torch.manual_seed(0)
     plain = Mlp(1152, 4304, act).to("cuda", torch.bfloat16)
     torch.nn.init.normal_(plain.fc1.bias)
     x = torch.randn(rows, 1152, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
         emulated = Fp8Mlp(plain).cpu()(x.cpu()).cuda()
-        library, triton = Fp8Mlp(plain), Fp8Mlp(plain, "triton")
+        mine = Fp8Mlp(plain)
         # hidden tokens that fall on the other side of a tie; all of 8 bits' own error is 0.04 to 0.05
-        assert relative(library(x), emulated) < 0.02
-        assert relative(triton(x), emulated) < 0.03  # its GELU sees float32, the other's bfloat16
+        assert relative(mine(x), emulated) < 0.03
         tokens = torch.zeros_like(x)
-        for mlp in (library, triton):
-            assert relative(added(mlp, x, tokens), emulated - mlp.fc2.bias) < 0.03
+        assert relative(added(mine, x, tokens), emulated - mine.fc2.bias) < 0.03

@@ -243,7 +243,7 @@ def test_options_of_transformers_calls():
 def test_what_is_no_picture_is_refused():
     processor = CgspnImageProcessor()
     for arguments, message in (
-        ({"images": np.full((4, 4, 3), 128.0)}, "floats up to 128"),
+        ({"images": np.full((4, 4, 3), 128.0)}, "runs from 128 to 128; accepted: 0 to 1"),
         ({"images": [np.zeros((4, 5, 3), np.uint8), np.zeros((5, 4, 3), np.uint8)], "do_resize": False}, "sizes"),
         ({"images": np.zeros((4, 4, 3), np.uint8), "aspect": "fit"}, "aspect is 'fit'"),
         ({"images": np.zeros((4, 4, 3), np.uint8), "size": {"shortest_edge": 4}}, "size is"),

@@ -24,7 +24,7 @@ from operator_cases import (
 )
 from torch import Tensor
 
-from cgspn.ops import DIRECTIONS, projected_library, propagate_2d_projected, propagate_2d_reference
+from cgspn.ops import DIRECTIONS, propagate_2d_projected, propagate_2d_reference
 from cgspn.ops.arguments import Scan
 from cgspn.ops.cuda import compile as compiling
 from cgspn.ops.cuda import launch, projected, scan
@@ -160,21 +160,20 @@ def test_line_scan(cut: TileConfig | None, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 PROJECTED = [
-    # shape, directions, dtype, merge, mask, bias, forward's cut, backward's cut
-    ((2, 7, 5, 8), [0, 1, 2, 3], torch.bfloat16, "sum", False, True, None, None),
-    ((1, 18, 37, 24), [3, 0, 2], torch.bfloat16, "none", False, True, (2, 2, 3, 3), (1, 2, 3)),
-    ((1, 6, 20, 64), [2, 1], torch.float16, "sum", True, True, (2, 3, 1, 2), (4, 1, 3)),
-    ((1, 5, 4, 136), [0, 3], torch.bfloat16, "sum", True, False, (1, 1, 1, 3), (2, 1, 1)),
-    ((1, 3, 4, 40), [1, 2], torch.bfloat16, "sum", False, True, (2, 1, 1, 3), (2, 1, 1)),  # a group without channels
+    # shape, directions, dtype, merge, mask, bias, cut
+    ((2, 7, 5, 8), [0, 1, 2, 3], torch.bfloat16, "sum", False, True, None),
+    ((1, 18, 37, 24), [3, 0, 2], torch.bfloat16, "none", False, True, (2, 2, 3, 3)),
+    ((1, 6, 20, 64), [2, 1], torch.float16, "sum", True, True, (2, 3, 1, 2)),
+    ((1, 5, 4, 56), [0, 3], torch.bfloat16, "sum", True, False, (1, 1, 1, 3)),
+    ((1, 3, 4, 40), [1, 2], torch.bfloat16, "sum", False, True, (2, 1, 1, 3)),  # a group without channels
 ]
 
 
-@pytest.mark.parametrize(("shape", "codes", "dtype", "merge", "masked", "biased", "cut", "back"), PROJECTED, ids=str)
-def test_projected(shape, codes, dtype, merge, masked, biased, cut, back, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("shape", "codes", "dtype", "merge", "masked", "biased", "cut"), PROJECTED, ids=str)
+def test_projected(shape, codes, dtype, merge, masked, biased, cut, monkeypatch: pytest.MonkeyPatch) -> None:
     """Parameters made on the chip: output and gradients through the public function, padding full of NaN."""
     if cut is not None:
         monkeypatch.setattr(projected, "choose", lambda *_: ProjectedTileConfig(*cut))
-        monkeypatch.setattr(projected, "choose_backward", lambda *_: ProjectedTileConfig(*back))
     c, d = shape[-1], len(codes)
     tensors = [draw(*shape), draw(d * 5 * c, c, seed=1) / c**0.5, *([draw(d * 5 * c, seed=2)] if biased else [])]
     tensors = [t.to(dtype) for t in tensors]
@@ -200,17 +199,11 @@ def test_projected(shape, codes, dtype, merge, masked, biased, cut, back, monkey
     check(run, want, dtype)
 
 
-@pytest.mark.parametrize("fits", [True, False])
 @pytest.mark.parametrize("merge", ["sum", "none"])
-def test_projected_by_default(merge: str, fits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In training "auto" runs both passes on the chip; lines too long for the backward, their parameters in memory."""
+def test_projected_by_default(merge: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training "auto" asks which is faster in the forward; the backward makes the parameters again in memory."""
     calls: list[tuple[int, ...]] = []
     monkeypatch.setattr(projected, "is_faster_for", lambda *case: calls.append(case[:-1]) or True)
-    if fits:
-        monkeypatch.setattr(projected_library, "backward_in_memory", lambda *_: pytest.fail("the one in memory"))
-    else:
-        monkeypatch.setattr(projected, "backward", lambda *_: pytest.fail("the chip's backward"))
-        monkeypatch.setattr(projected, "unsupported_reason", lambda x, backward=False: "too long" if backward else None)
     tensors = [t.bfloat16() for t in (draw(2, 7, 5, 8), draw(80, 8, seed=1) / 3, draw(80, seed=2))]
     mask = draw(2, 7, 5, seed=3) > -0.8
     options = {"directions": ("left", "down"), "merge": merge, "mask": mask}
@@ -227,7 +220,7 @@ def test_projected_by_default(merge: str, fits: bool, monkeypatch: pytest.Monkey
         return [out.detach(), *torch.autograd.grad(out, inputs, dy)]
 
     check(run, want, torch.bfloat16)
-    assert calls == [(2, 7, 8, 2)] * 2 * len(SCHEDULES)
+    assert calls == [(2, 7, 8, 2)] * len(SCHEDULES)
 
 
 def test_projected_second_derivative_and_registration() -> None:

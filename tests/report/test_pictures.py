@@ -3,13 +3,14 @@
 import base64
 import io
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from cgspn.report.charts import loss_chart, smooth, thin
 from cgspn.report.pca import fit_colours
-from cgspn.report.pictures import mosaic, png_uri, tile
+from cgspn.report.pictures import png_uri, sheet, tile
 from cgspn.report.show_data import reach
 
 
@@ -52,14 +53,19 @@ def test_a_png_holds_the_picture():
         png_uri(picture * float("nan"))
 
 
-def test_tiles_and_mosaics_keep_their_order():
+def test_tiles_and_sheets_keep_their_order():
     images = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 2, 3)
     assert tile(images, 2)[0, ::2, ::3].tolist() == [[0, 1], [2, 3]]
-    out = mosaic([torch.full((2, 2), v) for v in (0.0, 0.5, 1.0)], columns=2, gap=1)
-    assert out.shape == (5, 5, 4)
-    assert out[0, :, 0].tolist() == [0, 0, 0, 128, 128]
-    assert out[:, 2, 3].tolist() == [0] * 5  # gaps are transparent, and so is the cell that has no picture
-    assert out[3:, 3:, 3].tolist() == [[0, 0], [0, 0]]
+    rows = [[torch.full((2, 2, 3), v) for v in values] for values in ((0.0, 0.5), (1.0, 0.2))]
+    out = torch.tensor(np.asarray(sheet(rows, ("one", "two"), (2, 2), gap=1)))
+    band = len(out) - 6
+    assert out[band + 1, :, 0].tolist() == [0, 0, 255, 128, 128]
+    assert out[-1, :, 0].tolist() == [255, 255, 255, 51, 51]
+    assert out[band:, 2, 3].tolist() == [0] * 6  # gaps are transparent
+    big = [torch.zeros(60, 90, 3), torch.zeros(60, 90, 3)]
+    titled = np.asarray(sheet([big], ("photograph", "student"), (60, 90), gap=6))
+    assert titled[:14, :90, 3].any()  # each column has its title
+    assert titled[:14, 96:, 3].any()
 
 
 def test_reach_is_the_radius_that_holds_half():

@@ -9,7 +9,7 @@ import torch
 import cgspn
 from cgspn.commands.convert import RECORD, Convert
 from cgspn.layers import PropagationConfig, value_config
-from cgspn.teachers.convert import student_config, student_mixers, student_of
+from cgspn.teachers.convert import student_mixers
 from cgspn.teachers.parameters import parameter_table
 
 
@@ -45,11 +45,10 @@ def test_every_parameter_is_counted_once():
 
 def test_nothing_is_left_without_weights_and_sharing_changes_no_value():
     teacher = with_class_token()
-    config = student_config(teacher.config, compression=4, keep_attention=[0, 2])
     students = []
     for share in (False, True):
         torch.manual_seed(1)
-        students.append(student_of(teacher, config, share=share)[0])
+        students.append(cgspn.convert(teacher, compression=4, keep_attention=[0, 2], share=share))
     apart, shared = (student.state_dict() for student in students)
     assert all(torch.equal(apart[name], shared[name]) for name in apart)
     theirs = teacher.state_dict()
@@ -120,7 +119,7 @@ def test_a_student_is_replaced_only_if_that_is_asked_for(tmp_path):
 def test_values_from_python_are_those_of_the_command_line():
     student = cgspn.convert(small(), compression=4, value_expansion=6)
     assert student.config.propagation == replace(value_config(6), compression=4)
-    with pytest.raises(ValueError, match="value_expansion is 6 beside propagation"):
+    with pytest.raises(ValueError, match="value_expansion is 6 and propagation"):
         cgspn.convert(small(), value_expansion=6, propagation=PropagationConfig())
 
 

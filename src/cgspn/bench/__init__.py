@@ -1,1 +1,1 @@
-"""Measurements: what runs are timed with (timing.py), on what (machine.py), how they are kept (results.py)."""
+"""Benchmarks of `cgspn bench`: timing (timing.py), peak rates (machine.py) and result files (results.py)."""

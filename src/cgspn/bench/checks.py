@@ -1,4 +1,4 @@
-"""Settings of measurements: every error names the argument, what came and what is accepted, before anything runs."""
+"""Checks of benchmark settings. Each error names the argument, its value and the accepted values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..models.registry import model_config
 
 
 def at_least(config: object, least: int, *names: str) -> None:
-    """Raise ValueError unless each of these fields, or every number in it, is `least` or more."""
+    """Raise ValueError unless each of these fields, or every number in them, is at least `least`."""
     for name in names:
         value = getattr(config, name)
         if not all(number >= least for number in _numbers(value)):
@@ -18,14 +18,14 @@ def at_least(config: object, least: int, *names: str) -> None:
 
 
 def not_empty(config: object, *names: str) -> None:
-    """Raise ValueError if one of these fields, which decide what is measured, holds nothing."""
+    """Raise ValueError if one of these fields is empty."""
     for name in names:
         if not getattr(config, name):
             raise ValueError(f"{name} is empty; expected one or more")
 
 
 def tiled(name: str, pixels: int | tuple[int, ...], patch: int) -> None:
-    """Raise ValueError unless patches of `patch` pixels tile images of this side, or of all of these."""
+    """Raise ValueError unless each image side is a multiple of `patch` pixels."""
     wrong = [side for side in _numbers(pixels) if side < 1 or side % patch]
     if wrong:
         given = f"holds {wrong[0]}" if isinstance(pixels, tuple) else f"is {pixels}"
@@ -33,7 +33,7 @@ def tiled(name: str, pixels: int | tuple[int, ...], patch: int) -> None:
 
 
 def tiled_by(name: str, pixels: int | tuple[int, ...], models: Iterable[str]) -> None:
-    """`tiled` by the patches of each of these models."""
+    """`tiled` for the patch size of each of these models."""
     for model in models:
         tiled(name, pixels, model_config(model).patch_size)
 

@@ -1,4 +1,4 @@
-"""How long processes exchange data: links by themselves, and the share of a step's time, hidden or not."""
+"""Measurement of communication: link bandwidth, and the fraction of a step spent on it, overlapped or exposed."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ from torch.profiler import ProfilerActivity, profile
 from ..distill.parallel import barrier, gather_objects, world_size
 
 Interval = tuple[float, float]  # begin and end
-WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of a trace in which a device does something
-ROUNDS = 10  # of a collective that is timed, after three that are not
+WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of device activity in a trace
+ROUNDS = 10  # timed rounds of a collective, after three for warm-up
 
 
 def busy_and_exposed(communication: Iterable[Interval], other: Iterable[Interval]) -> tuple[float, float]:
-    """Time during which a communication kernel runs, and the part of it during which no other GPU work runs. In the
-    intervals' unit.
-    """
+    """Time with a communication kernel running, and its part without other GPU work, in the unit of the intervals."""
     both = enumerate((communication, other))
     marks = [(at, kind, step) for kind, found in both for one in found for at, step in zip(one, (1, -1), strict=True)]
     active, busy, exposed, last = [0, 0], 0.0, 0.0, 0.0
@@ -38,7 +36,7 @@ def busy_and_exposed(communication: Iterable[Interval], other: Iterable[Interval
 
 
 def of_trace(events: Iterable[dict[str, Any]]) -> tuple[float, float] | None:
-    """`busy_and_exposed` of a Chrome trace's events, in seconds; None if no device did anything."""
+    """`busy_and_exposed` of a Chrome trace's events, in seconds; None without device activity."""
     done = [event for event in events if event.get("ph") == "X" and event.get("cat") in WORK]
     if not done:
         return None
@@ -50,39 +48,39 @@ def of_trace(events: Iterable[dict[str, Any]]) -> tuple[float, float] | None:
 
 
 class Watched:
-    """A profile of some steps of a run on several GPUs, begun and ended on all processes together."""
+    """A profile of some steps of a run, started and stopped on all processes together."""
 
     def __init__(self, device: torch.device) -> None:
-        """device: this process's; on a CPU nothing is recorded."""
+        """device: of this process; nothing is recorded on a CPU."""
         self.device, self.seconds = device, 0.0
         self.profile: profile | None = None
 
     def begin(self) -> None:
-        """Record from here on: between two steps."""
+        """Start recording between two steps."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
             self.profile = profile(activities=[ProfilerActivity.CUDA])
             self.profile.start()
-            barrier()  # profilers take their time to start; nobody shall wait for that in a collective
+            barrier()  # start together, so that no process waits in a collective for another's profiler
             torch.cuda.synchronize(self.device)
             self.began = time.perf_counter()
 
     def end(self) -> None:
-        """Record until here."""
+        """Stop recording."""
         if self.profile is not None:
             torch.cuda.synchronize(self.device)
             self.seconds = time.perf_counter() - self.began
             self.profile.stop()
 
     def shares(self) -> dict[str, float | None]:
-        """Shares of the wall time, 0 to 1, means over processes: "communication", which includes waiting for the
-        slowest, and "exposed", with nothing else running. None where nothing was seen. All processes call this."""
+        """Fractions of the wall time, averaged over processes: "communication", including waiting for the slowest
+        process, and "exposed", without other work. None if not recorded. All processes must call this."""
         found = None
         if self.profile is not None:
             with tempfile.TemporaryDirectory() as folder:
                 trace = Path(folder) / "trace.json"
                 self.profile.export_chrome_trace(str(trace))
-                with suppress(ValueError):  # a broken trace shall not cost the row its times
+                with suppress(ValueError):  # keep the row's times even if the trace is broken
                     found = of_trace(json.loads(trace.read_text())["traceEvents"])
         self.profile = None
         each = gather_objects(None if found is None else [part / self.seconds for part in found])
@@ -94,17 +92,17 @@ class Watched:
 
 
 def link_rates(device: torch.device, size: int) -> dict[str, float]:
-    """Bus bandwidths in bytes a second, as NCCL's tests define them, of float32 buffers of `size` bytes in all.
+    """Bus bandwidths in bytes/s, as defined by NCCL's tests, for float32 buffers with a total of `size` bytes.
 
-    all_reduce: 2 (n - 1) / n x size / time. all_gather: (n - 1) / n x size / time. All processes call this, of which
-    there are at least two; the slowest counts.
+    all_reduce: 2 (n - 1) / n x size / time. all_gather: (n - 1) / n x size / time. The slowest of at least two
+    processes counts. All processes must call this.
     """
     ranks = world_size()
     own = torch.ones(size // 4 // ranks, device=device)
     all_of = torch.zeros(ranks * len(own), device=device)
     moved = (ranks - 1) / ranks * 4 * len(all_of)
     reduce = _seconds(lambda: dist.all_reduce(all_of), device)
-    # its name since PyTorch 2.13, and the one before
+    # its name since PyTorch 2.13, and the older name
     into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather = _seconds(lambda: into(all_of, own), device)
     return {"all_reduce": 2 * moved / reduce, "all_gather": moved / gather}

@@ -1,4 +1,4 @@
-"""The blocks that the efficiency tables compare: equal width, different mixers and attention kernels."""
+"""The blocks of the efficiency tables, with equal width and different mixers and attention kernels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OURS = "C-GSPN"
 PAPER = "C-GSPN, the paper's sub-layer"
 PLAIN = "C-GSPN, plain pieces"
 VALUES = {"C-GSPN, values 3": 3.0, "C-GSPN, values 6": 6.0}
-# attention in windows of so many positions a side, through what PyTorch picks or through chosen kernels
+# window attention with this side length, with PyTorch's choice of kernel or a given one
 WINDOWS = {"windows 8x8": 8, "windows 18x18": 18}
 KERNELS = {f"{name}, {kind}": ATTENTION[f"attention, {kind}"] for name in WINDOWS for kind in ("flash", "cuDNN")}
 FUSED_MLP = ", fused MLP"
@@ -66,20 +66,20 @@ class Shape:
 
 @dataclass(frozen=True, eq=False)
 class Contender:
-    """A block, and the context in which it runs (which kernels attention may use)."""
+    """A block, and a context that selects its attention kernels."""
 
     name: str
     block: Block
     context: Callable[[], AbstractContextManager[object]]
 
     def sublayer(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """Norm, mixer, residual: [B, N, C] -> [B, N, C], in the order that the mixer wants."""
+        """The sub-layer: [B, N, C] -> [B, N, C], with tokens in the mixer's order."""
         grid = grid._replace(window=self.block.mixer.window)
         with self.context():
             return self.block.mixing_half(tokens, grid)
 
     def whole(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """The block: [B, N, C] -> [B, N, C], in the order that the mixer wants."""
+        """The block: [B, N, C] -> [B, N, C], with tokens in the mixer's order."""
         grid = grid._replace(window=self.block.mixer.window)
         with self.context():
             out: Tensor = self.block(tokens, grid)
@@ -87,14 +87,14 @@ class Contender:
 
 
 def paper_config(shape: Shape) -> PropagationConfig:
-    """The sub-layer as published: no norms, no convolution, directions summed."""
+    """The published sub-layer: no norms, no convolution, summed directions."""
     return PropagationConfig(
         compression=shape.compression, merge="sum", latent_norm=False, merge_norm=False, local_kernel=0
     )
 
 
 def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> Contender:
-    """A contender with random weights. Raises ValueError for a name that does not exist."""
+    """Create a contender with random weights. Raises ValueError for an unknown name."""
     kind = name.removesuffix(FUSED_MLP)
     ours = PropagationConfig(compression=shape.compression)
     configs = {
@@ -102,7 +102,7 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
         OURS: ours,
         PLAIN: ours,
         PAPER: paper_config(shape),
-    }  # plain: PyTorch's own around the scan
+    }  # plain: PyTorch's layers around the scan
     configs |= {n: replace(value_config(v), compression=shape.compression) for n, v in VALUES.items()}
     attention, side = AttentionConfig(shape.heads), WINDOWS.get(kind.split(", ")[0])
     if kind in configs:
@@ -122,10 +122,10 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
 
 
 def names(device: torch.device) -> list[str]:
-    """The contenders that can run on a device, attention first."""
+    """Names of the contenders that can run on a device, attention first."""
     found = list(ATTENTION) if device.type == "cuda" else ["attention, math", "attention, flash"]
-    # the same MLP serves attention: what makes ours faster must not be what attention was denied
+    # attention gets the same fused MLP, so that the comparison is fair
     same = ["attention, flash" + FUSED_MLP] + (["attention, cuDNN" + FUSED_MLP] if device.type == "cuda" else [])
-    plain = [PLAIN] if device.type == "cuda" else []  # elsewhere ours is that
+    plain = [PLAIN] if device.type == "cuda" else []  # the default elsewhere
     windowed = [*WINDOWS, *KERNELS] if device.type == "cuda" else [*WINDOWS]
     return [*found, *same, *windowed, "GSPN", PAPER, *plain, *VALUES, OURS]

@@ -1,6 +1,6 @@
-"""Whole encoders: images/s, memory, one image under CUDA graphs and torch.compile, FP8 MLPs.
+"""Benchmark of whole encoders: images/s, memory, one image with CUDA graphs and torch.compile, FP8 MLPs.
 
-Encoders are as `create_model` makes them, with random weights, in bfloat16 on a GPU.
+Encoders come from `create_model`, with random weights, in bfloat16 on a GPU.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from ..models.encoder import Encoder
 from ..models.registry import create_model
 from ..report.drawing import draw_sizes
 from .checks import at_least, known, not_empty, tiled_by
-from .machine import ceilings, free
+from .machine import ceilings, dtype_of, fitting, free
 from .results import write
-from .table import Mode, measured, peak_memory
+from .table import Mode, measured
 from .timing import medians
 
 Row = dict[str, Any]
 Say = Callable[[str], object]
 Table = Literal["throughput", "one image", "very high resolution"]
 EVERY: tuple[Table, ...] = ("throughput", "one image", "very high resolution")
-FP8 = {"fp8": "library", "fp8-triton": "triton"}  # what may follow a model\'s name and "+", beside "window18"
 
 
 @dataclass(frozen=True)
@@ -36,9 +35,8 @@ class EncoderBenchConfig:
     """Settings.
 
     Args:
-        models: model names from `cgspn.list_models()`. Ratios are relative to the first one. The suffixes "+fp8" and
-            "+fp8-triton" use FP8 MLPs (`cgspn.layers.quantize_mlps`) for inference; "+window18" uses windows of 18 x 18
-            tokens.
+        models: model names from `cgspn.list_models()`. Ratios are relative to the first one. The suffix "+fp8"
+            uses FP8 MLPs (`cgspn.layers.quantize_mlps`) for inference; "+window18" uses windows of 18 x 18 tokens.
         sizes: side lengths of the square images in pixels.
         batch: batch size, halved for each model until it fits in memory.
         modes: "inference" or "training" (forward and backward pass with activation checkpointing).
@@ -64,7 +62,7 @@ class EncoderBenchConfig:
     rounds: int = 3
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be measured, or a model that does not exist."""
+        """Raise ValueError for invalid settings or an unknown model."""
         not_empty(self, "models", "sizes", "modes", "tables")
         at_least(self, 1, "batch", "largest", "rounds")
         models = [with_options(name)[0] for name in self.models]
@@ -73,27 +71,27 @@ class EncoderBenchConfig:
         tiled_by("largest", tuple(pixels for pixels, _ in self.largest), models)
 
 
-def with_options(name: str) -> tuple[str, dict[str, Any], str | None]:
-    """A model's name without what follows a "+", fields of its config, and which products of its MLPs are in FP8.
+def with_options(name: str) -> tuple[str, dict[str, Any], bool]:
+    """Split a name with "+" options into the model's name, config fields, and whether its MLPs are in FP8.
 
-    Raises ValueError for another ending.
+    Raises ValueError for an unknown option.
     """
     base, *options = name.split("+")
     fields: dict[str, Any] = {}
-    products = None
+    fp8 = False
     for option in options:
         side = option.removeprefix("window")
-        if option in FP8:
-            products = FP8[option]
+        if option == "fp8":
+            fp8 = True
         elif side != option and side.isdecimal():
             fields["window"] = int(side)
         else:
-            raise ValueError(f"{name!r} ends in {option!r}; accepted after '+': 'fp8', 'fp8-triton', 'window18'")
-    return base, fields, products
+            raise ValueError(f"{name!r} ends in {option!r}; accepted after '+': 'fp8', 'window18'")
+    return base, fields, fp8
 
 
 def encoder_step(encoder: Encoder, images: Tensor, mode: Mode) -> Callable[[], object]:
-    """One forward pass, or one forward and backward of the sum of the pooled vector."""
+    """A function that runs a forward pass, or forward and backward of the pooled vector's sum."""
 
     def step() -> object:
         with torch.set_grad_enabled(mode == "training"):
@@ -107,25 +105,16 @@ def encoder_step(encoder: Encoder, images: Tensor, mode: Mode) -> Callable[[], o
 
 
 def fitted(name: str, pixels: int, batch: int, mode: Mode, device: torch.device) -> Row:
-    """The largest batch up to `batch` at which a step of one model fits, and the memory that the step adds."""
+    """The largest batch up to `batch` at which a step of a model fits, and the step's memory."""
     row: Row = {"px": pixels, "mode": mode, "model": name}
     if with_options(name)[2] and mode == "training":
         return row | {"note": "8 bits are for inference"}
-    while batch:
-        step = None
-        try:
-            step = model_step(name, pixels, batch, mode, device)
-            return row | {"B": batch, "peak GB": peak_memory(step, device)}
-        except torch.OutOfMemoryError:
-            batch //= 2
-        finally:
-            step = None  # it holds the encoder
-            free(device)
-    return row | {"note": "OOM at B = 1"}
+    batch, peak = fitting(lambda tried: model_step(name, pixels, tried, mode, device), batch, device)
+    return row | ({"B": batch, "peak GB": peak} if batch else {"note": "OOM at B = 1"})
 
 
 def model_step(name: str, pixels: int, batch: int, mode: Mode, device: torch.device) -> Callable[[], object]:
-    """`encoder_step` of a fresh model on random images; blocks checkpointed in training."""
+    """`encoder_step` of a new model on random images, with activation checkpointing in training."""
     encoder = make(name, pixels, device)
     encoder.set_grad_checkpointing(mode == "training")
     shape, dtype = (batch, encoder.config.channels, pixels, pixels), next(encoder.parameters()).dtype
@@ -133,9 +122,9 @@ def model_step(name: str, pixels: int, batch: int, mode: Mode, device: torch.dev
 
 
 def timed(rows: list[Row], device: torch.device, rounds: int) -> list[Row]:
-    """Rows of `fitted` with their times: interleaved if the memory holds all steps at once, else one after the other.
+    """Add times to rows of `fitted`: interleaved if all steps fit in memory together, otherwise one after the other.
 
-    Steps that share too little memory would make the allocator give back and ask again within the timing.
+    With too little memory the allocator would free and allocate again during the timing.
     """
     fitting = {row["model"]: row for row in rows if "B" in row}
     together = device.type != "cuda" or sum(r["peak GB"] for r in fitting.values()) < 0.8 * free_memory(device)
@@ -154,24 +143,24 @@ def timed(rows: list[Row], device: torch.device, rounds: int) -> list[Row]:
 
 
 def free_memory(device: torch.device) -> float:
-    """Gigabytes of a GPU that nothing holds."""
+    """Free memory of a GPU in gigabytes."""
     return torch.cuda.mem_get_info(device)[0] / 1e9
 
 
 def make(name: str, pixels: int, device: torch.device) -> Encoder:
-    """A model with random weights and native size `pixels`, so that no table of positions is resized in the timing.
+    """Create a model with random weights and native size `pixels`, so that the timing includes no resize of positions.
 
-    Raises ValueError for a name that does not exist, with or without its options.
+    Raises ValueError for an unknown name or option.
     """
-    base, fields, products = with_options(name)
+    base, fields, fp8 = with_options(name)
     with torch.device(device):
         encoder = create_model(base, image_size=(pixels, pixels), **fields)
-    encoder = encoder.to(torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
-    return encoder if products is None else quantize_mlps(encoder, products=products)  # type: ignore[arg-type]
+    encoder = encoder.to(dtype_of(device)).eval()
+    return quantize_mlps(encoder) if fp8 else encoder
 
 
 def throughput_rows(config: EncoderBenchConfig, device: torch.device, say: Say) -> list[Row]:
-    """Every model, size and mode."""
+    """Measure every model, size and mode."""
     rows = []
     for pixels in config.sizes:
         for mode in config.modes:
@@ -190,7 +179,7 @@ def with_ratios(rows: list[Row], key: str) -> list[Row]:
 
 
 def single_rows(config: EncoderBenchConfig, device: torch.device) -> list[Row]:
-    """One image at a time, all models interleaved: launched, from a CUDA graph, and compiled if asked for."""
+    """Measure one image with all models interleaved: eager, with a CUDA graph, and optionally compiled."""
     rows = []
     for pixels in config.sizes:
         encoders = {name: make(name, pixels, device) for name in config.models}
@@ -200,9 +189,7 @@ def single_rows(config: EncoderBenchConfig, device: torch.device) -> list[Row]:
         if config.compile:
             compiled = {name: torch.compile(model, mode="max-autotune") for name, model in encoders.items()}
             ways["torch.compile, max-autotune"] = compiled
-        image = torch.randn(
-            1, 3, pixels, pixels, device=device, dtype=next(encoders[config.models[0]].parameters()).dtype
-        )
+        image = torch.randn(1, 3, pixels, pixels, device=device, dtype=dtype_of(device))
         for way, models in ways.items():
             calls = {name: encoder_step(model, image, "inference") for name, model in models.items()}
             times = measured(calls, max(config.rounds, 5), way == "CUDA graph")
@@ -217,7 +204,7 @@ def single_rows(config: EncoderBenchConfig, device: torch.device) -> list[Row]:
 
 
 def largest_rows(config: EncoderBenchConfig, device: torch.device) -> list[Row]:
-    """Very large images in one pass, at batches that must fit whole."""
+    """Measure very large images in one pass, with fixed batch sizes."""
     rows = []
     for pixels, batch in config.largest:
         found = timed([fitted(name, pixels, batch, "inference", device) for name in config.models], device, 1)
@@ -228,7 +215,7 @@ def largest_rows(config: EncoderBenchConfig, device: torch.device) -> list[Row]:
 def run(
     config: EncoderBenchConfig, out: Path, device: torch.device, *, commit: str = "", say: Say = print
 ) -> dict[str, list[Row]]:
-    """Measure and write encoder.json, .md and, of the throughput, .png to `out`; finished tables as they come.
+    """Run the benchmark and write encoder.json, .md and .png (of the throughput) to `out` after each table.
 
     Raises ValueError for an unknown model, OSError for `out`.
     """

@@ -1,8 +1,9 @@
-"""What a machine can do at best."""
+"""Peak rates of a machine."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable
 
 import torch
 
@@ -16,15 +17,51 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def dtype_of(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def peak_memory(run: Callable[[], object], device: torch.device) -> float | None:
+    """Gigabytes that one call adds to what is allocated, at its peak; None on a CPU.
+
+    Raises torch.OutOfMemoryError if it does not fit.
+    """
+    if device.type != "cuda":
+        run()
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def fitting(make: Callable[[int], Callable[[], object]], batch: int, device: torch.device) -> tuple[int, float | None]:
+    """The largest batch, halved as often as needed, whose step fits, and the gigabytes it adds; 0 if none does."""
+    while batch:
+        step = None
+        try:
+            step = make(batch)
+            return batch, peak_memory(step, device)
+        except torch.OutOfMemoryError:
+            batch //= 2
+        finally:
+            step = None  # it holds the model
+            free(device)
+    return 0, None
+
+
 def copy_bandwidth(size: int = 1 << 30, device: str = "cuda") -> float:
-    """Bytes a second of a copy of `size` bytes within the memory of a device, read and written counted."""
+    """Bandwidth in bytes/s of a copy of `size` bytes within a device's memory, counting reads and writes."""
     source = torch.empty(size, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     return 2e3 * size / medians({"copy": lambda: target.copy_(source)}, graph=False)["copy"]
 
 
 def matmul_rate(n: int = 8192, device: str = "cuda", dtype: torch.dtype = torch.bfloat16, rounds: int = 9) -> float:
-    """Floating-point operations a second of a product of two n x n matrices."""
+    """FLOP/s of a product of two n x n matrices."""
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     return 2e3 * n**3 / medians({"matmul": lambda: a @ b}, rounds=rounds, graph=False)["matmul"]
 

@@ -1,7 +1,7 @@
-"""The operator compared with memory bandwidth, attention and PyTorch.
+"""Benchmark of the operator, compared with memory bandwidth, attention and PyTorch.
 
-Bytes: every input read once, every output written once. The backward's inputs include the state that the forward
-saved; its outputs are the gradients to x, logits, lam and u.
+Bytes count every input once and every output once. The backward's inputs include the saved state; its outputs are the
+gradients of x, logits, lam and u.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .timing import medians
 
 FOUR = [0, 1, 2, 3]
 Row = dict[str, Any]
-# NVlabs/GSPN's kernel on an H100 in milliseconds, four directions, C = 64, B = 32; then its line scan
+# milliseconds of NVlabs/GSPN's kernel on an H100: four directions, C = 64, B = 32; then its line scan
 PUBLISHED = {("forward", 74): 10.1, ("backward", 74): 23.1, ("forward", 147): 52.0, ("backward", 147): 119.2}
 PUBLISHED_LINE = {"forward": 38.5, "backward": 95.1}
 
@@ -50,12 +50,12 @@ def inputs(b: int, n: int, c: int, dtype: torch.dtype, directions: int = 4) -> l
 
 
 def size_of(*tensors: Tensor) -> int:
-    """Bytes of all tensors together."""
+    """Total bytes of the tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def flop_of(tensors: Sequence[Tensor], codes: Sequence[int], backend: str) -> int:
-    """FLOP of a summed `propagate_2d` of x, logits, lam and u."""
+    """FLOPs of `propagate_2d` of x, logits, lam and u with summed directions."""
     with FlopCounterMode(display=False) as counter:
         propagate_2d(*tensors, directions=[DIRECTIONS[code] for code in codes], backend=backend)
     return counter.get_total_flops()
@@ -72,7 +72,7 @@ def operator_rows(
     with_torch: bool = False,
     merges: tuple[str, ...] = ("sum", "none"),
 ) -> list[Row]:
-    """Forward (merged and not) and backward of one size on the CUDA backend; with `with_torch` also on the others."""
+    """Measure forward (merged or not) and backward at one size on the CUDA backend, and with `with_torch` on all."""
     cuda, plain = backend_module("cuda"), backend_module("torch")
     t = inputs(b, n, c, dtype, len(codes))
     x, logits, lam, u = t
@@ -89,7 +89,7 @@ def operator_rows(
     rivals = medians({n_: call[1] for n_, call in calls.items()}, rounds=3, graph=False) if with_torch else {}
     portable: dict[str, float] = {}
     if with_torch and unsupported_reason("triton", x) is None:
-        triton = backend_module("triton")  # its backward has no saved state: it includes a forward
+        triton = backend_module("triton")  # its backward recomputes the forward
         runs: dict[str, Callable[[], object]] = {f"forward {m}": partial(triton.forward, s) for m, s in scans.items()}
         portable = medians({**runs, "backward sum": partial(triton.backward, x, summed)}, rounds=3)
     flop = flop_of(t, codes, "cuda")
@@ -107,7 +107,7 @@ def operator_rows(
 
 
 def line_scan_rows(copy: float) -> list[Row]:
-    """The published benchmark of GSPN-2: [16, 1024, 1024, 8] float32, one direction."""
+    """Measure GSPN-2's published benchmark: [16, 1024, 1024, 8] float32, one direction."""
     cuda = backend_module("cuda")
     x, lam, dh = (torch.randn(16, 1024, 1024, 8, device="cuda") for _ in range(3))
     weights = torch.rand(16, 1024, 1024, 3, 8, device="cuda") / 3
@@ -129,7 +129,7 @@ def line_scan_rows(copy: float) -> list[Row]:
 
 
 def attention_rows(b: int, n: int, matmul: float) -> list[Row]:
-    """Attention of 16 heads of 72 channels over the same grid, on both fused backends, forward."""
+    """Measure the forward of attention with 16 heads of 72 channels over the same grid, on both fused backends."""
     q, k, v = (torch.randn(b, 16, n * n, 72, device="cuda", dtype=torch.bfloat16) for _ in range(3))
     flop = 4 * b * 16 * (n * n) ** 2 * 72
     rows = []
@@ -143,7 +143,7 @@ def attention_rows(b: int, n: int, matmul: float) -> list[Row]:
         try:
             ms = medians({name: run}, rounds=5, graph=False)[name]
             row |= {"ms": ms, "share of matmul": flop / matmul / ms * 1e3, "note": ""}
-        except RuntimeError as error:  # this backend does not take these inputs here: said, not left out
+        except RuntimeError as error:  # recorded if this backend does not support the inputs
             row |= {"ms": None, "share of matmul": None, "note": str(error).splitlines()[0][:80]}
         rows.append(row)
     return rows
@@ -154,7 +154,7 @@ def run(
 ) -> None:
     """Measure everything and write operator.json and operator.md to `out`.
 
-    Raises RuntimeError without a CUDA GPU or where the CUDA backend cannot run.
+    Raises RuntimeError without a CUDA GPU or if the CUDA backend cannot run.
     """
     if device.type != "cuda":
         raise RuntimeError("cgspn bench operator needs a CUDA GPU, and PyTorch sees none")

@@ -1,4 +1,4 @@
-"""Measurements on disk: JSON for programs, a table for people."""
+"""Result files of benchmarks: JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def write(
     folder: Path, name: str, machine: Mapping[str, Any], tables: Mapping[str, Sequence[Mapping[str, Any]]]
 ) -> None:
-    """Write `name`.json and `name`.md: the machine, then every table under its title."""
+    """Write `name`.json and `name`.md with the machine and every table under its title."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps({"machine": machine, **tables}, indent=1) + "\n")
     parts = [f"# {name}", "\n".join(f"- {key}: {value}" for key, value in machine.items())]

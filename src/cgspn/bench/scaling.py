@@ -1,7 +1,7 @@
-"""Distillation on 1, 2, 4, 8 GPUs: speed, what communication costs, memory, and whether the losses are one GPU's.
+"""Benchmark of distillation on 1, 2, 4 and 8 GPUs: speed, communication, memory, and equal losses.
 
-Each launch under torchrun measures its own number of GPUs and merges its rows into the file of the others. Models and
-images are random, the loop is the trainer's own. Weak scaling: every GPU has as many images as one alone.
+Each launch with torchrun measures one number of GPUs and merges its rows into the common file. Models and images are
+random, and the trainer's loop is used. Scaling is weak: the number of images per GPU is constant.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ from .train import TrainBenchConfig, run_steps, unless_full
 Mode = Literal["stage 2 ddp", "stage 2 fsdp", "stage 1 ddp", "stage 1 placed"]
 MODES: tuple[Mode, ...] = ("stage 2 ddp", "stage 2 fsdp", "stage 1 ddp", "stage 1 placed")
 FILE = "scaling.json"
-WARM = 4  # steps before the clock starts: allocation, autotuning, compilation, new buckets, capture and first replay
-PROFILED = 2  # steps after those that are timed, on several GPUs
-INNER = ("bytes", "blocks", "student")  # what the simulation needs
-FULL = 0.92  # share of the memory beyond which a batch counts as too large: several GPUs need some that one does not
+WARM = 4  # untimed steps for allocation, autotuning, compilation, new buckets, capture and first replay
+PROFILED = 2  # profiled steps after the timed ones, on several GPUs
+INNER = ("bytes", "blocks", "student")  # fields for the simulation
+FULL = 0.92  # largest fraction of memory on one GPU, since several GPUs need additional memory
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,8 @@ class ScalingConfig:
     compute: ComputeConfig = field(default_factory=lambda: ComputeConfig(precision="bfloat16"))
 
     def __post_init__(self) -> None:
-        """Raise ValueError for sizes without a batch, for fewer than two steps, which have no spread, and for what
-        cannot be measured; for a model that does not exist, too."""
+        """Raise ValueError for sizes without a batch, fewer than two steps, other invalid settings, or an unknown
+        model."""
         if len(self.sizes) != len(self.batches):
             raise ValueError(f"batches is {self.batches}; expected one number for each of the sizes, {self.sizes}")
         not_empty(self, "modes", "sizes")
@@ -95,11 +95,11 @@ class ScalingConfig:
 
 
 def settings_of(config: ScalingConfig, device: torch.device) -> dict[str, Any]:
-    """The settings that all rows of a file share, as JSON values."""
+    """The common settings of all rows in a file, as JSON values."""
     shared = asdict(config)
     for name in ("modes", "sizes", "batches"):
         shared.pop(name)
-    for name in ("parallel", "capture"):  # each row says
+    for name in ("parallel", "capture"):  # stored per row
         shared["compute"].pop(name)
     shared["gpu"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     shared["torch"] = torch.__version__
@@ -108,7 +108,7 @@ def settings_of(config: ScalingConfig, device: torch.device) -> dict[str, Any]:
 
 
 def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The results of earlier launches. Raises ValueError if they used other settings."""
+    """Load the results of earlier launches. Raises ValueError if they used other settings."""
     if not path.exists():
         return {"settings": settings, "machines": {}, "rows": [], "losses": [], "links": []}
     saved: dict[str, Any] = json.loads(path.read_text())
@@ -122,14 +122,14 @@ def load(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def merge(rows: list[dict[str, Any]], row: dict[str, Any], keys: tuple[str, ...]) -> None:
-    """Put a row in the place of the one with the same values of `keys`, or at the end."""
+    """Replace the row with the same values of `keys`, or append it."""
     place = next((n for n, old in enumerate(rows) if all(old[key] == row[key] for key in keys)), len(rows))
     rows[place : place + 1] = [row]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The models of a launch, and how to make a mode's task of them."""
+    """The models of a launch, from which tasks are created."""
 
     config: ScalingConfig
     world: World
@@ -139,7 +139,7 @@ class Bench:
 
     @classmethod
     def of(cls, config: ScalingConfig, world: World) -> Bench:
-        """Random weights, the same on all processes. Raises ValueError for an unknown model."""
+        """Create models with the same random weights on all processes. Raises ValueError for an unknown model."""
         torch.manual_seed(config.seed)
         with world.device:
             teacher, student = create_model(config.teacher), create_model(config.student)
@@ -148,7 +148,7 @@ class Bench:
 
     @contextmanager
     def ready(self, mode: str, replayed: bool) -> Iterator[tuple[DistillTask | SublayerTask, ComputeConfig]]:
-        """The task of a mode at its beginning, spread over the processes for the time of the context."""
+        """A new task of a mode, distributed over the processes within the context."""
         torch.manual_seed(self.config.seed + 1)
         self.student.load_state_dict(self.start)
         parallel: Any = mode.split()[2] if self.world.size > 1 else "ddp"
@@ -165,7 +165,7 @@ class Bench:
             yield task, compute
 
     def losses(self, mode: str, replayed: bool) -> dict[str, Any]:
-        """The total loss of each of some steps on a batch that is the same for any number of processes."""
+        """The total losses of some steps, on a batch that does not depend on the number of processes."""
         config, size = self.config, self.config.check_size
         random = torch.Generator().manual_seed(config.seed)
         images = torch.randn(config.check_batch, self.student.config.channels, size, size, generator=random)
@@ -179,9 +179,9 @@ class Bench:
         return row | {"totals": history.curve("total")}
 
     def speed(self, mode: str, replayed: bool, size: int, batch: int) -> dict[str, Any] | None:
-        """A row: steps timed and, on several GPUs, profiled. On one GPU None if the memory does not suffice.
+        """A row of timed and, on several GPUs, profiled steps. None on one GPU if memory does not suffice.
 
-        On several GPUs raises ValueError for that: some may be in the middle of a step.
+        On several GPUs that raises ValueError, since some may be in the middle of a step.
         """
         with self.ready(mode, replayed) as (task, compute):
             return self._measured({"mode": mode, "image": size, "batch": batch}, task, compute)
@@ -198,7 +198,7 @@ class Bench:
         def after(done: int) -> None:
             if done == WARM - 1:
                 barrier()
-            if WARM <= done <= timed:  # the trainer has just waited for the device
+            if WARM <= done <= timed:  # the trainer has just synchronised
                 stamps.append(time.perf_counter())
             if several and done == timed:
                 watched.begin()
@@ -219,7 +219,7 @@ class Bench:
                 go()
             except torch.OutOfMemoryError as error:
                 raise ValueError(
-                    f"{mode}, {size} px: {batch} images a GPU do not fit on {world.size} GPUs (rank {world.rank}); "
+                    f"{mode}, {size} px: {batch} images per GPU do not fit on {world.size} GPUs (rank {world.rank}); "
                     "rows before this one are kept; measure 1 GPU again with smaller batches, then this"
                 ) from error
         elif unless_full(go, task, compute) is None:
@@ -227,7 +227,7 @@ class Bench:
         if cuda:
             peak = max(gather_objects(torch.cuda.max_memory_allocated(world.device)))
             row["peak memory (GiB)"] = peak / 2**30
-            # on several GPUs a copy of the gradients travels
+            # several GPUs need a copy of the gradients
             if not several and peak + sent > FULL * torch.cuda.get_device_properties(world.device).total_memory:
                 return None
         each = gather_objects([b - a for a, b in pairwise(stamps)])
@@ -241,7 +241,7 @@ class Bench:
         return row
 
     def fitting(self, mode: str, replayed: bool, size: int, batch: int) -> dict[str, Any]:
-        """As `speed`, with the batch halved until it fits; a row without times if one image does not."""
+        """`speed` with the batch halved until it fits. The row has no times if one image does not fit."""
         while (row := self.speed(mode, replayed, size, batch)) is None:
             free(self.world.device)
             if batch == 1:
@@ -254,10 +254,10 @@ class Bench:
 def run(
     config: ScalingConfig, out: Path, world: World, *, commit: str = "", say: Callable[[str], object] = print
 ) -> dict[str, Any]:
-    """Measure this number of processes; the first one merges into scaling.json and makes .md and .png after each row.
+    """Measure this number of processes. The first merges each row into scaling.json and rewrites .md and .png.
 
-    Returns what the file holds. Raises ValueError for an unknown model, for a file with other settings, and for batches
-    that do not divide or do not fit.
+    Returns the content of the file. Raises ValueError for an unknown model, a file with other settings, and batches
+    that are not divisible or do not fit.
     """
     path = out / FILE
     saved = load(path, settings_of(config, world.device))
@@ -274,7 +274,7 @@ def run(
             shown = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items() if k not in INNER}
             say(f"{kind}: " + ", ".join(f"{k} {v}" for k, v in shown.items()))
 
-    barrier()  # all have read the file before the first row changes it
+    barrier()  # all processes read the file before it is changed
     if world.size > 1:
         keep("links", {"gpus": world.size, **link_rates(world.device, config.link * 2**20)}, ("gpus",))
     replayed = config.compute.capture and world.device.type == "cuda"
@@ -299,6 +299,6 @@ def run(
                 assert measured is not None
                 row = measured
             if config.compute.compile:
-                torch.compiler.reset()  # every shape compiles for itself, and dynamo keeps only a few
+                torch.compiler.reset()  # every shape is compiled, and dynamo keeps only a few
             keep("rows", row, ("mode", "image", "gpus", "captured"))
     return saved

@@ -1,15 +1,16 @@
-"""The paper's efficiency table on this machine: latency of the sub-layer and of the block, throughput and memory.
+"""Benchmark of the paper's efficiency table: latency of sub-layer and block, throughput and memory.
 
-Every contender has the same width, MLP and images; times of one size are taken interleaved, from CUDA graphs where
-kernels may be shorter than their launches (inference up to 2^18 tokens), so that they are the device's. Beside them
-stands what a block takes as it is called, kernel by kernel ("launched"). What runs out of memory is a row that says so.
-Published figures (one A100) stand beside ours.
+All contenders have the same width, MLP and images. Timings of one size are interleaved. They use CUDA graphs if kernels
+may be shorter than their launches (inference up to 2^18 tokens), so that they give the GPU's time. "launched" is the
+time of a block in eager mode. A contender that runs out of memory gets a row that says so. Published figures (one A100)
+are listed too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,15 +22,15 @@ from ..layers import Grid
 from ..report.drawing import draw_sizes
 from .checks import at_least, not_empty, tiled
 from .contenders import OURS, Contender, Shape, build, names
-from .machine import ceilings, free
+from .machine import ceilings, dtype_of, fitting, free, peak_memory
 from .results import write
 from .timing import launched, medians
 
 Row = dict[str, Any]
 Mode = Literal["inference", "training"]
 SIZES = (378, 518, 756, 1036, 1512, 2058, 4116)
-CAPTURED = 1 << 18  # tokens up to which kernels may be shorter than their launches
-# milliseconds on one A100, B = 32, C = 1152 (the paper's efficiency table): sub-layer and block
+CAPTURED = 1 << 18  # up to this many tokens kernels may be shorter than their launches
+# milliseconds of sub-layer and block on one A100, B = 32, C = 1152 (the paper's efficiency table)
 PUBLISHED = {
     ("attention, math", 1036): (205.90, 238.18),
     ("attention, flash", 1036): (32.81, 68.93),
@@ -61,14 +62,14 @@ class TableConfig:
     rounds: int = 7
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be measured."""
+        """Raise ValueError for invalid settings."""
         not_empty(self, "sizes", "batches", "modes")
         at_least(self, 1, "batches", "rounds")
         tiled("sizes", self.sizes, self.shape.patch)
 
 
 def steps(contender: Contender, tokens: Tensor, grid: Grid, mode: Mode) -> dict[str, Callable[[], object]]:
-    """The timed calls of one contender: "sub-layer" and "block"."""
+    """The timed functions of one contender: "sub-layer" and "block"."""
     trained = mode == "training"
     leaf = tokens.detach().requires_grad_(trained)
     direction = torch.randn_like(tokens) if trained else None
@@ -83,38 +84,28 @@ def steps(contender: Contender, tokens: Tensor, grid: Grid, mode: Mode) -> dict[
     return {"sub-layer": lambda: step(contender.sublayer, mixer), "block": lambda: step(contender.whole, whole)}
 
 
-def peak_memory(run: Callable[[], object], device: torch.device) -> float | None:
-    """Gigabytes that one call adds to what is allocated, at its peak; None on a CPU.
-
-    Raises torch.OutOfMemoryError if it does not fit.
-    """
-    if device.type != "cuda":
-        run()
-        return None
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    torch.cuda.synchronize()
-    return (torch.cuda.max_memory_allocated() - before) / 1e9
+def our_step(config: TableConfig, pixels: int, mode: Mode, device: torch.device, batch: int) -> Callable[[], object]:
+    """A call of C-GSPN's block, which decides how large batches are."""
+    side = pixels // config.shape.patch
+    tokens = torch.randn(batch, side * side, config.shape.width, device=device, dtype=dtype_of(device))
+    return steps(build(OURS, config.shape, device, tokens.dtype), tokens, Grid(side, side), mode)["block"]
 
 
 def size_rows(config: TableConfig, pixels: int, batch: int, mode: Mode, device: torch.device) -> list[Row]:
-    """All contenders at one size, batch and mode, interleaved."""
+    """Measure all contenders at one size, batch and mode, interleaved."""
     side = pixels // config.shape.patch
     grid = Grid(side, side)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    tokens = torch.randn(batch, grid.tokens, config.shape.width, device=device, dtype=dtype)
+    tokens = torch.randn(batch, grid.tokens, config.shape.width, device=device, dtype=dtype_of(device))
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     rows: dict[str, Row] = {}
     for name in config.contenders or names(device):
         row: Row = {"px": pixels, "B": batch, "mode": mode, "mixer": name}
         rows[name] = row
         calls |= {(name, part): call for part, call in tried(row, config, tokens, grid).items()}
-        free(device)  # what did not fit went with the call
+        free(device)  # free what did not fit
     for part in ("sub-layer", "block"):
         wanted = {name: call for (name, of), call in calls.items() if of == part}
-        # what can be shorter than its launches is replayed from a graph, all alike
+        # use graphs for all contenders if kernels may be shorter than their launches
         graph = mode == "inference" and batch * grid.tokens <= CAPTURED
         for name, ms in measured(wanted, config.rounds, graph).items():
             rows[name][f"{part} ms"] = ms
@@ -125,7 +116,7 @@ def size_rows(config: TableConfig, pixels: int, batch: int, mode: Mode, device: 
 
 
 def tried(row: Row, config: TableConfig, tokens: Tensor, grid: Grid) -> dict[str, Callable[[], object]]:
-    """The steps of a row's contender, run once; notes in the row its memory, or why it cannot run."""
+    """Run a row's contender once, and record in the row its memory or the reason why it cannot run."""
     try:
         contender = build(row["mixer"], config.shape, tokens.device, tokens.dtype)
         mine = steps(contender, tokens, grid, row["mode"])
@@ -133,7 +124,7 @@ def tried(row: Row, config: TableConfig, tokens: Tensor, grid: Grid) -> dict[str
         mine["sub-layer"]()
     except torch.OutOfMemoryError:
         row["note"] = "OOM"
-    except RuntimeError as error:  # kernels of attention that do not take this shape: said, not left out
+    except RuntimeError as error:  # recorded if attention kernels do not support this shape
         row["note"] = str(error).strip().splitlines()[0][:80]
     else:
         return mine
@@ -141,7 +132,7 @@ def tried(row: Row, config: TableConfig, tokens: Tensor, grid: Grid) -> dict[str
 
 
 def measured(calls: dict[str, Callable[[], object]], rounds: int, graph: bool) -> dict[str, float]:
-    """Medians; from CUDA graphs if these fit beside one another, else launched one by one."""
+    """Median times, from CUDA graphs if all fit in memory together, otherwise in eager mode."""
     if graph:
         try:
             return medians(calls, rounds=rounds)
@@ -157,7 +148,7 @@ def fastest(rows: Sequence[Row]) -> Row | None:
 
 
 def compared(rows: list[Row]) -> list[Row]:
-    """Ratios to the fastest attention of the same size, throughput, and the published figures, in a fixed order."""
+    """Add ratios to the fastest attention of the same size, throughput, and the published figures, in a fixed order."""
     best = fastest(rows)
     out = []
     for row in rows:
@@ -182,7 +173,7 @@ def compared(rows: list[Row]) -> list[Row]:
 
 
 def crossovers(rows: Sequence[Row]) -> list[Row]:
-    """For each batch and mode, the smallest size from which C-GSPN is faster than the fastest attention on."""
+    """For each batch and mode, the smallest size from which on C-GSPN is faster than the fastest attention."""
     found = []
     for batch, mode in dict.fromkeys((row["B"], row["mode"]) for row in rows):
         for part in ("sub-layer", "block"):
@@ -198,48 +189,26 @@ def crossovers(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def fitting_batch(config: TableConfig, pixels: int, batch: int, mode: Mode, device: torch.device) -> int:
-    """The largest batch, `batch` halved as often as needed, at which the block of C-GSPN fits."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    side = pixels // config.shape.patch
-    while batch > 1:
-        try:
-            tokens = torch.randn(batch, side * side, config.shape.width, device=device, dtype=dtype)
-            contender = build(OURS, config.shape, device, dtype)
-            steps(contender, tokens, Grid(side, side), mode)["block"]()
-            return batch
-        except torch.OutOfMemoryError:
-            batch //= 2
-        finally:
-            tokens = contender = None  # type: ignore[assignment]
-            free(device)
-    return batch
-
-
 def run(
     config: TableConfig, out: Path, device: torch.device, *, commit: str = "", say: Callable[[str], object] = print
 ) -> list[Row]:
-    """Measure and write table.json, table.md and table.png to `out`; finished sizes are written as they come.
+    """Run the benchmark and write table.json, table.md and table.png to `out` after each size.
 
-    Raises ValueError for a contender that does not exist or cannot have the shape, OSError if `out` cannot be written.
+    Raises ValueError for a contender that is unknown or does not support the shape, OSError if `out` is not writable.
     """
     for name in config.contenders or names(device):
-        with torch.device("meta"):  # what cannot be built is refused before anything is measured
+        with torch.device("meta"):  # raise errors before the first measurement
             build(name, config.shape, torch.device("meta"), torch.float32)
     machine = describe(commit) | ceilings(device)
     rows: list[Row] = []
     for pixels in config.sizes:
         for mode in config.modes:
-            taken = set()
-            for wanted in config.batches:
-                batch = fitting_batch(config, pixels, wanted, mode, device)
-                if batch in taken:
-                    continue
-                taken.add(batch)
+            step = partial(our_step, config, pixels, mode, device)
+            for batch in dict.fromkeys(fitting(step, wanted, device)[0] or 1 for wanted in config.batches):
                 rows += size_rows(config, pixels, batch, mode, device)
                 free(device)
                 best = next((r for r in rows[::-1] if r["mixer"] == OURS), None)
-                if best and best["block ms"]:  # what ran out of memory has no time
+                if best and best["block ms"]:  # rows that ran out of memory have no time
                     ratio = best["block: attention / this"] or float("nan")
                     say(f"{pixels} px, B = {batch}, {mode}: block {best['block ms']:.3g} ms, {ratio:.3g} x")
         write(out, "table", machine, {"blocks": rows, "crossover": crossovers(rows)})

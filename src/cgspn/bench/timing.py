@@ -1,4 +1,4 @@
-"""Times of functions: medians over interleaved rounds, so that drift of the clock hits all alike."""
+"""Timing of functions by medians over interleaved rounds, so that clock drift affects all equally."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 from ..compat import private
 
-LEAD = 2_000_000  # cycles, about a millisecond, that the device is kept busy while the host launches what is timed
+LEAD = 2_000_000  # cycles (about a millisecond) of busy-waiting on the device while the CPU launches the timed work
 
 
 def captured(function: Callable[[], object], repeats: int) -> Callable[[], None]:
-    """`repeats` calls of `function` as one CUDA graph: what is left is the time of the device."""
+    """`repeats` calls of `function` as one CUDA graph, whose time is that of the device."""
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
         function()  # compile and allocate outside the capture
@@ -46,9 +46,9 @@ def medians(
     """Median milliseconds of one call of each function, timed in turn `rounds` times.
 
     Each timing covers as many calls as take about `target_ms`; with `graph` they are replayed from one CUDA graph.
-    Without, the host begins to launch a millisecond before the clock starts, as it does in the midst of a longer run:
-    the first launch of a step is not counted, what the host is slower at than the device still is.
-    On a machine without a GPU the clock is the host's, and there are no graphs. Raises whatever a function raises.
+    Without a graph, the CPU starts to launch a millisecond before the timing, as in the middle of a longer run. The
+    launch latency of the first kernel is then not included, but any time in which the GPU waits for the CPU is. Without
+    a GPU the CPU's clock is used, without graphs. Raises the functions' errors.
     """
     runs: dict[str, tuple[Callable[[], object], int]] = {}
     for name, function in functions.items():
@@ -72,10 +72,10 @@ def medians(
 def launched(
     functions: dict[str, Callable[[], object]], *, rounds: int = 7, seconds: float = 0.05
 ) -> dict[str, tuple[float, float]]:
-    """Median milliseconds of a call as most people make it, and the host's part of them, of functions in turn.
+    """Median milliseconds per eager call, and the CPU time in it, of interleaved functions.
 
-    Each timing is a loop of calls of at least `seconds` that ends when the device has. Where both are alike, the host
-    is what takes so long. Raises whatever a function raises.
+    Each timing is a loop of calls for at least `seconds`, with a synchronisation at the end. If both times are equal,
+    the CPU is the bottleneck. Raises the functions' errors.
     """
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for _ in range(rounds):

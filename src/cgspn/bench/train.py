@@ -1,6 +1,6 @@
-"""Steps of stage 2 on one device: images/s, MFU, memory, and the largest batch that fits, found by trying.
+"""Benchmark of stage 2 on one device: images/s, MFU, memory, and the largest batch that fits.
 
-Teacher and student have random weights: a step costs the same. The loop is the trainer's own.
+Teacher and student have random weights, which does not change the speed. The trainer's loop is used.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .results import write
 
 Result = TypeVar("Result")
 
-WARM = 4  # steps before the clock starts: allocation, autotuning, compilation, capture and its first replay
-TRIES = 2  # steps that a batch must last to fit: the second has the optimiser's state
+WARM = 4  # untimed steps for allocation, autotuning, compilation, capture and first replay
+TRIES = 2  # steps to test whether a batch fits; the second includes the optimiser's state
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class TrainBenchConfig:
 
 
 def largest_fitting(fits: Callable[[int], bool], largest: int, smallest: int = 1) -> int:
-    """The largest batch that fits, to an eighth: doubled until one does not, then bisected. 0 if not even one fits."""
+    """The largest batch that fits, up to an eighth, by doubling and bisection. 0 if one image does not fit."""
     low, high = 0, smallest
     while high <= largest and fits(high):
         low, high = high, 2 * high
@@ -91,9 +91,9 @@ def run_steps(
     steps: int,
     after: Callable[[int], object] = lambda _: None,
 ) -> list[float]:
-    """Train on random images; returns the time of day after each step. Raises torch.OutOfMemoryError.
+    """Train on random images and return the time after each step. Raises torch.OutOfMemoryError.
 
-    after: called with the number of steps done, after each.
+    after: called after each step with the number of finished steps.
     """
     device = next(task.parameters()).device
     images = torch.randn(batch, task.student.config.channels, size, size, device=device)
@@ -110,17 +110,17 @@ def run_steps(
 
 
 def unless_full(run: Callable[[], Result], task: Task, compute: ComputeConfig) -> Result | None:
-    """The result of `run`, or None if it runs out of memory. Its memory is freed either way."""
+    """The result of `run`, or None if it runs out of memory. Its memory is freed in both cases."""
     result = None
     try:
         result = run()
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "ALLOC_FAILED" not in str(error):
             raise
-    # outside of the except clause, which holds the frames and so the tensors of what failed
+    # outside of the except clause, whose traceback keeps the tensors alive
     task.zero_grad(set_to_none=True)
     if compute.compile:
-        torch.compiler.reset()  # every batch compiles for its own shapes, and dynamo keeps only a few
+        torch.compiler.reset()  # every batch size is compiled, and dynamo keeps only a few
     free(next(task.parameters()).device)
     return result
 
@@ -141,7 +141,7 @@ def measure(task: DistillTask, config: TrainBenchConfig, size: int) -> dict[str,
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         times = attempt(batch, WARM + config.steps)
-        if times is None:  # what fitted by a hair
+        if times is None:  # barely fitted before
             batch = batch * 7 // 8
     if times is None:
         return row
@@ -166,7 +166,7 @@ def measure(task: DistillTask, config: TrainBenchConfig, size: int) -> dict[str,
 def run(
     config: TrainBenchConfig, out: Path, device: torch.device, *, commit: str = "", say: Callable[[str], object] = print
 ) -> list[dict[str, Any]]:
-    """Measure every size and write train.json, .md and .png after each. Raises ValueError for an unknown model."""
+    """Measure every size, and write train.json, .md and .png after each. Raises ValueError for an unknown model."""
     rows: list[dict[str, Any]] = []
     before: int | None = None
     teacher, student = (create_model(name).to(device) for name in (config.teacher, config.student))
@@ -187,7 +187,7 @@ def run(
 def task_of(
     teacher: Encoder, config: TrainBenchConfig, before: int | None, student: Encoder, runtime: Runtime
 ) -> DistillTask:
-    """Stage 2, or the stage of the curriculum that comes after images of `before` pixels."""
+    """The task of stage 2, or of the curriculum stage after images of `before` pixels."""
     if config.teacher_is == "original" or before is None:
         return DistillTask(teacher.eval().requires_grad_(False), student, config.loss, runtime=runtime)
     previous = Encoder(student.config).to(next(student.parameters()).device).eval().requires_grad_(False)

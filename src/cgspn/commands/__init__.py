@@ -1,1 +1,1 @@
-"""The commands of the `cgspn` program: one module each, a dataclass of arguments with a `run` method."""
+"""The commands of `cgspn`, one module each. A command is a dataclass of arguments with a `run` method."""

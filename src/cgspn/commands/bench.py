@@ -30,7 +30,7 @@ class _Measurement(Command):
     """Commit to record in the results. The default is that of the working tree."""
 
     def run(self) -> None:
-        """Raises ValueError for settings that cannot be measured, and for what this machine lacks."""
+        """Raises ValueError for settings that cannot be measured or that this machine does not support."""
         check_folder(self.out, "--out")
         measure = import_module(f"..bench.{self.module}", __package__).run
         try:
@@ -113,11 +113,11 @@ class Scaling(_Measurement):
     """Settings of the benchmark."""
 
     def run(self) -> None:
-        """Raises ValueError for an unknown model, other settings than before, or batches that do not fit."""
+        """Raises ValueError for an unknown model, other settings than earlier launches, or batches that do not fit."""
         from ..bench.scaling import run
 
         with join_world(device_of("auto")) as world:
-            if world.rank == 0:  # the one that writes
+            if world.rank == 0:  # only it writes
                 check_folder(self.out, "--out")
             run(self.config, self.out, world, commit=self.commit, say=console.print)
             if world.rank == 0:

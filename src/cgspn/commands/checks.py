@@ -1,37 +1,48 @@
-"""What several commands check before they begin."""
+"""Checks that several commands run before they start."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from ..console import writable_folder
 from ..distill import SizeRange
+from ..models.reading import CheckpointError
+
+Model = TypeVar("Model")
+
+
+def loaded(load: Callable[..., Model], name: str, source: str | Path, **options: Any) -> Model:
+    """What `load` makes of a source that the argument `name` gave. Raises CheckpointError, naming the argument."""
+    try:
+        return load(source, **options)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} (given as {name})") from error
 
 
 def check_folder(path: Path, name: str) -> Path:
-    """Try out whether results can be written in a folder, before the long work starts; what they are written with makes
-    it.
+    """Check that results can be written to a folder, before the long work starts. The folder is created later.
 
-    A folder that is not there is not there afterwards: a command that is refused leaves nothing behind. Raises
-    ValueError, naming the argument `name`.
+    A folder created by this check is removed again, so that a failed command leaves nothing behind. Raises ValueError
+    naming the argument `name`.
     """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         return writable_folder(path, name)
     finally:
         for folder in missing:
-            with suppress(OSError):  # never made, or another process has begun to write there
+            with suppress(OSError):  # not created, or already used by another process
                 folder.rmdir()
 
 
 def check_free(paths: Iterable[Path], name: str, overwrite: bool) -> None:
-    """Raise ValueError, naming the argument `name`, if there are files at paths that would be written over unasked."""
+    """Raise ValueError, naming the argument `name`, if files at these paths would be overwritten."""
     held = [path for path in paths if os.path.lexists(path)]
     if held and not overwrite:
         found, folder = ", ".join(path.name for path in held), held[0].parent
@@ -40,7 +51,7 @@ def check_free(paths: Iterable[Path], name: str, overwrite: bool) -> None:
 
 
 def check_file(path: Path, name: str, kind: str, overwrite: bool) -> None:
-    """Raise ValueError, naming the argument `name`, unless a file of this kind can be written at path."""
+    """Raise ValueError, naming the argument `name`, unless a file with such a suffix can be written at `path`."""
     if path.is_dir():
         raise ValueError(f"{name} is {path}, a folder; expected {kind}")
     check_folder(path.parent, name)
@@ -48,7 +59,7 @@ def check_file(path: Path, name: str, kind: str, overwrite: bool) -> None:
 
 
 def device_of(device: str) -> str:
-    """ "cpu" or "cuda"; for "auto" the GPU if there is one. Raises ValueError for a GPU that is not there."""
+    """ "cpu" or "cuda"; for "auto" the GPU if there is one. Raises ValueError if there is no GPU."""
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -57,7 +68,7 @@ def device_of(device: str) -> str:
 
 
 def mixed_sizes(start: SizeRange | None, sizes: tuple[int, int] | None, aspects: tuple[float, ...]) -> SizeRange:
-    """The range that `--sizes SMALLEST LARGEST` and `--aspects` ask for, the rest as in `start`.
+    """The range from `--sizes SMALLEST LARGEST` and `--aspects`, with all other fields as in `start`.
 
     Raises ValueError for an empty range.
     """

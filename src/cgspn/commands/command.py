@@ -1,4 +1,4 @@
-"""What every command is: settings with words for each, a method that runs, and the settings that `--help` shows."""
+"""The base class of commands, argument parsing, and help in two levels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_type_hints
 import docstring_parser
 import tyro
 
-# Positionals, which help names by what they are and not by their type.
+# Positionals, shown in the help by their meaning, not their type.
 Teacher = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEACHER")]
 Student = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDENT")]
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
@@ -31,7 +31,8 @@ Settings = tyro.conf.OmitArgPrefixes[Kind]  # settings without the name of the f
 class Command:
     """A command of the program.
 
-    usual: paths of the settings that `--help` shows, as "config.stage1.steps"; none for all. Positionals are shown too.
+    usual: paths of the settings that `--help` shows, such as "config.stage1.steps"; empty for all. Positionals are
+    always shown.
     """
 
     usual: ClassVar[tuple[str, ...]] = ()
@@ -42,12 +43,12 @@ class Command:
         return cls(**{f.name: tyro.MISSING for f in fields(cls) if f.default is f.default_factory is MISSING})
 
     def run(self) -> None:
-        """Do it. Raises ValueError or OSError for what cannot be done."""
+        """Run the command. Raises ValueError or OSError."""
         raise NotImplementedError
 
 
 def parsed(kind: type[Command], program: str, arguments: list[str]) -> Command:
-    """The command of some arguments. Raises SystemExit for help, and ValueError for arguments that cannot be."""
+    """Parse arguments to a command. Raises SystemExit for help, and ValueError for invalid arguments."""
     start = kind.start(arguments)
     about: dict[str, Any] = {"prog": program, "description": getdoc(kind)}
     if kind.usual and {"-h", "--help"} & set(arguments):
@@ -66,7 +67,7 @@ def parsed(kind: type[Command], program: str, arguments: list[str]) -> Command:
 
 
 def one_line(box: str) -> str:
-    """What tyro says under a title and between rules: the words of its first part, and what may have been meant."""
+    """tyro's framed message as one line: its first part and suggestions."""
     lines = [line.strip("│| ") for line in box.splitlines()[1:]]
     parts = [
         list(part) for rule, part in groupby(lines, lambda line: line.startswith(("──", "--" * 9, "╰"))) if not rule
@@ -77,7 +78,7 @@ def one_line(box: str) -> str:
 
 
 def usual_settings(kind: type[Command], start: Command) -> type:
-    """A flat dataclass of the positionals of a command and its usual settings, with their words and defaults."""
+    """A flat dataclass of a command's positionals and usual settings, with their descriptions and defaults."""
     positionals = [f.name for f in fields(kind) if getattr(start, f.name) is tyro.MISSING]
     shown = []
     for path in (*positionals, *kind.usual):
@@ -96,7 +97,7 @@ def usual_settings(kind: type[Command], start: Command) -> type:
 
 
 def descriptions(kind: type) -> dict[str, str]:
-    """The words for each field of a dataclass: of its docstring's Args, or under the field."""
+    """The description of each field of a dataclass, from its docstring's Args or below the field."""
     found: dict[str, str] = {}
     for owner in reversed(kind.__mro__[:-1]):
         each = docstring_parser.parse_from_object(owner).params

@@ -1,4 +1,4 @@
-"""`cgspn convert`: a pretrained attention encoder to a C-GSPN student, not yet distilled."""
+"""`cgspn convert`: convert a pretrained attention encoder to an undistilled C-GSPN student."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import asdict, dataclass
 import torch
 from rich.table import Table
 
-from .. import __version__
 from ..console import console
+from ..environment import versions
 from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, write_atomically
 from ..models.config import to_dict
 from ..models.dual import DualEncoder, image_encoder
 from ..teachers import convert, load_encoder, load_model
 from ..teachers.convert import Inherited
 from ..teachers.parameters import Part, parameter_table
-from .checks import check_folder, check_free
+from .checks import check_folder, check_free, loaded
 from .command import Command, Out, Teacher
 
 RECORD = "conversion.json"
@@ -83,7 +83,7 @@ class Convert(Command):
         out = check_folder(self.out, "out")
         check_free([out / name for name in (CONFIG, WEIGHTS, PREPROCESSING, RECORD)], "out", self.overwrite)
         load = load_encoder if self.image_only else load_model
-        teacher = load(self.teacher, heads=self.heads, submodel=self.submodel)
+        teacher = loaded(load, "teacher", self.teacher, heads=self.heads, submodel=self.submodel)
         encoder = image_encoder(teacher)
         torch.manual_seed(self.seed)
         reports: list[Inherited] = []
@@ -122,7 +122,7 @@ class Convert(Command):
             "parameters": [asdict(row) for row in table],
             "inherited": origin.inherited,
             "fresh": origin.fresh,
-            "versions": {"cgspn": __version__, "torch": torch.__version__},
+            "versions": versions(),
         }
         write_atomically(out / RECORD, json.dumps(record, indent=1) + "\n")
         console.print(f"{encoder.config.name} -> {config.name}")

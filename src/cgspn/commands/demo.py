@@ -1,4 +1,4 @@
-"""`cgspn demo`: the whole job on the embedded images and teacher."""
+"""`cgspn demo`: convert, distill and evaluate with the embedded images and teacher."""
 
 from __future__ import annotations
 

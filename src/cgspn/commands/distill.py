@@ -1,13 +1,10 @@
-"""`cgspn distill`: teacher to student in stages, on one process or, under torchrun, on many."""
+"""`cgspn distill`: distill a student in stages, on one process or, with torchrun, on several."""
 
 from __future__ import annotations
 
 import json
-import platform
-import shlex
-import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -17,7 +14,6 @@ from typing import Any, ClassVar, Literal
 import torch
 import tyro
 
-from .. import __version__
 from ..console import console, progress_watcher, writable_folder
 from ..data import LoaderConfig, Skipped, load_embedded, open_samples
 from ..data.prepare import Picture
@@ -31,6 +27,7 @@ from ..distill.resume import RECORD, REPORT, carried_from, check_same_run, lacks
 from ..distill.run_folder import left_clean, locked
 from ..distill.stages import Watcher
 from ..distill.trainer import Watch
+from ..environment import command, versions
 from ..models.checkpoint import write_atomically
 from ..models.dual import image_encoder, with_image
 from ..models.encoder import Encoder
@@ -40,7 +37,7 @@ from ..report.held_out import MOST, Kept, compare
 from ..report.run import run_report
 from ..teachers import convert, load_encoder, load_model
 from ..terminal import warn
-from .checks import device_of, mixed_sizes
+from .checks import device_of, loaded, mixed_sizes
 from .command import Command, Device, Out, Teacher
 from .header import device_name, header, warnings
 
@@ -86,11 +83,11 @@ class Distill(Command):
     """Image-text shards (webdataset tar: a path, a URL or a pattern with {000..009} or *), a folder of images or
     shards, or "embedded". Captions come from .txt or .json files beside the images, or from the names of sub-folders.
     Unreadable images and shards are skipped, counted and reported. One image in a hundred, at most 16, is held out for
-    the report; of fewer than a hundred, none is."""
+    the report; none if there are fewer than a hundred."""
     student: Path | None = None
-    """Start from this converted checkpoint instead of converting the teacher; what the preset says of the student's
-    mixers and positions then does not apply. With --config.stage1.steps 0 and
-    --config.stage2.steps 0, continue a finished run at higher resolutions, with its adapters."""
+    """Start from this converted checkpoint instead of converting the teacher. The preset's settings of the student's
+    mixers and positions then do not apply. With --config.stage1.steps 0 and --config.stage2.steps 0, continue a
+    finished run at higher resolutions, with its adapters."""
     config: tyro.conf.AvoidSubcommands[DistillConfig | None] = None
     """All settings of the run; None uses those of the preset."""
     sizes: tuple[int, int] | None = None
@@ -113,7 +110,7 @@ class Distill(Command):
 
     @classmethod
     def start(cls, arguments: list[str]) -> Distill:
-        """Settings that begin with those of `--preset`."""
+        """The default settings, with those of `--preset`."""
         preset = ArgumentParser(add_help=False, allow_abbrev=False)
         preset.add_argument("--preset")
         name = preset.parse_known_args(arguments)[0].preset
@@ -121,14 +118,14 @@ class Distill(Command):
 
     @cached_property
     def settings(self) -> DistillConfig:
-        """The config that is used: that of the preset if none is given, with sizes and aspects."""
+        """The effective config: the given one or the preset's, with sizes and aspects."""
         config = self.config or PRESETS[self.preset]
         if self.sizes or self.aspects:
             return replace(config, sizes=mixed_sizes(config.sizes, self.sizes, self.aspects))
         return config
 
     def run(self) -> None:
-        """Raises ValueError, OSError, or what `distill` raises."""
+        """Raises ValueError, OSError, and the errors of `distill`."""
         student_from = str(self.student) if self.student else None
         settings: dict[str, Any] = {"teacher": self.teacher, "student": student_from, "data": self.data}
         settings["config"], settings["loader"] = asdict(self.settings), asdict(self.loader)
@@ -138,11 +135,11 @@ class Distill(Command):
         if self.show_config:
             console.print_json(json.dumps(settings, default=str))
             return
-        if self.tensorboard and (lack := needed(require_tensorboard)):
-            raise ValueError(lack)
+        if self.tensorboard:
+            require_tensorboard()
         with left_clean(self.out) as own, join_world(device_of(self.device)) as world, ExitStack() as held:
             out = writable_folder(self.out, "out")
-            barrier()  # a process that is refused takes the folder away, which no other may make again after that
+            barrier()  # a failing process removes the folder, and no other process may create it again
             held.enter_context(locked(out, world))
             own.append(True)
             feed = self.feed()
@@ -150,15 +147,15 @@ class Distill(Command):
                 say_skipped(feed.source.problems, world)
                 settings["source"] = {"images": len(feed.source), "digest": feed.source.digest()}
             if self.report and lacks_report(out, settings):
-                barrier()  # the others look before the first one writes
+                barrier()  # the others check before the first process writes
                 if world.rank == 0:
                     write_report(out, read_json_value(out / RECORD, MOST_RECORD))
                 return
             check_same_run(out, settings, world)
-            barrier()  # as above, for what the first process writes
+            barrier()  # as above, for files of the first process
             if world.rank == 0 and (begun := progress_of(out)):
-                console.print(f"going on with the run in {out}: {begun}", soft_wrap=True)
-            teacher = load_model(self.teacher).to(world.device)
+                console.print(f"resuming the run in {out}: {begun}", soft_wrap=True)
+            teacher = loaded(load_model, "teacher", self.teacher).to(world.device)
             encoder = image_encoder(teacher)
             torch.manual_seed(self.settings.stage1.seed)
             student = self.student_of(encoder).to(world.device)
@@ -192,8 +189,8 @@ class Distill(Command):
             with_image(teacher, student).save_pretrained(out)
             pictures, trained_on = pictures_of(feed)
             record = {
-                "command": shlex.join(["cgspn", *sys.argv[1:]]),
-                "versions": {"cgspn": __version__, "torch": torch.__version__, "python": platform.python_version()},
+                "command": command(),
+                "versions": versions(),
                 **settings,
                 "processes": world.size,
                 "device": device_name(world.device),
@@ -210,7 +207,7 @@ class Distill(Command):
                 write_report(out, json.loads(json.dumps(record, default=str)))
 
     def feed(self) -> ImageSetFeed | SampleFeed:
-        """The feed that `data` names. Raises OSError or ValueError."""
+        """The feed for `data`. Raises OSError or ValueError."""
         if self.data == EMBEDDED:
             return ImageSetFeed(load_embedded("train"))
         source = open_samples(self.data, cache=self.loader.cache, max_skipped=self.loader.max_skipped)
@@ -218,21 +215,22 @@ class Distill(Command):
 
     def check_taken(self) -> None:
         """Raise ValueError for conversion settings if `student` is already converted."""
+        preset = PRESETS[self.preset].conversion
         for name, given in self.settings.conversion.items():
-            if given != getattr(PRESETS[self.preset], name):
+            if given != preset[name]:
                 raise ValueError(f"config.{name} is {given} beside student, which is taken as it is; leave one out")
 
     def student_of(self, teacher: Encoder) -> Encoder:
         """The student before training."""
         if self.student is not None:
-            return load_encoder(self.student)
+            return loaded(load_encoder, "student", self.student)
         return convert(teacher, **self.settings.conversion)
 
 
 def pictures_of(feed: ImageSetFeed | SampleFeed) -> tuple[Iterable[Picture], bool]:
-    """The pictures on which student and teacher are compared, and whether they were trained on.
+    """The images on which student and teacher are compared, and whether they were used in training.
 
-    Of files these are the ones that were kept out, or where they are fewer than a hundred the first of them.
+    For files these are the held-out images, or the first images if there are fewer than a hundred.
     """
     if isinstance(feed, SampleFeed) and isinstance(feed.source, Kept):
         return feed.source.pictures(), not feed.source.out
@@ -240,9 +238,11 @@ def pictures_of(feed: ImageSetFeed | SampleFeed) -> tuple[Iterable[Picture], boo
 
 
 def write_report(out: Path, record: dict[str, Any]) -> None:
-    """Write the report of a finished run, or say what that needs."""
-    if lack := needed(require_matplotlib):
-        console.print(f"no report: {lack}", soft_wrap=True)
+    """Write the report of a finished run, or print what is missing for it."""
+    try:
+        require_matplotlib()
+    except ModuleNotFoundError as error:
+        console.print(f"no report: {error}", soft_wrap=True)
         return
     try:
         page = run_report(record)
@@ -253,13 +253,13 @@ def write_report(out: Path, record: dict[str, Any]) -> None:
 
 
 def merged(reports: list[Skipped], size: int) -> Skipped:
-    """Everything the processes of a run skipped, of a source of `size` images."""
+    """The images skipped by all processes of a run, of a source with `size` images."""
     files = {name: reason for report in reports for name, reason in report.files}
     return Skipped(tuple(files.items()), min(size, sum(report.total for report in reports)))
 
 
 def of_run(each: list[dict[str, Any]]) -> dict[str, Any]:
-    """The throughput of a stage from that of its processes: images add up, and the one that waited longest counts."""
+    """The throughput of a stage over all processes: the sum of images/s, and the longest wait for data."""
     if not all(each):
         return {}
     worst = {key: max(one[key] for one in each) for key in each[0]}
@@ -272,19 +272,19 @@ def of_run(each: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def noted(skipped: Skipped) -> dict[str, Any]:
-    """A report for a record, the first thousand by name."""
+    """A report for the record, with the names of the first thousand."""
     return {"count": len(skipped), "of": skipped.total, "files": dict(skipped.files[:1000])}
 
 
 def say_skipped(skipped: Skipped, world: World) -> None:
-    """Print a report on standard error, on the first process, if there is anything in it."""
+    """Print a non-empty report on standard error on the first process."""
     if skipped and world.rank == 0:
         warn(skipped.summary())
 
 
 @contextmanager
 def shown(world: World, events: Path | None) -> Iterator[Watcher | None]:
-    """Progress bars, and event files in the folder `events`, on the first process alone."""
+    """A watcher with progress bars, and event files in the folder `events`, on the first process only."""
     if world.rank:
         yield None
         return
@@ -302,12 +302,3 @@ def shown(world: World, events: Path | None) -> Iterator[Watcher | None]:
             return watch
 
         yield both
-
-
-def needed(library: Callable[[], None]) -> str:
-    """Why a library that is wished for cannot be had, "" if it can."""
-    try:
-        library()
-    except ModuleNotFoundError as error:
-        return str(error)
-    return ""

@@ -1,4 +1,4 @@
-"""What a command says when it ends by an error."""
+"""The error messages of commands."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import errno
 import re
 from traceback import walk_tb
 
-EXPECTED = (ValueError, OSError, ImportError)  # said for people, as are the errors that this package defines
+EXPECTED = (ValueError, OSError, ImportError)  # errors with readable messages, like those that this package defines
 
 
 def said_of(error: Exception) -> str:
-    """An error in one line: as it was said for people, or what broke and where."""
+    """An error in one line: its message, or for unexpected errors the type and location."""
     text = " ".join(str(error).split()) or type(error).__name__
     names = [f"{f.f_globals.get('__name__')}.{f.f_code.co_name}" for f, _ in walk_tb(error.__traceback__)]
     place = next((name for name in reversed(names) if name.startswith("cgspn.")), "cgspn")

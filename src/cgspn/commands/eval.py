@@ -1,51 +1,29 @@
-"""`cgspn eval`: models against data sets, in one table."""
+"""`cgspn eval`: evaluate models on datasets, with one table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
 from ..console import console, waiting
 from ..data.segmentation_sets import SegmentationSet, open_pairs, open_segmentation
-from ..data.sizes import Size, size_in_pixels
+from ..data.sizes import size_in_pixels
 from ..evaluate.jobs import MIOU, PIXELS, Job, all_jobs, retrieval_job, zeroshot_job
-from ..evaluate.measure import MAX_SKIPPED, check_size, embed_pictures, segmentation
+from ..evaluate.measure import check_size, embed_pictures, segmentation
 from ..evaluate.predict import require_text
 from ..evaluate.table import SummaryTable
 from ..teachers import load_encoder, load_model
-from .command import Command, Device, Encoders, Models
-from .eval_report import Report, distinct, drawn_into, percents, typed_sizes
+from .checks import loaded
+from .command import Encoders, Models
+from .eval_report import Evaluation, Report, distinct, percents, typed_sizes
 
-MOST_CLASSES = 40  # whose IoU is printed; JSON has them all
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Evaluation(Command):
-    batch_size: int = 64
-    """Batch size."""
-    device: Device = "auto"
-    """Device to run on; "auto" uses a GPU if there is one."""
-    out: Path | None = None
-    """JSON file for the table, all measurements, the command, versions and commit."""
-    overwrite: bool = False
-    """Replace existing files."""
-    plot: Path | None = None
-    """PNG file for the plot over several sizes. The default is next to the file given by --out."""
-    max_skipped: float = MAX_SKIPPED
-    """Largest tolerated fraction of unreadable images, 0 to 1."""
-
-    def report(self, title: str, seeds: dict[str, int], sizes: Sequence[Size]) -> Report:
-        """The report of the evaluation. Raises ValueError as `Report`."""
-        plot = drawn_into(self.plot, self.out, sizes)
-        return Report(
-            title, self.device, self.batch_size, self.max_skipped, self.out, seeds, plot, overwrite=self.overwrite
-        )
+MOST_CLASSES = 40  # most classes whose IoU is printed; JSON has all
 
 
 @dataclass(frozen=True)
-class _ImageText(_Evaluation):
+class _ImageText(Evaluation):
     usual: ClassVar[tuple[str, ...]] = ("data", "size", "device", "out")
 
     models: Models
@@ -56,17 +34,23 @@ class _ImageText(_Evaluation):
     """Image size in pixels: the side of a square, or HEIGHTxWIDTH. The default is the native size of each model.
     Several sizes give one row each and a plot."""
 
-    def measure(self, title: str, jobs: list[Job]) -> None:
+    def measure(self, title: str, opened: Iterable[Job]) -> None:
+        """Evaluate all models. Datasets are opened after checking that every model has a text tower."""
         if not self.models:
             raise ValueError("models is empty; expected one or more image-text models")
+        sizes = typed_sizes(self.size)
+        report = Report(title, self, {"captions": 0, "galleries": 0}, len(sizes) > 1)
+        models = [
+            require_text(loaded(load_model, "models", source), f"models names {source}, which")
+            for source in self.models
+        ]
+        jobs = list(opened)
         if not jobs:
             raise ValueError("data is empty; expected one or more data sets")
-        sizes = typed_sizes(self.size)
-        report = self.report(title, {"captions": 0, "galleries": 0}, sizes)
         names = distinct([job.name for job in jobs])
         for source in self.models:
-            model = require_text(load_model(source), f"models names {source}, which").to(report.device)
-            rows = [(size, report.row(source, size_in_pixels(model.image.config, size), len(sizes))) for size in sizes]
+            model = models.pop(0).to(report.device)
+            rows = [(size, report.row(source, size_in_pixels(model.image.config, size))) for size in sizes]
             for name, job in zip(names, jobs):
                 for size, row in rows:
                     with report.progress(f"{row}: {name}", len(job.pictures)) as watch:
@@ -75,8 +59,7 @@ class _ImageText(_Evaluation):
                         )
                     report.skip(name, skipped)
                     with waiting(f"{row}: {name}, texts"):
-                        for judge in job.judges:
-                            report.add(row, name, judge(model, embeddings, kept))
+                        report.add(row, name, job.judge(model, embeddings, kept))
         report.finish()
 
 
@@ -100,7 +83,7 @@ class Zeroshot(_ImageText):
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
-        self.measure("Zero-shot classification", [zeroshot_job(source, self.templates) for source in self.data])
+        self.measure("Zero-shot classification", (zeroshot_job(source, self.templates) for source in self.data))
 
 
 @dataclass(frozen=True)
@@ -118,7 +101,7 @@ class Retrieval(_ImageText):
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
-        self.measure("Image-text retrieval", [retrieval_job(source) for source in self.data])
+        self.measure("Image-text retrieval", (retrieval_job(source) for source in self.data))
 
 
 @dataclass(frozen=True)
@@ -132,11 +115,11 @@ class All(_ImageText):
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
-        self.measure("Evaluation", [job for source in self.data for job in all_jobs(source)])
+        self.measure("Evaluation", (job for source in self.data for job in all_jobs(source)))
 
 
 @dataclass(frozen=True)
-class Segment(_Evaluation):
+class Segment(Evaluation):
     """Semantic segmentation with a linear probe on the frozen final tokens: mIoU, pixel accuracy, and IoU of each
     class.
 
@@ -188,15 +171,15 @@ class Segment(_Evaluation):
             raise ValueError("encoders is empty; expected one or more")
         pairs = [(train.limited(self.train_images), test.limited(self.test_images)) for train, test in self.sets()]
         sizes = typed_sizes(self.size)
-        report = self.report("Segmentation by a linear probe", {"held_out": 0}, sizes)
+        report = Report("Segmentation by a linear probe", self, {"held_out": 0}, len(sizes) > 1)
         names = distinct([train.name for train, _ in pairs])
         each_class: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in names}
         for source in self.encoders:
-            encoder = load_encoder(source).to(report.device)
+            encoder = loaded(load_encoder, "encoders", source).to(report.device)
             for size in sizes:
                 sides = () if size is None else (size,) if isinstance(size, int) else size
                 check_size(encoder.config, sides)
-                row = report.row(source, sides or (min(encoder.config.image_size),), len(sizes))
+                row = report.row(source, sides or (min(encoder.config.image_size),))
                 for name, (train, test) in zip(names, pairs):
                     with report.progress(f"{row}: {name}", len(train) + len(test)) as watch:
                         found, skipped = segmentation(
@@ -216,17 +199,14 @@ class Segment(_Evaluation):
                     report.detail(row, name, {"penalty": found.penalty, "class_iou": each})
                     for label, value in each.items():
                         each_class[name].setdefault(label, {})[row] = value
-        tables = [
-            SummaryTable(f"IoU of each class of {name}", percents(list(report.measured)), dict(each_class[name]))
-            for name in names
-        ]
-        for table, (_, test) in zip(tables, pairs):
+        for name, (_, test) in zip(names, pairs):
             if len(test.class_names) <= MOST_CLASSES:
-                console.print(table.to_rich())
+                title, columns = f"IoU of each class of {name}", percents(list(report.measured))
+                console.print(SummaryTable(title, columns, dict(each_class[name])).to_rich())
         report.finish()
 
     def sets(self) -> list[tuple[SegmentationSet, SegmentationSet]]:
-        """The training and test part of each data set. Raises ValueError if none is given, or OSError."""
+        """The training and test split of each dataset. Raises ValueError if none is given, or OSError."""
         sets = [open_segmentation(source) for source in self.data]
         if self.train is not None and self.test is not None:
             if self.classes is None:

@@ -1,4 +1,4 @@
-"""`cgspn export`: an encoder as a file that other programs run, checked against the encoder before it is kept."""
+"""`cgspn export`: export an encoder to a file for other runtimes, and compare it with the encoder."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rich.table import Table
-from rich.text import Text
 
 from ..console import console, waiting
 from ..teachers import load_model
-from .checks import check_free, device_of
+from .checks import check_free, device_of, loaded
 from .command import Command, Out, Source
 
 
@@ -49,14 +48,14 @@ class Export(Command):
     """Replace existing files."""
 
     def run(self) -> None:
-        """Raises ValueError (ExportError if the file does not give what the encoder gives) or OSError."""
+        """Raises ValueError (ExportError if the file's outputs differ from the encoder's) or OSError."""
         from ..export import export_model
 
         check_free([self.out, self.out.with_name(f"{self.out.name}.json")], "out", self.overwrite)
         if self.size is not None and (self.min_size, self.max_size) != (None, None):
             raise ValueError(f"size is {self.size} beside min_size or max_size; accepted: one size, or bounds")
-        model = load_model(self.source).to(device_of(self.device))
-        with waiting(f"exporting {self.source}") as status:
+        model = loaded(load_model, "source", self.source).to(device_of(self.device))
+        with waiting(f"exporting {self.source}"):
             found = export_model(
                 model,
                 self.out,
@@ -65,7 +64,7 @@ class Export(Command):
                 max_size=self.size or self.max_size,
                 max_batch=self.max_batch,
                 source=self.source,
-                say=lambda text: status.update(Text(text)),
+                say=console.print,
             )
         table = Table("batch", "height", "width", *(f"{name}, relative error" for name in found[0].errors))
         for parity in found:

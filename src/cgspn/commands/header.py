@@ -1,4 +1,4 @@
-"""What a distillation will do and cost, said before it begins."""
+"""The header of a distillation: its stages, estimated cost, and warnings."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ..distill.tasks import learning_blocks
 from ..models.dual import DualEncoder, image_encoder
 from ..models.encoder import Encoder
 
-# Bytes that a step keeps for each token, channel and block in bfloat16: 33 to 34 for SO400M from 378 to 1036 px.
+# Activation bytes per token, channel and block in bfloat16; measured 33 to 34 for SO400M from 378 to 1036 px.
 KEPT = 34
-STATE = 16  # bytes of a trained weight: itself, its gradient, two moments; a frozen one has 4
-SHARE = 0.4  # of the rate of large matrix products that whole steps reach; 0.5 for SO400M on an H100
+STATE = 16  # bytes per trained weight with gradient and two moments; a frozen weight has 4
+SHARE = 0.4  # fraction of the matmul rate that whole steps reach; 0.5 for SO400M on an H100
 
 
 def header(
     teacher: DualEncoder | Encoder, student: Encoder, feed: Feed, images: int, config: DistillConfig, world: World
 ) -> Iterator[str]:
-    """Lines: the device, then each stage with its steps, images, epochs and sizes, then hours and memory, estimated."""
+    """The lines: device; each stage with steps, images, epochs and sizes; estimated hours and memory."""
     encoder, device = image_encoder(teacher), world.device
     yield f"{device_name(device)}, {world.size} {'process' if world.size == 1 else 'processes'}, {images:,} images"
     flop, most = 0.0, 0.0
@@ -55,11 +55,11 @@ def header(
     hours = flop / rate / SHARE / world.size / 3600
     time = f"{hours:,.0f} hours" if hours >= 10 else f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1g} minutes"
     less = ", less with checkpointing" if config.compute.checkpointing else ""
-    yield f"roughly {time} and {memory:.2g} GiB on each device{less}, by FLOP and tokens; loading images not counted"
+    yield f"roughly {time} and {memory:.2g} GiB on each device{less}, by FLOP and tokens; without image loading"
 
 
 def flop_an_image(teacher: Encoder, student: Encoder, stage: Stage) -> int:
-    """FLOP of an image in a stage, teacher and student together."""
+    """FLOPs of teacher and student per image in a stage."""
     frozen = forward_flops(teacher.config, stage.size)
     if stage.title.endswith("stage 1"):
         return frozen + sublayer_flops(student.config, stage.size, learning_blocks(teacher, student))
@@ -67,23 +67,23 @@ def flop_an_image(teacher: Encoder, student: Encoder, stage: Stage) -> int:
 
 
 def warnings(teacher: str, preset: str, given: bool, device: torch.device, student: Path | None) -> Iterator[str]:
-    """Warnings about likely mistakes. given: whether any setting of the preset was changed; student: to start from."""
+    """Warnings about likely mistakes. given: whether a setting was changed; student: the start checkpoint."""
     if preset == EMBEDDED and teacher != EMBEDDED and not given:
         yield (
             "the preset is that of the demo, whose steps and rates are for the embedded teacher of 1.3 M parameters; "
             "choose another with --preset, or set --config.stage1.steps, --config.stage2.steps and rates"
         )
     if student is not None and preset != EMBEDDED:
-        yield f"the student in {student} is taken as it is; what the preset says of mixers and positions does not apply"
+        yield f"the student in {student} is not converted again; the preset's mixers and positions do not apply"
     if device.type == "cpu" and teacher != EMBEDDED:
         yield (
-            "the device is a CPU, as PyTorch finds no GPU or --device is cpu; for a trial there, lower "
+            "training runs on the CPU, because PyTorch finds no GPU or --device is cpu; for a trial, lower "
             "--config.stage1.steps, --config.stage2.steps and the batch_size of both"
         )
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or "CPU" and the threads that PyTorch uses."""
+    """The GPU's name, or "CPU" with the number of PyTorch's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()

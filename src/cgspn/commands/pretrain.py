@@ -1,21 +1,19 @@
-"""`cgspn pretrain`: an image-text model from scratch, without a teacher."""
+"""`cgspn pretrain`: train an image-text model from scratch, without a teacher."""
 
 from __future__ import annotations
 
 import json
 import platform
-import shlex
-import sys
 from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar
 
 import torch
 import tyro
 
-from .. import __version__
 from ..console import console, progress_watcher
 from ..data import load_embedded
 from ..distill import PretrainConfig, pretrain
+from ..environment import command, versions
 from ..evaluate.suite import evaluate_zeroshot
 from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, write_atomically
 from .checks import check_folder, check_free, device_of, mixed_sizes
@@ -54,13 +52,13 @@ class Pretrain(Command):
     """Replace an existing model in the folder."""
 
     def __post_init__(self) -> None:
-        """Take sizes and aspects into the config."""
+        """Apply sizes and aspects to the config."""
         if self.sizes or self.aspects:
             sizes = mixed_sizes(self.config.sizes, self.sizes, self.aspects)
             object.__setattr__(self, "config", replace(self.config, sizes=sizes))
 
     def run(self) -> None:
-        """Train, evaluate on the validation split, save. Raises ValueError, OSError or DivergedError."""
+        """Train, evaluate on the validation split, and save. Raises ValueError, OSError or DivergedError."""
         device = device_of(self.device)
         check_folder(self.out, "out")
         check_free([self.out / name for name in (CONFIG, WEIGHTS, PREPROCESSING, RECORD)], "out", self.overwrite)
@@ -70,8 +68,8 @@ class Pretrain(Command):
         accuracy = evaluate_zeroshot(model, load_embedded("validation"))
         model.save_pretrained(self.out, dtype=torch.float16 if self.half else torch.float32)
         record = {
-            "command": shlex.join(["cgspn", *sys.argv[1:]]),
-            "versions": {"cgspn": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "command": command(),
+            "versions": versions(),
             "machine": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
             "config": asdict(self.config),
             "validation_zeroshot_top1": accuracy,

@@ -1,25 +1,21 @@
-"""`cgspn show`: a page of pictures of what an encoder sees in photographs."""
+"""`cgspn show`: visualise the features of an encoder on photographs."""
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from .. import __version__
 from ..console import console, progress_watcher, waiting
+from ..environment import command, versions
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..report.photographs import COLUMNS, load_photographs
 from ..report.pictures import png_bytes
-from ..report.show import PLACES, STUDENT, TEACHER, check_show, even_layers, look_at, show_picture
+from ..report.show import PLACES, STUDENT, TEACHER, look_at, show_picture
 from ..report.show_page import show_page
 from ..teachers import load_encoder
-from .checks import check_file, device_of
+from .checks import check_file, device_of, loaded
 from .command import Command, Device, Student
 
 
@@ -49,7 +45,7 @@ class Show(Command):
     """Longer side in pixels, rounded to whole patches. The default is the student's native size (for each embedded
     image)."""
     limit: int = 10
-    """Maximum number of photographs, in the order of their names. Each adds up to 2 MB to the page."""
+    """Maximum number of photographs, sorted by name. Each adds up to 2 MB to the page."""
     layers: tuple[int, ...] | None = None
     """Layers (numbered from 1) whose influence is shown. The default is four layers, spread evenly."""
     at: tuple[tuple[float, float], ...] = PLACES
@@ -72,10 +68,11 @@ class Show(Command):
                 check_file(path, name, "a file name", self.overwrite)
         models = {STUDENT: self.student} if self.teacher is None else {TEACHER: self.teacher, STUDENT: self.student}
         with waiting("loading"):
-            loaded = {name: load_encoder(source).to(device).requires_grad_(False) for name, source in models.items()}
-        student, teacher = loaded[STUDENT], loaded.get(TEACHER)
-        layers = self.layers or even_layers(student)
-        check_show(student, teacher, layers, self.at)
+            encoders = {
+                name: loaded(load_encoder, name, source).to(device).requires_grad_(False)
+                for name, source in models.items()
+            }
+        student, teacher = encoders[STUDENT], encoders.get(TEACHER)
         config = student.config
         native = max(config.image_size) * (COLUMNS if self.images == "embedded" else 1)
         photographs, skipped = load_photographs(self.images, self.size or native, config.patch_size, self.limit)
@@ -85,15 +82,15 @@ class Show(Command):
         with progress_watcher() as watcher:
             watch = watcher("photographs", len(photographs))
             shown = look_at(
-                photographs, student, teacher, layers=layers, places=self.at, watch=lambda: watch({"shown": 1})
+                photographs, student, teacher, layers=self.layers, places=self.at, watch=lambda: watch({"shown": 1})
             )
         seconds = time.monotonic() - began
-        names = {name: f"{models[name]}: {_described(model)}" for name, model in loaded.items()}
+        names = {name: f"{models[name]}: {_described(model)}" for name, model in encoders.items()}
         facts = {
             "photographs": f"{len(photographs)} from {self.images}, {seconds:.1f} s on {device}",
             "skipped": ", ".join(name for name, _ in skipped.files) or "none",
-            "command": shlex.join(["cgspn", *sys.argv[1:]]),
-            "versions": f"cgspn {__version__}, torch {torch.__version__}",
+            "command": command(),
+            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         }
         html = show_page(shown, names, facts)
         write_atomically(self.out, html)

@@ -47,8 +47,7 @@ def open_labelled(source: str | Path) -> LabelledPictures:
     """Open the labelled images of a source.
 
     source: "embedded" (its test split); a folder with a sub-folder for each class; a folder in the layout of
-    CLIP-benchmark: test/0.tar ... with .cls files, classnames.txt, zeroshot_classification_templates.txt. Tars that
-    have only .cls files have classes without names (`open_numbered`).
+    CLIP-benchmark: test/0.tar ... with .cls files, classnames.txt, zeroshot_classification_templates.txt.
 
     Raises OSError if the source is missing or unreadable, and ValueError for another layout or a label without a name.
     """
@@ -75,28 +74,11 @@ def open_labelled(source: str | Path) -> LabelledPictures:
 
 def _labelled_shards(root: Path) -> LabelledPictures:
     shards = open_benchmark_shards(root)
-    names = tuple(read_lines(root / "classnames.txt", "the names of the classes, one a line"))
+    names = tuple(read_lines(root / "classnames.txt", "the names of the classes, one per line"))
     path = root / "zeroshot_classification_templates.txt"
     templates = tuple(read_lines(path, "templates of captions, one a line")) if path.exists() else TEMPLATES
     for template in templates:
         fill(template, names[0])
-    labels = class_numbers(shards, len(names), f", the lines of {root / 'classnames.txt'}")
-    return LabelledPictures(set_name(root), images_of(shards), labels, names, templates)
-
-
-def open_numbered(source: str | Path, classes: int) -> LabelledPictures:
-    """Open images in tars (a path, pattern or URL) with .cls files, for metrics that need no class names.
-
-    classes: K; numbers are 0 to K - 1. Raises OSError or ValueError from `open_shards`, and ValueError for samples
-    without a number or with one out of range.
-    """
-    shards = open_shards(str(source), cache_folder())
-    names = tuple(f"class {number}" for number in range(classes))
-    return LabelledPictures(set_name(source), images_of(shards), class_numbers(shards, classes), names)
-
-
-def class_numbers(shards: ShardSet, classes: int, where: str = "") -> list[int]:
-    """The class in the .cls file of each sample. Raises ValueError for a class outside 0 to classes - 1."""
     labels: list[int] = []
     for number in range(len(shards)):
         content = shards.read_parts(number, ("cls",))["cls"]
@@ -105,9 +87,10 @@ def class_numbers(shards: ShardSet, classes: int, where: str = "") -> list[int]:
         if not (digits := content.strip()).isdigit() or len(digits) > 9:
             raise ValueError(f"{shards.name(number)}: its .cls file holds {content[:20]!r}; expected a number")
         labels.append(int(digits))
-        if labels[-1] >= classes:
-            raise ValueError(f"{shards.name(number)} has class {labels[-1]}; accepted: 0 to {classes - 1}{where}")
-    return labels
+        if labels[-1] >= len(names):
+            accepted = f"0 to {len(names) - 1}, the lines of {root / 'classnames.txt'}"
+            raise ValueError(f"{shards.name(number)} has class {labels[-1]}; accepted: {accepted}")
+    return LabelledPictures(set_name(root), images_of(shards), labels, names, templates)
 
 
 def open_captioned(source: str | Path) -> CaptionedPictures:

@@ -84,7 +84,7 @@ class SampleFolder:
 def open_folder(path: Path) -> SampleFolder:
     """Open a folder of images. If there are images outside of its sub-folders, it has no classes.
 
-    Raises FileNotFoundError or NotADirectoryError like `load_folder`.
+    Raises FileNotFoundError or NotADirectoryError like `list_folder`.
     """
     names, files = list_folder(path, mixed=True)
     flat = any(file.parent == path for file, _ in files)

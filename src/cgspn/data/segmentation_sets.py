@@ -68,12 +68,11 @@ class SegmentationSet:
         return image, mask
 
     def limited(self, count: int | None) -> SegmentationSet:
-        """`count` evenly spaced images, since neighbours are similar; None for all. Raises ValueError if there are
-        fewer."""
+        """`count` evenly spaced images, since neighbours are similar; None for all. Raises ValueError if too few."""
         if count is None:
             return self
         if not 1 <= count <= len(self):
-            raise ValueError(f"{self.name} holds {len(self)} images, but {count} are asked for; accepted: 1 or more")
+            raise ValueError(f"{self.name} holds {len(self)} images, but {count} are requested; accepted: 1 or more")
         chosen = [i * len(self) // count for i in range(count)]
         return replace(self, pictures=[self.pictures[i] for i in chosen], masks=[self.masks[i] for i in chosen])
 
@@ -112,7 +111,7 @@ def open_segmentation(source: str | Path) -> tuple[SegmentationSet, Segmentation
         raise FileNotFoundError(f"no such folder: {root}")
     found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) if root.is_dir() else "a file"
     raise FileNotFoundError(
-        f"{root} is no data set that is known here; expected annotations/training (ADE20K), stuffthingmaps/train2017 "
+        f"{root} is not a known dataset; expected annotations/training (ADE20K), stuffthingmaps/train2017 "
         f"(COCO-Stuff) or camvid-train.tar (CamVid); found: {found or 'nothing'}. Other sets: --train and --test"
     )
 

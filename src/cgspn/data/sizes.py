@@ -15,8 +15,7 @@ def parse_size(text: str) -> int | tuple[int, int]:
 
 
 def size_in_pixels(config: EncoderConfig, size: Size) -> tuple[int, int]:
-    """The height and width for an encoder's input. Raises ValueError for a size that is not a multiple of the patch
-    size."""
+    """The height and width of an encoder's input. Raises ValueError unless they are multiples of the patch."""
     if size is None:
         return config.image_size
     height, width = (size, size) if isinstance(size, int) else size

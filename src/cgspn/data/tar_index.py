@@ -8,7 +8,6 @@ import hashlib
 import io
 import json
 import os
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..models.checkpoint import write_atomically
 from .folder import SUFFIXES
 from .opening import MOST_BYTES, MOST_TEXT
 from .tar import LONGEST_NAME, Member, TarDamage, members
@@ -188,12 +188,4 @@ def _write(kept: Path, stamp: list[int], index: TarIndex) -> None:
     words = np.frombuffer(json.dumps([index.damage, index.left_out, index.unnamed]).encode(), dtype=np.uint8)
     held = io.BytesIO()
     np.savez(held, stamp=stamp, names=index.names, ends=index.ends, spans=index.spans, words=words)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=kept.parent, prefix=f".{kept.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(held.getvalue()).digest() + held.getvalue())
-        os.replace(temporary, kept)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(kept, hashlib.sha256(held.getvalue()).digest() + held.getvalue())

@@ -106,26 +106,15 @@ def ratio_around(size: tuple[int, int]) -> tuple[float, float]:
     return RATIO[0] * aspect, RATIO[1] * aspect
 
 
-def random_boxes(
-    count: int,
-    height: int,
-    width: int,
-    generator: torch.Generator,
-    scale: tuple[float, float] = SCALE,
-    ratio: tuple[float, float] = RATIO,
-) -> Tensor:
-    """Random boxes int64 [count, 4] (top, left, height, width) of images of `height` x `width` pixels.
-
-    The area is uniform in `scale`, fractions of the image area, and width / height log-uniform in `ratio`. A box that
-    does not fit is shortened, so every box takes the same number of random draws. generator: on the CPU.
-    """
-    return boxes_from(torch.rand(4, count, generator=generator, dtype=torch.float64), height, width, scale, ratio)
-
-
 def boxes_from(
     uniform: Tensor, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> Tensor:
-    """The boxes of `random_boxes` for given draws, float64 [4, count] in 0..1."""
+    """Boxes int64 [count, 4] (top, left, height, width) of images of `height` x `width` pixels.
+
+    uniform: random draws, float64 [4, count] in 0..1. The area is uniform in `scale`, fractions of the image area, and
+    width / height log-uniform in `ratio`. A box that does not fit is shortened, so every box takes the same number of
+    random draws.
+    """
     area_u, ratio_u, top_u, left_u = uniform
     area = height * width * (scale[0] + (scale[1] - scale[0]) * area_u)
     aspect = torch.exp(math.log(ratio[0]) + math.log(ratio[1] / ratio[0]) * ratio_u)
@@ -136,28 +125,8 @@ def boxes_from(
     return torch.stack([top, left, box_h, box_w], 1).long()
 
 
-def random_resized_crop(
-    images: Tensor,
-    size: Size,
-    generator: torch.Generator,
-    *,
-    scale: tuple[float, float] = SCALE,
-    ratio: tuple[float, float] = RATIO,
-    flip: float = 0.5,
-) -> Tensor:
-    """Take a random crop of each image, resize it, and flip it horizontally with probability `flip`.
-
-    float [B, C, H, W] to [B, C, h, w]. `scale` and `ratio` are those of `random_boxes`; the same state of the generator
-    gives the same result. Raises ValueError for a wrong size. Source: the crop of Inception and timm.
-    """
-    boxes = random_boxes(len(images), images.shape[2], images.shape[3], generator, scale, ratio)
-    mirrored = torch.rand(len(images), generator=generator) < flip
-    return resample(images, boxes, size, mirrored.to(images.device))
-
-
 def blend_factors(count: int, share: float, generator: torch.Generator) -> Tensor:
-    """Factors for `blend`, float32 [count]: uniform in 0 to 1 for a fraction `share` of the images, 1 for the
-    others."""
+    """Factors for `blend`, float32 [count]: uniform in 0..1 for a fraction `share` of the images, else 1."""
     proportion, drawn = torch.rand(2, count, generator=generator)
     return torch.where(drawn < share, proportion, 1.0)
 
@@ -241,7 +210,7 @@ class TrainTransform:
     """Transform uint8 [B, 1 or 3, H, W] to normalised float32 [B, 3, h, w] with a random resized crop and a random
     flip.
 
-    scale, ratio: as in `random_boxes`. flip: probability of a horizontal flip. jitter: strength of random brightness,
+    scale, ratio: as in `boxes_from`. flip: probability of a horizontal flip. jitter: strength of random brightness,
     contrast and saturation changes, 0 to 1. mean, std: per channel, for images in 0..1.
     """
 
@@ -255,10 +224,10 @@ class TrainTransform:
 
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Transform a batch; the same state of the generator gives the same result."""
-        out = random_resized_crop(
-            _unit(images), self.size, generator, scale=self.scale, ratio=self.ratio, flip=self.flip
-        )
-        out = to_float(out)
+        uniform = torch.rand(4, len(images), generator=generator, dtype=torch.float64)
+        boxes = boxes_from(uniform, images.shape[2], images.shape[3], self.scale, self.ratio)
+        flip = torch.rand(len(images), generator=generator) < self.flip
+        out = to_float(resample(_unit(images), boxes, self.size, flip.to(images.device)))
         if self.jitter:
             out = jitter_colors(out, jitter_factors(len(out), self.jitter, generator))
         return normalize(out, self.mean, self.std)

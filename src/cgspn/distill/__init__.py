@@ -1,6 +1,6 @@
 """Distillation: taps, adapters, losses, tasks, the training loop, stages and presets."""
 
-from .batches import Feed, ImageSetFeed, SampleFeed, eval_transform, train_transform
+from .batches import Feed, ImageSetFeed, SampleFeed, eval_transform
 from .config import ComputeConfig, DistillConfig, HighResConfig, LossConfig, OptimConfig, PretrainConfig
 from .parallel import World, gather_objects, join_world
 from .sizes import SizeRange
@@ -32,5 +32,4 @@ __all__ = [
     "join_world",
     "pretrain",
     "tapped_forward",
-    "train_transform",
 ]

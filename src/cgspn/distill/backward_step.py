@@ -21,8 +21,7 @@ Shapes = tuple[torch.Size, ...]  # image shapes of the parts (accumulation steps
 
 
 class Gradients:
-    """Called with the parts of a batch, it fills the parameters' gradients. names: of the losses, after the first
-    call."""
+    """Called with the parts of a batch, it fills the gradients. names: of the losses, after the first call."""
 
     def __init__(
         self, module: nn.Module, optimizer: Optimizers, lower: Callable[[], AbstractContextManager[object]]
@@ -32,8 +31,7 @@ class Gradients:
         self.names: list[str] = []
 
     def __call__(self, parts: list[Batch]) -> Tensor:
-        """Return the mean losses over the parts, float32 [len(names)], and fill the gradients of the mean of
-        "total"."""
+        """Mean losses over the parts, float32 [len(names)]. The gradients are those of the mean "total"."""
         self.optimizer.zero_grad()
         values: list[Tensor] = []
         for part in parts:

@@ -21,14 +21,14 @@ from ..data import (
     scheduled,
     transforms,
 )
-from ..data.loader import fetch, generator_of, stream_indices
+from ..data.loader import generator_of, stream_indices
 from ..models.config import EncoderConfig
 from .config import OptimConfig
 from .parallel import World
 from .sizes import SizeRange, tokens_of
 from .trainer import Stream, rows_of
 
-COLORS, BLENDS, BOXES = 2, 3, 4  # uses of random numbers, see `generator_of`
+CROPS, COLORS, BLENDS, BOXES = 1, 2, 3, 4  # uses of random numbers, see `generator_of`
 Size = tuple[int, int]  # (height, width) in pixels
 EVEN = 8  # batch sizes are multiples of this, for fast kernels and the same batches on up to eight processes
 
@@ -39,8 +39,7 @@ class Feed(Protocol):
     def stream(
         self, encoder: EncoderConfig, size: Size, optim: OptimConfig, world: World, sizes: SizeRange | None = None
     ) -> Stream:
-        """Return a function that maps a start step to an iterator over this process's share of the batches, on its
-        device.
+        """Return a function from a start step to an iterator over this process's share of the batches.
 
         encoder: config with the normalisation of images. sizes: range of image sizes; each batch has about as many
         tokens as `optim.batch_size` images of `size`. A feed without mixed sizes may omit this parameter.
@@ -48,11 +47,6 @@ class Feed(Protocol):
 
     def captions(self, batch: Batch) -> list[str]:
         """Return one caption per image of a batch."""
-
-
-def train_transform(config: EncoderConfig, size: Size | None = None) -> TrainTransform:
-    """Random crop and flip to `size` (None: the native size), with the encoder's normalisation."""
-    return TrainTransform(size or config.image_size, mean=config.image_mean, std=config.image_std)
 
 
 def eval_transform(config: EncoderConfig, size: Size | None = None) -> EvalTransform:
@@ -78,7 +72,9 @@ class ImageSetFeed:
             for step in range(start, optim.steps):
                 shape, begin = scheduled(shapes, optim.seed, step)
                 indices = stream_indices(len(self.images), begin, shape.images, seed=optim.seed)
-                whole = fetch(self.images, step, indices, prepared[shape.size], optim.seed)
+                images, labels = self.images.fetch(indices)
+                images = prepared[shape.size](images, generator_of(optim.seed, CROPS, step))
+                whole = Batch(step, indices, images, labels)
                 share = share_of(shape.images, world)
                 own = rows_of(whole, share) if world.size > 1 else whole
                 images = blended(own.images.to(world.device), optim, step, shape.images, share)
@@ -110,8 +106,7 @@ class SampleFeed:
     def stream(
         self, encoder: EncoderConfig, size: Size, optim: OptimConfig, world: World, sizes: SizeRange | None = None
     ) -> Stream:
-        """See `Feed`. The stream raises ValueError if too many images are skipped, and WorkerError if workers keep
-        dying.
+        """See `Feed`. The stream raises ValueError if too much is skipped, and WorkerError if workers keep dying.
 
         Raises ValueError for an encoder of grey images, and the errors of `blended_share`.
         """
@@ -138,7 +133,7 @@ class SampleFeed:
                 self.tally.add(len(rows.labels), rows.failures)
                 if rows.images is None:
                     raise ValueError(
-                        f"{self.source.source}: {len(rows.failures)} images in a row cannot be used, the last "
+                        f"{self.source.source}: {len(rows.failures)} consecutive images cannot be used, the last "
                         f"{rows.failures[-1][1]}: {rows.failures[-1][2]}"
                     )
                 shape, _, own = plan.at(step)
@@ -163,8 +158,13 @@ def transform_of(encoder: EncoderConfig, size: Size, optim: OptimConfig) -> Trai
     """The transform from images in memory to images of `size`. Raises ValueError for a wrong size."""
     if not optim.augment:
         return eval_transform(encoder, size)
-    return replace(
-        train_transform(encoder, size), scale=optim.crop_scale, ratio=transforms.ratio_around(size), jitter=optim.jitter
+    return TrainTransform(
+        size,
+        optim.crop_scale,
+        transforms.ratio_around(size),
+        jitter=optim.jitter,
+        mean=encoder.image_mean,
+        std=encoder.image_std,
     )
 
 
@@ -226,5 +226,7 @@ def blended_share(optim: OptimConfig, world: World) -> slice:
         ("cutmix", 3),
     ):  # partners of an image are the next two
         if getattr(optim, name) and own < least:
-            raise ValueError(f"{name} is {getattr(optim, name)}, with {own} images a process; expected {least} or more")
+            raise ValueError(
+                f"{name} is {getattr(optim, name)}, with {own} images per process; expected {least} or more"
+            )
     return share

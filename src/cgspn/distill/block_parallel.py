@@ -51,7 +51,7 @@ class PlacedSublayerTask(SublayerTask):
         super().__init__(teacher, student, learn_positions, runtime)
         if 0 < len(self.learning) < dist.get_world_size():
             raise ValueError(
-                f"parallel is 'placed' with {dist.get_world_size()} processes; each needs a block that learns, and the "
+                f"parallel is 'placed' with {dist.get_world_size()} processes; each needs a block to train, and the "
                 f"student has {len(self.learning)}"
             )
 
@@ -80,8 +80,7 @@ class PlacedSublayerTask(SublayerTask):
             exchange.wait()
 
     def _begin(self, features: dict[int, Tensor], number: int) -> Exchange:
-        """Start a round: send this process's features [b, N, C] to each block's owner, and receive those of the own
-        block."""
+        """Start a round: send features [b, N, C] to each block's owner, and receive those of the own block."""
         ranks = dist.get_world_size()
         theirs = [owned[number : number + 1] for owned in self.owned]
         blocks = [features.pop(i) for owned in theirs for i in owned]

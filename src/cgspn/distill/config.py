@@ -62,7 +62,7 @@ class OptimConfig:
             ("optimizer", self.optimizer in ("adamw", "muon"), "'adamw' or 'muon'"),
             ("steps", self.steps >= 0, "0 or more"),
             *((name, 0 <= getattr(self, name) <= 1, "0 to 1") for name in ("warmup", "jitter", "mixup", "cutmix")),
-            ("crop_scale", 0 < smallest <= largest <= 1, "two shares of the area, 0 < first <= second <= 1"),
+            ("crop_scale", 0 < smallest <= largest <= 1, "two fractions of the area, 0 < first <= second <= 1"),
             ("ema", 0 <= self.ema < 1, "0 to below 1"),
             ("accumulate", self._divides(), f"divisors of batch_size, {self.batch_size}"),
         )
@@ -116,7 +116,7 @@ class ComputeConfig:
         blocks_per_unit: number of blocks that "fsdp" gathers and scatters at once. Larger units need fewer transfers,
             but overlap less with computation.
         reshard_after_forward: with "fsdp", free the gathered weights after the forward pass and gather them again in
-            the backward pass. Otherwise only gradients and optimiser state take less memory than with "ddp".
+            the backward pass. Otherwise only gradients and optimiser state are smaller than with "ddp".
         teacher_cache: GiB of host memory per process for caching the teacher's features (in bfloat16) across epochs; 0
             disables it. Requires `augment` to be off.
         save_every: number of steps between snapshots, from which an interrupted run resumes; 0 writes none.
@@ -140,7 +140,7 @@ class ComputeConfig:
             ("teacher_cache", self.teacher_cache >= 0, "0 or more GiB"),
         )
         if self.capture and self.teacher_cache:
-            raise ValueError("capture is on beside teacher_cache; expected one of them to be off")
+            raise ValueError("capture and teacher_cache are both on; expected one of them")
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,6 @@ class HighResConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, ("smaller", 0 <= self.smaller < 1, "0 to below 1"))
-
-
-CONVERSION = ("compression", "value_expansion", "keep_attention", "window_attention", "window", "keep_positions")
 
 
 @dataclass(frozen=True)
@@ -218,8 +215,9 @@ class DistillConfig:
 
     @property
     def conversion(self) -> dict[str, Any]:
-        """The arguments of `convert` for the student before training."""
-        return {name: getattr(self, name) for name in CONVERSION}
+        """The settings that `convert` takes, which a converted student already has."""
+        names = ("compression", "value_expansion", "keep_attention", "window_attention", "window", "keep_positions")
+        return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
         """Raise ValueError for settings that cannot be combined."""

@@ -47,7 +47,8 @@ def tap_loss(student: Tensor, teacher: Tensor, kl_weight: float, energy: Tensor 
     """MSE + kl_weight * KL(P(student) || P(teacher)), P the softmax over channels: the loss of one tap.
 
     student, teacher [B, N, C]; energy as in `relative_mse`. Both sides are first divided by its root, because the scale
-    of features differs between blocks by orders of magnitude. Paper: the loss of a tap in stage 2, MSE + KL
+    of features differs between blocks by orders of magnitude.
+    Paper: the loss of a tap in stage 2, MSE + KL
     (docs/paper.md).
     """
     if (fused := fused_loss(student, teacher, energy, kl_weight)) is not None:

@@ -103,8 +103,7 @@ def _rows(x: Tensor) -> tuple[Tensor, int, int]:
 
 
 def split_row(channels: int) -> tuple[int, int]:
-    """Split a row of channels into a head and a tail whose widths are powers of two. The tail is 0 if it saves
-    nothing.
+    """Split a row of channels into a head and a tail whose widths are powers of two; the tail may be 0.
 
     One tile of the next power of two would leave almost half of the lanes idle at 1152 channels.
     """

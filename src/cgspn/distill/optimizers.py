@@ -48,8 +48,7 @@ class Optimizers:
             part.step()
 
     def make_state(self) -> None:
-        """Create the state of every parameter, for a snapshot to fill, by a step with zero gradients and learning
-        rate."""
+        """Create the state of every parameter, for a snapshot to fill, by a step with zero gradients and rate."""
         for group in self.param_groups:
             group["lr"] = 0.0
         for parameter in self.parameters:
@@ -65,8 +64,7 @@ class Optimizers:
 
 
 def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:
-    """Optimisers of fresh and inherited parameters. Matrices have weight decay, except an encoder's
-    `no_weight_decay`."""
+    """Optimisers of fresh and inherited parameters. Matrices not in `no_weight_decay` have weight decay."""
     matrices: list[dict[str, Any]] = []
     rest: list[dict[str, Any]] = []
     encoders = [module for module in task.modules() if isinstance(module, Encoder)]

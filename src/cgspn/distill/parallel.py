@@ -29,8 +29,7 @@ LET_GO = 0.25  # seconds
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run: this process's rank and device, the number of processes, and their number on this
-    machine."""
+    """A run's processes: rank and device of this one, their number, and their number on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -104,8 +103,7 @@ def gather_objects(value: Item) -> list[Item]:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """Gather rows [b, ...] of all processes into [b * size, ...], in order of rank, with gradients for every
-    process."""
+    """Gather rows [b, ...] of all processes into [b * size, ...] in order of rank, with gradients."""
     return torch.cat(all_gather(rows)) if world_size() > 1 else rows
 
 

@@ -39,8 +39,7 @@ def identity(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def lacks_report(out: Path, settings: dict[str, Any]) -> bool:
-    """Whether `out` holds a finished run with these settings but no report, because it was killed before or packages
-    for reports were missing."""
+    """Whether `out` holds a finished run with these settings that has no report yet."""
     unfinished = (out / RECORD).exists() and (out / RUN).exists() and not (out / REPORT).exists()
     return unfinished and read_json(out / RUN) == identity(settings)
 
@@ -56,7 +55,7 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
         raise ValueError(f"out is {out}, which holds a finished run; give another folder, or remove it to begin again")
     made = (CONFIG, WEIGHTS, PREPROCESSING, REPORT)
     if not path.exists() and (held := [name for name in made if os.path.lexists(out / name)]):
-        raise ValueError(f"out is {out}, which holds {', '.join(held)} of something else; give another folder")
+        raise ValueError(f"out is {out}, which holds {', '.join(held)} of another model; give another folder")
     wanted = identity(settings)
     if begun := progress_of(out):
         if not path.exists():
@@ -71,7 +70,7 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
             changed = ", ".join(sorted(differences(found, wanted)))
             raise ValueError(
                 f"out is {out}, which holds an unfinished run with other settings ({changed}); "
-                "give those again to go on with it, or another folder"
+                "use the same settings to resume it, or another folder"
             )
     if world.rank == 0:
         write_atomically(path, json.dumps(wanted, indent=1) + "\n")
@@ -125,8 +124,8 @@ class StageFolders:
     world: World
 
     def restore(self, number: int, student: Encoder) -> tuple[Losses, dict[str, Any], dict[str, Tensor]] | None:
-        """Load the weights of a finished stage into the student, and return losses, throughput and adapters; None if
-        unfinished. All processes must call this.
+        """Load a finished stage's weights into the student. Returns losses, throughput and adapters, or None. All
+        processes must call this.
 
         A damaged stage is reported on standard error and renamed, and runs again.
         """

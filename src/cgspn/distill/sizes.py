@@ -50,8 +50,7 @@ class SizeRange:
         return tuple(sorted({whole(self.smallest * ratio**i, patch) for i in range(self.count)}))
 
     def shapes(self, patch: int) -> tuple[tuple[int, int], ...]:
-        """The shapes (height, width) in pixels, rounded to whole patches: every side with every aspect ratio,
-        ascending.
+        """The shapes (height, width) in pixels, in whole patches: every side with every aspect ratio, ascending.
 
         Each shape is listed once, except those of the largest side, which are repeated to make up `largest_share`.
         """
@@ -89,8 +88,7 @@ def check_fields(config: object, *rules: tuple[str, bool, str]) -> None:
 
 
 def with_area(size: tuple[int, int], area: tuple[int, int], patch: int) -> tuple[int, int]:
-    """A size with the aspect ratio of `size` and about the area of `other`, in whole patches; `other` if ratios are
-    equal."""
+    """A size in whole patches with the aspect ratio of `size` and about the area of `other`."""
     if size[0] * area[1] == size[1] * area[0]:
         return area
     scale = (area[0] * area[1] / (size[0] * size[1])) ** 0.5

@@ -111,13 +111,13 @@ class Snapshots:
             last = self.newest()
             raise SnapshotError(
                 f"the snapshot after step {done} could not be written to {self.folder} ({failure or failures[0]}); "
-                + (f"the run can go on from the one after step {last}" if last else "there is none before it")
+                + (f"the run can resume from the one after step {last}" if last else "there is none before it")
             )
         return [result for each, _ in gathered for result in each]
 
     @torch.no_grad()
     def load(self, done: int, tensors: dict[str, Tensor]) -> list[dict[str, float]]:
-        """Fill `tensors` in place from the snapshot after `done` steps and return its record.
+        """Fill `tensors` from the snapshot after `done` steps and return its record.
 
         Raises SnapshotError if a tensor is missing or has another shape.
         """

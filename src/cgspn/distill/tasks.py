@@ -279,8 +279,7 @@ class DistillTask(TeacherTask):
         return {name: value for name, value in self.state_dict().items() if not name.startswith("student.")}
 
     def carried(self) -> dict[str, Tensor]:
-        """Full tensors of adapters and target scales, for a later stage with the same teacher. All processes must call
-        this."""
+        """Full tensors of adapters and target scales, for a later stage. All processes must call this."""
         return {name: full_tensor(value).detach().clone() for name, value in self._around().items()}
 
     def carry_on(self, state: Mapping[str, Tensor]) -> None:

@@ -74,8 +74,7 @@ class Throughput:
         }
 
     def settled(self) -> list[Step]:
-        """The steps without warm-up: after the first ten, and after the first two of each size. All steps if there are
-        no such steps."""
+        """The steps after warm-up (the first ten, and the first two of each size), or all if there are none."""
         seen: Counter[Size] = Counter()
         steps = []
         for i, step in enumerate(self.steps):

@@ -1,11 +1,9 @@
-"""Evaluation: functions on tensors (zeroshot, retrieval, probe, segmentation, alignment, influence), and models applied
+"""Evaluation: functions on tensors (zeroshot, retrieval, probe, segmentation, alignment), and models applied
 to images (predict), datasets (measure) and image sets in memory (suite)."""
 
-from .alignment import BlockAlignment, align, cosine, linear_cka, relative_mse
-from .influence import influence_map
+from .alignment import cosine, relative_mse
 from .predict import Classification, Similarity, classify, similarity
 from .probe import Probe, patch_histograms
-from .recognition import Recognition, linear_accuracy, nearest_accuracy, recognition
 from .retrieval import Retrieval, retrieve, retrieve_captions
 from .segmentation import PixelScore, Segmentation, fit_probe, segment
 from .table import Metric, SummaryTable
@@ -13,28 +11,20 @@ from .zeroshot import Accuracy, accuracy, class_embeddings, top1
 
 __all__ = [
     "Accuracy",
-    "BlockAlignment",
     "Classification",
     "Metric",
     "PixelScore",
     "Probe",
-    "Recognition",
     "Retrieval",
     "Segmentation",
     "Similarity",
     "SummaryTable",
     "accuracy",
-    "align",
     "class_embeddings",
     "classify",
     "cosine",
     "fit_probe",
-    "influence_map",
-    "linear_accuracy",
-    "linear_cka",
-    "nearest_accuracy",
     "patch_histograms",
-    "recognition",
     "relative_mse",
     "retrieve",
     "retrieve_captions",

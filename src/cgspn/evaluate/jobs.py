@@ -1,8 +1,8 @@
-"""What is measured on which pictures: a data set's pictures are embedded once, and judged from the embeddings."""
+"""Evaluation jobs: the images of a dataset are embedded once, and all metrics are computed from the embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,28 +25,47 @@ PIXELS = Metric("pixel_accuracy", "pixel accuracy", 100, "%")
 
 
 def recall(direction: str, rank: int) -> Metric:
-    """The column of a recall; direction: "image_to_text" or "text_to_image"."""
+    """The table column of a recall. direction: "image_to_text" or "text_to_image"."""
     label = direction.replace("_to_", " → ")
     return Metric(f"{direction}@{rank}", f"{label} R@{rank}", 100, "%", averaged=rank == 1)
 
 
-Judge = Callable[[DualEncoder, Tensor, Sequence[int]], dict[Metric, float]]
-"""From a model, embeddings [n, D] and the numbers of the n pictures to measures, each 0 to 1."""
-
-
 @dataclass(frozen=True, eq=False)
 class Job:
-    """name: of the data set. pictures: to be embedded. judges: what is measured from the embeddings."""
+    """The images of a dataset, which are embedded once.
+
+    name: of the dataset. classes: measure zero-shot accuracy. captions: measure retrieval with these, or with captions
+    from class names.
+    """
 
     name: str
     pictures: Sequence[Picture]
-    judges: tuple[Judge, ...]
+    classes: LabelledPictures | None = None
+    captions: CaptionedPictures | LabelledPictures | None = None
+
+    def judge(self, model: DualEncoder, embeddings: Tensor, kept: Sequence[int]) -> dict[Metric, float]:
+        """Metrics, each 0 to 1, from embeddings [n, D] and the indices of the n images."""
+        measures: dict[Metric, float] = {}
+        if self.classes is not None:
+            score = zeroshot(model, self.classes, embeddings, kept)
+            # with five classes or fewer, top-5 is always 1
+            fifth = {TOP5: score.top5} if len(self.classes.class_names) > 5 else {}
+            measures |= {TOP1: score.top1, **fifth, PER_CLASS: score.per_class}
+        if isinstance(self.captions, LabelledPictures):
+            labels = labels_of(self.captions, kept)
+            by_class = class_retrieval(model, embeddings, labels, self.captions.class_names)
+            measures |= {recall(direction, 1): value for direction, value in by_class.items()}
+        elif self.captions is not None:
+            found = caption_retrieval(model, self.captions, embeddings, kept)
+            measures |= {recall("image_to_text", k): value for k, value in found.image_to_text.items()}
+            measures |= {recall("text_to_image", k): value for k, value in found.text_to_image.items()}
+        return measures
 
 
 def zeroshot_job(source: str, templates: Path | None = None) -> Job:
-    """Zero-shot classification; templates: a file with one a line, instead of the data set's.
+    """Zero-shot classification. templates: a file with one template per line, which replaces the dataset's.
 
-    Raises OSError or ValueError as `open_labelled`, and ValueError for a wrong template.
+    Raises the errors of `open_labelled`, and ValueError for an invalid template.
     """
     pictures = open_labelled(source)
     if templates is not None:
@@ -56,25 +75,22 @@ def zeroshot_job(source: str, templates: Path | None = None) -> Job:
         for line in lines:
             fill(line, "")
         pictures = replace(pictures, templates=tuple(lines))
-    return Job(pictures.name, pictures.pictures, (_zeroshot(pictures),))
+    return Job(pictures.name, pictures.pictures, classes=pictures)
 
 
 def retrieval_job(source: str) -> Job:
-    """Retrieval by captions, or of pictures without captions by the names of their classes.
+    """Retrieval with captions, or with captions from class names if there are none.
 
-    Raises OSError or ValueError as `open_captioned`.
+    Raises the errors of `open_captioned`.
     """
-    if source == EMBEDDED:
-        pictures = open_labelled(source)
-        return Job(pictures.name, pictures.pictures, (_class_retrieval(pictures),))
+    captions: CaptionedPictures | LabelledPictures | None
     try:
-        captioned = open_captioned(source)
+        captions = open_labelled(source) if source == EMBEDDED else open_captioned(source)
     except FileNotFoundError:
-        labelled = _labelled_or_none(source)
-        if labelled is None:
+        captions = _labelled_or_none(source)
+        if captions is None:
             raise
-        return Job(labelled.name, labelled.pictures, (_class_retrieval(labelled),))
-    return Job(captioned.name, captioned.pictures, (_caption_retrieval(captioned),))
+    return Job(captions.name, captions.pictures, captions=captions)
 
 
 def all_jobs(source: str) -> list[Job]:
@@ -82,14 +98,12 @@ def all_jobs(source: str) -> list[Job]:
 
     Raises OSError or ValueError if the source has neither.
     """
-    retrieval = retrieval_job(source)
-    found = _labelled_or_none(source)
-    if found is None:
+    retrieval, classes = retrieval_job(source), _labelled_or_none(source)
+    if classes is None:
         return [retrieval]
-    labelled = Job(found.name, found.pictures, (_zeroshot(found),))
-    if len(labelled.pictures) == len(retrieval.pictures):
-        return [replace(labelled, judges=labelled.judges + retrieval.judges)]
-    return [labelled, retrieval]
+    if len(classes.pictures) == len(retrieval.pictures):
+        return [replace(retrieval, classes=classes)]
+    return [Job(classes.name, classes.pictures, classes=classes), retrieval]
 
 
 def _labelled_or_none(source: str) -> LabelledPictures | None:
@@ -97,32 +111,3 @@ def _labelled_or_none(source: str) -> LabelledPictures | None:
         return open_labelled(source)
     except (OSError, ValueError):
         return None
-
-
-def _zeroshot(pictures: LabelledPictures) -> Judge:
-    def judge(model: DualEncoder, embeddings: Tensor, kept: Sequence[int]) -> dict[Metric, float]:
-        found = zeroshot(model, pictures, embeddings, kept)
-        measures = {TOP1: found.top1, TOP5: found.top5, PER_CLASS: found.per_class}
-        if len(pictures.class_names) <= 5:
-            del measures[TOP5]  # is always 1
-        return measures
-
-    return judge
-
-
-def _caption_retrieval(pictures: CaptionedPictures) -> Judge:
-    def judge(model: DualEncoder, embeddings: Tensor, kept: Sequence[int]) -> dict[Metric, float]:
-        found = caption_retrieval(model, pictures, embeddings, kept)
-        return {recall("image_to_text", k): value for k, value in found.image_to_text.items()} | {
-            recall("text_to_image", k): value for k, value in found.text_to_image.items()
-        }
-
-    return judge
-
-
-def _class_retrieval(pictures: LabelledPictures) -> Judge:
-    def judge(model: DualEncoder, embeddings: Tensor, kept: Sequence[int]) -> dict[Metric, float]:
-        found = class_retrieval(model, embeddings, labels_of(pictures, kept), pictures.class_names)
-        return {recall(direction, 1): value for direction, value in found.items()}
-
-    return judge

@@ -1,4 +1,4 @@
-"""Zero-shot, retrieval and segmentation of models on data sets that are read picture by picture."""
+"""Zero-shot classification, retrieval and segmentation on datasets that are read image by image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.captions import class_captions
 from ..data.labelled import CaptionedPictures, LabelledPictures, labels_of
-from ..data.prepare import Picture, Prepare, open_picture, picture_name, prepare_for, read_each
+from ..data.prepare import Picture, open_picture, picture_name, prepare_for, read_each
 from ..data.segmentation_sets import IGNORE, SegmentationSet
 from ..data.sizes import Size
 from ..data.skipped import SkipCounter, Skipped
@@ -25,9 +25,9 @@ from .zeroshot import Accuracy, accuracy, class_embeddings
 Watch = Callable[[int], None]
 """Called with the number of pictures that were dealt with since the last call."""
 
-MAX_SKIPPED = 0.1  # share of unreadable pictures that is tolerated
-HELD_OUT, MOST_HELD_OUT = 0.2, 500  # share of training images that choose the penalty, and how many at most
-GALLERY = 100  # images among which a class caption is looked for: few captions over thousands of images say little
+MAX_SKIPPED = 0.1  # largest tolerated fraction of unreadable images
+HELD_OUT, MOST_HELD_OUT = 0.2, 500  # fraction and maximum number of held-out training images
+GALLERY = 100  # images per retrieval with a class caption, since few captions over thousands of images say little
 
 
 def embed_pictures(
@@ -39,32 +39,15 @@ def embed_pictures(
     max_skipped: float = MAX_SKIPPED,
     size: Size = None,
 ) -> tuple[Tensor, list[int], Skipped]:
-    """Embeddings of the pictures that can be read, at the encoder's own size or another one.
+    """Embed the readable images, at the encoder's native size or another.
 
     Returns:
-        unit vectors float32 [n, D] on the CPU, the numbers of the n pictures, and what was skipped.
+        unit vectors float32 [n, D] on the CPU, the indices of the n images, and a report of skipped images.
 
-    Raises ValueError if a larger share than `max_skipped` cannot be read, or for a size that is not a multiple of the
+    Raises ValueError if a larger fraction than `max_skipped` is unreadable, or for a size that is not a multiple of the
     patch size.
     """
     prepare = prepare_for(model.image.config, size)
-    return encode_pictures(
-        lambda images: embed_images(model, images, batch_size), prepare, pictures, name, watch, max_skipped
-    )
-
-
-def encode_pictures(
-    encode: Callable[[Iterator[Tensor]], Iterable[Tensor]],
-    prepare: Prepare,
-    pictures: Sequence[Picture],
-    name: str,
-    watch: Watch | None = None,
-    max_skipped: float = MAX_SKIPPED,
-) -> tuple[Tensor, list[int], Skipped]:
-    """What `encode` makes of the pictures that can be read: from images [channels, h, w] one by one to batches of rows.
-
-    Returns and errors as `embed_pictures`: rows float32 [n, D] on the CPU, the numbers of the n pictures, the rest.
-    """
     tally = SkipCounter(name, len(pictures), max_skipped)
     found = read_each(
         range(len(pictures)), lambda n: prepare(open_picture(pictures[n])), lambda n: picture_name(pictures[n]), tally
@@ -77,19 +60,19 @@ def encode_pictures(
             kept.append(number)
             yield pixels
 
-    for part in encode(images()):
+    for part in embed_images(model, images(), batch_size):
         rows.append(part)
         if watch:
             watch(len(part))
     if watch:
-        watch(len(pictures) - len(kept))  # what was skipped is dealt with too
+        watch(len(pictures) - len(kept))  # skipped images count too
     if not kept:
         raise ValueError(f"{name}: none of its {len(pictures)} images can be read")
     return torch.cat(rows), kept, tally.report()
 
 
 def zeroshot(model: DualEncoder, pictures: LabelledPictures, embeddings: Tensor, kept: Sequence[int]) -> Accuracy:
-    """Zero-shot accuracy, from what `embed_pictures` returned."""
+    """Zero-shot accuracy, from the result of `embed_pictures`."""
     classes = class_embeddings(lambda texts: embed_texts(model, texts), pictures.class_names, pictures.templates)
     return accuracy(embeddings, classes, labels_of(pictures, kept))
 
@@ -97,7 +80,7 @@ def zeroshot(model: DualEncoder, pictures: LabelledPictures, embeddings: Tensor,
 def caption_retrieval(
     model: DualEncoder, pictures: CaptionedPictures, embeddings: Tensor, kept: Sequence[int]
 ) -> Retrieval:
-    """R@1, R@5 and R@10 both ways, from what `embed_pictures` returned. A caption of two images finds either."""
+    """R@1, R@5 and R@10 in both directions, from the result of `embed_pictures`. Images may share a caption."""
     numbers: dict[str, int] = {}
     pairs = [
         (image, numbers.setdefault(text, len(numbers)))
@@ -110,17 +93,16 @@ def caption_retrieval(
 def class_retrieval(
     model: DualEncoder, embeddings: Tensor, labels: Tensor, class_names: Sequence[str]
 ) -> dict[str, float]:
-    """R@1 both ways where captions are made of class names; any image of a class goes with any caption of it.
+    """R@1 in both directions with captions from class names. All images and captions of a class match.
 
-    Captions look for theirs among about GALLERY images drawn at random, and their recall is the mean over all such
-    galleries.
+    Captions are searched among about GALLERY random images, and recall is averaged over all such galleries.
     """
     captions = class_captions(labels, class_names)
     distinct = list(dict.fromkeys(captions))
     texts = embed_texts(model, distinct)
-    # a caption belongs to a class, and any image of that class is what it describes
+    # a caption matches all images of its class
     text_class = torch.stack([labels[captions.index(caption)] for caption in distinct])
-    # at random, since sets come sorted by class or with their classes in turns
+    # random, since datasets are sorted by class or interleave classes
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     galleries = []
     for chosen in order.chunk(max(1, len(labels) // GALLERY)):
@@ -144,23 +126,23 @@ def segmentation(
     watch: Watch | None = None,
     max_skipped: float = MAX_SKIPPED,
 ) -> tuple[Segmentation, list[Skipped]]:
-    """Fit a linear probe on the final tokens of training pictures and measure it on test pictures.
+    """Fit a linear probe on the final tokens of training images and evaluate it on test images.
 
-    Only sums over tokens are kept, and masks are compared at their own size. Pictures of one size share batches.
+    Only sums over tokens are stored, and masks are compared at full size. Images of one size share batches.
 
     Args:
         encoder: in eval mode, on any device.
-        train, test: data sets of the same classes.
-        size: what pictures are resized to, in pixels: (height, width), (shorter side,), or () for the encoder's
-            native shorter side. Where the aspect ratio is kept, both sides are rounded to multiples of the patch.
-        scored: classes whose IoU goes into the mean; all if empty. The probe learns all of them.
+        train, test: datasets of the same classes.
+        size: image size in pixels: (height, width), (shorter side,), or () for the encoder's native shorter side. If
+            the aspect ratio is kept, both sides are rounded to multiples of the patch.
+        scored: classes whose IoU is averaged; all if empty. The probe learns all classes.
         batch_size: images per batch.
         watch: progress callback, called once for each image of both sets.
         max_skipped: largest tolerated fraction of unreadable images in each set.
 
-    Returns the result, and what could not be read of each set.
+    Returns the result, and the skipped images of each set.
 
-    Raises ValueError for a size that patches do not tile, or if too many images cannot be read.
+    Raises ValueError for a size that is not a multiple of the patch, or if too many images cannot be read.
     """
     check_size(encoder.config, size)
     classes = len(train.class_names)
@@ -183,7 +165,7 @@ def _held_out(count: int) -> float:
 
 
 def check_size(config: EncoderConfig, size: tuple[int, ...]) -> None:
-    """Raise ValueError for a size that `segmentation` cannot take."""
+    """Raise ValueError for a size that `segmentation` does not accept."""
     if len(size) > 2 or any(side < config.patch_size for side in size):
         raise ValueError(
             f"size is {size}; expected a shorter side, or height and width, of {config.patch_size} or more"
@@ -193,7 +175,7 @@ def check_size(config: EncoderConfig, size: tuple[int, ...]) -> None:
 
 
 def size_for(config: EncoderConfig, height: int, width: int, size: tuple[int, ...]) -> tuple[int, int]:
-    """The height and width, multiples of the patch, that a picture of height x width is resized to."""
+    """The size, in multiples of the patch, to which an image of height x width is resized."""
     if len(size) == 2:
         return size[0], size[1]
     scale = (size[0] if size else min(config.image_size)) / min(height, width)
@@ -227,13 +209,13 @@ def _reader(
             if watch:
                 watch(len(masks))
         if watch:
-            watch(len(numbers) - done)  # what was skipped is dealt with too
+            watch(len(numbers) - done)  # skipped images count too
 
     return read
 
 
 def _by_shape(pairs: Iterable[tuple[Tensor, Tensor]], batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of images and masks of the same sizes, out of order; what waits for company is bounded."""
+    """Yield batches of images and masks of equal size, out of order. The number of waiting images is bounded."""
     waiting: dict[tuple[torch.Size, torch.Size], list[tuple[Tensor, Tensor]]] = {}
     count = 0
     for image, mask in pairs:

@@ -1,4 +1,4 @@
-"""Zero-shot classification and similarity of your own pictures and texts with an image-text model."""
+"""Zero-shot classification and similarity of your own images and texts with an image-text model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ..models.encoder import Encoder
 from .zeroshot import class_embeddings
 
 BATCH = 64
-TEXTS = 256  # at a time
+TEXTS = 256  # per batch
 
 
 @dataclass(frozen=True, eq=False)
 class Classification:
-    """Classes of N pictures among K.
+    """The classification of N images into K classes.
 
     Attributes:
-        labels: the most probable class of each picture, by name.
+        labels: name of the most probable class of each image.
         probabilities: float32 [N, K]. For a model trained with a softmax (CLIP), each row sums to 1; for one trained
             with a sigmoid (SigLIP), each class has an independent probability.
     """
@@ -73,12 +73,12 @@ def classify(
 
     Raises:
         OSError: an image is missing or damaged.
-        ValueError: an encoder without a text tower, no images, no names, one text in place of a list of them, a
-            template without its place, or a size that is not a multiple of the patch size.
+        ValueError: an encoder without a text tower, no images, no names, a text instead of a list, a template without a
+            placeholder, or a size that is not a multiple of the patch size.
     """
     model = require_text(model, "model")
     for argument, given in (("class_names", class_names), ("templates", templates)):
-        if isinstance(given, str):  # a sequence too, of letters
+        if isinstance(given, str):  # a string is a sequence too
             raise ValueError(f"{argument} is the text {given!r}; expected a list of texts")
     texts = class_embeddings(lambda prompts: embed_texts(model, prompts), class_names, templates)
     result = _compare(model, _embed(model, images, size), texts)
@@ -109,7 +109,7 @@ def similarity(
 
 def require_text(model: DualEncoder | Encoder, name: str) -> DualEncoder:
     """The model, if it has a text tower. Otherwise raises ValueError with `name` in the message."""
-    model = getattr(model, "_orig_mod", model)  # of torch.compile, which compiles `forward` alone
+    model = getattr(model, "_orig_mod", model)  # the wrapper of torch.compile only has `forward`
     if not isinstance(model, DualEncoder):
         raise ValueError(
             f"{name} is an image encoder without a text tower; expected an image-text model: a CLIP or SigLIP folder "
@@ -119,9 +119,9 @@ def require_text(model: DualEncoder | Encoder, name: str) -> DualEncoder:
 
 
 def embed_images(model: DualEncoder, images: Iterable[Tensor], batch_size: int = BATCH) -> Iterator[Tensor]:
-    """Prepared images, one [channels, H, W] at a time, to batches of unit vectors float32 [B, D] on the CPU.
+    """Encode an iterable of prepared images [channels, H, W] to batches of unit vectors float32 [B, D] on the CPU.
 
-    All images have one size. An image is asked for only when its batch is due.
+    All images must have the same size. They are read lazily.
     """
     for pixels in stacked(images, batch_size):
         with torch.inference_mode():
@@ -129,21 +129,21 @@ def embed_images(model: DualEncoder, images: Iterable[Tensor], batch_size: int =
 
 
 def stacked(images: Iterable[Tensor], batch_size: int) -> Iterator[Tensor]:
-    """Images [channels, H, W] of one size to batches [B, channels, H, W], the last one smaller."""
+    """Stack images [channels, H, W] of one size to batches [B, channels, H, W]; the last may be smaller."""
     todo = iter(images)
     while batch := list(islice(todo, batch_size)):
         yield torch.stack(batch)
 
 
 def on_device(encoder: Encoder, images: Tensor) -> Tensor:
-    """Images where an encoder's weights are, in their dtype."""
+    """Images on the device and in the dtype of an encoder's weights."""
     weight = next(encoder.parameters())
     return images.to(weight.device, weight.dtype)
 
 
 @torch.inference_mode()
 def embed_texts(model: DualEncoder, texts: Sequence[str]) -> Tensor:
-    """Texts to unit vectors float32 [M, D] on the CPU. Raises ValueError for an empty text or none."""
+    """Embed texts as unit vectors float32 [M, D] on the CPU. Raises ValueError for an empty text or none."""
     parts = [texts[i : i + TEXTS] for i in range(0, max(len(texts), 1), TEXTS)]
     return torch.cat([normalize(model.encode_text(part).float(), dim=-1).cpu() for part in parts])
 

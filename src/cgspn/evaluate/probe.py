@@ -1,8 +1,8 @@
-"""A linear probe on frozen tokens: one linear map from patch tokens to classes, solved in closed form.
+"""A linear probe from frozen patch tokens to classes, solved in closed form.
 
-The probe is a ridge regression from each token to the shares of the classes in its patch. It is fitted from sums over
-patches, so that a data set of any size streams through, batch by batch. No step size, no epochs, no seeds: two
-encoders compared by it differ by their tokens alone.
+The probe is a ridge regression from each token to the class fractions in its patch. It is fitted from sums over
+patches, so a dataset of any size can be streamed. It has no learning rate, epochs or seed, so a comparison of two
+encoders depends only on their tokens.
 
 Shapes: N images, h x w token grid, C channels, H x W masks, K classes.
 """
@@ -19,8 +19,8 @@ from torch.nn.functional import interpolate
 PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 """Strengths of regularisation tried, relative to the mean variance of the tokens (which is 1 after scaling)."""
 
-CHUNK = 128  # images at a time
-PIXELS = 1 << 25  # logits at a time: with many classes those of one image at full size would take gigabytes
+CHUNK = 128  # images per step
+PIXELS = 1 << 25  # most logits at once; with many classes one image at full size would take gigabytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +30,7 @@ class Probe:
     Attributes:
         weight: float64 [C, K].
         bias: float64 [K].
-        penalty: regularisation strength it was fitted with.
+        penalty: regularisation strength of the fit.
     """
 
     weight: Tensor
@@ -38,18 +38,18 @@ class Probe:
     penalty: float
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Tokens [N, h, w, C] to logits [N, h, w, K], in the dtype and on the device of the tokens."""
+        """Tokens [N, h, w, C] -> logits [N, h, w, K], with the dtype and device of the tokens."""
         return tokens @ self.weight.to(tokens) + self.bias.to(tokens)
 
     def predict(self, tokens: Tensor, size: tuple[int, int]) -> Tensor:
-        """Tokens [N, h, w, C] to classes int64 [N, H, W], (H, W) = size: logits upsampled bilinearly, largest wins."""
+        """Tokens [N, h, w, C] -> classes int64 [N, H, W], (H, W) = size: the argmax of bilinearly upsampled logits."""
         return torch.cat(
             [_upsampled_argmax(self.logits(part.float()).permute(0, 3, 1, 2), size) for part in tokens.split(CHUNK)]
         )
 
 
 def _upsampled_argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """The largest of logits [N, K, h, w] at each pixel, int64 [N, H, W], a few classes at full size at a time."""
+    """The argmax of upsampled logits [N, K, h, w] at each pixel, int64 [N, H, W], in groups of classes."""
     best, found = None, None
     step = max(1, PIXELS // (len(logits) * size[0] * size[1]))
     for first in range(0, logits.shape[1], step):
@@ -92,7 +92,7 @@ def patch_histograms(
         n = len(part)
         pixels = part[:, rows[:, None], columns].long()
         keep = torch.ones_like(pixels, dtype=torch.bool) if ignore_index is None else pixels != ignore_index
-        # what does not count gets a class of its own
+        # ignored pixels get an extra class
         where = (torch.arange(n, device=masks.device)[:, None, None] * h * w + patch) * (classes + 1)
         counts = torch.bincount((where + pixels.where(keep, classes)).flatten(), minlength=n * h * w * (classes + 1))
         counts = counts.view(n, h, w, classes + 1)
@@ -104,7 +104,7 @@ def patch_histograms(
 
 
 def _covered(size: int, patches: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The lines that each patch covers, those of all patches one after the other, and whose each is."""
+    """The lines that each patch covers, concatenated over patches, and the patch of each line."""
     number = torch.arange(patches, device=device)
     begin, end = number * size // patches, -(-(number + 1) * size // patches)
     owner = number.repeat_interleave(end - begin)
@@ -113,10 +113,10 @@ def _covered(size: int, patches: int, device: torch.device) -> tuple[Tensor, Ten
 
 
 class Moments:
-    """Sums over patches, weighted by what counts, from which a ridge of any strength is solved."""
+    """Sums over patches, weighted by their valid pixels, from which a ridge regression of any penalty can be solved."""
 
     def __init__(self, channels: int, classes: int, device: torch.device | str = "cpu") -> None:
-        """Nothing summed yet; float64 on `device`."""
+        """Zero sums in float64 on `device`."""
         self.total = torch.zeros((), dtype=torch.float64, device=device)
         self.x = torch.zeros(channels, dtype=torch.float64, device=device)
         self.y = torch.zeros(classes, dtype=torch.float64, device=device)
@@ -124,7 +124,7 @@ class Moments:
         self.xy = torch.zeros(channels, classes, dtype=torch.float64, device=device)
 
     def add(self, tokens: Tensor, masks: Tensor, ignore_index: int | None = None) -> None:
-        """Count tokens float [N, h, w, C] and their masks, integers [N, H, W]."""
+        """Add tokens float [N, h, w, C] and their masks, integers [N, H, W]."""
         grid = (tokens.shape[1], tokens.shape[2])
         for t, m in zip(tokens.split(CHUNK), masks.split(CHUNK)):
             shares, counted = patch_histograms(m, grid, len(self.y), ignore_index)
@@ -137,7 +137,7 @@ class Moments:
             self.xy += (n * x).T @ y
 
     def __add__(self, other: Moments) -> Moments:
-        """Of both together."""
+        """The sums over both datasets."""
         out = Moments(len(self.x), len(self.y), self.x.device)
         for name in ("total", "x", "y", "xx", "xy"):
             setattr(out, name, getattr(self, name) + getattr(other, name))
@@ -152,7 +152,7 @@ class Moments:
         mean_x, mean_y = self.x / self.total, self.y / self.total
         covariance = self.xx / self.total - mean_x.outer(mean_x)
         cross = self.xy / self.total - mean_x.outer(mean_y)
-        # Channels scaled to variance 1, so that the penalty means the same for every encoder and channel.
+        # Scale channels to variance 1, so that the penalty does not depend on the encoder or channel.
         std = covariance.diagonal().clamp(min=0).sqrt()
         scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
         values, vectors = torch.linalg.eigh(scale[:, None] * covariance * scale)

@@ -1,13 +1,12 @@
 """Image-text retrieval, where several images may share a caption and several captions an image.
 
-torchmetrics' RetrievalHitRate is the same recall where no two scores are equal (a test holds both together). It is not
-used, for two reasons: it breaks ties by the order of the items, so that a model that maps everything to a point looks
-good, and it takes every pair of image and caption as one list, 2 GB for the 5000 images and 25,000 captions of COCO.
+torchmetrics' RetrievalHitRate gives the same recall if no scores are equal (tested). It is not used for two reasons. It
+breaks ties by the order of the items, so that a model which maps everything to one point gets a high score. And it
+needs every pair of image and caption in one list, 2 GB for the 5000 images and 25,000 captions of COCO.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn.functional import normalize
 
 from .checks import check_ids, check_matrix
 
-QUERIES = 1024  # at a time
+QUERIES = 1024  # per batch
 
 
 @dataclass(frozen=True)
@@ -64,19 +63,15 @@ def retrieve(
         alone = ids[~torch.isin(ids, others)]
         if len(alone):
             raise ValueError(f"{name} holds {int(alone[0])}, which the other side lacks; expected a match for each id")
-    return _both(
-        image_embeddings,
-        text_embeddings,
-        lambda some: image_ids[some, None] == text_ids,
-        lambda some: text_ids[some, None] == image_ids,
-        ranks,
-    )
+    chunks = torch.arange(len(image_ids), device=image_ids.device).split(QUERIES)
+    found = [(image_ids[some, None] == text_ids).nonzero() + some[0] * image_ids.new_tensor([1, 0]) for some in chunks]
+    return retrieve_captions(image_embeddings, text_embeddings, torch.cat(found), ranks)
 
 
 def retrieve_captions(
     image_embeddings: Tensor, text_embeddings: Tensor, pairs: Tensor, ranks: tuple[int, ...] = (1, 5, 10)
 ) -> Retrieval:
-    """Compute recall as `retrieve` does, for a given list of matching pairs; images may share captions.
+    """Compute recall like `retrieve`, for a given list of matching pairs. Images may share captions.
 
     Args:
         image_embeddings: [N, D], of any norm.
@@ -87,35 +82,6 @@ def retrieve_captions(
     Raises:
         ValueError: shapes do not match, embeddings are not finite, a rank is below 1, or an image or text has no match.
     """
-    n, m = len(image_embeddings), len(text_embeddings)
-    if pairs.ndim != 2 or pairs.shape[1] != 2:
-        raise ValueError(f"pairs has shape {tuple(pairs.shape)}; expected [P, 2]")
-    for column, (count, letter) in enumerate(((n, "image"), (m, "text"))):
-        if not torch.equal(pairs[:, column].unique().cpu(), torch.arange(count)):
-            raise ValueError(f"pairs must hold each {letter} from 0 to {count - 1}, and no other")
-    pairs = pairs.to(image_embeddings.device)
-
-    def right(queries: Tensor, items: Tensor, count: int) -> Callable[[Tensor], Tensor]:
-        def of(some: Tensor) -> Tensor:
-            inside = (queries >= some[0]) & (queries <= some[-1])
-            out = torch.zeros(len(some), count, dtype=torch.bool, device=some.device)
-            out[queries[inside] - some[0], items[inside]] = True
-            return out
-
-        return of
-
-    images, texts = pairs.unbind(1)
-    return _both(image_embeddings, text_embeddings, right(images, texts, m), right(texts, images, n), ranks)
-
-
-def _both(
-    image_embeddings: Tensor,
-    text_embeddings: Tensor,
-    texts_of: Callable[[Tensor], Tensor],
-    images_of: Callable[[Tensor], Tensor],
-    ranks: tuple[int, ...],
-) -> Retrieval:
-    """Recall in both directions; texts_of and images_of say which items are right for consecutive queries."""
     check_matrix("image_embeddings", image_embeddings, "[N, D]")
     check_matrix("text_embeddings", text_embeddings, "[M, D]")
     if image_embeddings.shape[1] != text_embeddings.shape[1]:
@@ -125,17 +91,23 @@ def _both(
         )
     if not ranks or min(ranks) < 1:
         raise ValueError(f"ranks is {ranks}; expected one or more numbers from 1")
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"pairs has shape {tuple(pairs.shape)}; expected [P, 2]")
+    for column, (count, letter) in enumerate(((len(image_embeddings), "image"), (len(text_embeddings), "text"))):
+        if not torch.equal(pairs[:, column].unique().cpu(), torch.arange(count)):
+            raise ValueError(f"pairs must hold each {letter} from 0 to {count - 1}, and no other")
     images, texts = normalize(image_embeddings.float(), dim=-1), normalize(text_embeddings.float(), dim=-1)
-    texts = texts.to(images.device)
-    return Retrieval(_recall(images, texts, texts_of, ranks), _recall(texts, images, images_of, ranks))
+    texts, pairs = texts.to(images.device), pairs.to(images.device)
+    return Retrieval(_recall(images, texts, pairs, ranks), _recall(texts, images, pairs.flip(1), ranks))
 
 
-def _recall(
-    queries: Tensor, items: Tensor, right_of: Callable[[Tensor], Tensor], ranks: tuple[int, ...]
-) -> dict[int, float]:
+def _recall(queries: Tensor, items: Tensor, pairs: Tensor, ranks: tuple[int, ...]) -> dict[int, float]:
     wrong_above = []
     for some in torch.arange(len(queries), device=queries.device).split(QUERIES):
-        scores, right = queries[some] @ items.T, right_of(some)
+        scores = queries[some] @ items.T
+        inside = pairs[(pairs[:, 0] >= some[0]) & (pairs[:, 0] <= some[-1])]
+        right = torch.zeros_like(scores, dtype=torch.bool)
+        right[inside[:, 0] - some[0], inside[:, 1]] = True
         best = scores.masked_fill(~right, -torch.inf).amax(1, keepdim=True)
         wrong_above.append(((scores >= best) & ~right).sum(1))
     rank = torch.cat(wrong_above)

@@ -1,6 +1,6 @@
-"""Semantic segmentation by a linear probe on frozen tokens (see probe.py), measured at the size of the masks.
+"""Semantic segmentation by a linear probe on frozen tokens (see probe.py), evaluated at the size of the masks.
 
-Data come as a `Reader`, which may read from disk, so that no data set has to fit into memory.
+A `Reader` may read data from disk, so that a dataset need not fit into memory.
 
 Shapes: N images, h x w token grid, C channels, H x W masks, K classes.
 """
@@ -29,7 +29,7 @@ class Segmentation:
         mean_iou: mean IoU of the classes that occur, 0 to 1.
         class_iou: IoU of each class, 0 to 1; None for a class that is neither present nor predicted.
         pixel_accuracy: fraction of correct pixels, 0 to 1.
-        penalty: regularisation strength that was chosen.
+        penalty: chosen regularisation strength.
     """
 
     mean_iou: float
@@ -48,7 +48,7 @@ class PixelScore:
         device: torch.device | str = "cpu",
         scored: Sequence[int] = (),
     ) -> None:
-        """classes: K. ignore_index: target label of pixels that do not count. scored: classes of the mean.
+        """classes: K. ignore_index: target label of ignored pixels. scored: classes in the mean.
 
         Raises ValueError for a scored class out of range.
         """
@@ -61,9 +61,9 @@ class PixelScore:
         self.classes, self.ignore_index, self.scored = classes, ignore_index, scored or range(classes)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
-        """Count pixels: prediction integers of any shape, 0 to K - 1; target of the same, or ignore_index.
+        """Add pixels. prediction: integers of any shape, 0 to K - 1; target: the same, or ignore_index.
 
-        Raises ValueError for shapes that differ, or a target out of range.
+        Raises ValueError if shapes differ or a target is out of range.
         """
         if prediction.shape != target.shape:
             raise ValueError(
@@ -82,7 +82,7 @@ class PixelScore:
         """
         counts = self.metric.confmat
         if int(counts.sum()) == 0:
-            raise ValueError("no pixel to measure: nothing but pixels that do not count")
+            raise ValueError("no pixel to measure: all pixels are ignored")
         occurs = (counts.sum(0) + counts.sum(1)) > 0
         each = tuple(float(v) if o else None for v, o in zip(self.metric.compute(), occurs))
         present = [value for value in (each[k] for k in self.scored) if value is not None]
@@ -105,7 +105,7 @@ def _check(tokens: Tensor, masks: Tensor, classes: int, ignore_index: int | None
 
 
 def check_classes(name: str, masks: Tensor, classes: int, ignore_index: int | None) -> None:
-    """Raise ValueError if a mask holds a class from outside 0..classes-1 that is not `ignore_index`."""
+    """Raise ValueError if a mask holds a value outside 0..classes-1 other than `ignore_index`."""
     if classes < 2:
         raise ValueError(f"classes is {classes}; expected at least 2")
     valid = (masks >= 0) & (masks < classes)
@@ -130,21 +130,21 @@ def fit_streamed(
     """Fit the probe by ridge regression in float64 on the device of the tokens.
 
     The penalty is the one with the best mIoU on a held-out part of the images (a fixed random choice; the larger
-    penalty wins a tie), and the probe is then fitted on all images with it. Each image is read once. A single penalty
-    holds nothing out.
+    penalty wins a tie), and the probe is then fitted on all images with it. Each image is read once. With a single
+    penalty, no image is held out.
 
     Args:
         read: the images.
         count: N.
         classes: K, at least 2.
-        ignore_index: label of pixels that do not count, such as 255.
+        ignore_index: label of pixels to ignore, such as 255.
         penalties: penalties to choose from, each above 0.
-        held_out: share of images for the choice, 0 to 1; at least one image is held out and one is not.
-        scored: classes whose mean IoU chooses; all if empty.
+        held_out: fraction of held-out images, 0 to 1; at least one image is held out and one is not.
+        scored: classes whose mean IoU decides; all if empty.
 
     Raises:
-        ValueError: arguments out of range, tokens that are not finite, nothing but ignored pixels, or one image only
-            while there is a choice to make.
+        ValueError: arguments out of range, tokens that are not finite, only ignored pixels, or a single image with
+            several penalties.
     """
     if not penalties or min(penalties) <= 0:
         raise ValueError(f"penalties is {penalties}; expected one or more numbers above 0")
@@ -166,7 +166,7 @@ def fit_streamed(
         rest.add(tokens, masks, ignore_index)
         for probe, score in zip(probes, scores):
             score.update(probe.predict(tokens, (masks.shape[1], masks.shape[2])), masks)
-    # held-out images that have no pixels that count leave the choice to the largest penalty
+    # if all held-out pixels are ignored, the largest penalty is used
     counted = float(rest.total) > 0
     best = max(zip(probes, scores), key=lambda pair: (pair[1].compute()[0] if counted else 0.0, pair[0].penalty))
     return (fitted + rest).solve((best[0].penalty,))[0]
@@ -180,16 +180,16 @@ def _moments(read: Reader, numbers: Sequence[int], classes: int, ignore_index: i
             moments = Moments(tokens.shape[-1], classes, tokens.device)
         moments.add(tokens, masks, ignore_index)
     if moments is None or float(moments.total) == 0:
-        raise ValueError(f"masks hold nothing but ignore_index = {ignore_index}; nothing to fit")
+        raise ValueError(f"masks hold only ignore_index = {ignore_index}; nothing to fit")
     return moments
 
 
 def score_streamed(
     probe: Probe, read: Reader, count: int, classes: int, *, ignore_index: int | None = None, scored: Sequence[int] = ()
 ) -> Segmentation:
-    """Measure a probe on the N = count images of a reader; scored: classes of the mean IoU, all if empty.
+    """Evaluate a probe on the N = count images of a reader. scored: classes in the mean IoU; all if empty.
 
-    Raises ValueError if none of their pixels counts.
+    Raises ValueError if all pixels are ignored.
     """
     score = PixelScore(classes, ignore_index, probe.weight.device, scored)
     for tokens, masks in read(range(count)):
@@ -199,7 +199,7 @@ def score_streamed(
 
 
 def in_memory(tokens: Tensor, masks: Tensor) -> Reader:
-    """A reader of tokens [N, h, w, C] and masks [N, H, W]; the masks go to the device of the tokens."""
+    """A reader of tokens [N, h, w, C] and masks [N, H, W] in memory. Masks are moved to the device of the tokens."""
 
     def read(numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
         for part in torch.tensor(numbers).split(CHUNK):
@@ -253,7 +253,7 @@ def segment(
         ignore_index: label of pixels to ignore.
 
     Raises:
-        TypeError, ValueError: as `fit_probe`.
+        TypeError, ValueError: as in `fit_probe`.
     """
     _check(test_tokens, test_masks, classes, ignore_index, ("test_tokens", "test_masks"))
     if test_tokens.shape[-1] != train_tokens.shape[-1]:

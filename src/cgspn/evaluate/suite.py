@@ -1,4 +1,4 @@
-"""Everything measured about an image-text model on an image set in memory: the rows of the demo's table."""
+"""The demo's evaluation of an image-text model on images in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from .zeroshot import class_embeddings, top1
 
 METRICS = (
     Metric("zeroshot", "zero-shot top-1", 100, "%", averaged=True),
-    Metric("image_to_text", "image → text R@1", 100, "%", averaged=True),
     Metric("text_to_image", "text → image R@1", 100, "%", averaged=True),
     Metric("miou", "segment mIoU", 100, "%", averaged=True),
 )
@@ -28,7 +27,7 @@ METRICS = (
 
 @torch.inference_mode()
 def embed_set(model: DualEncoder, images: ImageSet) -> tuple[Tensor, Tensor]:
-    """Embeddings [N, D] of unit length and grid tokens [N, h, w, C] of a whole image set, float32 on the CPU."""
+    """Unit embeddings [N, D] and grid tokens [N, h, w, C] of a whole image set, float32 on the CPU."""
     embeddings, tokens = [], []
     for batch in stacked(prepared(model.image.config, images), 250):
         output = model.image(on_device(model.image, batch))
@@ -38,7 +37,7 @@ def embed_set(model: DualEncoder, images: ImageSet) -> tuple[Tensor, Tensor]:
 
 
 def prepared(config: EncoderConfig, images: ImageSet) -> Iterator[Tensor]:
-    """The images of a set, one [channels, h, w] at a time, as `eval` and `classify` prepare pictures."""
+    """Yield the images of a set, [channels, h, w], with the preprocessing of `eval` and `classify`."""
     prepare = prepare_for(config)
     return (prepare(open_picture(image)) for image in images.images)
 
@@ -54,15 +53,15 @@ def evaluate_dual(model: DualEncoder, test: ImageSet, probe: ImageSet) -> dict[s
 
     Args:
         model: image and text encoder, in eval mode.
-        test: square images that nothing was trained on.
-        probe: square images on which the linear segmentation probe is fitted.
+        test: square test images.
+        probe: square training images of the linear segmentation probe.
     """
     embeddings, tokens = embed_set(model, test)
     _, probe_tokens = embed_set(model, probe)
     parts = segment(probe_tokens, probe.masks(), tokens, test.masks(), classes=len(test.class_names) + 1)
     return {
         "zeroshot": top1(embeddings, _classes(model, test), test.labels),
-        **class_retrieval(model, embeddings, test.labels, test.class_names),
+        "text_to_image": class_retrieval(model, embeddings, test.labels, test.class_names)["text_to_image"],
         "miou": parts.mean_iou,
     }
 

@@ -1,4 +1,4 @@
-"""A table of models (rows) and measures (columns), for the terminal, JSON and HTML."""
+"""A table of models (rows) and metrics (columns), for the terminal, JSON and HTML."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rich.text import Text
 NONE = "–"
 
 
-NAME = 20  # columns that the name of a row may claim before figures are broken
+NAME = 20  # width that a row's name keeps before numbers are wrapped
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class Metric:
         scale: factor for display, such as 100 for fractions shown as per cent.
         unit: shown after the label, such as "%" or "ms".
         digits: number of decimals.
-        higher_is_better: True, False, or None if no value is better (a size, a count); then none is marked as the best.
-        averaged: whether it is part of the macro average.
+        higher_is_better: True, False, or None if no value is better (a size, a count).
+        averaged: whether it is included in the macro average.
     """
 
     key: str
@@ -110,16 +110,16 @@ class SummaryTable:
         return columns
 
     def _cells(self) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-        """Headings, and for each row its texts, each with whether it is the best of its column."""
+        """The headings, and for each row its texts with flags for the best value of a column."""
         columns = self._columns()
         rows: list[list[tuple[str, bool]]] = [[] for _ in self.rows]
         for metric, values in columns:
             texts = [metric.show(v) for v in values]
             known = [v for v in values if v is not None]
             best = None
-            if len(set(map(metric.show, known))) > 1 and metric.higher_is_better is not None:  # none is better than all
+            if len(set(map(metric.show, known))) > 1 and metric.higher_is_better is not None:  # else no best
                 best = metric.show(max(known) if metric.higher_is_better else min(known))
-            # By text, so that values which look the same are marked the same.
+            # Compared as text, so that values that look equal are marked equally.
             for row, value, text in zip(rows, values, texts):
                 row.append((text, value is not None and text == best))
         return [metric.heading for metric, _ in columns], rows
@@ -127,7 +127,7 @@ class SummaryTable:
     def to_rich(self) -> RichTable:
         """Return a table for a rich console, with the best value of each column in bold."""
         headings, rows = self._cells()
-        # lean enough for a terminal of 80 columns, and what still does not fit is broken rather than cut
+        # narrow enough for 80 columns; longer content is wrapped, not truncated
         table = RichTable(title=Text(self.title), box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("", overflow="fold", min_width=min(NAME, max(map(len, self.rows), default=0)))
         for heading in headings:
@@ -138,7 +138,7 @@ class SummaryTable:
         return table
 
     def to_json(self) -> str:
-        """Return title, metrics, unscaled rows and averages as JSON, for `from_json`."""
+        """Return title, metrics, unscaled rows and averages as JSON."""
         return json.dumps(
             {
                 "title": self.title,
@@ -148,19 +148,6 @@ class SummaryTable:
             },
             indent=2,
         )
-
-    @classmethod
-    def from_json(cls, text: str) -> SummaryTable:
-        """Read a table from the JSON of `to_json`; the averages are computed again.
-
-        Raises:
-            ValueError: the text is not such a table.
-        """
-        try:
-            data = json.loads(text)
-            return cls(data["title"], [Metric(**m) for m in data["metrics"]], data["rows"])
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"text is not the JSON of a SummaryTable: {error!r}") from error
 
     def to_html(self) -> str:
         """Return a `<table>` element without styles, with the best value of each column in `<strong>`."""

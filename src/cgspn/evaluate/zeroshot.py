@@ -1,4 +1,4 @@
-"""Zero-shot classification: class names in prompt templates are the classifier."""
+"""Zero-shot classification with embeddings of class names in prompt templates."""
 
 from __future__ import annotations
 
@@ -88,14 +88,14 @@ def accuracy(image_embeddings: Tensor, class_embeddings: Tensor, labels: Tensor)
             f"labels run from {int(labels.min())} to {int(labels.max())}; accepted: 0 to {len(class_embeddings) - 1}"
         )
     classes = len(class_embeddings)
-    # The length of an image's embedding changes none of its comparisons; that of a class's does.
+    # Norms of class embeddings affect the ranking; norms of image embeddings do not.
     scores = image_embeddings.float() @ normalize(class_embeddings.float(), dim=-1).T
     labels = labels.to(scores.device)
 
     def share(average: Literal["micro", "none"], top_k: int = 1) -> Tensor:
         return multiclass_accuracy(scores, labels, classes, average, top_k, validate_args=False)
 
-    # not "macro", which counts classes without images that were predicted
+    # not "macro", which also counts predicted classes without images
     each = share("none")[torch.bincount(labels, minlength=classes) > 0]
     return Accuracy(float(share("micro")), float(share("micro", min(5, classes))), float(each.mean()))
 

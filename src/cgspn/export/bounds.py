@@ -1,4 +1,4 @@
-"""Which sizes and batches an exported program takes, and which of them its check tries."""
+"""The sizes and batches that an exported program accepts, and those at which it is checked."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ class Bounds:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """The bounds in patches a side."""
+        """The bounds of a side in patches."""
         return self.min_size // self.patch, self.max_size // self.patch
 
     def check(self, images: Tensor) -> None:
@@ -54,7 +54,7 @@ class Bounds:
 def bounds_for(
     config: EncoderConfig, min_size: int | None = None, max_size: int | None = None, max_batch: int = 32
 ) -> Bounds:
-    """Bounds for an encoder; by default from one patch to twice its longer native side.
+    """The bounds of an encoder, by default from one patch to twice the longer native side.
 
     Raises ValueError for sizes that are no multiples of the patch size, an empty range, or a batch below 1.
     """

@@ -1,11 +1,11 @@
-"""Export with the check built in: write, load back, compare with the encoder, and only then give the file its name."""
+"""Export with a check: the file is written, loaded, compared with the encoder, and only then renamed."""
 
 import copy
 import importlib.metadata
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..models.checkpoint import write_atomically
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
 from .bounds import Bounds, bounds_for
-from .formats import LOADER, SUFFIXES, WRITERS, Format, Runner, check_onnx, open_file
+from .formats import LOADER, SUFFIXES, WRITERS, Format, Runner, Say, check_onnx, open_file
 from .trace import ImageSide
 
 PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime")
@@ -47,7 +47,7 @@ def export_model(
     max_batch: int = 32,
     tolerance: float = 1e-4,
     source: str = "",
-    say: Callable[[str], None] = lambda text: None,
+    say: Say = lambda text: None,
 ) -> list[Parity]:
     """Export the image encoder of a model, compare the file with it, and write it with a JSON description.
 
@@ -60,11 +60,11 @@ def export_model(
             normalisation, bounds, versions and the measured errors.
         format: "onnx" (standard operators), "torch" (torch.export) or "aot" (AOTInductor).
         min_size, max_size: bounds of height and width in pixels, multiples of the patch size; None for one patch and
-        twice the native size. Outside the bounds, torch programs and `load_exported` raise an error.
+            twice the native size. Outside the bounds, torch programs and `load_exported` raise an error.
         max_batch: largest batch size.
         tolerance: largest accepted relative error ||a - b|| / ||b||; 16-bit weights need more, such as 2e-2.
         source: origin of the model, for the description.
-        say: callback for progress messages.
+        say: called with a line for each step.
 
     Returns the errors at every compared size. Raises ExportError if one is above `tolerance` and writes no file then;
     ValueError for wrong arguments or missing packages; OSError if `out` cannot be written.
@@ -85,19 +85,19 @@ def export_model(
     bounds = bounds_for(side.encoder.config, min_size, max_size, max_batch)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
-        say(f"writing {format}")
-        WRITERS[format](side, bounds, Path(folder) / out.name)
+        WRITERS[format](side, bounds, Path(folder) / out.name, say)
+        say("opening the file")
         runner = open_file(Path(folder) / out.name, format)
         found = []
         for batch, height, width in bounds.sizes(side.encoder.config.image_size):
-            say(f"comparing at {batch} x {height} x {width}")
+            say(f"comparing the outputs for {batch} x {height} x {width} (batch x height x width)")
             found.append(compare(side, runner, batch, height, width))
         worst = max(error for parity in found for error in parity.errors.values())
         if not worst <= tolerance:
             raise ExportError(
                 f"the {format} program differs from the encoder by {worst:.1e}; accepted: {tolerance:.0e}"
             )
-        for file in sorted(Path(folder).iterdir(), reverse=True):  # weights beside a graph before the graph
+        for file in sorted(Path(folder).iterdir(), reverse=True):  # external weights before the graph
             os.replace(file, out.parent / file.name)
     description = {**describe(side, bounds, format, out.name, source, found), "tolerance": tolerance}
     write_atomically(_description_of(out), json.dumps(description, indent=2) + "\n")
@@ -109,8 +109,7 @@ def load_exported(path: str | Path) -> Runner:
     description.
 
     The function raises ValueError for a wrong number of channels or sizes outside the bounds, which AOTInductor and
-    ONNX Runtime may not check.
-    Raises OSError or ValueError if the file or the description beside it is missing or damaged.
+    ONNX Runtime may not check. Raises OSError or ValueError if the file or its description is missing or damaged.
     """
     path = Path(path)
     description = json.loads(_description_of(path).read_text())
@@ -133,7 +132,7 @@ def _description_of(path: Path) -> Path:
 
 @torch.no_grad()
 def compare(side: ImageSide, runner: Runner, batch: int, height: int, width: int) -> Parity:
-    """Relative errors of an exported program on random images of one size. Raises ExportError for another shape."""
+    """Relative errors of a program on random images of one size. Raises ExportError for wrong output shapes."""
     weight = side.encoder.patch_embed.projection.weight
     images = torch.randn(
         batch, side.encoder.config.channels, height, width, generator=torch.Generator().manual_seed(0)
@@ -141,7 +140,7 @@ def compare(side: ImageSide, runner: Runner, batch: int, height: int, width: int
     errors: dict[str, float] = {}
     for name, got, expected in zip(side.names, runner(images), side(images), strict=True):
         if got.shape != expected.shape:
-            raise ExportError(f"{name} has shape {tuple(got.shape)} where the encoder gives {tuple(expected.shape)}")
+            raise ExportError(f"{name} has shape {tuple(got.shape)} where the encoder returns {tuple(expected.shape)}")
         got = got.to(expected.device, expected.dtype)
         errors[name] = float((got - expected).double().norm() / expected.double().norm())
     return Parity(batch, height, width, errors)
@@ -150,7 +149,7 @@ def compare(side: ImageSide, runner: Runner, batch: int, height: int, width: int
 def describe(
     side: ImageSide, bounds: Bounds, format: Format, file: str, source: str, found: list[Parity]
 ) -> dict[str, Any]:
-    """The JSON beside an exported file: everything needed to use the file without this library."""
+    """The JSON description of an exported file, sufficient to use it without this library."""
     config = side.encoder.config
     weight = side.encoder.patch_embed.projection.weight
     widths: dict[str, list[Any]] = {

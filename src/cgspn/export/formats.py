@@ -1,4 +1,4 @@
-"""The three files an encoder can become: a torch.export program, an AOTInductor package, an ONNX graph in plain ops."""
+"""The export formats: torch.export program, AOTInductor package, and ONNX graph with standard operators."""
 
 import logging
 import warnings
@@ -16,9 +16,10 @@ from .trace import ImageSide, trace
 
 Format = Literal["onnx", "torch", "aot"]
 Runner = Callable[[Tensor], Sequence[Tensor]]
+Say = Callable[[str], object]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "aot": ".pt2"}
 LOADER: dict[Format, str] = {
-    "onnx": "onnxruntime, or any runtime of opset 18; operators of the standard domain alone",
+    "onnx": "onnxruntime, or any runtime of opset 18; only standard operators",
     "torch": "import cgspn.ops, then torch.export.load(path).module(): propagate_2d is a custom operator",
     "aot": "import cgspn.ops, then torch._inductor.aoti_load_package(path): propagate_2d is a custom operator that "
     "runs in Python, so a loader without Python cannot run the package; its code is for the kind of machine it was "
@@ -26,27 +27,34 @@ LOADER: dict[Format, str] = {
 }
 
 
-def write_torch(side: ImageSide, bounds: Bounds, path: Path) -> None:
-    """Save a torch.export program (.pt2). Raises OSError, and torch's errors for what cannot be traced."""
+def write_torch(side: ImageSide, bounds: Bounds, path: Path, say: Say) -> None:
+    """Save a torch.export program (.pt2). Raises OSError, and torch's errors if the model cannot be traced."""
+    say("tracing the encoder and saving the program")
     torch.export.save(trace(side, bounds), path)
 
 
-def write_aot(side: ImageSide, bounds: Bounds, path: Path) -> None:
+def write_aot(side: ImageSide, bounds: Bounds, path: Path, say: Say) -> None:
     """Compile and save an AOTInductor package (.pt2). Raises ValueError without a C++ compiler."""
     if cpp_compiler() is None:
         raise ValueError("format is 'aot', which needs a C++ compiler: install g++ or clang; 'onnx' and 'torch' do not")
-    private("_inductor.aoti_compile_and_package")(trace(side, bounds), package_path=str(path))
+    say("tracing the encoder")
+    program = trace(side, bounds)
+    say("compiling it for this machine, which may take minutes")
+    private("_inductor.aoti_compile_and_package")(program, package_path=str(path))
 
 
-def write_onnx(side: ImageSide, bounds: Bounds, path: Path) -> None:
-    """Save an ONNX graph, opset 18, no custom domain; side: float32, on the CPU. Raises ValueError without onnx."""
+def write_onnx(side: ImageSide, bounds: Bounds, path: Path, say: Say) -> None:
+    """Save an ONNX graph (opset 18, no custom operators). side: float32 on the CPU. Raises ValueError without onnx."""
     check_onnx()
     from .onnx_scan import propagate_2d_onnx
     from .onnx_sizes import name_axes, refuse_other_sizes
 
     with _quiet():
+        say("tracing the encoder")
+        traced = trace(side, bounds, onnx=True)
+        say("translating it to ONNX operators, which may take minutes")
         program = torch.onnx.export(
-            trace(side, bounds, onnx=True),
+            traced,
             (),
             dynamo=True,
             opset_version=18,
@@ -59,7 +67,7 @@ def write_onnx(side: ImageSide, bounds: Bounds, path: Path) -> None:
     name_axes(program.model.graph)
     refuse_other_sizes(program.model.graph, bounds)
     size = sum(p.numel() * p.element_size() for p in side.parameters())
-    program.save(str(path), external_data=size > 1.9e9)  # protobuf ends at 2 GB
+    program.save(str(path), external_data=size > 1.9e9)  # protobuf is limited to 2 GB
 
 
 def check_onnx() -> None:
@@ -72,7 +80,7 @@ def check_onnx() -> None:
         raise ValueError(f"format is 'onnx', which needs {error.name}; install cgspn[export]") from error
 
 
-WRITERS: dict[Format, Callable[[ImageSide, Bounds, Path], None]] = {
+WRITERS: dict[Format, Callable[[ImageSide, Bounds, Path, Say], None]] = {
     "onnx": write_onnx,
     "torch": write_torch,
     "aot": write_aot,
@@ -80,7 +88,7 @@ WRITERS: dict[Format, Callable[[ImageSide, Bounds, Path], None]] = {
 
 
 def open_file(path: Path, format: Format) -> Runner:
-    """The format's own loader: images [B, channels, H, W] -> the exported outputs, in order. Raises what it raises."""
+    """Load a file with the format's runtime, as a function: images [B, channels, H, W] -> outputs in order."""
     if format == "torch":
         return torch.export.load(path).module()
     if format == "aot":
@@ -95,7 +103,7 @@ def open_file(path: Path, format: Format) -> Runner:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporter's notes on torchvision, which is not used, and on its own deprecations."""
+    """Suppress the exporter's warnings about torchvision, which is not used, and about deprecations."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,7 +1,7 @@
-"""`propagate_2d` in plain ONNX operators: one Scan a direction, along rows or columns, forwards or backwards.
+"""`propagate_2d` in standard ONNX operators: one Scan per direction, along rows or columns, forwards or backwards.
 
-Scan takes the axis and the direction as attributes, so no feature map is transposed or flipped. Weights are normalised
-for the whole map beforehand; the loop holds nine small operators a line.
+Scan has the axis and the direction as attributes, so no feature map is transposed or flipped. Weights are normalised
+for the whole map first; the loop has nine small operators per line.
 """
 
 from collections.abc import Sequence
@@ -28,9 +28,11 @@ def propagate_2d_onnx(
     backend: str,
     normalise_state: bool = False,
 ) -> Any:
-    """`cgspn::propagate_2d` for PyTorch's exporter, of float32 ONNX values. Raises NotImplementedError with a mask."""
+    """Translate `cgspn::propagate_2d` for PyTorch's exporter, in float32. Raises NotImplementedError for a mask."""
     if mask is not None:
-        raise NotImplementedError("the ONNX form of propagate_2d takes no mask; export an encoder without one")
+        raise NotImplementedError(
+            "the ONNX form of propagate_2d does not support a mask; export an encoder without one"
+        )
     channels, sets = x.shape[-1], lam.shape[-1]
     sets_of = op.Constant(value_ints=[c * sets // channels for c in range(channels)])
     maps = []
@@ -76,10 +78,10 @@ def _weights(logits: Any, position_axis: int) -> list[Any]:
 
 
 def _scan(drive: Any, weights: Sequence[Any], axis: int, ahead: bool) -> Any:
-    """h of every line, [B, H, W, C]: the recurrence along `axis`."""
+    """The recurrence along `axis`: h of every line, [B, H, W, C]."""
     first = op.Gather(drive, op.Constant(value_int=0), axis=axis)
     start = op.Expand(op.Constant(value_float=0.0), op.Shape(first))
-    # the recorder takes operators with a variable number of outputs as nodes only
+    # the recorder accepts operators with a variable number of outputs only as nodes
     scan = ir.node(
         "Scan",
         [start, drive, *weights],
@@ -99,7 +101,7 @@ def _scan(drive: Any, weights: Sequence[Any], axis: int, ahead: bool) -> Any:
 
 
 def _line_graph() -> ir.Graph:
-    """One step: state [B, M, C], drive and three weights of a line -> the new state, twice."""
+    """The graph of one step: state [B, M, C], input and three weights of a line -> the new state, twice."""
     state, drive, *weights = (
         ir.Value(name=name, type=FLOAT, shape=ir.Shape([None, None, None]))
         for name in ("state", "drive", "left", "centre", "right")

@@ -1,7 +1,7 @@
-"""What an exported ONNX graph says and does about sizes: names for its open axes, and a node that refuses others.
+"""Dynamic axes of an exported ONNX graph: their names, and a node that rejects sizes outside the bounds.
 
-ONNX has no operator that raises. The images are reshaped to their own shape, which a size outside the bounds makes
-wrong: the runtime then fails in a node whose name says what is accepted.
+ONNX has no operator that raises an error. So the images are reshaped to their own shape, which is made invalid if a
+size is out of bounds. The runtime then fails in a node whose name states the accepted sizes.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from .bounds import Bounds
 
 
 def name_axes(graph: ir.Graph) -> None:
-    """Call the open axes of an encoder's graph batch, height, width, rows and columns, wherever they occur."""
+    """Name the dynamic axes of an encoder's graph: batch, height, width, rows and columns."""
     names: dict[str, str] = {}
     values = (graph.inputs[0], *(value for value in graph.outputs if value.name == "tokens"))
     for value, called in zip(values, (("batch", "", "height", "width"), ("batch", "rows", "columns"))):
@@ -26,7 +26,7 @@ def name_axes(graph: ir.Graph) -> None:
 
 
 def refuse_other_sizes(graph: ir.Graph, bounds: Bounds) -> None:
-    """Let a graph fail for images [batch, channels, height, width] outside `bounds`, in place of cropping them."""
+    """Make a graph fail for images [batch, channels, height, width] outside `bounds`, instead of cropping them."""
     images, first = graph.inputs[0], next(iter(graph))
     nodes: list[ir.Node] = []
 
@@ -45,7 +45,7 @@ def refuse_other_sizes(graph: ir.Graph, bounds: Bounds) -> None:
     whole = add("Mul", add("Div", sizes, steps), steps)
     room = [add("Sub", sizes, least), add("Sub", most, sizes), add("Sub", whole, sizes)]
     outside = add("Min", add("ReduceMin", add("Concat", *room, axis=0), keepdims=1), integers(0))
-    # nothing for sizes that are accepted; for others a batch below -1, which no shape can have
+    # zero for accepted sizes; otherwise it makes the batch less than -1, which is invalid
     excess = add("Mul", integers(1 << 20, 0, 0, -1), outside)
     checked = add("Reshape", images, add("Add", shape, excess))
     sides = f"sides_{bounds.min_size}_to_{bounds.max_size}_in_steps_of_{bounds.patch}"
@@ -53,7 +53,7 @@ def refuse_other_sizes(graph: ir.Graph, bounds: Bounds) -> None:
     checked.name, checked.shape, checked.type = "accepted_images", images.shape, images.type
     ir.convenience.replace_all_uses_with(images, checked)
     graph.insert_before(first, nodes)
-    for node in nodes:  # they read the images themselves
+    for node in nodes:  # keep reading the original images
         for index, value in enumerate(node.inputs):
             if value is checked:
                 node.replace_input_with(index, images)

@@ -1,4 +1,4 @@
-"""An image encoder as one program of tensors, with batch, height and width left open: torch.export."""
+"""Tracing of an image encoder with torch.export, with dynamic batch, height and width."""
 
 import copy
 
@@ -16,14 +16,14 @@ from .bounds import Bounds
 
 
 class ImageSide(nn.Module):
-    """The exported module: normalised images [B, channels, H, W] to the outputs in `names`, in this order.
+    """The exported module: maps normalised images [B, channels, H, W] to the outputs in `names`.
 
     tokens [B, h, w, C] and pooled [B, C or embed_dim] of the encoder; logits [B, num_classes] if it has a classifier;
     embedding [B, E] of unit length if it is the image side of an image-text model.
     """
 
     def __init__(self, model: Encoder | DualEncoder) -> None:
-        """The model is not changed."""
+        """The model is not modified."""
         super().__init__()
         dual = isinstance(model, DualEncoder)
         self.encoder = image_encoder(model)
@@ -44,31 +44,31 @@ class ImageSide(nn.Module):
 
 
 class OpenPositions(LearnedPositions):
-    """Learned positions without the short cut at the native grid, which would fix the size of a traced program."""
+    """Position embeddings without the shortcut for the native grid, which would fix the size of a traced program."""
 
     def forward(self, height: int, width: int, mask: Tensor | None = None) -> Tensor:
-        """As `LearnedPositions`, without a mask."""
+        """See `LearnedPositions`, without a mask."""
         return self.resized(height, width)
 
 
 class OpenMapPool(MapPool):
-    """Attention pooling over a copy of the grid tokens: of a view behind a prefix, tracing asks whether sizes are 1."""
+    """Attention pooling over a copy of the grid tokens, because a view after a prefix adds guards on sizes of 1."""
 
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """As `MapPool`."""
+        """See `MapPool`."""
         own = tokens[:, grid.prefix :].clone(memory_format=torch.contiguous_format)
         return super().forward(own, grid._replace(prefix=0))
 
 
 class ShiftedPropagation(PropagationMixer):
-    """A propagation mixer whose local convolution is a sum of shifted maps.
+    """A propagation mixer that computes its local convolution as a sum of shifted maps.
 
-    Tracing a convolution over channels-last maps asks whether sizes are 1, and the program would then refuse grids of
+    Tracing a convolution over channels-last maps adds guards on sizes of 1. The program would then reject grids with
     one row and batches of one image.
     """
 
     def localise(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """As `PropagationMixer`, without a mask."""
+        """See `PropagationMixer`, without a mask."""
         if self.local is not None:
             reach = self.config.local_kernel // 2
             height, width = x.shape[1:3]
@@ -82,15 +82,15 @@ class ShiftedPropagation(PropagationMixer):
 
 
 def trace(side: ImageSide, bounds: Bounds, *, onnx: bool = False) -> ExportedProgram:
-    """The program of an `ImageSide` for all sizes and batches of `bounds`, on the device and in the dtype it is in.
+    """Trace an `ImageSide` for all sizes and batches in `bounds`, with its current device and dtype.
 
     Args:
-        side: it is not changed.
-        bounds: one size or a batch of 1 alone are fixed in the program; others stay open.
-        onnx: keep local convolutions as such. The program is then of use to the ONNX exporter alone, to which memory
-            layouts mean nothing; PyTorch would refuse grids of one line.
+        side: not modified.
+        bounds: a single size, or a batch of only 1, is fixed in the program; others are dynamic.
+        onnx: keep local convolutions. Such a program is only for the ONNX exporter, which ignores memory layouts; in
+            PyTorch it would reject grids with one line.
 
-    Raises torch's own errors for what cannot be traced.
+    Raises torch's errors if the model cannot be traced.
     """
     shape_config = private("fx.experimental._config")
     side = copy.deepcopy(side).eval().requires_grad_(False)
@@ -99,7 +99,7 @@ def trace(side: ImageSide, bounds: Bounds, *, onnx: bool = False) -> ExportedPro
             module.__class__ = OpenPositions
         if type(module) is MapPool:
             module.__class__ = OpenMapPool
-        # asked here, as parameters are tensors of another kind while a program is traced
+        # checked here, because parameters have another type during tracing
         if (
             not onnx
             and type(module) is PropagationMixer
@@ -109,16 +109,16 @@ def trace(side: ImageSide, bounds: Bounds, *, onnx: bool = False) -> ExportedPro
     low, high = bounds.grid
     open_sizes: dict[int, object] = {}
     if bounds.max_batch > 1:
-        # one or two would be taken for the two that are traced; what checks the bounds refuses three
+        # one or two could be confused with the traced batch of two; the bounds check rejects three
         open_sizes[0] = Dim("batch", min=1, max=max(3, bounds.max_batch))
     if low < high:
         open_sizes[2] = bounds.patch * Dim("rows", min=low, max=high)
         open_sizes[3] = bounds.patch * Dim("columns", min=low, max=high)
-    # an example of sizes that differ from each other and from 1 and 0, where the bounds have such: tracing fixes others
+    # example sizes that differ from each other, from 0 and from 1, if possible: tracing would fix those
     batch = min(2, bounds.max_batch)
     height, width = (bounds.patch * min(max(low, n), high) for n in (3, 5))
     weight = side.encoder.patch_embed.projection.weight
     images = torch.zeros(batch, side.encoder.config.channels, height, width, device=weight.device, dtype=weight.dtype)
-    # sizes of 1 are as likely as others: without this a program traced at 2 refuses them
+    # without this a program that was traced at 2 rejects sizes of 1
     with torch.no_grad(), shape_config.patch(backed_size_oblivious=True):
         return torch.export.export(side, (images,), dynamic_shapes=(open_sizes,), strict=False)

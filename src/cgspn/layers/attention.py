@@ -85,7 +85,6 @@ class AttentionMixer(Mixer):
 
 
 def _softmax(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:
-    """[B, heads, R, d] and [B, heads, N, d] -> [B, heads, R, N], with rows that sum to one. visible: as in
-    `AttentionMixer`."""
+    """[B, heads, R, d] and [B, heads, N, d] -> [B, heads, R, N], rows sum to one. visible: see `AttentionMixer`."""
     logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     return (logits if visible is None else logits.masked_fill(~visible, -torch.inf)).softmax(-1)

@@ -34,7 +34,7 @@ class Block(nn.Module):
 
     Attributes:
         fusion_backend: "auto" uses fused kernels if they are faster and give the same result, "triton" even if they are
-        slower, "torch" never.
+            slower, "torch" never.
     """
 
     fusion_backend: Literal["auto", "triton", "torch"] = "auto"

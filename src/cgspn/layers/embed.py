@@ -30,8 +30,7 @@ class PatchEmbed(nn.Module):
         crop: bool = False,
         img_size: tuple[int, int] | None = None,
     ) -> None:
-        """patch_size: in pixels; channels: of the image; width: C; img_size: native (height, width), None for one
-        patch.
+        """patch_size: in pixels; channels: of images; width: C; img_size: native (height, width) or None.
 
         The sizes are stored as pairs under timm's names, for code that reads them. forward takes any size.
         """

@@ -1,4 +1,4 @@
-"""Triton kernels of FP8 MLPs: quantisation, activation, and products with an activation or residual addition.
+"""Triton kernels of FP8 MLPs: quantisation, and products with an activation or residual addition.
 
 Shape letters: M rows (tokens), K channels in, N channels out. Sums are float32. Row offsets are 64 bits wide, so that
 tensors may exceed 2^31 elements. 448 is the largest number of float8_e4m3fn.
@@ -39,17 +39,6 @@ def quantize_rows(x, out, scales, ahead, rows, K, steep, offset, ROWS: tl.conste
     tl.store(scales + m, most / 448.0, mask=inside)
     reach = tl.sqrt(tl.sum(tile * tile, 1)) * steep + offset
     tl.store(ahead + m, tl.maximum(reach, 1e-30) / 448.0, mask=inside)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def activate(x, scales, out, rows, K, ROWS: tl.constexpr, CHANNELS: tl.constexpr, ACT: tl.constexpr):
-    """The activation of x [M, K] in FP8, with known row scales."""
-    m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    k = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    at, here = m[:, None] * K + k[None, :], (m < rows)[:, None] & (k < K)[None, :]
-    inverse = 1 / tl.load(scales + m, mask=m < rows, other=1)
-    tile = _activated(tl.load(x + at, mask=here, other=0).to(tl.float32), ACT)
-    tl.store(out + at, _eight_bits(tile, inverse, out.dtype.element_ty), mask=here)
 
 
 @triton.jit(do_not_specialize=["M"])

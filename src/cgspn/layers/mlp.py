@@ -30,8 +30,7 @@ class QuickGELU(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """silu(a) * b of the two halves of the channels: [..., 2 hidden] -> [..., hidden]. Used in DINOv2's largest
-    model."""
+    """silu(a) * b for the two halves of the channels, as in DINOv2-g: [..., 2 hidden] -> [..., hidden]."""
 
     def forward(self, x: Tensor) -> Tensor:
         """The gate comes first."""
@@ -101,8 +100,7 @@ class Mlp(nn.Module):
 
 
 class RecomputeGELU(torch.autograd.Function):
-    """linear(GELU(linear(x))) that saves one hidden tensor for the backward instead of two, with a peak of two, not
-    three.
+    """linear(GELU(linear(x))) that saves one hidden tensor instead of two, with a peak of two, not three.
 
     The backward recomputes the GELU. This pass over memory saves a third of a block's activation memory.
     """
@@ -156,8 +154,7 @@ def _sum(d: Tensor) -> Tensor:
 
 
 def _through_gelu(d: Tensor, hidden: Tensor, approximate: str) -> Tensor:
-    """Replace the gradient d [M, C] of a GELU's output in place by that of its input, and return its sums over rows
-    [C]."""
+    """Replace the gradient d [M, C] of a GELU's output by that of its input. Returns the sums over rows [C]."""
     if over_rows.can_use_rows(d, hidden):
         return over_rows.column_sums(d, hidden.contiguous(), approximate, d.dtype)
     torch.ops.aten.gelu_backward.grad_input(d, hidden, approximate=approximate, grad_input=d)

@@ -91,8 +91,7 @@ class PropagationConfig:
         return [DIRECTIONS.index(name) for name in self.directions]
 
     def latent_width(self, width: int) -> int:
-        """Cc for tokens of `width` channels. Raises ValueError if it is 0, or `channels_per_group` does not divide
-        it."""
+        """Cc for tokens of `width` channels. Raises ValueError if it is 0 or no multiple of the group size."""
         latent = self._latent_width(width)
         if self.value_expansion is None and latent % self.channels_per_group:
             raise ValueError(
@@ -101,8 +100,7 @@ class PropagationConfig:
         return latent
 
     def own_width(self, width: int) -> int:
-        """Number of channels that a direction scans, for tokens of `width`. Separate values are rounded to whole
-        groups."""
+        """Channels that a direction scans, for tokens of `width`. Separate values are whole groups."""
         latent = self.latent_width(width)
         if self.value_expansion is None:
             return latent
@@ -219,8 +217,7 @@ class PropagationMixer(Mixer):
 
     @property
     def keeps_its_parts(self) -> bool:
-        """Whether the sub-layer consists only of norm, P_down, convolution, scan and P_up, in the order of this
-        class."""
+        """Whether the sub-layer is only norm, P_down, convolution, scan and P_up, in the usual order."""
         config = self.config
         shell = config.projections or config.inner_residual or config.expansion != 1 or config.compression is None
         kind = type(self)
@@ -267,8 +264,7 @@ class PropagationMixer(Mixer):
         return torch.cat([x] * count, -1) if self.config.merge == "concat" else x
 
     def can_project_inside(self, x: Tensor) -> bool:
-        """Whether the operator can compute the parameters on chip: on GPUs, with a plain `param_proj`, and not in
-        exported programs."""
+        """Whether the operator may compute the parameters: on GPUs, with a plain `param_proj`, not in export."""
         config = self.config
         plain = config.channels_per_group == 1 and not config.forget_gate and not config.normalise_state
         inside = plain and on_accelerator(x) and type(self).propagate is PropagationMixer.propagate

@@ -23,9 +23,10 @@ def resize_matrix(ranks: Tensor, size: int, resize: PositionResize, count: Tenso
 
     Args:
         ranks: [..., n], 1, 2, ... for the target lines in order; the last one is their number. Padding repeats the
-        previous rank. size: number of source lines. resize: as in `LearnedPositions`; pixel centres as with
-        align_corners=False, except for "..._corners". count: [..., 1], the number of target lines, if `ranks` holds
-        only the first of them.
+            previous rank.
+        size: number of source lines.
+        resize: as in `LearnedPositions`; pixel centres as with align_corners=False, except for "..._corners".
+        count: [..., 1], the number of target lines, if `ranks` holds only the first of them.
 
     Source: the cubic of Keys (1981), with a = -0.75 as PyTorch's plain one and -0.5 as its antialiased one (Pillow's).
     """
@@ -52,8 +53,7 @@ def resize_matrix(ranks: Tensor, size: int, resize: PositionResize, count: Tenso
 
 
 def resize_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Resize table [h0, w0, C] by matrices [..., h, h0] and [..., w, w0] of `resize_matrix` -> float32 [..., h, w,
-    C]."""
+    """Resize table [h0, w0, C] by matrices [..., h, h0] and [..., w, w0]: float32 [..., h, w, C]."""
     width, channels = table.shape[1:]
     wide = (rows @ table.float().flatten(1)).unflatten(-1, (width, channels))
     return _turned((columns @ _turned(wide).flatten(-2)).unflatten(-1, (-1, channels)))

@@ -67,9 +67,9 @@ class State(Snapshot):
     Attributes:
         norm1, norm2: whether kernels may replace these LayerNorms.
         widths: shapes of the gains of those norms.
-        latent: whether kernels may replace norms, products, convolution and LayerScale of a C-GSPN sub-layer. mlp:
-        whether products may add the MLP to the residual stream. plans: by key, the launches kept for this state and for
-        tensors as in `seen`, or the number of attempts.
+        latent: whether kernels may replace norms, products, convolution and LayerScale of a C-GSPN sub-layer.
+        mlp: whether products may add the MLP to the residual stream.
+        plans: by key, the launches kept for this state and for tensors as in `seen`, or the number of attempts.
     """
 
     def __init__(self, block: Block) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..ops.arguments import ProjectedScan
 from ..ops.fused import linear_residual, local_norm, norm_linear, rows
 from ..ops.gpu import Gpu
-from ..ops.projected_library import backward_in_memory, projected_now
+from ..ops.projected_library import projected_backward_now, projected_now
 from ..ops.replay import ALIGNED, Replay, active, matmul, recorded
 from .mixer import Grid
 
@@ -115,7 +115,7 @@ def backward(block: Block, tokens: Tensor, grid: Grid, saved: list[Tensor], dout
     maps = (*x.shape[:3], len(mixer.config.directions), x.shape[-1]) if mixer.config.merge == "concat" else x.shape
     assert dy is not None
     p = ProjectedScan(x, made.weight, made.bias, None, mixer.config.codes, mixer.config.merge == "sum")
-    dx, dmade, dmade_bias = backward_in_memory(dy.view(maps), p, chip=False)
+    dx, dmade, dmade_bias = projected_backward_now(dy.view(maps), *p)
     at = latent.view(x.shape)
     dlatent, dlocal, dlocal_bias, dnorm = local_norm.backward(
         dx, at, local.weight, local.bias, mixer.norm.weight, mixer.norm.eps, None

@@ -56,8 +56,7 @@ class WindowAttentionMixer(AttentionMixer):
         return order(self._attend(ordered, inside), inside, grid.window)[0]
 
     def _gathered(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """The same by gathering padded and masked windows, so that exported programs support any grid without
-        branches."""
+        """The same by gathering padded, masked windows, so that exported programs support any grid."""
         (down, across), (height, width), device = self.window, grid[:2], tokens.device
         rows, columns, size = (height + down - 1) // down, (width + across - 1) // across, down * across
         # [rows, columns, down, across]: the grid position of each window element, and whether it exists
@@ -97,8 +96,7 @@ class WindowAttentionMixer(AttentionMixer):
         return result
 
     def visible(self, tokens: Tensor, grid: Grid, rows: Tensor | None = None) -> Tensor | None:
-        """Like `AttentionMixer.visible`: the tokens of the same window that are inside the mask. [B or 1, 1, R, N]
-        bool."""
+        """Like `AttentionMixer.visible`: [B or 1, 1, R, N] bool, for tokens of the same window in the mask."""
         down, across = (torch.arange(n, device=tokens.device) // size for n, size in zip(grid[:2], self.window))
         window = (down[:, None] * grid.width + across).flatten()
         same = (window if rows is None else window[rows])[:, None] == window

@@ -12,6 +12,19 @@ MODEL_TYPE = "cgspn"  # transformers recognises a folder by this
 Resample = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]  # Pillow's filters
 WIDEST, DEEPEST = 1 << 16, 1 << 12  # limits against configs whose construction would take forever
 
+_RANGES = {  # of a field, or of each of its numbers
+    **dict.fromkeys(("width", "channels", "patch_size", "embed_dim", "position_table"), (1, WIDEST, "")),
+    **dict.fromkeys(("image_size", "trained_sizes"), (1, WIDEST, " pixels")),
+    "window": (1, WIDEST, " positions, or (rows, columns)"),
+    "mlp_hidden": (1, 16 * WIDEST, ""),
+    "registers": (0, DEEPEST, ""),
+    "num_classes": (0, 1 << 24, ""),
+}
+
+
+def _each(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -37,7 +50,7 @@ class EncoderConfig:
         class_token: add a class token before the grid. Its position embedding, if any, is added to it.
         registers: number of register tokens after the class token.
         patch_bias, pre_norm, final_norm: a bias in the patch embedding, a LayerNorm before the blocks (CLIP), and a
-        LayerNorm after the blocks.
+            LayerNorm after the blocks.
         norm_eps: eps of every LayerNorm.
         pooling: "map" (attention pooling), "mean" or "cls".
         summary_tokens: indices of the prefix tokens that "cls" concatenates; (0,) is the class token.
@@ -93,24 +106,17 @@ class EncoderConfig:
         """Raise ValueError for invalid settings."""
         if not isinstance(self.image_size, tuple) or len(self.image_size) != 2:
             raise ValueError(f"image_size is {self.image_size!r}; expected (height, width)")
-        for name, least, most in (
-            ("width", 1, WIDEST),
-            ("mlp_hidden", 1, 16 * WIDEST),
-            ("channels", 1, WIDEST),
-            ("patch_size", 1, WIDEST),
-            ("registers", 0, DEEPEST),
-            ("num_classes", 0, 1 << 24),
-        ):
-            if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted: {least} to {most}")
-        if self.position_table is not None and not all(1 <= side <= WIDEST for side in self.position_table):
-            raise ValueError(f"position_table is {self.position_table}; accepted: (rows, columns), or None")
-        if self.embed_dim is not None and not 1 <= self.embed_dim <= WIDEST:
-            raise ValueError(f"embed_dim is {self.embed_dim}; accepted: 1 to {WIDEST}, or None")
-        if not all(1 <= side <= WIDEST for side in self.image_size):
-            raise ValueError(f"image_size is {tuple(self.image_size)}; accepted: 1 to {WIDEST} pixels")
+        for name, (least, most, unit) in _RANGES.items():
+            if not all(least <= value <= most for value in _each(getattr(self, name))):
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: {least} to {most}{unit}")
+        for name, accepted in (("mixers", MixerName), ("pooling", Pooling), ("image_resample", Resample)):
+            for value in _each(getattr(self, name)):
+                if value not in get_args(accepted):
+                    raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(repr, get_args(accepted)))}")
         if self.depth > DEEPEST:
             raise ValueError(f"mixers has {self.depth} entries; accepted: at most {DEEPEST}")
+        if len(self.window_size) != 2:
+            raise ValueError(f"window is {self.window}; accepted: a number of positions, or (rows, columns)")
         if not 0 <= self.norm_eps < 1:
             raise ValueError(f"norm_eps is {self.norm_eps}; accepted: 0 to below 1")
         if not all(std > 0 for std in self.image_std):
@@ -118,31 +124,20 @@ class EncoderConfig:
         for name in ("image_mean", "image_std"):
             if len(given := getattr(self, name)) < min(self.channels, 3):
                 raise ValueError(f"{name} is {given}; accepted: a number for each of {self.channels} channels")
-        if not all(1 <= side <= WIDEST for side in self.trained_sizes):
-            raise ValueError(f"trained_sizes is {self.trained_sizes}; accepted: 1 to {WIDEST} pixels")
         if not self.crop_remainder and any(n % self.patch_size for n in self.image_size):
             raise ValueError(
-                f"image_size is {tuple(self.image_size)}; accepted: multiples of the patch size {self.patch_size}"
+                f"image_size is {self.image_size}; accepted: multiples of the patch size {self.patch_size}"
             )
-        for name in self.mixers:
-            if name not in get_args(MixerName):
-                raise ValueError(f"mixers holds {name!r}; accepted: {', '.join(map(repr, get_args(MixerName)))}")
-        if len(self.window_size) != 2 or not all(1 <= n <= WIDEST for n in self.window_size):
-            raise ValueError(f"window is {self.window}; accepted: 1 to {WIDEST} positions, or (rows, columns)")
         if (self.class_token or self.registers) and set(self.mixers) - {"attention"}:
             raise ValueError(
-                "class_token and registers must be off beside propagation and windows: they know only the grid"
+                "class_token and registers must be off with propagation or window attention, which need a pure grid"
             )
-        if self.pooling not in ("map", "mean", "cls"):
-            raise ValueError(f"pooling is {self.pooling!r}; accepted: 'map', 'mean', 'cls'")
         if self.pooling == "cls" and not self.class_token:
             raise ValueError("pooling is 'cls' without a class token; accepted: 'map', 'mean'")
         if not self.summary_tokens or any(not 0 <= i < max(1, self.prefix) for i in self.summary_tokens):
             raise ValueError(f"summary_tokens is {self.summary_tokens}; accepted: indices below {max(1, self.prefix)}")
         if not 0 < self.image_crop_pct <= 1:
             raise ValueError(f"image_crop_pct is {self.image_crop_pct}; accepted: above 0, at most 1")
-        if self.image_resample not in get_args(Resample):
-            raise ValueError(f"image_resample is {self.image_resample!r}; accepted: {', '.join(get_args(Resample))}")
 
     @property
     def depth(self) -> int:

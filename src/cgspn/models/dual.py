@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -77,17 +78,12 @@ class DualEncoder(nn.Module):
         return (*scaled, self.logit_bias) if self.loss == "sigmoid" else scaled
 
     def with_image(self, image: Encoder) -> DualEncoder:
-        """Return a copy with another image encoder of the same width. Text tower and projections are copied.
-
-        Raises ValueError if the widths differ.
-        """
+        """Return a copy with another image encoder of the same width, which is not copied. Raises ValueError if the
+        widths differ."""
         width, own_width = image.config.pooled_width, self.image.config.pooled_width
         if width != own_width:
             raise ValueError(f"image has width {width}; expected {own_width}")
-        other = DualEncoder(image, TextTower(self.text.config), self.image_projection.out_features, self.loss)
-        own = {k: v.clone() for k, v in self.state_dict().items() if not k.startswith("image.")}
-        other.load_state_dict(own, strict=False, assign=True)  # assigned tensors stay on their device
-        return other
+        return copy.deepcopy(self, {id(self.image): image})
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write config.json and model.safetensors to `folder`, each atomically. Raises OSError.
@@ -128,5 +124,5 @@ def image_encoder(model: Encoder | DualEncoder) -> Encoder:
 
 
 def with_image(model: Encoder | DualEncoder, image: Encoder) -> Encoder | DualEncoder:
-    """The model with another image encoder, or the new encoder itself if `model` is one. Raises ValueError."""
+    """The model with another image encoder (for an encoder, that one). Raises ValueError if widths differ."""
     return model.with_image(image) if isinstance(model, DualEncoder) else image

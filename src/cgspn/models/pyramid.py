@@ -46,8 +46,9 @@ class FeaturePyramid(nn.Module):
 
         Args:
             encoder: any image encoder.
-            channels: number of channels of every map. strides: in pixels, ascending. index: the block from whose
-            normalised tokens the maps are computed.
+            channels: number of channels of every map.
+            strides: in pixels, ascending.
+            index: the block from whose normalised tokens the maps are computed.
 
         Raises ValueError for strides that are not positive and ascending, or a block that does not exist.
         """

@@ -23,7 +23,7 @@ def config_of(name: str, options: Mapping[str, Any]) -> EncoderConfig:
     Args:
         name: one of `cgspn.list_models()`, or `ANY`.
         options: timm's (img_size, in_chans, num_classes, global_pool, embed_dim), fields of EncoderConfig, and
-        `config`, a whole config that replaces that of the name.
+            `config`, a whole config that replaces that of the name.
 
     timm's embed_dim is the width of the tokens; the MLP width scales with it. Raises UnknownOption, which is a
     TypeError, for an unknown keyword, and ValueError for an invalid value.

@@ -171,8 +171,7 @@ def encode_variable_size(
 
 
 def padded(images: Sequence[Tensor], grids: Sequence[Shape], shape: Shape, patch: int) -> Tensor:
-    """Pad images to [B, channels, H, W] with zeros to the right and below. Pixels after the last whole patch are
-    dropped."""
+    """Pad images to [B, channels, H, W] to the right and below, without pixels after the last whole patch."""
     rows = []
     for image, (height, width) in zip(images, grids, strict=True):
         beyond = (0, (shape[1] - width) * patch, 0, (shape[0] - height) * patch)

@@ -21,8 +21,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its shape, and a function that reads it. Reading raises CheckpointError for NaN or
-    infinity."""
+    """A tensor in a file: its shape, and a function that reads it and raises CheckpointError for NaN."""
 
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
@@ -100,8 +99,7 @@ def _as(tensor: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Tensor:
 
 
 def load(make: Callable[[], Model], weights: Weights, where: str, dtype: torch.dtype = torch.float32) -> Model:
-    """Create a module with `make` (on the meta device) and load the weights of a file, in eval mode. Raises
-    CheckpointError."""
+    """Create a module with `make` and load the weights of a file, in eval mode. Raises CheckpointError."""
     try:
         with torch.device("meta"):
             module = make()
@@ -134,7 +132,7 @@ def check_fit(module: nn.Module, weights: Weights, where: str) -> None:
 def check_depth(blocks: int, weights: Weights, where: str) -> None:
     """Raise CheckpointError for more blocks than tensors, before modules are created."""
     if blocks > len(weights):
-        raise CheckpointError(f"{where} has {blocks} blocks, but weights of {len(weights)} tensors; they do not fit")
+        raise CheckpointError(f"{where} has {blocks} blocks, but weights of {len(weights)} tensors; they do not match")
 
 
 def listed(names: Iterable[str], most: int = 6) -> str:

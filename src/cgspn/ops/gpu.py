@@ -101,8 +101,7 @@ class Gpu:
     runs_triton = computes = True  # computes: launches produce an output that can be checked
 
     def __init__(self, index: int) -> None:
-        """index: the device's index in this process. Raises RuntimeError in a process forked after CUDA was
-        initialised."""
+        """index: of the device. Raises RuntimeError in a process forked after CUDA was initialised."""
         properties = torch.cuda.get_device_properties(index)
         self.index, self.capability = index, (properties.major, properties.minor)
         self.arch = f"sm_{properties.major}{properties.minor}"
@@ -157,8 +156,7 @@ class Gpu:
         return None if is_capturing() else current_raw_stream(self.index)
 
     def submission(self, launch: Launch, stream: int) -> Callable[[], int]:
-        """A function that submits a launch, with its addresses at that time, to a stream and returns the driver's
-        status."""
+        """A function that submits a launch to a stream, with its current addresses, and returns the status."""
         launch.config.stream = stream
         return functools.partial(driver().cuLaunchKernelEx, *launch.arguments)
 

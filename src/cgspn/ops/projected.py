@@ -16,7 +16,7 @@ from .backends import check_backend
 from .eager import is_eager
 from .functorch import check_plain, in_functorch
 from .gpu import on_accelerator
-from .projected_library import Projected, check_chip, projected_now, projected_op
+from .projected_library import Projected, projected_now, projected_op
 from .propagate import _look_at_values, scan_unchecked
 from .reference import DIRECTIONS
 
@@ -37,8 +37,8 @@ def propagate_2d_projected(
 
     With parameters="chip", one kernel computes the parameters line by line during the scan, in float32, and never
     writes them to memory. With "memory", the projection and the scan run one after the other. In training the
-    parameters are not saved (`recompute`); the backward pass computes them again from `x`, so a layer saves one map of
-    C channels instead of 25. Under torch.autocast, x, weight and bias are cast as in a linear layer.
+    parameters are not saved (`recompute`); the backward pass computes them again from `x`, in memory, so a layer saves
+    one map of C channels instead of 25. Under torch.autocast, x, weight and bias are cast as in a linear layer.
 
     Args:
         x: features [B, H, W, C], channels last.
@@ -47,9 +47,9 @@ def propagate_2d_projected(
         bias: [D * 5 * C] or None.
         directions, merge, mask, backend: as in `propagate_2d`.
         recompute: compute projection and scan again in the backward pass; False saves the parameters and the state.
-        parameters: where the parameters are computed: "memory" or "chip". "chip" needs CUDA, float16 or bfloat16, C a
-            multiple of 8 up to 256, and lines that fit. "auto" uses the chip where it is faster and no saved parameters
-            are needed; its backward pass uses memory if the lines are too long.
+        parameters: where the forward pass computes the parameters: "memory" or "chip". "chip" needs CUDA, float16 or
+            bfloat16, C a multiple of 8 up to 64, and lines that fit. "auto" uses the chip where it is faster and no
+            saved parameters are needed.
 
     Returns:
         As `propagate_2d`: [B, H, W, C] or [B, H, W, D, C], in the dtype of x.
@@ -79,9 +79,7 @@ def propagate_2d_projected(
         if backend not in ("auto", "cuda"):
             raise ValueError(f"backend is {backend!r}; parameters='chip' accepts 'auto', 'cuda'")
         if not recompute:
-            raise ValueError("recompute is False; parameters='chip' keeps nothing and accepts only True")
-        if _wants_gradient(x, weight, bias) and not torch.compiler.is_compiling():  # raise here, not in the backward
-            check_chip(x, backward=True)
+            raise ValueError("recompute is False; parameters='chip' saves nothing and accepts only True")
     if _look_at_values(x):
         checks.check_finite(mask, x=x)
         checks.check_finite(weight=weight, **({} if bias is None else {"bias": bias}))

@@ -65,7 +65,8 @@ def propagate_2d_reference(
     Shapes: x [B, H, W, C], or [B, H, W, D, C] with separate features for each direction; logits [B, H, W, D, 3, G];
     lam, u, keep [B, H, W, D, G], where G divides C and channel c belongs to group c // (C / G); mask [B, H, W] bool or
     None. Always returns float64: [B, H, W, C] for merge="sum", [B, H, W, D, C] for "none". Raises KeyError
-    or IndexError on wrong input; `propagate_2d` has better error messages. Paper: "Scaling Parallel Sequence Models to
+    or IndexError on wrong input; `propagate_2d` has better error messages.
+    Paper: "Scaling Parallel Sequence Models to
     Vision Foundation Models", equations (1) and (2); docs/operator.md.
     """
     if normalise_state:

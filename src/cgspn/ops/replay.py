@@ -27,8 +27,7 @@ SCRATCH = 1 << 25  # bytes of workspace for products, as PyTorch uses on large G
 
 
 class Workspace:
-    """Memory for the intermediate tensors of one stream. Hold the lock to write to it or to launch a kernel that
-    does."""
+    """Memory for the intermediate tensors of one stream. Hold the lock while kernels that use it are launched."""
 
     def __init__(self, device: torch.device) -> None:
         self.lock, self.device = threading.Lock(), device
@@ -101,8 +100,7 @@ class Recording:
         return self.gpu.product(self.stream, self.workspace.scratch, *matrices, **options)
 
     def mlp(self, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Callable[[Tensor], object] | None:
-        """A function that adds the MLP of x [M, C] (tanh GELU, no last bias) to tokens [M, C] in place, with two
-        products.
+        """A function that adds the MLP of x [M, C] (tanh GELU, no last bias) to tokens [M, C] in place.
 
         None if cuBLASLt cannot run these products.
         """
@@ -138,9 +136,9 @@ class Recording:
             here = any(first <= address < first + size for first, size in changing)
             # PyTorch operations hold tensors, whose addresses cannot be changed
             if here and address in self.reached:
-                return "PyTorch reads or writes what each call has its own of"
+                return "a PyTorch operation uses a tensor that differs between calls"
             if not here and address and not any(first <= address < last for first, last in places):
-                return "a launch or product reads or writes memory that was not allocated in the pass"
+                return "a launch or product uses memory that was not allocated in the pass"
         return Replay(self, changing)
 
 

@@ -231,9 +231,7 @@ def forward(scan: Scan) -> Tensor:
 
 
 def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Gradients of `forward` with respect to x, logits, lam, u and keep, in the inputs' dtypes and shapes; None for
-    None.
-    """
+    """Gradients of `forward` with respect to x, logits, lam, u and keep, in their dtypes and shapes."""
     x, u = scan.x, scan.u
     dtype, each = torch.promote_types(x.dtype, torch.float32), scan.share
     every = each + scan.normalise_state

@@ -1,4 +1,4 @@
-"""Reports for people: pictures, charts and the page around them, each usable on its own."""
+"""HTML reports: pictures, charts and pages."""
 
 from .charts import require_matplotlib
 from .demo import DemoResult, demo_report

@@ -1,4 +1,4 @@
-"""Line charts as small inline SVGs whose text is text and whose colours follow the page, light or dark."""
+"""Line charts as inline SVGs with real text and with colours that follow the page's light or dark mode."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import hashlib
 import html
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
 from typing import Any
 
-from .theme import MARKERS, MUTED, RULE, series_colours, use_variables
-
-SIZE = (4.3, 2.5)  # inches; at 72 dots to the inch about as wide as a phone, so text keeps its size there
-PLACE = (0.13, 0.17, 0.85, 0.8)  # of the axes, the same in every chart, so that panels side by side align
-LOG_RATIO = 6.0  # a positive range wider than this is easier to read on a logarithmic axis
+# Colours of a light page by name; page.css overrides those of a dark one. The models of the reports keep one each in
+# every chart, and a marker for those who cannot tell the colours; other names take the last ones in turn.
+COLOURS = {"muted": "#5d676f", "rule": "#e2dfd8"}
+COLOURS |= {"teacher": "#3d4650", "C-GSPN": "#0b8a8c", "ViT": "#c8690a", "converted": "#9aa2a9"}
+COLOURS |= {"other-1": "#6a4fb3", "other-2": "#b8336a", "other-3": "#4c7a1f"}
+MARKERS = {"teacher": "D", "C-GSPN": "o", "ViT": "s", "converted": "^"}
+SIZE = (4.3, 2.5)  # inches; at 72 dpi about as wide as a phone, so text is not scaled there
+PLACE = (0.13, 0.17, 0.85, 0.8)  # of the axes, equal in all charts, so that panels align
+LOG_RATIO = 6.0  # wider positive ranges get a logarithmic axis
 
 
 def require_matplotlib() -> None:
     """Raise ModuleNotFoundError, naming the extra to install, if charts cannot be drawn.
 
-    Long jobs that end in a report call this first.
+    Called before long jobs that end with a report.
     """
     try:
         import matplotlib  # noqa: F401
@@ -29,8 +34,19 @@ def require_matplotlib() -> None:
         ) from error
 
 
+def css(colour: str) -> str:
+    """One of COLOURS as CSS: the page's variable of that name where it has one, as in the dark."""
+    return f"var(--{colour.lower()}, {COLOURS[colour]})"
+
+
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """For each name the name of its colour: its own, or one of three others in turn."""
+    others = cycle(name for name in COLOURS if name.startswith("other"))
+    return {name: name if name in MARKERS else next(others) for name in names}
+
+
 def smooth(values: Sequence[float], weight: float = 0.85) -> list[float]:
-    """Exponential moving average, corrected for its start: the first value is kept as it is."""
+    """Exponential moving average with bias correction; the first value is unchanged."""
     out, average, total = [], 0.0, 0.0
     for value in values:
         average = weight * average + (1 - weight) * value
@@ -40,18 +56,18 @@ def smooth(values: Sequence[float], weight: float = 0.85) -> list[float]:
 
 
 def thin(values: Sequence[float], most: int = 300) -> tuple[list[float], list[float]]:
-    """At most `most` points (x, y): means over equal runs of steps, so that long trainings stay small pictures."""
+    """Reduce a curve to at most `most` points (x, y), by means over equal numbers of steps."""
     size = -(-len(values) // most) if values else 1
     runs = [values[i : i + size] for i in range(0, len(values), size)]
     return [i * size + (len(run) - 1) / 2 for i, run in enumerate(runs)], [sum(run) / len(run) for run in runs]
 
 
 def loss_chart(curves: Mapping[str, Sequence[float]], *, label: str) -> str:
-    """Losses over the steps of a training, one colour a name: each step faint, their moving average on top.
+    """A chart of losses over steps, with one colour per name: faint values and their moving average.
 
     Args:
-        curves: losses by name; names in `theme.SERIES` have colours of their own.
-        label: what the chart shows, for those who cannot see it.
+        curves: losses by name; names in MARKERS have fixed colours.
+        label: alternative text of the chart.
 
     Returns:
         An `<svg>` element.
@@ -65,10 +81,10 @@ def loss_chart(curves: Mapping[str, Sequence[float]], *, label: str) -> str:
             f"curves holds { ({k: len(v) for k, v in curves.items()}) } losses; expected at least one each"
         )
     figure, axes = _axes()
-    colours = series_colours(list(curves))
+    colours = colours_of(curves)
     shown: list[float] = []
     for name, values in curves.items():
-        colour = colours[name].stand_in
+        colour = COLOURS[colours[name]]
         for line, style in ((values, {"linewidth": 0.8, "alpha": 0.35}), (smooth(values), {"linewidth": 1.9})):
             x, y = thin(line)
             axes.plot(x, y, color=colour, clip_on=False, **style)
@@ -82,12 +98,12 @@ def loss_chart(curves: Mapping[str, Sequence[float]], *, label: str) -> str:
 def block_chart(
     values: Mapping[str, Sequence[float]], *, label: str, limits: tuple[float | None, float | None] = (None, None)
 ) -> str:
-    """One value a block, one line with markers a name.
+    """A chart with one value per block, and one line per name.
 
     Args:
-        values: by name, the blocks in order.
-        label: what the chart shows, for those who cannot see it.
-        limits: ends of the vertical axis, None for where the values end.
+        values: by name, in the order of the blocks.
+        label: alternative text of the chart.
+        limits: of the vertical axis; None for the range of the values.
 
     Returns:
         An `<svg>` element.
@@ -97,12 +113,12 @@ def block_chart(
         ValueError: no values.
     """
     if not values or not all(values.values()):
-        raise ValueError("values is empty; expected one value a block")
+        raise ValueError("values is empty; expected one value per block")
     figure, axes = _axes()
-    colours = series_colours(list(values))
+    colours = colours_of(values)
     for name, line in values.items():
         blocks = range(1, len(line) + 1)
-        colour, marker = colours[name].stand_in, MARKERS.get(name, "o")
+        colour, marker = COLOURS[colours[name]], MARKERS.get(name, "o")
         axes.plot(blocks, line, color=colour, marker=marker, markersize=4.5, linewidth=1.7, clip_on=False)
     if limits == (None, None):
         _scale(axes, [v for line in values.values() for v in line])
@@ -123,17 +139,17 @@ def _axes() -> tuple[Any, Any]:
     axes = figure.add_axes(PLACE)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(MUTED.stand_in)
-    axes.tick_params(which="both", colors=MUTED.stand_in, labelsize=8.5, length=0)
+    axes.spines["bottom"].set_color(COLOURS["muted"])
+    axes.tick_params(which="both", colors=COLOURS["muted"], labelsize=8.5, length=0)
     axes.tick_params(axis="x", which="major", length=3)
-    axes.xaxis.label.set(color=MUTED.stand_in, fontsize=8.5)
-    axes.grid(axis="y", which="major", color=RULE.stand_in, linewidth=0.8)
+    axes.xaxis.label.set(color=COLOURS["muted"], fontsize=8.5)
+    axes.grid(axis="y", which="major", color=COLOURS["rule"], linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
 
 
 def _scale(axes: Any, values: Sequence[float]) -> None:
-    """A logarithmic axis with plain numbers where the range is wide, else one that starts at zero."""
+    """Set a logarithmic axis with plain numbers for a wide range, otherwise one that starts at zero."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     low, high = min(values), max(values)
@@ -148,7 +164,7 @@ def _scale(axes: Any, values: Sequence[float]) -> None:
 
 
 def _svg(figure: Any, label: str) -> str:
-    """The figure as an inline element: no fixed size, no metadata, ids of its own, colours of the page."""
+    """The figure as an inline SVG without fixed size and metadata, with unique ids and the page's colours."""
     import matplotlib
 
     salt = hashlib.sha256(label.encode()).hexdigest()[:8]
@@ -158,13 +174,10 @@ def _svg(figure: Any, label: str) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # a style in an inline SVG is one of the whole page
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # a style in an inline SVG applies to the whole page
     text = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
     text = re.sub(r'font: (\d[\d.]*px)[^;"]*', r"font-size: \1", text)
-    # Several charts share a page, so an id must say whose it is.
-    text = re.sub(r'\bid="([^"]+)"', rf'id="c{salt}-\1"', text)
-    text = re.sub(r"url\(#([^)]+)\)", rf"url(#c{salt}-\1)", text)
-    text = re.sub(r'href="#([^"]+)"', rf'href="#c{salt}-\1"', text)
+    text = re.sub(r'<g id="[^"]+">', "<g>", text)  # elements that are referenced have unique ids from the salt
     head, rest = text.split(">", 1)
     view = re.search(r'viewBox="[^"]+"', head)
     assert view is not None
@@ -172,15 +185,18 @@ def _svg(figure: Any, label: str) -> str:
         f'<svg class="chart" role="img" aria-label="{html.escape(label)}" {view.group()} '
         'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
     )
-    return use_variables(f"{head}>{re.sub(chr(10) + ' *', chr(10), rest)}").strip()
+    text = f"{head}>{re.sub(chr(10) + ' *', chr(10), rest)}".strip()
+    for name, colour in COLOURS.items():
+        text = text.replace(colour, css(name))
+    return text
 
 
 def legend(names: Sequence[str]) -> str:
-    """The colours of the names as HTML, once for all charts below it."""
+    """A legend in HTML for all charts below it."""
     shapes = {"o": "●", "s": "■", "^": "▲", "D": "◆"}
-    colours = series_colours(list(names))
+    colours = colours_of(names)
     items = [
-        f'<li><span style="color: {colours[name].css}" aria-hidden="true">'
+        f'<li><span style="color: {css(colours[name])}" aria-hidden="true">'
         f"━{shapes[MARKERS.get(name, 'o')]}━</span> {html.escape(name)}</li>"
         for name in names
     ]

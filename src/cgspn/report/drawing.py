@@ -1,4 +1,4 @@
-"""Plots of measurements, all drawn alike."""
+"""Plots of measurements with a common style."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .charts import require_matplotlib
 
 
 def draw(path: Path, paint: Callable[[Any], object], rows: int = 1, columns: int = 1, **options: Any) -> None:
-    """Save as PNG what `paint` draws on the axes [rows, columns] of a figure; options as in `pyplot.subplots`.
+    """Create a figure, let `paint` draw on its axes [rows, columns], and save it as PNG. options: of `pyplot.subplots`.
 
-    Warns where matplotlib is missing, as it may be on a machine of GPUs: the numbers, which took long, are in JSON.
+    Without matplotlib it only warns, so that the measurements in JSON are not lost.
     """
     try:
         require_matplotlib()
@@ -32,7 +32,7 @@ def draw(path: Path, paint: Callable[[Any], object], rows: int = 1, columns: int
 
 
 def over_sizes(ax: Any, sizes: Iterable[int], ylabel: str) -> None:
-    """Logarithmic axes over image sizes in pixels, each of which is named."""
+    """Set logarithmic axes over image sizes in pixels, with a label for each size."""
     named = sorted(set(sizes))
     ax.set(xscale="log", yscale="log", xlabel="image size (px)", ylabel=ylabel)
     ax.set_xticks(named, list(map(str, named)), fontsize=8)
@@ -40,7 +40,7 @@ def over_sizes(ax: Any, sizes: Iterable[int], ylabel: str) -> None:
 
 
 def lines(ax: Any, rows: Iterable[Mapping[str, Any]], x: str, y: str, name: str | None = None, **style: Any) -> None:
-    """A line over `x` for each value of the column `name`, or a single one; rows without a `y` are left out."""
+    """Draw a line over `x` for each value of the column `name`, or one line. Rows without a `y` are left out."""
     found: dict[Any, list[tuple[float, float]]] = {}
     for row in rows:
         if row.get(y):
@@ -59,7 +59,7 @@ def draw_sizes(
     name: str | None = None,
     columns: int | None = None,
 ) -> None:
-    """Columns of rows over image sizes: a panel for each (title, rows, column), a line for each value of `name`."""
+    """Plot columns over image sizes, with a panel per (title, rows, column) and a line per value of `name`."""
     columns = columns or len(panels)
 
     def paint(axes: Any) -> None:
@@ -67,7 +67,7 @@ def draw_sizes(
             lines(ax, rows, x, y, name)
             over_sizes(ax, (row[x] for row in rows), y)
             ax.set_title(title)
-            if y == "MFU":  # shares of one ceiling, which do not differ by powers
+            if y == "MFU":  # fractions of one peak need a linear axis
                 ax.set(yscale="linear", ylim=(0, 1))
 
     if panels:

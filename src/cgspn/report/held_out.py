@@ -1,4 +1,4 @@
-"""How near a student came to its teacher on images that are kept out of training: a cosine, and a picture."""
+"""Comparison of student and teacher on held-out images: cosine similarity and a picture."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from ..distill.taps import observe
 from ..evaluate import cosine
 from ..models.encoder import Encoder
 from .pca import fit_colours
-from .pictures import jpeg_uri, mosaic
+from .pictures import jpeg_uri, sheet
 
-MOST, ONE_IN = 16, 100  # images that are kept out: one in a hundred, at most sixteen
-SHOWN, SIDE = 4, 240  # rows of the picture, and pixels of a side of what is in it
+MOST, ONE_IN = 16, 100  # held-out images: one in a hundred, at most sixteen
+SHOWN, SIDE = 4, 240  # rows of the picture, and the side of each image in pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,17 +31,17 @@ class Kept:
 
     @property
     def source(self) -> str:
-        """As in `SampleSource`."""
+        """See `SampleSource`."""
         return self.whole.source
 
     @property
     def problems(self) -> Skipped:
-        """As in `SampleSource`."""
+        """See `SampleSource`."""
         return self.whole.problems
 
     @property
     def out(self) -> range:
-        """Numbers, in the whole source, of those that are kept out; none of fewer than a hundred."""
+        """Indices of held-out samples in the whole source; none if it has fewer than a hundred."""
         count = min(MOST, len(self.whole) // ONE_IN)
         return range(0, count * (len(self.whole) // max(1, count)), len(self.whole) // max(1, count))
 
@@ -49,43 +49,43 @@ class Kept:
         return len(self.whole) - len(self.out)
 
     def place(self, number: int) -> int:
-        """The number in the whole source of a sample of this one."""
+        """The index in the whole source of a sample of this one."""
         return number + min(number // (self.out.step - 1) + 1, len(self.out)) if self.out else number
 
     def name(self, number: int) -> str:
-        """As in `SampleSource`."""
+        """See `SampleSource`."""
         return self.whole.name(self.place(number))
 
     def read(self, number: int) -> Sample:
-        """As in `SampleSource`."""
+        """See `SampleSource`."""
         return self.whole.read(self.place(number))
 
     def digest(self) -> str:
-        """As in `SampleSource`."""
+        """See `SampleSource`."""
         return self.whole.digest()
 
     def pictures(self) -> Iterator[Picture]:
-        """The readable held-out pictures; for a small source, its first pictures, which were trained on."""
+        """The readable held-out images; for a small source its first images, which were used in training."""
         for number in self.out or range(min(MOST, len(self.whole))):
             try:
                 with open_image(io.BytesIO(self.whole.read(number).encoded)) as image:
                     yield open_picture(image)
-            except Exception:  # damaged files raise all kinds of errors, and were named in training
+            except Exception:  # damaged files raise all kinds of errors; training has reported them
                 continue
 
 
 def compare(teacher: Encoder, student: Encoder, pictures: Iterable[Picture]) -> dict[str, Any]:
-    """How near the tokens of a student are to its teacher's, at the student's own size; empty without pictures.
+    """Compare the tokens of student and teacher at the student's native size. Empty without images.
 
-    "cosine": mean over all grid tokens. "images": how many. "picture": a data URI of some of them with the features of
-    teacher and student as colours.
+    "cosine": mean over all grid tokens. "images": their number. "picture": a data URI of some images with PCA
+    visualisations of both models' features.
     """
     prepare = prepare_for(student.config)
     device = next(student.parameters()).device
     images = [prepare(open_picture(picture)) for picture in pictures]
     features: tuple[list[Tensor], list[Tensor]] = [], []
     with torch.no_grad():
-        for image in images:  # one by one, as large ones may fill the memory
+        for image in images:  # one by one, to save memory
             pixels = image[None].to(device)
             taps = observe(teacher, pixels, student.config)
             mine = student(pixels).tokens[0].float().cpu()
@@ -97,15 +97,10 @@ def compare(teacher: Encoder, student: Encoder, pictures: Iterable[Picture]) -> 
     basis = fit_colours(theirs)
     colours = (basis, fit_colours(own, like=(basis, theirs)))
     mean, std = (torch.tensor(v)[:, None, None] for v in (student.config.image_mean, student.config.image_std))
-    cells = []
-    for number, image in enumerate(images[:SHOWN]):
-        shown = (image * std + mean).expand(3, -1, -1)
-        row = [shown.permute(1, 2, 0), *(c.picture(f[number]) for c, f in zip(colours, features, strict=True))]
-        cells += [_square(picture.permute(2, 0, 1)) for picture in row]
-    picture = mosaic(cells, 3, 4)[..., :3]
+    rows = [
+        [(image * std + mean).expand(3, -1, -1).permute(1, 2, 0), *(c.picture(f) for c, f in zip(colours, both))]
+        for image, *both in zip(images[:SHOWN], theirs, own)
+    ]
+    picture = sheet(rows, ("image", "teacher", "student"), (SIDE, SIDE), 4)
     near = cosine(torch.stack(own), torch.stack(theirs))
     return {"cosine": near, "images": len(images), "picture": jpeg_uri(picture, 1024)}
-
-
-def _square(picture: Tensor) -> Tensor:
-    return torch.nn.functional.interpolate(picture[None], (SIDE, SIDE), mode="bilinear")[0].permute(1, 2, 0)

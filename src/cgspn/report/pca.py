@@ -1,4 +1,4 @@
-"""Features as colours: the three strongest directions of a model's features become red, green and blue."""
+"""PCA visualisation: the three principal components of the features as red, green and blue."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-VIVID = 1.5  # on components of unit variance, before the sigmoid that makes them colours
-SIDE = 512  # pixels of the longer side of a picture of features
+VIVID = 1.5  # scale of components with unit variance, before the sigmoid
+SIDE = 512  # longer side in pixels of a visualisation
 
 
 @dataclass(frozen=True)
 class ColourBasis:
-    """How one model's features become colours, the same for every map of it.
+    """The mapping from one model's features to colours.
 
     Attributes:
         mean: [C], subtracted first.
-        axes: [C, 3], from centred features to the three colour components.
-        explained: share of the variance that the three components hold, 0 to 1.
-        agreement: correlation of each component with the one it was aligned to, None if it was not.
+        axes: [C, 3], maps centred features to the three components.
+        explained: fraction of the variance in the three components.
+        agreement: correlation of each component with the one it was aligned to; None if not aligned.
     """
 
     mean: Tensor
@@ -30,15 +30,15 @@ class ColourBasis:
     agreement: tuple[float, float, float] | None = None
 
     def components(self, features: Tensor) -> Tensor:
-        """Features [..., C] -> components [..., 3], float32, each of about unit variance."""
+        """Features [..., C] -> components [..., 3], float32, each with about unit variance."""
         return (features.float() - self.mean) @ self.axes
 
     def colours(self, features: Tensor) -> Tensor:
-        """Features [..., C] -> colours [..., 3] in 0..1: a sigmoid, so that few outliers do not grey the rest."""
+        """Features [..., C] -> colours [..., 3] in 0..1: a sigmoid, so that outliers do not make the rest grey."""
         return (VIVID * self.components(features)).sigmoid()
 
     def picture(self, features: Tensor, side: int = SIDE) -> Tensor:
-        """Features [h, w, C] -> colours [H, W, 3] without edges between patches, the longer side about `side`."""
+        """Features [h, w, C] -> colours [H, W, 3] smoothly upsampled, with a longer side of about `side`."""
         components = self.components(features).permute(2, 0, 1)[None]
         factor = max(1, round(side / max(features.shape[:2])))
         size = (factor * features.shape[0], factor * features.shape[1])
@@ -47,15 +47,15 @@ class ColourBasis:
 
 
 def fit_colours(maps: Sequence[Tensor], *, like: tuple[ColourBasis, Sequence[Tensor]] | None = None) -> ColourBasis:
-    """The colour basis of one model, fitted on all maps that will be shown of it.
+    """Fit the colour basis of one model on all its maps in a report.
 
-    Components of a PCA have no sign and, where their strengths are close, no order, so two models would differ in
-    colour where they agree in substance. With `like`, the three components are turned (and mirrored) together until
-    they correlate best with those of another model on the same pictures: the subspace stays the model's own.
+    The sign of PCA components is arbitrary, and so is the order of components with similar variance. Similar models
+    could thus get different colours. With `like`, the three components are rotated (and reflected) to correlate best
+    with those of another model on the same images. The subspace does not change.
 
     Args:
         maps: features [..., C], at least one.
-        like: another model's basis and its features of the same pictures, [..., C'], the same leading sizes.
+        like: another model's basis and its features [..., C'] of the same images, with the same leading sizes.
 
     Raises:
         ValueError: no features, features that are not finite, or `like` of other sizes.
@@ -77,7 +77,7 @@ def fit_colours(maps: Sequence[Tensor], *, like: tuple[ColourBasis, Sequence[Ten
     scores = centred @ axes
     agreement = None
     if like is None:
-        # The rarer, stronger side of each component is its bright side.
+        # The tail of each component's distribution is bright.
         axes = axes * torch.where(scores.pow(3).mean(0) < 0, -1.0, 1.0)
     else:
         other = _rows("like", like[1])

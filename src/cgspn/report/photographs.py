@@ -1,4 +1,4 @@
-"""Prepare photographs for display: original aspect ratio, longer side at the requested resolution."""
+"""Loading of photographs for display, with the original aspect ratio and a given longer side."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from torch import Tensor
 
 from ..data import load_embedded, normalize, resize, to_float
 from ..data.decode import to_rgb, turn_upright
-from ..data.folder import SUFFIXES
+from ..data.folder import list_folder
 from ..data.opening import open_image
 from ..data.skipped import Skipped
 from ..data.source import EMBEDDED
 from ..data.transforms import LUMA
 from ..models.config import EncoderConfig
-from .pictures import jpeg_uri, png_uri, tile
+from .pictures import image_of, jpeg_uri, png_uri, tile
 
-COLUMNS = 4  # embedded images to a side of a canvas: alone they are a few patches
-SHOWN_SIDE = 1024  # pixels of the longer side inside a page; encoders see all of them
-SMALL_SIDE = 256  # up to here pixels are few enough to be kept exactly
+COLUMNS = 4  # embedded images per side of a canvas, since a single one has few patches
+SHOWN_SIDE = 1024  # longer side in pixels inside a page; encoders get the full size
+SMALL_SIDE = 256  # up to this size images are stored losslessly
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """A picture to be shown.
+    """A photograph to show.
 
     Attributes:
-        name: the file's, below the folder that was given.
+        name: path below the given folder.
         pixels: uint8 [3, H, W], H and W multiples of the patch size.
     """
 
@@ -40,27 +40,27 @@ class Photograph:
 
 
 def fitted(height: int, width: int, side: int, patch: int) -> tuple[int, int]:
-    """Height and width in whole patches, the longer of them about `side` pixels, the aspect ratio about kept."""
+    """Height and width in whole patches, with a longer side of about `side` pixels and about the same aspect ratio."""
     scale = side / max(height, width)
     rows, columns = (max(1, round(length * scale / patch)) for length in (height, width))
     return rows * patch, columns * patch
 
 
 def load_photographs(source: str, side: int, patch: int, limit: int) -> tuple[list[Photograph], Skipped]:
-    """The first photographs of a folder, or the embedded test images, sixteen to a canvas.
+    """Load the first photographs of a folder, or the embedded test images, sixteen per canvas.
 
     Args:
-        source: a folder, read with its sub-folders in the order of the names; or "embedded".
-        side: pixels of the longer side, rounded to whole patches.
-        patch: size of a patch in pixels.
-        limit: how many are wanted.
+        source: a folder, read with its sub-folders in the order of names, or "embedded".
+        side: longer side in pixels, rounded to whole patches.
+        patch: patch size in pixels.
+        limit: maximum number of photographs.
 
     Returns:
-        The photographs, and what was tried before they were `limit` and could not be read.
+        The photographs, and a report of files that could not be read.
 
     Raises:
         FileNotFoundError, NotADirectoryError: no folder, or no image files in it.
-        ValueError: `side` below a patch, `limit` below 1, or no file that can be read.
+        ValueError: `side` below a patch, `limit` below 1, or no readable file.
     """
     if side < patch:
         raise ValueError(f"size is {side}; accepted: at least one patch, {patch} pixels")
@@ -73,9 +73,7 @@ def load_photographs(source: str, side: int, patch: int, limit: int) -> tuple[li
         raise FileNotFoundError(f"images is {source}: no such folder")
     if not root.is_dir():
         raise NotADirectoryError(f"images is {source}: not a folder")
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file() and _shown(p, root))
-    if not files:
-        raise FileNotFoundError(f"images is {source}: no image files in it (looked for {', '.join(sorted(SUFFIXES))})")
+    files = [file for file, _ in list_folder(root, mixed=True)[1]]
     found: list[Photograph] = []
     bad: list[tuple[str, str]] = []
     for file in files:
@@ -103,18 +101,14 @@ def encoder_input(photograph: Photograph, config: EncoderConfig) -> Tensor:
 
 
 def photograph_uri(photograph: Photograph) -> str:
-    """The photograph as a data URI: a JPEG of at most 1024 pixels a side, a PNG where it is small anyway."""
+    """The photograph as a data URI: a JPEG of at most 1024 pixels per side, or a PNG if it is small."""
     pixels = photograph.pixels.permute(1, 2, 0)
-    return png_uri(pixels) if max(pixels.shape[:2]) <= SMALL_SIDE else jpeg_uri(pixels, SHOWN_SIDE)
-
-
-def _shown(path: Path, root: Path) -> bool:
-    return not any(part.startswith(".") for part in path.relative_to(root).parts)
+    return png_uri(pixels) if max(pixels.shape[:2]) <= SMALL_SIDE else jpeg_uri(image_of(pixels), SHOWN_SIDE)
 
 
 def _read(file: Path, side: int, patch: int) -> Tensor:
     with open_image(file) as opened:
-        opened.draft(None, (2 * side, 2 * side))  # JPEG decoders shrink for free; the rest is left to the resize
+        opened.draft(None, (2 * side, 2 * side))  # JPEG decoders shrink for free; resize does the rest
         turn_upright(opened)
         image = to_rgb(opened)
     height, width = fitted(image.height, image.width, side, patch)
@@ -123,7 +117,7 @@ def _read(file: Path, side: int, patch: int) -> Tensor:
 
 
 def canvases(images: Tensor, side: int, patch: int, limit: int) -> Iterator[Photograph]:
-    """Small images uint8 [N, C, H, W], sixteen to a canvas, whose longer side is about `side` pixels."""
+    """Tile small images uint8 [N, C, H, W], sixteen per canvas, with a longer side of about `side` pixels."""
     for start in range(0, min(limit * COLUMNS**2, len(images) - COLUMNS**2 + 1), COLUMNS**2):
         canvas = tile(images[start : start + COLUMNS**2], COLUMNS).expand(3, -1, -1)
         size = fitted(canvas.shape[1], canvas.shape[2], side, patch)

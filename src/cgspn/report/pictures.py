@@ -1,6 +1,6 @@
-"""Tensors to pictures inside the page: PNG data URIs, and pictures side by side.
+"""Conversion of tensors to pictures for pages: data URIs and sheets.
 
-Pictures here are [H, W], [H, W, 3] or [H, W, 4], uint8, or float in 0..1.
+A picture is [H, W] or [H, W, 3], uint8 or float in 0..1.
 """
 
 from __future__ import annotations
@@ -10,90 +10,61 @@ import io
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-# Dark red to pale yellow: reads on grey, and by brightness alone where colours cannot be told apart.
+# Dark red to pale yellow: visible on grey, and by brightness alone.
 HEAT = ((0.45, 0.00, 0.24), (0.80, 0.13, 0.15), (0.96, 0.45, 0.10), (1.00, 0.78, 0.20), (1.00, 0.98, 0.75))
+GREY = (128, 136, 144)  # of titles; visible on light and on dark
 
 
-def to_uint8(picture: Tensor) -> Tensor:
-    """A picture as uint8, float values outside 0..1 cut off.
-
-    Raises:
-        ValueError: a shape that is no picture, or values that are not finite.
-        TypeError: an integer type other than uint8.
-    """
-    if picture.ndim not in (2, 3) or (picture.ndim == 3 and picture.shape[2] not in (3, 4)) or 0 in picture.shape:
-        raise ValueError(f"picture has shape {tuple(picture.shape)}; expected [H, W], [H, W, 3] or [H, W, 4]")
-    if picture.dtype == torch.uint8:
-        return picture
-    if not picture.is_floating_point():
-        raise TypeError(f"picture has dtype {picture.dtype}; accepted: torch.uint8, or float in 0..1")
-    if not bool(torch.isfinite(picture).all()):
-        raise ValueError("picture holds values that are not finite; accepted: 0 to 1")
-    return (picture.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+def image_of(picture: Tensor) -> Image.Image:
+    """Convert a picture to a PIL image, with floats clipped to 0..1. Raises ValueError for NaN or infinity."""
+    if picture.is_floating_point():
+        if not bool(torch.isfinite(picture).all()):
+            raise ValueError("picture holds values that are not finite; accepted: 0 to 1")
+        picture = (picture.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
+    return Image.fromarray(picture.cpu().numpy())
 
 
-def png_uri(picture: Tensor) -> str:
-    """A picture as the `data:` URI of a PNG, for the `src` of an image.
-
-    Raises as `to_uint8`.
-    """
-    return "data:image/png;base64," + base64.b64encode(png_bytes(picture)).decode("ascii")
-
-
-def png_bytes(picture: Tensor) -> bytes:
-    """A picture as a PNG file. Raises as `to_uint8`."""
+def png_bytes(image: Image.Image) -> bytes:
+    """An image as a PNG file."""
     buffer = io.BytesIO()
-    Image.fromarray(to_uint8(picture).cpu().numpy()).save(buffer, format="PNG", optimize=True)
+    image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
-def jpeg_uri(picture: Tensor, side: int) -> str:
-    """A smooth picture [H, W, 3] as the `data:` URI of a JPEG of at most `side` pixels a side. Raises as `to_uint8`."""
-    image = Image.fromarray(to_uint8(picture).cpu().numpy())
+def png_uri(picture: Tensor) -> str:
+    """A picture as a PNG data URI. Raises the errors of `image_of`."""
+    return "data:image/png;base64," + base64.b64encode(png_bytes(image_of(picture))).decode("ascii")
+
+
+def jpeg_uri(image: Image.Image, side: int) -> str:
+    """A smooth image as a JPEG data URI with at most `side` pixels per side."""
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, format="JPEG", quality=85, optimize=True, progressive=True)
+    image.convert("RGB").save(buffer, format="JPEG", quality=85, optimize=True, progressive=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def tile(images: Tensor, columns: int) -> Tensor:
-    """Images [N, C, H, W] as one canvas [C, N/columns * H, columns * W], row by row, without gaps.
+    """Tile images [N, C, H, W], N a multiple of columns, into a canvas [C, N/columns * H, columns * W]."""
+    return images.unflatten(0, (-1, columns)).permute(2, 0, 3, 1, 4).flatten(3).flatten(1, 2)
 
-    Raises ValueError if N is not a multiple of columns.
+
+def sheet(rows: Sequence[Sequence[Tensor]], titles: Sequence[str], size: tuple[int, int], gap: int) -> Image.Image:
+    """Arrange pictures in rows below column titles, RGBA with transparent gaps.
+
+    size: height and width of each picture, which is resized to cover them and cropped.
     """
-    if images.ndim != 4 or columns < 1 or len(images) % columns:
-        raise ValueError(f"images has shape {tuple(images.shape)}; expected [N, C, H, W], N a multiple of {columns}")
-    count, channels, height, width = images.shape
-    rows = images.view(count // columns, columns, channels, height, width)
-    return rows.permute(2, 0, 3, 1, 4).reshape(channels, count // columns * height, columns * width)
-
-
-def mosaic(pictures: Sequence[Tensor], columns: int, gap: int) -> Tensor:
-    """Pictures of one size side by side, row by row, with transparent gaps: uint8 [.., .., 4].
-
-    Raises ValueError for no pictures, different sizes, or what `to_uint8` refuses.
-    """
-    cells = [_rgba(picture) for picture in pictures]
-    if not cells or len({cell.shape for cell in cells}) > 1 or columns < 1 or gap < 0:
-        raise ValueError(
-            f"pictures holds the shapes {[tuple(c.shape) for c in cells]}; expected one size, at least one"
-        )
-    height, width = cells[0].shape[:2]
-    rows = -(-len(cells) // columns)
-    out = torch.zeros(rows * (height + gap) - gap, columns * (width + gap) - gap, 4, dtype=torch.uint8)
-    for i, cell in enumerate(cells):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        out[top : top + height, left : left + width] = cell
+    height, width = size
+    band = max(14, width // 12)
+    out = Image.new("RGBA", (len(titles) * (width + gap) - gap, band + len(rows) * (height + gap)), (255, 255, 255, 0))
+    font = ImageFont.load_default(0.75 * band)
+    for column, title in enumerate(titles):
+        left = column * (width + gap)
+        ImageDraw.Draw(out).text((left + width / 2, band / 2), title, GREY, font, anchor="mm")
+        for row, pictures in enumerate(rows):
+            picture = ImageOps.fit(image_of(pictures[column]), (width, height), Image.Resampling.BILINEAR)
+            out.paste(picture, (left, band + gap + row * (height + gap)))
     return out
-
-
-def _rgba(picture: Tensor) -> Tensor:
-    pixels = to_uint8(picture)
-    if pixels.ndim == 2:
-        pixels = pixels[..., None].expand(-1, -1, 3)
-    if pixels.shape[2] == 4:
-        return pixels
-    return torch.cat([pixels, torch.full_like(pixels[..., :1], 255)], -1)

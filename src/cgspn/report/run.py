@@ -1,35 +1,27 @@
-"""The report of a distillation: how each stage went, block by block, how fast, from which data, with which settings."""
+"""The report of a distillation: losses per stage and block, speed, data and settings."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-from ..console import rate_text
+from ..console import duration_text, rate_text
 from . import page
-from .charts import block_chart, legend, loss_chart
+from .charts import legend, loss_chart
 from .page import Section
+from .training import block_panels, ends, step_panels, twentieths
 
 Record = Mapping[str, Any]
-TITLES = {
-    "total": ("Total", "the weighted sum that is minimised"),
-    "PP": ("After sub-layers (PP)", "mean over blocks, through adapters where they are on"),
-    "PB": ("After blocks (PB)", "mean over blocks, through adapters where they are on"),
-    "pooled": ("Pooled vector", "relative MSE, no adapter"),
-    "contrastive": ("Contrastive", "images against captions"),
-    "gradient": ("Gradient", "its norm before clipping"),
-    "lr": ("Learning rate", "of fresh weights; others have a factor on it"),
-}
-
-LAST = ("gradient", "lr")  # panels after those of losses
-RISEN = 1.05  # times its lowest twentieth that a loss may end at before the report says that it rises
+ENDS = ("first steps", "last steps")
+RISEN = 1.05  # a loss that ends above this multiple of its lowest twentieth is reported as rising
 
 
 def run_report(record: Record) -> str:
-    """One self-contained HTML document of a run.
+    """The report of a run as one self-contained HTML document.
 
     Args:
-        record: what `cgspn distill` leaves in distill.json: "command", "versions", "config", "losses" (by stage, a list
+        record: the content of distill.json: "command", "versions", "config", "losses" (by stage, a list
             of steps), "throughput" (by stage), "images", "held_out" (`held_out.compare`), "skipped" (file and reason),
             "processes", "device".
 
@@ -47,67 +39,41 @@ def run_report(record: Record) -> str:
         f"From {record['teacher']} with {record['images']:,} images, in {len(stages)} "
         f"{'stage' if len(stages) == 1 else 'stages'}: losses, blocks, speed, data and settings.",
         sections,
-        footer="Made by cgspn distill. This file holds everything it shows and asks nothing of the network.",
+        footer="Made by cgspn distill. This file is self-contained and makes no network requests.",
     )
 
 
 def _summary(record: Record, stages: Mapping[str, Sequence[Mapping[str, float]]]) -> Section:
     cards = []
     for title, steps in stages.items():
-        first, last = _ends([step["total"] for step in steps])
+        first, last = (fmean(step["total"] for step in part) for part in twentieths(steps))
         speed = record["throughput"].get(title, {})
+        time = duration_text(speed["seconds"]) if "seconds" in speed else ""
         rate = rate_text(speed["images_per_second"]) if "images_per_second" in speed else ""
-        parts = [f"loss {first:.3g} at first; {len(steps):,} steps", rate, _wall_time(speed), rising(steps)]
+        parts = [f"loss {first:.3g} at first; {len(steps):,} steps", rate, time, rising(steps)]
         cards.append(page.card(title, f"{last:.3g}", ", ".join(part for part in parts if part), "var(--link)"))
     held = record.get("held_out") or {}
     if "cosine" in held:
-        seen = "that it was trained on, as fewer than 100 are there" if held["trained_on"] else "kept out of training"
-        note = f"of grid tokens at the native size, mean over {held['images']} images {seen}; 1 is the same direction"
+        seen = "training images (there are fewer than 100)" if held["trained_on"] else "held-out images"
+        note = f"of the final grid tokens at the native size, mean over {held['images']} {seen}"
         cards.insert(0, page.card("Cosine to the teacher", f"{held['cosine']:.3f}", note, "var(--link)"))
     body = [
-        page.paragraph("The loss of each stage at its end, mean of the last twentieth of its steps. Lower is better."),
+        page.paragraph("The final loss of each stage, averaged over the last twentieth of its steps. Lower is better."),
         page.group(cards, "cards") if cards else page.paragraph("This run trained nothing."),
     ]
     if "picture" in held:
-        words = "features as colours, one choice for all images; the student's are turned to fit the teacher's"
+        words = "PCA visualisation of the features; the student's components are rotated to match the teacher's"
         picture = page.picture(held["picture"], f"Images and {words}", "Image, teacher, student", words)
         body.append(page.group([picture], "wide"))
     return Section("summary", "In short", "\n".join(body), "In short")
 
 
 def _stage(key: str, title: str, steps: Sequence[Mapping[str, float]], speed: Mapping[str, Any]) -> Section:
-    names = [name for name in steps[0] if name != "step" and "block" not in name]
-    names.sort(key=lambda name: LAST.index(name) + 1 if name in LAST else 0)
-    panels = []
-    for name in names:
-        chart = loss_chart(
-            {name: [step[name] for step in steps if name in step]}, label=f"{title}: {name} over the steps"
-        )
-        caption, note = TITLES.get(name, (name, ""))
-        panels.append(page.panel(chart, caption, note))
-    body = [page.group(panels, "wide"), *_blocks(title, steps), *_speed(title, speed)]
+    body = [page.group(step_panels(title, {"student": steps}), "wide")]
+    if panels := block_panels(title, dict(zip(ENDS, ends(steps))), "first and last steps"):
+        body += [page.heading("Block by block"), legend(ENDS), page.group(panels, "wide")]
+    body += _speed(title, speed)
     return Section(key, title[:1].upper() + title[1:], "\n".join(body), title.rpartition(", ")[2])
-
-
-def _blocks(title: str, steps: Sequence[Mapping[str, float]]) -> list[str]:
-    """The losses of every block at the beginning and at the end: one chart for each kind of tap."""
-    detailed = [step for step in steps if any("block" in name for name in step)]
-    panels = []
-    for tap, caption in (("", "Each sub-layer"), ("PP ", "Each sub-layer (PP)"), ("PB ", "Each block (PB)")):
-        names = [name for name in (detailed[0] if detailed else ()) if name.startswith(f"{tap}block ")]
-        if not names:
-            continue
-        curves = {when: [] for when in ("first steps", "last steps")}  # type: dict[str, list[float]]
-        for name in names:
-            for when, value in zip(curves, _ends([step[name] for step in detailed if name in step])):
-                curves[when].append(value)
-        chart = block_chart(curves, label=f"{title}: {caption.lower()}, first and last steps")
-        numbers = ", ".join(name.rpartition(" ")[2] for name in names)
-        consecutive = [int(name.rpartition(" ")[2]) for name in names] == list(range(len(names)))
-        panels.append(page.panel(chart, caption, "loss" if consecutive else f"loss; the blocks with indices {numbers}"))
-    if not panels:
-        return []
-    return [page.heading("Block by block"), legend(["first steps", "last steps"]), page.group(panels, "wide")]
 
 
 def _speed(title: str, speed: Mapping[str, Any]) -> list[str]:
@@ -115,11 +81,11 @@ def _speed(title: str, speed: Mapping[str, Any]) -> list[str]:
         return []
     cards = [page.card("Images/s", f"{speed['images_per_second']:,.1f}", "all processes, after the first steps")]
     if "mfu" in speed:
-        cards.append(page.card("MFU", f"{speed['mfu']:.0%}", "FLOP of teacher and student over the peak of the device"))
+        cards.append(page.card("MFU", f"{speed['mfu']:.0%}", "FLOPs of teacher and student / peak of the device"))
     note = f"first batch after {speed['first_batch_seconds']:.1f} s"
     cards.append(page.card("Waiting for data", f"{speed['data_wait_share']:.1%}", note))
-    chart = loss_chart({"images/s": speed["curve"]}, label=f"{title}: images/s in the course of the stage")
-    panel = page.panel(chart, "Images/s", "in the course of the stage, since it was last started")
+    chart = loss_chart({"images/s": speed["curve"]}, label=f"{title}: images/s over the stage")
+    panel = page.panel(chart, "Images/s", "since the stage was last started")
     return [page.heading("Speed"), page.group(cards, "cards"), page.group([panel], "wide")]
 
 
@@ -132,33 +98,25 @@ def _data(record: Record) -> Section:
         if each["files"]:
             names = {name: str(reason) for name, reason in each["files"].items()}
             body += [page.heading(f"Skipped {kind}"), page.fact_list(names)]
-    return Section("data", "What was seen", "\n".join(body), "Data")
+    return Section("data", "Training data", "\n".join(body), "Data")
 
 
 def _settings(record: Record) -> Section:
     facts = {"command": record["command"], "device": record["device"], "processes": str(record["processes"])}
     if record.get("peak_memory"):
-        facts["peak memory"] = f"{record['peak_memory'] / 2**30:.1f} GiB, the largest of a process"
+        facts["peak memory"] = f"{record['peak_memory'] / 2**30:.1f} GiB, the maximum over processes"
     facts |= {name: str(version) for name, version in record["versions"].items()}
     body = [page.fact_list(facts), page.heading("Settings"), page.fact_list(dict(_flat(record["config"])))]
-    return Section("settings", "What was run", "\n".join(body), "Settings")
+    return Section("settings", "Command and settings", "\n".join(body), "Settings")
 
 
 def rising(steps: Sequence[Mapping[str, float]]) -> str:
-    """A flag for a stage whose loss ends higher than it was before, by twentieths of its steps; "" if it does not."""
+    """A warning for a stage whose loss ends higher than an earlier twentieth of its steps, or ""."""
     totals = [step["total"] for step in steps]
     size = max(1, len(totals) // 20)
     means = [sum(totals[start : start + size]) / size for start in range(0, len(totals) - size + 1, size)]
     lowest = min(means)
     return f"the loss rises: it was {lowest:.3g}" if means[-1] > RISEN * lowest else ""
-
-
-def _wall_time(speed: Mapping[str, Any]) -> str:
-    """How long a stage took since it was last started; "" if that is not known."""
-    seconds = speed.get("seconds")
-    if seconds is None:
-        return ""
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
@@ -167,9 +125,3 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, str]
     for name, value in settings.items():
         rows += _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else [(before + name, str(value))]
     return rows
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    """Means over the first and the last twentieth."""
-    size = max(1, len(values) // 20)
-    return sum(values[:size]) / size, sum(values[-size:]) / size

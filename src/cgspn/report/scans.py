@@ -1,6 +1,6 @@
-"""What single layers bring to chosen patches: each scan of a propagation layer by itself, or the rows of attention.
+"""The influence on chosen patches in single layers: per scan direction of a propagation layer, or as attention rows.
 
-Nothing here is as large as tokens x tokens, so that it works at any resolution at which the encoder itself does.
+Nothing here has size tokens x tokens, so it works at any resolution at which the encoder works.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Positions = Sequence[tuple[int, int]]
 
 
 class Look(NamedTuple):
-    """The features of one image that the page shows.
+    """The features of one image for the page.
 
-    tokens: after the last norm, float32 [h, w, C], on the CPU.
-    block_inputs: by index of the block, the normalised tokens [1, N, C] that enter its mixer.
+    tokens: after the last norm, float32 [h, w, C] on the CPU.
+    block_inputs: by block index, the normalised tokens [1, N, C] that enter its mixer.
     grid: of the tokens.
     """
 
@@ -35,10 +35,9 @@ class Look(NamedTuple):
 
 @torch.no_grad()
 def look(encoder: Encoder, image: Tensor, layers: Collection[int]) -> Look:
-    """Run one normalised image [1, channels, H, W] through the encoder and keep the inputs of the blocks `layers`
-    only.
+    """Run one normalised image [1, channels, H, W] through the encoder and keep the inputs of the blocks `layers`.
 
-    Raises ValueError for a size that the patches do not tile.
+    Raises ValueError for a size that is not a multiple of the patch size.
     """
     tokens, grid = encoder.embed(image)
     block_inputs = {}
@@ -53,14 +52,14 @@ def layer_maps(encoder: Encoder, seen: Look, layer: int, positions: Positions) -
     """The contribution of every position to each position in one layer.
 
     Args:
-        encoder: that `seen` is of.
-        seen: by `look`, with the entry of `layer`.
+        encoder: the encoder that produced `seen`.
+        seen: from `look`, with the input of `layer`.
         layer: index of the block.
-        positions: (row, column) of the patches, P of them.
+        positions: (row, column) of P patches.
 
     Returns:
-        Maps [P, h, w] on the CPU, not negative: of an attention layer "attention", of a propagation layer one for
-        each of its directions and "together".
+        Non-negative maps [P, h, w] on the CPU: "attention" for an attention layer; for a propagation layer one per
+        direction, and "together".
     """
     mixer, entry = encoder.each_block()[layer].mixer, seen.block_inputs[layer]
     if isinstance(mixer, AttentionMixer):
@@ -71,33 +70,33 @@ def layer_maps(encoder: Encoder, seen: Look, layer: int, positions: Positions) -
 
 
 def attention_rows(mixer: AttentionMixer, entry: Tensor, grid: Grid, positions: Positions) -> Tensor:
-    """Rows of the attention map, mean over the heads, grid tokens alone: [P, h, w] on the CPU."""
+    """Rows of the attention map, averaged over heads, only for grid tokens: [P, h, w] on the CPU."""
     rows = torch.tensor([grid.prefix + row * grid.width + column for row, column in positions], device=entry.device)
     weights = mixer.weights(entry, grid, rows).mean(1)[0, :, grid.prefix :]
     return weights.unflatten(1, (grid.height, grid.width)).float().cpu()
 
 
 def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Positions) -> dict[str, Tensor]:
-    """How much the gated output of each scan at each position changes with its input at every other position.
+    """The influence of every input position on the gated output of each scan at the given positions.
 
-    The value is the exact Frobenius norm of the derivative with respect to the latent and the values, through the
-    parameters of the scan as well, which are made from the latent. "together" is that of all scans side by side. Since
-    a scan never mixes channels, one backward pass per direction gives all rows of the derivative: a row is the gradient
-    in its own channel plus that in the parameters of its channel times their weights.
+    It is the exact Frobenius norm of the derivative with respect to the latent and the values, including the derivative
+    through the scan parameters, which are computed from the latent. "together" is the norm over all scans. Since a scan
+    does not mix channels, one backward pass per direction gives all rows of the derivative: a row is the gradient in
+    its channel plus the gradients in that channel's parameters times their weights.
 
     Args:
-        mixer: of the layer.
-        entry: the normalised tokens that enter it, [1, h*w, C].
-        grid: of these.
-        positions: (row, column), P of them.
+        mixer: the layer's mixer.
+        entry: its normalised input tokens [1, h*w, C].
+        grid: of these tokens.
+        positions: (row, column) of P patches.
 
     Returns:
-        By direction, and "together": [P, h, w] on the CPU, exactly 0 where a scan cannot have come from.
+        Maps [P, h, w] on the CPU by direction, and "together". They are exactly 0 where a scan has no influence.
     """
     config, width, made = mixer.config, mixer.value_width, mixer.params_per_direction
     directions, latent, values = config.directions, *scanned(mixer, entry, grid)
     apart = config.value_expansion is not None
-    # channels that share parameters each have them
+    # repeat shared parameters for each channel
     weight, bias = (
         t.detach().unflatten(0, (len(directions), made, -1)).repeat_interleave(config.channels_per_group, 2)
         for t in (mixer.param_proj.weight, mixer.param_proj.bias)
@@ -109,7 +108,7 @@ def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Pos
         x = values[..., d * width : (d + 1) * width] if apart else values
         packed = linear(latent, direction_weight.flatten(0, 1), direction_bias.flatten())
         lam, u, logits, *keep = packed.unflatten(-1, (1, made, width)).split([1, 1, 3, 1][: 3 + config.forget_gate], -2)
-        # the positions are a batch of equal images, each asked about one of them
+        # a batch of equal images, one per position
         maps_in = (x, lam.squeeze(-2), u.squeeze(-2), logits, *(t.squeeze(-2) for t in keep))
         inputs = [t.expand(len(positions), *t.shape[1:]).contiguous().requires_grad_() for t in maps_in]
         with torch.enable_grad():
@@ -123,7 +122,7 @@ def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Pos
         in_x, in_lam, in_u, in_logits, *in_keep = torch.autograd.grad(asked, inputs)
         gradient = torch.cat([in_x[..., None, :], in_lam, in_u, in_logits.squeeze(3), *in_keep], -2)
         gradient = gradient.to(torch.promote_types(x.dtype, torch.float32))  # [P, h, w, 1 + made, own]
-        # of each channel's value and parameters, by what they are made of: of each other's, if there is one latent
+        # the weights from which each channel's value and parameters are computed
         makers = direction_weight.to(gradient.dtype).transpose(0, 1)  # [own, made, Cc]
         gram = gradient.new_zeros(width, 1 + made, 1 + made)
         gram[:, 0, 0] = 1
@@ -138,8 +137,7 @@ def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Pos
 
 @torch.no_grad()
 def scanned(mixer: PropagationMixer, entry: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """What makes a propagation mixer's parameters, [1, h, w, Cc], and what it scans: the same, or all directions' own
-    values [1, h, w, D * own]."""
+    """A mixer's latent [1, h, w, Cc], and its scanned features: the latent, or values [1, h, w, D * own]."""
     narrow = mixer.down(mixer.expand(mixer.project_in(entry))).unflatten(1, (grid.height, grid.width))
     x = mixer.localise(narrow, grid.mask)
     return x[..., : mixer.latent], x if mixer.config.value_expansion is None else x[..., mixer.latent :]

@@ -1,32 +1,32 @@
-"""What student and teacher make of photographs: all views, in colours that can be compared, and a picture of them."""
+"""Views of photographs through student and teacher, with comparable colours."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from ..models.encoder import Encoder
 from .pca import ColourBasis, fit_colours
 from .photographs import Photograph
-from .pictures import mosaic
+from .pictures import sheet
 from .show_data import Place, View, view
 
 TEACHER, STUDENT = "teacher", "student"
 PLACES: tuple[Place, ...] = ((0.5, 0.5), (0.3, 0.25), (0.75, 0.7))
-LAYERS = 4  # layers that are shown where none are named
-FITTED = 20_000  # patches of a photograph that the colours are fitted on
+LAYERS = 4  # default number of layers
+FITTED = 20_000  # most patches per photograph for fitting colours
 
 
 @dataclass(frozen=True)
 class Show:
-    """Photographs through a student, and through its teacher if there is one.
+    """Photographs with the features of a student, and optionally its teacher.
 
     Attributes:
-        views: one a photograph.
-        colours: by model, fitted on all photographs, the student's turned to the teacher's.
+        views: one per photograph.
+        colours: by model, fitted on all photographs; the student's are aligned with the teacher's.
     """
 
     views: list[View]
@@ -42,14 +42,14 @@ def look_at(
     places: Sequence[Place] = PLACES,
     watch: Callable[[], object] | None = None,
 ) -> Show:
-    """Run the photographs through the models, one at a time, on the device where the models are.
+    """Run the photographs through the models one by one, on the models' device.
 
     Args:
-        photographs: at least one, sizes that the patches tile.
+        photographs: at least one, with sizes that are multiples of the patch size.
         student: any encoder.
         teacher: any encoder of the same patch size.
-        layers: of the student, from 1, whose flows are shown; None for four spread evenly.
-        places: of the patches whose flows are shown, as shares of height and width.
+        layers: the student's layers, from 1, whose influence is shown; None for four evenly spaced ones.
+        places: patches whose influence is shown, as fractions of height and width.
         watch: called after each photograph.
 
     Raises:
@@ -72,18 +72,18 @@ def look_at(
 
 
 def even_layers(student: Encoder) -> list[int]:
-    """Numbers, from 1, of at most four layers spread evenly, the first and the last among them."""
+    """Numbers, from 1, of at most four evenly spaced layers, including the first and the last."""
     depth = student.config.depth
     count = min(LAYERS, depth)
     return [1 + round(i * (depth - 1) / max(1, count - 1)) for i in range(count)]
 
 
 def check_show(student: Encoder, teacher: Encoder | None, layers: Sequence[int], places: Sequence[Place]) -> None:
-    """Raise ValueError for what `look_at` does not take."""
+    """Raise ValueError for invalid arguments of `look_at`."""
     if teacher is not None and teacher.config.patch_size != student.config.patch_size:
         raise ValueError(
             f"teacher has patches of {teacher.config.patch_size} pixels; expected the student's, "
-            f"{student.config.patch_size}, so that patch can be laid beside patch"
+            f"{student.config.patch_size}, so that patches can be compared"
         )
     wrong = [layer for layer in layers if not 1 <= layer <= student.config.depth]
     if wrong or not layers or len(set(layers)) < len(layers):
@@ -92,34 +92,27 @@ def check_show(student: Encoder, teacher: Encoder | None, layers: Sequence[int],
         raise ValueError(f"at is {list(places)}; accepted: pairs of shares of height and width, each 0 to 1")
 
 
-def show_picture(shown: Show, width: int = 288, rows: int = 4, gap: int = 6) -> Tensor:
-    """One row per photograph, followed by its features as colours, teacher first: uint8 [.., .., 4].
+def show_picture(shown: Show, width: int = 288, rows: int = 4, gap: int = 6) -> Image.Image:
+    """A picture with one row per photograph and PCA visualisations of its features, teacher first, below column titles.
 
-    Rows have the aspect ratio of the first photograph; others are cut at their edges.
+    All rows have the aspect ratio of the first photograph; others are cropped.
 
     Args:
-        shown: by `look_at`.
-        width: of each picture, in pixels.
-        rows: most photographs.
-        gap: pixels between pictures, transparent.
+        shown: from `look_at`.
+        width: of each image in pixels.
+        rows: maximum number of photographs.
+        gap: transparent pixels between images.
     """
     first = shown.views[0].photograph.pixels
     size = (round(width * first.shape[1] / first.shape[2]), width)
-    cells = []
-    for seen in shown.views[:rows]:
-        cells.append(_cut(seen.photograph.pixels.permute(1, 2, 0).float() / 255, size))
-        cells += [_cut(shown.colours[name].picture(f), size) for name, f in seen.features.items()]
-    return mosaic(cells, 1 + len(shown.colours), gap)
-
-
-def _cut(picture: Tensor, size: tuple[int, int]) -> Tensor:
-    """[h, w, 3] to [size, 3], the middle of it at the largest scale that fills `size`."""
-    h, w = picture.shape[:2]
-    scale = max(size[0] / h, size[1] / w)
-    wide = (max(size[0], round(h * scale)), max(size[1], round(w * scale)))
-    big = interpolate(picture.permute(2, 0, 1)[None], wide, mode="bilinear", antialias=True)[0]
-    top, left = (wide[0] - size[0]) // 2, (wide[1] - size[1]) // 2
-    return big[:, top : top + size[0], left : left + size[1]].permute(1, 2, 0)
+    pictures = [
+        [
+            seen.photograph.pixels.permute(1, 2, 0),
+            *(shown.colours[name].picture(f) for name, f in seen.features.items()),
+        ]
+        for seen in shown.views[:rows]
+    ]
+    return sheet(pictures, ["photograph", *shown.colours], size, gap)
 
 
 def _some(features: Tensor) -> Tensor:

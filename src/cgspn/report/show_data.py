@@ -1,4 +1,4 @@
-"""What `cgspn show` finds out about a photograph, and the form in which a page carries it."""
+"""The data of a photograph for `cgspn show`, and its encoding in the page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .descriptors import Descriptors, describe
 from .photographs import Photograph, encoder_input
 from .scans import TOGETHER, layer_maps, look
 
-CELLS = 5476  # most cells of what can be clicked: 74 x 74 patches are carried one by one, more are averaged
+CELLS = 5476  # most clickable cells: 74 x 74 patches are stored one by one, more are averaged
 Place = tuple[float, float]
 
 
@@ -28,8 +28,8 @@ class Flow:
     Attributes:
         model: "teacher" or "student".
         kind: "down", "up", "right", "left", "together" or "attention".
-        shares: uint8 [P, rows, columns]: 255 times the root of the value's share of the largest, on the cells.
-        halves: for each patch the radius, in patches, that holds half of what it takes from the others.
+        shares: uint8 [P, rows, columns] over the cells: 255 times the square root of value / largest value.
+        halves: for each patch the radius, in patches, that contains half of the influence of other patches.
     """
 
     model: str
@@ -40,16 +40,16 @@ class Flow:
 
 @dataclass(frozen=True)
 class View:
-    """One photograph through the models.
+    """One photograph with the models' features.
 
     Attributes:
-        photograph: as the models saw it.
+        photograph: the input of the models.
         features: by model, the tokens after the last norm, float32 [h, w, C].
-        cells: rows and columns of what can be clicked, h and w unless these are too many.
-        descriptors: by model, on the cells.
+        cells: rows and columns of clickable cells, h and w unless these are too many.
+        descriptors: by model, for the cells.
         points: (row, column) of the chosen patches, in cells.
-        flows: by number of the layer, from 1.
-        agreement: mean cosine of the two models' tokens, None for one model or two widths.
+        flows: by layer number, from 1.
+        agreement: mean cosine of the two models' tokens; None for one model or different widths.
     """
 
     photograph: Photograph
@@ -62,13 +62,13 @@ class View:
 
 
 def view(photograph: Photograph, models: Mapping[str, Encoder], layers: Sequence[int], places: Sequence[Place]) -> View:
-    """Look at a photograph once with every model.
+    """Run every model on a photograph.
 
     Args:
-        photograph: a size that the patches tile.
-        models: "teacher" and "student", or one of them; equal patch sizes.
-        layers: of the student, from 1. A teacher of another depth shows the layer at the same share of its depth.
-        places: whose flows are wanted, as shares of height and width.
+        photograph: its size is a multiple of the patch size.
+        models: "teacher" and "student", or one of them, with equal patch sizes.
+        layers: of the student, from 1. For a teacher of another depth, the layer at the same relative depth is used.
+        places: positions of patches whose flows are computed, as fractions of height and width.
     """
     device = next(iter(models.values())).patch_embed.projection.weight.device
     features: dict[str, Tensor] = {}
@@ -98,26 +98,26 @@ def view(photograph: Photograph, models: Mapping[str, Encoder], layers: Sequence
 
 
 def matching_layer(layer: int, depth: int, other: int) -> int:
-    """Index of the block of a model of `other` blocks that stands where `layer`, from 1, stands among `depth`."""
+    """Index of the block, in a model of `other` blocks, at the relative depth of `layer` (from 1) in `depth` blocks."""
     return layer - 1 if depth == other else round((layer - 1) * (other - 1) / max(1, depth - 1))
 
 
 def at(place: Place, grid: tuple[int, int]) -> tuple[int, int]:
-    """The patch at a place given as shares of height and width."""
+    """The patch at a place given as fractions of height and width."""
     return min(int(place[0] * grid[0]), grid[0] - 1), min(int(place[1] * grid[1]), grid[1] - 1)
 
 
 def fewer(grid: tuple[int, int]) -> tuple[int, int]:
-    """The grid itself, or one of the same aspect ratio with no more than CELLS cells."""
+    """The grid size, or one of the same aspect ratio with at most CELLS cells."""
     shrink = max(1.0, (grid[0] * grid[1] / CELLS) ** 0.5)
     rows = max(1, int(grid[0] / shrink))
     return rows, max(1, min(int(grid[1] / shrink), CELLS // rows))
 
 
 def packed(seen: View) -> dict[str, Any]:
-    """A view as JSON for the page's script: numbers, and all arrays after one another, deflated, as base64.
+    """A view as JSON for the page's script: numbers, and all arrays concatenated, deflated and base64-encoded.
 
-    Their order: codes of the descriptors by model, then the flows by layer, in the order of `layers`.
+    The order is: descriptor codes by model, then flows by layer, in the order of `layers`.
     """
     arrays = [d.codes for d in seen.descriptors.values()] + [f.shares for flows in seen.flows.values() for f in flows]
     data = zlib.compress(b"".join(a.contiguous().numpy().tobytes() for a in arrays), 9)
@@ -144,12 +144,12 @@ def packed(seen: View) -> dict[str, Any]:
 def _flows(
     model: str, maps: dict[str, Tensor], positions: Sequence[tuple[int, int]], cells: tuple[int, int]
 ) -> list[Flow]:
-    """Flows of one layer and model, all on one scale for each position, so that the directions can be compared."""
+    """The flows of one layer and model. All directions share a scale per position, so that they can be compared."""
     small = {kind: _pooled(values, cells) for kind, values in maps.items()}
     whole = small.get(TOGETHER, next(iter(small.values()))).clone()
     h, w = next(iter(maps.values())).shape[1:]
     for i, (row, column) in enumerate(positions):
-        whole[i, row * cells[0] // h, column * cells[1] // w] = 0  # a patch sees itself most, and would leave no scale
+        whole[i, row * cells[0] // h, column * cells[1] // w] = 0  # the influence on itself would dominate the scale
     top = whole.flatten(1).amax(1).clamp(min=1e-30)[:, None, None]
     return [
         Flow(
@@ -163,10 +163,10 @@ def _flows(
 
 
 def reach(values: Tensor, position: tuple[int, int], share: float = 0.5) -> float:
-    """Radius, in patches, within which a position finds `share` of what it takes from all others; 0 for nothing.
+    """The radius, in patches, that contains the fraction `share` of the influence of all other positions; 0 if none.
 
     Args:
-        values: [h, w], not negative; the position's own value does not count.
+        values: [h, w], non-negative; the value at the position itself is ignored.
         position: (row, column).
         share: 0 to 1.
     """
@@ -183,5 +183,5 @@ def reach(values: Tensor, position: tuple[int, int], share: float = 0.5) -> floa
 
 
 def _pooled(maps: Tensor, cells: tuple[int, int]) -> Tensor:
-    """[K, h, w] averaged to [K, rows, columns]."""
+    """Average [K, h, w] to [K, rows, columns]."""
     return maps if maps.shape[1:] == cells else adaptive_avg_pool2d(maps[None], cells)[0]

@@ -1,4 +1,4 @@
-"""Pretrained encoders in, students out."""
+"""Loading of pretrained encoders, and their conversion to students."""
 
 from .convert import attention_student, convert
 from .load import load_embedded_teacher, load_encoder, load_model

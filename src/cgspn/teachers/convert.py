@@ -1,4 +1,4 @@
-"""Teacher to student: the same encoder with propagation or windows in place of attention, all else inherited."""
+"""Conversion of a teacher to a student with propagation or window attention. All other weights are inherited."""
 
 import copy
 import math
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..layers import PropagationConfig, value_config
-from ..models.config import EncoderConfig, MixerName
+from ..models.config import MixerName
 from ..models.dual import DualEncoder, image_encoder
 from ..models.encoder import Encoder, build_mixer
 from ..models.registry import spread
@@ -16,19 +16,20 @@ from ..models.registry import spread
 
 @dataclass(frozen=True)
 class Inherited:
-    """The names of a student's tensors that start from its teacher's, and of those that start afresh."""
+    """The names of a student's tensors that are inherited, and of those that are newly initialised."""
 
     inherited: tuple[str, ...]
     fresh: tuple[str, ...]
 
 
-Layers = int | Sequence[int]  # how many, or their indices from 0
+Layers = int | Sequence[int]  # a count, or indices from 0
 
 
 def student_mixers(depth: int, keep_attention: Layers = 0, window_attention: Layers = 0) -> tuple[MixerName, ...]:
-    """The mixer of each of `depth` blocks of a student. Indices come first; counts are spread over what they leave.
+    """The mixers of a student with `depth` blocks. Layers given by index are placed first, and counts are spread over
+    the rest.
 
-    Raises ValueError for a layer that does not exist, that is named twice, or more layers than there are.
+    Raises ValueError for an invalid or repeated index, or for more layers than the student has.
     """
     mixers: list[MixerName] = ["propagation"] * depth
     wanted: dict[str, tuple[MixerName, Layers]] = {
@@ -50,45 +51,6 @@ def student_mixers(depth: int, keep_attention: Layers = 0, window_attention: Lay
         for i in chosen:
             mixers[i] = mixer
     return tuple(mixers)
-
-
-def student_config(
-    teacher: EncoderConfig,
-    *,
-    compression: float = 18,
-    value_expansion: float | None = None,
-    keep_attention: Layers = 0,
-    window_attention: Layers = 0,
-    window: int | tuple[int, int] = 8,
-    keep_positions: bool = False,
-    propagation: PropagationConfig | None = None,
-) -> EncoderConfig:
-    """The config of the student that `convert` makes. Arguments and errors as there."""
-    mixers = student_mixers(teacher.depth, keep_attention, window_attention)
-    if value_expansion is not None and propagation is not None:
-        raise ValueError(
-            f"value_expansion is {value_expansion} beside propagation; accepted: one of them, as propagation has one"
-        )
-    if value_expansion is not None and not 0 < value_expansion < math.inf:
-        raise ValueError(
-            f"value_expansion is {value_expansion:g}; accepted: a number above 0, or None for none beside the latent"
-        )
-    propagation = replace(propagation or value_config(value_expansion), compression=compression)
-    propagation.latent_width(teacher.width)
-    return replace(
-        teacher,
-        name=f"{'cgspn' if 'propagation' in mixers else 'window'}_{teacher.name.removeprefix('vit_')}",
-        mixers=mixers,
-        propagation=propagation,
-        window=window,
-        positions=teacher.positions and (keep_positions or "propagation" not in mixers),
-        trained_sizes=(),
-        class_token=False,
-        registers=0,
-        pooling="map" if teacher.pooling == "cls" else teacher.pooling,
-        summary_tokens=(0,),
-        embed_dim=None if teacher.pooled_width == teacher.width else teacher.pooled_width,
-    )
 
 
 def convert(
@@ -134,48 +96,51 @@ def convert(
     See docs/tutorial.md, "Convert".
     """
     teacher = image_encoder(encoder)
-    config = student_config(
-        teacher.config,
-        compression=compression,
-        value_expansion=value_expansion,
-        keep_attention=keep_attention,
-        window_attention=window_attention,
-        window=window,
-        keep_positions=keep_positions,
+    mixers = student_mixers(teacher.config.depth, keep_attention, window_attention)
+    if value_expansion is not None and propagation is not None:
+        raise ValueError(f"value_expansion is {value_expansion} and propagation is given; accepted: one of them")
+    if value_expansion is not None and not 0 < value_expansion < math.inf:
+        raise ValueError(
+            f"value_expansion is {value_expansion:g}; accepted: a number above 0, or None to scan the latent"
+        )
+    propagation = replace(propagation or value_config(value_expansion), compression=compression)
+    propagation.latent_width(teacher.config.width)
+    config, positions = teacher.config, keep_positions or "propagation" not in mixers
+    config = replace(
+        config,
+        name=f"{'cgspn' if 'propagation' in mixers else 'window'}_{config.name.removeprefix('vit_')}",
+        mixers=mixers,
         propagation=propagation,
+        window=window,
+        positions=config.positions and positions,
+        patch_bias=config.patch_bias or (config.positions and not positions),
+        trained_sizes=(),
+        class_token=False,
+        registers=0,
+        pooling="map" if config.pooling == "cls" else config.pooling,
+        summary_tokens=(0,),
+        embed_dim=None if config.pooled_width == config.width else config.pooled_width,
     )
-    student, inherited = student_of(teacher, config, share=share)
-    if report is not None:
-        report(inherited)
-    return student
-
-
-def student_of(teacher: Encoder, config: EncoderConfig, *, share: bool = False) -> tuple[Encoder, Inherited]:
-    """The student with a config of `student_config`, and what it inherited.
-
-    share: share tensors with the teacher instead of copying them, to save memory. Use it only if the student is saved
-        and not trained, because training it would change the teacher. Raises ValueError for a config whose
-        parts do not fit.
-    """
-    if teacher.positions is not None and not config.positions:
-        config = replace(config, patch_bias=True)
     device = next(teacher.parameters()).device
-    with torch.device("meta"):  # what is inherited needs no random start
+    with torch.device("meta"):  # inherited tensors need no initialisation
         student = Encoder(config)
     for layer, block in enumerate(student.each_block()):
-        if config.mixers[layer] == "propagation":
+        if mixers[layer] == "propagation":
             block.mixer = build_mixer(config, layer).to(device)
     head = Encoder(replace(config, mixers=())).to(device)
     if config.pooling != teacher.config.pooling:
         student.pool = head.pool
     if config.embed_dim != teacher.config.embed_dim:
         student.project = head.project
-    return student, inherit(teacher, student, share=share)
+    inherited = inherit(teacher, student, share=share)
+    if report is not None:
+        report(inherited)
+    return student
 
 
 @torch.no_grad()
 def inherit(teacher: Encoder, student: Encoder, *, share: bool = False) -> Inherited:
-    """Give the student every weight of the same name and shape; returns which. share: as in `student_of`."""
+    """Copy every weight of the same name and shape to the student. Returns their names. share: as in `convert`."""
     theirs, mine = teacher.state_dict(), student.state_dict()
     twins = [name for name, value in mine.items() if name in theirs and theirs[name].shape == value.shape]
     bias = "patch_embed.projection.bias"

@@ -1,4 +1,4 @@
-"""Weight files as tables of tensors that are read one at a time: a conversion never holds a checkpoint twice."""
+"""Weight files as tables of tensors that are read one by one, so that a checkpoint is never in memory twice."""
 
 import re
 from functools import partial
@@ -11,12 +11,12 @@ from ..models.weights import Stored, Weights, finite, listed, open_safetensors
 from .pickles import read_pickle
 
 __all__ = ["Stored", "Weights", "open_weights"]
-# what torch.compile, activation checkpointing and FSDP put into the names of what they wrap
+# name components of torch.compile, activation checkpointing and FSDP wrappers
 _WRAPPERS = re.compile(r"(?<![^.])((_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.)+")
 
 
 def open_weights(path: Path) -> tuple[Weights, dict[str, str]]:
-    """The tensors of a weight file, or of a sharded one's index, and its metadata. Raises CheckpointError."""
+    """Open the tensors and metadata of a weight file, or of the index of a sharded one. Raises CheckpointError."""
     indexed = path.name.endswith(".index.json")
     weights, metadata = (_open_shards(path), {}) if indexed else _open_file(path)
     if not weights:
@@ -38,20 +38,25 @@ def _open_file(path: Path) -> tuple[Weights, dict[str, str]]:
 
 
 def _open_shards(index: Path) -> Weights:
-    """The tensors of the shards of an index, each read from the shard that the index names."""
+    """Open the tensors of all shards of an index. Each tensor is read from the shard that the index names."""
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-        raise CheckpointError(f"{index} has no weight_map from names of tensors to names of files")
-    beside = {index.parent.resolve(), index.resolve().parent}  # the latter: the hub's cache links to a folder of files
+        raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
+    beside = {
+        index.parent.resolve(),
+        index.resolve().parent,
+    }  # the hub's cache has links to files
     weights: Weights = {}
     for name in sorted(set(named.values())):
         shard = index.parent / name
         if Path(name).name != name or name.endswith(".json"):
             raise CheckpointError(f"{index} names {shown(name)}; accepted: weight files of its own folder")
         if not shard.is_file():
-            raise CheckpointError(f"{index} names the shard {shard}, which is not beside it")
+            raise CheckpointError(f"{index} names the shard {shard}, which is not next to it")
         if shard.resolve().parent not in beside:
-            raise CheckpointError(f"{index} names {shown(name)}, a link to another folder; accepted: files of its own")
+            raise CheckpointError(
+                f"{index} names {shown(name)}, a link to another folder; accepted: files in its folder"
+            )
         held = _open_file(shard)[0]
         told = {key for key, file in named.items() if file == name}
         if told != held.keys():

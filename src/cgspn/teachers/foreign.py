@@ -1,4 +1,4 @@
-"""What foreign configs may state: the kind of every key that is read, wherever in a file it is."""
+"""Checks of foreign configs: the accepted type of every key that is read."""
 
 import math
 from collections.abc import Callable
@@ -56,7 +56,7 @@ KINDS: dict[str, Kind] = {
 
 
 def checked_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A foreign config without the keys that are null, which state nothing. Raises CheckpointError naming the key."""
+    """A foreign config without keys that are null. Raises CheckpointError naming an invalid key."""
     found: dict[str, Any] = {}
     todo = [(config, found, str(path))]
     while todo:
@@ -68,7 +68,7 @@ def checked_config(config: dict[str, Any], path: Path) -> dict[str, Any]:
             if not right(value):
                 raise CheckpointError(f"{where}: {key} is {shown(value)}; accepted: {words}")
             kept[key] = value
-            if isinstance(value, dict) and key != "config":  # an encoder's own in timm's arguments: null is a value
+            if isinstance(value, dict) and key != "config":  # in an encoder's own config null is a value
                 kept[key] = {}
                 todo.append((value, kept[key], f"{where}: {key}"))
     return found

@@ -1,4 +1,4 @@
-"""What a caller says about a checkpoint that is loaded."""
+"""The user's options for loading a checkpoint."""
 
 import difflib
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -12,7 +12,7 @@ from ..models.config import EncoderConfig, encoder_config_from_dict, to_dict
 
 @dataclass(frozen=True)
 class Options:
-    """The arguments of `load_encoder` and `load_model`; see there."""
+    """The arguments of `load_encoder` and `load_model`."""
 
     dtype: torch.dtype = torch.float32
     heads: int | None = None
@@ -20,7 +20,7 @@ class Options:
     overrides: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
-        """Raise CheckpointError for an option that does not exist, or a number of heads that cannot be."""
+        """Raise CheckpointError for an unknown option or an invalid number of heads."""
         known = [f.name for f in fields(EncoderConfig)]
         for name in self.overrides:
             if name not in known:
@@ -31,7 +31,7 @@ class Options:
             raise CheckpointError(f"dtype is {self.dtype!r}; accepted: torch.float32, torch.bfloat16 and such")
 
     def apply(self, config: EncoderConfig) -> EncoderConfig:
-        """The config of a checkpoint with the fields that the caller gives. Raises ValueError, naming the field."""
+        """Apply the user's fields to the config of a checkpoint. Raises ValueError naming the field."""
         if self.heads is not None:
             config = replace(config, attention=replace(config.attention, heads=self.heads))
         if not self.overrides:

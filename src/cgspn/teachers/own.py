@@ -1,4 +1,4 @@
-"""This library's own checkpoints, as strict and as forgiving as foreign ones."""
+"""Loading of this library's own checkpoints."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ _ANCHOR = "patch_embed.projection.weight"
 
 
 def is_own(source: Source) -> bool:
-    """Whether a source is this library's own. Raises CheckpointError for such weights without their config."""
+    """Whether a source is a checkpoint of this library. Raises CheckpointError for such weights without a config."""
     config = source.configs.get("config.json", {})
     if "model" in config and config.get("model_type", MODEL_TYPE) == MODEL_TYPE:
         return True
     if _prefixes(source.weights):
-        if "architecture" in config:  # as timm's save_for_hf writes it
+        if "architecture" in config:  # written by timm's save_for_hf
             return True
         raise CheckpointError(
             f"{source.name} holds weights of this library's own, but no config.json of it is beside them; "
@@ -33,7 +33,7 @@ def is_own(source: Source) -> bool:
 
 
 def load_own(source: Source, options: Options, text: bool = True) -> Encoder | DualEncoder:
-    """The model of an own checkpoint in eval mode; the image encoder alone unless `text`. Raises CheckpointError."""
+    """Load a checkpoint of this library in eval mode, with the text tower if `text`. Raises CheckpointError."""
     config, where = source.configs["config.json"], f"{source.name}: config.json"
     if "architecture" in config and "model" not in config:
         config = {"model": "encoder", "encoder": _from_timm(config, where)}
@@ -42,7 +42,7 @@ def load_own(source: Source, options: Options, text: bool = True) -> Encoder | D
         raise CheckpointError(f"{source.name} holds a {shown(kind)} model; expected {' or '.join(map(repr, KINDS))}")
     found = _prefixes(source.weights)
     if options.submodel is not None and len(found) < 2:
-        raise CheckpointError(f"submodel is {options.submodel!r}, but {source.name} holds one model alone")
+        raise CheckpointError(f"submodel is {options.submodel!r}, but {source.name} holds only one model")
     encoder = encoder_config_from_dict(config.get("encoder"), f"{where}: encoder")
     try:
         encoder = options.apply(encoder)
@@ -63,13 +63,13 @@ def load_own(source: Source, options: Options, text: bool = True) -> Encoder | D
 
 
 def _prefixes(weights: Weights) -> list[str]:
-    """The beginnings of keys below which encoders of this library lie, in wrappings of training too."""
+    """The key prefixes of encoders of this library, including wrappers of training."""
     found = [key.removesuffix(_ANCHOR) for key in weights if f".{key}".endswith(f".{_ANCHOR}")]
     return [prefix for prefix in found if f"{prefix}blocks.0.norm1.weight" in weights]
 
 
 def _from_timm(config: dict[str, Any], where: str) -> dict[str, Any]:
-    """The encoder's config from a config.json that timm's save_for_hf wrote. Raises CheckpointError if it has none."""
+    """The encoder's config in a config.json of timm's save_for_hf. Raises CheckpointError if it has none."""
     args, name = config.get("model_args") or {}, config["architecture"]
     try:
         return to_dict(config_of(str(name), {"num_classes": config.get("num_classes", 0), **args}))

@@ -1,4 +1,4 @@
-"""What a conversion did to a model's parameters, part by part."""
+"""A table of inherited and new parameters after a conversion."""
 
 import re
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ PARTS: dict[str, str] = {
     "patch embedding": r"patch_embed\.",
     "positions": r"positions\.",
     "class and registers": r"prefix$",
-    "attention": r"blocks\.\d+\.mixer\.",  # of blocks whose mixer that is, whole or in windows
+    "attention": r"blocks\.\d+\.mixer\.",  # global or window attention
     "propagation": r"blocks\.\d+\.mixer\.",
     "MLP": r"blocks\.\d+\.mlp\.",
     "norms and scales": r"blocks\.\d+\.(norm|scale)[12]\.|pre_norm\.|norm\.",
@@ -21,7 +21,7 @@ PARTS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Part:
-    """A row: how many parameters a part has in the teacher and in the student, where those of the student are from."""
+    """A row: a part's number of parameters in teacher and student, and how many the student inherits."""
 
     part: str
     teacher: int
@@ -31,7 +31,7 @@ class Part:
 
 
 def parameter_table(teacher: Encoder, student: Encoder, inherited: Iterable[str]) -> list[Part]:
-    """A `Part` for each of `PARTS` of either model, and their sum, "all". inherited: tensors that are not fresh."""
+    """A `Part` for each of `PARTS` in either model, and the sum, "all". inherited: names of inherited tensors."""
     before, after = _sizes(teacher), _sizes(student)
     kept = set(inherited)
     rows = []

@@ -1,4 +1,4 @@
-"""Files that `torch.save` wrote, read as tables of tensors; no code in them is ever run."""
+"""Reading of `torch.save` files as tables of tensors, without running code from them."""
 
 import io
 import mmap
@@ -15,23 +15,23 @@ from torch import Tensor
 from ..models.checkpoint import CheckpointError, line_of
 from ..models.weights import DTYPES
 
-MOST_LETTERS = 1 << 24  # of the names of all tensors and dictionaries
-MOST_PICKLED = 1 << 22  # bytes beside those of tensors: as objects they take seventy times that
-ALLOCATES = b"bytearray\n"  # the only name that PyTorch allows and that makes memory of a size that is given
-MOST_DIRECTORY = 1 << 24  # bytes of a zip file's list of parts
+MOST_LETTERS = 1 << 24  # most characters in the names of all tensors and dictionaries
+MOST_PICKLED = 1 << 22  # most bytes apart from tensors; as Python objects they take seventy times as much
+ALLOCATES = b"bytearray\n"  # the only name allowed by PyTorch that can allocate any amount of memory
+MOST_DIRECTORY = 1 << 24  # most bytes of a zip file's directory
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a .pt, .pth or .bin file; names of dictionaries within dictionaries are joined by dots.
+    """Read all tensors of a .pt, .pth or .bin file. The keys of nested dictionaries are joined by dots.
 
     Raises CheckpointError if the file is damaged, if it contains anything but tensors and plain values (the message
     names the contents and says how to convert the file), or if loading it would need more memory than the size of the
     file.
     """
     if not path.is_file() or not (size := path.stat().st_size):
-        raise CheckpointError(f"{path} is no file, or an empty one")
+        raise CheckpointError(f"{path} does not exist or is empty")
     with path.open("rb") as file:
-        if zipped := file.read(4) == b"PK\3\4":  # by which PyTorch tells the two formats apart
+        if zipped := file.read(4) == b"PK\3\4":  # PyTorch distinguishes its two formats like this
             check_archive(file, str(path))
         else:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -39,9 +39,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
                     raise CheckpointError(f"{path} asks for memory of any size")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # of a damaged or hostile file, of nearly any kind
+    except Exception as error:  # damaged and hostile files raise nearly any error
         raise CheckpointError(
-            f"{path} cannot be read as a file of tensors alone: {_reason(error, path, zipped)}"
+            f"{path} cannot be read as a file with only tensors: {_reason(error, path, zipped)}"
         ) from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict")
@@ -54,19 +54,19 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{path}: {key[:100]} is of {value.dtype}; accepted: {', '.join(DTYPES)}")
         if not _is_whole(value):
             raise CheckpointError(f"{path}: {key[:100]} has {value.numel()} elements, which the file does not hold")
-    if sum(value.nbytes for value in tensors.values()) > 2 * size:  # twice: two names may share their bytes
-        raise CheckpointError(f"{path} asks for more memory than it has bytes, {size}")
+    if sum(value.nbytes for value in tensors.values()) > 2 * size:  # twice, because two names may share storage
+        raise CheckpointError(f"{path} needs more memory than its size, {size}")
     return tensors
 
 
 def _is_whole(value: Tensor) -> bool:
-    """Whether each element of a tensor is in memory of its own: not so with strides of zero, or in a sparse one."""
+    """Whether each element of a tensor has its own memory, unlike with zero strides or in a sparse tensor."""
     plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_nested
     return plain and value.nbytes <= value.untyped_storage().nbytes()
 
 
 def _flat(content: Mapping[Any, Any], prefix: str, left: list[int]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors by name. left: letters that all names may have; a dictionary may be in itself, or in many others."""
+    """Flatten nested dictionaries. left: remaining characters for names, since a dictionary may contain itself."""
     for key, value in content.items():
         if isinstance(key, str) and isinstance(value, Tensor | Mapping):
             left[0] -= len(prefix) + len(key) + 1
@@ -79,19 +79,19 @@ def _flat(content: Mapping[Any, Any], prefix: str, left: list[int]) -> Iterator[
 
 
 def check_archive(file: IO[bytes], name: str) -> None:
-    """Raise CheckpointError for what `torch.save` did not write, is a program, or takes more memory than bytes."""
+    """Raise CheckpointError for a file that `torch.save` did not write, a program, or a zip bomb."""
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - (1 << 16)))
     end = file.read().rpartition(b"PK\5\6")[2]
     if len(end) < 12 or int.from_bytes(end[8:12], "little") > MOST_DIRECTORY:
-        raise CheckpointError(f"{name} has no list of parts, or one that is too long")
+        raise CheckpointError(f"{name} has no zip directory, or one that is too long")
     try:
         with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
             if any(part.filename.endswith("/constants.pkl") for part in parts):
                 raise CheckpointError(
-                    f"{name} is a TorchScript program, which would be run to be read; where you trust it, write its "
-                    f"tensors alone: torch.save(torch.jit.load({Path(name).name!r}, map_location='cpu').state_dict(), "
+                    f"{name} is a TorchScript program, whose loading runs code; if you trust it, save only its "
+                    f"tensors: torch.save(torch.jit.load({Path(name).name!r}, map_location='cpu').state_dict(), "
                     "'weights.pt')"
                 )
             if any(part.compress_type != zipfile.ZIP_STORED or part.file_size > size for part in parts):
@@ -104,7 +104,7 @@ def check_archive(file: IO[bytes], name: str) -> None:
 
 
 def _reason(error: Exception, path: Path, zipped: bool) -> str:
-    """One plain line of an unpickler's message of many."""
+    """A one-line reason from an unpickler's long message."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     if found:
         return (
@@ -112,5 +112,5 @@ def _reason(error: Exception, path: Path, zipped: bool) -> str:
             f"state dict alone: torch.save(torch.load({path.name!r}, weights_only=False)['state_dict'], 'weights.pt')"
         )
     if not zipped:
-        return "the file is damaged, or no checkpoint"
+        return "the file is damaged, or not a checkpoint"
     return line_of(error)

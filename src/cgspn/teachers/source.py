@@ -1,4 +1,4 @@
-"""Read what a user names (a file, a folder or a hub id): the weights and the configs next to them."""
+"""Opening of a source (file, folder or hub id): its weights and the configs next to them."""
 
 import re
 from contextlib import suppress
@@ -7,13 +7,12 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from ..models.checkpoint import line_of
 from ..models.reading import CheckpointError, read_json
 from .files import Weights, open_weights
 from .foreign import checked_config
 
 CONFIGS = ("config.json", "open_clip_config.json", "processor_config.json", "preprocessor_config.json")
-# first found, first taken; safetensors before pickles, what the folder's config describes before copies of it
+# in order of preference: safetensors before pickles, files that the folder's config describes before copies
 WEIGHTS = (
     "open_clip_model.safetensors",
     "model.safetensors",
@@ -28,9 +27,9 @@ _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "
 
 @dataclass(frozen=True)
 class Source:
-    """name: what the user gave. weights: every tensor of it. configs: JSON files beside them, by file name.
+    """name: as given by the user. weights: all tensors. configs: JSON files next to the weights, by file name.
 
-    metadata: of a safetensors file. folder: where its other files are.
+    metadata: of a safetensors file. folder: the folder with the other files.
     """
 
     name: str
@@ -41,7 +40,7 @@ class Source:
 
 
 def locate(source: str | Path) -> Path:
-    """The local file or folder of a source; a hub id is fetched first. Raises CheckpointError if there is none."""
+    """The local file or folder of a source, after downloading a hub id. Raises CheckpointError if there is none."""
     path = Path(source)
     hub = isinstance(source, str) and _HUB_ID.fullmatch(source)
     if hub and (hub[1] or not path.exists()):
@@ -61,25 +60,25 @@ def _hint(source: str) -> str:
 
 
 def open_source(path: Path, name: str) -> Source:
-    """The weights and configs of a local file or folder. Raises CheckpointError for none or a truncated file."""
+    """The weights and configs of a local file or folder. Raises CheckpointError for a missing or truncated file."""
     found = path if path.is_file() else next((path / name for name in WEIGHTS if (path / name).is_file()), None)
     if found is None:
         no = "" if (path / "config.json").is_file() else "config.json and no "
         raise CheckpointError(f"{path} has no {no}model.safetensors; expected a checkpoint folder with both")
     weights, metadata = open_weights(found)
-    # a config belongs to a file only if the file has the name that goes with it
+    # a config applies to a file only if the file has the expected name
     configs = _configs(found.parent) if found.name in WEIGHTS else {}
     return Source(name, weights, configs, metadata, found.parent)
 
 
 def _configs(folder: Path) -> dict[str, dict[str, Any]]:
     found = {name: read_json(folder / name) for name in CONFIGS if (folder / name).is_file()}
-    own = "model" in found.get("config.json", {})  # this library's own states every field, null where there is none
+    own = "model" in found.get("config.json", {})  # this library's configs have every field, and null is a value
     return found if own else {name: checked_config(config, folder / name) for name, config in found.items()}
 
 
 def _fetch(repository: str, revision: str | None) -> Path:
-    """A folder with the smallest set of files that says everything: configs, tokenizer, one copy of the weights."""
+    """Download the required files of a hub id: configs, tokenizer and one copy of the weights."""
     try:
         from huggingface_hub import HfApi, snapshot_download
     except ImportError as error:
@@ -88,7 +87,7 @@ def _fetch(repository: str, revision: str | None) -> Path:
         ) from error
     names: set[str] | None = None
     try:
-        with suppress(Exception):  # whatever the connection's fault, what is in the cache will do
+        with suppress(Exception):  # without a connection, use the cache
             info = HfApi().model_info(repository, revision=revision, timeout=10)
             names = {file.rfilename for file in info.siblings or []}
             weights = next(name for name in WEIGHTS if name in names)
@@ -98,9 +97,9 @@ def _fetch(repository: str, revision: str | None) -> Path:
         if names is None or names & {*WEIGHTS}:
             return Path(snapshot_download(repository, revision=revision, local_files_only=True))
     except Exception as error:
+        hint = _hint(repository).strip()
         raise CheckpointError(
-            f"{repository} is no file or folder here, and cannot be had as a hub id "
-            f"(no such id, or no connection and nothing cached): {line_of(error)}"
-            + (f"; {hint}" if (hint := _hint(repository).strip()) else "")
+            f"{repository} is no file or folder here, and cannot be had as a hub id: no such id, or no connection and "
+            f"nothing cached{f'; {hint}' if hint else ''}"
         ) from error
     raise CheckpointError(f"hub id {repository} has none of {', '.join(WEIGHTS)}")

@@ -1,8 +1,7 @@
-"""Text towers of CLIP, SigLIP and SigLIP 2 through transformers, with their tokenizers, beside our image encoders."""
+"""Text towers and tokenizers of CLIP, SigLIP and SigLIP 2 from transformers, combined with this library's encoders."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,13 +33,13 @@ class PretrainedText(nn.Module):
     original."""
 
     def __init__(self, model: nn.Module, tokenizer: Any) -> None:
-        """model: a text model of transformers whose output has text_embeds or pooler_output; tokenizer: its own."""
+        """model: a text model of transformers whose output has text_embeds or pooler_output; tokenizer: the model's."""
         super().__init__()
         self.model, self.tokenizer = model, tokenizer
 
     @property
     def config(self) -> Any:
-        """transformers' config of the tower."""
+        """The tower's transformers config."""
         config: Any = self.model.config
         return getattr(config, "text_config", config)
 
@@ -58,14 +57,14 @@ class PretrainedText(nn.Module):
         texts = text_list(texts)
         if str(self.config.model_type).startswith("siglip"):
             texts = [text.lower() for text in texts]
-        # SigLIP takes the last position's state and was trained on padded texts: always pad to the full length
+        # SigLIP uses the last position and was trained on padded texts, so always pad to the full length
         longest = context_length or self.context_length
         batch = self.tokenizer(texts, padding="max_length", truncation=True, max_length=longest, return_tensors="pt")
         ids: Tensor = batch["input_ids"]
         return ids
 
     def forward(self, texts: Sequence[str] | Tensor) -> Tensor:
-        """Texts, or their ids [N, T], -> embeddings [N, embed_dim] of any length.
+        """Texts, or their ids [N, T], -> embeddings [N, embed_dim] of any norm.
 
         Longer texts are truncated. No mask is needed, because CLIP's attention is causal and SigLIP attends to padding.
         Raises ValueError for an empty text or an empty list.
@@ -80,35 +79,24 @@ class PretrainedDual(DualEncoder):
     """An image encoder whose pooled output is the image embedding, and the text tower of the same model."""
 
     def __init__(self, image: Encoder, text: PretrainedText, logit_scale: float, logit_bias: float) -> None:
-        """logit_scale, the logarithm of the loss's scale, and logit_bias, as the checkpoint has them."""
+        """logit_scale (the logarithm of the scale) and logit_bias are those of the checkpoint."""
         nn.Module.__init__(self)
         width = image.config.pooled_width
         self.image = image
         self.text = text  # type: ignore[assignment]
         kind: Any = text.model.config
         self.loss = "sigmoid" if str(kind.model_type).startswith("siglip") else "clip"
-        # the encoder projects; those who train through a projection find one that changes nothing
+        # the encoder includes the projection; an identity keeps the interface of DualEncoder
         self.image_projection = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.image_projection.weight)
         self.text_projection = nn.Identity()  # type: ignore[assignment]
         self.logit_scale = nn.Parameter(torch.tensor(logit_scale))
         self.logit_bias = nn.Parameter(torch.tensor(logit_bias))
 
-    def with_image(self, image: Encoder) -> PretrainedDual:
-        """Return a copy with another image encoder; the text tower is copied. Raises ValueError if the widths
-        differ."""
-        width, own = image.config.pooled_width, self.image.config.pooled_width
-        if width != own:
-            raise ValueError(f"image has width {width}; expected {own}")
-        text: Any = copy.deepcopy(self.text)
-        other = PretrainedDual(image, text, self.logit_scale.item(), self.logit_bias.item())
-        other.image_projection.load_state_dict(self.image_projection.state_dict())
-        return other.to(self.logit_scale.device).train(self.training)
-
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write the text tower and tokenizer to `folder`/text, then config.json and model.safetensors.
 
-        dtype: of the stored weights of everything but the text tower. Raises OSError.
+        dtype: of all stored weights except for the text tower's. Raises OSError.
         """
         text: Any = self.text
         text.model.save_pretrained(Path(folder) / "text")
@@ -118,13 +106,13 @@ class PretrainedDual(DualEncoder):
 
 
 def missing_for_text(source: Source) -> str | None:
-    """Why a source's text tower cannot be had; None if it can."""
+    """The reason why the text tower of a source cannot be loaded, or None."""
     kind = source.configs.get("config.json", {}).get("model_type")
     if kind not in _CLASSES:
         return f"only those of transformers' {', '.join(k for k in _CLASSES if '_' not in k)} are read"
     folder = source.folder
     if folder is None or not any((folder / name).is_file() for name in _TOKENIZERS):
-        return "no tokenizer's files are beside the weights"
+        return "no tokenizer files are next to the weights"
     try:
         import transformers  # noqa: F401
     except ImportError:
@@ -142,17 +130,17 @@ def load_text(folder: str | Path) -> PretrainedText:
     except ImportError as error:
         raise CheckpointError("text towers need transformers; install cgspn[text]") from error
     try:
-        # a folder may name code of its own, which is neither run nor asked about
+        # never run code from the folder, or ask about it
         plain = {"trust_remote_code": False, "local_files_only": True}
         config: Any = transformers.AutoConfig.from_pretrained(folder, **plain)
         kind = config.model_type
         if kind not in _CLASSES:
             raise CheckpointError(f"{folder} holds a {kind!r} model; text towers are of clip, siglip or siglip2")
         inner = getattr(config, "text_config", config)
-        if kind == "clip":  # the whole model's projection counts; the text tower's own field may differ
+        if kind == "clip":  # use the whole model's projection width; the text tower's field may differ
             inner.projection_dim = config.projection_dim
         level = transformers.logging.get_verbosity()
-        transformers.logging.set_verbosity_error()  # or it lists every weight of the image tower as unexpected
+        transformers.logging.set_verbosity_error()  # otherwise it lists all weights of the image tower as unexpected
         try:
             model = getattr(transformers, _CLASSES[kind]).from_pretrained(folder, config=inner, dtype=torch.float32)
         finally:
@@ -160,14 +148,14 @@ def load_text(folder: str | Path) -> PretrainedText:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **plain)
     except CheckpointError:
         raise
-    except Exception as error:  # transformers raises all kinds of errors for configs and vocabularies that are damaged
+    except Exception as error:  # damaged configs and vocabularies raise all kinds of errors
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise CheckpointError(f"the text tower in {folder} cannot be read: {reason}") from error
     return PretrainedText(model, tokenizer).eval()
 
 
 def with_text(image: Encoder, source: Source) -> PretrainedDual:
-    """The image-text model of a transformers source around its image encoder. Raises CheckpointError."""
+    """Create the image-text model of a transformers source from its image encoder. Raises CheckpointError."""
     assert source.folder is not None
     scale, bias = source.weights.get("logit_scale"), source.weights.get("logit_bias")
     text = load_text(source.folder)
@@ -177,7 +165,7 @@ def with_text(image: Encoder, source: Source) -> PretrainedDual:
 
 
 def pretrained_dual_of(folder: Path, image: Encoder, rest: Weights) -> PretrainedDual:
-    """Load what `PretrainedDual.save_pretrained` wrote, around its image encoder. Raises CheckpointError."""
+    """Load a folder of `PretrainedDual.save_pretrained`, given its image encoder. Raises CheckpointError."""
     dual = PretrainedDual(image, load_text(folder / "text"), 0.0, 0.0)
     wanted = {k: v for k, v in dual.state_dict().items() if not k.startswith(("image.", "text."))}
     if {k: tuple(v.shape) for k, v in wanted.items()} != {k: v.shape for k, v in rest.items()}:

@@ -14,16 +14,16 @@ from ..registry import model_config
 DEFAULT = "cgspn_small_patch14_378"
 
 
-def _field(name: str, doc: str) -> property:
-    """A property that reads and sets a number of the encoder's config under transformers' name."""
+def _field(name: str, doc: str, section: str = "") -> property:
+    """A property that reads and sets a value of the encoder's config under transformers' name."""
 
-    def get(self: CgspnConfig) -> int:
-        return int(self.encoder[name])
+    def of(config: CgspnConfig) -> dict[str, Any]:
+        return config.encoder[section] if section else config.encoder
 
-    def put(self: CgspnConfig, value: int) -> None:
-        self.encoder[name] = value
+    def put(self: CgspnConfig, value: Any) -> None:
+        of(self)[name] = value
 
-    return property(get, put, doc=doc)
+    return property(lambda self: of(self)[name], put, doc=doc)
 
 
 class CgspnConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
@@ -49,7 +49,8 @@ class CgspnConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
             encoder: a name of `cgspn.list_models()`, an EncoderConfig, or one as a dict.
             apply_layernorm: for a backbone: apply the encoder's last LayerNorm to its feature maps.
             out_features, out_indices: for a backbone: its stages, "stem" (0, before the blocks), "stage1", "stage2",
-            ... kwargs: settings of transformers, such as num_labels or id2label.
+                ...
+            kwargs: settings of transformers, such as num_labels or id2label.
 
         Raises ValueError for a name, a setting or a stage that does not exist.
         """
@@ -83,6 +84,7 @@ class CgspnConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
     intermediate_size = _field("mlp_hidden", "Inner width of the MLPs.")
     patch_size = _field("patch_size", "In pixels.")
     num_channels = _field("channels", "Of the images.")
+    num_attention_heads = _field("heads", "Of the attention blocks, if there are any.", "attention")
 
     @property
     def num_hidden_layers(self) -> int:
@@ -93,17 +95,10 @@ class CgspnConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
     def num_hidden_layers(self, count: int) -> None:
         mixers = list(self.encoder["mixers"])
         if count > len(mixers) and len(set(mixers)) > 1:
-            raise ValueError(f"num_hidden_layers is {count}; {len(mixers)} mixed blocks accept no more than they are")
+            raise ValueError(
+                f"num_hidden_layers is {count}; {len(mixers)} blocks of different kinds accept at most their number"
+            )
         self.encoder["mixers"] = mixers[:count] + mixers[:1] * (count - len(mixers))
-
-    @property
-    def num_attention_heads(self) -> int:
-        """Number of heads of the attention blocks, if there are any."""
-        return int(self.encoder["attention"]["heads"])
-
-    @num_attention_heads.setter
-    def num_attention_heads(self, heads: int) -> None:
-        self.encoder["attention"]["heads"] = heads
 
     @property
     def image_size(self) -> list[int]:

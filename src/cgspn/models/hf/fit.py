@@ -16,6 +16,7 @@ from ..config import Resample
 
 Aspect = Literal["crop", "squash", "keep"]
 Sides = int | Sequence[int] | Mapping[str, int]
+FULL = 255  # largest value of decoded pixels
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Fit:
     """The conversion of images: size, channels and normalisation.
 
     Attributes:
-        prepare: size, crop, filter, and mean and std for pixels in 0 to 1.
+        prepare: size, crop and filter, and mean and std for pixels times `factor`.
+        factor: scale of integer pixels; floats are already in 0 to 1.
         patch: if not 0, keep each image's aspect ratio with as many pixels as prepare.size, in whole patches.
         window: (height, width) of the centre crop of an image that is not resized.
         convert: images are converted to RGB or grey; otherwise their channels are used as they are.
@@ -31,6 +33,7 @@ class Fit:
     """
 
     prepare: Prepare
+    factor: float = 1 / FULL
     patch: int = 0
     window: tuple[int, int] | None = None
     convert: bool = True
@@ -38,45 +41,44 @@ class Fit:
 
     def __call__(self, picture: Any) -> Tensor:
         """float32 [C, H, W]. Raises ValueError for a wrong number of channels, and the errors of `open_picture`."""
-        channels = len(self.prepare.mean)
-        if self.convert and channels in (1, 3):
-            return self._resized(open_picture(self._first(picture)), channels)
-        planes = self._planes(picture)
-        if len(planes) != channels:
-            raise ValueError(f"an image has {len(planes)} channels; accepted: {channels}, as image_mean has")
-        each = zip(planes, self.prepare.mean, self.prepare.std, strict=True)
-        one = [replace(self, prepare=replace(self.prepare, mean=(m,), std=(s,)))._resized(p, 1) for p, m, s in each]
-        return torch.cat(one)
+        count = len(self.prepare.mean)
+        if self.convert and count in (1, 3):
+            planes, channels = [open_picture(self._first(picture))], count
+        else:
+            planes, channels = self._planes(picture), 1
+        if len(planes) * channels != count:
+            raise ValueError(f"an image has {len(planes)} channels; accepted: {count}, as image_mean has")
+        scale = 1.0 if _is_float(picture) else FULL * self.factor
+        parts = []
+        for n, plane in enumerate(planes):
+            own = slice(n * channels, (n + 1) * channels)
+            mean, std = (tuple(v / scale for v in values[own]) for values in (self.prepare.mean, self.prepare.std))
+            parts.append(self._resized(plane, replace(self.prepare, channels=channels, mean=mean, std=std)))
+        return torch.cat(parts)
 
-    def _resized(self, image: Image.Image, channels: int) -> Tensor:
-        prepare = replace(self.prepare, channels=channels)
+    def _resized(self, image: Image.Image, prepare: Prepare) -> Tensor:
         if self.window is not None:
             top, left = ((own - side) // 2 for own, side in zip((image.height, image.width), self.window))
             image = image.crop((left, top, left + self.window[1], top + self.window[0]))
         elif self.patch and prepare.size is not None:
             scale = math.sqrt(math.prod(prepare.size) / (image.height * image.width)) / self.patch
-            size = [max(1, round(side * scale)) * self.patch for side in (image.height, image.width)]
-            prepare = replace(prepare, size=(size[0], size[1]), crop=False, crop_pct=1.0)
+            height, width = (max(1, round(side * scale)) * self.patch for side in (image.height, image.width))
+            prepare = replace(prepare, size=(height, width), crop=False, crop_pct=1.0)
         return prepare(image)
 
     def _planes(self, picture: Any) -> list[Image.Image]:
         """Each channel as a grey image."""
         if isinstance(picture, Image.Image):
             return list(picture.split())
-        if picture.ndim == 2:
-            return [array_picture(picture)]
-        return [array_picture(plane) for plane in self._first(picture)]
+        return [array_picture(plane) for plane in ([picture] if picture.ndim == 2 else self._first(picture))]
 
     def _first(self, picture: Any) -> Any:
         """An array or tensor with its channels moved first if the layout is known; anything else unchanged."""
         if not isinstance(picture, (np.ndarray, Tensor)) or picture.ndim != 3:
             return picture
-        count = len(self.prepare.mean) if not self.convert else None
-        last = self.layout == "channels_last"
-        if self.layout is None:
-            known = CHANNELS if count is None else (count,)
-            last = picture.shape[0] not in known and picture.shape[2] in known
-        if not last:
+        known = CHANNELS if self.convert else (len(self.prepare.mean),)
+        last = picture.shape[0] not in known and picture.shape[2] in known
+        if not (last if self.layout is None else self.layout == "channels_last"):
             return picture
         return picture.permute(2, 0, 1) if isinstance(picture, Tensor) else np.moveaxis(picture, 2, 0)
 
@@ -93,32 +95,20 @@ def each_picture(images: Any) -> Iterator[Any]:
     elif isinstance(images, (str, Path)):
         yield open_raw(images)
     elif isinstance(images, (np.ndarray, Tensor, Image.Image)):
-        if (largest := largest_float(images)) > 1:
-            raise ValueError(f"an image holds floats up to {largest:g}; accepted: integers 0 to 255, floats 0 to 1")
         yield images
     else:
         raise ValueError(f"an image is a {type(images).__name__}; accepted: a PIL image, an array, a tensor or a path")
 
 
-def is_float(picture: Any) -> bool:
-    """Whether an image is an array or tensor of floats."""
-    if isinstance(picture, Tensor):
-        return picture.dtype.is_floating_point
-    return isinstance(picture, np.ndarray) and picture.dtype.kind == "f"
+def _is_float(picture: Any) -> bool:
+    kind = getattr(picture, "dtype", None)
+    return kind.is_floating_point if isinstance(kind, torch.dtype) else getattr(kind, "kind", "") == "f"
 
 
-def largest_float(picture: Any) -> float:
-    """The largest magnitude in an array or tensor of floats; 0 for empty ones and other images."""
-    return float(abs(picture).max()) if is_float(picture) and 0 not in picture.shape else 0.0
-
-
-def resizing(size: Sides | None, crop_size: Sides | None, aspect: Aspect, resample: Resample, pct: float) -> Fit:
-    """The `Fit` for given options. size None does not resize, crop_size None does not crop. Raises ValueError."""
-    if size is None:
-        return Fit(Prepare(None), window=None if crop_size is None else sides("crop_size", crop_size))
+def resizing(size: Sides, crop_size: Sides | None, aspect: Aspect, pct: float) -> dict[str, Any]:
+    """The size, crop and crop_pct of `Prepare` for given options. crop_size None does not crop. Raises ValueError."""
     if crop_size is None:
-        crop = aspect == "crop"
-        return Fit(Prepare(sides("size", size), crop, resample, crop_pct=pct))
+        return {"size": sides("size", size), "crop": aspect == "crop", "crop_pct": pct}
     height, width = sides("crop_size", crop_size)
     if isinstance(size, Mapping) and set(size) == {"shortest_edge"}:
         pct, crop = max(height, width) / size["shortest_edge"], True
@@ -129,7 +119,7 @@ def resizing(size: Sides | None, crop_size: Sides | None, aspect: Aspect, resamp
             raise ValueError(f"crop_size is {(height, width)} of size {full}; accepted: the same shape")
     if not 0 < pct <= 1:
         raise ValueError(f"crop_size is {(height, width)}, which is larger than size {size}; accepted: up to it")
-    return Fit(Prepare((height, width), crop, resample, crop_pct=pct))
+    return {"size": (height, width), "crop": crop, "crop_pct": pct}
 
 
 def sides(name: str, size: Sides) -> tuple[int, int]:
@@ -146,12 +136,10 @@ def sides(name: str, size: Sides) -> tuple[int, int]:
     return values[0], values[1]
 
 
-def filter_name(resample: Resample | int) -> Resample:
+def filter_name(resample: Any) -> Resample:
     """A Pillow resampling filter by name or number. Raises ValueError for an unknown filter."""
-    accepted = get_args(Resample)
     name = str(getattr(resample, "value", resample)).lower()
-    if name.isdigit() and int(name) in [f.value for f in Image.Resampling]:
-        name = Image.Resampling(int(name)).name.lower()
-    if name not in accepted:
-        raise ValueError(f"resample is {resample!r}; accepted: {', '.join(map(repr, accepted))}")
-    return name  # type: ignore[return-value]
+    for accepted in get_args(Resample):
+        if name in (accepted, str(Image.Resampling[accepted.upper()].value)):
+            return accepted  # type: ignore[no-any-return]
+    raise ValueError(f"resample is {resample!r}; accepted: {', '.join(map(repr, get_args(Resample)))}")

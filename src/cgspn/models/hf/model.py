@@ -167,10 +167,11 @@ class CgspnModel(CgspnPreTrainedModel):
         Args:
             pixel_values: [B, channels, H, W].
             pixel_mask: [B, H, W], zero where a pixel is padding to the right or below, as returned by the image
-            processor. output_hidden_states: also return the tokens before the blocks and after each, before the last
-            LayerNorm. output_attentions: also return [B, heads, N, N] of each attention block. Scans have no attention
-            map; without attention blocks the result is None. interpolate_pos_encoding: no effect; position embeddings
-            are always resized to the image.
+                processor.
+            output_hidden_states: also return the tokens before the blocks and after each, before the last LayerNorm.
+            output_attentions: also return [B, heads, N, N] of each attention block. Scans have no attention map;
+                without attention blocks the result is None.
+            interpolate_pos_encoding: no effect; position embeddings are always resized to the image.
 
         Raises ValueError for sizes that are not multiples of the patch size.
         """
@@ -199,8 +200,7 @@ class CgspnForImageClassification(CgspnPreTrainedModel):
         output_attentions: bool | None = None,
         interpolate_pos_encoding: bool | None = None,
     ) -> ImageClassifierOutput:
-        """Logits, and with labels [B] (or [B, num_labels] for several per image) the loss. Otherwise like
-        `CgspnModel`."""
+        """Logits, and the loss if labels [B] or [B, num_labels] are given. Otherwise like `CgspnModel`."""
         tokens, grid, states, maps = self.run(pixel_values, pixel_mask, output_hidden_states, output_attentions)
         logits = self.encoder.forward_head(tokens, mask=grid.mask)
         loss = None if labels is None else self.loss_function(labels, logits, self.config)

@@ -1,7 +1,7 @@
 """An image processor of transformers for encoders."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import torch
@@ -10,11 +10,14 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.processing_utils import ImagesKwargs
 
+from ...data.prepare import Prepare
 from ..config import Resample
 from ..variable_size import inside, padded
-from .fit import Aspect, Sides, each_picture, filter_name, is_float, resizing, sides
+from .fit import FULL, Aspect, Fit, Sides, each_picture, filter_name, resizing, sides
 
-FULL = 255  # largest value of decoded pixels
+OPTIONS: tuple[str, ...] = ("size", "aspect", "resample", "crop_pct", "image_mean", "image_std", "patch_size")
+OPTIONS += ("do_convert_rgb", "do_resize", "do_center_crop", "crop_size", "do_rescale", "rescale_factor")
+OPTIONS += ("do_normalize", "data_format", "input_data_format", "disable_grouping")
 
 
 class CgspnImageProcessorKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg,misc]
@@ -84,74 +87,47 @@ class CgspnImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         self,
         images: Any,
         *,
-        size: Sides | None = None,
-        aspect: Aspect | None = None,
-        resample: Resample | int | None = None,
-        crop_pct: float | None = None,
-        do_convert_rgb: bool | None = None,
-        do_resize: bool | None = None,
-        do_center_crop: bool | None = None,
-        crop_size: Sides | None = None,
-        do_rescale: bool | None = None,
-        rescale_factor: float | None = None,
-        do_normalize: bool | None = None,
-        image_mean: float | Sequence[float] | None = None,
-        image_std: float | Sequence[float] | None = None,
-        patch_size: int | None = None,
         return_tensors: str | None = "pt",
-        data_format: str = "channels_first",
-        input_data_format: str | None = None,
         device: str | torch.device | None = None,
-        disable_grouping: bool | None = None,
+        **options: Any,
     ) -> BatchFeature:
         """Convert images to float32 pixel_values, on `device` if given, else on the input tensors' device or the CPU.
 
         Args:
             images: an image, a batch or a list of images.
-            size, aspect, resample, crop_pct, image_mean, image_std, patch_size: replace this processor's settings, as
-            do the options below. With crop_size, size may also be {"shortest_edge": pixels}. do_convert_rgb: False uses
-            the channels as they are, without converting colours. do_resize: False for images that already have their
-            size. do_center_crop, crop_size: take a centre crop after resizing to `size`, instead of `aspect`.
-            do_rescale, rescale_factor: for integer images. do_normalize: False to only rescale.
-            return_tensors: "pt", "np", or None for a list. data_format: "channels_first" or "channels_last" for
-            pixel_values. input_data_format: the same for input arrays with ambiguous shapes. disable_grouping: no
-            effect.
+            return_tensors: "pt", "np", or None for a list.
+            options: replace this processor's settings: size, aspect, resample, crop_pct, image_mean, image_std,
+                patch_size and the options of transformers. do_center_crop and crop_size take a centre crop after
+                resizing to `size`, which may be {"shortest_edge": pixels}, instead of `aspect`. do_convert_rgb=False
+                uses the channels as they are. do_rescale and rescale_factor are for integer images.
 
-        Raises ValueError for inputs that are not images, pixels out of range, incompatible options, or images of
-        different sizes without resizing.
+        Raises TypeError for an unknown option, and ValueError for inputs that are not images, pixels out of range,
+        incompatible options, or images of different sizes without resizing.
         """
+        if unknown := sorted(options.keys() - set(OPTIONS)):
+            raise TypeError(f"preprocess has no {', '.join(unknown)}; accepted: {', '.join(OPTIONS)}")
+        own = {name: getattr(self, name, None) for name in OPTIONS}
+        said = SimpleNamespace(**own | {name: value for name, value in options.items() if value is not None})
         pictures = list(each_picture(images))
         if not pictures:
             raise ValueError("images is empty; expected at least one picture")
-
-        def option(name: str, given: Any) -> Any:
-            return getattr(self, name, None) if given is None else given
-
-        aspect = _known(option("aspect", aspect))
-        mean, std = (_per_channel(option(*own)) for own in (("image_mean", image_mean), ("image_std", image_std)))
-        if not option("do_normalize", do_normalize):
+        keep = _known(said.aspect) == "keep"
+        mean, std = _per_channel(said.image_mean), _per_channel(said.image_std)
+        if not said.do_normalize:
             mean, std = [0.0] * len(mean), [1.0] * len(mean)
-        factor = option("rescale_factor", rescale_factor) if option("do_rescale", do_rescale) else 1.0
-        fit = resizing(
-            option("size", size) if option("do_resize", do_resize) else None,
-            option("crop_size", crop_size) if option("do_center_crop", do_center_crop) else None,
-            aspect,
-            filter_name(option("resample", resample)),
-            option("crop_pct", crop_pct),
+        cut = said.crop_size if said.do_center_crop else None
+        fitted = resizing(said.size, cut, said.aspect, said.crop_pct) if said.do_resize else {"size": None}
+        fit = Fit(
+            Prepare(**fitted, resample=filter_name(said.resample), mean=tuple(mean), std=tuple(std)),
+            said.rescale_factor if said.do_rescale else 1.0,
+            said.patch_size if keep else 0,
+            None if said.do_resize or cut is None else sides("crop_size", cut),
+            said.do_convert_rgb,
+            getattr(said.input_data_format, "value", said.input_data_format),
         )
-        fit = replace(
-            fit,
-            patch=option("patch_size", patch_size) if aspect == "keep" else 0,
-            convert=option("do_convert_rgb", do_convert_rgb),
-            layout=getattr(input_data_format, "value", input_data_format),
-        )
-        pixels = []
-        for picture in pictures:
-            scale = 1.0 if is_float(picture) else FULL * factor  # floats are already in 0 to 1
-            own = replace(fit.prepare, mean=tuple(m / scale for m in mean), std=tuple(s / scale for s in std))
-            pixels.append(replace(fit, prepare=own)(picture))
-        batch = _padded(pixels) if aspect == "keep" else {"pixel_values": _stacked(pixels)}
-        if getattr(data_format, "value", data_format) == "channels_last":
+        pixels = [fit(picture) for picture in pictures]
+        batch = _padded(pixels) if keep else {"pixel_values": _stacked(pixels)}
+        if getattr(said.data_format, "value", said.data_format) == "channels_last":
             batch["pixel_values"] = batch["pixel_values"].permute(0, 2, 3, 1)
         where = device or next((p.device for p in pictures if isinstance(p, Tensor)), "cpu")
         return BatchFeature({name: value.to(where) for name, value in batch.items()}, tensor_type=return_tensors)

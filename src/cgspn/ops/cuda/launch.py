@@ -1,4 +1,4 @@
-"""Launches of the scan kernels. All but the addresses is computed once per combination of shapes and strides."""
+"""Launches of the scan kernels. Everything except addresses is computed once per shapes and strides."""
 
 from __future__ import annotations
 
@@ -158,8 +158,7 @@ def prepare(call: Call) -> Prepared | None:
 
 @functools.lru_cache(maxsize=1024)
 def merge_launch(gpu: Gpu, dtype: torch.dtype, count: int, directions: int) -> Launch:
-    """A launch that sums planes [D, count] into another tensor, in float32 and a fixed order. It takes two
-    addresses."""
+    """A launch that sums planes [D, count] in float32, in a fixed order. It takes two addresses."""
     size = dtype.itemsize
     wide = 16 // size if count % (16 // size) == 0 else 1
     function = gpu.load("merge", "merge", merge_defines(dtype, wide), 0)

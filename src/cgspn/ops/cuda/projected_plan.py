@@ -1,4 +1,4 @@
-"""Tile sizes of a projected scan, and the number of images per launch of its backward."""
+"""Tile sizes of a projected scan."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from ..arguments import PARAMETERS
 from ..gpu import Machine
 
-KEPT = 64  # up to this many channels the weights stay in registers
-OUTPUTS = 6  # maps per direction that the backward kernel writes: five parameter gradients and the direct gradient of x
+MOST_CHANNELS = 64  # the weights of more do not stay in registers, and their products take longer than memory
 
 
 @dataclass(frozen=True)
@@ -38,23 +37,20 @@ class ProjectedTileConfig:
         """Number of blocks of a launch."""
         return batch * -(-channels // (16 * self.groups)) * directions
 
-    def shared_bytes(self, channels: int, backward: bool) -> int:
-        """Dynamic shared memory of a block, in the order of the kernels' layout."""
+    def shared_bytes(self, channels: int) -> int:
+        """Dynamic shared memory of a block, in the order of the kernel's layout."""
         padded = depth(channels)
-        own = 32 * self.line * self.groups  # bytes of a line of the block's own channels
-        lines = self.stages * (2 * self.line * padded + (2 * own if backward else 0))
-        outputs = 2 * own * (OUTPUTS if backward else 1)
-        states = (4 if backward else 2) * self.groups * (self.line + 2) * 80
+        lines = self.stages * 2 * self.line * padded
+        outputs = 64 * self.line * self.groups
+        states = 2 * self.groups * (self.line + 2) * 80
         weights = self.groups * PARAMETERS * padded * 32
         return lines + outputs + states + weights
 
-    def fits(self, channels: int, gpu: Machine, backward: bool) -> bool:
+    def fits(self, channels: int, gpu: Machine) -> bool:
         """Whether a block has the threads, registers (as scripts/check_kernels.py found) and shared memory it needs."""
-        weights = depth(channels) * 40 // 32 if depth(channels) <= KEPT else 60  # in registers or shared memory
-        needed = 100 + weights + 25 * self.tiles if backward else 85 + weights + 4 * self.tiles
+        needed = 85 + depth(channels) * 40 // 32 + 4 * self.tiles
         allowed = min(255, 65536 // (-(-self.threads // 128) * 128))
-        room = self.shared_bytes(channels, backward) <= gpu.shared_bytes
-        return room and self.threads <= 1024 and needed <= allowed
+        return self.shared_bytes(channels) <= gpu.shared_bytes and self.threads <= 1024 and needed <= allowed
 
 
 def depth(channels: int) -> int:
@@ -62,7 +58,7 @@ def depth(channels: int) -> int:
     return -(-channels // 32) * 32
 
 
-def cuts(longest: int, channels: int, gpu: Machine, backward: bool = False) -> Iterator[ProjectedTileConfig]:
+def cuts(longest: int, channels: int, gpu: Machine) -> Iterator[ProjectedTileConfig]:
     """Every tile config that covers lines of `longest` positions and fits."""
     needed = -(-longest // 8)
     for groups in (4, 2, 1):
@@ -72,13 +68,13 @@ def cuts(longest: int, channels: int, gpu: Machine, backward: bool = False) -> I
             if groups * 16 >= channels + 16 or wasted:
                 continue
             cut = ProjectedTileConfig(groups, row_warps, tiles)
-            if cut.fits(channels, gpu, backward):
+            if cut.fits(channels, gpu):
                 yield cut
 
 
 @functools.lru_cache(maxsize=1024)
 def choose(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> ProjectedTileConfig | None:
-    """The tile config of the forward, or None if lines are too long.
+    """The tile config, or None if lines are too long.
 
     From sweeps on an H100 (results/operator). With up to two blocks of 16 channels per SM, latency dominates: take as
     many warps per line as fit. With more blocks, warps of other blocks hide latency, and the amount of work counts:
@@ -93,37 +89,14 @@ def choose(batch: int, longest: int, channels: int, directions: int, gpu: Machin
     return min(filling, key=lambda cut: (cut.line * (5 if cut.tiles in (3, 5) else 6), -cut.groups), default=None)
 
 
-@functools.lru_cache(maxsize=1024)
-def choose_backward(
-    batch: int, longest: int, channels: int, directions: int, gpu: Machine
-) -> ProjectedTileConfig | None:
-    """The tile config of the backward: enough blocks, then wide ones, which read x less often, then about 10 warps."""
-
-    def worth(cut: ProjectedTileConfig) -> tuple[float, ...]:
-        filled = min(1.0, cut.blocks(batch, channels, directions) / _most(gpu))
-        return filled, cut.groups, -abs(cut.threads / 32 - 10)
-
-    return max(cuts(longest, channels, gpu, True), key=worth, default=None)
-
-
 def is_faster(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> bool:
-    """Whether the forward on the chip is faster than a separate projection and scan, as measured on an H100.
-
-    It is if a third of the SMs have a block; with fewer, latency dominates. The weights must fit in registers, because
-    the work of the products grows with the square of the channels and memory traffic does not.
+    """Whether this is faster than a separate projection and scan: if a third of the SMs have a block, as measured on
+    an H100. With fewer, latency dominates.
     """
-    cut = choose(batch, longest, channels, directions, gpu)
-    fast = cut is not None and depth(channels) <= KEPT
-    return fast and batch * -(-channels // 16) * directions >= gpu.num_sms // 3
+    fits = choose(batch, longest, channels, directions, gpu) is not None
+    return fits and batch * -(-channels // 16) * directions >= gpu.num_sms // 3
 
 
 def _most(gpu: Machine) -> float:
     """The number of blocks that leaves few SMs idle."""
     return gpu.num_sms * 0.75
-
-
-def images(batch: int, cut: ProjectedTileConfig, channels: int, directions: int, gpu: Machine) -> int:
-    """Number of images per backward launch: enough to fill the GPU twice, in chunks of equal size."""
-    enough = -(-2 * gpu.num_sms // cut.blocks(1, channels, directions))
-    chunks = max(1, batch // max(1, enough))
-    return max(1, -(-batch // chunks))

@@ -145,8 +145,7 @@ def norm_linear_finish(
 def linear_residual_finish(
     product, gain, weight, dgain, dweight, C, K, CHANNELS: tl.constexpr, LATENT: tl.constexpr
 ):  # fmt: skip
-    """Gradients of gain [K] and weight [C, K] from product [C, K] = dout^T unit, where unit is RMSNorm(y) without its
-    gain."""
+    """Gradients of gain [K] and weight [C, K] from product [C, K] = dout^T unit; unit: RMSNorm(y) without gain."""
     k = tl.program_id(0) * LATENT + tl.arange(0, LATENT)
     g = tl.load(gain + k, mask=k < K, other=0).to(tl.float32)[None, :]
     gains = tl.zeros([LATENT], tl.float32)
@@ -164,8 +163,7 @@ def linear_residual_fold(
     weight, gain, bias, scale, after, folded, offset, C, K,
     CHANNELS: tl.constexpr, LATENT: tl.constexpr, NORM: tl.constexpr, SCALE: tl.constexpr, NEXT: tl.constexpr,
 ):  # fmt: skip
-    """Fold RMSNorm's gain and LayerScale into the linear layer: folded [C, K], and the sum of all biases, offset
-    [C]."""
+    """Fold RMSNorm's gain and LayerScale into the linear layer: folded [C, K] and the bias, offset [C]."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     k = tl.arange(0, LATENT)
     valid = (c < C)[:, None] & (k < K)[None, :]
@@ -311,8 +309,7 @@ def local_norm_forward(
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, SIDE: tl.constexpr,
     BIAS: tl.constexpr, NORM: tl.constexpr, MASKED: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    """x + depthwise convolution of x (transposed if FLIP), then RMSNorm if NORM, for parts of two rows with all
-    channels.
+    """x + depthwise convolution of x (transposed if FLIP), then RMSNorm if NORM, for parts of two rows.
 
     A program computes two output rows and loads the input they share once: 12 tiles instead of 18 for a 3x3 kernel.
     """

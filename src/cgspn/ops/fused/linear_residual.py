@@ -18,8 +18,7 @@ from .tiles import PARTS, is_large, launch, plain_gradients, tile, weight_channe
 def _fold(
     weight: Tensor, gain: Tensor | None, bias: Tensor, scale: Tensor | None, after: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Fold gain and LayerScale into the linear layer: weight [C, K] in `dtype`, and the sum of all biases, float32
-    [C]."""
+    """Fold gain and LayerScale into the linear layer: weight [C, K] in `dtype` and float32 bias [C]."""
     channels, latent = weight.shape
     folded, offset = empty(weight.shape, dtype, weight.device), empty((channels,), torch.float32, weight.device)
     launch(

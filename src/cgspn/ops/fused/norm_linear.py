@@ -16,8 +16,7 @@ from .tiles import PARTS, ROWS, is_large, launch, plain_gradients, tile, weight_
 
 
 def _fold(gain: Tensor, shift: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Fold the norm's gain into the linear layer: weight [K, C] in `dtype`; its row sums and the bias, float32 [2,
-    K]."""
+    """Fold the norm's gain into the linear layer: weight [K, C] in `dtype`; row sums and bias, float32 [2, K]."""
     latent, channels = weight.shape
     folded, sums = empty(weight.shape, dtype, weight.device), empty((2, latent), torch.float32, weight.device)
     tensors = (gain, shift, weight.contiguous(), bias, folded, sums)

@@ -169,8 +169,7 @@ class AddNorm(torch.autograd.Function):
 
 
 class RmsNorm(torch.autograd.Function):
-    """RMSNorm whose gradients take one pass. PyTorch's gradient of the gain alone took twice as long
-    (results/training)."""
+    """RMSNorm with all gradients in one pass; PyTorch's for the gain alone took twice as long."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Families of foreign checkpoints, one table each, and how a checkpoint's family is recognised: by its keys."""
+"""Families of foreign checkpoints, with one table each. A checkpoint's family is recognised by its keys."""
 
 import re
 
@@ -16,15 +16,15 @@ from .radio import RADIO
 from .timm import TIMM
 from .transformers import CLIP, DINOV2, SIGLIP
 
-# SigLIP's anchors are CLIP's too: CLIP first
+# CLIP comes first because SigLIP's anchors also occur in CLIP
 FAMILIES: tuple[Family, ...] = (TIMM, OPENCLIP, RADIO, CLIP, SIGLIP, DINOV2, DINOV3)
 
 
 def read_encoder(source: Source, options: Options) -> Encoder:
-    """The encoder of a foreign checkpoint, in eval mode. Raises CheckpointError naming the nearest family and keys."""
+    """Read the encoder of a foreign checkpoint, in eval mode. Raises CheckpointError naming the most similar family."""
     for name in _stated_names(source):
         if reason := unsupported_reason(name):
-            raise CheckpointError(f"{source.name} is a {name}: {reason}, which this library does not compute")
+            raise CheckpointError(f"{source.name} is a {name}: {reason}, which this library does not support")
     tower = find_tower(FAMILIES, source, options)
     if tower is not None:
         return build(tower, options)
@@ -33,7 +33,7 @@ def read_encoder(source: Source, options: Options) -> Encoder:
     known = ", ".join(family.name for family in FAMILIES)
     if not _likeness(nearest, keys):
         raise CheckpointError(
-            f"{source.name} is none of the known kinds of checkpoint ({known}, this library's own): "
+            f"{source.name} is not a known kind of checkpoint ({known}, this library's own): "
             f"its {len(keys)} keys begin with {listed(source.weights)}"
         )
     missing = [a for a in nearest.anchors if not any(key.endswith(tuple(a.split("|"))) for key in source.weights)]
@@ -46,7 +46,7 @@ def read_encoder(source: Source, options: Options) -> Encoder:
 
 
 def _stated_names(source: Source) -> list[str]:
-    """The names of the architecture in the configs beside the weights."""
+    """The architecture names in the configs next to the weights."""
     config = source.configs.get("config.json", {})
     inner = [config.get(key) for key in ("vision_config", "backbone_config")]
     clip = source.configs.get("open_clip_config.json", {}).get("model_cfg", {}).get("vision_cfg", {})
@@ -61,5 +61,5 @@ def _known(family: Family, key: str) -> bool:
 
 
 def _likeness(family: Family, keys: list[str]) -> int:
-    """How many keys its table knows; two of a kind of block are one, and norms alone are in every model."""
+    """The number of distinct keys in a family's table, without norms, which occur in every model."""
     return sum(_known(family, key) for key in set(keys) if not key.startswith("norm"))

@@ -1,4 +1,4 @@
-"""Which image tower of a file is meant, where training has left more than one model in it."""
+"""The choice of an image tower in files of training runs that hold several models."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -8,17 +8,18 @@ from ..options import Options
 from ..source import Source
 from .family import Family, Tower
 
-# What the authors of such files evaluate: the teacher (DINO, iBOT, DINOv2), the moving average (timm, DeiT), I-JEPA's.
+# The models that the authors evaluate: the teacher (DINO, iBOT, DINOv2), the moving average (timm, DeiT), I-JEPA's
+# target.
 _USUAL = re.compile(r"(^|[._])(teacher|ema|target_encoder)([._]|$)")
-_ONLINE = re.compile(r"(^|[._])online")  # of BYOL, whose authors evaluate this one and not its target
+_ONLINE = re.compile(r"(^|[._])online")  # BYOL's authors evaluate the online network, not the target
 
 
 def find_tower(families: Sequence[Family], source: Source, options: Options) -> Tower | None:
-    """The image tower of a source with its family; None if it has none of these families.
+    """Find the image tower of a source and its family; None if it is of no known family.
 
-    options.submodel is the beginning of the tower's keys, such as "student"; None for the only tower, or for the one
-    that is usually evaluated. Raises CheckpointError, naming the models, if there are several and none is the usual
-    one, or if none has the keys that `submodel` names.
+    options.submodel is the prefix of the tower's keys, such as "student". None takes the only tower, or the one that is
+    usually evaluated. Raises CheckpointError, naming the models, if there are several and none is usually evaluated, or
+    if none has the prefix `submodel`.
     """
     found: dict[str, Family] = {}
     for family in families:
@@ -37,7 +38,7 @@ def find_tower(families: Sequence[Family], source: Source, options: Options) -> 
 
 
 def choose(name: str, prefixes: list[str], submodel: str | None) -> str:
-    """The one of these beginnings of keys that is meant. Arguments and errors as of `find_tower`."""
+    """Choose one of these key prefixes. Arguments and errors are those of `find_tower`."""
     chosen = prefixes
     if submodel is not None:
         start = submodel.rstrip(".") + "." if submodel else ""
@@ -49,7 +50,7 @@ def choose(name: str, prefixes: list[str], submodel: str | None) -> str:
         chosen = [p for p in prefixes if _USUAL.search(p) and not online] or prefixes
     if len(chosen) > 1:
         raise CheckpointError(
-            f"{name} holds {len(chosen)} models, {_names(chosen)}; choose one, submodel={chosen[0].rstrip('.')!r}"
+            f"{name} holds {len(chosen)} models, {_names(chosen)}; choose one with submodel={chosen[0].rstrip('.')!r}"
         )
     return chosen[0]
 

@@ -1,4 +1,4 @@
-"""DINOv3 as transformers saves it: rotary positions, register tokens, and keys without a bias. timm's is in timm.py."""
+"""DINOv3 in transformers' format: rotary positions, register tokens, keys without bias. timm's format is in timm.py."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,13 @@ from .family import Family, Rule, Tower, both, built, grid_rows, head_count, pre
 from .preprocessing import IMAGENET_MEAN, IMAGENET_STD, normalisation
 from .transformers import activation_of, stated_of
 
-ROTARY_BASE = 100.0  # of every published model
+ROTARY_BASE = 100.0  # in every published model
 _LAYER = "layer.{i}"
 _QKV = [f"{_LAYER}.attention.{name}_proj" for name in "qkv"]
 
 
 def config(tower: Tower) -> EncoderConfig:
-    """From shapes and config.json."""
+    """Derive the config from shapes and config.json."""
     stated = stated_of(tower)
     patches = tower.patches("embeddings.patch_embeddings.weight")
     native, gated = stated.get("image_size"), tower.has("layer.0.mlp.gate_proj.weight")
@@ -46,7 +46,7 @@ def config(tower: Tower) -> EncoderConfig:
 
 
 def with_key_bias(config: EncoderConfig, *biases: Tensor) -> Tensor:
-    """The biases of queries, keys and values in one; where there are two, that of the keys is zero."""
+    """Concatenate the biases of queries, keys and values. If there are only two, that of the keys is zero."""
     return torch.cat([biases[0], torch.zeros_like(biases[0]), biases[1]] if len(biases) == 2 else biases)
 
 

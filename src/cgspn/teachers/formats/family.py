@@ -1,4 +1,4 @@
-"""A family of checkpoints as a table: which of its keys make each of ours, and what its shapes say about the model."""
+"""The description of a checkpoint family: a table that maps its keys to those of `Encoder`, and its config."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _SIZES |= {1536: "giant", 1664: "gigantic"}
 
 @dataclass(frozen=True)
 class Rule:
-    """ours: a key of `Encoder`, "{i}" for the block. theirs: the keys that make it, in order.
+    """ours: a key of `Encoder`, with "{i}" for the block. theirs: the foreign keys from which it is computed, in order.
 
-    In a key of theirs, "a|b" is whichever is there, a leading "?" marks one that may be missing, and a leading "/" a
-    key outside the image tower. take(config, *tensors) makes one tensor of them; None concatenates rows.
+    In a foreign key, "a|b" means whichever exists, a leading "?" marks a key that may be missing, and a leading "/" a
+    key outside the image tower. take(config, *tensors) combines the tensors; None concatenates rows.
     """
 
     ours: str
@@ -40,7 +40,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Tower:
-    """The image tower of a source: its tensors by their keys below `prefix`, and what the user said about it."""
+    """The image tower of a source: its tensors by their keys below `prefix`, and the user's options."""
 
     source: Source
     family: Family
@@ -49,16 +49,16 @@ class Tower:
     options: Options
 
     def warn_of(self, field: str, text: str) -> None:
-        """Warn of a guess about a field of the config, unless the user gave it."""
+        """Warn about a guessed field of the config, unless the user gave it."""
         if field not in self.options.overrides:
-            warnings.warn(f"{self.source.name}: {text}; to say otherwise, give {field}=", stacklevel=7)
+            warnings.warn(f"{self.source.name}: {text}; to change this, pass {field}=", stacklevel=7)
 
     def has(self, key: str) -> bool:
         """Whether the tower has this key."""
         return key in self.weights
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """A tensor's shape. Raises CheckpointError, naming the key, if it is missing."""
+        """The shape of a tensor. Raises CheckpointError, naming the key, if it is missing."""
         if key not in self.weights:
             raise CheckpointError(f"{self.source.name} has no {self.prefix}{key}; it is truncated")
         return self.weights[key].shape
@@ -73,7 +73,7 @@ class Tower:
         return None
 
     def around(self) -> tuple[str, ...]:
-        """The beginnings of keys that may be beside the tower: of what holds it, from the nearest to the file."""
+        """The key prefixes of the modules that contain the tower, from the innermost to the whole file."""
         parts = self.prefix.removesuffix(".").split(".")
         return tuple("".join(f"{part}." for part in parts[:n]) for n in range(len(parts) - 1, -1, -1))
 
@@ -87,25 +87,25 @@ class Tower:
         return shape[0], shape[1], shape[2]
 
     def mixers(self) -> tuple[MixerName, ...]:
-        """Attention in every block, of which there are as many as their keys count."""
+        """Attention for every block; the number of blocks follows from the keys."""
         mixer: MixerName = "attention"
         blocks = next(rule.theirs[0] for rule in self.family.rules if rule.ours.startswith("blocks."))
         pattern = re.escape(blocks.partition("{i}")[0]) + r"(\d+)\."
         return (mixer,) * (max((int(m[1]) for key in self.weights if (m := re.match(pattern, key))), default=-1) + 1)
 
     def side(self, rows: int) -> int:
-        """The side of a square grid of positions. Raises CheckpointError if the rows make no square."""
+        """The side of a square position grid. Raises CheckpointError if the number of rows is not a square."""
         side = math.isqrt(rows)
         if side * side != rows:
-            raise CheckpointError(f"{self.source.name} has {rows} positions, which make no square grid")
+            raise CheckpointError(f"{self.source.name} has {rows} positions, which do not form a square grid")
         return side
 
 
 @dataclass(frozen=True)
 class Family:
-    """name: as users know it. anchors: keys that a tower of this family has, and no other does; "a|b" is either.
+    """name: for messages. anchors: keys that identify a tower of this family; "a|b" means either.
 
-    rules: the table. config: from a tower to its EncoderConfig. ignored: keys of the tower that are no part of it.
+    rules: the table. config: maps a tower to its EncoderConfig. ignored: keys of the tower that are not used.
     """
 
     name: str
@@ -115,7 +115,7 @@ class Family:
     ignored: tuple[str, ...] = ()
 
     def prefixes(self, keys: Collection[str]) -> list[str]:
-        """The beginnings of keys below which a tower of this family lies."""
+        """The key prefixes of the towers of this family in a file."""
         first = self.anchors[0]
         found = [key.removesuffix(first) for key in keys if key == first or key.endswith("." + first)]
         named = [anchor.split("|") for anchor in self.anchors]
@@ -123,11 +123,11 @@ class Family:
 
 
 def build(tower: Tower, options: Options) -> Encoder:
-    """The encoder in eval mode; tensors are read one by one. Raises CheckpointError naming keys that do not fit."""
+    """Build the encoder in eval mode, tensor by tensor. Raises CheckpointError naming mismatched keys."""
     family = tower.family
     try:
         config = options.apply(family.config(tower))
-        with torch.device("meta"):  # no time or memory for random weights
+        with torch.device("meta"):  # saves time and memory for random weights
             encoder = Encoder(config)
     except (ValueError, TypeError) as error:
         if isinstance(error, CheckpointError):
@@ -172,7 +172,7 @@ def build(tower: Tower, options: Options) -> Encoder:
     if problems:
         raise CheckpointError(
             f"{tower.source.name} looks like {family.name} (depth {config.depth}, width {config.width}) "
-            f"but does not fit: {'; '.join(problems[:6])}"
+            f"but does not match: {'; '.join(problems[:6])}"
         )
     encoder.load_state_dict(state, assign=True)
     return encoder.eval()
@@ -183,12 +183,12 @@ def _trim(shape: torch.Size) -> list[int]:
 
 
 def grid_positions(config: EncoderConfig, table: Tensor) -> Tensor:
-    """The grid's rows of a table of positions, [..., prefix + h*w, C] -> [h*w, C]."""
+    """The grid's rows of a position table, [..., prefix + h*w, C] -> [h*w, C]."""
     return table.reshape(-1, table.shape[-1])[-_grid_rows(config) :]
 
 
 def prefix_tokens(config: EncoderConfig, *tensors: Tensor) -> Tensor:
-    """Class and register tokens, the last tensor's positions of them, if any, added: -> [prefix, C]."""
+    """Class and register tokens [prefix, C], plus their positions from the last tensor if it has them."""
     width = config.width
     if not config.positions:
         return torch.cat([tensor.reshape(-1, width) for tensor in tensors])
@@ -200,12 +200,12 @@ def prefix_tokens(config: EncoderConfig, *tensors: Tensor) -> Tensor:
 
 
 def transposed(config: EncoderConfig, matrix: Tensor) -> Tensor:
-    """[in, out] -> [out, in], for projections that are stored as plain parameters."""
+    """Transpose [in, out] to [out, in], for projections stored as plain parameters."""
     return matrix.T
 
 
 def linear_patches(config: EncoderConfig, weight: Tensor) -> Tensor:
-    """A linear patch embedding over (row, column, channel) as a convolution; one that is a convolution stays."""
+    """Reshape a linear patch embedding over (row, column, channel) to a convolution; convolutions are unchanged."""
     if weight.ndim == 4:
         return weight
     p = config.patch_size
@@ -218,7 +218,7 @@ def _grid_rows(config: EncoderConfig) -> int:
 
 
 def both(ours: str, *theirs: str, take: Take | None = None) -> tuple[Rule, ...]:
-    """The rules for a weight and its bias; each name of theirs ends in either, or has it where "{p}" stands."""
+    """The rules for a weight and its bias. A foreign name gets ".weight" and ".bias" appended, or in place of "{p}"."""
 
     def keys(key: str, p: str) -> str:
         return "|".join(name.replace("{p}", p) if "{p}" in name else f"{name}.{p}" for name in key.split("|"))
@@ -227,7 +227,7 @@ def both(ours: str, *theirs: str, take: Take | None = None) -> tuple[Rule, ...]:
 
 
 def alike(ours: str, theirs: str, *parts: str) -> tuple[Rule, ...]:
-    """The rules of `both` for layers that have the same names below `ours` and `theirs`."""
+    """The rules of `both` for layers with the same names below `ours` and `theirs`."""
     return tuple(rule for part in parts for rule in both(f"{ours}.{part}", f"{theirs}.{part}"))
 
 
@@ -240,11 +240,11 @@ def built(
     stated: Mapping[str, Any],
     **own: Any,
 ) -> EncoderConfig:
-    """A config with the fields that every family has, and its `own`. kind: for the name.
+    """Create a config from the fields of every family and the family's `own`. kind: for the name.
 
-    patches: width, channels and patch size. rows: of the table of positions, which decides. native: the stated size in
-    pixels, which may say that the grid is no square, or a few pixels more; None if there is none. stated: what a file
-    beside the tensors says. Raises ValueError where it differs: the file is of another model, or not whole.
+    patches: width, channels and patch size. rows: of the position table, which determines the grid. native: the stated
+    size in pixels, if any; it can give a grid that is not square, or extra pixels. stated: values from a config file.
+    Raises ValueError if they differ from the tensors, because the file is incomplete or of another model.
     """
     width, channels, patch = patches
     size = tuple(native) if isinstance(native, (list, tuple)) else (native, native)
@@ -261,7 +261,7 @@ def built(
 
 
 def grid_rows(native: Any, patch: int) -> int | None:
-    """How many patches an image of a stated size has, one number or (height, width); None if no size is stated."""
+    """The number of patches in an image of the stated size, a number or (height, width); None if no size is stated."""
     pair = native if isinstance(native, (list, tuple)) and len(native) == 2 else (native, native)
     return math.prod(n // patch for n in pair) if all(isinstance(n, int) for n in pair) else None
 
@@ -275,20 +275,20 @@ _STATED |= {"class_token": "class_token", "num_register_tokens": "registers", "r
 def head_count(
     tower: Tower, width: int, stated: Any = None, name: str = "", *, sixteen: bool = False, by_width: bool = True
 ) -> int:
-    """The number of heads, which no tensor shows: the user's, a config's, a name's, else that of published models.
+    """The number of heads: from the user, a config, a name, or published models, since no tensor shows it.
 
-    by_width: whether published models of this width and kind agree. Raises ValueError if nothing tells.
+    by_width: whether all published models of this width and kind agree. Raises ValueError if it cannot be determined.
     """
     known = tower.options.heads or (stated if isinstance(stated, int) else None)
     if known is None and (name or by_width):
         known = heads_of(name, width, sixteen=sixteen)
     if known is None:
         raise ValueError(
-            f"width is {width}, and no config states the number of heads; give it: load_encoder(source, heads=...)"
+            f"width is {width}, and no config states the number of heads; pass it: load_encoder(source, heads=...)"
         )
     return known
 
 
 def title(kind: str, width: int, patch: int, image: int) -> str:
-    """A name like those of timm: vit_large_patch14_clip_224."""
+    """A name in timm's style: vit_large_patch14_clip_224."""
     return f"vit_{_SIZES.get(width, f'w{width}')}_patch{patch}_{kind}_{image}"

@@ -1,10 +1,10 @@
-"""What the name of an architecture says that no tensor shows. timm's names, as in its config.json and file names."""
+"""Properties of a model that only its architecture name shows. Names are timm's, from config.json and file names."""
 
 import re
 from pathlib import Path
 from typing import Any
 
-# Encoders whose tensors may be those of a plain ViT, and which compute something else with them.
+# Encoders whose tensors may look like those of a plain ViT, but which compute something else.
 UNSUPPORTED = (
     (r"eva02|_rope_|lingbot|sapiens2|(^|_)pe_(core|lang|spatial)|^mlcd|^qwen3_vit", "rotary positions"),
     (r"_srelpos_|_relpos_|vit_relpos|vit_srelpos|^beit(v2)?_|^samvit", "relative position biases"),
@@ -18,7 +18,7 @@ UNSUPPORTED = (
     (r"_r\d+_s\d+|_tiny_r_s16|_resnet\d+|_mci_", "a convolutional network in place of its patch embedding"),
     (r"^naflexvit|^eva_giant", "layers of its own"),
 )
-# Arguments of timm's models that change what is computed, and the values that change nothing.
+# Arguments of timm's models that change the computation, with their neutral values.
 _OFF = (False, None)
 _PLAIN: dict[str, tuple[Any, ...]] = dict.fromkeys(
     ("qk_norm", "scale_attn_norm", "scale_mlp_norm", "pool_include_prefix", "use_rot_pos_emb", "use_post_norm"), _OFF
@@ -28,29 +28,29 @@ _PLAIN |= {"norm_layer": (None, "layernorm", "LayerNorm"), "use_abs_pos_emb": (T
 _HEADS = {"vit_base_patch16_gap_224": 16, "test_vit": 2, "test_vit2": 2, "vit_7b_patch16_dinov3": 32}
 _HEADS |= dict.fromkeys(("vit_huge_plus_patch16_dinov3", "vit_huge_plus_patch16_dinov3_qkvb"), 20)
 _TIMM = re.compile(r"((vit|deit3?|eva)_\w*_?patch\d+_\w+|flexivit_\w+|test_vit\d?)$")
-_SIXTEEN = (1152, 1280, 1408, 1664)  # widths whose heads are not 64 wide
+_SIXTEEN = (1152, 1280, 1408, 1664)  # widths for which heads are not 64 wide
 _USUAL = {192: 3, 384: 6, 768: 12, 1024: 16, 1536: 24} | dict.fromkeys(_SIXTEEN, 16)
 
 
 def unsupported_reason(name: str) -> str | None:
-    """Why an encoder of this name is none that `Encoder` computes; None if nothing is known against it."""
+    """The reason why `Encoder` does not support an encoder of this name, or None."""
     return next((f"it has {what}" for pattern, what in UNSUPPORTED if re.search(pattern, name)), None)
 
 
 def is_plain(architecture: str) -> bool:
-    """Whether a name that timm's config states is of its vision transformers, whose layers these encoders have."""
+    """Whether a name in timm's config is one of its plain vision transformers, which `Encoder` supports."""
     return bool(re.match(r"(vit|deit3?|eva)_|flexivit_|test_vit", architecture))
 
 
 def unsupported_argument(arguments: dict[str, Any]) -> str | None:
-    """The argument of a timm model, as "name = value", that `Encoder` has no counterpart for; None if there is none."""
+    """The first argument of a timm model, as "name = value", that `Encoder` does not support, or None."""
     wrong = (key for key, plain in _PLAIN.items() if key in arguments and arguments[key] not in plain)
     key = next(wrong, None)
     return None if key is None else f"{key} = {arguments[key]!r}"
 
 
 def name_in_file(source: str) -> str:
-    """The architecture that a file or a hub id is named after, without timm's tag; "" if it is not."""
+    """The architecture in the name of a file or hub id, without timm's tag; "" if there is none."""
     name = Path(source).name
     for suffix in (".safetensors", ".pth", ".bin", ".pt"):
         name = name.removesuffix(suffix)
@@ -59,13 +59,13 @@ def name_in_file(source: str) -> str:
 
 
 def size_of(name: str) -> int | None:
-    """The native size in pixels with which timm's names end; None without one."""
+    """The native size in pixels at the end of a timm name; None without one."""
     found = re.search(r"_(\d{2,4})$", name)
     return int(found[1]) if found else None
 
 
 def heads_of(name: str, width: int, *, sixteen: bool = False) -> int | None:
-    """Heads of an architecture of timm's, else of published models of a width; sixteen: of 1536, as in SigLIP."""
+    """The heads of a timm architecture, or of published models of a width. sixteen: for width 1536, as in SigLIP."""
     base = name.split(".")[0]
     if base in _HEADS:
         return _HEADS[base]

@@ -1,4 +1,4 @@
-"""OpenCLIP's own vision transformer, and OpenAI's, whose keys it keeps."""
+"""OpenCLIP's vision transformer, and OpenAI's, which has the same keys."""
 
 from ...layers import AttentionConfig
 from ...models.config import EncoderConfig
@@ -7,13 +7,13 @@ from .preprocessing import CLIP_MEAN, CLIP_STD, normalisation
 
 
 def config(tower: Tower) -> EncoderConfig:
-    """From shapes, open_clip_config.json and the file's name. Raises ValueError for options that `Encoder` lacks."""
+    """Derive the config from shapes, JSON and the file name. Raises ValueError for unsupported options."""
     model = tower.source.configs.get("open_clip_config.json", {}).get("model_cfg", {})
     vision = model.get("vision_cfg", {})
     wrong = next((key for key in _OTHER if vision.get(key)), None)
     if wrong or vision.get("pool_type", "tok") not in ("tok", "avg"):
         wrong = wrong or "pool_type"
-        raise ValueError(f"its config states {wrong} = {vision[wrong]!r}, which this library does not compute")
+        raise ValueError(f"its config states {wrong} = {vision[wrong]!r}, which this library does not support")
     patches = tower.patches("conv1.weight")
     width = patches[0]
     named = any(word in tower.source.name.lower().replace("-", "") for word in ("openai", "quickgelu"))

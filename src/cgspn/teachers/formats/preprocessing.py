@@ -1,4 +1,4 @@
-"""Read how to preprocess pictures for a foreign encoder from the files next to its weights."""
+"""The preprocessing of a foreign encoder, from the files next to its weights."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
 _PILLOW: tuple[Resample, ...] = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # by Pillow's numbers
 BYTE = 1 / 255
-# what the image processors of transformers leave unsaid in a file
+# defaults of transformers' image processors that are not in the file
 _CLASSES: dict[str, dict[str, Any]] = {
     "CLIP": {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3, "do_center_crop": True},
     "Bit": {"image_mean": CLIP_MEAN, "image_std": CLIP_STD, "resample": 3, "do_center_crop": True},
@@ -27,9 +27,9 @@ def normalisation(
 ) -> dict[str, Any]:
     """The fields image_mean, image_std, image_crop, image_crop_pct and image_resample of `EncoderConfig`.
 
-    The first file of OpenCLIP, transformers and timm that states anything is believed as a whole; what it leaves out,
-    and everything where there is none, is the family's own: mean, std, and whether pictures are squeezed into the
-    native size (squeeze) instead of their middle being cut out. Raises ValueError for a filter that Pillow lacks.
+    The first file of OpenCLIP, transformers or timm with any of them is used alone. Missing values are the family's
+    defaults: mean, std, and `squeeze`, which resizes to the native size instead of taking a centre crop. Raises
+    ValueError for a filter that Pillow lacks.
     """
     configs = source.configs
     clip = configs.get("open_clip_config.json", {}).get("preprocess_cfg")
@@ -45,27 +45,27 @@ def normalisation(
 
 
 def _plain(stated: Mapping[str, Any], key: str, crop: str) -> dict[str, Any]:
-    """Of OpenCLIP's and timm's files, where `crop` is the value of `key` for pictures whose middle is cut out."""
+    """Read OpenCLIP's and timm's files, in which `key` has the value `crop` for a centre crop."""
     found = _common(stated.get("mean"), stated.get("std"), stated.get("interpolation"))
     mode = stated.get(key)
     if mode in (crop, "squash"):
         found["image_crop"] = mode == crop
     elif mode is not None:
-        _warn(f"its config says {key} {mode!r}, which pads pictures")
+        _warn(f"its config says {key} {mode!r}, which pads images")
     if isinstance(stated.get("crop_pct"), (int, float)):
         found["image_crop_pct"] = float(stated["crop_pct"])
     return found
 
 
 def _processor(stated: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Of a preprocessor_config.json of transformers; what it leaves out is its class's own, or else the family's."""
+    """Read transformers' preprocessor_config.json. Missing values are the defaults of its class, or the family's."""
     kind = str(stated.get("image_processor_type", ""))
     stated = next((own for name, own in _CLASSES.items() if kind.startswith(name)), {}) | dict(stated)
     found = _common(stated.get("image_mean"), stated.get("image_std"), stated.get("resample"))
     mean, std = found.get("image_mean", fields["image_mean"]), found.get("image_std", fields["image_std"])
     if stated.get("do_normalize") is False:
         mean, std = (0.0,) * len(mean), (1.0,) * len(std)
-    # mean and std are of pixels times this factor, ours of pixels from 0 to 1
+    # mean and std are for pixels times this factor; here they are for pixels from 0 to 1
     factor = float(stated.get("rescale_factor", BYTE)) if stated.get("do_rescale", True) else 1.0
     if abs(factor - BYTE) > 1e-9:
         mean, std = (tuple(value * BYTE / factor for value in values) for values in (mean, std))
@@ -86,12 +86,12 @@ def _processor(stated: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str
         "shortest_edge" in sides and stated.get("do_center_crop") is False
     )
     if keeps or stated.get("do_pad") or stated.get("do_resize") is False:
-        _warn("the image processor's file leaves pictures their shape or pads them")
+        _warn("the image processor's file keeps the shape of images or pads them")
     return found
 
 
 def _edge(size: Any) -> int | None:
-    """The shorter side that a processor's size names."""
+    """The shorter side from a processor's size."""
     if isinstance(size, Mapping):
         sides = [side for key in ("shortest_edge", "height", "width") if isinstance(side := size.get(key), int)]
         return min(sides) if sides else None
@@ -115,4 +115,4 @@ def _common(mean: Any, std: Any, resample: Any) -> dict[str, Any]:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(f"{text}; here their middle is cut out", stacklevel=2)
+    warnings.warn(f"{text}; here the centre is cropped", stacklevel=2)

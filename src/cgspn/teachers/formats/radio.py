@@ -1,8 +1,8 @@
-"""RADIO and C-RADIO, from the file alone: none of their code is run, and their adaptors to other teachers are left out.
+"""RADIO and C-RADIO, without running their code. Their adaptors to other teachers are not loaded.
 
-The tower is a ViT of timm around a patch embedding of its own: a linear layer, one class token for each teacher and
-registers in one table, and positions of a large grid, of which an image gets a resized part. Source: Ranzinger et al.,
-"AM-RADIO: Agglomerative Vision Foundation Model", 2024, and the released checkpoints.
+The tower is a timm ViT with a different patch embedding: a linear layer, a table with one class token per teacher and
+registers, and positions of a large grid, from which an image gets a resized part. Source: Ranzinger et al., "AM-RADIO:
+Agglomerative Vision Foundation Model", 2024, and the released checkpoints.
 """
 
 import re
@@ -15,14 +15,14 @@ from ...models.config import EncoderConfig
 from .family import Family, Rule, Tower, alike, both, grid_positions, head_count, title
 from .preprocessing import CLIP_MEAN, CLIP_STD
 
-NATIVE = 512  # pixels of a side, where the checkpoint states nothing
+NATIVE = 512  # pixels, if the checkpoint does not state it
 _TOKENS, _EMBED = "patch_generator.cls_token.token", "patch_generator.embedder.weight"
 
 
 def config(tower: Tower) -> EncoderConfig:
-    """From shapes, buffers beside the tower and config.json. Raises ValueError if features are normalised."""
+    """Derive the config from shapes, buffers and config.json. Raises ValueError if features are normalised."""
     if tower.find("/feature_normalizer.mean"):
-        raise ValueError("it normalises its features with a matrix, which this library does not compute")
+        raise ValueError("it normalises its features with a matrix, which this library does not support")
     stated = tower.source.configs.get("config.json", {})
     width, values = tower.shape(_EMBED)
     patch = round((values / 3) ** 0.5)
@@ -64,7 +64,7 @@ def _native(stated: dict[str, Any], patch: int) -> tuple[int, int]:
 
 
 def _resize(version: str, tokens: int) -> PositionResize:
-    """C-RADIOv4 and the larger C-RADIOv3 resize by pixel centres, the others from corner to corner."""
+    """The resize method: C-RADIOv4 and the larger C-RADIOv3 align pixel centres, the others corners."""
     if re.search(r"v4|v3-(l|g)", version) or (tokens == 10 and "v3" not in version):
         return "square_bilinear"
     return "square_bilinear_corners"
@@ -80,7 +80,7 @@ def _tokens(config: EncoderConfig, table: Tensor) -> Tensor:
 
 
 def _patches(config: EncoderConfig, weight: Tensor) -> Tensor:
-    """A linear layer over (channel, row, column) as a convolution."""
+    """Reshape a linear layer over (channel, row, column) to a convolution."""
     return weight.view(-1, config.channels, config.patch_size, config.patch_size)
 
 

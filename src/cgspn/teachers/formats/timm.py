@@ -1,4 +1,4 @@
-"""timm's vision transformers: CLIP, SigLIP and DINOv2 ones, alone or as the trunk of an OpenCLIP model."""
+"""timm's vision transformers, such as CLIP, SigLIP and DINOv2, alone or as the trunk of an OpenCLIP model."""
 
 import math
 import re
@@ -11,10 +11,17 @@ from .family import Family, Rule, Tower, alike, both, built, grid_positions, gri
 from .names import is_plain, name_in_file, size_of, unsupported_argument, unsupported_reason
 from .preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, normalisation
 
-CLASSIFIERS = (1000, 10450, 11221, 11821, 21841, 21843)  # labels of ImageNet in its editions: no image embedding
+CLASSIFIERS = (
+    1000,
+    10450,
+    11221,
+    11821,
+    21841,
+    21843,
+)  # numbers of ImageNet classes, not embedding widths
 _ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 _FC1 = "blocks.{i}.mlp.fc1"
-_HEAD = "/head.proj.{p}|head.{p}"  # OpenCLIP's is beside the trunk
+_HEAD = "/head.proj.{p}|head.{p}"  # OpenCLIP's head is outside of the trunk
 _NAME_IT = "; give it its architecture's name, as of timm, or a config.json that states it"
 _TELLTALE = {
     r"relative_position_bias_table|rel_pos_": "relative position biases",
@@ -26,7 +33,7 @@ _TELLTALE = {
 
 
 def config(tower: Tower) -> EncoderConfig:
-    """From shapes, configs, metadata and the file's name. Raises ValueError for what `Encoder` may not compute."""
+    """Derive the config from shapes, configs, metadata and the file name. Raises ValueError for unsupported models."""
     source = tower.source
     stated = source.configs.get("config.json", {})
     vision = source.configs.get("open_clip_config.json", {}).get("model_cfg", {}).get("vision_cfg", {})
@@ -44,7 +51,7 @@ def config(tower: Tower) -> EncoderConfig:
     rows = tower.shape("pos_embed")[-2] if tower.has("pos_embed") else 0
     native = args.get("img_size") or stated.get("pretrained_cfg", {}).get("input_size", [])[-2:]
     native = vision.get("image_size") or native or size_of(name)
-    # positions of all prefix tokens, of the class token alone, or of none
+    # there are positions for all prefix tokens, only the class token, or none
     extras = (e for e in (classes + registers, classes, 0) if e <= rows)
     told = grid_rows(native, patch)
     own = [rows - extra for extra in extras]
@@ -53,7 +60,7 @@ def config(tower: Tower) -> EncoderConfig:
     scale = tower.has("blocks.0.ls1.gamma") or tower.has("blocks.0.gamma_1")
     clip = not name or "clip" in name
     pooled_by_map = tower.has("attn_pool.latent")
-    # pure grids that are averaged, of these widths, are SigLIP's with its pooling head taken off
+    # averaged grids of these widths without prefix are SigLIP's, without its pooling head
     bare = not (name or classes or registers or tower.has("fc_norm.weight")) and width in (1024, 1152, 1536)
     sigmoid = pooled_by_map or "siglip" in name or bare
     embed = _embed_dim(tower, pre_norm, stated)
@@ -61,12 +68,12 @@ def config(tower: Tower) -> EncoderConfig:
     pooling = args.get("global_pool") or stated.get("global_pool") or vision.get("timm_pool")
     if pooling not in (None, "", "token", "avg", "map"):
         raise ValueError(f"its config states the pooling {pooling!r}; accepted: 'token', 'avg', 'map'")
-    if not pooling:  # a norm after the pooling is timm's sign of a mean
+    if not pooling:  # in timm, a norm after the pooling means mean pooling
         pooling = "avg" if tower.has("fc_norm.weight") or not classes or rotary else "token"
     kind = "dinov3" if rotary else "clip" if pre_norm else "siglip" if sigmoid else "dinov2" if scale else "vit"
-    # DINOv2's own files and copies of them say, by key or in words, that they resize as DINOv2 does
+    # a key or the architecture name identifies DINOv2's own files, which resize as DINOv2 does
     plain = (tower.has("mask_token") and not registers) or "without antialias" in source.metadata.get("pos_embed", "")
-    # without positions of the class and without a class: either of two models of 768 channels, with 12 heads or 16
+    # neither a class token nor its position: one of two models of width 768, with 12 or 16 heads
     anonymous = not (name or stated or classes or registers or pooled_by_map) and width == 768
     own_name = {"name": name} if name.startswith("vit_") else {}
     return built(
@@ -102,7 +109,7 @@ def config(tower: Tower) -> EncoderConfig:
 
 
 def _refuse(tower: Tower, name: str, args: dict[str, Any], rotary: bool) -> None:
-    """Raise ValueError for encoders that compute something else with tensors like these, and for files that may."""
+    """Raise ValueError for encoders that compute, or may compute, something else with such tensors."""
     reason = unsupported_reason(name)
     argument = unsupported_argument(args)
     if reason or argument:
@@ -141,24 +148,24 @@ def _activation(
     if "quickgelu" in name or (not name and "quickgelu" in tower.source.name.lower()):
         return "quick_gelu"
     if not name and tower.has("norm_pre.weight"):
-        tower.warn_of("activation", "no tensor shows which GELU this CLIP has; the exact one is taken")
-    # timm's own choice for these; the other SigLIP models have the exact one
+        tower.warn_of("activation", "no tensor shows which GELU this CLIP has; the exact one is used")
+    # timm's choice for these; other SigLIP models have the exact GELU
     width, patch, rows = shape
     by_tanh = patch == 32 or (patch == 16 and (width in (1152, 1536) or (width, rows) == (1024, 32 * 32)))
     return "gelu_tanh" if sigmoid and by_tanh else "gelu"
 
 
 def _head(tower: Tower) -> tuple[int, bool]:
-    """Rows of the head, 0 for none, and whether it has a bias."""
+    """The number of rows of the head (0 for none), and whether it has a bias."""
     weight = tower.find(_HEAD.format(p="weight"))
     return (weight[1].shape[0] if weight else 0), tower.find(_HEAD.format(p="bias")) is not None
 
 
 def _embed_dim(tower: Tower, pre_norm: bool, stated: dict[str, Any]) -> int | None:
-    """The width of the image embedding. A head of CLIP is its projection; classifiers are left out.
+    """The width of the image embedding. CLIP's head is a projection; classifiers are ignored.
 
-    Where no OpenCLIP model is around the tower, both are a linear layer called head. Embeddings are at least half as
-    wide as the tokens and in whole groups of 64; numbers of classes seldom are, and labels have names.
+    Without an OpenCLIP model around the tower, both are a linear layer called head. The width of an embedding is at
+    least half of the tokens' and a multiple of 64; numbers of classes seldom are, and classifiers have label names.
     """
     rows, width = _head(tower)[0], tower.shape("patch_embed.proj.weight")[0]
     if tower.prefix.endswith("trunk."):

@@ -1,5 +1,5 @@
-"""Models of transformers: CLIP, SigLIP and SigLIP 2 (the fixed-size and the NaFlex one), DINOv2 with and without
-registers. Folders that `save_pretrained` wrote, of the image tower alone or of the whole model."""
+"""Models of transformers: CLIP, SigLIP and SigLIP 2 (fixed-size and NaFlex), DINOv2 with and without registers, from
+folders of `save_pretrained` with the image tower or the whole model."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ def clip_config(tower: Tower) -> EncoderConfig:
 
 
 def siglip_config(tower: Tower) -> EncoderConfig:
-    """From shapes and config.json; a linear patch embedding is SigLIP 2's NaFlex, which resizes in its own way."""
+    """Derive the config from shapes and config.json. NaFlex has a linear patch embedding and other resizing."""
     stated = stated_of(tower)
     shape = tower.shape("embeddings.patch_embedding.weight")
     naflex = len(shape) == 2
@@ -139,7 +139,7 @@ CLIP = Family(
         *both("patch_embed.projection", "embeddings.patch_embedding"),
         Rule("prefix", ("embeddings.class_embedding", _POSITIONS), prefix_tokens),
         Rule("positions.table", (_POSITIONS,), grid_positions),
-        *both("pre_norm", "pre_layrnorm"),  # the original's spelling
+        *both("pre_norm", "pre_layrnorm"),  # spelled like this in transformers
         *_BLOCKS,
         *both("norm", "post_layernorm"),
         Rule("project.weight", ("/visual_projection.weight",)),
@@ -173,7 +173,7 @@ def _either(where: str, *parts: str) -> list[str]:
     return ["|".join(f"{_LAYER2}{where}.{name}" for name in part.split("|")) for part in parts]
 
 
-# transformers 5 renames in memory what it writes under the old names; a state dict may come with either
+# transformers 5 saves the old names but has new ones in memory; a state dict may have either
 DINOV2 = Family(
     "transformers' DINOv2",
     (

@@ -18,19 +18,6 @@
 //              blocks, so caches should keep the 128 bytes that one access fetches
 // Shape letters as in reference.py. All strides are in bytes and 64 bits wide.
 
-// any header. Macros set by plan.py: DTYPE      0 float32, 1 float16, 2 bfloat16 VEC        channels per thread (one
-// copy moves VEC * sizeof(element): 2, 4, 8 or 16 bytes) POS        positions of a line per thread STAGES
-// lines in flight: in registers (forward), or in shared memory, the current one included (backward) THREADS upper bound
-// of the block size NORMALISE  1: propagate_2d (sigmoid, normalised, gated); 0: line_scan (weights as they are, no
-// gate) SHARE      1: the VEC channels of a thread are a parameter group FORGET     1: a forget gate scales the
-// previous line MEAN       1: outputs and saved states are h / n, where n is the same scan over ones, one per parameter
-// group MASKED     1: a mask is given SPLIT      blocks per line, which form a cluster (sm_90 and later) HALO positions
-// on either side of its own that such a block also scans. One fewer of them is correct after every line, so blocks
-// exchange states every HALO lines; 0 if SPLIT is 1 MERGE      1: merge.cu will read the planes of the directions; 0:
-// outputs are final NARROW     1: a block's run of channels is short, and the memory next to it is read a line later or
-// by other blocks, so caches should keep the 128 bytes that one access fetches Shape letters as in reference.py. All
-// strides are in bytes and 64 bits wide.
-
 #include "hardware.cuh"
 
 #if SPLIT > 1

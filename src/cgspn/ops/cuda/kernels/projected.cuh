@@ -10,15 +10,6 @@
 // multiply_add in hardware.cuh; rows 0..7 of the left factor are the even channels). The order of channels inside a
 // product is free, so a thread reads runs of 16 bytes of x and of the weights, without any transposition.
 
-// u and the logits, in the threads that use them. Macros besides those of common.cuh (VEC = 8, DTYPE not 0): DEPTH
-// channels of x, rounded up to 32 TILES      tiles of 8 positions per warp ROW_WARPS  warps along a line GROUPS
-// groups of 16 channels per block, each with its own warps: 1, 2 or 4 The weights are the left factor, 16
-// channels of one parameter, and x the right one, 8 positions: what is read for every line then lies in registers as
-// the tensor core wants it, and the weights are put in order once. A thread gets positions 2t, 2t + 1 of a tile and
-// channels 2g, 2g + 1 of its group, for all five parameters alike (g = lane / 4, t = lane % 4: multiply_add in
-// hardware.cuh; rows 0..7 of the left factor are the even channels). The order of channels inside a product is free, so
-// that a thread reads runs of 16 bytes of x and of the weights, which are transposed nowhere.
-
 #include "common.cuh"
 
 constexpr int LINE = ROW_WARPS * TILES * 8;  // positions that fit in a block
@@ -27,7 +18,6 @@ constexpr int OWN = 2 * GROUPS;              // chunks that a block handles
 constexpr int STATE = 20;                    // floats per position of the state: 16, plus 4 against bank conflicts
 constexpr int STEPS = DEPTH / 32;
 constexpr int PARAMETERS = 5;        // lam, u, the logits of j-1, j, j+1
-constexpr bool KEEP = DEPTH <= 64;  // weights stay in registers for the whole scan; otherwise in shared memory
 
 struct ProjectedShape {
   int B, H, W, C, D;
@@ -77,20 +67,19 @@ struct Seat {
   }
 };
 
-// Start copying a line: `chunks` chunks per position from address `from`, into a layout PLACE with WIDE chunks.
-template <int WIDE, int PLACE(int, int)>
+// Start copying a line: `chunks` chunks per position from address `from`.
 __device__ __forceinline__ void fetch_line(uint4* to, const char* from, i64 across, int positions, int chunks) {
 #pragma unroll
-  for (int k = 0; k < (LINE * WIDE + THREADS - 1) / THREADS; k++) {
-    const int n = threadIdx.x + k * THREADS, row = n / WIDE, chunk = n % WIDE;
+  for (int k = 0; k < (LINE * CHUNKS + THREADS - 1) / THREADS; k++) {
+    const int n = threadIdx.x + k * THREADS, row = n / CHUNKS, chunk = n % CHUNKS;
     if (row < positions && row < LINE && chunk < chunks)
-      copy_async<16>(to + PLACE(row, chunk), from + row * across + chunk * 16);
+      copy_async<16>(to + place(row, chunk), from + row * across + chunk * 16);
   }
 }
 
 // Weights and biases of one direction and the group of a warp.
 struct Projection {
-  uint4 kept[KEEP ? PARAMETERS : 1][KEEP ? STEPS : 1][2];
+  uint4 kept[PARAMETERS][STEPS][2];
   float bias[PARAMETERS][2];
   uint4* shared;  // [GROUPS][PARAMETERS][STEPS][2][32]
 
@@ -126,16 +115,14 @@ struct Projection {
   // Called after a barrier by all warps, even those without channels. Read as vectors, the weights have the tensor
   // core's register layout; otherwise the compiler would pack the halves again for every product.
   __device__ __forceinline__ void keep() {
-    if constexpr (KEEP)
 #pragma unroll
-      for (int f = 0; f < PARAMETERS; f++)
+    for (int f = 0; f < PARAMETERS; f++)
 #pragma unroll
-        for (int s = 0; s < STEPS; s++)
-          kept[f][s][0] = shared[(f * STEPS + s) * 64], kept[f][s][1] = shared[(f * STEPS + s) * 64 + 32];
+      for (int s = 0; s < STEPS; s++)
+        kept[f][s][0] = shared[(f * STEPS + s) * 64], kept[f][s][1] = shared[(f * STEPS + s) * 64 + 32];
   }
 
   // The parameters of the warp's tile T without biases; [2 c + r] is channel c of position r of this thread.
-  template <bool GATE>
   __device__ __forceinline__ void make(float (&out)[PARAMETERS][4], const uint4* x, int T, const Seat& seat) const {
     const float zero[4] = {};
 #pragma unroll
@@ -143,12 +130,7 @@ struct Projection {
       const uint4 v = x[seat.feed[s] + T * 8 * CHUNKS];
 #pragma unroll
       for (int f = 0; f < PARAMETERS; f++) {
-        if (f == 1 && !GATE) continue;
-        uint4 low, high;
-        if constexpr (KEEP)
-          low = kept[f][s][0], high = kept[f][s][1];
-        else
-          low = shared[(f * STEPS + s) * 64], high = shared[(f * STEPS + s) * 64 + 32];
+        const uint4 low = kept[f][s][0], high = kept[f][s][1];
         multiply_add<DTYPE == 2>(out[f], low.x, low.y, low.z, low.w, v.x, v.y, s == 0 ? zero : out[f]);
         multiply_add<DTYPE == 2>(out[f], high.x, high.y, high.z, high.w, v.z, v.w, out[f]);
       }

@@ -1,5 +1,4 @@
-// Forward of the projected scan. A block handles GROUPS x 16 channels of an image, for one direction.
-//   GATED  1: y = u h; 0: h itself, for the backward
+// The projected scan. A block handles GROUPS x 16 channels of an image, for one direction.
 // There is one barrier per line: data written before it (state, output, copies of x) is read after it. Each is double
 // buffered, so that reading and writing overlap.
 
@@ -49,7 +48,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   const i64 x_across = way.across(a.x), y_across = way.across(a.y), mask_across = way.across(a.mask);
 #pragma unroll
   for (int n = 0; n < STAGES - 1; n++, x += x_step) {
-    if (n < way.lines) fetch_line<CHUNKS, place>(lines_x + n * LINE * CHUNKS, x, x_across, way.positions, s.chunks);
+    if (n < way.lines) fetch_line(lines_x + n * LINE * CHUNKS, x, x_across, way.positions, s.chunks);
     copies_commit();
   }
 
@@ -71,7 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   for (int i = 0; i < way.lines; i++) {
     copies_wait<STAGES - 2>();
     __syncthreads();
-    if (i + STAGES - 1 < way.lines) fetch_line<CHUNKS, place>(lines_x + filling * LINE * CHUNKS, x, x_across, way.positions, s.chunks);
+    if (i + STAGES - 1 < way.lines) fetch_line(lines_x + filling * LINE * CHUNKS, x, x_across, way.positions, s.chunks);
     copies_commit();
     x += x_step;
     filling = filling + 1 == STAGES ? 0 : filling + 1;
@@ -90,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
       const int j = seat.row + T * 8;
       if (!works || j - 2 * seat.t >= way.positions) continue;
       float made[PARAMETERS][4];
-      projection.make<GATED>(made, line_x, T, seat);
+      projection.make(made, line_x, T, seat);
       const float2 outer[2] = {*(const float2*)(before + T * 8 * STATE), *(const float2*)(before + (T * 8 + 3) * STATE)};
       const float was[4] = {h[T][0], h[T][1], h[T][2], h[T][3]};
 #pragma unroll
@@ -116,8 +115,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
           const float lam = made[0][e] + projection.bias[0][c];
           float state = mix * reciprocal(fmaxf(sum, floor)) + lam * half_of(vx, c);
           state = bits & 8 ? state : 0.f;
-          h[T][e] = gated[c] = state;
-          if constexpr (GATED) gated[c] = MASKED && !(bits & 8) ? 0.f : (made[1][e] + projection.bias[1][c]) * state;
+          h[T][e] = state;
+          gated[c] = MASKED && !(bits & 8) ? 0.f : (made[1][e] + projection.bias[1][c]) * state;
         }
         *(float2*)(now + (T * 8 + r + 1) * STATE) = {h[T][r], h[T][2 + r]};
         out[seat.own[r] + T * 32 * OWN] = pack_pair<DTYPE == 2>(gated[0], gated[1]);
