@@ -30,7 +30,7 @@ def writable_folder(path: Path, name: str) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ValueError(f"{name} is {path}, where nothing can be written: {error.strerror}") from error
+        raise ValueError(f"{name} is {path}, which is not writable: {error.strerror}") from error
     return path
 
 

@@ -154,7 +154,7 @@ class Distill(Command):
             check_same_run(out, settings, world)
             barrier()  # as above, for files of the first process
             if world.rank == 0 and (begun := progress_of(out)):
-                console.print(f"going on with the run in {out}: {begun}", soft_wrap=True)
+                console.print(f"resuming the run in {out}: {begun}", soft_wrap=True)
             teacher = loaded(load_model, "teacher", self.teacher).to(world.device)
             encoder = image_encoder(teacher)
             torch.manual_seed(self.settings.stage1.seed)

@@ -49,5 +49,5 @@ def relative_mse(student: Tensor, teacher: Tensor) -> float:
     s, t = _pair(student, teacher)
     energy = float(t.square().sum())
     if energy == 0:
-        raise ValueError("teacher is zero everywhere; a relative MSE needs something to relate to")
+        raise ValueError("teacher is zero everywhere; relative MSE is undefined")
     return float((s - t).square().sum()) / energy

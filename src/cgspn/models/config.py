@@ -130,7 +130,7 @@ class EncoderConfig:
             )
         if (self.class_token or self.registers) and set(self.mixers) - {"attention"}:
             raise ValueError(
-                "class_token and registers must be off beside propagation and windows: they know only the grid"
+                "class_token and registers must be off with propagation or window attention, which need a pure grid"
             )
         if self.pooling == "cls" and not self.class_token:
             raise ValueError("pooling is 'cls' without a class token; accepted: 'map', 'mean'")
