@@ -159,7 +159,7 @@ class Report:
         """Whether a column says what top-1 says: the mean over classes of equal size, and captions made of classes."""
         found = [values[data] for values in self.measured.values()]
         if metric.key == "per_class":
-            return all(values[metric.key] == values["top1"] for values in found)
+            return all(math.isclose(values[metric.key], values["top1"], abs_tol=1e-6) for values in found)
         return metric.key == "image_to_text@1" and all("top1" in v and "image_to_text@5" not in v for v in found)
 
     def finish(self) -> None:
