@@ -6,12 +6,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
 
 from cgspn.data import Batch
 from cgspn.distill import ComputeConfig, LossConfig, World
 from cgspn.distill.backward_step import Gradients
 from cgspn.distill.optimizers import Optimizers
-from cgspn.distill.parallel import average_gradients, broadcast_params, full_tensor, wrap_distributed
+from cgspn.distill.parallel import average_gradients, broadcast_params, full_tensor, shard_root
 from cgspn.distill.runtime import running
 from cgspn.distill.tasks import DistillTask
 from cgspn.layers import AttentionConfig
@@ -69,7 +70,7 @@ def by_hand_and_by_ddp(rank, *, output):
             backward(task, task, parts(rank, 2))
             average_gradients(task.parameters())
         else:
-            backward(wrap_distributed(task, sharded=False, find_unused=task.has_unused_params), task, parts(rank, 2))
+            backward(DistributedDataParallel(task, find_unused_parameters=output == 0), task, parts(rank, 2))
         found.append(gradients_of(task))
     return found
 
@@ -77,7 +78,7 @@ def by_hand_and_by_ddp(rank, *, output):
 def all_sharded(rank, *, cases):
     """Gradients of a copied task, and of each case `sharded`: blocks a unit, whether it reshards, checkpoints."""
     task = DistillTask(*models(), LossConfig())
-    backward(wrap_distributed(task, sharded=False, find_unused=False), task, parts(rank, 1))
+    backward(DistributedDataParallel(task), task, parts(rank, 1))
     names = ("blocks_per_unit", "reshard_after_forward", "checkpointing")
     return gradients_of(task), {case: sharded(rank, **dict(zip(names, case, strict=True))) for case in cases}
 
@@ -91,10 +92,10 @@ def sharded(rank, **compute):
         return DistillTask(teacher, student, LossConfig(), runtime=runtime)
 
     with running(make, student, ComputeConfig(parallel="fsdp", **compute), world) as task:
-        module = wrap_distributed(task, sharded=task.sharded, find_unused=False)
-        backward(module, task, parts(rank, 1))
+        shard_root(task)
+        backward(task, task, parts(rank, 1))
         with CommDebugMode() as seen:
-            backward(module, task, parts(rank, 1))
+            backward(task, task, parts(rank, 1))
         found = gradients_of(task)
     names = {str(op).rpartition(".")[2]: count for op, count in seen.get_comm_counts().items()}
     counts = [names["_allgather_base_"] - 1, names["_reduce_scatter_base_"] - 1]  # without those of the root

@@ -34,14 +34,12 @@ class Task(nn.Module):
     Attributes:
         patch: patch size of the student in pixels.
         reduction: how losses of several processes are combined; "sum" if each process trains other parameters.
-        has_unused_params: whether some parameters may get no gradient.
         sharded: whether the parameters are sharded over the processes (FSDP2).
         capturable: whether a CUDA graph can capture the losses, because they do not need the CPU.
     """
 
     patch: int
     reduction: Literal["mean", "sum"] = "mean"
-    has_unused_params: bool = False
     sharded: bool = False
     capturable: bool = False
 
@@ -70,7 +68,7 @@ class Task(nn.Module):
         return False
 
     def forward(self, batch: Batch) -> Losses:
-        """The losses, for wrappers such as DDP."""
+        """The losses; FSDP2 gathers weights around this call."""
         return self.losses(batch)
 
     def collect(self) -> None:
@@ -245,7 +243,6 @@ class DistillTask(TeacherTask):
         self.student = student
         self.compares = bool(config.alpha or config.beta or config.output)
         self.capturable = not config.contrastive and self.runtime.cache is None
-        self.has_unused_params = not (config.output or config.contrastive)
         self.inherited = inherited_names(student, teacher) if inherited is None else inherited
         device = next(student.parameters()).device
         depth, width = student.config.depth, student.config.width
