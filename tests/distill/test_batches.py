@@ -94,7 +94,7 @@ def test_nothing_but_damage_stops_the_stream_whatever_the_limit(tmp_path):
     for i in range(9):
         (tmp_path / f"{i}.png").write_bytes(b"no image")
     feed = SampleFeed(open_samples(str(tmp_path)), LoaderConfig(workers=0, max_skipped=1))
-    with pytest.raises(ValueError, match="images in a row cannot be used"):
+    with pytest.raises(ValueError, match="consecutive images cannot be used"):
         next(iter(feed.stream(encoder().config, (28, 28), OPTIM, World())(0)))
 
 

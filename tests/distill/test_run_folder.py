@@ -33,7 +33,7 @@ def test_of_many_at_once_one_holds_the_folder_and_the_others_are_told_who(tmp_pa
         for process in processes:
             process.join(20)
         assert said[0] == "held"
-        assert all("where another run is going on: " in each for each in said[1:])
+        assert all("which another run is using: " in each for each in said[1:])
         assert not list(tmp_path.iterdir())
 
 
@@ -41,7 +41,7 @@ def test_a_lock_that_a_killed_run_left_is_no_lock(tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / ".holder.json").write_text('{"process": 1}')
     with locked(tmp_path, World()):
-        with pytest.raises(ValueError, match=r"another run is going on: process \d+ on "), locked(tmp_path, World()):
+        with pytest.raises(ValueError, match=r"another run is using: process \d+ on "), locked(tmp_path, World()):
             pass
         assert (tmp_path / ".lock").exists()
     assert not list(tmp_path.iterdir())

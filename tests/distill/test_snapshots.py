@@ -168,6 +168,6 @@ def test_a_full_disk_is_said_to_be_full(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("cgspn.distill.snapshots.save", full)
-    with pytest.raises(SnapshotError, match=r"disk full: .*the run can go on from the one after step 1"):
+    with pytest.raises(SnapshotError, match=r"disk full: .*the run can resume from the one after step 1"):
         snapshots.save(2, {"weight": torch.zeros(3)}, [{}] * 2)
     assert [path.name for path in tmp_path.iterdir()] == ["00000001"]

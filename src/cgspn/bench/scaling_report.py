@@ -13,12 +13,12 @@ from .results import table
 YES = {True: "yes", False: "no"}
 TOLERANCES = {"bfloat16": 1e-3, "float32": 1e-5}  # relative differences of losses, because the order of sums differs
 
-HOW = """Weak scaling: the batch of each GPU is constant. ms a step: mean of the slowest process; ±: its deviation in
-the first. Captured: forward and backward replay one CUDA graph. Efficiency: images/s over those of one GPU (same stage,
-size and batch) times their number; "of the fastest": over the faster of one GPU's captured and launched steps.
-Communication: share of the wall time of two profiled
-steps in which an NCCL kernel runs, waiting included; exposed: in which nothing else does; means over processes, blank
-without GPUs. Memory: the largest peak of a process, which holds the whole frozen teacher."""
+HOW = """Weak scaling: the batch per GPU is constant. ms per step: mean of the slowest process; ±: standard deviation in
+the first process. Captured: forward and backward replay one CUDA graph. Efficiency: images/s relative to one GPU (same
+stage, size and batch) times the number of GPUs; "of the fastest": relative to the faster of captured and eager steps on
+one GPU. Communication: fraction of the wall time of two profiled steps in which an NCCL kernel runs, including waiting;
+exposed: without any other kernel; means over processes, empty without GPUs. Memory: the largest peak of a process,
+which holds the whole frozen teacher."""
 
 
 def stage_of(mode: str) -> str:
@@ -115,7 +115,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
         ticks = sorted({1, *(row["GPUs"] for row in shown)})
         ax.set_xscale("log", base=2)
         ax.set_xticks(ticks, list(map(str, ticks)))
-        ax.set(xlabel="GPUs", ylabel="images/s over one GPU's times their number")
+        ax.set(xlabel="GPUs", ylabel="images/s relative to one GPU, per GPU")
         values = [row["efficiency"] for row in shown]
         ax.set_ylim(min(0.8, *values) - 0.02, max(1.0, *values) + 0.005)  # exceed 1 only for measured values
 

@@ -66,7 +66,7 @@ def check_metrics() -> None:
         import torchmetrics.classification  # noqa: F401
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
         raise ValueError(
-            f"torchmetrics does not import here: {error}; a torchvision built for another torch than the one installed "
+            f"torchmetrics cannot be imported: {error}; a torchvision built for another torch than the one installed "
             "has this effect: install both from the same index, or uninstall torchvision"
         ) from error
 

@@ -105,9 +105,8 @@ def array_picture(pixels: np.ndarray | Tensor) -> Image.Image:
         values = values.astype(np.uint8) * 255
     top = 65535 if values.dtype == np.uint16 else 1 if values.dtype.kind == "f" else 255
     if not (values.min() >= 0 and values.max() <= top):
-        raise ValueError(
-            f"a {values.dtype} picture runs from {values.min():g} to {values.max():g}; accepted: 0 to {top}"
-        )
+        found = f"a picture of {values.dtype} runs from {values.min():g} to {values.max():g}"
+        raise ValueError(f"{found}; accepted: 0 to {top}")
     if values.dtype != np.uint8:
         values = (values.astype(np.float64) * (255 / top)).round().astype(np.uint8)
     return Image.fromarray(values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values)

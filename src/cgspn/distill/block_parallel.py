@@ -53,7 +53,7 @@ class PlacedSublayerTask(SublayerTask):
         ranks = dist.get_world_size()
         if 0 < len(self.learning) < ranks:
             raise ValueError(
-                f"parallel is 'placed' with {ranks} processes; each needs a block that learns, and the student has "
+                f"parallel is 'placed' with {ranks} processes; each needs a block to train, and the student has "
                 f"{len(self.learning)}"
             )
         self.owned = [self.learning[rank::ranks] for rank in range(ranks)]  # round robin

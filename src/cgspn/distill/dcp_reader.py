@@ -38,7 +38,7 @@ class _Unpickler(pickle._Unpickler):  # the C version allocates memory for any m
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which is not of a checkpoint of tensors")
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong in a checkpoint of tensors")
         return super().find_class(module, name)
 
 
@@ -67,7 +67,7 @@ def read_index(folder: Path) -> Metadata:
         raise DamageError(f"{_METADATA} has {size} bytes; accepted: {MOST_INDEX}")
     content = path.read_bytes()
     if sum(map(content.count, b"(]}\x8f")) > max(4096, size // 16):
-        raise DamageError(f"{_METADATA} takes far more memory than it has bytes")
+        raise DamageError(f"{_METADATA} needs far more memory than its size")
     sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file() and not path.is_symlink()}
     try:
         found = _Unpickler(io.BytesIO(content)).load()
@@ -80,5 +80,5 @@ def read_index(folder: Path) -> Metadata:
     except Exception as error:  # untrusted pickles raise all kinds of errors
         raise DamageError(f"{_METADATA} cannot be used: {str(error) or type(error).__name__}") from error
     if not plain or not covered or sparse or not inside or described:
-        raise DamageError(f"{_METADATA} names more than tensors of its own folder, or less")
+        raise DamageError(f"{_METADATA} does not match the tensors in its folder")
     return found

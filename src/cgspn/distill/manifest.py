@@ -57,14 +57,14 @@ def check_manifest(folder: Path, counts: Mapping[str, int] | None = None) -> dic
     for name, entry in files.items():
         path = folder / name
         if Path(name).name != name or path.is_symlink() or not path.is_file():
-            raise DamageError(f"{name} is missing, or no file of its own")
+            raise DamageError(f"{name} is missing, or a link")
         if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
-            raise DamageError(f"{name} has {path.stat().st_size} bytes, not those that were written")
+            raise DamageError(f"{name} has {path.stat().st_size} bytes, which differs from what was written")
     if unknown := {path.name for path in folder.iterdir()} - files.keys() - {NAME}:
         raise DamageError(f"it holds {min(unknown)}, which is not of it")
     for name, entry in entries_of(folder).items():
         if entry["sha256"] != files[name].get("sha256"):
-            raise DamageError(f"{name} was changed: its checksum is another")
+            raise DamageError(f"{name} was changed: its checksum differs")
     return noted
 
 

@@ -55,7 +55,7 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
         raise ValueError(f"out is {out}, which holds a finished run; give another folder, or remove it to begin again")
     made = (CONFIG, WEIGHTS, PREPROCESSING, REPORT)
     if not path.exists() and (held := [name for name in made if os.path.lexists(out / name)]):
-        raise ValueError(f"out is {out}, which holds {', '.join(held)} of something else; give another folder")
+        raise ValueError(f"out is {out}, which holds {', '.join(held)} of another model; give another folder")
     wanted = identity(settings)
     if begun := progress_of(out):
         if not path.exists():
@@ -67,7 +67,7 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
             changed = ", ".join(sorted(differences(found, wanted)))
             raise ValueError(
                 f"out is {out}, which holds an unfinished run with other settings ({changed}); "
-                "give those again to go on with it, or another folder"
+                "use the same settings to resume it, or another folder"
             )
     if world.rank == 0:
         write_atomically(path, json.dumps(wanted, indent=1) + "\n")

@@ -124,7 +124,7 @@ class Snapshots:
             last = self.newest()
             raise SnapshotError(
                 f"the snapshot after step {done} could not be written to {self.folder} ({failure or failures[0]}); "
-                + (f"the run can go on from the one after step {last}" if last else "there is none before it")
+                + (f"the run can resume from the one after step {last}" if last else "there is none before it")
             )
         return [result for each, _ in gathered for result in each]
 
@@ -154,7 +154,7 @@ def check_snapshot(folder: Path, steps: int) -> None:
     """Raise DamageError if the snapshot after `done` steps is damaged."""
     counts = check_manifest(folder, {"steps": steps})
     if counts.get("tensors") != len(read_index(folder).state_dict_metadata):
-        raise DamageError("it does not hold as many tensors as were written")
+        raise DamageError("it has fewer or more tensors than were written")
     read_steps(folder / RECORD, steps)
 
 

@@ -128,7 +128,7 @@ class EncoderConfig:
         if not self.crop_remainder and any(n % patch for n in self.image_size):
             raise ValueError(f"image_size is {self.image_size}; accepted: multiples of the patch size {patch}")
         if (self.class_token or self.registers) and set(self.mixers) - {"attention"}:
-            raise ValueError("class_token and registers must be off beside propagation and windows")
+            raise ValueError("class_token and registers must be off with propagation or window attention")
         if self.pooling == "cls" and not self.class_token:
             raise ValueError("pooling is 'cls' without a class token; accepted: 'map', 'mean'")
         if not self.summary_tokens or any(not 0 <= i < max(1, self.prefix) for i in self.summary_tokens):

@@ -130,7 +130,7 @@ def check_fit(module: nn.Module, weights: Weights, where: str) -> None:
 def check_depth(blocks: int, weights: Weights, where: str) -> None:
     """Raise CheckpointError for more blocks than tensors, before modules are created."""
     if blocks > len(weights):
-        raise CheckpointError(f"{where} has {blocks} blocks, but weights of {len(weights)} tensors; they do not fit")
+        raise CheckpointError(f"{where} has {blocks} blocks, but weights of {len(weights)} tensors; they do not match")
 
 
 def listed(names: Iterable[str], most: int = 6) -> str:

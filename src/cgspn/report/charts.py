@@ -113,7 +113,7 @@ def block_chart(
         ValueError: no values.
     """
     if not values or not all(values.values()):
-        raise ValueError("values is empty; expected one value a block")
+        raise ValueError("values is empty; expected one value per block")
     figure, axes = _axes()
     colours = colours_of(values)
     for name, line in values.items():

@@ -10,7 +10,7 @@ from ..data import ImageSet
 from ..distill.batches import eval_transform
 from ..distill.taps import tapped_forward
 from ..distill.trainer import History
-from ..evaluate import BlockAlignment, SummaryTable, align
+from ..evaluate import SummaryTable, cosine, relative_mse
 from ..models.dual import DualEncoder
 from . import page
 from .charts import block_chart, colours_of, css, legend
@@ -22,6 +22,10 @@ from .training import Steps, block_panels, ends, step_panels
 
 TEACHER, STUDENT = "teacher", "C-GSPN"
 CANVASES = 2  # canvases of sixteen images in the report
+MEASURES = (
+    (cosine, "Cosine", "higher is better, 1 for equal directions"),
+    (relative_mse, "Relative MSE", "lower is better, 0 for equal features, 1 for zeros"),
+)
 ALIGNED = 200  # test images on which blocks are compared
 
 
@@ -58,35 +62,26 @@ def demo_report(result: DemoResult) -> str:
         raise ValueError(f"images holds {len(result.images)}; expected at least {COLUMNS**2}")
     return page.page(
         "From attention to C-GSPN",
-        "A small attention encoder was turned into one that scans the picture line by line, distilled back to quality "
-        "in two stages, and compared with its teacher and with an attention student of the same budget.",
+        "A small attention encoder was converted into a C-GSPN encoder, which scans the image line by line. The "
+        "student was distilled in two stages and is compared with its teacher and a ViT student of equal budget.",
         [_results(result), _training(result), _blocks(result), *_seen(result), _facts(result)],
-        footer="Made by cgspn demo. This file holds everything it shows and asks nothing of the network.",
+        footer="Made by cgspn demo. This file is self-contained and makes no network requests.",
         **assets(),
     )
 
 
 def _results(result: DemoResult) -> Section:
     colours = colours_of(result.models)
-    metric = next((m for m in result.table.metrics if m.key == "zeroshot"), None)
-    scores = {name: row.get("zeroshot") for name, row in result.table.rows.items()}
+    metric = next(m for m in result.table.metrics if m.key == "zeroshot")
+    scores = {name: row[metric.key] or 0.0 for name, row in result.table.rows.items()}
+    called = {TEACHER: "Teacher: attention", "converted": "Converted, not distilled"}
     cards = []
-    teacher = scores.get(TEACHER)
-    for name in result.models:
-        score = scores.get(name)
-        if metric is None or score is None:
-            continue
-        note = "what the students learn from"
-        if name != TEACHER and teacher is not None:
-            points = (score - teacher) * metric.scale
-            note = f"{'+' if points >= 0 else '−'}{abs(points):.{metric.digits}f} points against the teacher"
-        if name == TEACHER:
-            what = "Teacher: attention"
-        elif name == "converted":
-            what = "Converted, not distilled"
-        else:
-            what = f"{name} student"
-        cards.append(page.card(what, f"{metric.show(score)} {metric.unit}".strip(), note, css(colours[name])))
+    for name, score in scores.items():
+        points = (score - scores[TEACHER]) * metric.scale
+        note = f"{'+' if points >= 0 else '−'}{abs(points):.{metric.digits}f} points relative to the teacher"
+        note = "the teacher of both students" if name == TEACHER else note
+        value = f"{metric.show(score)} {metric.unit}"
+        cards.append(page.card(called.get(name, f"{name} student"), value, note, css(colours[name])))
     sizes = {name: sum(p.numel() for p in model.image.parameters()) for name, model in result.models.items()}
     share = sizes[STUDENT] / sizes[TEACHER] - 1
     note = f"the teacher has {_millions(sizes[TEACHER])}: {abs(share):.0%} {'fewer' if share < 0 else 'more'}"
@@ -98,27 +93,25 @@ def _results(result: DemoResult) -> Section:
             cards.append(page.card(f"C-GSPN, an image of {timed.label}", f"{timed.show(mine)} ms", note))
     body = [
         page.paragraph(
-            "Zero-shot top-1: how often the class whose name lies nearest to the image is the right one, on images "
-            "that no model was trained on. No classifier is trained for it."
+            "Zero-shot top-1: how often the class whose name is closest to the image is the right one, on test images. "
+            "No classifier is trained."
         ),
         page.group(cards, "cards"),
         page.scroll(result.table.to_html(), result.table.title),
         page.paragraph(
-            "Retrieval (R@1) asks whether the first of a hundred images found for a caption is of its class. "
-            "Segmentation (mIoU) reads the class of every pixel from the frozen "
-            "features with one linear map. The best value of each column is marked; “converted” is the C-GSPN student "
-            "before distillation and shows what the inherited weights alone are worth.",
+            "Retrieval (R@1) tests whether the closest of a hundred images to a caption has its class. Segmentation "
+            "(mIoU) predicts the class of every pixel from the frozen features with a linear layer. The best value of "
+            "each column is marked. “converted” is the C-GSPN student before distillation.",
             "read",
         ),
         page.paragraph(
-            "Times are of this machine. An image of 28 px has 49 tokens, one of 224 px 3,136: attention compares each "
-            "with each, a scan passes each a few times, so that its share grows slower with the image. Of few "
-            "tokens a scan is the slower one, of many the faster; what larger encoders and GPUs make of that is on the "
-            "page “Measurements” of the documentation.",
+            "Times are for this machine. An image of 28 px has 49 tokens, one of 224 px has 3,136. The time of "
+            "attention is quadratic in the number of tokens, that of a scan linear. A scan is slower for few tokens "
+            "and faster for many. The page “Measurements” of the documentation shows larger encoders and GPUs.",
             "read",
         ),
     ]
-    return Section("results", "What was kept", "\n".join(body), "Results")
+    return Section("results", "Accuracy and speed", "\n".join(body), "Results")
 
 
 def _training(result: DemoResult) -> Section:
@@ -130,15 +123,15 @@ def _training(result: DemoResult) -> Section:
                 stages.setdefault(stage, {})[name] = history.steps
     body = [
         page.paragraph(
-            "Stage 1 aligns each mixing sub-layer alone: it is given what the teacher's layer was given and learns to "
-            "return what it returned. Stage 2 trains the whole student end to end, comparing it with the teacher "
-            "after every sub-layer (PP) and after every block (PB) through small adapters that are thrown away "
-            "afterwards, and comparing the pooled vector without one."
+            "Stage 1 trains each mixing sub-layer separately to match the teacher's output from the teacher's input. "
+            "Stage 2 trains the whole student end to end. It compares the student with the teacher after every "
+            "sub-layer (PP) and after every block (PB), through small adapters that are removed afterwards, and "
+            "compares the pooled vectors without an adapter."
         ),
         page.paragraph(
-            "Lower is better. Faint lines are single steps, strong lines their moving average; where the losses span "
-            "a wide range the vertical axis is logarithmic. Charts over blocks show the last twentieth of the steps. "
-            "Both students saw the same images in the same order.",
+            "Lower is better. Faint lines are single steps, strong lines their moving average. The vertical axis is "
+            "logarithmic if losses span a wide range. Charts over blocks show the last twentieth of the steps. Both "
+            "students were trained on the same images in the same order.",
             "read",
         ),
         legend(list(result.histories)),
@@ -149,7 +142,7 @@ def _training(result: DemoResult) -> Section:
         body += [page.heading(stage[:1].upper() + stage[1:]), page.group(panels, "wide")]
     if not stages:
         body.append(page.paragraph("This run trained nothing, so there are no curves."))
-    return Section("training", "How the students learned", "\n".join(body), "Training")
+    return Section("training", "Losses", "\n".join(body), "Training")
 
 
 def _blocks(result: DemoResult) -> Section:
@@ -158,36 +151,36 @@ def _blocks(result: DemoResult) -> Section:
     with torch.no_grad():
         batch = eval_transform(teacher.config)(images.images)
         theirs = tapped_forward(teacher, batch)
-        found: dict[str, tuple[list[BlockAlignment], list[BlockAlignment]]] = {}
-        for name, model in result.models.items():
-            if name == TEACHER or model.image.config.depth != teacher.config.depth:
-                continue
-            mine = tapped_forward(model.image, batch)
-            found[name] = (align(mine.sublayers, theirs.sublayers), align(mine.blocks, theirs.blocks))
+        mine = {
+            name: tapped_forward(model.image, batch)
+            for name, model in result.models.items()
+            if name != TEACHER and model.image.config.depth == teacher.config.depth
+        }
     panels = []
-    for tap, where in ((0, "after the sub-layer (PP)"), (1, "after the block (PB)")):
-        cosines = {name: [a.cosine for a in pair[tap]] for name, pair in found.items()}
-        lowest = min(v for line in cosines.values() for v in line)
-        chart = block_chart(cosines, label=f"Cosine {where}, block by block", limits=(min(0.0, lowest - 0.05), 1.0))
-        panels.append(page.panel(chart, f"Cosine {where}", "higher is better, 1 is the same direction"))
-        errors = {name: [a.relative_mse for a in pair[tap]] for name, pair in found.items()}
-        chart = block_chart(errors, label=f"Relative MSE {where}, block by block")
-        panels.append(page.panel(chart, f"Relative MSE {where}", "lower is better, 0 is equal, 1 is as far as zeros"))
+    for tap, where in (("sublayers", "after the sub-layer (PP)"), ("blocks", "after the block (PB)")):
+        for measure, called, note in MEASURES:
+            values = {
+                name: [measure(s, t) for s, t in zip(getattr(taps, tap), getattr(theirs, tap), strict=True)]
+                for name, taps in mine.items()
+            }
+            limits = (min(0.0, min(map(min, values.values())) - 0.05), 1.0) if measure is cosine else (None, None)
+            chart = block_chart(values, label=f"{called} {where}, block by block", limits=limits)
+            panels.append(page.panel(chart, f"{called} {where}", note))
     body = [
         page.paragraph(
-            f"{len(images)} held-out images go through teacher and students from end to end, and every block of a "
-            "student is compared with the same block of the teacher, patch by patch."
+            f"Teacher and students process {len(images)} held-out images end to end. Every block of a student is "
+            "compared with the same block of the teacher, patch by patch."
         ),
         page.paragraph(
-            "Adapters are gone here, so a student may hold what the teacher holds in a form of its own and still look "
-            "far away in the middle; the end of the encoder is what users get. Sub-layers are only the mixing branch; "
-            "blocks include the path around it, which is why they agree more.",
+            "This comparison has no adapters, so a student's middle blocks may represent the same information "
+            "differently from the teacher's. Only the final output matters to users. Sub-layers are only the mixing "
+            "branch; blocks include the residual stream and are therefore more similar.",
             "read",
         ),
-        legend(list(found)),
+        legend(list(mine)),
         page.group(panels, "wide"),
     ]
-    return Section("blocks", "How near each block is to the teacher's", "\n".join(body), "Blocks")
+    return Section("blocks", "Similarity of each block to the teacher's", "\n".join(body), "Blocks")
 
 
 def _seen(result: DemoResult) -> list[Section]:
@@ -196,7 +189,7 @@ def _seen(result: DemoResult) -> list[Section]:
     side, patch = COLUMNS * max(student.config.image_size), student.config.patch_size
     pictures = list(canvases(result.images.images, side, patch, CANVASES))
     shown = look_at(pictures, student, result.models[TEACHER].image)
-    return show_sections(shown, "What the models see")
+    return show_sections(shown, "Features of the models")
 
 
 def _facts(result: DemoResult) -> Section:
@@ -208,7 +201,7 @@ def _facts(result: DemoResult) -> Section:
         "model names": ", ".join(dict.fromkeys(model.image.config.name for model in result.models.values())),
         **result.facts,
     }
-    return Section("facts", "What was run", page.fact_list(facts), "Run")
+    return Section("facts", "Settings and machine", page.fact_list(facts), "Run")
 
 
 def _millions(count: int) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-from ..console import rate_text
+from ..console import duration_text, rate_text
 from . import page
 from .charts import legend, loss_chart
 from .page import Section
-from .training import block_panels, ends, step_panels
+from .training import block_panels, ends, step_panels, twentieths
 
 Record = Mapping[str, Any]
 ENDS = ("first steps", "last steps")
@@ -38,29 +39,30 @@ def run_report(record: Record) -> str:
         f"From {record['teacher']} with {record['images']:,} images, in {len(stages)} "
         f"{'stage' if len(stages) == 1 else 'stages'}: losses, blocks, speed, data and settings.",
         sections,
-        footer="Made by cgspn distill. This file holds everything it shows and asks nothing of the network.",
+        footer="Made by cgspn distill. This file is self-contained and makes no network requests.",
     )
 
 
 def _summary(record: Record, stages: Mapping[str, Sequence[Mapping[str, float]]]) -> Section:
     cards = []
     for title, steps in stages.items():
-        first, last = _ends([step["total"] for step in steps])
+        first, last = (fmean(step["total"] for step in part) for part in twentieths(steps))
         speed = record["throughput"].get(title, {})
+        time = duration_text(speed["seconds"]) if "seconds" in speed else ""
         rate = rate_text(speed["images_per_second"]) if "images_per_second" in speed else ""
-        parts = [f"loss {first:.3g} at first; {len(steps):,} steps", rate, _wall_time(speed), rising(steps)]
+        parts = [f"loss {first:.3g} at first; {len(steps):,} steps", rate, time, rising(steps)]
         cards.append(page.card(title, f"{last:.3g}", ", ".join(part for part in parts if part), "var(--link)"))
     held = record.get("held_out") or {}
     if "cosine" in held:
-        seen = "that it was trained on, as fewer than 100 are there" if held["trained_on"] else "kept out of training"
-        note = f"of grid tokens at the native size, mean over {held['images']} images {seen}; 1 is the same direction"
+        seen = "training images (there are fewer than 100)" if held["trained_on"] else "held-out images"
+        note = f"of the final grid tokens at the native size, mean over {held['images']} {seen}"
         cards.insert(0, page.card("Cosine to the teacher", f"{held['cosine']:.3f}", note, "var(--link)"))
     body = [
-        page.paragraph("The loss of each stage at its end, mean of the last twentieth of its steps. Lower is better."),
+        page.paragraph("The final loss of each stage, averaged over the last twentieth of its steps. Lower is better."),
         page.group(cards, "cards") if cards else page.paragraph("This run trained nothing."),
     ]
     if "picture" in held:
-        words = "features as colours, one choice for all images; the student's are turned to fit the teacher's"
+        words = "PCA visualisation of the features; the student's components are rotated to match the teacher's"
         picture = page.picture(held["picture"], f"Images and {words}", "Image, teacher, student", words)
         body.append(page.group([picture], "wide"))
     return Section("summary", "In short", "\n".join(body), "In short")
@@ -79,11 +81,11 @@ def _speed(title: str, speed: Mapping[str, Any]) -> list[str]:
         return []
     cards = [page.card("Images/s", f"{speed['images_per_second']:,.1f}", "all processes, after the first steps")]
     if "mfu" in speed:
-        cards.append(page.card("MFU", f"{speed['mfu']:.0%}", "FLOP of teacher and student over the peak of the device"))
+        cards.append(page.card("MFU", f"{speed['mfu']:.0%}", "FLOPs of teacher and student / peak of the device"))
     note = f"first batch after {speed['first_batch_seconds']:.1f} s"
     cards.append(page.card("Waiting for data", f"{speed['data_wait_share']:.1%}", note))
-    chart = loss_chart({"images/s": speed["curve"]}, label=f"{title}: images/s in the course of the stage")
-    panel = page.panel(chart, "Images/s", "in the course of the stage, since it was last started")
+    chart = loss_chart({"images/s": speed["curve"]}, label=f"{title}: images/s over the stage")
+    panel = page.panel(chart, "Images/s", "since the stage was last started")
     return [page.heading("Speed"), page.group(cards, "cards"), page.group([panel], "wide")]
 
 
@@ -96,16 +98,16 @@ def _data(record: Record) -> Section:
         if each["files"]:
             names = {name: str(reason) for name, reason in each["files"].items()}
             body += [page.heading(f"Skipped {kind}"), page.fact_list(names)]
-    return Section("data", "What was seen", "\n".join(body), "Data")
+    return Section("data", "Training data", "\n".join(body), "Data")
 
 
 def _settings(record: Record) -> Section:
     facts = {"command": record["command"], "device": record["device"], "processes": str(record["processes"])}
     if record.get("peak_memory"):
-        facts["peak memory"] = f"{record['peak_memory'] / 2**30:.1f} GiB, the largest of a process"
+        facts["peak memory"] = f"{record['peak_memory'] / 2**30:.1f} GiB, the maximum over processes"
     facts |= {name: str(version) for name, version in record["versions"].items()}
     body = [page.fact_list(facts), page.heading("Settings"), page.fact_list(dict(_flat(record["config"])))]
-    return Section("settings", "What was run", "\n".join(body), "Settings")
+    return Section("settings", "Command and settings", "\n".join(body), "Settings")
 
 
 def rising(steps: Sequence[Mapping[str, float]]) -> str:
@@ -117,23 +119,9 @@ def rising(steps: Sequence[Mapping[str, float]]) -> str:
     return f"the loss rises: it was {lowest:.3g}" if means[-1] > RISEN * lowest else ""
 
 
-def _wall_time(speed: Mapping[str, Any]) -> str:
-    """The duration of a stage since its last start; "" if unknown."""
-    seconds = speed.get("seconds")
-    if seconds is None:
-        return ""
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
-
-
 def _flat(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
     """Flatten nested settings to command-line names."""
     rows: list[tuple[str, str]] = []
     for name, value in settings.items():
         rows += _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else [(before + name, str(value))]
     return rows
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    """Means over the first and the last twentieth of the steps."""
-    size = max(1, len(values) // 20)
-    return sum(values[:size]) / size, sum(values[-size:]) / size

@@ -35,14 +35,13 @@ def show_page(shown: Show, models: Mapping[str, str], facts: Mapping[str, str]) 
         models: display names by "teacher" and "student".
         facts: further facts to show.
     """
-    both = TEACHER in shown.colours
+    seen_by = "an encoder and its teacher" if TEACHER in shown.colours else "an encoder"
     return page.page(
-        "What the encoder sees",
-        f"{_count(len(shown.views), 'photograph')} through "
-        f"{'an encoder and the teacher that it learns from' if both else 'an encoder'}: "
-        "which patches look alike to it, and where each layer takes what it brings to a patch.",
-        [*show_sections(shown), Section("facts", "What was run", page.fact_list({**models, **facts}), "Run")],
-        footer="Made by cgspn show. This file holds everything it shows and asks nothing of the network.",
+        "Features of an encoder",
+        f"{len(shown.views)} photograph{'s' if len(shown.views) > 1 else ''} through {seen_by}: "
+        "which patches have similar features, and which positions influence a patch in each layer.",
+        [*show_sections(shown), Section("facts", "Settings and machine", page.fact_list({**models, **facts}), "Run")],
+        footer="Made by cgspn show. This file is self-contained and makes no network requests.",
         **assets(),
     )
 
@@ -60,47 +59,48 @@ def show_sections(shown: Show, title: str = "How to read this page") -> list[Sec
 def _reading(shown: Show, title: str) -> Section:
     held = " and ".join(f"{basis.explained:.0%} of the {name}'s" for name, basis in shown.colours.items())
     text = (
-        "The three strongest directions of a model's last features become red, green and blue, one choice for all "
-        f"photographs: patches of one colour mean the same to the model. They hold {held} variance. Between patches "
-        "colours are interpolated."
+        "Red, green and blue are the three principal components of a model's final features over all photographs, so "
+        f"patches with similar features have similar colours. They explain {held} variance. Colours are interpolated "
+        "between patches."
     )
     if TEACHER in shown.colours:
         agreed = page.words([f"{r:.2f}" for r in shown.colours[STUDENT].agreement or ()])
-        text += f" The student's are turned as a whole to fit the teacher's, and then correlate at {agreed}."
+        text += f" The student's components are rotated to match the teacher's; their correlations are {agreed}."
     described = [d for v in shown.views for d in v.descriptors.values()]
     panels = (
-        ("Features as colours", text),
+        ("PCA visualisation of the features", text),
         (
-            "Which patches look alike",
-            "Click or tap a patch, or choose one with the arrow keys: the heat is the cosine of its features with "
-            f"those of every other patch. A patch has at most {max(len(d.steps) for d in described)} bytes here, which "
-            f"hold at least {min(d.kept for d in described):.1%} of the features' squared length; cosines are within "
-            f"{max(d.error for d in described):.3f} of the exact ones.",
+            "Similarity to a patch",
+            "Click or tap a patch, or choose one with the arrow keys. The heat map shows the cosine similarity of its "
+            f"features to those of all patches. The page stores at most {max(len(d.steps) for d in described)} "
+            f"bytes per patch, which keep {min(d.kept for d in described):.1%} or more of the squared norm. Cosines "
+            f"are within {max(d.error for d in described):.3f} of the exact ones.",
         ),
         (
-            "What one patch takes in",
-            "A scan hands information from line to line, so a direction reaches a patch from a triangle behind it. "
-            "The heat is the root of how much the scan's output at the ringed patch changes with its input elsewhere, "
-            "on one scale for all directions; of attention it is the root of the weight, on its own scale.",
+            "Influence on a patch",
+            "A scan passes information from line to line, so each direction reaches a patch from a triangle. The heat "
+            "map shows the square root of the influence of each position on the scan's output at the ringed patch, on "
+            "one scale for all directions. For attention it shows the square root of the weight.",
         ),
     )
     body = [
         page.group([page.panel(page.paragraph(words), name) for name, words in panels], "wide"),
         page.colour_scale(HEAT, "least", "most"),
-        "<noscript><p>The heat maps need JavaScript; photographs and colours do not.</p></noscript>",
+        "<noscript><p>The heat maps need JavaScript.</p></noscript>",
     ]
     return Section("reading", title, "\n".join(body), title)
 
 
 def _section(number: int, seen: View, colours: Mapping[str, ColourBasis]) -> Section:
-    photograph, name = seen.photograph, _printable(seen.photograph.name)
+    photograph = seen.photograph
+    name = photograph.name.encode("utf-8", "replace").decode("utf-8")  # as a page is UTF-8, and file names may not be
     height, width = photograph.pixels.shape[1:]
     grid = seen.features[STUDENT].shape[:2]
     note = f"{width} × {height} pixels, {grid[1]} × {grid[0]} patches"
     if seen.cells != tuple(grid):
-        note += f", averaged to {seen.cells[1]} × {seen.cells[0]} for what can be clicked"
+        note += f", averaged to {seen.cells[1]} × {seen.cells[0]} clickable cells"
     if seen.agreement is not None:
-        note += f". Student's and teacher's features have a mean cosine of {seen.agreement:.2f}"
+        note += f". The mean cosine similarity of student and teacher is {seen.agreement:.2f}"
     uri, shape = photograph_uri(photograph), f'width="{width}" height="{height}"'
     smooth = "" if uri.startswith("data:image/png") else ' class="smooth"'
     figures = [
@@ -109,8 +109,8 @@ def _section(number: int, seen: View, colours: Mapping[str, ColourBasis]) -> Sec
     ]
     figures += [
         f'<figure><img src="{jpeg_uri(image_of(colours[who].picture(f)), SHOWN_SIDE)}" class="smooth" {shape} '
-        f'alt="Features of the {who} as colours">'
-        f"<figcaption><strong>{who.capitalize()}</strong>, features as colours</figcaption></figure>"
+        f'alt="PCA visualisation of the {who}">'
+        f"<figcaption><strong>{who.capitalize()}</strong>, PCA of the features</figcaption></figure>"
         for who, f in seen.features.items()
     ]
     heat = [
@@ -126,16 +126,16 @@ def _section(number: int, seen: View, colours: Mapping[str, ColourBasis]) -> Sec
     ]
     points = [(chr(ord("A") + i), str(i)) for i in range(len(seen.points))]
     layers = [(str(layer), str(layer)) for layer in seen.flows]
-    scales = [("same for both", "shared"), ("each its own", "own")] if len(seen.features) > 1 else []
+    scales = [("shared", "shared"), ("separate", "own")] if len(seen.features) > 1 else []
     data = json.dumps(packed(seen)).replace("<", "\\u003c")
     body = f"""<p class="note">{html.escape(note)}.</p>
 <div class="maps">{"".join(figures)}</div>
 <details class="live"{" open" if number == 1 else ""} hidden>
-<summary>Look closer: which patches look alike, and what one takes in</summary>
-<h3>Which patches look alike</h3>
+<summary>Similarity and influence of patches</summary>
+<h3>Similarity to a patch</h3>
 <div class="choices">{_choice("Scale", "scale", scales)}<p class="readout" aria-live="polite"></p></div>
 <div class="heat">{"".join(heat)}</div>
-<h3>What one patch takes in, layer by layer</h3>
+<h3>Influence on a patch, by layer</h3>
 <div class="choices">{_choice("Patch", "point", points)}{_choice("Layer", "layer", layers)}</div>
 <div class="flows">{"".join(flows)}</div>
 </details>
@@ -161,12 +161,3 @@ def _choice(label: str, name: str, options: Sequence[tuple[str, str]]) -> str:
         for text, value in options
     )
     return f'<div class="choice" role="group" aria-label="{label}"><span>{label}</span>{buttons}</div>'
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _printable(name: str) -> str:
-    """Escape a file name that is not UTF-8."""
-    return name.encode("utf-8", "replace").decode("utf-8")

@@ -11,12 +11,12 @@ from .charts import block_chart, loss_chart
 Steps = Sequence[Mapping[str, float]]
 TITLES = {
     "total": ("Total", "the weighted sum that is minimised"),
-    "PP": ("After sub-layers (PP)", "mean over blocks, through adapters where they are on"),
-    "PB": ("After blocks (PB)", "mean over blocks, through adapters where they are on"),
+    "PP": ("After sub-layers (PP)", "mean over blocks, with adapters if enabled"),
+    "PB": ("After blocks (PB)", "mean over blocks, with adapters if enabled"),
     "pooled": ("Pooled vector", "relative MSE, no adapter"),
-    "contrastive": ("Contrastive", "images against captions"),
-    "gradient": ("Gradient", "its norm before clipping"),
-    "lr": ("Learning rate", "of fresh weights; others have a factor on it"),
+    "contrastive": ("Contrastive", "between images and captions"),
+    "gradient": ("Gradient", "norm before clipping"),
+    "lr": ("Learning rate", "of new weights; inherited ones have a multiplier"),
 }
 LAST = ("gradient", "lr")  # panels after the losses
 TAPS = {"": "Each sub-layer", "PP ": "Each sub-layer (PP)", "PB ": "Each block (PB)"}
@@ -56,6 +56,10 @@ def block_panels(stage: str, lines: Mapping[str, Steps], when: str) -> list[str]
 
 def ends(steps: Steps) -> tuple[Steps, Steps]:
     """The first and the last twentieth of the steps that record single blocks; in long stages not every step does."""
-    detailed = [step for step in steps if any("block" in name for name in step)]
-    size = max(1, len(detailed) // 20)
-    return detailed[:size], detailed[-size:]
+    return twentieths([step for step in steps if any("block" in name for name in step)])
+
+
+def twentieths(steps: Steps) -> tuple[Steps, Steps]:
+    """The first and the last twentieth of some steps, one step at least."""
+    size = max(1, len(steps) // 20)
+    return steps[:size], steps[-size:]

@@ -50,7 +50,7 @@ def choose(name: str, prefixes: list[str], submodel: str | None) -> str:
         chosen = [p for p in prefixes if _USUAL.search(p) and not online] or prefixes
     if len(chosen) > 1:
         one = chosen[0].rstrip(".")
-        raise CheckpointError(f"{name} holds {len(chosen)} models, {_names(chosen)}; choose one, submodel={one!r}")
+        raise CheckpointError(f"{name} holds {len(chosen)} models, {_names(chosen)}; choose one with submodel={one!r}")
     return chosen[0]
 
 
