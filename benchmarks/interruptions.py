@@ -160,7 +160,7 @@ class Study:
             time.sleep(rng.uniform(0, 1) if seed == 0 else 0)
         codes = [finish(run)[0] for run in runs]
         refused = [log.read_text() for log, code in zip(logs, codes, strict=True) if code == 2]
-        named = len(refused) == 1 and "where another run is going on: " in refused[0]
+        named = len(refused) == 1 and "which another run is using: " in refused[0]
         winner = codes.index(0) if 0 in codes else None
         same = winner is not None and digest(out) == wanted[winner]
         shutil.rmtree(out, ignore_errors=True)

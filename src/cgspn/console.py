@@ -30,7 +30,7 @@ def writable_folder(path: Path, name: str) -> Path:
         with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
-        raise ValueError(f"{name} is {path}, where nothing can be written: {error.strerror}") from error
+        raise ValueError(f"{name} is {path}, which is not writable: {error.strerror}") from error
     return path
 
 
@@ -45,6 +45,11 @@ def speed_of(record: dict[str, float]) -> str:
 def rate_text(rate: float) -> str:
     """Images/s as text, with decimals for small rates."""
     return f"{rate:,.{0 if rate >= 10 else 2}f} images/s"
+
+
+def duration_text(seconds: float) -> str:
+    """A duration in hours, or in minutes if it is below one."""
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def waiting(text: str) -> Status:

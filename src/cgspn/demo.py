@@ -58,8 +58,8 @@ def _first(images: ImageSet, count: int, name: str) -> ImageSet:
     return images.subset(torch.arange(count))
 
 
-def idle_threads(limit: int = 8) -> int:
-    """The number of threads from which small models gain now: the idle cores, at least 1 and at most `limit`.
+def idle_threads() -> int:
+    """The number of threads from which small models gain now: the idle cores, at least 1 and at most 8.
 
     Every operation waits for its slowest thread. With more threads than idle cores the demo takes several times as
     long, and its operations are too small for more than a few threads.
@@ -67,7 +67,7 @@ def idle_threads(limit: int = 8) -> int:
     total = os.cpu_count() or 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
     busy = os.getloadavg()[0] * cores / total if hasattr(os, "getloadavg") else 0.0
-    return max(1, min(limit, cores, round(cores - busy)))
+    return max(1, min(8, cores, round(cores - busy)))
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def test_help_shows_examples(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--out", "file"], "out is file, where nothing can be written"),
+        (["demo", "--out", "file"], "out is file, which is not writable"),
         (["demo", "--config.test-images", "0"], "test_images is 0; accepted: 1 to 4000"),
         (["demo", "--config.distill.compression", "97"], "compression is 97"),
         (["pretrain", "x", "--config.model", "vit_mni_patch4_28"], "did you mean"),

@@ -110,7 +110,7 @@ def test_a_run_without_captions_cannot_be_contrastive(tmp_path, shards):
     (tmp_path / "flat").mkdir()
     for i in range(20):
         Image.new("RGB", (30, 30)).save(tmp_path / "flat" / f"{i}.png")
-    with pytest.raises(ValueError, match=r"flat: none of the images can be used that were read: .*no caption \(look"):
+    with pytest.raises(ValueError, match=r"flat: none of the images read so far can be used: .*no caption \(look"):
         distill("run", "flat")
     assert not Path("run").exists()
 
@@ -131,7 +131,7 @@ def test_what_a_later_stage_cannot_do_is_refused_before_the_first(tmp_path, monk
     refused("compute.capture is on, on device 'cpu'", replace(plain, compute=ComputeConfig(capture=True)))
     for name, least in (("mixup", 2), ("cutmix", 3)):
         alone = replace(plain, stage2=replace(OPTIM, steps=1, batch_size=least - 1, **{name: 0.5}))
-        refused(f"{name} is 0.5, with {least - 1} images a process; expected {least} or more", alone)
+        refused(f"{name} is 0.5, with {least - 1} images per process; expected {least} or more", alone)
     taken = replace(plain, compression=6)
     refused("config.compression is 6 beside student", taken, student=Path("student"))
 
@@ -193,7 +193,7 @@ def test_a_file_that_is_of_no_run_is_left_alone(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     Path("old").mkdir()
     Path("old", name).write_text("precious")
-    with pytest.raises(ValueError, match=f"out is old, which holds {name} of something else"):
+    with pytest.raises(ValueError, match=f"out is old, which holds {name} of another model"):
         Distill("embedded", Path("old"), config=replace(CONFIG, loss=LossConfig())).run()
     assert Path("old", name).read_text() == "precious"
     assert [path.name for path in Path("old").iterdir()] == [name]
@@ -206,7 +206,7 @@ def with_sizes(config, *sizes):
 def test_a_step_that_waits_for_the_host_is_not_captured():
     with pytest.raises(ValueError, match="teacher_cache is -1; accepted: 0 or more GiB"):
         ComputeConfig(teacher_cache=-1)
-    with pytest.raises(ValueError, match="capture is on beside teacher_cache"):
+    with pytest.raises(ValueError, match="capture and teacher_cache are both on"):
         ComputeConfig(capture=True, teacher_cache=1)
     with pytest.raises(ValueError, match=r"compute\.capture is on beside loss\.contrastive"):
         replace(CONFIG, compute=ComputeConfig(capture=True))

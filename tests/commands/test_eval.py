@@ -7,10 +7,12 @@ import pytest
 from PIL import Image
 
 from cgspn import cli
+from cgspn.commands.eval_report import Evaluation, Report
 from cgspn.console import console
 from cgspn.data import load_embedded
 from cgspn.data.labelled import open_labelled
 from cgspn.evaluate import classify, similarity
+from cgspn.evaluate.jobs import PER_CLASS, TOP1
 from cgspn.models import Encoder, create_model
 from cgspn.teachers import load_embedded_teacher, load_model
 from layouts import ade20k, clip_benchmark, coco_stuff
@@ -90,6 +92,14 @@ def test_retrieval_and_everything_that_a_folder_allows(tmp_path, student, capsys
     run("all", "embedded", "--data", "photos", "--out", "all.json")
     found = json.loads((tmp_path / "all.json").read_text())["results"]["embedded"]["photos"]
     assert {"top1", "image_to_text@1", "image_to_text@5", "text_to_image@10"} <= found.keys()
+
+
+@pytest.mark.parametrize(("per_class", "labels"), [(0.7500001, ["top-1"]), (0.7, ["top-1", "mean per class"])])
+def test_a_column_that_repeats_another_is_in_json_alone(per_class, labels):
+    report = Report("Zero-shot", Evaluation(), {}, several=False)
+    report.add("model", "set", {TOP1: 0.75, PER_CLASS: per_class})
+    assert [metric.label for metric in report.table().metrics] == labels
+    assert report.measured["model"]["set"]["per_class"] == per_class
 
 
 def test_segment(tmp_path, student, capsys):

@@ -80,7 +80,7 @@ def test_a_part_is_spread_over_the_set(tmp_path):
     train, _ = open_segmentation(ade20k(tmp_path, (6, 1)))
     assert [p.stem[-1] for p in train.limited(3).pictures] == ["0", "2", "4"]
     assert train.limited(None) is train
-    with pytest.raises(ValueError, match="ade20k holds 6 images, but 7 are asked for"):
+    with pytest.raises(ValueError, match="ade20k holds 6 images, but 7 are requested"):
         train.limited(7)
 
 

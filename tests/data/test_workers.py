@@ -281,7 +281,7 @@ def test_a_killed_worker_is_replaced_and_nothing_is_lost(source, tmp_path, capfd
     got += list(stream)
     assert time.monotonic() - began < 30
     same(read(source), got)
-    assert "started again at step" in capfd.readouterr().err
+    assert "restarted at step" in capfd.readouterr().err
     assert len(readers(tmp_path / "pids") - first) >= 1
     assert not any(alive(pid) for pid in readers(tmp_path / "pids"))
     assert signal.getsignal(signal.SIGCHLD) is handler
@@ -295,7 +295,7 @@ class Deadly(Slow):
 @pytest.mark.slow
 def test_workers_that_keep_dying_end_the_run_with_one_line(source, tmp_path):
     began = time.monotonic()
-    with pytest.raises(WorkerError, match=r"^a process that reads images died twice at step 4 .*fewer workers"):
+    with pytest.raises(WorkerError, match=r"^a reader process died twice at step 4 .*fewer workers"):
         read(Deadly(source, tmp_path), start=4, workers=2)
     assert time.monotonic() - began < 30
 

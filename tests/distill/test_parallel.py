@@ -118,7 +118,7 @@ def test_a_run_that_is_killed_and_runs_out_of_disk_goes_on_bit_for_bit(tmp_path,
     full = launch(out, **settings, hazards={"stage 2": ("full", draw.choice((2, 3)))})
     assert full.codes == [1]
     assert "SnapshotError: the snapshot after step 4 could not be written" in full.said
-    assert "the run can go on from the one after step 2" in full.said
+    assert "the run can resume from the one after step 2" in full.said
     assert [path.name for path in (tmp_path / "run/snapshots/1").iterdir()] == ["00000002"]
     killed = launch(out, **settings, hazards={"stage 2": ("kill", draw.randrange(2, 6))})
     assert killed.codes == [-9]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cgspn.evaluate import align, cosine, relative_mse
+from cgspn.evaluate import cosine, relative_mse
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -26,17 +26,15 @@ def test_cosine_and_relative_error_against_a_loop():
     assert cosine(-3 * t, t) == pytest.approx(-1.0)
 
 
-def test_align_gives_each_block_its_own():
-    t = [randn(3, 4, 5, seed=i) for i in range(3)]
-    s = [t[0], t[1] + 0.1 * randn(3, 4, 5, seed=9), torch.zeros_like(t[2])]
-    blocks = align(s, t)
-    assert blocks[0].cosine == pytest.approx(1.0)
-    assert blocks[0].relative_mse == 0.0
-    assert 0 < blocks[1].relative_mse < 0.05
-    assert blocks[2].relative_mse == 1.0
-    with pytest.raises(ValueError, match=r"block 2: student has shape \(3, 4, 4\)|block 2: student has C = 4"):
-        align([*s[:2], s[2][..., :4]], t)
-    with pytest.raises(ValueError, match="students holds 2 blocks, teachers 3"):
-        align(s[:2], t)
+def test_what_cannot_be_compared_is_refused():
+    s, t = randn(3, 4, 5), randn(3, 4, 5, seed=1)
+    for measure in (cosine, relative_mse):
+        assert measure(t, t) == pytest.approx(1.0 if measure is cosine else 0.0)
+        with pytest.raises(ValueError, match="student has C = 4; expected that of teacher, 5"):
+            measure(s[..., :4], t)
+        with pytest.raises(ValueError, match=r"student has shape \(2, 4, 5\), teacher \(3, 4, 5\)"):
+            measure(s[:2], t)
+        with pytest.raises(ValueError, match="student holds values that are not finite"):
+            measure(s / 0, t)
     with pytest.raises(ValueError, match="teacher is zero everywhere"):
-        relative_mse(t[0], 0 * t[0])
+        relative_mse(t, 0 * t)

@@ -145,7 +145,7 @@ def test_wrong_arguments_are_named():
         fit_probe(tokens, masks + 7, 3)
     with pytest.raises(TypeError, match=r"masks has dtype torch\.float32"):
         fit_probe(tokens, masks.float(), 3)
-    with pytest.raises(ValueError, match="nothing but ignore_index = 5"):
+    with pytest.raises(ValueError, match="only ignore_index = 5"):
         fit_probe(tokens, masks + 5, 3, ignore_index=5)
     with pytest.raises(ValueError, match=r"masks has shape \(1, 6, 6\)"):
         fit_probe(tokens, masks[:1], 3)

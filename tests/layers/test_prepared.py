@@ -265,7 +265,7 @@ def test_launches_that_give_something_else_are_not_kept(monkeypatch):
     monkeypatch.setattr(executor, "run_fused", lambda *arguments: plain(*arguments) * 1.1)
     for seed in range(5):
         block(tokens_of(seed), GRID)
-    assert list(block._state.plans.values()) == ["what was kept gives something else"]
+    assert list(block._state.plans.values()) == ["the kept launches give a different result"]
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ PROPAGATE_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
     (
         {"directions": ("down", "up", "down")},
         ValueError,
-        "directions is ('down', 'up', 'down'); each direction may stand in it once",
+        "directions is ('down', 'up', 'down'); each direction may occur once",
     ),
     ({"merge": "mean"}, ValueError, "merge is 'mean'; accepted: 'sum', 'none'"),
     (

@@ -13,7 +13,7 @@ from test_demo_report import Page
 from cgspn.layers import AttentionConfig, AttentionMixer, Grid, PropagationConfig, PropagationMixer
 from cgspn.models import Encoder, create_model
 from cgspn.ops import propagate_2d_reference
-from cgspn.report.descriptors import cosines, describe
+from cgspn.report.descriptors import describe, unpacked
 from cgspn.report.photographs import encoder_input, fitted, load_photographs
 from cgspn.report.scans import attention_rows, scan_maps, scanned
 from cgspn.report.show import look_at, show_picture
@@ -89,6 +89,13 @@ def test_rows_of_attention_are_those_of_the_whole_map():
     rows = attention_rows(mixer, entry, grid, [(0, 0), (2, 1)])
     whole = mixer.weights(entry, grid).mean(1)[0, 2:, 2:].view(3, 4, 3, 4)
     torch.testing.assert_close(rows, torch.stack([whole[0, 0], whole[2, 1]]))
+
+
+def cosines(descriptors, position):
+    """The cosines of one patch with all patches, as the page computes them: float64 [h, w]."""
+    h, w = descriptors.codes.shape[:2]
+    rows = unpacked(descriptors.codes, descriptors.steps)
+    return (rows @ rows[position[0] * w + position[1]]).view(h, w)
 
 
 def exact_cosines(features, position):

@@ -4,8 +4,8 @@ import shutil
 
 import pytest
 import torch
+from test_show import cosines
 
-from cgspn.report.descriptors import cosines
 from cgspn.report.photographs import load_photographs
 from cgspn.report.show import look_at
 from cgspn.report.show_page import show_page

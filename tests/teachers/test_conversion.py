@@ -119,7 +119,7 @@ def test_a_student_is_replaced_only_if_that_is_asked_for(tmp_path):
 def test_values_from_python_are_those_of_the_command_line():
     student = cgspn.convert(small(), compression=4, value_expansion=6)
     assert student.config.propagation == replace(value_config(6), compression=4)
-    with pytest.raises(ValueError, match="value_expansion is 6 beside propagation"):
+    with pytest.raises(ValueError, match="value_expansion is 6 and propagation"):
         cgspn.convert(small(), value_expansion=6, propagation=PropagationConfig())
 
 

@@ -96,7 +96,7 @@ def test_what_a_file_leaves_out_is_its_class_s_own(kind, mean, resample, crop):
     ],
 )
 def test_pictures_that_would_keep_their_shape_are_warned_of(stated):
-    with pytest.warns(UserWarning, match="leaves pictures their shape or pads them"):
+    with pytest.warns(UserWarning, match="keeps the shape of images or pads them"):
         fields(preprocessor=stated)
 
 

@@ -133,7 +133,7 @@ def test_a_config_and_tensors_that_disagree_are_refused(stated, message, tmp_pat
 
 def test_a_stated_size_says_that_the_table_is_no_square(tmp_path):
     state = state_of(positions=2 * 6 + 1)
-    with pytest.raises(CheckpointError, match="no square grid"):
+    with pytest.raises(CheckpointError, match="do not form a square grid"):
         load(tmp_path, state, heads=2)
     encoder = load(tmp_path, state, {"architecture": "vit_x", "model_args": {"img_size": [28, 84]}}, heads=2)
     assert encoder.config.image_size == (28, 84)

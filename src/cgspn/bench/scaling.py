@@ -219,7 +219,7 @@ class Bench:
                 go()
             except torch.OutOfMemoryError as error:
                 raise ValueError(
-                    f"{mode}, {size} px: {batch} images a GPU do not fit on {world.size} GPUs (rank {world.rank}); "
+                    f"{mode}, {size} px: {batch} images per GPU do not fit on {world.size} GPUs (rank {world.rank}); "
                     "rows before this one are kept; measure 1 GPU again with smaller batches, then this"
                 ) from error
         elif unless_full(go, task, compute) is None:

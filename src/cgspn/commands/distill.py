@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -135,8 +135,8 @@ class Distill(Command):
         if self.show_config:
             console.print_json(json.dumps(settings, default=str))
             return
-        if self.tensorboard and (lack := needed(require_tensorboard)):
-            raise ValueError(lack)
+        if self.tensorboard:
+            require_tensorboard()
         with left_clean(self.out) as own, join_world(device_of(self.device)) as world, ExitStack() as held:
             out = writable_folder(self.out, "out")
             barrier()  # a failing process removes the folder, and no other process may create it again
@@ -154,7 +154,7 @@ class Distill(Command):
             check_same_run(out, settings, world)
             barrier()  # as above, for files of the first process
             if world.rank == 0 and (begun := progress_of(out)):
-                console.print(f"going on with the run in {out}: {begun}", soft_wrap=True)
+                console.print(f"resuming the run in {out}: {begun}", soft_wrap=True)
             teacher = loaded(load_model, "teacher", self.teacher).to(world.device)
             encoder = image_encoder(teacher)
             torch.manual_seed(self.settings.stage1.seed)
@@ -239,8 +239,10 @@ def pictures_of(feed: ImageSetFeed | SampleFeed) -> tuple[Iterable[Picture], boo
 
 def write_report(out: Path, record: dict[str, Any]) -> None:
     """Write the report of a finished run, or print what is missing for it."""
-    if lack := needed(require_matplotlib):
-        console.print(f"no report: {lack}", soft_wrap=True)
+    try:
+        require_matplotlib()
+    except ModuleNotFoundError as error:
+        console.print(f"no report: {error}", soft_wrap=True)
         return
     try:
         page = run_report(record)
@@ -300,12 +302,3 @@ def shown(world: World, events: Path | None) -> Iterator[Watcher | None]:
             return watch
 
         yield both
-
-
-def needed(library: Callable[[], None]) -> str:
-    """The reason why an optional library cannot be used, or ""."""
-    try:
-        library()
-    except ModuleNotFoundError as error:
-        return str(error)
-    return ""

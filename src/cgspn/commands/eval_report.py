@@ -66,7 +66,7 @@ def check_metrics() -> None:
         import torchmetrics.classification  # noqa: F401
     except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
         raise ValueError(
-            f"torchmetrics does not import here: {error}; a torchvision built for another torch than the one installed "
+            f"torchmetrics cannot be imported: {error}; a torchvision built for another torch than the one installed "
             "has this effect: install both from the same index, or uninstall torchvision"
         ) from error
 
@@ -75,8 +75,8 @@ def check_metrics() -> None:
 class Report:
     """The output of an evaluation: progress, skipped files, the table, JSON.
 
-    several: whether each model is measured at several sizes. Raises ValueError for a device that is not there, settings
-    out of range, or where files cannot be written.
+    several: whether each model is measured at several sizes. Raises ValueError for a missing device, settings out of
+    range, or files that cannot be written.
     """
 
     title: str
@@ -156,10 +156,10 @@ class Report:
         return table
 
     def _repeats(self, data: str, metric: Metric) -> bool:
-        """Whether a column says what top-1 says: the mean over classes of equal size, and captions made of classes."""
+        """Whether a column repeats top-1: the mean over classes of equal size, or captions from class names."""
         found = [values[data] for values in self.measured.values()]
         if metric.key == "per_class":
-            return all(values[metric.key] == values["top1"] for values in found)
+            return all(math.isclose(values[metric.key], values["top1"], abs_tol=1e-6) for values in found)
         return metric.key == "image_to_text@1" and all("top1" in v and "image_to_text@5" not in v for v in found)
 
     def finish(self) -> None:

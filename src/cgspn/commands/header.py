@@ -55,7 +55,7 @@ def header(
     hours = flop / rate / SHARE / world.size / 3600
     time = f"{hours:,.0f} hours" if hours >= 10 else f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1g} minutes"
     less = ", less with checkpointing" if config.compute.checkpointing else ""
-    yield f"roughly {time} and {memory:.2g} GiB on each device{less}, by FLOP and tokens; loading images not counted"
+    yield f"roughly {time} and {memory:.2g} GiB on each device{less}, by FLOP and tokens; without image loading"
 
 
 def flop_an_image(teacher: Encoder, student: Encoder, stage: Stage) -> int:
@@ -74,10 +74,10 @@ def warnings(teacher: str, preset: str, given: bool, device: torch.device, stude
             "choose another with --preset, or set --config.stage1.steps, --config.stage2.steps and rates"
         )
     if student is not None and preset != EMBEDDED:
-        yield f"the student in {student} is taken as it is; what the preset says of mixers and positions does not apply"
+        yield f"the student in {student} is not converted again; the preset's mixers and positions do not apply"
     if device.type == "cpu" and teacher != EMBEDDED:
         yield (
-            "the device is a CPU, as PyTorch finds no GPU or --device is cpu; for a trial there, lower "
+            "training runs on the CPU, because PyTorch finds no GPU or --device is cpu; for a trial, lower "
             "--config.stage1.steps, --config.stage2.steps and the batch_size of both"
         )
 

@@ -12,7 +12,7 @@ from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
 from ..report.photographs import COLUMNS, load_photographs
 from ..report.pictures import png_bytes
-from ..report.show import PLACES, STUDENT, TEACHER, check_show, even_layers, look_at, show_picture
+from ..report.show import PLACES, STUDENT, TEACHER, look_at, show_picture
 from ..report.show_page import show_page
 from ..teachers import load_encoder
 from .checks import check_file, device_of, loaded
@@ -73,8 +73,6 @@ class Show(Command):
                 for name, source in models.items()
             }
         student, teacher = encoders[STUDENT], encoders.get(TEACHER)
-        layers = self.layers or even_layers(student)
-        check_show(student, teacher, layers, self.at)
         config = student.config
         native = max(config.image_size) * (COLUMNS if self.images == "embedded" else 1)
         photographs, skipped = load_photographs(self.images, self.size or native, config.patch_size, self.limit)
@@ -84,7 +82,7 @@ class Show(Command):
         with progress_watcher() as watcher:
             watch = watcher("photographs", len(photographs))
             shown = look_at(
-                photographs, student, teacher, layers=layers, places=self.at, watch=lambda: watch({"shown": 1})
+                photographs, student, teacher, layers=self.layers, places=self.at, watch=lambda: watch({"shown": 1})
             )
         seconds = time.monotonic() - began
         names = {name: f"{models[name]}: {_described(model)}" for name, model in encoders.items()}

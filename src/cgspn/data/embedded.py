@@ -32,7 +32,7 @@ def load_embedded(split: Split) -> ImageSet:
     try:
         import lzma
     except ImportError as error:
-        raise RuntimeError("the embedded images need the standard module lzma, which this Python lacks") from error
+        raise RuntimeError("the embedded images need Python's lzma module, which is missing") from error
 
     folder = resources.files(__package__) / "fashion_mnist"
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -41,7 +41,7 @@ def load_embedded(split: Split) -> ImageSet:
     except lzma.LZMAError as error:
         raise RuntimeError(f"the embedded file {split}.xz is damaged ({error}); install the package again") from error
     if hashlib.sha256(raw).hexdigest() != manifest["splits"][split]["sha256"]:
-        raise RuntimeError(f"the embedded file {split}.xz does not hold what it should; install the package again")
+        raise RuntimeError(f"the embedded file {split}.xz is damaged; reinstall the package")
     classes, h, w = manifest["classes"], manifest["height"], manifest["width"]
     # Stored as [class, n, column, row], which compresses best, and returned with interleaved classes.
     stored = torch.frombuffer(raw, dtype=torch.uint8).view(classes, -1, w, h)

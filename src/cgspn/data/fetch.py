@@ -41,7 +41,7 @@ def fetch_all(urls: Sequence[str], folder: Path, most_failures: int) -> Iterator
         path = folder / f"{hashlib.blake2b(os.fsencode(url), digest_size=8).hexdigest()}-{_base(url)}"
         try:
             if failed[0] > most_failures:
-                raise OSError("not tried, as too many others failed")
+                raise OSError("not tried, because too many others failed")
             fetch(url, path, stop)
         except (OSError, ValueError, ImportError) as error:
             failed[0] += 1

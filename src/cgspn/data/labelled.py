@@ -74,7 +74,7 @@ def open_labelled(source: str | Path) -> LabelledPictures:
 
 def _labelled_shards(root: Path) -> LabelledPictures:
     shards = open_benchmark_shards(root)
-    names = tuple(read_lines(root / "classnames.txt", "the names of the classes, one a line"))
+    names = tuple(read_lines(root / "classnames.txt", "the names of the classes, one per line"))
     path = root / "zeroshot_classification_templates.txt"
     templates = tuple(read_lines(path, "templates of captions, one a line")) if path.exists() else TEMPLATES
     for template in templates:

@@ -40,7 +40,7 @@ def open_image(file: Path | IO[bytes]) -> Iterator[Image.Image]:
             yield image
     except UnidentifiedImageError as error:  # its message would name a Python object
         name = f": {file}" if isinstance(file, Path) else ""
-        raise OSError(f"no image, or of none of the kinds {', '.join(FORMATS)}{name}") from error
+        raise OSError(f"not an image, or not one of the formats {', '.join(FORMATS)}{name}") from error
     except (OSError, ValueError, MemoryError):
         raise
     except Exception as error:  # decoders raise all kinds of errors: SyntaxError, struct.error, assertions
@@ -81,7 +81,7 @@ class _Counted:
         self.reads -= 1
         self.room -= len(content) if size >= 0 else 0
         if self.reads < 0 or self.room < 0:
-            raise OSError("it has too many parts beside its pixels")
+            raise OSError("it has too many metadata segments")
         return content
 
 

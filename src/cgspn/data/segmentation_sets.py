@@ -72,7 +72,7 @@ class SegmentationSet:
         if count is None:
             return self
         if not 1 <= count <= len(self):
-            raise ValueError(f"{self.name} holds {len(self)} images, but {count} are asked for; accepted: 1 or more")
+            raise ValueError(f"{self.name} holds {len(self)} images, but {count} are requested; accepted: 1 or more")
         chosen = [i * len(self) // count for i in range(count)]
         return replace(self, pictures=[self.pictures[i] for i in chosen], masks=[self.masks[i] for i in chosen])
 
@@ -99,10 +99,8 @@ def open_segmentation(source: str | Path) -> tuple[SegmentationSet, Segmentation
     for candidate in (root, root / "ADEChallengeData2016"):
         if (candidate / "annotations" / "training").is_dir():
             return _ade20k(candidate, "training"), _ade20k(candidate, "validation")
-    masks = next(
-        (root / name for name in ("stuffthingmaps", "annotations") if (root / name / "train2017").is_dir()), None
-    )
-    if masks is not None:
+    both = (root / name for name in ("stuffthingmaps", "annotations"))
+    if masks := next((masks for masks in both if (masks / "train2017").is_dir()), None):
         return _coco_stuff(root, masks, "train2017"), _coco_stuff(root, masks, "val2017")
     if (root / "camvid-train.tar").is_file():
         train, test = (open_pairs(root / f"camvid-{part}.tar", len(CAMVID), 11) for part in ("train", "test"))
@@ -111,7 +109,7 @@ def open_segmentation(source: str | Path) -> tuple[SegmentationSet, Segmentation
         raise FileNotFoundError(f"no such folder: {root}")
     found = ", ".join(sorted(path.name for path in root.iterdir())[:8]) if root.is_dir() else "a file"
     raise FileNotFoundError(
-        f"{root} is no data set that is known here; expected annotations/training (ADE20K), stuffthingmaps/train2017 "
+        f"{root} is not a known dataset; expected annotations/training (ADE20K), stuffthingmaps/train2017 "
         f"(COCO-Stuff) or camvid-train.tar (CamVid); found: {found or 'nothing'}. Other sets: --train and --test"
     )
 

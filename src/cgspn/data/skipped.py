@@ -58,7 +58,7 @@ class SkipCounter:
         if len(self.bad) > self.limit * min(self.size, max(self.read, FIRST)):
             count, reasons = min(self.read, self.size), {reason for _, reason in self.bad.values()}
             if not self.used and len(reasons) == 1:
-                raise ValueError(f"{self.source}: none of the images can be used that were read: {reasons.pop()}")
+                raise ValueError(f"{self.source}: none of the images read so far can be used: {reasons.pop()}")
             shown = "; ".join(f"{name}: {reason}" for name, reason in list(self.bad.values())[:3])
             raise ValueError(
                 f"{self.source}: {len(self.bad)} of the {count} images read so far cannot be "

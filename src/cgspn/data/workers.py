@@ -217,10 +217,10 @@ def read_rows(
                 del parts
                 if restarted_at == step:
                     raise WorkerError(
-                        f"a process that reads images died twice at step {step} ({error}); if memory ran out, fewer "
+                        f"a reader process died twice at step {step} ({error}); if memory ran out, fewer "
                         "workers or a smaller prefetch need less"
                     ) from error
-                warn(f"a process that reads images died ({error}); started again at step {step}, nothing is lost")
+                warn(f"a reader process died ({error}); restarted at step {step}, no data is lost")
                 restarted_at = step
                 break
             yield step, rows

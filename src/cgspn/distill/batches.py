@@ -133,7 +133,7 @@ class SampleFeed:
                 self.tally.add(len(rows.labels), rows.failures)
                 if rows.images is None:
                     raise ValueError(
-                        f"{self.source.source}: {len(rows.failures)} images in a row cannot be used, the last "
+                        f"{self.source.source}: {len(rows.failures)} consecutive images cannot be used, the last "
                         f"{rows.failures[-1][1]}: {rows.failures[-1][2]}"
                     )
                 shape, _, own = plan.at(step)
@@ -226,5 +226,7 @@ def blended_share(optim: OptimConfig, world: World) -> slice:
         ("cutmix", 3),
     ):  # partners of an image are the next two
         if getattr(optim, name) and own < least:
-            raise ValueError(f"{name} is {getattr(optim, name)}, with {own} images a process; expected {least} or more")
+            raise ValueError(
+                f"{name} is {getattr(optim, name)}, with {own} images per process; expected {least} or more"
+            )
     return share

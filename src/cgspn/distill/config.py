@@ -62,7 +62,7 @@ class OptimConfig:
             ("optimizer", self.optimizer in ("adamw", "muon"), "'adamw' or 'muon'"),
             ("steps", self.steps >= 0, "0 or more"),
             *((name, 0 <= getattr(self, name) <= 1, "0 to 1") for name in ("warmup", "jitter", "mixup", "cutmix")),
-            ("crop_scale", 0 < smallest <= largest <= 1, "two shares of the area, 0 < first <= second <= 1"),
+            ("crop_scale", 0 < smallest <= largest <= 1, "two fractions of the area, 0 < first <= second <= 1"),
             ("ema", 0 <= self.ema < 1, "0 to below 1"),
             ("accumulate", self._divides(), f"divisors of batch_size, {self.batch_size}"),
         )
@@ -140,7 +140,7 @@ class ComputeConfig:
             ("teacher_cache", self.teacher_cache >= 0, "0 or more GiB"),
         )
         if self.capture and self.teacher_cache:
-            raise ValueError("capture is on beside teacher_cache; expected one of them to be off")
+            raise ValueError("capture and teacher_cache are both on; expected one of them")
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: Dis
     """Raise ValueError for sizes that are no multiples of the patch, a CUDA graph on a CPU, and a contrastive loss
     without a text tower. This runs at the start, because the stage that would fail may be days away."""
     if config.compute.capture and world.device.type != "cuda":
-        raise ValueError(f"compute.capture is on, on device {world.device.type!r}; accepted: 'cuda' alone")
+        raise ValueError(f"compute.capture is on, on device {world.device.type!r}; accepted: 'cuda'")
     if config.loss.contrastive and not isinstance(teacher, DualEncoder):
         raise ValueError("loss.contrastive is on; expected a teacher with a text tower")
     patch, cropped = student.config.patch_size, student.config.crop_remainder

@@ -59,7 +59,7 @@ def locked(folder: Path, world: World) -> Iterator[None]:
             run = {"process": os.getpid(), "machine": platform.node(), "since": now, "command": shlex.join(sys.argv)}
             write_atomically(folder / HOLDER, json.dumps(run) + "\n")
         except Timeout:
-            refusal = f"out is {folder}, where another run is going on: {holder_of(folder)}"
+            refusal = f"out is {folder}, which another run is using: {holder_of(folder)}"
     try:
         if refusal := gather_objects(refusal)[0]:
             raise ValueError(refusal)

@@ -1,7 +1,7 @@
 """Evaluation: functions on tensors (zeroshot, retrieval, probe, segmentation, alignment), and models applied
 to images (predict), datasets (measure) and image sets in memory (suite)."""
 
-from .alignment import BlockAlignment, align, cosine, relative_mse
+from .alignment import cosine, relative_mse
 from .predict import Classification, Similarity, classify, similarity
 from .probe import Probe, patch_histograms
 from .retrieval import Retrieval, retrieve, retrieve_captions
@@ -11,7 +11,6 @@ from .zeroshot import Accuracy, accuracy, class_embeddings, top1
 
 __all__ = [
     "Accuracy",
-    "BlockAlignment",
     "Classification",
     "Metric",
     "PixelScore",
@@ -21,7 +20,6 @@ __all__ = [
     "Similarity",
     "SummaryTable",
     "accuracy",
-    "align",
     "class_embeddings",
     "classify",
     "cosine",

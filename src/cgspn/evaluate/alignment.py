@@ -1,27 +1,11 @@
-"""Similarity of a student's and its teacher's features, per block."""
+"""Similarity of a student's and its teacher's features."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from .checks import check_finite
-
-
-@dataclass(frozen=True)
-class BlockAlignment:
-    """Similarity of two sets of features; see the functions with the same names.
-
-    Attributes:
-        cosine: -1 to 1; 1 if all directions are equal.
-        relative_mse: 0 for equal features, 1 for a student that returns zeros.
-    """
-
-    cosine: float
-    relative_mse: float
 
 
 def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,26 +49,5 @@ def relative_mse(student: Tensor, teacher: Tensor) -> float:
     s, t = _pair(student, teacher)
     energy = float(t.square().sum())
     if energy == 0:
-        raise ValueError("teacher is zero everywhere; a relative MSE needs something to relate to")
+        raise ValueError("teacher is zero everywhere; relative MSE is undefined")
     return float((s - t).square().sum()) / energy
-
-
-def align(students: Sequence[Tensor], teachers: Sequence[Tensor]) -> list[BlockAlignment]:
-    """Compute both measures for each block.
-
-    Args:
-        students: features [..., C] of each block.
-        teachers: the same number and shapes.
-
-    Raises:
-        ValueError: the numbers of blocks differ, or a measure fails; the message names the block.
-    """
-    if len(students) != len(teachers):
-        raise ValueError(f"students holds {len(students)} blocks, teachers {len(teachers)}; expected the same number")
-    out = []
-    for i, (s, t) in enumerate(zip(students, teachers)):
-        try:
-            out.append(BlockAlignment(cosine(s, t), relative_mse(s, t)))
-        except ValueError as error:
-            raise ValueError(f"block {i}: {error}") from error
-    return out

@@ -82,7 +82,7 @@ class PixelScore:
         """
         counts = self.metric.confmat
         if int(counts.sum()) == 0:
-            raise ValueError("no pixel to measure: nothing but pixels that do not count")
+            raise ValueError("no pixel to measure: all pixels are ignored")
         occurs = (counts.sum(0) + counts.sum(1)) > 0
         each = tuple(float(v) if o else None for v, o in zip(self.metric.compute(), occurs))
         present = [value for value in (each[k] for k in self.scored) if value is not None]
@@ -180,7 +180,7 @@ def _moments(read: Reader, numbers: Sequence[int], classes: int, ignore_index: i
             moments = Moments(tokens.shape[-1], classes, tokens.device)
         moments.add(tokens, masks, ignore_index)
     if moments is None or float(moments.total) == 0:
-        raise ValueError(f"masks hold nothing but ignore_index = {ignore_index}; nothing to fit")
+        raise ValueError(f"masks hold only ignore_index = {ignore_index}; nothing to fit")
     return moments
 
 

@@ -140,7 +140,7 @@ def compare(side: ImageSide, runner: Runner, batch: int, height: int, width: int
     errors: dict[str, float] = {}
     for name, got, expected in zip(side.names, runner(images), side(images), strict=True):
         if got.shape != expected.shape:
-            raise ExportError(f"{name} has shape {tuple(got.shape)} where the encoder gives {tuple(expected.shape)}")
+            raise ExportError(f"{name} has shape {tuple(got.shape)} where the encoder returns {tuple(expected.shape)}")
         got = got.to(expected.device, expected.dtype)
         errors[name] = float((got - expected).double().norm() / expected.double().norm())
     return Parity(batch, height, width, errors)

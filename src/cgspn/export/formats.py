@@ -19,7 +19,7 @@ Runner = Callable[[Tensor], Sequence[Tensor]]
 Say = Callable[[str], object]
 SUFFIXES: dict[Format, str] = {"onnx": ".onnx", "torch": ".pt2", "aot": ".pt2"}
 LOADER: dict[Format, str] = {
-    "onnx": "onnxruntime, or any runtime of opset 18; operators of the standard domain alone",
+    "onnx": "onnxruntime, or any runtime of opset 18; only standard operators",
     "torch": "import cgspn.ops, then torch.export.load(path).module(): propagate_2d is a custom operator",
     "aot": "import cgspn.ops, then torch._inductor.aoti_load_package(path): propagate_2d is a custom operator that "
     "runs in Python, so a loader without Python cannot run the package; its code is for the kind of machine it was "

@@ -30,7 +30,9 @@ def propagate_2d_onnx(
 ) -> Any:
     """Translate `cgspn::propagate_2d` for PyTorch's exporter, in float32. Raises NotImplementedError for a mask."""
     if mask is not None:
-        raise NotImplementedError("the ONNX form of propagate_2d takes no mask; export an encoder without one")
+        raise NotImplementedError(
+            "the ONNX form of propagate_2d does not support a mask; export an encoder without one"
+        )
     channels, sets = x.shape[-1], lam.shape[-1]
     sets_of = op.Constant(value_ints=[c * sets // channels for c in range(channels)])
     maps = []

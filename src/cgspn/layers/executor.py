@@ -47,7 +47,7 @@ class Fusion(NamedTuple):
 NOTHING, EVERYTHING = Fusion(), Fusion(norm1=True, norm2=True, mixer=True, mlp=True)
 FEW = 1 << 22  # elements; below this the CPU is the bottleneck, and PyTorch's norms need less CPU time
 TRIES = 4  # attempts to keep launches; the first ones compile kernels and size the workspace
-NO_MEMORY = "there was too little memory to keep launches"
+NO_MEMORY = "too little memory to keep launches"
 ALIKE = 3e-2  # relative error that rounding to 16 bits may cause
 SHAPES_MOST = 64  # most token shapes for which a block keeps launches
 KEPT_MOST = 1 << 25  # elements; above this the GPU is the bottleneck, and the workspace would exceed about 1 GB
@@ -210,7 +210,7 @@ def keep(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion) -> Tensor | N
         plan = Plan(replay, prepared or mlp.adder(normal))
         found = plan.run(tokens, grid.mask)
         alike = found is not None and bool((found - out).float().norm() <= ALIKE * out.float().norm())
-        state.plans[key] = plan if alike or not gpu.computes else "what was kept gives something else"
+        state.plans[key] = plan if alike or not gpu.computes else "the kept launches give a different result"
     return out
 
 

@@ -33,9 +33,9 @@ Model = TypeVar("Model", bound=nn.Module)
 def unsupported_reason(device: torch.device) -> str | None:
     """The reason why `device` has no FP8 products, so that rounded values are multiplied in float32; None if it has."""
     if device.type != "cuda" or torch.version.hip is not None:
-        return f"{device.type!r} has no products of float8_e4m3fn whose operands the hardware copies in tiles"
+        return f"{device.type!r} has no float8_e4m3fn products with hardware tile copies (TMA)"
     if torch.cuda.get_device_capability(device) < (9, 0):
-        return f"{torch.cuda.get_device_name(device)} has no engine that copies tiles"
+        return f"{torch.cuda.get_device_name(device)} has no hardware tile copies (TMA)"
     return backends.unsupported_reason("triton", torch.empty(0, device=device))
 
 
@@ -153,10 +153,10 @@ class Fp8Linear(nn.Module):
         super().__init__()
         if not is_plain(layer, nn.Linear):
             kind = type(layer).__name__
-            raise ValueError(f"a layer of type {kind}, or with hooks; products of 8 bits take nn.Linear")
+            raise ValueError(f"a layer of type {kind}, or with hooks; FP8 products accept nn.Linear")
         for width in layer.weight.shape:
             if width % UNIT:
-                raise ValueError(f"a width of {width}; products of 8 bits take multiples of {UNIT}")
+                raise ValueError(f"a width of {width}; FP8 products accept multiples of {UNIT}")
         weight, scales = rounded_rows(layer.weight.detach())
         for name, value in (("weight", weight), ("scales", scales), ("bias", layer.bias.detach().clone())):
             self.register_buffer(name, value, persistent=False)
@@ -169,7 +169,7 @@ class Fp8Linear(nn.Module):
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        raise RuntimeError("an MLP in 8 bits is for inference alone: save the encoder before `quantize_mlps`")
+        raise RuntimeError("an FP8 MLP is only for inference: save the encoder before `quantize_mlps`")
 
 
 class Fp8Mlp(nn.Module):
@@ -182,9 +182,9 @@ class Fp8Mlp(nn.Module):
         """
         super().__init__()
         if not is_plain(mlp, Mlp):
-            raise ValueError(f"an MLP of type {type(mlp).__name__}, or with hooks; accepted in 8 bits: a plain Mlp")
+            raise ValueError(f"an MLP of type {type(mlp).__name__}, or with hooks; accepted for FP8: a plain Mlp")
         if mlp.act_name == "swiglu":
-            raise ValueError("the MLP has 'swiglu'; accepted in 8 bits: 'gelu', 'gelu_tanh', 'quick_gelu'")
+            raise ValueError("the MLP has 'swiglu'; accepted for FP8: 'gelu', 'gelu_tanh', 'quick_gelu'")
         self.act_name: Activation = mlp.act_name
         self.fc1, self.fc2 = Fp8Linear(mlp.fc1), Fp8Linear(mlp.fc2)
         longest = (self.fc1.weight.float() * self.fc1.scales).norm(dim=1).max()
@@ -199,7 +199,7 @@ class Fp8Mlp(nn.Module):
     def adder(self, x: Tensor) -> Callable[[Tensor], object]:
         """Like `Mlp.adder`: a function that adds the MLP of x [..., C], without its last bias, to tokens [M, C]."""
         if torch.is_grad_enabled() and x.requires_grad:
-            raise RuntimeError("an MLP in 8 bits has no gradients: run it under torch.no_grad() or inference_mode()")
+            raise RuntimeError("an FP8 MLP has no gradients: run it under torch.no_grad() or inference_mode()")
         first, second = self.fc1, self.fc2
 
         def add_(tokens: Tensor) -> None:

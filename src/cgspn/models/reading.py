@@ -42,7 +42,7 @@ def read_json_value(path: Path, most: int = MOST_BYTES) -> Any:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if (parts := sum(map(text.count, ",[{"))) > max(MOST_PARTS, len(text) // 16):
-            raise ValueError(f"it has {parts} parts, which take far more memory than the file")
+            raise ValueError(f"it has {parts} values, which need far more memory than the file")
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError as error:
         raise CheckpointError(f"{path} is not readable JSON: it is nested too deeply") from error

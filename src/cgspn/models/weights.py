@@ -55,9 +55,7 @@ def open_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated, damaged or not a safetensors file: {error}") from error
     if unknown := dtypes - DTYPES.keys():
-        raise CheckpointError(
-            f"{path} holds tensors of type {', '.join(sorted(unknown))}; accepted: {', '.join(DTYPES)}"
-        )
+        raise CheckpointError(f"{path} holds tensors of {', '.join(sorted(unknown))}; accepted: {', '.join(DTYPES)}")
     return weights, metadata
 
 
@@ -132,7 +130,7 @@ def check_fit(module: nn.Module, weights: Weights, where: str) -> None:
 def check_depth(blocks: int, weights: Weights, where: str) -> None:
     """Raise CheckpointError for more blocks than tensors, before modules are created."""
     if blocks > len(weights):
-        raise CheckpointError(f"{where} has {blocks} blocks, but weights of {len(weights)} tensors; they do not fit")
+        raise CheckpointError(f"{where} has {blocks} blocks, but weights of {len(weights)} tensors; they do not match")
 
 
 def listed(names: Iterable[str], most: int = 6) -> str:

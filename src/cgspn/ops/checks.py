@@ -71,7 +71,7 @@ def check_directions(directions: Sequence[str]) -> list[int]:
         raise ValueError(f"directions is {directions!r}; expected a non-empty sequence out of {DIRECTIONS}")
     codes = [check_direction(d, f"directions[{i}]") for i, d in enumerate(directions)]
     if len(set(codes)) != len(codes):
-        raise ValueError(f"directions is {tuple(directions)}; each direction may stand in it once")
+        raise ValueError(f"directions is {tuple(directions)}; each direction may occur once")
     return codes
 
 

@@ -24,6 +24,6 @@ def check_reverse(name: str) -> None:
     """Raise RuntimeError in forward-mode AD. Called by the ops themselves, for exported programs that contain them."""
     if in_forward_ad():
         raise RuntimeError(
-            f"{name} has no forward-mode derivative as an op of a program; use torch.autograd.grad, or transform "
+            f"{name} has no forward-mode derivative in an exported program; use torch.autograd.grad, or transform "
             f"cgspn.ops.{name} before it is exported"
         )

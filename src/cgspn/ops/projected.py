@@ -1,4 +1,4 @@
-"""`propagate_2d` with its parameters made from the input inside the operator."""
+"""`propagate_2d` with its parameters computed from the input inside the operator."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def propagate_2d_projected(
         if backend not in ("auto", "cuda"):
             raise ValueError(f"backend is {backend!r}; parameters='chip' accepts 'auto', 'cuda'")
         if not recompute:
-            raise ValueError("recompute is False; parameters='chip' keeps nothing and accepts only True")
+            raise ValueError("recompute is False; parameters='chip' saves nothing and accepts only True")
     if _look_at_values(x):
         checks.check_finite(mask, x=x)
         checks.check_finite(weight=weight, **({} if bias is None else {"bias": bias}))

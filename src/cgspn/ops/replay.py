@@ -136,9 +136,9 @@ class Recording:
             here = any(first <= address < first + size for first, size in changing)
             # PyTorch operations hold tensors, whose addresses cannot be changed
             if here and address in self.reached:
-                return "PyTorch reads or writes what each call has its own of"
+                return "a PyTorch operation uses a tensor that differs between calls"
             if not here and address and not any(first <= address < last for first, last in places):
-                return "a launch or product reads or writes memory that was not allocated in the pass"
+                return "a launch or product uses memory that was not allocated in the pass"
         return Replay(self, changing)
 
 

@@ -10,7 +10,7 @@ from ..data import ImageSet
 from ..distill.batches import eval_transform
 from ..distill.taps import tapped_forward
 from ..distill.trainer import History
-from ..evaluate import BlockAlignment, SummaryTable, align
+from ..evaluate import SummaryTable, cosine, relative_mse
 from ..models.dual import DualEncoder
 from . import page
 from .charts import block_chart, colours_of, css, legend
@@ -22,6 +22,10 @@ from .training import Steps, block_panels, ends, step_panels
 
 TEACHER, STUDENT = "teacher", "C-GSPN"
 CANVASES = 2  # canvases of sixteen images in the report
+MEASURES = (
+    (cosine, "Cosine", "higher is better, 1 for equal directions"),
+    (relative_mse, "Relative MSE", "lower is better, 0 for equal features, 1 for zeros"),
+)
 ALIGNED = 200  # test images on which blocks are compared
 
 
@@ -68,25 +72,16 @@ def demo_report(result: DemoResult) -> str:
 
 def _results(result: DemoResult) -> Section:
     colours = colours_of(result.models)
-    metric = next((m for m in result.table.metrics if m.key == "zeroshot"), None)
-    scores = {name: row.get("zeroshot") for name, row in result.table.rows.items()}
+    metric = next(m for m in result.table.metrics if m.key == "zeroshot")
+    scores = {name: row[metric.key] or 0.0 for name, row in result.table.rows.items()}
+    called = {TEACHER: "Teacher: attention", "converted": "Converted, not distilled"}
     cards = []
-    teacher = scores.get(TEACHER)
-    for name in result.models:
-        score = scores.get(name)
-        if metric is None or score is None:
-            continue
-        note = "the teacher of both students"
-        if name != TEACHER and teacher is not None:
-            points = (score - teacher) * metric.scale
-            note = f"{'+' if points >= 0 else '−'}{abs(points):.{metric.digits}f} points relative to the teacher"
-        if name == TEACHER:
-            what = "Teacher: attention"
-        elif name == "converted":
-            what = "Converted, not distilled"
-        else:
-            what = f"{name} student"
-        cards.append(page.card(what, f"{metric.show(score)} {metric.unit}".strip(), note, css(colours[name])))
+    for name, score in scores.items():
+        points = (score - scores[TEACHER]) * metric.scale
+        note = f"{'+' if points >= 0 else '−'}{abs(points):.{metric.digits}f} points relative to the teacher"
+        note = "the teacher of both students" if name == TEACHER else note
+        value = f"{metric.show(score)} {metric.unit}"
+        cards.append(page.card(called.get(name, f"{name} student"), value, note, css(colours[name])))
     sizes = {name: sum(p.numel() for p in model.image.parameters()) for name, model in result.models.items()}
     share = sizes[STUDENT] / sizes[TEACHER] - 1
     note = f"the teacher has {_millions(sizes[TEACHER])}: {abs(share):.0%} {'fewer' if share < 0 else 'more'}"
@@ -156,21 +151,21 @@ def _blocks(result: DemoResult) -> Section:
     with torch.no_grad():
         batch = eval_transform(teacher.config)(images.images)
         theirs = tapped_forward(teacher, batch)
-        found: dict[str, tuple[list[BlockAlignment], list[BlockAlignment]]] = {}
-        for name, model in result.models.items():
-            if name == TEACHER or model.image.config.depth != teacher.config.depth:
-                continue
-            mine = tapped_forward(model.image, batch)
-            found[name] = (align(mine.sublayers, theirs.sublayers), align(mine.blocks, theirs.blocks))
+        mine = {
+            name: tapped_forward(model.image, batch)
+            for name, model in result.models.items()
+            if name != TEACHER and model.image.config.depth == teacher.config.depth
+        }
     panels = []
-    for tap, where in ((0, "after the sub-layer (PP)"), (1, "after the block (PB)")):
-        cosines = {name: [a.cosine for a in pair[tap]] for name, pair in found.items()}
-        lowest = min(v for line in cosines.values() for v in line)
-        chart = block_chart(cosines, label=f"Cosine {where}, block by block", limits=(min(0.0, lowest - 0.05), 1.0))
-        panels.append(page.panel(chart, f"Cosine {where}", "higher is better, 1 for equal directions"))
-        errors = {name: [a.relative_mse for a in pair[tap]] for name, pair in found.items()}
-        chart = block_chart(errors, label=f"Relative MSE {where}, block by block")
-        panels.append(page.panel(chart, f"Relative MSE {where}", "lower is better, 0 for equal features, 1 for zeros"))
+    for tap, where in (("sublayers", "after the sub-layer (PP)"), ("blocks", "after the block (PB)")):
+        for measure, called, note in MEASURES:
+            values = {
+                name: [measure(s, t) for s, t in zip(getattr(taps, tap), getattr(theirs, tap), strict=True)]
+                for name, taps in mine.items()
+            }
+            limits = (min(0.0, min(map(min, values.values())) - 0.05), 1.0) if measure is cosine else (None, None)
+            chart = block_chart(values, label=f"{called} {where}, block by block", limits=limits)
+            panels.append(page.panel(chart, f"{called} {where}", note))
     body = [
         page.paragraph(
             f"Teacher and students process {len(images)} held-out images end to end. Every block of a student is "
@@ -182,7 +177,7 @@ def _blocks(result: DemoResult) -> Section:
             "branch; blocks include the residual stream and are therefore more similar.",
             "read",
         ),
-        legend(list(found)),
+        legend(list(mine)),
         page.group(panels, "wide"),
     ]
     return Section("blocks", "Similarity of each block to the teacher's", "\n".join(body), "Blocks")

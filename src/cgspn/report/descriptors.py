@@ -49,17 +49,11 @@ def describe(features: Tensor) -> Descriptors:
     codes = (projected / steps).round().to(torch.int8).unflatten(0, features.shape[:2])
     kept = float(projected.square().sum() / units.square().sum().clamp(min=1e-12))
     rows = torch.arange(0, len(units), -(-len(units) // CHECKED))
-    approximate = _unpacked(codes, steps.float())
+    approximate = unpacked(codes, steps.float())
     error = float((approximate[rows] @ approximate.T - units[rows] @ units.T).abs().max())
     return Descriptors(codes, steps.float(), kept, error)
 
 
-def cosines(descriptors: Descriptors, position: tuple[int, int]) -> Tensor:
-    """The cosines of one patch with all patches, as the page computes them: float64 [h, w]."""
-    h, w = descriptors.codes.shape[:2]
-    rows = _unpacked(descriptors.codes, descriptors.steps)
-    return (rows @ rows[position[0] * w + position[1]]).view(h, w)
-
-
-def _unpacked(codes: Tensor, steps: Tensor) -> Tensor:
+def unpacked(codes: Tensor, steps: Tensor) -> Tensor:
+    """The unit vectors that a page computes with, float64 [h * w, D]."""
     return normalize(codes.flatten(0, 1).double() * steps.double(), dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data import load_embedded, normalize, resize, to_float
-from ..data.decode import to_rgb, turn_upright
+from ..data import load_embedded
 from ..data.folder import list_folder
-from ..data.opening import open_image
+from ..data.prepare import open_picture, prepare_for
 from ..data.skipped import Skipped
 from ..data.source import EMBEDDED
-from ..data.transforms import LUMA
 from ..models.config import EncoderConfig
 from .pictures import image_of, jpeg_uri, png_uri, tile
 
@@ -78,7 +76,7 @@ def load_photographs(source: str, side: int, patch: int, limit: int) -> tuple[li
     bad: list[tuple[str, str]] = []
     for file in files:
         try:
-            found.append(Photograph(str(file.relative_to(root)), _read(file, side, patch)))
+            found.append(Photograph(str(file.relative_to(root)), _scaled(open_picture(file), side, patch)))
         # Decoders raise all kinds of errors on damaged files: OSError, SyntaxError, ValueError, struct.error, ...
         except Exception as error:
             bad.append((str(file), f"{type(error).__name__}: {error}"))
@@ -91,13 +89,9 @@ def load_photographs(source: str, side: int, patch: int, limit: int) -> tuple[li
 
 
 def encoder_input(photograph: Photograph, config: EncoderConfig) -> Tensor:
-    """The input of an encoder with this config: [1, channels, H, W], float32, normalised. One channel is the
-    luminance.
-    """
-    images = to_float(photograph.pixels[None])
-    if config.channels == 1:
-        images = (images * images.new_tensor(LUMA)[:, None, None]).sum(1, keepdim=True)
-    return normalize(images, config.image_mean[: config.channels], config.image_std[: config.channels])
+    """The input of an encoder with this config: [1, channels, H, W], float32, normalised."""
+    prepare = replace(prepare_for(config), size=None)
+    return prepare(image_of(photograph.pixels.permute(1, 2, 0)))[None]
 
 
 def photograph_uri(photograph: Photograph) -> str:
@@ -106,20 +100,15 @@ def photograph_uri(photograph: Photograph) -> str:
     return png_uri(pixels) if max(pixels.shape[:2]) <= SMALL_SIDE else jpeg_uri(image_of(pixels), SHOWN_SIDE)
 
 
-def _read(file: Path, side: int, patch: int) -> Tensor:
-    with open_image(file) as opened:
-        opened.draft(None, (2 * side, 2 * side))  # JPEG decoders shrink for free; resize does the rest
-        turn_upright(opened)
-        image = to_rgb(opened)
+def _scaled(image: Image.Image, side: int, patch: int) -> Tensor:
+    """An image as uint8 [3, H, W] in whole patches, its longer side about `side` pixels."""
     height, width = fitted(image.height, image.width, side, patch)
-    image = image.resize((width, height), Image.Resampling.BILINEAR)
+    image = image.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def canvases(images: Tensor, side: int, patch: int, limit: int) -> Iterator[Photograph]:
     """Tile small images uint8 [N, C, H, W], sixteen per canvas, with a longer side of about `side` pixels."""
     for start in range(0, min(limit * COLUMNS**2, len(images) - COLUMNS**2 + 1), COLUMNS**2):
-        canvas = tile(images[start : start + COLUMNS**2], COLUMNS).expand(3, -1, -1)
-        size = fitted(canvas.shape[1], canvas.shape[2], side, patch)
-        pixels = resize(canvas[None].float(), size)[0].round().clamp(0, 255).to(torch.uint8)
-        yield Photograph(f"test images {start + 1} to {start + COLUMNS**2}", pixels)
+        canvas = image_of(tile(images[start : start + COLUMNS**2], COLUMNS).expand(3, -1, -1).permute(1, 2, 0))
+        yield Photograph(f"test images {start + 1} to {start + COLUMNS**2}", _scaled(canvas, side, patch))

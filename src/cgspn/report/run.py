@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
-from ..console import rate_text
+from ..console import duration_text, rate_text
 from . import page
 from .charts import legend, loss_chart
 from .page import Section
-from .training import block_panels, ends, step_panels
+from .training import block_panels, ends, step_panels, twentieths
 
 Record = Mapping[str, Any]
 ENDS = ("first steps", "last steps")
@@ -45,10 +46,11 @@ def run_report(record: Record) -> str:
 def _summary(record: Record, stages: Mapping[str, Sequence[Mapping[str, float]]]) -> Section:
     cards = []
     for title, steps in stages.items():
-        first, last = _ends([step["total"] for step in steps])
+        first, last = (fmean(step["total"] for step in part) for part in twentieths(steps))
         speed = record["throughput"].get(title, {})
+        time = duration_text(speed["seconds"]) if "seconds" in speed else ""
         rate = rate_text(speed["images_per_second"]) if "images_per_second" in speed else ""
-        parts = [f"loss {first:.3g} at first; {len(steps):,} steps", rate, _wall_time(speed), rising(steps)]
+        parts = [f"loss {first:.3g} at first; {len(steps):,} steps", rate, time, rising(steps)]
         cards.append(page.card(title, f"{last:.3g}", ", ".join(part for part in parts if part), "var(--link)"))
     held = record.get("held_out") or {}
     if "cosine" in held:
@@ -117,23 +119,9 @@ def rising(steps: Sequence[Mapping[str, float]]) -> str:
     return f"the loss rises: it was {lowest:.3g}" if means[-1] > RISEN * lowest else ""
 
 
-def _wall_time(speed: Mapping[str, Any]) -> str:
-    """The duration of a stage since its last start; "" if unknown."""
-    seconds = speed.get("seconds")
-    if seconds is None:
-        return ""
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
-
-
 def _flat(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
     """Flatten nested settings to command-line names."""
     rows: list[tuple[str, str]] = []
     for name, value in settings.items():
         rows += _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else [(before + name, str(value))]
     return rows
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    """Means over the first and the last twentieth of the steps."""
-    size = max(1, len(values) // 20)
-    return sum(values[:size]) / size, sum(values[-size:]) / size

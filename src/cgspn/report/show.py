@@ -83,7 +83,7 @@ def check_show(student: Encoder, teacher: Encoder | None, layers: Sequence[int],
     if teacher is not None and teacher.config.patch_size != student.config.patch_size:
         raise ValueError(
             f"teacher has patches of {teacher.config.patch_size} pixels; expected the student's, "
-            f"{student.config.patch_size}, so that patch can be laid beside patch"
+            f"{student.config.patch_size}, so that patches can be compared"
         )
     wrong = [layer for layer in layers if not 1 <= layer <= student.config.depth]
     if wrong or not layers or len(set(layers)) < len(layers):

@@ -35,10 +35,10 @@ def show_page(shown: Show, models: Mapping[str, str], facts: Mapping[str, str]) 
         models: display names by "teacher" and "student".
         facts: further facts to show.
     """
-    both = TEACHER in shown.colours
+    seen_by = "an encoder and its teacher" if TEACHER in shown.colours else "an encoder"
     return page.page(
         "Features of an encoder",
-        f"{_count(len(shown.views), 'photograph')} through {'an encoder and its teacher' if both else 'an encoder'}: "
+        f"{len(shown.views)} photograph{'s' if len(shown.views) > 1 else ''} through {seen_by}: "
         "which patches have similar features, and which positions influence a patch in each layer.",
         [*show_sections(shown), Section("facts", "Settings and machine", page.fact_list({**models, **facts}), "Run")],
         footer="Made by cgspn show. This file is self-contained and makes no network requests.",
@@ -92,7 +92,8 @@ def _reading(shown: Show, title: str) -> Section:
 
 
 def _section(number: int, seen: View, colours: Mapping[str, ColourBasis]) -> Section:
-    photograph, name = seen.photograph, _printable(seen.photograph.name)
+    photograph = seen.photograph
+    name = photograph.name.encode("utf-8", "replace").decode("utf-8")  # as a page is UTF-8, and file names may not be
     height, width = photograph.pixels.shape[1:]
     grid = seen.features[STUDENT].shape[:2]
     note = f"{width} × {height} pixels, {grid[1]} × {grid[0]} patches"
@@ -160,12 +161,3 @@ def _choice(label: str, name: str, options: Sequence[tuple[str, str]]) -> str:
         for text, value in options
     )
     return f'<div class="choice" role="group" aria-label="{label}"><span>{label}</span>{buttons}</div>'
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _printable(name: str) -> str:
-    """Escape a file name that is not UTF-8."""
-    return name.encode("utf-8", "replace").decode("utf-8")

@@ -56,6 +56,10 @@ def block_panels(stage: str, lines: Mapping[str, Steps], when: str) -> list[str]
 
 def ends(steps: Steps) -> tuple[Steps, Steps]:
     """The first and the last twentieth of the steps that record single blocks; in long stages not every step does."""
-    detailed = [step for step in steps if any("block" in name for name in step)]
-    size = max(1, len(detailed) // 20)
-    return detailed[:size], detailed[-size:]
+    return twentieths([step for step in steps if any("block" in name for name in step)])
+
+
+def twentieths(steps: Steps) -> tuple[Steps, Steps]:
+    """The first and the last twentieth of some steps, at least one step each."""
+    size = max(1, len(steps) // 20)
+    return steps[:size], steps[-size:]

@@ -98,13 +98,9 @@ def convert(
     teacher = image_encoder(encoder)
     mixers = student_mixers(teacher.config.depth, keep_attention, window_attention)
     if value_expansion is not None and propagation is not None:
-        raise ValueError(
-            f"value_expansion is {value_expansion} beside propagation; accepted: one of them, as propagation has one"
-        )
+        raise ValueError(f"value_expansion is {value_expansion} and propagation is given; accepted: one of them")
     if value_expansion is not None and not 0 < value_expansion < math.inf:
-        raise ValueError(
-            f"value_expansion is {value_expansion:g}; accepted: a number above 0, or None for none beside the latent"
-        )
+        raise ValueError(f"value_expansion is {value_expansion:g}; accepted: a number above 0, or None")
     propagation = replace(propagation or value_config(value_expansion), compression=compression)
     propagation.latent_width(teacher.config.width)
     config, positions = teacher.config, keep_positions or "propagation" not in mixers

@@ -41,20 +41,19 @@ def _open_shards(index: Path) -> Weights:
     """Open the tensors of all shards of an index. Each tensor is read from the shard that the index names."""
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-        raise CheckpointError(f"{index} has no weight_map from names of tensors to names of files")
-    beside = {
-        index.parent.resolve(),
-        index.resolve().parent,
-    }  # the hub's cache has links to files
+        raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
+    beside = {index.parent.resolve(), index.resolve().parent}  # the hub's cache has links to files
     weights: Weights = {}
     for name in sorted(set(named.values())):
         shard = index.parent / name
         if Path(name).name != name or name.endswith(".json"):
             raise CheckpointError(f"{index} names {shown(name)}; accepted: weight files of its own folder")
         if not shard.is_file():
-            raise CheckpointError(f"{index} names the shard {shard}, which is not beside it")
+            raise CheckpointError(f"{index} names the shard {shard}, which is not next to it")
         if shard.resolve().parent not in beside:
-            raise CheckpointError(f"{index} names {shown(name)}, a link to another folder; accepted: files of its own")
+            raise CheckpointError(
+                f"{index} names {shown(name)}, a link to another folder; accepted: files in its folder"
+            )
         held = _open_file(shard)[0]
         told = {key for key, file in named.items() if file == name}
         if told != held.keys():

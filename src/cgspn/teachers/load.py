@@ -76,7 +76,7 @@ def _load(source: str | Path, options: Options, text: bool) -> Encoder | DualEnc
         encoder = read_encoder(found, options)
     except (LookupError, AttributeError, TypeError, ArithmeticError, RuntimeError) as error:
         kind = type(error).__name__
-        raise CheckpointError(f"{source}: its configs and weights do not go together ({kind}: {error})") from error
+        raise CheckpointError(f"{source}: its configs and weights do not match ({kind}: {error})") from error
     if not text or not any(_TEXT.search(key) for key in found.weights):
         return encoder
     reason = missing_for_text(found)

@@ -42,7 +42,7 @@ def load_own(source: Source, options: Options, text: bool = True) -> Encoder | D
         raise CheckpointError(f"{source.name} holds a {shown(kind)} model; expected {' or '.join(map(repr, KINDS))}")
     found = _prefixes(source.weights)
     if options.submodel is not None and len(found) < 2:
-        raise CheckpointError(f"submodel is {options.submodel!r}, but {source.name} holds one model alone")
+        raise CheckpointError(f"submodel is {options.submodel!r}, but {source.name} holds only one model")
     encoder = encoder_config_from_dict(config.get("encoder"), f"{where}: encoder")
     try:
         encoder = options.apply(encoder)

@@ -29,7 +29,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     file.
     """
     if not path.is_file() or not (size := path.stat().st_size):
-        raise CheckpointError(f"{path} is no file, or an empty one")
+        raise CheckpointError(f"{path} does not exist or is empty")
     with path.open("rb") as file:
         if zipped := file.read(4) == b"PK\3\4":  # PyTorch distinguishes its two formats like this
             check_archive(file, str(path))
@@ -40,9 +40,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # damaged and hostile files raise nearly any error
-        raise CheckpointError(
-            f"{path} cannot be read as a file of tensors alone: {_reason(error, path, zipped)}"
-        ) from error
+        reason = _reason(error, path, zipped)
+        raise CheckpointError(f"{path} cannot be read as a file with only tensors: {reason}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict")
     try:
@@ -55,7 +54,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         if not _is_whole(value):
             raise CheckpointError(f"{path}: {key[:100]} has {value.numel()} elements, which the file does not hold")
     if sum(value.nbytes for value in tensors.values()) > 2 * size:  # twice, because two names may share storage
-        raise CheckpointError(f"{path} asks for more memory than it has bytes, {size}")
+        raise CheckpointError(f"{path} needs more memory than its size, {size}")
     return tensors
 
 
@@ -84,14 +83,14 @@ def check_archive(file: IO[bytes], name: str) -> None:
     file.seek(max(0, size - (1 << 16)))
     end = file.read().rpartition(b"PK\5\6")[2]
     if len(end) < 12 or int.from_bytes(end[8:12], "little") > MOST_DIRECTORY:
-        raise CheckpointError(f"{name} has no list of parts, or one that is too long")
+        raise CheckpointError(f"{name} has no zip directory, or one that is too long")
     try:
         with zipfile.ZipFile(file) as archive:
             parts = archive.infolist()
             if any(part.filename.endswith("/constants.pkl") for part in parts):
                 raise CheckpointError(
-                    f"{name} is a TorchScript program, which would be run to be read; where you trust it, write its "
-                    f"tensors alone: torch.save(torch.jit.load({Path(name).name!r}, map_location='cpu').state_dict(), "
+                    f"{name} is a TorchScript program, whose loading runs code; if you trust it, save only its "
+                    f"tensors: torch.save(torch.jit.load({Path(name).name!r}, map_location='cpu').state_dict(), "
                     "'weights.pt')"
                 )
             if any(part.compress_type != zipfile.ZIP_STORED or part.file_size > size for part in parts):
@@ -112,5 +111,5 @@ def _reason(error: Exception, path: Path, zipped: bool) -> str:
             f"state dict alone: torch.save(torch.load({path.name!r}, weights_only=False)['state_dict'], 'weights.pt')"
         )
     if not zipped:
-        return "the file is damaged, or no checkpoint"
+        return "the file is damaged, or not a checkpoint"
     return line_of(error)

@@ -112,7 +112,7 @@ def missing_for_text(source: Source) -> str | None:
         return f"only those of transformers' {', '.join(k for k in _CLASSES if '_' not in k)} are read"
     folder = source.folder
     if folder is None or not any((folder / name).is_file() for name in _TOKENIZERS):
-        return "no tokenizer's files are beside the weights"
+        return "no tokenizer files are next to the weights"
     try:
         import transformers  # noqa: F401
     except ImportError:

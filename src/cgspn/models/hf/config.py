@@ -95,7 +95,9 @@ class CgspnConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[misc]
     def num_hidden_layers(self, count: int) -> None:
         mixers = list(self.encoder["mixers"])
         if count > len(mixers) and len(set(mixers)) > 1:
-            raise ValueError(f"num_hidden_layers is {count}; {len(mixers)} mixed blocks accept no more than they are")
+            raise ValueError(
+                f"num_hidden_layers is {count}; {len(mixers)} blocks of different kinds accept at most their number"
+            )
         self.encoder["mixers"] = mixers[:count] + mixers[:1] * (count - len(mixers))
 
     @property

@@ -69,7 +69,7 @@ def supported_architectures() -> frozenset[str]:
     compiler_version()
     status, found = nvrtc.nvrtcGetSupportedArchs()
     if int(status) != 0:
-        raise RuntimeError(f"NVRTC does not tell its architectures: {status}")
+        raise RuntimeError(f"NVRTC does not report its architectures: {status}")
     return frozenset(f"sm_{number}" for number in found)
 
 

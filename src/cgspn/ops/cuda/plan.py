@@ -179,7 +179,7 @@ def choose(p: Problem, machine: Machine) -> TileConfig | None:
                 # Runs below a sector waste the load/store unit, which costs more than idle SMs.
                 least = machine.num_sms // 3
             elif split > 2:
-                least = enough * split // 2  # many parts wait for each other, so more blocks alone are not worth it
+                least = enough * split // 2  # many parts wait for each other, so they need more blocks
             if cut.blocks(p) >= least:
                 return cut
     # Too few blocks: use finer tiles.

@@ -35,7 +35,7 @@ def unsupported_reason(x: Tensor) -> str | None:
     if c % 8 or c > MOST_CHANNELS:
         return f"x has {c} channels; the projected kernel takes a multiple of 8 up to {MOST_CHANNELS}"
     if choose(1, longest, c, 4, gpu.machine) is None:
-        return f"lines of {longest} positions of {c} channels do not fit a block of the projected kernel"
+        return f"lines of {longest} positions of {c} channels do not fit in a block of the projected kernel"
     return None
 
 

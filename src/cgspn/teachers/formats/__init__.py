@@ -24,7 +24,7 @@ def read_encoder(source: Source, options: Options) -> Encoder:
     """Read the encoder of a foreign checkpoint, in eval mode. Raises CheckpointError naming the most similar family."""
     for name in _stated_names(source):
         if reason := unsupported_reason(name):
-            raise CheckpointError(f"{source.name} is a {name}: {reason}, which this library does not compute")
+            raise CheckpointError(f"{source.name} is a {name}: {reason}, which this library does not support")
     tower = find_tower(FAMILIES, source, options)
     if tower is not None:
         return build(tower, options)
@@ -33,7 +33,7 @@ def read_encoder(source: Source, options: Options) -> Encoder:
     known = ", ".join(family.name for family in FAMILIES)
     if not _likeness(nearest, keys):
         raise CheckpointError(
-            f"{source.name} is none of the known kinds of checkpoint ({known}, this library's own): "
+            f"{source.name} is not a known kind of checkpoint ({known}, this library's own): "
             f"its {len(keys)} keys begin with {listed(source.weights)}"
         )
     missing = [a for a in nearest.anchors if not any(key.endswith(tuple(a.split("|"))) for key in source.weights)]

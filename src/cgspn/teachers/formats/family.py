@@ -51,7 +51,7 @@ class Tower:
     def warn_of(self, field: str, text: str) -> None:
         """Warn about a guessed field of the config, unless the user gave it."""
         if field not in self.options.overrides:
-            warnings.warn(f"{self.source.name}: {text}; to say otherwise, give {field}=", stacklevel=7)
+            warnings.warn(f"{self.source.name}: {text}; to change this, pass {field}=", stacklevel=7)
 
     def has(self, key: str) -> bool:
         """Whether the tower has this key."""
@@ -97,7 +97,7 @@ class Tower:
         """The side of a square position grid. Raises CheckpointError if the number of rows is not a square."""
         side = math.isqrt(rows)
         if side * side != rows:
-            raise CheckpointError(f"{self.source.name} has {rows} positions, which make no square grid")
+            raise CheckpointError(f"{self.source.name} has {rows} positions, which do not form a square grid")
         return side
 
 
@@ -172,7 +172,7 @@ def build(tower: Tower, options: Options) -> Encoder:
     if problems:
         raise CheckpointError(
             f"{tower.source.name} looks like {family.name} (depth {config.depth}, width {config.width}) "
-            f"but does not fit: {'; '.join(problems[:6])}"
+            f"but does not match: {'; '.join(problems[:6])}"
         )
     encoder.load_state_dict(state, assign=True)
     return encoder.eval()
@@ -283,9 +283,7 @@ def head_count(
     if known is None and (name or by_width):
         known = heads_of(name, width, sixteen=sixteen)
     if known is None:
-        raise ValueError(
-            f"width is {width}, and no config states the number of heads; give it: load_encoder(source, heads=...)"
-        )
+        raise ValueError(f"width is {width}, and no config states the number of heads; pass it with heads=...")
     return known
 
 

@@ -13,7 +13,7 @@ def config(tower: Tower) -> EncoderConfig:
     wrong = next((key for key in _OTHER if vision.get(key)), None)
     if wrong or vision.get("pool_type", "tok") not in ("tok", "avg"):
         wrong = wrong or "pool_type"
-        raise ValueError(f"its config states {wrong} = {vision[wrong]!r}, which this library does not compute")
+        raise ValueError(f"its config states {wrong} = {vision[wrong]!r}, which this library does not support")
     patches = tower.patches("conv1.weight")
     width = patches[0]
     named = any(word in tower.source.name.lower().replace("-", "") for word in ("openai", "quickgelu"))

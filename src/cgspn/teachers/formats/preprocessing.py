@@ -27,7 +27,7 @@ def normalisation(
 ) -> dict[str, Any]:
     """The fields image_mean, image_std, image_crop, image_crop_pct and image_resample of `EncoderConfig`.
 
-    The first file of OpenCLIP, transformers or timm with any of them is used alone. Missing values are the family's
+    Only the first file of OpenCLIP, transformers or timm that has any of them is used. Missing values are the family's
     defaults: mean, std, and `squeeze`, which resizes to the native size instead of taking a centre crop. Raises
     ValueError for a filter that Pillow lacks.
     """
@@ -51,7 +51,7 @@ def _plain(stated: Mapping[str, Any], key: str, crop: str) -> dict[str, Any]:
     if mode in (crop, "squash"):
         found["image_crop"] = mode == crop
     elif mode is not None:
-        _warn(f"its config says {key} {mode!r}, which pads pictures")
+        _warn(f"its config says {key} {mode!r}, which pads images")
     if isinstance(stated.get("crop_pct"), (int, float)):
         found["image_crop_pct"] = float(stated["crop_pct"])
     return found
@@ -86,7 +86,7 @@ def _processor(stated: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str
         "shortest_edge" in sides and stated.get("do_center_crop") is False
     )
     if keeps or stated.get("do_pad") or stated.get("do_resize") is False:
-        _warn("the image processor's file leaves pictures their shape or pads them")
+        _warn("the image processor's file keeps the shape of images or pads them")
     return found
 
 
@@ -115,4 +115,4 @@ def _common(mean: Any, std: Any, resample: Any) -> dict[str, Any]:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(f"{text}; here their middle is cut out", stacklevel=2)
+    warnings.warn(f"{text}; here the centre is cropped", stacklevel=2)

@@ -22,7 +22,7 @@ _TOKENS, _EMBED = "patch_generator.cls_token.token", "patch_generator.embedder.w
 def config(tower: Tower) -> EncoderConfig:
     """Derive the config from shapes, buffers and config.json. Raises ValueError if features are normalised."""
     if tower.find("/feature_normalizer.mean"):
-        raise ValueError("it normalises its features with a matrix, which this library does not compute")
+        raise ValueError("it normalises its features with a matrix, which this library does not support")
     stated = tower.source.configs.get("config.json", {})
     width, values = tower.shape(_EMBED)
     patch = round((values / 3) ** 0.5)
