@@ -235,7 +235,7 @@ def snapshot(root: Path, rng: random.Random) -> Callable[[], object]:
     elif kind < 0.75:
         path.unlink()
     else:
-        (at / ".metadata").write_bytes(pickle.dumps(Program()))
+        (at / "0.safetensors").write_bytes(pickle.dumps(Program()))
 
     def read() -> None:
         check_snapshot(at, 1)
@@ -252,30 +252,16 @@ def signed_snapshot(root: Path, rng: random.Random) -> Callable[[], object]:
         snapshots.save(1, {"w": torch.ones(50)}, [{"total": 1.0}])
     at = root / "s/00000001"
     kind = rng.random()
+    path = at / "0.safetensors"
     if kind < 0.4:
-        path = rng.choice([at / ".metadata", at / "__0_0.distcp"])
         path.write_bytes(noisy(path.read_bytes(), rng))
-    elif kind < 0.7:
-        index = pickle.loads((at / ".metadata").read_bytes())
-        tensor, place = index.state_dict_metadata["w"], next(iter(index.storage_data.values()))
-        chunk = tensor.chunks[0]
-        fields = [(tensor, "size"), (tensor, "chunks"), (chunk, "sizes"), (chunk, "offsets"), (place, "offset")]
-        fields += [(place, "length"), (place, "relative_path"), (index, "storage_data"), (index, "state_dict_metadata")]
-        owner, name = rng.choice(fields)
-        odd = [*ODD, torch.Size([10**12]), torch.Size([-1]), torch.Size(), [chunk] * 10**5, "/etc/passwd", ".."]
-        setattr(owner, name, rng.choice(odd))
-        (at / ".metadata").write_bytes(pickle.dumps(index))
     elif kind < 0.8:
         write_json(at / "record.json", changed([{"total": 1.0}], rng), rng)
     else:
         piece = io.BytesIO()
         pickled(piece, rng)
-        (at / "__0_0.distcp").write_bytes(piece.getvalue())
-        index = pickle.loads((at / ".metadata").read_bytes())
-        for place in index.storage_data.values():
-            place.offset, place.length = 0, len(piece.getvalue())
-        (at / ".metadata").write_bytes(pickle.dumps(index))
-    write_manifest(at, entries_of(at) | entries_of(at, ".*"), {"steps": 1, "tensors": 1})
+        path.write_bytes(piece.getvalue())
+    write_manifest(at, entries_of(at), 1)
 
     def read() -> None:
         check_snapshot(at, 1)

@@ -59,11 +59,8 @@ def gradients_of(task):
     return {name: None if p.grad is None else full_tensor(p.grad).clone() for name, p in task.named_parameters()}
 
 
-def by_hand_and_by_ddp(rank, *, output, bucket):
+def by_hand_and_by_ddp(rank, *, output):
     """Gradients of two parts by `average_gradients`, from weights that only the first process has, and by DDP."""
-    import cgspn.distill.parallel as parallel
-
-    parallel.BUCKET = bucket
     found = []
     for by_hand in (True, False):
         task = DistillTask(models()[0], models(rank if by_hand else 0)[1], LossConfig(output=output))

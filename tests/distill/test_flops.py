@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cgspn.distill import LossConfig
 from cgspn.distill.flops import forward_flops, peak_of
 from cgspn.distill.tasks import DistillTask, SublayerTask
-from cgspn.distill.throughput import Throughput, Work
+from cgspn.distill.throughput import Step, Throughput
 from cgspn.layers import AttentionConfig
 from cgspn.models import Encoder, model_config
 from cgspn.teachers import convert
@@ -49,10 +49,9 @@ def test_a_vit_by_hand():
 
 
 def test_utilisation_is_flops_over_peak():
-    small, large = (1, 1), (2, 2)
-    known = {small: Work(flops=4), large: Work(flops=16)}
-    steps = {"waits": [0, 0], "steps": [0.5, 0.5], "images": [20, 10], "sizes": [small, large]}
-    rates = Throughput(**steps, known=known, peak=480.0).rates(range(2))
-    assert rates == {"images_per_second": 30, "data_wait_share": 0, "mfu": 0.5}
-    assert "mfu" not in Throughput(**steps, known=known).rates(range(2))
+    steps = [Step(20, (1, 1), 20, 80, 0, 0.5), Step(10, (2, 2), 40, 160, 0, 0.5)]
+    rates = Throughput(peak=480.0).rates(steps)
+    assert rates == {"images_per_second": 30, "data_wait_share": 0, "tokens_per_second": 60, "mfu": 0.5}
+    assert "mfu" not in Throughput().rates(steps)
+    assert "mfu" not in Throughput(peak=480.0).rates([*steps, steps[0]._replace(flops=None)])
     assert peak_of(torch.device("cpu"), "bfloat16") is None

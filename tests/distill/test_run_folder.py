@@ -5,9 +5,11 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
+import torch
 
+import cgspn
 from cgspn.distill.parallel import World
-from cgspn.distill.resume import finish_stage, finished_stage
+from cgspn.distill.resume import StageFolders
 from cgspn.distill.run_folder import locked
 
 
@@ -58,11 +60,11 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
 
 @pytest.mark.parametrize("kind", ["losses", "weights", "lost", "count", "manifest"])
 def test_a_damaged_stage_is_named_and_run_again(tmp_path, capsys, kind):
-    stage = tmp_path / "stages/0"
-    stage.mkdir(parents=True)
-    (stage / "model.safetensors").write_bytes(b"weights")
-    finish_stage(stage, [{"total": 1.0}], {"rate": 2.0})
-    assert finished_stage(stage, World()) == ([{"total": 1.0}], {"rate": 2.0})
+    stage, student = tmp_path / "stages/0", cgspn.create_model("cgspn_mini_patch4_28")
+    folders = StageFolders(tmp_path, 0, World())
+    folders.finish(0, student, [{"total": 1.0}], {"rate": 2.0}, {"scales": torch.ones(2)})
+    losses, throughput, carried = folders.restore(0, student)
+    assert (losses, throughput, carried["scales"].tolist()) == ([{"total": 1.0}], {"rate": 2.0}, [1, 1])
     if kind == "manifest":
         (stage / "manifest.json").unlink()
     elif kind == "lost":
@@ -72,6 +74,6 @@ def test_a_damaged_stage_is_named_and_run_again(tmp_path, capsys, kind):
         (stage / "manifest.json").write_text(json.dumps(manifest | {"counts": {"steps": 5}}))
     else:
         (stage / ("losses.json" if kind == "losses" else "model.safetensors")).write_bytes(b"changed")
-    assert finished_stage(stage, World()) is None
+    assert folders.restore(0, student) is None
     assert "stage 0 is damaged and run again: " in capsys.readouterr().err
     assert [path.name for path in stage.parent.iterdir()] == ["0.damaged"]

@@ -33,7 +33,7 @@ from cgspn.distill.resume import carried_from
 from cgspn.distill.sizes import tokens_of
 from cgspn.distill.taps import tapped_forward
 from cgspn.distill.tasks import SublayerTask
-from cgspn.distill.throughput import Throughput, Work
+from cgspn.distill.throughput import Step, Throughput
 from cgspn.layers import AttentionConfig
 from cgspn.models import Encoder, model_config
 from cgspn.teachers import convert
@@ -252,15 +252,14 @@ def test_the_teachers_features_are_kept_by_image_and_size():
 
 
 def test_rates_count_what_each_step_did():
-    clock = Throughput(work=lambda size: Work(tokens=size[0], flops=10 * size[0]), peak=1e3)
-    clock.known = {(4, 4): clock.work((4, 4)), (8, 8): clock.work((8, 8))}
-    clock.sizes = [(4, 4), (8, 8)] * 10
-    clock.images, clock.steps, clock.waits = [6, 2] * 10, [2.0, 1.0] * 10, [0.5, 0.25] * 10
-    assert clock.rates(range(2)) == pytest.approx(
+    clock = Throughput(peak=1e3)
+    clock.steps = [Step(6, (4, 4), 24, 240, 0.5, 2.0), Step(2, (8, 8), 16, 160, 0.25, 1.0)] * 10
+    assert clock.rates(clock.steps[:2]) == pytest.approx(
         {"images_per_second": 8 / 3, "data_wait_share": 0.25, "tokens_per_second": 40 / 3, "mfu": 400 / 3 / 1e3}
     )
-    clock.sizes[12] = clock.sizes[15] = (12, 12)  # new there: it is captured or compiled
-    assert clock.settled() == [i for i in range(10, 20) if i not in (12, 15)]
+    for i in (12, 15):  # new there: it is captured or compiled
+        clock.steps[i] = clock.steps[i]._replace(size=(12, 12))
+    assert clock.settled() == [clock.steps[i] for i in range(10, 20) if i not in (12, 15)]
 
 
 def test_a_finished_student_goes_on_to_a_higher_resolution(images, tmp_path):

@@ -63,7 +63,7 @@ class TrainBenchConfig:
     compute: ComputeConfig = field(default_factory=lambda: ComputeConfig(precision="bfloat16"))
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be measured, or a model that does not exist."""
+        """Raise ValueError for invalid settings or an unknown model."""
         not_empty(self, "sizes")
         at_least(self, 1, "largest", "steps", "smallest")
         known("teacher", [self.teacher])

@@ -99,10 +99,8 @@ def open_segmentation(source: str | Path) -> tuple[SegmentationSet, Segmentation
     for candidate in (root, root / "ADEChallengeData2016"):
         if (candidate / "annotations" / "training").is_dir():
             return _ade20k(candidate, "training"), _ade20k(candidate, "validation")
-    masks = next(
-        (root / name for name in ("stuffthingmaps", "annotations") if (root / name / "train2017").is_dir()), None
-    )
-    if masks is not None:
+    both = (root / name for name in ("stuffthingmaps", "annotations"))
+    if masks := next((masks for masks in both if (masks / "train2017").is_dir()), None):
         return _coco_stuff(root, masks, "train2017"), _coco_stuff(root, masks, "val2017")
     if (root / "camvid-train.tar").is_file():
         train, test = (open_pairs(root / f"camvid-{part}.tar", len(CAMVID), 11) for part in ("train", "test"))

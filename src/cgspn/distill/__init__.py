@@ -3,11 +3,10 @@
 from .batches import Feed, ImageSetFeed, SampleFeed, eval_transform
 from .config import ComputeConfig, DistillConfig, HighResConfig, LossConfig, OptimConfig, PretrainConfig
 from .parallel import World, gather_objects, join_world
-from .parity import ParityError
 from .sizes import SizeRange
 from .snapshots import SnapshotError
 from .stages import distill, pretrain
-from .taps import Taps, tapped_forward
+from .taps import ParityError, Taps, tapped_forward
 from .trainer import DivergedError, History
 
 __all__ = [

@@ -1,6 +1,7 @@
 """The losses and gradients of a batch, computed eagerly or by replaying one CUDA graph per shape."""
 
 import gc
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -32,10 +33,6 @@ class Gradients:
     def __call__(self, parts: list[Batch]) -> Tensor:
         """Mean losses over the parts, float32 [len(names)]. The gradients are those of the mean "total"."""
         self.optimizer.zero_grad()
-        return self.add_up(parts)
-
-    def add_up(self, parts: list[Batch]) -> Tensor:
-        """Run forward and backward of every part."""
         values: list[Tensor] = []
         for part in parts:
             sync_gradients(self.module, part is parts[-1])
@@ -51,7 +48,7 @@ class Gradients:
 
 
 class CapturedStep(NamedTuple):
-    """A captured step. graph: the CUDA graph. parts: its input batches. values: its output losses."""
+    """A CUDA graph, its input batches and its output losses."""
 
     graph: torch.cuda.CUDAGraph
     parts: list[Batch]
@@ -79,23 +76,21 @@ class CapturedGradients(Gradients):
     ) -> None:
         super().__init__(module, optimizer, lower)
         self.steps: dict[Shapes, CapturedStep] = {}
-        self.seen: set[Shapes] = set()
-        self.calls = 0
+        self.seen: Counter[Shapes] = Counter()
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, parts: list[Batch]) -> Tensor:
         """See `Gradients`."""
         shapes = tuple(part.images.shape for part in parts)
+        if shapes not in self.steps and (self.seen.total() < WARM or not self.seen[shapes]):
+            self.seen[shapes] += 1
+            return self.launch(parts)
         if shapes not in self.steps:
-            if self.calls < WARM or shapes not in self.seen:
-                return self.launch(parts, shapes)
             self.steps[shapes] = self.capture(parts)
         return self.steps[shapes].replay(parts)
 
-    def launch(self, parts: list[Batch], shapes: Shapes) -> Tensor:
+    def launch(self, parts: list[Batch]) -> Tensor:
         """Run the step eagerly on a separate stream, as the warm-up of a capture requires."""
-        self.calls += 1
-        self.seen.add(shapes)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -104,15 +99,14 @@ class CapturedGradients(Gradients):
         return values
 
     def add_up_in_place(self, parts: list[Batch]) -> Tensor:
-        """`add_up` that writes the gradients to the memory of the previous step, to which graphs write too.
+        """`Gradients.__call__` that writes the gradients to the memory of the previous step, to which graphs write too.
 
         It copies all gradients at once, because accumulating in place would take a kernel per parameter.
         """
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        before = [p.grad for p in parameters]
-        self.optimizer.zero_grad()
-        values = self.add_up(parts)
-        kept = [(p, own, p.grad) for p, own in zip(parameters, before) if own is not None and p.grad is not None]
+        before = [p.grad for p in self.optimizer.parameters]
+        values = super().__call__(parts)
+        pairs = zip(self.optimizer.parameters, before, strict=True)
+        kept = [(p, own, p.grad) for p, own in pairs if own is not None and p.grad is not None]
         if kept:
             foreach_copy_(local_shards(own for _, own, _ in kept), local_shards(new for _, _, new in kept))
         for parameter, own, _ in kept:

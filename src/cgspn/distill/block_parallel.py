@@ -7,12 +7,11 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..data import Batch
 from ..models.encoder import Encoder
 from .runtime import Runtime
-from .tasks import Losses, SublayerTask, sublayer_parts
+from .tasks import SublayerTask, sublayer_parts
 
 AHEAD = 2  # rounds in flight: one overlaps with a block, two also with blocks of uneven duration
 
@@ -50,39 +49,30 @@ class PlacedSublayerTask(SublayerTask):
         Also raises ValueError if there are fewer learning blocks than processes.
         """
         super().__init__(teacher, student, learn_positions, runtime)
-        ranks = dist.get_world_size()
-        if 0 < len(self.learning) < ranks:
+        if 0 < len(self.learning) < dist.get_world_size():
             raise ValueError(
-                f"parallel is 'placed' with {ranks} processes; each needs a block to train, and the student has "
-                f"{len(self.learning)}"
+                f"parallel is 'placed' with {dist.get_world_size()} processes; each needs a block to train, and the "
+                f"student has {len(self.learning)}"
             )
-        self.owned = [self.learning[rank::ranks] for rank in range(ranks)]  # round robin
-        self.own = self.owned[dist.get_rank()]
-        self.parts = nn.ModuleDict({str(i): sublayer_parts(student.each_block()[i]) for i in self.own})
 
-    def losses(self, batch: Batch) -> Losses:
-        """See `SublayerTask`. Losses of blocks on other processes are zero, also in "total"."""
-        taps = self.observed(batch)
-        energies = self.energies.of(self.targets(taps))
-        energy = dict(zip(self.learning, energies, strict=True))
-        zero = energies.new_zeros(())
-        losses: Losses = {f"block {i}": zero for i in self.learning}
-        features = [{i: each[i] for i in self.learning} for each in (taps.block_inputs, taps.sublayers)]
-        taps = taps._replace(block_inputs=[], sublayers=[], blocks=[])  # so that sent features are freed
-        for i, (block_inputs, wanted) in self._arriving(features):
-            losses[f"block {i}"] = self.sublayer_error(i, block_inputs, wanted, taps, energy[i])
-        total = torch.stack([losses[f"block {i}"] for i in self.own]).sum() if self.own else zero
-        return {"total": total, **losses}
+    @property
+    def owned(self) -> list[list[int]]:
+        """The blocks of each process, round robin."""
+        return [self.learning[rank :: dist.get_world_size()] for rank in range(dist.get_world_size())]
 
-    def _arriving(self, features: list[dict[int, Tensor]]) -> Iterator[tuple[int, list[Tensor]]]:
-        """Yield each owned block with the features of all images, [B, N, C] each.
+    def own_blocks(self) -> list[int]:
+        """See `SublayerTask`."""
+        return self.owned[dist.get_rank()]
 
-        features: lists per block of this process's features [b, N, C]; entries are removed once sent.
+    def features_of_own(self, *features: dict[int, Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield each own block with the features of all images, [B, N, C] each.
+
+        features: by block, those of this process's images, [b, N, C]; they are removed once sent.
         """
         rounds = max(map(len, self.owned))
         coming = ([self._begin(kind, number) for kind in features] for number in range(rounds))
         begun = deque(islice(coming, AHEAD))
-        for i in self.own:
+        for i in self.own_blocks():
             arrived = [exchange.wait() for exchange in begun.popleft()]
             begun.extend(islice(coming, 1))  # started before the block is launched
             yield i, arrived

@@ -43,41 +43,21 @@ class TeacherCache:
         """The taps of images `indices`, int64 [B], at a size, from the cache if it has all, else computed."""
         keys = [(index, size) for index in indices.tolist()]
         if all(key in self.kept for key in keys):
+            like = self.like[size]
             rows = [torch.stack(features) for features in zip(*(self.kept[key] for key in keys))]
-            return unpack(rows, self.like[size])
-        taps = compute()
-        rows = [feature.to(DTYPE) for feature in pack(taps)]
-        self.like[size] = nothing_of(taps)
+        else:
+            taps = compute()
+            rows = [feature.to(DTYPE) for feature in taps.features()]
+            like = self.like[size] = taps.with_features([feature.new_empty(0) for feature in taps.features()])
+            self._keep(keys, rows)
+        # with the device and the dtypes of computed features
+        return like.with_features([row.to(one) for row, one in zip(rows, like.features(), strict=True)])
+
+    def _keep(self, keys: list[tuple[int, Size]], rows: list[Tensor]) -> None:
+        """Store copies of the features of single images while there is room."""
         each = sum(row[0].nbytes for row in rows)
         host = [row.cpu() for row in rows] if self.used + each <= self.limit else []
         for i, key in enumerate(keys):
             if key not in self.kept and self.used + each <= self.limit:
                 self.kept[key] = [row[i].clone() for row in host]
                 self.used += each
-        return unpack(rows, self.like[size])
-
-
-def pack(taps: Taps) -> list[Tensor]:
-    """A list of all features without duplicates, because the output of a block is the input of the next one."""
-    stream = taps.block_inputs + taps.blocks[-1:] if taps.block_inputs else taps.blocks
-    return [*taps.sublayers, *stream, taps.tokens, taps.pooled]
-
-
-def nothing_of(taps: Taps) -> Taps:
-    """Taps of zero images, with the same shapes, dtypes, device and grid."""
-    entries, branches, blocks = ([f[:0] for f in each] for each in (taps.block_inputs, taps.sublayers, taps.blocks))
-    return Taps(entries, branches, blocks, taps.tokens[:0], taps.pooled[:0], taps.grid)
-
-
-def unpack(rows: list[Tensor], like: Taps) -> Taps:
-    """The inverse of `pack`, with the dtypes, device and grid of `like`."""
-    depth, device = len(like.blocks), like.tokens.device
-    sublayers, stream = rows[:depth], [row.to(device, like.blocks[0].dtype) for row in rows[depth:-2]]
-    return Taps(
-        block_inputs=stream[:-1] if like.block_inputs else [],
-        sublayers=[row.to(device, one.dtype) for row, one in zip(sublayers, like.sublayers)],
-        blocks=[entry[:, like.grid.prefix :] for entry in stream[1:-1]] + stream[-1:] if like.block_inputs else stream,
-        tokens=rows[-2].to(device, like.tokens.dtype),
-        pooled=rows[-1].to(device, like.pooled.dtype),
-        grid=like.grid,
-    )

@@ -26,34 +26,27 @@ def _scaled(x, energy, m, c, N, image, row, inside):
 
 
 @triton.jit
+def _pair(student, teacher, energy, m, c, N, C, s_image, s_row, t_image, t_row, rows):
+    """Channels c of rows m of student and teacher."""
+    inside = (m < rows)[:, None] & (c < C)[None, :]
+    s = _scaled(student, energy, m, c, N, s_image, s_row, inside)
+    return s, _scaled(teacher, energy, m, c, N, t_image, t_row, inside)
+
+
+@triton.jit
 def _largest(x, there):
     return tl.max(tl.where(there, x, -float("inf")), 1)
 
 
 @triton.jit
-def _powers(x, largest, there):
-    return tl.where(there, tl.exp(x - largest[:, None]), 0.0)
-
-
-@triton.jit
-def _softmax(head, tail, in_head, in_tail, TAIL: tl.constexpr):
+def _softmax(head, tail, c, e, C):
     """For each row, the log of the softmax's denominator, and the softmax of head and tail."""
-    largest = _largest(head, in_head)
-    if TAIL:
-        largest = tl.maximum(largest, _largest(tail, in_tail))
-    powers = _powers(head, largest, in_head)
-    tail_powers = _powers(tail, largest, in_tail) if TAIL else tail
-    total = tl.sum(powers, 1)
-    if TAIL:
-        total += tl.sum(tail_powers, 1)
+    in_head, in_tail = (c < C)[None, :], (e < C)[None, :]  # missing rows are zeros, which stay finite
+    largest = tl.maximum(_largest(head, in_head), _largest(tail, in_tail))
+    powers = tl.where(in_head, tl.exp(head - largest[:, None]), 0.0)
+    tail_powers = tl.where(in_tail, tl.exp(tail - largest[:, None]), 0.0)
+    total = tl.sum(powers, 1) + tl.sum(tail_powers, 1)
     return largest + tl.log(total), powers / total[:, None], tail_powers / total[:, None]
-
-
-@triton.jit
-def _rows_of(student, teacher, energy, m, c, N, C, s_image, s_row, t_image, t_row, rows):
-    inside = (m < rows)[:, None] & (c < C)[None, :]
-    s = _scaled(student, energy, m, c, N, s_image, s_row, inside)
-    return s, _scaled(teacher, energy, m, c, N, t_image, t_row, inside), inside
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -63,22 +56,15 @@ def tap_loss_forward(
 ):  # fmt: skip
     """sums [programs]: the contribution of each program's rows to the mean over rows."""
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    c, e = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
-    s, t, _ = _rows_of(student, teacher, energy, m, c, N, C, s_image, s_row, t_image, t_row, rows)
-    value = tl.sum((s - t) * (s - t), 1)
-    more_s, more_t = s, t
-    if TAIL:
-        more_s, more_t, _ = _rows_of(student, teacher, energy, m, e, N, C, s_image, s_row, t_image, t_row, rows)
-        value += tl.sum((more_s - more_t) * (more_s - more_t), 1)
-    value /= C
+    c, e = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)  # without a tail, one channel outside
+    s, t = _pair(student, teacher, energy, m, c, N, C, s_image, s_row, t_image, t_row, rows)
+    more_s, more_t = _pair(student, teacher, energy, m, e, N, C, s_image, s_row, t_image, t_row, rows)
+    apart, more = s - t, more_s - more_t
+    value = (tl.sum(apart * apart, 1) + tl.sum(more * more, 1)) / C
     if KL:
-        here, there = (c < C)[None, :], (e < C)[None, :]  # missing rows are zeros, which stay finite
-        log_s, p, more_p = _softmax(s, more_s, here, there, TAIL)
-        log_t, _, _ = _softmax(t, more_t, here, there, TAIL)
-        divergence = tl.sum(p * (s - t), 1) + log_t - log_s
-        if TAIL:
-            divergence += tl.sum(more_p * (more_s - more_t), 1)
-        value += kl_weight * divergence
+        log_s, p, more_p = _softmax(s, more_s, c, e, C)
+        log_t, _, _ = _softmax(t, more_t, c, e, C)
+        value += kl_weight * (tl.sum(p * apart, 1) + tl.sum(more_p * more, 1) + log_t - log_s)
     tl.store(sums + tl.program_id(0), tl.sum(tl.where(m < rows, value, 0.0), 0) / rows)
 
 
@@ -94,25 +80,19 @@ def tap_loss_backward(
     """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c, e = tl.arange(0, HEAD), HEAD + tl.arange(0, TAIL if TAIL else 1)
-    s, t, inside = _rows_of(student, teacher, energy, m, c, N, C, s_image, s_row, t_image, t_row, rows)
-    more_s, more_t, more_inside = s, t, inside
-    if TAIL:
-        more_s, more_t, more_inside = _rows_of(
-            student, teacher, energy, m, e, N, C, s_image, s_row, t_image, t_row, rows
-        )
+    s, t = _pair(student, teacher, energy, m, c, N, C, s_image, s_row, t_image, t_row, rows)
+    more_s, more_t = _pair(student, teacher, energy, m, e, N, C, s_image, s_row, t_image, t_row, rows)
     factor = tl.load(upstream) / (rows * tl.maximum(tl.sqrt(tl.load(energy)), 1e-6))
-    apart, more_apart = s - t, more_s - more_t
-    value, more_value = 2 * apart / C, 2 * more_apart / C
+    apart, more = s - t, more_s - more_t
+    value, more_value = 2 * apart / C, 2 * more / C
     if KL:
-        _, p, more_p = _softmax(s, more_s, (c < C)[None, :], (e < C)[None, :], TAIL)
-        mean = tl.sum(p * apart, 1)
-        if TAIL:
-            mean += tl.sum(more_p * more_apart, 1)
+        _, p, more_p = _softmax(s, more_s, c, e, C)
+        mean = tl.sum(p * apart, 1) + tl.sum(more_p * more, 1)
         value += kl_weight * p * (apart - mean[:, None])
-        more_value += kl_weight * more_p * (more_apart - mean[:, None])
-    tl.store(out + m[:, None] * C + c[None, :], (factor * value).to(out.dtype.element_ty), mask=inside)
-    if TAIL:
-        tl.store(out + m[:, None] * C + e[None, :], (factor * more_value).to(out.dtype.element_ty), mask=more_inside)
+        more_value += kl_weight * more_p * (more - mean[:, None])
+    row, valid = out + m[:, None] * C, (m < rows)[:, None]
+    tl.store(row + c[None, :], (factor * value).to(out.dtype.element_ty), mask=valid & (c < C)[None, :])
+    tl.store(row + e[None, :], (factor * more_value).to(out.dtype.element_ty), mask=valid & (e < C)[None, :])
 
 
 def _rows(x: Tensor) -> tuple[Tensor, int, int]:
@@ -135,20 +115,19 @@ def split_row(channels: int) -> tuple[int, int]:
     return (head, tail) if head + tail < whole else (whole, 0)
 
 
-def _tile(channels: int) -> int:
-    """The number of rows and warps of a program; one warp unless rows are long."""
-    return max(1, TILE // split_row(channels)[0])
-
-
 def _launch(kernel, student: Tensor, teacher: Tensor, energy: Tensor, weight: float, *outputs: Tensor) -> None:
-    channels = student.shape[-1]
-    rows = student.numel() // channels
-    tile, (head, tail) = _tile(channels), split_row(channels)
+    """Launch a kernel with `_tile` rows for each program; one warp unless rows are long."""
+    channels, rows = student.shape[-1], student.numel() // student.shape[-1]
+    (head, tail), tile = split_row(channels), _tile(channels)
     (s, s_image, s_row), (t, t_image, t_row) = _rows(student), _rows(teacher)
     kernel[(triton.cdiv(rows, tile),)](
         s, t, energy, *outputs, rows, s.shape[1], channels, s_image, s_row, t_image, t_row, weight,
         ROWS=tile, HEAD=head, TAIL=tail, KL=bool(weight), num_warps=max(1, head // TILE),
     )  # fmt: skip
+
+
+def _tile(channels: int) -> int:
+    return max(1, TILE // split_row(channels)[0])
 
 
 class _TapLoss(torch.autograd.Function):

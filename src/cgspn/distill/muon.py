@@ -1,6 +1,6 @@
 """PyTorch's Muon with matrices of the same shape orthogonalised in one batch."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,32 +24,27 @@ class BatchedMuon(torch.optim.Muon):
         super().__init__(params, adjust_lr_fn="match_rms_adamw", **settings)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all matrices that have a gradient. Returns the result of `closure`, if given."""
+    def step(self, closure: Any = None) -> Any:
+        """Update all matrices that have a gradient."""
         if any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
             return super().step(closure)  # type: ignore[no-untyped-call]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
         for group in self.param_groups:
             for matrices in stacks([p for p in group["params"] if p.grad is not None]):
                 self.update(matrices, group)
-        return loss
+        return None
 
     def update(self, matrices: list[Tensor], group: dict[str, Any]) -> None:
         """Update matrices of one shape."""
         gradients = [p.grad for p in matrices if p.grad is not None]
-        for p, gradient in zip(matrices, gradients, strict=True):
-            if "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(gradient)
+        for p in matrices:
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         momenta = [self.state[p]["momentum_buffer"] for p in matrices]
         foreach_lerp_(momenta, gradients, 1 - group["momentum"])
         wanted = list(foreach_lerp(gradients, momenta, group["momentum"])) if group["nesterov"] else momenta
         steps = orthogonal(wanted, group["ns_coefficients"], group["ns_steps"], group["eps"])
-        rows, columns = matrices[0].shape
-        ratio = 0.2 * max(rows, columns) ** 0.5
         foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+        ratio = 0.2 * max(matrices[0].shape) ** 0.5
         foreach_add_(matrices, steps.to(matrices[0].dtype).unbind(), alpha=-group["lr"] * ratio)
 
 

@@ -35,11 +35,12 @@ class Optimizers:
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
         self.param_groups = [group for part in parts for group in part.param_groups]
+        self.parameters: list[nn.Parameter] = [p for group in self.param_groups for p in group["params"]]
 
     def zero_grad(self) -> None:
         """Clear all gradients."""
-        for part in self.parts:
-            part.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
 
     def step(self) -> None:
         """Update all weights."""
@@ -50,17 +51,16 @@ class Optimizers:
         """Create the state of every parameter, for a snapshot to fill, by a step with zero gradients and rate."""
         for group in self.param_groups:
             group["lr"] = 0.0
-            for parameter in group["params"]:
-                parameter.grad = torch.zeros_like(parameter)
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
         self.step()
         self.zero_grad()
 
-    def each_state(self) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
+    def each_state(self) -> Iterator[tuple[Tensor, str, Tensor]]:
         """Yield (parameter, name, tensor) for all optimiser state."""
         for part in self.parts:
-            for group in part.param_groups:
-                for parameter in group["params"]:
-                    yield from ((parameter, key, value) for key, value in part.state[parameter].items())
+            for parameter, state in part.state.items():
+                yield from ((parameter, name, value) for name, value in state.items())
 
 
 def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:
@@ -85,12 +85,7 @@ def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:
                 groups.append({"params": chosen, "lr": rate, "peak": rate, "weight_decay": decay})
     if not matrices and not rest:
         raise ValueError("the task has no parameters to train")
+    muon, adamw = (matrices, rest) if config.optimizer == "muon" else ([], matrices + rest)
     fused = (matrices or rest)[0]["params"][0].is_cuda
-    if config.optimizer == "adamw":
-        return Optimizers(ShardedAdamW(matrices + rest, betas=BETAS, fused=fused))
-    parts: list[torch.optim.Optimizer] = []
-    if matrices:
-        parts.append(BatchedMuon(matrices))
-    if rest:
-        parts.append(ShardedAdamW(rest, betas=BETAS, fused=fused))
-    return Optimizers(*parts)
+    parts: list[torch.optim.Optimizer] = [BatchedMuon(muon)] if muon else []
+    return Optimizers(*parts, *([ShardedAdamW(adamw, betas=BETAS, fused=fused)] if adamw else []))

@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.nn.functional import all_gather
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..compat import foreach_copy_
@@ -24,7 +25,6 @@ from ..models.encoder import Encoder
 Item = TypeVar("Item")
 
 LET_GO = 0.25  # seconds
-BUCKET = 64 << 20  # bytes of gradients per all-reduce
 
 
 @dataclass(frozen=True)
@@ -102,28 +102,9 @@ def gather_objects(value: Item) -> list[Item]:
     return gathered
 
 
-class _GatherRows(torch.autograd.Function):
-    """Gather the rows of all ranks in order. The backward gives each rank the summed gradients of its rows."""
-
-    @staticmethod
-    def forward(ctx: object, rows: Tensor) -> Tensor:
-        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, rows.contiguous())
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx: object, gradient: Tensor) -> Tensor:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient)
-        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 def gather_rows(rows: Tensor) -> Tensor:
     """Gather rows [b, ...] of all processes into [b * size, ...] in order of rank, with gradients."""
-    if world_size() == 1:
-        return rows
-    gathered: Tensor = _GatherRows.apply(rows)  # type: ignore[no-untyped-call]
-    return gathered
+    return torch.cat(all_gather(rows)) if world_size() > 1 else rows
 
 
 def shard_encoder(encoder: Encoder, blocks_per_unit: int = 1, reshard: bool = True) -> None:
@@ -168,37 +149,18 @@ def broadcast_params(task: nn.Module) -> None:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace gradients by their means over all processes, like DDP but without hooks.
+    """Replace float32 gradients by their means over all processes, like DDP but without hooks, in one all-reduce.
 
-    They are reduced in flat buckets; filling the next bucket overlaps with the reduction. The same parameters must have
-    gradients on every process.
+    The same parameters must have gradients on every process.
     """
-    if world_size() == 1:
-        return
     gradients = [p.grad for p in parameters if p.grad is not None]
-    under_way = []
-    for bucket in buckets(gradients):
-        flat = torch.cat([g.reshape(-1) for g in bucket])
-        under_way.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
-    for bucket, flat, work in under_way:
-        work.wait()
-        flat /= world_size()
-        parts = flat.split([g.numel() for g in bucket])
-        foreach_copy_(bucket, [part.view_as(g) for part, g in zip(parts, bucket)])
-
-
-def buckets(gradients: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Split consecutive gradients of one dtype into buckets of about `BUCKET` bytes."""
-    part: list[Tensor] = []
-    size = 0
-    for gradient in gradients:
-        if part and (size >= BUCKET or gradient.dtype != part[0].dtype):
-            yield part
-            part, size = [], 0
-        part.append(gradient)
-        size += gradient.numel() * gradient.element_size()
-    if part:
-        yield part
+    if world_size() == 1 or not gradients:
+        return
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    parts = flat.split([g.numel() for g in gradients])
+    foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients)])
 
 
 def sync_gradients(module: nn.Module, wanted: bool) -> None:
@@ -218,3 +180,12 @@ def local_shards(tensors: Iterable[Tensor]) -> list[Tensor]:
 def full_tensor(tensor: Tensor) -> Tensor:
     """Gather a DTensor into a full tensor on every process; return any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, full: Tensor) -> None:
+    """Copy a full tensor, of which every process has all, into a tensor or into each process's shard of a DTensor."""
+    if isinstance(tensor, DTensor):
+        mesh, placements = tensor.device_mesh, tensor.placements
+        full = distribute_tensor(full.to(tensor.device), mesh, placements, src_data_rank=None)
+    tensor.copy_(full)

@@ -19,9 +19,9 @@ from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, write_atomically
 from ..models.encoder import Encoder
 from ..models.reading import CheckpointError, read_json
 from ..models.weights import open_safetensors, read_state
-from .manifest import DamageError, check_manifest, entries_of, read_steps, write_manifest
+from .manifest import check_manifest, entries_of, set_aside, write_manifest
 from .parallel import World, gather_objects
-from .snapshots import Snapshots, set_aside
+from .snapshots import Snapshots
 
 RUN, RECORD, REPORT = "run.json", "distill.json", "report.html"
 LOSSES, THROUGHPUT, ADAPTERS = "losses.json", "throughput.json", "adapters.safetensors"
@@ -60,9 +60,12 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
     if begun := progress_of(out):
         if not path.exists():
             raise ValueError(f"out is {out}, which holds a run ({begun}) without its {RUN}; give another folder")
-        found = read_run(path)
-        for name in ahead_of(out, found["config"]):  # not used yet
-            found["config"][name] = wanted["config"].get(name)
+        found = read_json(path)
+        try:
+            for name in ahead_of(out, found["config"]):  # not used yet
+                found["config"][name] = wanted["config"].get(name)
+        except (LookupError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path} is no record of a run; expected config with {', '.join(ORDER)}") from error
         if found != wanted:
             changed = ", ".join(sorted(differences(found, wanted)))
             raise ValueError(
@@ -73,30 +76,17 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
         write_atomically(path, json.dumps(wanted, indent=1) + "\n")
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """The settings of a run. Raises CheckpointError for an invalid file."""
-    found = read_json(path)
-    config = found.get("config")
-    stages: list[Any] = [config.get(name) for name in ORDER] if isinstance(config, dict) else [None]
-    if not all(isinstance(stage, dict) for stage in stages):
-        raise CheckpointError(f"{path} is no record of a run; expected config with {', '.join(ORDER)}")
-    steps, sizes = [stage.get("steps") for stage in stages[:2]], stages[2].get("sizes")
-    if not all(isinstance(each, int) for each in steps) or not isinstance(sizes, list):
-        raise CheckpointError(f"{path} is no record of a run; expected steps and sizes of its stages")
-    return found
-
-
-def is_number(name: str) -> bool:
-    """Whether a name is a stage's number."""
-    return re.fullmatch(r"[0-9]{1,4}", name) is not None
-
-
 def begun_in(out: Path) -> tuple[list[int], dict[int, int]]:
     """The finished stages of the unfinished run in `out`, and the newest step of each stage with a snapshot."""
-    done = sorted(int(name) for path in (out / "stages").glob("*/losses.json") if is_number(name := path.parent.name))
-    folders = [folder for folder in sorted((out / "snapshots").glob("[0-9]*")) if is_number(folder.name)]
+    done = sorted(int(path.parent.name) for path in (out / "stages").glob("*/losses.json") if is_number(path.parent))
+    folders = [folder for folder in sorted((out / "snapshots").glob("*")) if is_number(folder)]
     newest = {int(folder.name): Snapshots(folder, 0).newest() for folder in folders}
     return done, {stage: step for stage, step in newest.items() if step and stage not in done}
+
+
+def is_number(folder: Path) -> bool:
+    """Whether a folder has the name of a stage."""
+    return re.fullmatch(r"[0-9]{1,4}", folder.name) is not None
 
 
 def progress_of(out: Path) -> str:
@@ -134,13 +124,23 @@ class StageFolders:
     world: World
 
     def restore(self, number: int, student: Encoder) -> tuple[Losses, dict[str, Any], dict[str, Tensor]] | None:
-        """Load a finished stage's weights into the student. Returns losses, throughput and adapters, or None."""
-        done = self._of("stages", number)
-        record = finished_stage(done, self.world) if done else None
-        if done is None or record is None:
+        """Load a finished stage's weights into the student. Returns losses, throughput and adapters, or None. All
+        processes must call this.
+
+        A damaged stage is reported on standard error and renamed, and runs again.
+        """
+        if (done := self._of("stages", number)) is None:
+            return None
+        found: Any = None
+        if self.world.rank == 0 and (done / LOSSES).exists():
+            try:
+                found = check_manifest(done, LOSSES), read_json(done / THROUGHPUT)
+            except (CheckpointError, OSError) as error:
+                set_aside(done, f"stage {done.name} is damaged and run again: {error}")
+        if (found := gather_objects(found)[0]) is None:
             return None
         student.load_state_dict(read_state(student, open_safetensors(done / WEIGHTS)[0], str(done)))
-        return *record, read_tensors(done / ADAPTERS)
+        return *found, read_tensors(done / ADAPTERS)
 
     def snapshots(self, number: int) -> Snapshots | None:
         """The snapshots of a stage; None if snapshots are off."""
@@ -155,32 +155,12 @@ class StageFolders:
         if done is not None and self.world.rank == 0:
             student.save_pretrained(done)
             write_atomically(done / ADAPTERS, save(dict(carried)))
-            finish_stage(done, losses, throughput)
+            write_atomically(done / THROUGHPUT, json.dumps(throughput))
+            write_atomically(done / LOSSES, json.dumps(losses))
+            write_manifest(done, entries_of(done), len(losses))
 
     def _of(self, kind: str, number: int) -> Path | None:
         return self.folder / kind / str(number) if self.folder else None
-
-
-def finish_stage(folder: Path, losses: list[dict[str, float]], throughput: dict[str, Any]) -> None:
-    """Mark a stage, whose student is in `folder`, as finished. Raises OSError."""
-    write_atomically(folder / THROUGHPUT, json.dumps(throughput))
-    write_atomically(folder / LOSSES, json.dumps(losses))
-    write_manifest(folder, entries_of(folder), {"steps": len(losses)})
-
-
-def finished_stage(folder: Path, world: World) -> tuple[list[dict[str, float]], dict[str, Any]] | None:
-    """Losses and throughput of a finished, undamaged stage; None for others. All processes must call this.
-
-    A damaged folder is reported on standard error and renamed, and the stage runs again.
-    """
-    found: Any = None
-    if world.rank == 0 and (folder / LOSSES).exists():
-        try:
-            steps = check_manifest(folder).get("steps")
-            found = read_steps(folder / LOSSES, steps), read_json(folder / THROUGHPUT)
-        except (DamageError, CheckpointError, OSError) as error:
-            set_aside(folder, f"stage {folder.name} is damaged and run again: {error}")
-    return gather_objects(found)[0]
 
 
 def carried_from(folder: Path) -> dict[str, Tensor]:

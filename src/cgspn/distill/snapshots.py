@@ -4,24 +4,21 @@ import json
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..models.checkpoint import line_of, reason_of
-from ..terminal import warn
-from .dcp_reader import SafeReader, read_index
-from .manifest import DamageError, Entries, check_manifest, entries_of, read_steps, write_manifest
-from .parallel import Item, barrier, gather_objects, rank
+from ..models.reading import CheckpointError
+from ..models.weights import Weights, open_safetensors
+from .manifest import check_manifest, entries_of, read_steps, set_aside, write_manifest
+from .parallel import Item, barrier, fill, full_tensor, gather_objects, rank
 
 RECORD = "record.json"
 KEPT = 2  # the last one, and the previous one in case the machine dies during a removal
@@ -51,17 +48,15 @@ class Snapshots:
 
         Damaged snapshots are reported on standard error and renamed.
         """
-        return gather_objects(next(self._whole(), 0) if rank() == 0 else 0)[0]
-
-    def _whole(self) -> Iterator[int]:
-        for steps in sorted(self._steps(), reverse=True):
-            folder = self._folder(steps)
+        whole = 0
+        for steps in sorted(self._steps() if rank() == 0 else (), reverse=True):
             try:
-                check_snapshot(folder, steps)
-            except (DamageError, OSError) as error:
-                set_aside(folder, f"the snapshot after step {steps} is damaged and not used: {error}")
-            else:
-                yield steps
+                check_snapshot(self._folder(steps), steps)
+                whole = steps
+                break
+            except (CheckpointError, OSError) as error:
+                set_aside(self._folder(steps), f"the snapshot after step {steps} is damaged and not used: {error}")
+        return gather_objects(whole)[0]
 
     def _steps(self) -> list[int]:
         names = [path.name for path in self.folder.glob("[0-9]*") if path.is_dir()]
@@ -79,44 +74,36 @@ class Snapshots:
         Raises SnapshotError on every process if the disk is full or the folder is not writable.
         """
         whole, partial, first = self._folder(done), self._folder(done, ".partial"), rank() == 0
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+        share = share_of(tensors)
 
-        def begin() -> None:
-            if first:
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-                (partial / RECORD).write_text(json.dumps(record))
-
-        def write() -> Entries:
-            with _alone_unwarned():
-                save(dict(tensors), checkpoint_id=partial, no_dist=not dist.is_initialized())
-            # each process checks its own files, which takes as long as reading them
-            return entries_of(partial, f"__{rank()}_*")
+        def write() -> dict[str, dict[str, object]]:
+            partial.mkdir(parents=True, exist_ok=True)
+            save_file(share, partial / f"{rank()}.safetensors")
+            # each process reads its own file for the checksum
+            return entries_of(partial, f"{rank()}.safetensors")
 
         def finish() -> None:
             if first:
-                entries = entries_of(partial, ".*") | entries_of(partial, RECORD)
-                for each in written:
-                    entries |= each
-                count = len(read_index(partial).state_dict_metadata)
-                write_manifest(partial, entries, {"steps": done, "tensors": count})
+                (partial / RECORD).write_text(json.dumps(record))
+                entries = {name: entry for each in written for name, entry in each.items()}
+                write_manifest(partial, entries | entries_of(partial, RECORD), done)
+                shutil.rmtree(whole, ignore_errors=True)
+                os.replace(partial, whole)
+                for old in sorted(self._steps())[:-KEPT]:
+                    shutil.rmtree(self._folder(old), ignore_errors=True)
 
-        self._together(done, begin)
         written = self._together(done, write)
         self._together(done, finish)
-        if first:
-            shutil.rmtree(whole, ignore_errors=True)
-            os.replace(partial, whole)
-            for old in sorted(self._steps())[:-KEPT]:
-                shutil.rmtree(self._folder(old), ignore_errors=True)
-        barrier()
 
     def _together(self, done: int, work: Callable[[], Item]) -> list[Item]:
         """Gather the results of `work` from all processes. Raises SnapshotError on every process if it fails on any."""
         results, failure = list[Item](), ""
         try:
             results.append(work())
-        except (OSError, RuntimeError, DamageError, CheckpointException) as error:
-            failure = reason_of(_cause(error), self.folder)
+        except (OSError, SafetensorError) as error:
+            failure = reason_of(error, self.folder)
         gathered = gather_objects((results, failure))
         if failures := [failure for _, failure in gathered if failure]:
             if rank() == 0:
@@ -128,18 +115,22 @@ class Snapshots:
             )
         return [result for each, _ in gathered for result in each]
 
+    @torch.no_grad()
     def load(self, done: int, tensors: dict[str, Tensor]) -> list[dict[str, float]]:
-        """Fill `tensors` from the snapshot after `done` steps and return its record. Runs no code from it.
+        """Fill `tensors` from the snapshot after `done` steps and return its record.
 
         Raises SnapshotError if a tensor is missing or has another shape.
         """
         folder = self._folder(done)
         try:
-            with _alone_unwarned():
-                load(tensors, storage_reader=SafeReader(folder), no_dist=not dist.is_initialized())
+            stored = tensors_in(folder)
+            for name, tensor in tensors.items():
+                if name not in stored or stored[name].shape != tensor.shape:
+                    raise CheckpointError(f"it holds no {name} of shape {list(tensor.shape)}")
+                fill(tensor, stored[name].read())
             return read_steps(folder / RECORD, done)
-        except (OSError, RuntimeError, ValueError, KeyError, AssertionError, CheckpointException) as error:
-            raise SnapshotError(f"the snapshot in {folder} cannot be used: {line_of(_cause(error))}") from error
+        except (OSError, CheckpointError) as error:
+            raise SnapshotError(f"the snapshot in {folder} cannot be used: {line_of(error)}") from error
 
     def clear(self) -> None:
         """Remove all snapshots of a finished stage."""
@@ -150,34 +141,27 @@ class Snapshots:
                 self.folder.parent.rmdir()
 
 
+def share_of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The full tensors that this process writes, on the CPU: each is written by one of the processes that hold it."""
+    held, share = gather_objects(dict.fromkeys(tensors)), dict[str, Tensor]()
+    for i, name in enumerate(sorted({name for names in held for name in names})):
+        holders = [number for number, names in enumerate(held) if name in names]
+        if rank() in holders:
+            full = full_tensor(tensors[name])  # gathered on all of them
+            if holders[i % len(holders)] == rank():
+                share[name] = full.detach().cpu().contiguous()
+    return share
+
+
+def tensors_in(folder: Path) -> Weights:
+    """The tensors of a snapshot. Raises CheckpointError if a file is damaged or there are none."""
+    files = [open_safetensors(path)[0] for path in sorted(folder.glob("*.safetensors"))]
+    if not files:
+        raise CheckpointError("it holds no tensors")
+    return {name: stored for each in files for name, stored in each.items()}
+
+
 def check_snapshot(folder: Path, steps: int) -> None:
-    """Raise DamageError if the snapshot after `done` steps is damaged."""
-    counts = check_manifest(folder, {"steps": steps})
-    if counts.get("tensors") != len(read_index(folder).state_dict_metadata):
-        raise DamageError("it has fewer or more tensors than were written")
-    read_steps(folder / RECORD, steps)
-
-
-def set_aside(folder: Path, message: str) -> None:
-    """Report damage in a folder and rename it, so that it is not used again."""
-    aside = folder.with_name(f"{folder.name}.damaged")
-    with suppress(OSError):  # otherwise it is checked and reported again
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
-    warn(f"{message} ({folder})")
-
-
-@contextmanager
-def _alone_unwarned() -> Iterator[None]:
-    """Suppress PyTorch's warning about checkpoints without a process group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
-
-
-def _cause(error: BaseException) -> BaseException:
-    """The first underlying error in PyTorch's combined error."""
-    if isinstance(error, CheckpointException) and error.failures:
-        cause: Any = next(iter(error.failures.values()))
-        return cause[0] if isinstance(cause, tuple) else cause
-    return error
+    """Raise CheckpointError if the snapshot after `steps` steps is damaged."""
+    check_manifest(folder, RECORD, steps)
+    tensors_in(folder)

@@ -18,10 +18,10 @@ from .batches import Feed, ImageSetFeed
 from .cache import TeacherCache
 from .config import DistillConfig, PretrainConfig
 from .parallel import World, barrier
-from .parity import check_parity
 from .plan import Stage, plan
 from .resume import StageFolders
 from .runtime import running
+from .taps import check_parity
 from .tasks import ContrastiveTask, DistillTask
 from .trainer import History, Watch, train
 

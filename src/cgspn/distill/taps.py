@@ -11,24 +11,44 @@ from ..layers import Block, Grid
 from ..models.config import EncoderConfig
 from ..models.encoder import Encoder
 
+# relative errors of the tokens: order of sums; bfloat16 through tens of blocks
+TOLERANCE = {"float32": 1e-5, "bfloat16": 0.1}
+
 RunTapped = Callable[[Block, Tensor, Grid], tuple[Tensor, Tensor]]
 
 
 class Taps(NamedTuple):
-    """The features recorded in one forward pass, in the order of the blocks; grid tokens only.
+    """The features recorded in one forward pass.
 
-    block_inputs: tokens [B, N, C] entering each block, prefix tokens included.
-    sublayers: PP, the branch of each mixing sub-layer before the residual, [B, h*w, C].
-    blocks: PB, the output of each block, [B, h*w, C].
-    tokens: after the last norm, [B, h*w, C]. pooled: [B, C]. grid: the grid of the block_inputs.
+    stream: tokens [B, N, C] before the first block and after each block, prefix tokens included.
+    sublayers: PP, the branch of each mixing sub-layer before the residual, grid tokens only, [B, h*w, C].
+    tokens: after the last norm, [B, h*w, C]. pooled: [B, C]. grid: the grid of the stream.
     """
 
-    block_inputs: list[Tensor]
+    stream: list[Tensor]
     sublayers: list[Tensor]
-    blocks: list[Tensor]
     tokens: Tensor
     pooled: Tensor
     grid: Grid
+
+    @property
+    def block_inputs(self) -> list[Tensor]:
+        """The tokens [B, N, C] entering each block, prefix tokens included."""
+        return self.stream[:-1]
+
+    @property
+    def blocks(self) -> list[Tensor]:
+        """PB, the output of each block, grid tokens only, [B, h*w, C]."""
+        return [tokens[:, self.grid.prefix :] for tokens in self.stream[1:]]
+
+    def features(self) -> list[Tensor]:
+        """All features in one list."""
+        return [*self.stream, *self.sublayers, self.tokens, self.pooled]
+
+    def with_features(self, features: list[Tensor]) -> "Taps":
+        """Taps of the same grid with other `features`."""
+        *rest, tokens, pooled = features
+        return Taps(rest[: len(self.stream)], rest[len(self.stream) :], tokens, pooled, self.grid)
 
 
 def tapped_forward(encoder: Encoder, images: Tensor, run: RunTapped = Block.tapped) -> Taps:
@@ -39,15 +59,14 @@ def tapped_forward(encoder: Encoder, images: Tensor, run: RunTapped = Block.tapp
     Paper: PP and PB taps (docs/paper.md).
     """
     tokens, grid = encoder.embed(images)
-    block_inputs, sublayers, blocks = [], [], []
+    stream, sublayers = [tokens], []
     for block in encoder.each_block():
-        block_inputs.append(tokens)
         tokens, branch = encoder.run_tapped(block, tokens, grid, run)
+        stream.append(tokens)
         sublayers.append(branch[:, grid.prefix :])
-        blocks.append(tokens[:, grid.prefix :])
     tokens = encoder.norm(tokens)
     pooled = encoder.forward_head(tokens, pre_logits=True)
-    return Taps(block_inputs, sublayers, blocks, tokens[:, grid.prefix :], pooled, grid)
+    return Taps(stream, sublayers, tokens[:, grid.prefix :], pooled, grid)
 
 
 def retarget_first_block(taps: Taps, entry: Tensor) -> Taps:
@@ -58,10 +77,10 @@ def retarget_first_block(taps: Taps, entry: Tensor) -> Taps:
     teacher's stream after the first sub-layer minus these tokens. The scan can infer positions because it starts at the
     borders. Not in the paper.
     """
-    gap = taps.block_inputs[0][:, taps.grid.prefix :] - entry
-    prefix = taps.block_inputs[0][:, : taps.grid.prefix]
+    first, prefix = taps.stream[0], taps.grid.prefix
+    gap = first[:, prefix:] - entry
     return taps._replace(
-        block_inputs=[torch.cat([prefix, entry], 1), *taps.block_inputs[1:]],
+        stream=[torch.cat([first[:, :prefix], entry], 1), *taps.stream[1:]],
         sublayers=[taps.sublayers[0] + gap, *taps.sublayers[1:]],
     )
 
@@ -100,10 +119,35 @@ def observe(
         grid = tokens.unflatten(1, (taps.grid.height, taps.grid.width)).permute(0, 3, 1, 2)
         return interpolate(grid.float(), (h, w), mode="bilinear").to(tokens.dtype).flatten(2).transpose(1, 2)
 
-    return taps._replace(
-        block_inputs=[],
-        sublayers=[up(t) for t in taps.sublayers],
-        blocks=[up(t) for t in taps.blocks],
-        tokens=up(taps.tokens),
-        grid=taps.grid._replace(height=h, width=w),
+    return Taps(
+        [up(tokens[:, taps.grid.prefix :]) for tokens in taps.stream],
+        [up(tokens) for tokens in taps.sublayers],
+        up(taps.tokens),
+        taps.pooled,
+        Grid(h, w, 0),
     )
+
+
+class ParityError(RuntimeError):
+    """Raised if the teacher's taps do not match its forward pass; the message gives the error and the tolerance."""
+
+
+@torch.no_grad()
+def check_parity(teacher: Encoder, images: Tensor, precision: str) -> float:
+    """Compare the taps of a teacher, in the run's precision, with its plain forward pass in float32.
+
+    teacher: in eval mode. images: [B, channels, H, W], normalised; two are enough. precision: "float32" or "bfloat16".
+
+    Returns the relative error of the final tokens. Raises ParityError if it is too large for the precision, for example
+    because of damaged weights or features that overflow.
+    """
+    plain = teacher(images).tokens.flatten(1, 2)
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        tapped = tapped_forward(teacher, images).tokens
+    error = float((tapped.double() - plain.double()).norm() / plain.double().norm())
+    allowed = TOLERANCE[precision]
+    if not error <= allowed:
+        raise ParityError(
+            f"the teacher's tokens in {precision} differ from its forward pass by {error:.2g}; accepted: {allowed}"
+        )
+    return error

@@ -1,7 +1,7 @@
 """Tasks: each holds its models and computes the losses of a batch for the trainer."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Literal
 
@@ -33,10 +33,10 @@ class Task(nn.Module):
 
     Attributes:
         patch: patch size of the student in pixels.
-        reduction: how losses of several processes are combined.
+        reduction: how losses of several processes are combined; "sum" if each process trains other parameters.
         has_unused_params: whether some parameters may get no gradient.
-        capturable: whether the losses can be captured in a CUDA graph, because they do not need the CPU.
         sharded: whether the parameters are sharded over the processes (FSDP2).
+        capturable: whether a CUDA graph can capture the losses, because they do not need the CPU.
     """
 
     patch: int
@@ -44,10 +44,6 @@ class Task(nn.Module):
     has_unused_params: bool = False
     sharded: bool = False
     capturable: bool = False
-
-    def __init__(self, runtime: Runtime | None = None) -> None:
-        super().__init__()
-        self.runtime = runtime or Runtime()
 
     @property
     def learns(self) -> bool:
@@ -94,7 +90,8 @@ class TeacherTask(Task):
     compares: bool = True
 
     def __init__(self, teacher: Encoder, student: Encoder, learn_positions: bool, runtime: Runtime | None) -> None:
-        super().__init__(runtime)
+        super().__init__()
+        self.runtime = runtime or Runtime()
         self._look_at(teacher=teacher)
         self.patch = student.config.patch_size
         self.learn_positions = learn_positions and teacher.positions is not None and student.positions is None
@@ -138,15 +135,9 @@ def inherited_names(student: Encoder, teacher: Encoder) -> frozenset[str]:
 
 def learning_blocks(teacher: Encoder, student: Encoder) -> list[int]:
     """The indices of the student's blocks whose mixer was not inherited."""
-    theirs = teacher.blocks.state_dict()
-    return [
-        i
-        for i, block in enumerate(student.each_block())
-        if any(
-            f"{i}.mixer.{name}" not in theirs or not torch.equal(theirs[f"{i}.mixer.{name}"], value)
-            for name, value in block.mixer.state_dict().items()
-        )
-    ]
+    same = inherited_names(student, teacher)
+    fresh = [name for name, _ in student.named_parameters() if ".mixer." in name and name not in same]
+    return sorted({int(name.split(".")[1]) for name in fresh})
 
 
 class SublayerTask(TeacherTask):
@@ -166,8 +157,17 @@ class SublayerTask(TeacherTask):
         self.learning = learning_blocks(teacher, student)
         self._look_at(student=student)
         self.capturable = self.runtime.cache is None
-        self.parts = nn.ModuleDict({str(i): sublayer_parts(student.each_block()[i]) for i in self.learning})
+        self.parts = nn.ModuleDict({str(i): sublayer_parts(student.each_block()[i]) for i in self.own_blocks()})
         self.energies = TargetScales(len(self.learning)).to(next(student.parameters()).device)
+
+    def own_blocks(self) -> list[int]:
+        """The blocks that this process trains."""
+        return self.learning
+
+    def features_of_own(self, *features: dict[int, Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
+        """Yield each own block with its features, from dicts by block."""
+        for i in self.own_blocks():
+            yield i, [each[i] for each in features]
 
     def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Mixers are fresh; their norms and LayerScales are inherited."""
@@ -175,7 +175,7 @@ class SublayerTask(TeacherTask):
         return fresh, [p for name, p in self.named_parameters() if ".mixer." not in name]
 
     def flops(self, size: Size) -> int:
-        """As in `Task`."""
+        """See `Task`."""
         return forward_flops(self.teacher.config, size) + sublayer_flops(self.student.config, size, self.learning)
 
     def targets(self, taps: Taps) -> list[Tensor]:
@@ -183,22 +183,19 @@ class SublayerTask(TeacherTask):
         return [taps.sublayers[i] for i in self.learning]
 
     def losses(self, batch: Batch) -> Losses:
-        """The relative MSE of each sub-layer, "block i", and their sum."""
+        """The relative MSE of each sub-layer, "block i", and their sum; zero for blocks of other processes."""
         taps = self.observed(batch)
         energies = self.energies.of(self.targets(taps))
-        losses: Losses = {
-            f"block {i}": self.sublayer_error(i, taps.block_inputs[i], taps.sublayers[i], taps, energy)
-            for i, energy in zip(self.learning, energies, strict=True)
-        }
-        total = torch.stack(list(losses.values())).sum() if losses else taps.pooled.new_zeros(())
-        return {"total": total, **losses}
-
-    def sublayer_error(self, i: int, block_inputs: Tensor, wanted: Tensor, taps: Taps, energy: Tensor) -> Tensor:
-        """Relative MSE of block i on the teacher's input [B, N, C], compared with the teacher's branch [B, h*w, C]."""
-        grid = taps.grid._replace(prefix=self.student.config.prefix)
-        tokens = block_inputs[:, taps.grid.prefix - grid.prefix :]
-        branch = self.runtime.sublayer(self.student.each_block()[i], tokens, grid)
-        return relative_mse(branch[:, grid.prefix :], wanted, energy)
+        energy, zero = dict(zip(self.learning, energies, strict=True)), energies.new_zeros(())
+        losses: Losses = {f"block {i}": zero for i in self.learning}
+        theirs, grid = taps.grid, taps.grid._replace(prefix=self.student.config.prefix)
+        features = [{i: each[i] for i in self.learning} for each in (taps.block_inputs, taps.sublayers)]
+        del taps  # features that are sent to another process are freed
+        for i, (tokens, wanted) in self.features_of_own(*features):
+            tokens = tokens[:, theirs.prefix - grid.prefix :]
+            branch = self.runtime.sublayer(self.student.each_block()[i], tokens, grid)
+            losses[f"block {i}"] = relative_mse(branch[:, grid.prefix :], wanted, energy[i])
+        return {"total": torch.stack([zero, *losses.values()]).sum(), **losses}
 
 
 def sublayer_parts(block: Block) -> nn.ModuleDict:

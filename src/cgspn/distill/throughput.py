@@ -4,7 +4,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 from ..data import Batch
 
@@ -13,98 +14,89 @@ POINTS = 200  # most points of a stage's curve
 WARM = 10  # first steps, which compile, tune and allocate; left out of the rates of longer stages
 NEW = 2  # first steps of each batch shape, likewise
 
-Size = tuple[int, ...]  # (height, width) of images in pixels
+Size = tuple[int, int]  # (height, width) of images in pixels
 
 
-class Work(NamedTuple):
-    """The work per image. tokens: of the grid. flops: of teacher and student. None if unknown."""
+class Step(NamedTuple):
+    """A step: the number and size of its images, their tokens, the FLOPs of teacher and student (None if unknown),
+    seconds of waiting for data, and all seconds."""
 
-    tokens: int | None = None
-    flops: int | None = None
+    images: int
+    size: Size
+    tokens: int
+    flops: int | None
+    waited: float
+    seconds: float
 
 
 @dataclass
 class Throughput:
-    """Seconds of each step since the start or resume of a stage, with the number and size of its images.
+    """The steps since the start or resume of a stage.
 
-    waits: seconds of waiting for data, including the start of workers. steps: seconds of whole steps, including the
-    wait. A step ends when the device is idle, so waiting for data is idle time of the device. work: gives the work per
-    image of a size, called once per size. peak: FLOP/s of the device; None if unknown.
+    The wait includes the start of workers. A step ends when the device is idle, so waiting for data is idle time of the
+    device. work: gives the tokens and FLOPs of an image of a size, called once per size. peak: FLOP/s of the device;
+    None if unknown.
     """
 
-    waits: list[float] = field(default_factory=list)
-    steps: list[float] = field(default_factory=list)
-    images: list[int] = field(default_factory=list)
-    sizes: list[Size] = field(default_factory=list)
-    work: Callable[[Size], Work] = lambda size: Work()
+    work: Callable[[Size], tuple[int, int | None]] = lambda size: (0, None)
     peak: float | None = None
-    known: dict[Size, Work] = field(default_factory=dict)
+    steps: list[Step] = field(default_factory=list)
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """Yield the batches, and record times."""
-        iterator = iter(batches)
+        iterator, work = iter(batches), cache(self.work)
         while True:
             asked = time.perf_counter()
-            batch = next(iterator, None)
-            if batch is None:
+            if (batch := next(iterator, None)) is None:
                 return
-            self.waits.append(time.perf_counter() - asked)
-            size = tuple(batch.images.shape[-2:])
-            self.images.append(len(batch.indices))
-            self.sizes.append(size)
-            if size not in self.known:
-                self.known[size] = self.work(size)
+            waited, images = time.perf_counter() - asked, len(batch.indices)
+            height, width = batch.images.shape[-2:]
+            tokens, flops = work((height, width))
+            total = None if flops is None else images * flops
             try:
                 yield batch
             finally:  # also records the last step
-                self.steps.append(time.perf_counter() - asked)
+                seconds = time.perf_counter() - asked
+                self.steps.append(Step(images, (height, width), images * tokens, total, waited, seconds))
 
-    def rates(self, steps: Iterable[int]) -> dict[str, float]:
-        """Images/s of this process, fraction of the time spent waiting for data, and, if known, tokens/s and MFU: the
-        FLOPs of teacher and student as a fraction of the device's peak. Empty without steps."""
-        chosen = list(steps)
-        seconds = sum(self.steps[i] for i in chosen)
-        if not chosen:
+    def rates(self, steps: list[Step]) -> dict[str, float]:
+        """Images/s of this process, fraction of the time spent waiting for data, tokens/s and, if known, MFU: the FLOPs
+        of teacher and student as a fraction of the device's peak. Empty without steps."""
+        if not steps:
             return {}
-        rates = {"images_per_second": sum(self.images[i] for i in chosen) / seconds}
-        rates["data_wait_share"] = sum(self.waits[i] for i in chosen) / seconds
-        tokens, flops = self._total(chosen, "tokens"), self._total(chosen, "flops")
-        if tokens is not None:
-            rates["tokens_per_second"] = tokens / seconds
-        if flops is not None and self.peak:
-            rates["mfu"] = flops / seconds / self.peak
-        return rates
+        seconds = sum(step.seconds for step in steps)
+        flops = [step.flops for step in steps if step.flops is not None]
+        return {
+            "images_per_second": sum(step.images for step in steps) / seconds,
+            "data_wait_share": sum(step.waited for step in steps) / seconds,
+            "tokens_per_second": sum(step.tokens for step in steps) / seconds,
+            **({"mfu": sum(flops) / seconds / self.peak} if self.peak and len(flops) == len(steps) else {}),
+        }
 
-    def _total(self, steps: list[int], of: Literal["tokens", "flops"]) -> int | None:
-        """The sum over all images of some steps; None if a value is unknown."""
-        each = [(self.images[i], getattr(self.known[self.sizes[i]], of)) for i in steps]
-        known = [images * value for images, value in each if value is not None]
-        return sum(known) if len(known) == len(each) else None
-
-    def settled(self) -> list[int]:
+    def settled(self) -> list[Step]:
         """The steps after warm-up (the first ten, and the first two of each size), or all if there are none."""
         seen: Counter[Size] = Counter()
         steps = []
-        for i, size in enumerate(self.sizes[: len(self.steps)]):
-            seen[size] += 1
-            if i >= WARM and seen[size] > NEW:
-                steps.append(i)
-        return steps or list(range(len(self.steps)))
+        for i, step in enumerate(self.steps):
+            seen[step.size] += 1
+            if i >= WARM and seen[step.size] > NEW:
+                steps.append(step)
+        return steps or self.steps
 
     def recent(self) -> dict[str, float]:
         """The rates of the last steps; empty after the first step."""
-        return self.rates(range(max(0, len(self.steps) - RECENT), len(self.steps)))
+        return self.rates(self.steps[-RECENT:])
 
     def summary(self) -> dict[str, Any]:
         """For the record: `rates` of the `settled` steps, total seconds, seconds until the first batch, and "curve":
         images/s over the stage, with at most 200 points."""
         if not self.steps:
             return {}
-        size = max(-(-len(self.steps) // POINTS), len(set(self.sizes)))  # each point covers every size
-        runs = [range(i, min(i + size, len(self.steps))) for i in range(0, len(self.steps), size)]
+        size = max(-(-len(self.steps) // POINTS), len({step.size for step in self.steps}))  # each covers every size
+        runs = [self.steps[i : i + size] for i in range(0, len(self.steps), size)]
         return {
             **self.rates(self.settled()),
-            "seconds": sum(self.steps),
-            "first_batch_seconds": self.waits[0],
+            "seconds": sum(step.seconds for step in self.steps),
+            "first_batch_seconds": self.steps[0].waited,
             "curve": [self.rates(run)["images_per_second"] for run in runs],
         }

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable
 from contextlib import closing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from .optimizers import Optimizers, build_optimizer
 from .parallel import all_reduce, average_gradients, broadcast_params, local_shards, world_size, wrap_distributed
 from .snapshots import Snapshots
 from .tasks import Task
-from .throughput import Throughput, Work
+from .throughput import Throughput
 
 DETAILS = 200  # about this many steps of a stage record the losses of every block; others only their means
 
@@ -93,7 +93,7 @@ def train(
     elif not own:
         module = wrap_distributed(task, sharded=task.sharded, find_unused=task.has_unused_params)
     optimizer = build_optimizer(task, config)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    parameters = optimizer.parameters
     average = [p.detach().clone() for p in parameters] if config.ema else []
     history, start = History(title), 0
     if snapshots is not None and (start := snapshots.newest_whole()):
@@ -102,18 +102,14 @@ def train(
     lower = partial(torch.autocast, device.type, torch.bfloat16, enabled=compute.precision == "bfloat16")
     gradients = (CapturedGradients if captured else Gradients)(module, optimizer, lower)
 
-    def keep(step: int) -> None:
-        """Save the state before the failed step, which has not changed any weight."""
-        if snapshots is not None and snapshots.every and step > start:
-            snapshots.save(step, _state(task, optimizer, average), history.steps)
+    def keep(done: int) -> None:
+        """Save the state after `done` steps."""
+        if snapshots is not None and snapshots.every and done > start:
+            snapshots.save(done, _state(task, optimizer, average), history.steps)
 
     peak = peak_of(device, compute.precision)
 
-    def work(size: tuple[int, ...]) -> Work:
-        height, width = size
-        return Work(task.tokens((height, width)), task.flops((height, width)) if peak else None)
-
-    clock = Throughput(work=work, peak=peak)
+    clock = Throughput(lambda size: (task.tokens(size), task.flops(size) if peak else None), peak)
     with closing(gradients), Garbage(device.type == "cuda") as garbage:
         for step, batch in zip(range(start, config.steps), clock.timed(stream(start))):
             factor = learning_rate(config, step)
@@ -129,7 +125,7 @@ def train(
                     average_gradients(parameters)
             except NonFiniteError as error:  # on a CPU the scan checks its input
                 if world_size() == 1:  # with more processes, others may be in the middle of the step
-                    keep(step)
+                    keep(step)  # which has not changed a weight
                 raise DivergedError(f"{title}: {error}, at step {step}") from error
             norm = clip_gradients(parameters, task, config.clip)
             shown = torch.cat([all_reduce(values, task.reduction), norm.reshape(1)])
@@ -144,27 +140,21 @@ def train(
             if average:
                 foreach_lerp_(local_shards(average), [p.detach() for p in local_shards(parameters)], 1 - config.ema)
             record = {"step": step, "lr": config.learning_rate * factor, "gradient": length, **record}
-            every = detailed(step, config.steps)
+            # single blocks in about `DETAILS` steps of a stage and in the last one
+            every = step % max(1, config.steps // DETAILS) == 0 or step == config.steps - 1
             history.steps.append({name: value for name, value in record.items() if every or "block" not in name})
             if watch is not None:
-                rates = clock.recent()
-                watch(
-                    record | {n: rate * world_size() if n.endswith("per_second") else rate for n, rate in rates.items()}
-                )
+                all_of = {"images_per_second": world_size(), "tokens_per_second": world_size()}
+                watch(record | {name: rate * all_of.get(name, 1) for name, rate in clock.recent().items()})
             if snapshots is not None and snapshots.due(step + 1) and step + 1 < config.steps:
                 garbage.at_snapshot()
-                snapshots.save(step + 1, _state(task, optimizer, average), history.steps)
+                keep(step + 1)
     optimizer.zero_grad()  # gradients of a CUDA graph keep its memory
     history.throughput = clock.summary()
     with torch.no_grad():
         for parameter, mean in zip(parameters, average):
             parameter.copy_(mean)
     return history
-
-
-def detailed(step: int, steps: int) -> bool:
-    """Whether a step, in a stage of `steps` steps, records the losses of single blocks."""
-    return step % max(1, steps // DETAILS) == 0 or step == steps - 1
 
 
 def split_batch(batch: Batch, parts: int) -> list[Batch]:
@@ -179,9 +169,8 @@ def split_batch(batch: Batch, parts: int) -> list[Batch]:
 
 def rows_of(batch: Batch, rows: slice) -> Batch:
     """A batch of the given rows."""
-    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
-    cut: dict[str, Any] = {n: value[rows] for n, value in values.items() if isinstance(value, (Tensor, list, tuple))}
-    return replace(batch, **cut)
+    parts = {name: getattr(batch, name)[rows] for name in ("indices", "images", "labels", "captions")}
+    return replace(batch, **parts)
 
 
 def clip_gradients(parameters: list[nn.Parameter], task: Task, most: float) -> Tensor:
@@ -199,9 +188,10 @@ def clip_gradients(parameters: list[nn.Parameter], task: Task, most: float) -> T
 
 def _state(task: Task, optimizer: Optimizers, average: list[Tensor]) -> dict[str, Tensor]:
     """The complete state of a run by name; loading fills these tensors in place."""
-    names = {p: name for name, p in task.named_parameters()}
-    tensors: dict[str, Tensor] = {f"weight.{name}": p.detach() for p, name in names.items()}
-    tensors |= {f"buffer.{name}": b for name, b in task.named_buffers()}
-    tensors |= {f"optimizer.{names[p]}.{key}": v for p, key, v in optimizer.each_state()}
-    in_order = [p for group in optimizer.param_groups for p in group["params"]]
-    return tensors | {f"average.{names[p]}": mean for p, mean in zip(in_order, average)}
+    names: dict[Tensor, str] = {p: name for name, p in task.named_parameters()}
+    return {
+        **{f"weight.{name}": p.detach() for p, name in names.items()},
+        **{f"buffer.{name}": buffer for name, buffer in task.named_buffers()},
+        **{f"optimizer.{names[p]}.{key}": value for p, key, value in optimizer.each_state()},
+        **{f"average.{names[p]}": mean for p, mean in zip(optimizer.parameters, average)},
+    }

@@ -166,7 +166,7 @@ class TimmContract(nn.Module):
         return kept
 
     def block_indices(self, indices: int | Sequence[int] | None) -> list[int]:
-        """Non-negative indices for the `indices` of `forward_intermediates`. Raises ValueError outside the encoder."""
+        """`indices` of `forward_intermediates` as non-negative numbers. Raises ValueError outside the encoder."""
         depth = self.config.depth
         if indices is None:
             return list(range(depth))

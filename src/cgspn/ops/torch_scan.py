@@ -275,7 +275,8 @@ def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | N
                 group.write(group.maps(dx), steps, scaled)
             else:
                 group.add(dx, steps, scaled)
-            # d(sigma_k / total) gives neighbour k minus the mean; where the total is clamped, the neighbour alone
+            # the gradient of sigma_k / total is neighbour k minus the mean, or the neighbour itself if the total is
+            # clamped
             centre = slab.mean.zero_() if u is None else slab.mean.masked_fill_(slab.total <= EPSILON, 0.0)
             before = _neighbours(slab.states[:-1])
             dsigma = torch.sub(before, centre, out=torch.empty_like(slab.sigma)).mul_(q)

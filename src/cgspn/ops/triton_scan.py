@@ -1,9 +1,9 @@
 """The Triton backend, for GPUs without the CUDA backend: the functions of torch_scan.py.
 
-The kernels know no mask and no normalised state, which are expressed by their inputs. The backward recomputes the state
-in float32 (float64 for float64 inputs) instead of saving it, so its gradients do not use a rounded state. Lines longer
-than LONGEST go to the PyTorch backend. With TRITON_INTERPRET=1 in the environment it
-runs slowly on the CPU, for tests.
+The kernels do not implement masks and normalised states, which are expressed by their inputs. The backward recomputes
+the state in float32 (float64 for float64 inputs) instead of saving it, so its gradients do not use a rounded state.
+Lines longer than LONGEST go to the PyTorch backend. With TRITON_INTERPRET=1 in the environment it runs slowly on the
+CPU, for tests.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def tile(longest: int, channels: int, backward: bool) -> tuple[int, int, int]:
 
 
 def _matrix(t: Tensor) -> Tensor:
-    """A map [B, H, W, ...] or [B, H, W, D, ...] with its leading dimensions as one: a view if they have one stride."""
+    """A map [B, H, W, ...] or [B, H, W, D, ...] with its leading dimensions flattened, as a view if possible."""
     flat = t.flatten(0, 2 if t.dim() == 4 else 3)
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
@@ -88,7 +88,7 @@ def _launch(
 
 
 def _without_mask(scan: Scan) -> Scan:
-    """The same scan without a mask: padding has no input and no gate, and the weight of every neighbour in it is 0."""
+    """An equal scan without a mask: padding has lam = u = 0, and neighbours in padding have weight 0."""
     mask, (h, w) = scan.mask, scan.x.shape[1:3]
     if mask is None:
         return scan
@@ -152,9 +152,9 @@ def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | N
 
 
 def _backward_normalised(dy: Tensor, scan: Scan) -> tuple[Tensor | None, ...]:
-    """`backward` for y = (u / n) h: the gradient of n goes on through the scan that counts it."""
+    """`backward` for y = (u / n) h, where the gradient of n flows through the scan over ones."""
     given, counted = scan[:5], _counting(scan)
-    # two gradients that nearly cancel are added, in float32
+    # two gradients that nearly cancel are added in float32
     wide: list[Any] = [None if t is None else t.to(counted.x.dtype) for t in given[1:]]
     logits, lam, u, keep = wide
     counted = counted._replace(logits=logits, lam=lam, keep=keep)
