@@ -56,7 +56,7 @@ def rival_cuts(p: Problem, machine: Machine) -> list[TileConfig]:
     else:
         shapes, splits, stages = ((4, 2), (8, 2), (4, 4), (8, 4), (4, 8), (8, 8)), (2, 4, 8), (2, 3)
     found = [
-        TileConfig(vec, lanes, 1, depth, split, halo if split > 1 else 1)
+        TileConfig(vec, lanes, depth, split, halo if split > 1 else 1)
         for vec, lanes in shapes
         for split in splits
         for halo in halos

@@ -25,8 +25,8 @@ def main() -> None:
         shapes = [(b, h, w, c), (b, h, w, 4, 3, c), (b, h, w, 4, c), (b, h, w, 4, c)]
         tensors = [torch.randn(s, device="cuda").bfloat16() for s in shapes]
         mask = torch.rand(b, h, w, device="cuda") < 0.8
-        # The plan's own cut, lines over a cluster of four blocks, and two positions a thread over a cluster of two.
-        for cut in (None, TileConfig(1 if c % 8 else 8, 1, 1, 2, 4), TileConfig(1 if c % 2 else 2, 2, 2, 2, 2, halo=3)):
+        # The plan's own cut, and lines over clusters of four and of two blocks.
+        for cut in (None, TileConfig(1 if c % 8 else 8, 1, 2, 4), TileConfig(1 if c % 2 else 2, 2, 2, 2, halo=3)):
             launch.prepare.cache_clear()
             if cut is not None:
                 launch.choose = lambda p, m, cut=cut: cut  # type: ignore[misc]

@@ -74,11 +74,11 @@ def check_scan(
 @pytest.mark.parametrize(
     ("shape", "cut", "masked"),
     [
-        ((2, 74, 74, 16), TileConfig(4, 2, 1, 2, 2, halo=8), False),
-        ((1, 33, 147, 8), TileConfig(4, 1, 1, 2, 4, halo=16), True),
-        ((1, 294, 41, 8), TileConfig(2, 2, 1, 2, 8, halo=5), False),
-        ((1, 20, 23, 6), TileConfig(2, 1, 2, 2, 2, halo=3), True),
-        ((2, 9, 40, 3), TileConfig(1, 2, 1, 2, 4, halo=1), True),
+        ((2, 74, 74, 16), TileConfig(4, 2, 2, 2, halo=8), False),
+        ((1, 33, 147, 8), TileConfig(4, 1, 2, 4, halo=16), True),
+        ((1, 294, 41, 8), TileConfig(2, 2, 2, 8, halo=5), False),
+        ((1, 20, 23, 6), TileConfig(2, 1, 2, 2, halo=3), True),
+        ((2, 9, 40, 3), TileConfig(1, 2, 2, 4, halo=1), True),
     ],
     ids=str,
 )

@@ -96,11 +96,11 @@ SETS = [
         True,
         "none",
         torch.float32,
-        TileConfig(4, 2, 1, 2, 2, 8),
-        TileConfig(4, 1, 1, 3, 4, 5),
+        TileConfig(4, 2, 2, 2, 8),
+        TileConfig(4, 1, 3, 4, 5),
     ),
-    ((1, 9, 13, 16), 8, False, True, False, "sum", torch.bfloat16, TileConfig(8, 2, 1, 3), TileConfig(8, 1, 1, 2)),
-    ((1, 5, 9, 16), 1, True, True, True, "none", torch.bfloat16, TileConfig(8, 2, 1, 1), TileConfig(8, 1, 1, 2)),
+    ((1, 9, 13, 16), 8, False, True, False, "sum", torch.bfloat16, TileConfig(8, 2, 3), TileConfig(8, 1, 2)),
+    ((1, 5, 9, 16), 1, True, True, True, "none", torch.bfloat16, TileConfig(8, 2, 1), TileConfig(8, 1, 2)),
 ]
 
 
@@ -139,19 +139,19 @@ def test_the_plans_own_cut() -> None:
 @pytest.mark.parametrize(
     ("shape", "codes", "cut", "stages", "options"),
     [
-        ((1, 11, 29, 4), [0, 1, 2, 3], TileConfig(4, 1, 1, 1, 4, halo=5), 2, {}),
-        ((1, 23, 29, 4), [0, 1, 2, 3], TileConfig(2, 1, 1, 3, 2, halo=8), 3, {"masked": True}),
-        ((2, 13, 9, 4), [2, 0, 1], TileConfig(2, 2, 2, 2, 2, halo=3), 2, {"merge": "none"}),
+        ((1, 11, 29, 4), [0, 1, 2, 3], TileConfig(4, 1, 1, 4, halo=5), 2, {}),
+        ((1, 23, 29, 4), [0, 1, 2, 3], TileConfig(2, 1, 3, 2, halo=8), 3, {"masked": True}),
+        ((2, 13, 9, 4), [2, 0, 1], TileConfig(2, 2, 2, 2, halo=3), 2, {"merge": "none"}),
     ],
     ids=str,
 )
 def test_lines_cut_over_a_cluster(shape, codes, cut: TileConfig, stages: int, options) -> None:
     """Blocks of a line that scan a halo and exchange states once in as many lines, both passes."""
-    back = TileConfig(cut.vec, cut.lanes, cut.pos, stages, cut.split, cut.halo)
+    back = TileConfig(cut.vec, cut.lanes, stages, cut.split, cut.halo)
     check_scan(shape, codes, torch.float32, cut, back, **options)
 
 
-@pytest.mark.parametrize("cut", [None, TileConfig(4, 2, 1, 2, 2, halo=4)], ids=str)
+@pytest.mark.parametrize("cut", [None, TileConfig(4, 2, 2, 2, halo=4)], ids=str)
 def test_line_scan(cut: TileConfig | None, monkeypatch: pytest.MonkeyPatch) -> None:
     if cut is not None:
         monkeypatch.setattr(launch, "choose", lambda *_: cut)
@@ -247,10 +247,10 @@ def test_lines_that_no_block_holds() -> None:
 
 
 def test_the_emulation_sees_a_missing_barrier(monkeypatch: pytest.MonkeyPatch) -> None:
-    barrier = "__syncthreads();\n#pragma unroll"
+    barrier = "    __syncthreads();\n"
     text = compiling.source("forward")
     assert text.count(barrier) == 1
-    monkeypatch.setattr(compiling, "source", lambda name: text.replace(barrier, "#pragma unroll"))
+    monkeypatch.setattr(compiling, "source", lambda name: text.replace(barrier, ""))
     monkeypatch.setattr(emulate, "kernel", emulate.Kernel)
     tensors = propagate_inputs((1, 5, 40, 4), 1, torch.float32)
     found = []

@@ -126,11 +126,11 @@ def timed(rows: list[Row], device: torch.device, rounds: int) -> list[Row]:
 
     With too little memory the allocator would free and allocate again during the timing.
     """
-    fitting = {row["model"]: row for row in rows if "B" in row}
-    together = device.type != "cuda" or sum(r["peak GB"] for r in fitting.values()) < 0.8 * free_memory(device)
+    held = {row["model"]: row for row in rows if "B" in row}
+    together = device.type != "cuda" or sum(r["peak GB"] for r in held.values()) < 0.8 * free_memory(device)
     times: dict[str, float] = {}
-    for names in [list(fitting)] if together else [[name] for name in fitting]:
-        steps = {n: model_step(n, fitting[n]["px"], fitting[n]["B"], fitting[n]["mode"], device) for n in names}
+    for names in [list(held)] if together else [[name] for name in held]:
+        steps = {n: model_step(n, held[n]["px"], held[n]["B"], held[n]["mode"], device) for n in names}
         times |= medians(steps, rounds=rounds, graph=False) if steps else {}
         del steps
         free(device)
@@ -164,8 +164,8 @@ def throughput_rows(config: EncoderBenchConfig, device: torch.device, say: Say) 
     rows = []
     for pixels in config.sizes:
         for mode in config.modes:
-            fitting = [fitted(name, pixels, config.batch, mode, device) for name in config.models]
-            found = with_ratios(timed(fitting, device, config.rounds), "images / s")
+            held = [fitted(name, pixels, config.batch, mode, device) for name in config.models]
+            found = with_ratios(timed(held, device, config.rounds), "images / s")
             rows += found
             rates = (f"{r['model']} {r.get('images / s', float('nan')):.3g} images/s" for r in found)
             say(f"{pixels} px, {mode}: " + ", ".join(rates))

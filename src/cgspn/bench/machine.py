@@ -23,7 +23,7 @@ def dtype_of(device: torch.device) -> torch.dtype:
 
 
 def peak_memory(run: Callable[[], object], device: torch.device) -> float | None:
-    """Gigabytes that one call adds to what is allocated, at its peak; None on a CPU.
+    """Peak gigabytes that one call allocates; None on a CPU.
 
     Raises torch.OutOfMemoryError if it does not fit.
     """
@@ -39,7 +39,7 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float | None
 
 
 def fitting(make: Callable[[int], Callable[[], object]], batch: int, device: torch.device) -> tuple[int, float | None]:
-    """The largest batch, halved as often as needed, whose step fits, and the gigabytes it adds; 0 if none does."""
+    """The largest batch, by halving, whose step fits, and the gigabytes that it allocates; 0 if none fits."""
     while batch:
         step = None
         try:
@@ -48,7 +48,7 @@ def fitting(make: Callable[[int], Callable[[], object]], batch: int, device: tor
         except torch.OutOfMemoryError:
             batch //= 2
         finally:
-            step = None  # it holds the model
+            step = None  # frees the model
             free(device)
     return 0, None
 

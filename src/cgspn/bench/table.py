@@ -141,27 +141,20 @@ def measured(calls: dict[str, Callable[[], object]], rounds: int, graph: bool) -
     return medians(calls, rounds=rounds, graph=False)
 
 
-def fastest(rows: Sequence[Row]) -> Row | None:
-    """The attention row with the fastest block."""
-    attention = [r for r in rows if r["mixer"].startswith("attention") and "block ms" in r]
-    return min(attention, key=lambda row: row["block ms"], default=None)
-
-
 def compared(rows: list[Row]) -> list[Row]:
     """Add ratios to the fastest attention of the same size, throughput, and the published figures, in a fixed order."""
-    best = fastest(rows)
+    attention = [r for r in rows if r["mixer"].startswith("attention") and "block ms" in r]
+    best: Row = min(attention, key=lambda row: row["block ms"], default={})
+    quickest = min((r["block launched ms"] for r in attention if "block launched ms" in r), default=None)
     out = []
     for row in rows:
         published = PUBLISHED.get((row["mixer"], row["px"])) if (row["B"], row["mode"]) == (32, "inference") else None
         full: Row = {key: row.get(key) for key in ("px", "B", "mode", "mixer", "sub-layer ms", "block ms")}
         for part in ("sub-layer", "block"):
-            timed = best is not None and row.get(f"{part} ms")
-            full[f"{part}: attention / this"] = best[f"{part} ms"] / row[f"{part} ms"] if timed and best else None
-        if best is not None and row.get("block launched ms"):
-            attention = [r for r in rows if r["mixer"].startswith("attention") and "block ms" in r]
-            full["block launched ms"] = row["block launched ms"]
-            quickest = min(r["block launched ms"] for r in attention)
-            full["launched: attention / this"] = quickest / row["block launched ms"]
+            ms = row.get(f"{part} ms")
+            full[f"{part}: attention / this"] = best[f"{part} ms"] / ms if best and ms else None
+        if quickest and (ms := row.get("block launched ms")):
+            full |= {"block launched ms": ms, "launched: attention / this": quickest / ms}
         if row.get("block ms") and row.get("sub-layer ms"):
             full["sub-layer share"] = row["sub-layer ms"] / row["block ms"]
             full["blocks x images / s"] = 1e3 * row["B"] / row["block ms"]

@@ -19,7 +19,7 @@ Model = TypeVar("Model")
 
 
 def loaded(load: Callable[..., Model], name: str, source: str | Path, **options: Any) -> Model:
-    """What `load` makes of a source that the argument `name` gave. Raises CheckpointError, naming the argument."""
+    """The result of `load` for the source in argument `name`. Raises CheckpointError naming the argument."""
     try:
         return load(source, **options)
     except CheckpointError as error:

@@ -75,8 +75,8 @@ def check_metrics() -> None:
 class Report:
     """The output of an evaluation: progress, skipped files, the table, JSON.
 
-    several: whether each model is measured at several sizes. Raises ValueError for a device that is not there, settings
-    out of range, or where files cannot be written.
+    several: whether each model is measured at several sizes. Raises ValueError for a missing device, settings out of
+    range, or files that cannot be written.
     """
 
     title: str
@@ -156,7 +156,7 @@ class Report:
         return table
 
     def _repeats(self, data: str, metric: Metric) -> bool:
-        """Whether a column says what top-1 says: the mean over classes of equal size, and captions made of classes."""
+        """Whether a column repeats top-1: the mean over classes of equal size, or captions from class names."""
         found = [values[data] for values in self.measured.values()]
         if metric.key == "per_class":
             return all(math.isclose(values[metric.key], values["top1"], abs_tol=1e-6) for values in found)

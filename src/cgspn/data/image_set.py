@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .captions import TEMPLATES, class_captions
+from .captions import class_captions
 from .foreground import foreground
 
 
@@ -48,9 +47,9 @@ class ImageSet:
         """The subset of the images at `indices`, int64 [M] (or a bool mask [N])."""
         return ImageSet(self.images[indices], self.labels[indices], self.class_names)
 
-    def captions(self, seed: int = 0, indices: Tensor | None = None, templates: Sequence[str] = TEMPLATES) -> list[str]:
+    def captions(self, seed: int = 0, indices: Tensor | None = None) -> list[str]:
         """Return one caption per image, or per index in `indices`, int64 [M]: `class_captions` of their labels."""
-        return class_captions(self.labels, self.class_names, seed, indices, templates)
+        return class_captions(self.labels, self.class_names, seed, indices)
 
     def masks(self, threshold: int = 16) -> Tensor:
         """Return semantic masks uint8 [N, H, W]: 0 for background, 1 + label for foreground.

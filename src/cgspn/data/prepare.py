@@ -100,16 +100,13 @@ def array_picture(pixels: np.ndarray | Tensor) -> Image.Image:
     if values.ndim == 3 and values.shape[0] in CHANNELS:
         values = np.moveaxis(values, 0, 2)
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in CHANNELS) or not values.size:
-        raise ValueError(
-            f"a picture has shape {tuple(pixels.shape)}; accepted: [H, W], [C, H, W], [H, W, C], not empty"
-        )
+        raise ValueError(f"a picture has shape {tuple(pixels.shape)}; accepted: [H, W], [C, H, W], [H, W, C]")
     if values.dtype == bool:
         values = values.astype(np.uint8) * 255
     top = 65535 if values.dtype == np.uint16 else 1 if values.dtype.kind == "f" else 255
     if not (values.min() >= 0 and values.max() <= top):
-        raise ValueError(
-            f"a picture of {values.dtype} runs from {values.min():g} to {values.max():g}; accepted: 0 to {top}"
-        )
+        found = f"a picture of {values.dtype} runs from {values.min():g} to {values.max():g}"
+        raise ValueError(f"{found}; accepted: 0 to {top}")
     if values.dtype != np.uint8:
         values = (values.astype(np.float64) * (255 / top)).round().astype(np.uint8)
     return Image.fromarray(values[..., 0] if values.ndim == 3 and values.shape[2] == 1 else values)

@@ -14,8 +14,8 @@ DTYPES = {torch.float32, torch.bfloat16, torch.float16}
 def fused_loss(student: Tensor, teacher: Tensor, energy: Tensor | None, kl_weight: float) -> Tensor | None:
     """`tap_loss` with Triton kernels if possible (on a GPU, with gradients only for the student); otherwise None.
 
-    The plain version makes some twenty passes over memory in float32. Under torch.compile it is used, as Inductor fuses
-    it.
+    The plain version makes some twenty passes over memory in float32. torch.compile uses the plain version, which
+    Inductor fuses.
     """
     can = is_eager(student, teacher) and student.is_cuda and teacher.is_cuda
     can = can and not (teacher.requires_grad or (energy is not None and energy.requires_grad))

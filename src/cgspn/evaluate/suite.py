@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..data import ImageSet
 from ..data.prepare import open_picture, prepare_for
-from ..models.config import EncoderConfig
 from ..models.dual import DualEncoder
 from .measure import class_retrieval
-from .predict import embed_images, embed_texts, on_device, stacked
+from .predict import embed_texts, on_device, stacked
 from .segmentation import segment
 from .table import Metric
 from .zeroshot import class_embeddings, top1
@@ -27,25 +24,21 @@ METRICS = (
 
 @torch.inference_mode()
 def embed_set(model: DualEncoder, images: ImageSet) -> tuple[Tensor, Tensor]:
-    """Unit embeddings [N, D] and grid tokens [N, h, w, C] of a whole image set, float32 on the CPU."""
-    embeddings, tokens = [], []
-    for batch in stacked(prepared(model.image.config, images), 250):
+    """Unit embeddings [N, D] and grid tokens [N, h, w, C] of a whole image set, float32 on the CPU.
+
+    Images are preprocessed as in `eval` and `classify`.
+    """
+    embeddings, tokens, prepare = [], [], prepare_for(model.image.config)
+    for batch in stacked((prepare(open_picture(image)) for image in images.images), 250):
         output = model.image(on_device(model.image, batch))
         embeddings.append(normalize(model.image_projection(output.pooled).float(), dim=-1).cpu())
         tokens.append(output.tokens.float().cpu())
     return torch.cat(embeddings), torch.cat(tokens)
 
 
-def prepared(config: EncoderConfig, images: ImageSet) -> Iterator[Tensor]:
-    """Yield the images of a set, [channels, h, w], with the preprocessing of `eval` and `classify`."""
-    prepare = prepare_for(config)
-    return (prepare(open_picture(image)) for image in images.images)
-
-
 def evaluate_zeroshot(model: DualEncoder, images: ImageSet) -> float:
     """Zero-shot top-1 accuracy, 0 to 1, of a model on an image set whose classes have names."""
-    embeddings = torch.cat(list(embed_images(model, prepared(model.image.config, images))))
-    return top1(embeddings, _classes(model, images), images.labels)
+    return top1(embed_set(model, images)[0], _classes(model, images), images.labels)
 
 
 def evaluate_dual(model: DualEncoder, test: ImageSet, probe: ImageSet) -> dict[str, float]:

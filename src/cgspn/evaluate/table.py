@@ -6,7 +6,7 @@ import html
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table as RichTable
@@ -100,28 +100,20 @@ class SummaryTable:
         known = [v for v in values if v is not None]
         return sum(known) / len(known) if known and len(known) == len(values) else None
 
-    def _columns(self) -> list[tuple[Metric, list[float | None]]]:
+    def _cells(self) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+        """The headings, and for each row its texts with flags for the best value of a column."""
         columns = [(m, [row[m.key] for row in self.rows.values()]) for m in self.metrics]
         averaged = [m for m in self.metrics if m.averaged]
         if len(averaged) > 1:
-            like = averaged[0]
-            mean = Metric("average", "macro average", like.scale, like.unit, like.digits, like.higher_is_better)
-            columns.append((mean, [self.average(name) for name in self.rows]))
-        return columns
-
-    def _cells(self) -> tuple[list[str], list[list[tuple[str, bool]]]]:
-        """The headings, and for each row its texts with flags for the best value of a column."""
-        columns = self._columns()
+            columns.append((replace(averaged[0], label="macro average"), [self.average(name) for name in self.rows]))
         rows: list[list[tuple[str, bool]]] = [[] for _ in self.rows]
         for metric, values in columns:
-            texts = [metric.show(v) for v in values]
-            known = [v for v in values if v is not None]
-            best = None
+            known, best = [v for v in values if v is not None], None
             if len(set(map(metric.show, known))) > 1 and metric.higher_is_better is not None:  # else no best
                 best = metric.show(max(known) if metric.higher_is_better else min(known))
             # Compared as text, so that values that look equal are marked equally.
-            for row, value, text in zip(rows, values, texts):
-                row.append((text, value is not None and text == best))
+            for row, text in zip(rows, map(metric.show, values)):
+                row.append((text, text == best))
         return [metric.heading for metric, _ in columns], rows
 
     def to_rich(self) -> RichTable:

@@ -225,8 +225,8 @@ class PropagationMixer(Mixer):
         return own and not shell
 
     def scan(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The latent after its norm, [B, h, w, K] -> what is scanned [B, h*w, Cc or D * value_width], and the merged
-        directions before their norm, [B, h*w, ...]."""
+        """The normalised latent [B, h, w, K] -> the scanned features [B, h*w, Cc or D * value_width], and the merged
+        directions before their norm [B, h*w, ...]."""
         batch, height, width, channels = x.shape
         if self.config.value_expansion is None:
             values, y = x, self.scan_latent(x, mask)

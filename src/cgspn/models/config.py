@@ -124,14 +124,11 @@ class EncoderConfig:
         for name in ("image_mean", "image_std"):
             if len(given := getattr(self, name)) < min(self.channels, 3):
                 raise ValueError(f"{name} is {given}; accepted: a number for each of {self.channels} channels")
-        if not self.crop_remainder and any(n % self.patch_size for n in self.image_size):
-            raise ValueError(
-                f"image_size is {self.image_size}; accepted: multiples of the patch size {self.patch_size}"
-            )
+        patch = self.patch_size
+        if not self.crop_remainder and any(n % patch for n in self.image_size):
+            raise ValueError(f"image_size is {self.image_size}; accepted: multiples of the patch size {patch}")
         if (self.class_token or self.registers) and set(self.mixers) - {"attention"}:
-            raise ValueError(
-                "class_token and registers must be off with propagation or window attention, which need a pure grid"
-            )
+            raise ValueError("class_token and registers must be off with propagation or window attention")
         if self.pooling == "cls" and not self.class_token:
             raise ValueError("pooling is 'cls' without a class token; accepted: 'map', 'mean'")
         if not self.summary_tokens or any(not 0 <= i < max(1, self.prefix) for i in self.summary_tokens):

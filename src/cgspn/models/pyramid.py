@@ -55,9 +55,7 @@ class FeaturePyramid(nn.Module):
         super().__init__()
         rising = all(a < b for a, b in pairwise(strides))
         if not strides or min(strides) <= 0 or not rising:
-            raise ValueError(
-                f"strides is {tuple(strides)}; accepted: positive numbers, each larger than the one before"
-            )
+            raise ValueError(f"strides is {tuple(strides)}; accepted: positive numbers in rising order")
         (self.index,) = encoder.block_indices([index])
         self.encoder, self.out_channels, self.strides = encoder, channels, tuple(strides)
         patch, width = encoder.config.patch_size, encoder.config.width

@@ -223,9 +223,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: Encoder) -> dict[
         return dict(state_dict)
     side = math.isqrt(len(table))
     if side * side != len(table):
-        raise ValueError(
-            f"positions.table holds {len(table)} positions; accepted: those of a square grid, or the model's"
-        )
+        raise ValueError(f"positions.table has {len(table)} rows; accepted: those of a square grid, or the model's")
     stored = LearnedPositions((side, side), model.config.width, model.config.position_resize)
     stored.table = nn.Parameter(table.float(), requires_grad=False)
     return {**state_dict, "positions.table": stored(*positions.grid).to(table.dtype)}

@@ -214,8 +214,7 @@ def _held(grids: Sequence[Shape], shapes: Sequence[Shape]) -> dict[Shape, list[i
     for index, grid in enumerate(grids):
         fitting = [shape for shape in shapes if shape[0] >= grid[0] and shape[1] >= grid[1]]
         if not fitting:
-            raise ValueError(
-                f"images[{index}] has {grid[0]} x {grid[1]} patches, which fit into none of the shapes {list(shapes)}"
-            )
+            size = f"{grid[0]} x {grid[1]}"
+            raise ValueError(f"images[{index}] has {size} patches, which fit into none of {list(shapes)}")
         held.setdefault(min(fitting, key=math.prod), []).append(index)
     return held

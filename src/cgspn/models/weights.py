@@ -55,9 +55,7 @@ def open_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
     except SafetensorError as error:
         raise CheckpointError(f"{path} is truncated, damaged or not a safetensors file: {error}") from error
     if unknown := dtypes - DTYPES.keys():
-        raise CheckpointError(
-            f"{path} holds tensors of type {', '.join(sorted(unknown))}; accepted: {', '.join(DTYPES)}"
-        )
+        raise CheckpointError(f"{path} holds tensors of {', '.join(sorted(unknown))}; accepted: {', '.join(DTYPES)}")
     return weights, metadata
 
 

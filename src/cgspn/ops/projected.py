@@ -1,4 +1,4 @@
-"""`propagate_2d` with its parameters made from the input inside the operator."""
+"""`propagate_2d` with its parameters computed from the input inside the operator."""
 
 from __future__ import annotations
 

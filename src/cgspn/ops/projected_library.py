@@ -56,7 +56,7 @@ def _output(*arguments: Any) -> Tensor:
 def projected_backward_now(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Gradients of `projected_op` with respect to x, weight and bias; [0] if there is no bias.
 
-    The parameters are computed again, in memory, and so is the state.
+    Parameters and state are recomputed in memory.
     """
     p = ProjectedScan(*arguments)
     x, weight, bias, mask = p[:4]

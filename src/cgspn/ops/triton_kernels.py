@@ -16,8 +16,9 @@ EPSILON = tl.constexpr(1e-7)  # as in reference.py: the sum of the neighbours' s
 
 @triton.jit
 def _place(H, W, D, groups, codes, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr):
-    """The work of this program: direction, position indices and channels, lines and positions of a line, the places
-    b * H * W + row * W + column of the first line, and the steps from a line and from a position to the next."""
+    """The work of this program: direction, position and channel indices, number of lines, positions per line, the
+    places b * H * W + row * W + column of the first line, and the strides from line to line and from position to
+    position."""
     program = tl.program_id(0)
     d = program % D
     code = (codes >> (2 * d)) & 3
@@ -35,7 +36,7 @@ def _place(H, W, D, groups, codes, POSITIONS: tl.constexpr, CHANNELS: tl.constex
 
 @triton.jit
 def _load(p, row, stride, c, valid, STATE: tl.constexpr):
-    """A tile of the matrix at p."""
+    """Load a tile of the matrix at p."""
     return tl.load(p + (row * stride)[:, None] + c[None, :], mask=valid, other=0).to(STATE)
 
 
@@ -64,9 +65,9 @@ def scan_forward(
     OWN: tl.constexpr, NORMALISE: tl.constexpr, KEEP: tl.constexpr, SAVE: tl.constexpr,
     STATE: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """`propagate_2d` (NORMALISE) or `line_scan`: outputs to y, or with SAVE the state to `saved`.
+    """`propagate_2d` (NORMALISE) or `line_scan`: writes outputs to y, or with SAVE the state to `saved`.
 
-    strides: of the rows of x, lam, u, logits and keep. OWN: each direction has features of its own. each: channels per
+    strides: of the rows of x, lam, u, logits and keep. OWN: each direction has separate features. each: channels per
     parameter group.
     """
     d, j, c, lines, positions, place, step, _ = _place(H, W, D, groups, codes, POSITIONS, CHANNELS)
@@ -147,7 +148,7 @@ def scan_backward(
         )  # fmt: skip
         if NORMALISE:
             total = w0 + w1 + w2
-            least = tl.full((), EPSILON, STATE)  # as a plain constant it would be a float32, whatever the state
+            least = tl.full((), EPSILON, STATE)  # a plain constant would be float32 for any state
             clamped = total <= least
             total = tl.maximum(total, least)
             mean = (w0 * left + w1 * centre + w2 * right) / total
@@ -156,7 +157,8 @@ def scan_backward(
                 _store(dkeep, row, C, c, valid, g * mean * kept * (1.0 - kept))
                 g *= kept
             g = g / total
-            # d(sigma_k / total) gives neighbour k minus the mean; where the total is clamped, the neighbour alone
+            # the gradient of sigma_k / total is neighbour k minus the mean, or the neighbour itself if the total is
+            # clamped
             mean = tl.where(clamped, 0.0, mean)
             left = (left - mean) * w0 * (1.0 - w0)
             centre = (centre - mean) * w1 * (1.0 - w1)

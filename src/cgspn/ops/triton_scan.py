@@ -1,9 +1,9 @@
 """The Triton backend, for GPUs without the CUDA backend: the functions of torch_scan.py.
 
-The kernels know no mask and no normalised state, which are expressed by their inputs. The backward recomputes the state
-in float32 (float64 for float64 inputs) instead of saving it, so its gradients do not use a rounded state. Lines longer
-than LONGEST go to the PyTorch backend. With TRITON_INTERPRET=1 in the environment it
-runs slowly on the CPU, for tests.
+The kernels do not implement masks and normalised states, which are expressed by their inputs. The backward recomputes
+the state in float32 (float64 for float64 inputs) instead of saving it, so its gradients do not use a rounded state.
+Lines longer than LONGEST go to the PyTorch backend. With TRITON_INTERPRET=1 in the environment it runs slowly on the
+CPU, for tests.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import torch
 import triton  # type: ignore[import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
 from torch import Tensor
-from torch.nn.functional import pad
 
 from . import torch_scan
 from .arguments import Scan
 from .gpu import Gpu
+from .masks import without_mask, zero_padding
 from .param_groups import per_set
 from .reference import SMALLEST
 from .triton_kernels import scan_backward, scan_forward
@@ -59,7 +59,7 @@ def tile(longest: int, channels: int, backward: bool) -> tuple[int, int, int]:
 
 
 def _matrix(t: Tensor) -> Tensor:
-    """A map [B, H, W, ...] or [B, H, W, D, ...] with its leading dimensions as one: a view if they have one stride."""
+    """A map [B, H, W, ...] or [B, H, W, D, ...] with its leading dimensions flattened, as a view if possible."""
     flat = t.flatten(0, 2 if t.dim() == 4 else 3)
     return flat if flat.stride(-1) == 1 else flat.contiguous()
 
@@ -87,27 +87,6 @@ def _launch(
         kernel[(grid,)](*pointers, strides, *sizes, **flags, **constants, num_warps=warps)
 
 
-def _without_mask(scan: Scan) -> Scan:
-    """The same scan without a mask: padding has no input and no gate, and the weight of every neighbour in it is 0."""
-    mask, (h, w) = scan.mask, scan.x.shape[1:3]
-    if mask is None:
-        return scan
-    around = pad(mask, (1, 1, 1, 1), value=True)
-    exists = []
-    for code in scan.directions:
-        down, right = ((-1, 0), (1, 0), (0, -1), (0, 1))[code]  # to the previous line
-        near = [(1 + (down or k), 1 + (right or k)) for k in (-1, 0, 1)]
-        exists.append(torch.stack([around[:, y : y + h, x : x + w] & mask for y, x in near], -1))
-    logits = scan.logits.masked_fill(~torch.stack(exists, 3)[..., None], -torch.inf)
-    filled: list[Any] = [None if t is None else _inside(t, mask) for t in (scan.x, *scan[2:5])]
-    x, lam, u, keep = filled
-    return scan._replace(x=x, logits=logits, lam=lam, u=u, keep=keep, mask=None)
-
-
-def _inside(t: Tensor, mask: Tensor) -> Tensor:
-    return t.masked_fill(~mask.view(*mask.shape, *[1] * (t.dim() - 3)), 0.0)
-
-
 def _counting(scan: Scan) -> Scan:
     """The scan over ones, whose output is n [B, H, W, D, G] of a normalised state, in float32 or wider."""
     ones = torch.ones_like(scan.lam, dtype=STATES[scan.x.dtype][1])
@@ -123,7 +102,7 @@ def forward(scan: Scan) -> Tensor:
     """The output of `propagate_2d`."""
     if max(scan.x.shape[1:3]) > LONGEST:
         return torch_scan.forward(scan)
-    scan = _without_mask(scan)
+    scan = without_mask(scan)
     if scan.normalise_state:  # y = u h / n
         assert scan.u is not None
         gate = scan.u / forward(_counting(scan)).clamp(min=SMALLEST)
@@ -137,7 +116,7 @@ def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | N
     """Gradients of `forward` with respect to x, logits, lam, u and keep, in their dtypes and shapes."""
     if max(scan.x.shape[1:3]) > LONGEST:
         return torch_scan.backward(dy, scan)
-    dy, scan = dy if scan.mask is None else _inside(dy, scan.mask), _without_mask(scan)
+    dy, scan = zero_padding(dy, scan.mask), without_mask(scan)
     if scan.normalise_state:
         return _backward_normalised(dy, scan)
     x, maps = scan.x, scan.maps
@@ -152,9 +131,9 @@ def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | N
 
 
 def _backward_normalised(dy: Tensor, scan: Scan) -> tuple[Tensor | None, ...]:
-    """`backward` for y = (u / n) h: the gradient of n goes on through the scan that counts it."""
+    """`backward` for y = (u / n) h, where the gradient of n flows through the scan over ones."""
     given, counted = scan[:5], _counting(scan)
-    # two gradients that nearly cancel are added, in float32
+    # two gradients that nearly cancel are added in float32
     wide: list[Any] = [None if t is None else t.to(counted.x.dtype) for t in given[1:]]
     logits, lam, u, keep = wide
     counted = counted._replace(logits=logits, lam=lam, keep=keep)

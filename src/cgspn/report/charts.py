@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import cycle
 from typing import Any
 
-# Colours of a light page by name; page.css overrides those of a dark one. The models of the reports keep one each in
-# every chart, and a marker for those who cannot tell the colours; other names take the last ones in turn.
+# Colours of a light page by name; page.css overrides them for a dark one. Each model has the same colour in every
+# chart, and a marker to distinguish it without colours. Other names cycle through the last colours.
 COLOURS = {"muted": "#5d676f", "rule": "#e2dfd8"}
 COLOURS |= {"teacher": "#3d4650", "C-GSPN": "#0b8a8c", "ViT": "#c8690a", "converted": "#9aa2a9"}
 COLOURS |= {"other-1": "#6a4fb3", "other-2": "#b8336a", "other-3": "#4c7a1f"}
@@ -35,12 +35,12 @@ def require_matplotlib() -> None:
 
 
 def css(colour: str) -> str:
-    """One of COLOURS as CSS: the page's variable of that name where it has one, as in the dark."""
+    """One of COLOURS as CSS: the page's variable of that name, or the colour itself."""
     return f"var(--{colour.lower()}, {COLOURS[colour]})"
 
 
 def colours_of(names: Iterable[str]) -> dict[str, str]:
-    """For each name the name of its colour: its own, or one of three others in turn."""
+    """The colour of each name: its fixed one, or the next of three others."""
     others = cycle(name for name in COLOURS if name.startswith("other"))
     return {name: name if name in MARKERS else next(others) for name in names}
 

@@ -30,7 +30,7 @@ class Section:
 
 
 def asset(name: str) -> str:
-    """A style or script that lies beside this module."""
+    """The text of a style or script next to this module."""
     return (resources.files(__package__) / name).read_text(encoding="utf-8").strip()
 
 

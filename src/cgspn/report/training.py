@@ -60,6 +60,6 @@ def ends(steps: Steps) -> tuple[Steps, Steps]:
 
 
 def twentieths(steps: Steps) -> tuple[Steps, Steps]:
-    """The first and the last twentieth of some steps, one step at least."""
+    """The first and the last twentieth of some steps, at least one step each."""
     size = max(1, len(steps) // 20)
     return steps[:size], steps[-size:]

@@ -100,9 +100,7 @@ def convert(
     if value_expansion is not None and propagation is not None:
         raise ValueError(f"value_expansion is {value_expansion} and propagation is given; accepted: one of them")
     if value_expansion is not None and not 0 < value_expansion < math.inf:
-        raise ValueError(
-            f"value_expansion is {value_expansion:g}; accepted: a number above 0, or None to scan the latent"
-        )
+        raise ValueError(f"value_expansion is {value_expansion:g}; accepted: a number above 0, or None")
     propagation = replace(propagation or value_config(value_expansion), compression=compression)
     propagation.latent_width(teacher.config.width)
     config, positions = teacher.config, keep_positions or "propagation" not in mixers

@@ -42,10 +42,7 @@ def _open_shards(index: Path) -> Weights:
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to file names")
-    beside = {
-        index.parent.resolve(),
-        index.resolve().parent,
-    }  # the hub's cache has links to files
+    beside = {index.parent.resolve(), index.resolve().parent}  # the hub's cache has links to files
     weights: Weights = {}
     for name in sorted(set(named.values())):
         shard = index.parent / name

@@ -40,9 +40,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # damaged and hostile files raise nearly any error
-        raise CheckpointError(
-            f"{path} cannot be read as a file with only tensors: {_reason(error, path, zipped)}"
-        ) from error
+        reason = _reason(error, path, zipped)
+        raise CheckpointError(f"{path} cannot be read as a file with only tensors: {reason}") from error
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict")
     try:

@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from ..encoder import Encoder, to_map
 from ..timm_api import build_head
 from .config import CgspnConfig
 
+Maps = tuple[Tensor, ...] | None
+
 
 class CgspnBlock(GradientCheckpointingLayer, Block):  # type: ignore[misc]
     """A block that supports transformers' gradient checkpointing."""
@@ -29,19 +31,6 @@ class CgspnEncoder(Encoder):
     """An `Encoder` of such blocks."""
 
     block_type = CgspnBlock
-
-
-class Pass(NamedTuple):
-    """The outputs of the blocks.
-
-    tokens: normalised, [B, prefix + h*w, C]. grid: of the tokens. states: tokens before the blocks and after each.
-    attentions: [B, heads, N, N] of each attention block. The last two are None unless requested.
-    """
-
-    tokens: Tensor
-    grid: Grid
-    states: tuple[Tensor, ...] | None
-    attentions: tuple[Tensor, ...] | None
 
 
 class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
@@ -97,8 +86,11 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         pixel_mask: Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-    ) -> Pass:
+    ) -> tuple[Tensor, Grid, Maps, Maps]:
         """Run images [B, channels, H, W] through the blocks. Flags that are None take the config's values.
+
+        Returns normalised tokens [B, prefix + h*w, C], their grid, the tokens before the blocks and after each, and
+        [B, heads, N, N] of each attention block; the last two are None if not requested.
 
         pixel_mask: [B, H, W], zero where a pixel is padding to the right or below.
         """
@@ -127,7 +119,7 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             if want_states:
                 states.append(order(tokens, grid, None)[0])
         tokens, grid = order(tokens, grid, None)
-        return Pass(encoder.norm(tokens), grid, tuple(states) if want_states else None, tuple(maps) or None)
+        return encoder.norm(tokens), grid, tuple(states) if want_states else None, tuple(maps) or None
 
 
 def translate_scans() -> None:
@@ -177,9 +169,7 @@ class CgspnModel(CgspnPreTrainedModel):
         """
         tokens, grid, states, maps = self.run(pixel_values, pixel_mask, output_hidden_states, output_attentions)
         pooled = self.encoder.forward_head(tokens, pre_logits=True, mask=grid.mask)
-        return BaseModelOutputWithPooling(
-            last_hidden_state=tokens, pooler_output=pooled, hidden_states=states, attentions=maps
-        )
+        return BaseModelOutputWithPooling(tokens, pooled, hidden_states=states, attentions=maps)
 
 
 class CgspnForImageClassification(CgspnPreTrainedModel):

@@ -65,7 +65,7 @@ class CgspnImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         Args:
             size: {"height": pixels, "width": pixels}, (height, width) or one side; 378 x 378 if None. Beside a
                 crop_size also {"shortest_edge": pixels}.
-            image_mean, image_std: per channel, of pixels in 0 to 1; as many channels come out.
+            image_mean, image_std: per output channel, for pixels in 0 to 1.
             patch_size: in pixels, for aspect="keep".
             aspect: "crop", "squash" or "keep".
             resample: the name or number of a filter of Pillow.

@@ -103,7 +103,7 @@ def alignment(call: Call) -> int:
 RIGHT = 2  # the first direction whose lines are columns
 
 # Fixed macros of common.cuh for a kernel that uses only its types and arithmetic, so that it has no variants.
-PLAIN = {"POS": 1, "NORMALISE": 1, "MERGE": 0, "SPLIT": 1, "HALO": 0, "NARROW": 0, "MASKED": 0}
+PLAIN = {"NORMALISE": 1, "MERGE": 0, "SPLIT": 1, "HALO": 0, "NARROW": 0, "MASKED": 0}
 PLAIN |= {"SHARE": 0, "FORGET": 0, "MEAN": 0}
 
 
@@ -116,7 +116,7 @@ def scan_defines(
     cut: TileConfig, p: Problem, dtype: int, *, masked: bool, merged: bool, save: bool | None
 ) -> dict[str, int]:
     """The macros of kernels/forward.cu, or of backward.cu, which has no `save`."""
-    defines = {"DTYPE": dtype, "VEC": cut.vec, "POS": cut.pos, "STAGES": cut.stages, "THREADS": cut.thread_bound(p)}
+    defines = {"DTYPE": dtype, "VEC": cut.vec, "STAGES": cut.stages, "THREADS": cut.thread_bound(p)}
     defines |= {"SPLIT": cut.split, "HALO": cut.halo_width(), "NARROW": cut.partial_sector(p), "MASKED": masked}
     defines |= {"NORMALISE": p.normalise, "SHARE": p.share > 1, "FORGET": p.keep, "MEAN": p.mean, "MERGE": merged}
     return {name: int(value) for name, value in (defines if save is None else defines | {"SAVE": save}).items()}

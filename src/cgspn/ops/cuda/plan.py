@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 from ..gpu import Machine
 
@@ -53,8 +54,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile sizes: `vec` channels and `pos` positions per thread, `lanes` vectors per block, `stages` lines in flight,
-    `split` blocks per line.
+    """Tile sizes: `vec` channels of a position per thread, `lanes` vectors per block, `stages` lines in flight, `split`
+    blocks per line.
 
     halo: with split lines, the positions on either side of its own that a block also scans. Blocks exchange states
     every `halo` lines.
@@ -62,7 +63,6 @@ class TileConfig:
 
     vec: int
     lanes: int
-    pos: int
     stages: int
     split: int = 1
     halo: int = 1
@@ -76,8 +76,8 @@ class TileConfig:
         return self.halo if self.split > 1 else 0
 
     def rows(self, p: Problem) -> int:
-        """Number of positions a block processes at the same time."""
-        return -(-(self.own(p) + 2 * self.halo_width()) // self.pos)
+        """Number of positions a block processes."""
+        return self.own(p) + 2 * self.halo_width()
 
     def blocks(self, p: Problem) -> int:
         """Number of blocks of a launch."""
@@ -93,7 +93,7 @@ class TileConfig:
 
     def shared_bytes(self, p: Problem) -> int:
         """Dynamic shared memory of a block: lines of float32 state, then stages of the backward."""
-        places, vectors = self.rows(p) * self.pos, self.lanes * self.vec
+        places, vectors = self.rows(p), self.lanes * self.vec
         counts = p.mean * self.lanes * (1 if p.share > 1 else self.vec)  # of parameter groups
         state = (4 if p.backward else 2) * (places + 2) * (vectors + counts) * 4
         state += 4 * self.halo_width() * (3 if p.backward else 1) * (1 + p.mean) * vectors * 4  # mailboxes
@@ -120,10 +120,9 @@ class TileConfig:
             return False
         if self.split > 1 and self.own(p) < self.halo:
             return False
-        work = self.vec * self.pos  # the number of registers grows with it
-        if not p.backward and work * p.itemsize * self.stages > 48:
+        if not p.backward and self.vec * p.itemsize * self.stages > 48:
             return False
-        return work <= 8 and (self.threads(p) <= 640 or work <= 2)
+        return self.vec <= 8 and (self.threads(p) <= 640 or self.vec <= 2)  # wider vectors take more registers
 
 
 def _vectors(p: Problem) -> Iterator[int]:
@@ -180,7 +179,7 @@ def choose(p: Problem, machine: Machine) -> TileConfig | None:
                 # Runs below a sector waste the load/store unit, which costs more than idle SMs.
                 least = machine.num_sms // 3
             elif split > 2:
-                least = enough * split // 2  # many parts wait for each other, so more blocks alone are not worth it
+                least = enough * split // 2  # many parts wait for each other, so they need more blocks
             if cut.blocks(p) >= least:
                 return cut
     # Too few blocks: use finer tiles.
@@ -188,17 +187,14 @@ def choose(p: Problem, machine: Machine) -> TileConfig | None:
         if (cut := _parts(p, machine, vectors, 8 * p.itemsize, split)) is not None:
             return cut
     vec = next((v for v in vectors if v <= 2), vectors[-1])
-    fine = TileConfig(vec, _lanes(p, vec, 8), 1, 3)
+    fine = TileConfig(vec, _lanes(p, vec, 8), 3)
     if fine.fits(p, machine) and fine.threads(p) <= 640:
         return fine
     # Otherwise take the first config that fits.
-    splits = (1, 2, 4, 8) if machine.clusters else (1,)
-    for vec in vectors:
-        for pos in (1, 2, 4, 8):
-            for split in splits:
-                for stages in (3, 2) if p.backward else (3, 2, 1):
-                    if (cut := TileConfig(vec, 1, pos, stages, split)).fits(p, machine):
-                        return cut
+    depths = (3, 2) if p.backward else (3, 2, 1)
+    for vec, split, stages in product(vectors, (1, 2, 4, 8) if machine.clusters else (1,), depths):
+        if (cut := TileConfig(vec, 1, stages, split)).fits(p, machine):
+            return cut
     return None
 
 
@@ -214,7 +210,7 @@ def _alone(p: Problem, machine: Machine, vectors: list[int]) -> TileConfig | Non
         return None
     lanes, split, halos = (4, 2, (16,)) if p.longest < 80 else (8, 8, (8, 4))
     for halo in halos:
-        cut = TileConfig(2, min(lanes, max(1, p.channels // 2)), 1, 4, split, halo)
+        cut = TileConfig(2, min(lanes, max(1, p.channels // 2)), 4, split, halo)
         # with more threads a wide halo costs more than it saves; a narrow one was not measured
         if cut.fits(p, machine) and cut.threads(p) <= 384:
             return cut if cut.blocks(p) <= machine.num_sms else None
@@ -224,7 +220,7 @@ def _alone(p: Problem, machine: Machine, vectors: list[int]) -> TileConfig | Non
 def _whole(p: Problem, machine: Machine, vec: int, run: int) -> TileConfig | None:
     """A config with unsplit lines in runs of about `run` bytes, if it fits."""
     lanes = _lanes(p, vec, run)
-    cut = TileConfig(vec, lanes, 1, (3 if vec * p.itemsize * lanes <= 32 else 2) if p.backward else 1)
+    cut = TileConfig(vec, lanes, (3 if vec * p.itemsize * lanes <= 32 else 2) if p.backward else 1)
     return cut if cut.fits(p, machine) and cut.threads(p) <= 640 else None
 
 
@@ -239,13 +235,13 @@ def _parts(p: Problem, machine: Machine, vectors: list[int], run: int, split: in
     short = run <= (32 if p.backward else 64)
     for vec in (narrow, vectors[0]) if short else vectors[:1]:
         lanes = _lanes(p, vec, run)
-        alone = TileConfig(vec, lanes, 1, 1, split).blocks(p) <= machine.num_sms
+        alone = TileConfig(vec, lanes, 1, split).blocks(p) <= machine.num_sms
         seldom = 32 // split
         ways = [(seldom, 3), (4, 3), (seldom, 2), (4, 2)] if alone else []
         stages = (3 if run <= 32 else 2) if p.backward else 2 if run <= 64 else 1
         last = [] if p.backward else [(4, 1)]
         for halo, depth in (*ways, (4, stages), (2, stages), *last) if vec == vectors[0] else (*ways, (4, stages)):
-            cut = TileConfig(vec, lanes, 1, depth, split, halo)
+            cut = TileConfig(vec, lanes, depth, split, halo)
             if not cut.fits(p, machine) or cut.threads(p) > 640 or _spills(cut, p):
                 continue
             if (halo, depth) not in ways or _leaves_room(cut, p, machine):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..arguments import PARAMETERS
 from ..gpu import Machine
 
-MOST_CHANNELS = 64  # the weights of more do not stay in registers, and their products take longer than memory
+MOST_CHANNELS = 64  # with more, weights do not fit in registers and products take longer than memory access
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def choose(batch: int, longest: int, channels: int, directions: int, gpu: Machin
 
 
 def is_faster(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> bool:
-    """Whether this is faster than a separate projection and scan: if a third of the SMs have a block, as measured on
-    an H100. With fewer, latency dominates.
+    """Whether this is faster than a separate projection and scan. It is if a third of the SMs have a block, as measured
+    on an H100; with fewer, latency dominates.
     """
     fits = choose(batch, longest, channels, directions, gpu) is not None
     return fits and batch * -(-channels // 16) * directions >= gpu.num_sms // 3

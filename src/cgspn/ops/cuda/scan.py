@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from .. import replay, torch_scan
+from .. import backends, replay
 from ..arguments import Scan
 from ..gpu import Gpu
 from ..param_groups import per_channel, per_set
@@ -65,6 +66,11 @@ def _launch(name: str, scan: Scan, tensors: Sequence[Tensor | None], share: int,
     return True
 
 
+def _for_long_lines(x: Tensor) -> ModuleType:
+    """The backend for lines that no block holds."""
+    return backends.backend_module("torch" if backends.unsupported_reason("triton", x) else "triton")
+
+
 def planes(x: Tensor, directions: Sequence[int]) -> Tensor:
     """Scratch memory for one plane per direction: a view [B, H, W, D, C], stored direction by direction."""
     return empty((len(directions), *x.shape[:3], x.shape[-1]), x).permute(1, 2, 3, 0, 4)
@@ -109,7 +115,9 @@ def forward(scan: Scan, cut: TileConfig | None = None, h: Tensor | None = None, 
     merged = scan.merge_sum and len(scan.directions) > 1
     first, out = (planes(scan.x, scan.directions), y) if merged else (y, None)
     tensors = (*given, first, h, mask_bytes(scan.mask), out, n)
-    return y if _launch("forward", scan, tensors, share, cut) else torch_scan.forward(scan)
+    if not _launch("forward", scan, tensors, share, cut):
+        y = _for_long_lines(scan.x).forward(scan)
+    return y
 
 
 def saved_shapes(scan: Scan) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -145,7 +153,7 @@ def backward(
     seen = (aligned(dy), h, mask_bytes(scan.mask))
     tensors = (*given, *seen, first, *gradients, out, n if scan.normalise_state else None)
     if not _launch("backward", scan, tensors, share, cut):
-        grads = torch_scan.backward(dy, scan)
+        grads: tuple[Tensor | None, ...] = _for_long_lines(x).backward(dy, scan)
         for target, gradient in zip(into or (), (grads[2], grads[3], grads[1])):
             assert gradient is not None
             target.copy_(gradient)

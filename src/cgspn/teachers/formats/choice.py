@@ -49,9 +49,8 @@ def choose(name: str, prefixes: list[str], submodel: str | None) -> str:
         online = any(map(_ONLINE.search, prefixes))
         chosen = [p for p in prefixes if _USUAL.search(p) and not online] or prefixes
     if len(chosen) > 1:
-        raise CheckpointError(
-            f"{name} holds {len(chosen)} models, {_names(chosen)}; choose one with submodel={chosen[0].rstrip('.')!r}"
-        )
+        one = chosen[0].rstrip(".")
+        raise CheckpointError(f"{name} holds {len(chosen)} models, {_names(chosen)}; choose one with submodel={one!r}")
     return chosen[0]
 
 

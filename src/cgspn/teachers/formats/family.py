@@ -283,9 +283,7 @@ def head_count(
     if known is None and (name or by_width):
         known = heads_of(name, width, sixteen=sixteen)
     if known is None:
-        raise ValueError(
-            f"width is {width}, and no config states the number of heads; pass it: load_encoder(source, heads=...)"
-        )
+        raise ValueError(f"width is {width}, and no config states the number of heads; pass it with heads=...")
     return known
 
 

@@ -27,7 +27,7 @@ def normalisation(
 ) -> dict[str, Any]:
     """The fields image_mean, image_std, image_crop, image_crop_pct and image_resample of `EncoderConfig`.
 
-    The first file of OpenCLIP, transformers or timm with any of them is used alone. Missing values are the family's
+    Only the first file of OpenCLIP, transformers or timm that has any of them is used. Missing values are the family's
     defaults: mean, std, and `squeeze`, which resizes to the native size instead of taking a centre crop. Raises
     ValueError for a filter that Pillow lacks.
     """

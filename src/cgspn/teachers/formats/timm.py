@@ -11,14 +11,8 @@ from .family import Family, Rule, Tower, alike, both, built, grid_positions, gri
 from .names import is_plain, name_in_file, size_of, unsupported_argument, unsupported_reason
 from .preprocessing import CLIP_MEAN, CLIP_STD, HALF, IMAGENET_MEAN, IMAGENET_STD, normalisation
 
-CLASSIFIERS = (
-    1000,
-    10450,
-    11221,
-    11821,
-    21841,
-    21843,
-)  # numbers of ImageNet classes, not embedding widths
+# numbers of ImageNet classes, not embedding widths
+CLASSIFIERS = (1000, 10450, 11221, 11821, 21841, 21843)
 _ACTIVATIONS: dict[str, Activation] = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu"}
 _FC1 = "blocks.{i}.mlp.fc1"
 _HEAD = "/head.proj.{p}|head.{p}"  # OpenCLIP's head is outside of the trunk

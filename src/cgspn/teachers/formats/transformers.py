@@ -59,7 +59,7 @@ def clip_config(tower: Tower) -> EncoderConfig:
 
 
 def siglip_config(tower: Tower) -> EncoderConfig:
-    """Derive the config from shapes and config.json. NaFlex has a linear patch embedding and other resizing."""
+    """Derive the config from shapes and config.json. NaFlex has a linear patch embedding."""
     stated = stated_of(tower)
     shape = tower.shape("embeddings.patch_embedding.weight")
     naflex = len(shape) == 2

@@ -2,7 +2,6 @@
 // Compiled by NVRTC without any header. Macros set by plan.py:
 //   DTYPE      0 float32, 1 float16, 2 bfloat16
 //   VEC        channels per thread (one copy moves VEC * sizeof(element): 2, 4, 8 or 16 bytes)
-//   POS        positions of a line per thread
 //   STAGES     lines in flight: in registers (forward), or in shared memory with the current one (backward)
 //   THREADS    upper bound of the block size
 //   NORMALISE  1: propagate_2d (sigmoid, normalised, gated); 0: line_scan (given weights, no gate)
@@ -44,7 +43,7 @@ struct Shape {
   int lanes;       // vectors per block
   int groups;      // blocks along the channels
   int rows;        // positions per block; lanes * rows threads are active
-  int own;         // positions of a line that a block writes; rows * POS cover them and the halo
+  int own;         // positions of a line that a block writes; rows cover them and the halo
   int longest;     // the longer of H and W
   int chunk;       // lines between restarts; 0: never
 };
@@ -108,13 +107,12 @@ struct Walk : Way {
     vec = (block % s.groups) * s.lanes + lane;
     busy = vec < s.vectors && row < s.rows;
   }
-  // Whether this thread has a p-th position, and whether the block owns it and writes its outputs.
-  __device__ bool works(const Shape& s, int p) const {
-    const int at = j + p * s.rows;
-    return busy && at >= 0 && at < positions && row + p * s.rows < s.own + 2 * HALO;
+  // Whether this thread has a position, and whether the block owns it and writes its outputs.
+  __device__ bool works(const Shape& s) const {
+    return busy && j >= 0 && j < positions && row < s.own + 2 * HALO;
   }
-  __device__ bool owns(const Shape& s, int p) const {
-    const int k = row + p * s.rows - HALO;
+  __device__ bool owns(const Shape& s) const {
+    const int k = row - HALO;
     return SPLIT == 1 || (k >= 0 && k < s.own);
   }
   __device__ char* start(const View& v, int i) const { return at(v, i, (i64)vec * VEC); }
@@ -272,10 +270,10 @@ struct Mailbox {
   __device__ float* at(const Shape& s, const Walk& walk, bool right, int k, int n) const {
     return boxes + (odd * 2 + right) * side + ((k * COUNT + n) * s.lanes + walk.lane) * VEC;
   }
-  // Send the values `n` of the p-th position to the neighbours that have it in their halo.
+  // Send the values `n` of this position to the neighbours that have it in their halo.
   template <int N = VEC>
-  __device__ void put(const Shape& s, const Walk& walk, int p, int n, const float* f) const {
-    const int k = walk.row + p * s.rows - HALO;
+  __device__ void put(const Shape& s, const Walk& walk, int n, const float* f) const {
+    const int k = walk.row - HALO;
     if (walk.part > 0 && k < HALO) send<N>(at(s, walk, true, k, n), walk.part - 1, f);
     if (walk.part < SPLIT - 1 && k >= s.own - HALO)
       send<N>(at(s, walk, false, k - (s.own - HALO), n), walk.part + 1, f);
@@ -285,10 +283,10 @@ struct Mailbox {
 #pragma unroll
     for (int c = 0; c < N; c++) store_remote(here + c, part, f[c]);
   }
-  // Receive the values of the p-th position, which another block owns.
+  // Receive the values of this position, which another block owns.
   template <int N = VEC>
-  __device__ void take(const Shape& s, const Walk& walk, int p, int n, float* f) const {
-    const int k = walk.row + p * s.rows - HALO;
+  __device__ void take(const Shape& s, const Walk& walk, int n, float* f) const {
+    const int k = walk.row - HALO;
     const float* from = k < 0 ? at(s, walk, false, k + HALO, n) : at(s, walk, true, k - s.own, n);
 #pragma unroll
     for (int c = 0; c < N; c++) f[c] = from[c];
