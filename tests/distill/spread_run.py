@@ -9,12 +9,14 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 from cgspn.data import Batch
-from cgspn.distill import ComputeConfig, LossConfig, World
+from cgspn.distill import ComputeConfig, LossConfig, OptimConfig, World
 from cgspn.distill.backward_step import Gradients
-from cgspn.distill.optimizers import Optimizers
-from cgspn.distill.parallel import average_gradients, broadcast_params, full_tensor, shard_root
+from cgspn.distill.optimizers import Optimizers, build_optimizer
+from cgspn.distill.parallel import average_gradients, broadcast_params, full_tensor, local_shards, shard_root
 from cgspn.distill.runtime import running
+from cgspn.distill.snapshots import Snapshots
 from cgspn.distill.tasks import DistillTask
+from cgspn.distill.trainer import _state
 from cgspn.layers import AttentionConfig
 from cgspn.models import model_config
 from cgspn.models.encoder import Encoder
@@ -100,3 +102,33 @@ def sharded(rank, **compute):
     names = {str(op).rpartition(".")[2]: count for op, count in seen.get_comm_counts().items()}
     counts = [names["_allgather_base_"] - 1, names["_reduce_scatter_base_"] - 1]  # without those of the root
     return found, counts
+
+
+def snapshot_of_shards(rank, *, at):
+    """The full state of a sharded task before a snapshot, and after the snapshot is loaded over zeros."""
+    teacher, student = models()
+    world = World(rank, dist.get_world_size(), torch.device("cpu"), dist.get_world_size())
+
+    def make(student, runtime):
+        return DistillTask(teacher, student, LossConfig(), runtime=runtime)
+
+    def full(state):
+        return {name: full_tensor(tensor).clone() for name, tensor in state.items()}
+
+    with running(make, student, ComputeConfig(parallel="fsdp"), world) as task:
+        shard_root(task)
+        optimizer = build_optimizer(task, OptimConfig(optimizer="muon"))
+        optimizer.make_state()
+        state, snapshots = _state(task, optimizer, []), Snapshots(Path(at), 1)
+        with torch.no_grad():
+            for number, (whole, tensor) in enumerate(zip(state.values(), local_shards(state.values()), strict=True)):
+                other = rank / 2 if whole is not tensor else 0  # a shard differs between the processes
+                tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) + 1000 * number + other)
+        before = full(state)
+        snapshots.save(1, state, [{"total": 1.0}])
+        with torch.no_grad():
+            for tensor in local_shards(state.values()):
+                tensor.zero_()
+        assert snapshots.newest_whole() == 1
+        assert snapshots.load(1, state) == [{"total": 1.0}]
+        return before, full(state)
