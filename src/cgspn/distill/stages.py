@@ -108,7 +108,7 @@ def distill(
             with running(stage.task, student, config.compute, world, cache) as task:
                 if isinstance(task, DistillTask) and stage.goes_on:
                     task.carry_on(carried)
-                if not task.learns:
+                if not list(task.parameters()):
                     if world.rank == 0:
                         warn(f"{stage.title}: nothing to learn, left out")
                     continue

@@ -19,7 +19,7 @@ from .flops import forward_flops, sublayer_flops, training_flops
 from .losses import clip_loss, relative_mse, sigmoid_loss
 from .parallel import full_tensor, gather_rows
 from .runtime import Runtime
-from .sizes import tokens_of, with_area
+from .sizes import with_area
 from .taps import Taps, observe, retarget_first_block, tapped_forward
 from .target_scales import TargetScales
 
@@ -43,21 +43,12 @@ class Task(nn.Module):
     sharded: bool = False
     capturable: bool = False
 
-    @property
-    def learns(self) -> bool:
-        """Whether any parameter is trained."""
-        return next(self.parameters(), None) is not None
-
     def calibrate(self, parts: list[Batch]) -> None:
         """Measure constants, such as target scales, on the parts of the first batch of a run."""
 
     def losses(self, batch: Batch) -> Losses:
         """Named scalars; "total" is minimised, the others are logged."""
         raise NotImplementedError
-
-    def tokens(self, size: Size) -> int:
-        """Grid tokens of an image of `size` (height, width) pixels."""
-        return tokens_of(size, self.patch)
 
     def flops(self, size: Size) -> int | None:
         """FLOPs of teacher and student per image of `size` (height, width) pixels; None if they are not counted."""

@@ -27,6 +27,7 @@ from .parallel import (
     shard_root,
     world_size,
 )
+from .sizes import tokens_of
 from .snapshots import Snapshots
 from .tasks import Task
 from .throughput import Throughput, over_processes
@@ -116,7 +117,7 @@ def train(
 
     peak = peak_of(device, compute.precision)
 
-    clock = Throughput(lambda size: (task.tokens(size), task.flops(size) if peak else None), peak)
+    clock = Throughput(lambda size: (tokens_of(size, task.patch), task.flops(size) if peak else None), peak)
     with closing(gradients), Garbage(device.type == "cuda") as garbage:
         for step, batch in zip(range(start, config.steps), clock.timed(stream(start))):
             factor = learning_rate(config, step)
