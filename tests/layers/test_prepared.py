@@ -230,7 +230,7 @@ def test_a_pass_with_other_operations_is_not_kept():
     for seed in range(TRIES + 2):
         check(block, tokens_of(seed), kept=False)
     assert list(block._state.plans.values()) == [
-        "a launch or product reads or writes memory that was not allocated in the pass"
+        "a launch or product uses memory that was not allocated in the pass"
     ]
 
 
