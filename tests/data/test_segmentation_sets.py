@@ -78,7 +78,7 @@ def test_camvid_and_pairs(tmp_path):
 
 def test_a_part_is_spread_over_the_set(tmp_path):
     train, _ = open_segmentation(ade20k(tmp_path, (6, 1)))
-    assert [p.stem[-1] for p in train.limited(3).pictures] == ["0", "2", "4"]
+    assert [p.stem[-1] for p, _ in train.limited(3).pairs] == ["0", "2", "4"]
     assert train.limited(None) is train
     with pytest.raises(ValueError, match="ade20k holds 6 images, but 7 are requested"):
         train.limited(7)

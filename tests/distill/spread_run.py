@@ -6,14 +6,17 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn.parallel import DistributedDataParallel
 
 from cgspn.data import Batch
-from cgspn.distill import ComputeConfig, LossConfig, World
+from cgspn.distill import ComputeConfig, LossConfig, OptimConfig, World
 from cgspn.distill.backward_step import Gradients
-from cgspn.distill.optimizers import Optimizers
-from cgspn.distill.parallel import average_gradients, broadcast_params, full_tensor, wrap_distributed
+from cgspn.distill.optimizers import Optimizers, build_optimizer
+from cgspn.distill.parallel import average_gradients, broadcast_params, full_tensor, local_shards, shard_root
 from cgspn.distill.runtime import running
+from cgspn.distill.snapshots import Snapshots
 from cgspn.distill.tasks import DistillTask
+from cgspn.distill.trainer import _state
 from cgspn.layers import AttentionConfig
 from cgspn.models import model_config
 from cgspn.models.encoder import Encoder
@@ -69,7 +72,7 @@ def by_hand_and_by_ddp(rank, *, output):
             backward(task, task, parts(rank, 2))
             average_gradients(task.parameters())
         else:
-            backward(wrap_distributed(task, sharded=False, find_unused=task.has_unused_params), task, parts(rank, 2))
+            backward(DistributedDataParallel(task, find_unused_parameters=output == 0), task, parts(rank, 2))
         found.append(gradients_of(task))
     return found
 
@@ -77,7 +80,7 @@ def by_hand_and_by_ddp(rank, *, output):
 def all_sharded(rank, *, cases):
     """Gradients of a copied task, and of each case `sharded`: blocks a unit, whether it reshards, checkpoints."""
     task = DistillTask(*models(), LossConfig())
-    backward(wrap_distributed(task, sharded=False, find_unused=False), task, parts(rank, 1))
+    backward(DistributedDataParallel(task), task, parts(rank, 1))
     names = ("blocks_per_unit", "reshard_after_forward", "checkpointing")
     return gradients_of(task), {case: sharded(rank, **dict(zip(names, case, strict=True))) for case in cases}
 
@@ -91,11 +94,41 @@ def sharded(rank, **compute):
         return DistillTask(teacher, student, LossConfig(), runtime=runtime)
 
     with running(make, student, ComputeConfig(parallel="fsdp", **compute), world) as task:
-        module = wrap_distributed(task, sharded=task.sharded, find_unused=False)
-        backward(module, task, parts(rank, 1))
+        shard_root(task)
+        backward(task, task, parts(rank, 1))
         with CommDebugMode() as seen:
-            backward(module, task, parts(rank, 1))
+            backward(task, task, parts(rank, 1))
         found = gradients_of(task)
     names = {str(op).rpartition(".")[2]: count for op, count in seen.get_comm_counts().items()}
     counts = [names["_allgather_base_"] - 1, names["_reduce_scatter_base_"] - 1]  # without those of the root
     return found, counts
+
+
+def snapshot_of_shards(rank, *, at):
+    """The full state of a sharded task before a snapshot, and after the snapshot is loaded over zeros."""
+    teacher, student = models()
+    world = World(rank, dist.get_world_size(), torch.device("cpu"), dist.get_world_size())
+
+    def make(student, runtime):
+        return DistillTask(teacher, student, LossConfig(), runtime=runtime)
+
+    def full(state):
+        return {name: full_tensor(tensor).clone() for name, tensor in state.items()}
+
+    with running(make, student, ComputeConfig(parallel="fsdp"), world) as task:
+        shard_root(task)
+        optimizer = build_optimizer(task, OptimConfig(optimizer="muon"))
+        optimizer.make_state()
+        state, snapshots = _state(task, optimizer, []), Snapshots(Path(at), 1)
+        with torch.no_grad():
+            for number, (whole, tensor) in enumerate(zip(state.values(), local_shards(state.values()), strict=True)):
+                other = rank / 2 if whole is not tensor else 0  # a shard differs between the processes
+                tensor.copy_(torch.arange(tensor.numel()).view(tensor.shape) + 1000 * number + other)
+        before = full(state)
+        snapshots.save(1, state, [{"total": 1.0}])
+        with torch.no_grad():
+            for tensor in local_shards(state.values()):
+                tensor.zero_()
+        assert snapshots.newest_whole() == 1
+        assert snapshots.load(1, state) == [{"total": 1.0}]
+        return before, full(state)

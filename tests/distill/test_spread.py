@@ -66,3 +66,13 @@ def test_a_unit_of_blocks_is_gathered_once_a_pass(sharded, case):
     units = -(-spread_run.DEPTH // blocks)
     assert gathers == units * (2 if reshard else 1)
     assert reductions == units
+
+
+@pytest.mark.slow
+def test_a_snapshot_of_shards_is_loaded_into_shards(tmp_path):
+    before, after = of_two(tmp_path, "snapshot_of_shards", at=str(tmp_path / "s"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert sorted(path.name for path in (tmp_path / "s/00000001").iterdir()) == [
+        *("0.safetensors", "1.safetensors", "manifest.json", "record.json")
+    ]

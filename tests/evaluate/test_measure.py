@@ -124,14 +124,14 @@ def test_measures_of_mixed_sizes_equal_counts_by_hand(tmp_path, encoder, layout,
 
 def test_damaged_pictures_are_skipped_and_too_many_stop(tmp_path, encoder):
     train, test = open_segmentation(ade20k(tmp_path, (20, 2), classes=20))
-    train.pictures[3].write_bytes(b"damaged")
+    train.pairs[3][0].write_bytes(b"damaged")
     seen = []
     found, skipped = segmentation(encoder, train, test, watch=seen.append)
     assert sum(seen) == 22
     assert found.pixel_accuracy > 0.2
     assert [len(part) for part in skipped] == [1, 0]
     assert "ADE_00000003.png" in skipped[0].files[0][0]
-    for mask in train.masks:
+    for _, mask in train.pairs:
         mask.write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"ade20k \(train\): 3 of the 3 images"):
         segmentation(encoder, train, test)

@@ -78,7 +78,7 @@ def test_reach_is_the_radius_that_holds_half():
 
 
 def test_smoothing_and_thinning_keep_level_and_length():
-    assert smooth([2.0] * 10) == pytest.approx([2.0] * 10)
+    assert smooth([2.0] * 10, 0.85) == pytest.approx([2.0] * 10)
     x, y = thin([float(i) for i in range(1000)], most=100)
     assert len(x) == len(y) == 100
     assert y[0] == pytest.approx(4.5)

@@ -97,12 +97,8 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
     """Create a contender with random weights. Raises ValueError for an unknown name."""
     kind = name.removesuffix(FUSED_MLP)
     ours = PropagationConfig(compression=shape.compression)
-    configs = {
-        "GSPN": GSPN,
-        OURS: ours,
-        PLAIN: ours,
-        PAPER: paper_config(shape),
-    }  # plain: PyTorch's layers around the scan
+    # PLAIN has PyTorch's layers around the scan
+    configs = {"GSPN": GSPN, OURS: ours, PLAIN: ours, PAPER: paper_config(shape)}
     configs |= {n: replace(value_config(v), compression=shape.compression) for n, v in VALUES.items()}
     attention, side = AttentionConfig(shape.heads), WINDOWS.get(kind.split(", ")[0])
     if kind in configs:
@@ -123,9 +119,9 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
 
 def names(device: torch.device) -> list[str]:
     """Names of the contenders that can run on a device, attention first."""
-    found = list(ATTENTION) if device.type == "cuda" else ["attention, math", "attention, flash"]
+    cuda = device.type == "cuda"
+    attention = list(ATTENTION) if cuda else ["attention, math", "attention, flash"]
     # attention gets the same fused MLP, so that the comparison is fair
-    same = ["attention, flash" + FUSED_MLP] + (["attention, cuDNN" + FUSED_MLP] if device.type == "cuda" else [])
-    plain = [PLAIN] if device.type == "cuda" else []  # the default elsewhere
-    windowed = [*WINDOWS, *KERNELS] if device.type == "cuda" else [*WINDOWS]
-    return [*found, *same, *windowed, "GSPN", PAPER, *plain, *VALUES, OURS]
+    fused = [f"attention, {kernel}{FUSED_MLP}" for kernel in ("flash", "cuDNN")[: 1 + cuda]]
+    windows, plain = (KERNELS, (PLAIN,)) if cuda else ((), ())  # C-GSPN is plain elsewhere
+    return [*attention, *fused, *WINDOWS, *windows, "GSPN", PAPER, *plain, *VALUES, OURS]

@@ -35,7 +35,7 @@ from .checks import at_least, known, not_empty, tiled_by
 from .communication import Watched, link_rates
 from .machine import free
 from .scaling_report import report, stage_of
-from .train import TrainBenchConfig, run_steps, unless_full
+from .train import run_steps, unless_full
 
 Mode = Literal["stage 2 ddp", "stage 2 fsdp", "stage 1 ddp", "stage 1 placed"]
 MODES: tuple[Mode, ...] = ("stage 2 ddp", "stage 2 fsdp", "stage 1 ddp", "stage 1 placed")
@@ -184,61 +184,55 @@ class Bench:
         On several GPUs that raises ValueError, since some may be in the middle of a step.
         """
         with self.ready(mode, replayed) as (task, compute):
-            return self._measured({"mode": mode, "image": size, "batch": batch}, task, compute)
+            world, timed = self.world, WARM + self.config.steps
+            cuda, several = world.device.type == "cuda", world.size > 1
+            stamps: list[float] = []
+            watched = Watched(world.device)
 
-    def _measured(
-        self, row: dict[str, Any], task: DistillTask | SublayerTask, compute: ComputeConfig
-    ) -> dict[str, Any] | None:
-        mode, size, batch = row.values()
-        world, timed = self.world, WARM + self.config.steps
-        cuda, several = world.device.type == "cuda", world.size > 1
-        stamps: list[float] = []
-        watched = Watched(world.device)
+            def after(done: int) -> None:
+                if done == WARM - 1:
+                    barrier()
+                if WARM <= done <= timed:  # the trainer has just synchronised
+                    stamps.append(time.perf_counter())
+                if several and done == timed:
+                    watched.begin()
+                if several and done == timed + PROFILED:
+                    watched.end()
 
-        def after(done: int) -> None:
-            if done == WARM - 1:
-                barrier()
-            if WARM <= done <= timed:  # the trainer has just synchronised
-                stamps.append(time.perf_counter())
-            if several and done == timed:
-                watched.begin()
-            if several and done == timed + PROFILED:
-                watched.end()
+            def go() -> list[float]:
+                steps = timed + (PROFILED if several else 0)
+                return run_steps(task, compute, size, batch, steps, after)
 
-        def go() -> list[float]:
-            steps = timed + (PROFILED if several else 0)
-            return run_steps(task, TrainBenchConfig(compute=compute), size, batch, steps, after)
-
-        trained = [p for p in task.parameters() if p.requires_grad]
-        sent = 4 * sum(p.numel() for p in trained)
-        row |= {"gpus": world.size, "captured": compute.capture, "bytes": sent, "blocks": self.student.config.depth}
-        if cuda:
-            torch.cuda.reset_peak_memory_stats(world.device)
-        if several:
-            try:
-                go()
-            except torch.OutOfMemoryError as error:
-                raise ValueError(
-                    f"{mode}, {size} px: {batch} images per GPU do not fit on {world.size} GPUs (rank {world.rank}); "
-                    "rows before this one are kept; measure 1 GPU again with smaller batches, then this"
-                ) from error
-        elif unless_full(go, task, compute) is None:
-            return None
-        if cuda:
-            peak = max(gather_objects(torch.cuda.max_memory_allocated(world.device)))
-            row["peak memory (GiB)"] = peak / 2**30
-            # several GPUs need a copy of the gradients
-            if not several and peak + sent > FULL * torch.cuda.get_device_properties(world.device).total_memory:
+            sent = 4 * sum(p.numel() for p in task.parameters() if p.requires_grad)
+            row: dict[str, Any] = {"mode": mode, "image": size, "batch": batch, "gpus": world.size}
+            row |= {"captured": replayed, "bytes": sent, "blocks": self.student.config.depth}
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(world.device)
+            if several:
+                try:
+                    go()
+                except torch.OutOfMemoryError as error:
+                    raise ValueError(
+                        f"{mode}, {size} px: {batch} images per GPU do not fit on {world.size} GPUs (rank "
+                        f"{world.rank}); rows before this are kept; measure 1 GPU again with smaller batches, then this"
+                    ) from error
+            elif unless_full(go, task, compute) is None:
                 return None
-        each = gather_objects([b - a for a, b in pairwise(stamps)])
-        mean = max(statistics.mean(steps) for steps in each)
-        row |= {"step_ms": 1e3 * mean, "spread_ms": 1e3 * statistics.stdev(each[0])}
-        row["images/s"] = world.size * batch / mean
-        if several:
-            row |= watched.shares()
-        elif isinstance(task, DistillTask):
-            row["student"] = 1 - forward_flops(self.teacher.config, (size, size)) / task.flops((size, size))
-        return row
+            if cuda:
+                peak = max(gather_objects(torch.cuda.max_memory_allocated(world.device)))
+                row["peak memory (GiB)"] = peak / 2**30
+                # several GPUs need a copy of the gradients
+                if not several and peak + sent > FULL * torch.cuda.get_device_properties(world.device).total_memory:
+                    return None
+            each = gather_objects([b - a for a, b in pairwise(stamps)])
+            mean = max(statistics.mean(steps) for steps in each)
+            row |= {"step_ms": 1e3 * mean, "spread_ms": 1e3 * statistics.stdev(each[0])}
+            row["images/s"] = world.size * batch / mean
+            if several:
+                row |= watched.shares()
+            elif isinstance(task, DistillTask):
+                row["student"] = 1 - forward_flops(self.teacher.config, (size, size)) / task.flops((size, size))
+            return row
 
     def fitting(self, mode: str, replayed: bool, size: int, batch: int) -> dict[str, Any]:
         """`speed` with the batch halved until it fits. The row has no times if one image does not fit."""

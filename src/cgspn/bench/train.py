@@ -85,7 +85,7 @@ def largest_fitting(fits: Callable[[int], bool], largest: int, smallest: int = 1
 
 def run_steps(
     task: DistillTask | SublayerTask,
-    config: TrainBenchConfig,
+    compute: ComputeConfig,
     size: int,
     batch: int,
     steps: int,
@@ -105,7 +105,7 @@ def run_steps(
         after(len(times))
 
     optim = OptimConfig(steps=steps, batch_size=batch, learning_rate=1e-6)
-    train(task, lambda _: repeat(one), optim, f"{size} px", watch, compute=config.compute)
+    train(task, lambda _: repeat(one), optim, f"{size} px", watch, compute=compute)
     return times
 
 
@@ -132,7 +132,7 @@ def measure(task: DistillTask, config: TrainBenchConfig, size: int) -> dict[str,
     row: dict[str, Any] = {"image": size, "tokens": (size // patch) ** 2}
 
     def attempt(batch: int, steps: int, config: TrainBenchConfig = config) -> list[float] | None:
-        return unless_full(lambda: run_steps(task, config, size, batch, steps), task, config.compute)
+        return unless_full(lambda: run_steps(task, config.compute, size, batch, steps), task, config.compute)
 
     batch = largest_fitting(lambda n: attempt(n, TRIES) is not None, config.largest, config.smallest)
     row["largest batch"] = f"{batch} or more" if batch == config.largest else batch

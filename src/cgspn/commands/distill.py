@@ -182,7 +182,6 @@ class Distill(Command):
                 problems = feed.source.problems
                 skipped = merged(gather_objects(feed.tally.report()), len(feed.source))
                 say_skipped(skipped, world)
-            throughput = gather_objects([history.throughput for history in histories])
             peaks = gather_objects(torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else 0)
             if world.rank:
                 return
@@ -198,7 +197,7 @@ class Distill(Command):
                 "peak_memory": max(peaks),
                 "held_out": compare(encoder, student, pictures) | {"trained_on": trained_on},
                 "skipped": {"images": noted(skipped), "shards": noted(problems)},
-                "throughput": {history.title: of_run(list(each)) for history, *each in zip(histories, *throughput)},
+                "throughput": {history.title: history.throughput for history in histories},
                 "losses": {history.title: history.steps for history in histories},
             }
             write_atomically(out / RECORD, json.dumps(record, default=str) + "\n")
@@ -256,19 +255,6 @@ def merged(reports: list[Skipped], size: int) -> Skipped:
     """The images skipped by all processes of a run, of a source with `size` images."""
     files = {name: reason for report in reports for name, reason in report.files}
     return Skipped(tuple(files.items()), min(size, sum(report.total for report in reports)))
-
-
-def of_run(each: list[dict[str, Any]]) -> dict[str, Any]:
-    """The throughput of a stage over all processes: the sum of images/s, and the longest wait for data."""
-    if not all(each):
-        return {}
-    worst = {key: max(one[key] for one in each) for key in each[0]}
-    total = {
-        **{name: sum(one[name] for one in each) for name in worst if name.endswith("per_second")},
-        "curve": [sum(rates) for rates in zip(*(one["curve"] for one in each))],
-    }
-    shares = {"mfu": sum(one["mfu"] for one in each) / len(each)} if "mfu" in worst else {}
-    return worst | total | shares
 
 
 def noted(skipped: Skipped) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class _ImageText(Evaluation):
                         )
                     report.skip(name, skipped)
                     with waiting(f"{row}: {name}, texts"):
-                        report.add(row, name, job.judge(model, embeddings, kept))
+                        report.add(row, name, job.evaluate(model, embeddings, kept))
         report.finish()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict, dataclass, field, replace
 from typing import ClassVar
 
@@ -18,6 +17,7 @@ from ..evaluate.suite import evaluate_zeroshot
 from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, write_atomically
 from .checks import check_folder, check_free, device_of, mixed_sizes
 from .command import Command, Device, Out
+from .header import device_name
 
 RECORD = "pretrain.json"
 
@@ -70,7 +70,7 @@ class Pretrain(Command):
         record = {
             "command": command(),
             "versions": versions(),
-            "machine": torch.cuda.get_device_name() if device == "cuda" else platform.processor(),
+            "machine": device_name(torch.device(device)),
             "config": asdict(self.config),
             "validation_zeroshot_top1": accuracy,
             "losses": history.steps[:: max(1, len(history.steps) // 200)],

@@ -3,7 +3,6 @@
 Source: https://github.com/LAION-AI/CLIP_benchmark, its webdataset export.
 """
 
-from codecs import BOM_UTF8
 from pathlib import Path
 
 from .locate import MOST_NAMES, cache_folder, shard_of, tars_in
@@ -29,12 +28,9 @@ def open_benchmark_shards(root: Path) -> ShardSet:
     split, count = root / SPLIT, root / SPLIT / COUNT
     if not count.is_file():
         return index_shards(str(split), tars_in(split), cache_folder())
-    with count.open("rb") as file:
-        said = file.read(32).removeprefix(BOM_UTF8).strip()
-    if not said.isdigit():
-        raise ValueError(f"{count} holds {said.decode(errors='replace')[:20]!r}; expected the number of tars")
-    if not 1 <= int(said) <= MOST_NAMES:
-        raise ValueError(f"{count} says {int(said)} tars; expected 1 to {MOST_NAMES}")
+    said = read_lines(count, "the number of tars")[0][:32]
+    if not (said.isascii() and said.isdigit() and 1 <= int(said) <= MOST_NAMES):
+        raise ValueError(f"{count} holds {said!r}; expected the number of tars, 1 to {MOST_NAMES}")
     return index_shards(str(split), [shard_of(split / f"{number}.tar") for number in range(int(said))], cache_folder())
 
 

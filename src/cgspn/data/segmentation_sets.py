@@ -24,6 +24,9 @@ CAMVID = (
 )
 COCO_IDS, COCO_TRAIN_IDS = 182, 171
 
+Pair = tuple[Picture, Picture]
+"""An image and its mask."""
+
 
 @dataclass(frozen=True, eq=False)
 class SegmentationSet:
@@ -33,39 +36,39 @@ class SegmentationSet:
     """
 
     name: str
-    pictures: Sequence[Picture]
-    masks: Sequence[Picture]
+    pairs: Sequence[Pair]
     class_names: tuple[str, ...]
     first: int = 0
     ignored: int = 255
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.pairs)
 
     def picture_name(self, number: int) -> str:
         """The name of an image in messages."""
-        return picture_name(self.pictures[number])
+        return picture_name(self.pairs[number][0])
 
     def read(self, number: int) -> tuple[Image.Image, NDArray[np.int64]]:
         """An RGB image and its mask [H, W], 0 to K - 1 or IGNORE.
 
         Raises OSError or ValueError for files that are damaged or do not match, and Pillow's errors.
         """
-        image, stored = open_picture(self.pictures[number]), read_ids(self.masks[number])
+        picture, mask = self.pairs[number]
+        image, stored = open_picture(picture), read_ids(mask)
         if stored.shape != (image.height, image.width):
             raise ValueError(
                 f"its mask has {stored.shape[1]} x {stored.shape[0]} pixels; "
                 f"expected those of the image, {image.width} x {image.height}"
             )
-        mask = np.where(stored == self.ignored, IGNORE, stored - self.first)
-        wrong = (mask < IGNORE) | (mask >= len(self.class_names)) | ((mask == IGNORE) & (stored != self.ignored))
+        ids = np.where(stored == self.ignored, IGNORE, stored - self.first)
+        wrong = (ids < IGNORE) | (ids >= len(self.class_names)) | ((ids == IGNORE) & (stored != self.ignored))
         if wrong.any():
             last = self.first + len(self.class_names) - 1
             raise ValueError(
                 f"its mask holds {stored[wrong][0]}; accepted: {self.first} to {last}, and {self.ignored} for "
                 "pixels that do not count"
             )
-        return image, mask
+        return image, ids
 
     def limited(self, count: int | None) -> SegmentationSet:
         """`count` evenly spaced images, since neighbours are similar; None for all. Raises ValueError if too few."""
@@ -74,7 +77,7 @@ class SegmentationSet:
         if not 1 <= count <= len(self):
             raise ValueError(f"{self.name} holds {len(self)} images, but {count} are requested; accepted: 1 or more")
         chosen = [i * len(self) // count for i in range(count)]
-        return replace(self, pictures=[self.pictures[i] for i in chosen], masks=[self.masks[i] for i in chosen])
+        return replace(self, pairs=[self.pairs[i] for i in chosen])
 
 
 def read_ids(mask: Picture) -> NDArray[np.int64]:
@@ -126,14 +129,14 @@ def open_pairs(source: str | Path, classes: int, ignored: int = 255) -> Segmenta
         shards = open_shards(str(source), cache_folder())
         numbers = [n for n in range(len(shards)) if shards.read_parts(n, ("mask",))["mask"] is not None]
         pictures = images_of(shards)
-        pairs: list[tuple[Picture, Picture]] = [(pictures[n], Member(shards, n, "mask")) for n in numbers]
+        pairs: list[Pair] = [(pictures[n], Member(shards, n, "mask")) for n in numbers]
     else:
         root = Path(source)
         files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and not p.name.endswith(".mask.png"))
         pairs = [(p, p.with_suffix(".mask.png")) for p in files if p.with_suffix(".mask.png").is_file()]
     if not pairs:
         raise FileNotFoundError(f"{source} holds no pairs; expected images, each with a NAME.mask.png beside it")
-    return SegmentationSet(set_name(source), *_unzip(pairs), _numbered(classes), ignored=ignored)
+    return SegmentationSet(set_name(source), pairs, _numbered(classes), ignored=ignored)
 
 
 def _ade20k(root: Path, split: str) -> SegmentationSet:
@@ -143,7 +146,7 @@ def _ade20k(root: Path, split: str) -> SegmentationSet:
         rows = [line.split("\t")[-1].strip() for line in read_lines(table, "names of classes")][1:]
         names = tuple(row.split(",")[0] for row in rows) if len(rows) == 150 else names
     pairs = _pairs(root / "images" / split, root / "annotations" / split, ".png")
-    return SegmentationSet("ade20k", *_unzip(pairs), names, first=1, ignored=0)
+    return SegmentationSet("ade20k", pairs, names, first=1, ignored=0)
 
 
 def _coco_stuff(root: Path, masks: Path, split: str) -> SegmentationSet:
@@ -151,23 +154,19 @@ def _coco_stuff(root: Path, masks: Path, split: str) -> SegmentationSet:
     endings = {path.name.removeprefix(path.name.split("_")[0]) for path in (masks / split).glob("*.png")}
     train_ids = endings == {"_labelTrainIds.png"}
     pairs = _pairs(images, masks / split, "_labelTrainIds.png" if train_ids else ".png")
-    return SegmentationSet("coco-stuff", *_unzip(pairs), _numbered(COCO_TRAIN_IDS if train_ids else COCO_IDS))
+    return SegmentationSet("coco-stuff", pairs, _numbered(COCO_TRAIN_IDS if train_ids else COCO_IDS))
 
 
-def _pairs(images: Path, masks: Path, ending: str) -> list[tuple[Picture, Picture]]:
+def _pairs(images: Path, masks: Path, ending: str) -> list[Pair]:
     """Images and masks of the same name. Raises FileNotFoundError if there are none."""
     if not images.is_dir():
         raise FileNotFoundError(f"no such folder: {images}; expected the images of the masks in {masks}")
     files = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES)
-    pairs: list[tuple[Picture, Picture]] = [(file, masks / f"{file.stem}{ending}") for file in files]
+    pairs: list[Pair] = [(file, masks / f"{file.stem}{ending}") for file in files]
     # images without a mask are skipped and named when they are read
     if not any(isinstance(mask, Path) and mask.is_file() for _, mask in pairs):
         raise FileNotFoundError(f"{images} holds {len(files)} images, none of them with a mask NAME{ending} in {masks}")
     return pairs
-
-
-def _unzip(pairs: Sequence[tuple[Picture, Picture]]) -> tuple[list[Picture], list[Picture]]:
-    return [image for image, _ in pairs], [mask for _, mask in pairs]
 
 
 def _numbered(count: int) -> tuple[str, ...]:

@@ -53,11 +53,6 @@ class TarIndex:
     def __len__(self) -> int:
         return len(self.spans)
 
-    def key(self, number: int) -> str:
-        """The name of a sample; bytes that are not UTF-8 are shown as escapes."""
-        start = int(self.ends[number - 1]) if number else 0
-        return shown_name(self.names[start : int(self.ends[number])].tobytes())
-
 
 def shown_name(name: bytes) -> str:
     """A name for messages, truncated if long."""

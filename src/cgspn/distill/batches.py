@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -26,7 +26,7 @@ from ..models.config import EncoderConfig
 from .config import OptimConfig
 from .parallel import World
 from .sizes import SizeRange, tokens_of
-from .trainer import Stream, rows_of
+from .trainer import Stream
 
 CROPS, COLORS, BLENDS, BOXES = 1, 2, 3, 4  # uses of random numbers, see `generator_of`
 Size = tuple[int, int]  # (height, width) in pixels
@@ -73,12 +73,10 @@ class ImageSetFeed:
                 shape, begin = scheduled(shapes, optim.seed, step)
                 indices = stream_indices(len(self.images), begin, shape.images, seed=optim.seed)
                 images, labels = self.images.fetch(indices)
-                images = prepared[shape.size](images, generator_of(optim.seed, CROPS, step))
-                whole = Batch(step, indices, images, labels)
                 share = share_of(shape.images, world)
-                own = rows_of(whole, share) if world.size > 1 else whole
-                images = blended(own.images.to(world.device), optim, step, shape.images, share)
-                yield replace(own, images=images, labels=own.labels.to(world.device))
+                images = prepared[shape.size](images, generator_of(optim.seed, CROPS, step))[share].to(world.device)
+                images = blended(images, optim, step, shape.images, share)
+                yield Batch(step, indices[share], images, labels[share].to(world.device))
 
         return start_at
 

@@ -64,28 +64,28 @@ class Optimizers:
 
 
 def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:
-    """Optimisers of fresh and inherited parameters. Matrices not in `no_weight_decay` have weight decay."""
-    matrices: list[dict[str, Any]] = []
-    rest: list[dict[str, Any]] = []
+    """Optimisers of a task's parameters, in groups of one rate. Matrices not in `no_weight_decay` have weight decay."""
     encoders = [module for module in task.modules() if isinstance(module, Encoder)]
     spared = {p for each in encoders for name, p in each.named_parameters() if name in each.no_weight_decay()}
-    slow = config.embedding_rate != 1
-    embedding = {p for name, p in task.named_parameters() if slow and EMBEDDING in name}
-    for parameters, factor in zip(task.parameter_groups(), (1.0, config.inherited_rate), strict=True):
-        peak = config.learning_rate * factor
-        learned = [p for p in parameters if p.requires_grad]
-        others = [p for p in learned if p not in embedding]
-        for groups, rate, decay, chosen in (
-            (matrices, peak, config.weight_decay, [p for p in others if p.ndim == 2 and p not in spared]),
-            (rest, peak, config.weight_decay, [p for p in others if p.ndim > 2 and p not in spared]),
-            (rest, peak, 0.0, [p for p in others if p.ndim < 2 or p in spared]),
-            (rest, peak * config.embedding_rate, config.weight_decay, [p for p in learned if p in embedding]),
-        ):
-            if chosen:
-                groups.append({"params": chosen, "lr": rate, "peak": rate, "weight_decay": decay})
-    if not matrices and not rest:
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    for name, p in task.named_parameters():
+        slow = EMBEDDING in name and config.embedding_rate != 1
+        rate = config.learning_rate * (config.inherited_rate if task.inherits(name) else 1)
+        rate *= config.embedding_rate if slow else 1
+        decay = config.weight_decay if p.ndim > 1 and p not in spared else 0.0
+        muon = config.optimizer == "muon" and p.ndim == 2 and p not in spared and not slow
+        if p.requires_grad:
+            groups.setdefault((muon, rate, decay), []).append(p)
+    if not groups:
         raise ValueError("the task has no parameters to train")
-    muon, adamw = (matrices, rest) if config.optimizer == "muon" else ([], matrices + rest)
-    fused = (matrices or rest)[0]["params"][0].is_cuda
-    parts: list[torch.optim.Optimizer] = [BatchedMuon(muon)] if muon else []
-    return Optimizers(*parts, *([ShardedAdamW(adamw, betas=BETAS, fused=fused)] if adamw else []))
+    muons, adamws = (
+        [
+            {"params": chosen, "lr": rate, "peak": rate, "weight_decay": decay}
+            for (muon, rate, decay), chosen in groups.items()
+            if muon == wanted
+        ]
+        for wanted in (True, False)
+    )
+    fused = next(iter(groups.values()))[0].is_cuda
+    parts: list[torch.optim.Optimizer] = [BatchedMuon(muons)] if muons else []
+    return Optimizers(*parts, *([ShardedAdamW(adamws, betas=BETAS, fused=fused)] if adamws else []))

@@ -1,6 +1,5 @@
-"""Process groups, collectives, and DDP and FSDP2 wrapping."""
+"""Process groups, collectives, averaging of gradients, and sharding with FSDP2."""
 
-import inspect
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -17,7 +16,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.nn.functional import all_gather
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
 from ..compat import foreach_copy_
 from ..models.encoder import Encoder
@@ -122,34 +120,22 @@ def shard_encoder(encoder: Encoder, blocks_per_unit: int = 1, reshard: bool = Tr
         unit[0].set_modules_to_forward_prefetch([following[0]])  # type: ignore[operator]
 
 
-def wrap_distributed(task: nn.Module, *, sharded: bool, find_unused: bool) -> nn.Module:
-    """Wrap a task so that gradients are averaged over all processes. A single process gets the task itself.
-
-    sharded: use FSDP2 in place, after `shard_encoder`. find_unused: some parameters may get no gradient.
-    """
-    if world_size() == 1:
-        return task
-    if sharded:
-        fully_shard(task)
-        # it embeds images, and its weights are gathered only for the forward
-        register_fsdp_forward_method(task, "calibrate")
-        return task
-    # since PyTorch 2.13 the older name warns
-    known = inspect.signature(DistributedDataParallel).parameters
-    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {"find_unused_parameters": find_unused, buffers: False}
-    return DistributedDataParallel(task, **options)
+def shard_root(task: nn.Module) -> None:
+    """Shard the parameters of a task outside of the blocks (FSDP2), in place, after `shard_encoder`."""
+    fully_shard(task)
+    # it embeds images, and its weights are gathered only for the forward
+    register_fsdp_forward_method(task, "calibrate")
 
 
 def broadcast_params(task: nn.Module) -> None:
-    """Broadcast the first process's parameters and buffers, as DDP does at construction."""
+    """Broadcast the first process's parameters and buffers."""
     if world_size() > 1:
         for tensor in (*task.parameters(), *task.buffers()):
             dist.broadcast(tensor.detach(), 0)
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace float32 gradients by their means over all processes, like DDP but without hooks, in one all-reduce.
+    """Replace float32 gradients by their means over all processes, in one all-reduce.
 
     The same parameters must have gradients on every process.
     """
@@ -164,10 +150,8 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def sync_gradients(module: nn.Module, wanted: bool) -> None:
-    """Set whether the next backward reduces gradients over processes; off for all but the last part of a batch."""
-    if isinstance(module, DistributedDataParallel):
-        module.require_backward_grad_sync = wanted
-    elif isinstance(module, FSDPModule):
+    """Set whether the next backward reduces sharded gradients; off for all but the last part of a batch."""
+    if isinstance(module, FSDPModule):
         module.set_requires_gradient_sync(wanted)
 
 

@@ -62,7 +62,8 @@ def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: Dis
 def plan(
     teacher: DualEncoder | Encoder, student: Encoder, feed: Feed, config: DistillConfig, name: str, world: World
 ) -> list[Stage]:
-    """The stages of a run in order, without those of 0 steps. Raises the errors of `check_possible`.
+    """The stages of a run in order, without those of 0 steps. Raises the errors of `check_possible`, and
+    ValueError for a teacher cache beside random crops or blends.
 
     student: in its state before the first stage.
     """
@@ -113,7 +114,14 @@ def plan(
         before = (pixels, pixels)
         sizes = smaller.up_to(pixels, 1 - high.smaller) if high.smaller else None
         stages.append(Stage(f"{name}, {pixels} px", high.optim, before, task, sizes, high.teacher == "original"))
-    return [stage for stage in stages if stage.optim.steps]
+    stages = [stage for stage in stages if stage.optim.steps]
+    for stage in stages if config.compute.teacher_cache else ():
+        if stage.optim.augment or stage.optim.mixup or stage.optim.cutmix:  # features differ between epochs
+            raise ValueError(
+                f"teacher_cache is on, but {stage.title} crops or blends at random; "
+                "expected augment, mixup and cutmix to be off"
+            )
+    return stages
 
 
 def inherited_after_stage1(teacher: Encoder, student: Encoder, config: DistillConfig) -> frozenset[str]:

@@ -102,7 +102,7 @@ class Snapshots:
         results, failure = list[Item](), ""
         try:
             results.append(work())
-        except (OSError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             failure = reason_of(error, self.folder)
         gathered = gather_objects((results, failure))
         if failures := [failure for _, failure in gathered if failure]:

@@ -90,9 +90,6 @@ def distill(
     stages = plan(teacher, student, feed, config, name, world)
     # raise errors of later stages before the first, which may take days
     streams = [stage.stream(feed, student.config, world) for stage in stages]
-    if cache is not None:
-        for stage in stages:
-            check_cacheable(stage)
     folders = StageFolders(folder, config.compute.save_every, world)
     with frozen(teacher):
         for number, (stage, stream) in enumerate(zip(stages, streams, strict=True)):
@@ -130,15 +127,6 @@ def distill(
             barrier()
     student.eval()
     return histories
-
-
-def check_cacheable(stage: Stage) -> None:
-    """Raise ValueError if a stage's images differ between epochs, so that the teacher's features cannot be cached."""
-    if stage.optim.augment or stage.optim.mixup or stage.optim.cutmix:
-        raise ValueError(
-            f"teacher_cache is on, but {stage.title} crops or blends at random; "
-            "expected augment, mixup and cutmix to be off"
-        )
 
 
 @contextmanager

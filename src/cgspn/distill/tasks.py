@@ -34,14 +34,12 @@ class Task(nn.Module):
     Attributes:
         patch: patch size of the student in pixels.
         reduction: how losses of several processes are combined; "sum" if each process trains other parameters.
-        has_unused_params: whether some parameters may get no gradient.
         sharded: whether the parameters are sharded over the processes (FSDP2).
         capturable: whether a CUDA graph can capture the losses, because they do not need the CPU.
     """
 
     patch: int
     reduction: Literal["mean", "sum"] = "mean"
-    has_unused_params: bool = False
     sharded: bool = False
     capturable: bool = False
 
@@ -65,12 +63,12 @@ class Task(nn.Module):
         """FLOPs of teacher and student per image of `size` (height, width) pixels; None if they are not counted."""
         return None
 
-    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Fresh (newly initialised) and inherited parameters, which have different learning rates."""
-        return list(self.parameters()), []
+    def inherits(self, name: str) -> bool:
+        """Whether a parameter comes from the teacher, and so has its own learning rate."""
+        return False
 
     def forward(self, batch: Batch) -> Losses:
-        """The losses, for wrappers such as DDP."""
+        """The losses; FSDP2 gathers weights around this call."""
         return self.losses(batch)
 
     def collect(self) -> None:
@@ -169,10 +167,9 @@ class SublayerTask(TeacherTask):
         for i in self.own_blocks():
             yield i, [each[i] for each in features]
 
-    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """Mixers are fresh; their norms and LayerScales are inherited."""
-        fresh = [p for name, p in self.named_parameters() if ".mixer." in name]
-        return fresh, [p for name, p in self.named_parameters() if ".mixer." not in name]
+    def inherits(self, name: str) -> bool:
+        """Norms and LayerScales are inherited; mixers are fresh."""
+        return ".mixer." not in name
 
     def flops(self, size: Size) -> int:
         """See `Task`."""
@@ -246,7 +243,6 @@ class DistillTask(TeacherTask):
         self.student = student
         self.compares = bool(config.alpha or config.beta or config.output)
         self.capturable = not config.contrastive and self.runtime.cache is None
-        self.has_unused_params = not (config.output or config.contrastive)
         self.inherited = inherited_names(student, teacher) if inherited is None else inherited
         device = next(student.parameters()).device
         depth, width = student.config.depth, student.config.width
@@ -254,11 +250,9 @@ class DistillTask(TeacherTask):
         self.adapters = Adapters(depth, width, sublayers=self.adapted[0], blocks=self.adapted[1]).to(device)
         self.energies = TargetScales(2 * depth + 1).to(device)
 
-    def parameter_groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    def inherits(self, name: str) -> bool:
         """Adapters are fresh, and so are weights that stage 1 has trained."""
-        named = list(self.student.named_parameters())
-        fresh = [p for name, p in named if name not in self.inherited]
-        return fresh + list(self.adapters.parameters()), [p for name, p in named if name in self.inherited]
+        return name.removeprefix("student.") in self.inherited
 
     def flops(self, size: Size) -> int:
         """See `Task`. The text tower of a contrastive loss is not counted."""

@@ -100,3 +100,13 @@ class Throughput:
             "first_batch_seconds": self.steps[0].waited,
             "curve": [self.rates(run)["images_per_second"] for run in runs],
         }
+
+
+def over_processes(each: list[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of a stage from those of all processes: the sum of images/s, and the longest wait for data."""
+    if not all(each):
+        return {}
+    found = {key: max(one[key] for one in each) for key in each[0]}
+    found |= {name: sum(one[name] for one in each) for name in found if name.endswith("per_second")}
+    found["curve"] = [sum(rates) for rates in zip(*(one["curve"] for one in each))]
+    return found | ({"mfu": sum(one["mfu"] for one in each) / len(each)} if "mfu" in found else {})

@@ -18,10 +18,18 @@ from .config import ComputeConfig, OptimConfig
 from .flops import peak_of
 from .garbage import Garbage
 from .optimizers import Optimizers, build_optimizer
-from .parallel import all_reduce, average_gradients, broadcast_params, local_shards, world_size, wrap_distributed
+from .parallel import (
+    all_reduce,
+    average_gradients,
+    broadcast_params,
+    gather_objects,
+    local_shards,
+    shard_root,
+    world_size,
+)
 from .snapshots import Snapshots
 from .tasks import Task
-from .throughput import Throughput
+from .throughput import Throughput, over_processes
 
 DETAILS = 200  # about this many steps of a stage record the losses of every block; others only their means
 
@@ -34,7 +42,8 @@ class DivergedError(RuntimeError):
 
 @dataclass
 class History:
-    """Losses of every step: steps[i] is {"step": .., "lr": .., "total": .., ...}; and `Throughput.summary`.
+    """Losses of every step: steps[i] is {"step": .., "lr": .., "total": .., ...}; and the throughput of all
+    processes.
 
     The losses of single blocks are recorded in every step of a short stage, and in about two hundred steps of a long
     one including the last.
@@ -83,15 +92,13 @@ def train(
     Raises SnapshotError if a snapshot cannot be written.
     """
     compute = compute or ComputeConfig()
-    own = task.reduction == "sum"  # each process trains different parameters
     device = next(task.parameters()).device
     captured = compute.capture and device.type == "cuda" and task.capturable
-    averaged = captured and not task.sharded and not own  # average after the graph; other tasks communicate inside it
-    module: nn.Module = task
+    averaged = not task.sharded and task.reduction == "mean"  # other tasks communicate in forward and backward
     if averaged:
         broadcast_params(task)
-    elif not own:
-        module = wrap_distributed(task, sharded=task.sharded, find_unused=task.has_unused_params)
+    elif task.sharded:
+        shard_root(task)
     optimizer = build_optimizer(task, config)
     parameters = optimizer.parameters
     average = [p.detach().clone() for p in parameters] if config.ema else []
@@ -100,7 +107,7 @@ def train(
         optimizer.make_state()
         history.steps = snapshots.load(start, _state(task, optimizer, average))
     lower = partial(torch.autocast, device.type, torch.bfloat16, enabled=compute.precision == "bfloat16")
-    gradients = (CapturedGradients if captured else Gradients)(module, optimizer, lower)
+    gradients = (CapturedGradients if captured else Gradients)(task, optimizer, lower)
 
     def keep(done: int) -> None:
         """Save the state after `done` steps."""
@@ -150,7 +157,7 @@ def train(
                 garbage.at_snapshot()
                 keep(step + 1)
     optimizer.zero_grad()  # gradients of a CUDA graph keep its memory
-    history.throughput = clock.summary()
+    history.throughput = over_processes(gather_objects(clock.summary()))
     with torch.no_grad():
         for parameter, mean in zip(parameters, average):
             parameter.copy_(mean)

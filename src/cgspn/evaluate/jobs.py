@@ -43,7 +43,7 @@ class Job:
     classes: LabelledPictures | None = None
     captions: CaptionedPictures | LabelledPictures | None = None
 
-    def judge(self, model: DualEncoder, embeddings: Tensor, kept: Sequence[int]) -> dict[Metric, float]:
+    def evaluate(self, model: DualEncoder, embeddings: Tensor, kept: Sequence[int]) -> dict[Metric, float]:
         """Metrics, each 0 to 1, from embeddings [n, D] and the indices of the n images."""
         measures: dict[Metric, float] = {}
         if self.classes is not None:

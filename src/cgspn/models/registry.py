@@ -9,17 +9,16 @@ from ..layers import GSPN, AttentionConfig, PropagationConfig
 from .config import EncoderConfig, MixerName
 from .encoder import Encoder
 
-# width, depth, heads, MLP width. The compression gives a latent of 64 channels if the width allows, as in the paper;
-# for small widths s = 18 would leave too few (docs/choosing.md, "How large a latent").
-SIZES: dict[str, tuple[int, int, int, int]] = {
-    "tiny": (192, 12, 3, 768),
-    "small": (384, 12, 6, 1536),
-    "base": (768, 12, 12, 3072),
-    "large": (1024, 24, 16, 4096),
-    "so400m": (1152, 27, 16, 4304),
+# Width, depth, heads, MLP width, and the compression: it gives a latent of 64 channels if the width allows, as in the
+# paper; for small widths s = 18 would leave too few (docs/choosing.md, "How large a latent").
+SIZES: dict[str, tuple[int, int, int, int, float]] = {
+    "mini": (96, 4, 3, 384, 3),  # of the demo, for the embedded images
+    "tiny": (192, 12, 3, 768, 6),
+    "small": (384, 12, 6, 1536, 6),
+    "base": (768, 12, 12, 3072, 12),
+    "large": (1024, 24, 16, 4096, 16),
+    "so400m": (1152, 27, 16, 4304, 18),
 }
-COMPRESSION = {"tiny": 6, "small": 6, "base": 12, "large": 16, "so400m": 18}
-EMBEDDED = "patch4_28"  # for the demo's models, with the size of the embedded images
 
 
 def spread(keep: int, depth: int) -> tuple[int, ...]:
@@ -35,12 +34,19 @@ def _mixers(depth: int, attention: tuple[int, ...], others: MixerName = "propaga
 
 def _configs() -> dict[str, EncoderConfig]:
     configs: dict[str, EncoderConfig] = {}
-
-    def add(size: str, suffix: str, base: EncoderConfig, compression: float) -> None:
-        depth = base.depth
+    for size, (width, depth, heads, hidden, compression) in SIZES.items():
+        patch, side = (4, 28) if size == "mini" else (14, 378)
+        base = EncoderConfig(
+            image_size=(side, side),
+            patch_size=patch,
+            width=width,
+            mixers=_mixers(depth, tuple(range(depth))),
+            mlp_hidden=hidden,
+            attention=AttentionConfig(heads=heads),
+        )
         ninth = spread(max(1, depth // 9), depth)
         cgspn = replace(base, positions=False, propagation=PropagationConfig(compression=compression))
-        family: dict[str, EncoderConfig] = {
+        family = {
             "vit": base,
             "cgspn": replace(cgspn, mixers=_mixers(depth, ())),
             "gspn": replace(cgspn, mixers=_mixers(depth, ()), propagation=GSPN),
@@ -48,24 +54,8 @@ def _configs() -> dict[str, EncoderConfig]:
             "window": replace(base, mixers=_mixers(depth, ninth, "window_attention")),
         }
         for kind, config in family.items():
-            name = f"{kind}_{size}_{suffix}"
+            name = f"{kind}_{size}_patch{patch}_{side}"
             configs[name] = replace(config, name=name)
-
-    mini = EncoderConfig(
-        image_size=(28, 28),
-        patch_size=4,
-        width=96,
-        mixers=("attention",) * 4,
-        mlp_hidden=384,
-        attention=AttentionConfig(heads=3),
-    )
-    add("mini", EMBEDDED, mini, 3)
-    for size, (width, depth, heads, hidden) in SIZES.items():
-        attention: MixerName = "attention"
-        base = EncoderConfig(
-            width=width, mixers=(attention,) * depth, mlp_hidden=hidden, attention=AttentionConfig(heads=heads)
-        )
-        add(size, "patch14_378", base, COMPRESSION[size])
     return configs
 
 

@@ -54,21 +54,15 @@ class TimmContract(nn.Module):
     @property
     def feature_info(self) -> list[dict[str, Any]]:
         """One entry per block: module, channels and stride in pixels."""
-        config = self.config
-        return [
-            {"module": f"blocks.{i}", "num_chs": config.width, "reduction": config.patch_size}
-            for i in range(config.depth)
-        ]
+        shared = {"num_chs": self.config.width, "reduction": self.config.patch_size}
+        return [{"module": f"blocks.{i}", **shared} for i in range(self.config.depth)]
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
         """The preprocessing, for `timm.data.resolve_model_data_config`."""
         return data_config(self.config)
 
-    @property
-    def default_cfg(self) -> dict[str, Any]:
-        """The older name of `pretrained_cfg`."""
-        return self.pretrained_cfg
+    default_cfg = pretrained_cfg  # its older name
 
     def no_weight_decay(self) -> set[str]:
         """Names of embedding parameters, which have no weight decay."""

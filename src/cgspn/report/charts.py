@@ -45,7 +45,7 @@ def colours_of(names: Iterable[str]) -> dict[str, str]:
     return {name: name if name in MARKERS else next(others) for name in names}
 
 
-def smooth(values: Sequence[float], weight: float = 0.85) -> list[float]:
+def smooth(values: Sequence[float], weight: float) -> list[float]:
     """Exponential moving average with bias correction; the first value is unchanged."""
     out, average, total = [], 0.0, 0.0
     for value in values:
@@ -85,7 +85,9 @@ def loss_chart(curves: Mapping[str, Sequence[float]], *, label: str) -> str:
     shown: list[float] = []
     for name, values in curves.items():
         colour = COLOURS[colours[name]]
-        for line, style in ((values, {"linewidth": 0.8, "alpha": 0.35}), (smooth(values), {"linewidth": 1.9})):
+        # over a fortieth of the steps: losses of mixed sizes differ from step to step
+        average = smooth(values, 1 - 1 / max(7, len(values) / 40))
+        for line, style in ((values, {"linewidth": 0.8, "alpha": 0.35}), (average, {"linewidth": 1.9})):
             x, y = thin(line)
             axes.plot(x, y, color=colour, clip_on=False, **style)
             shown += y

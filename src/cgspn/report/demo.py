@@ -14,11 +14,11 @@ from ..evaluate import SummaryTable, cosine, relative_mse
 from ..models.dual import DualEncoder
 from . import page
 from .charts import block_chart, colours_of, css, legend
+from .losses import Steps, block_panels, ends, step_panels
 from .page import Section
 from .photographs import COLUMNS, canvases
 from .show import look_at
 from .show_page import assets, show_sections
-from .training import Steps, block_panels, ends, step_panels
 
 TEACHER, STUDENT = "teacher", "C-GSPN"
 CANVASES = 2  # canvases of sixteen images in the report

@@ -9,8 +9,8 @@ from typing import Any
 from ..console import duration_text, rate_text
 from . import page
 from .charts import legend, loss_chart
+from .losses import block_panels, ends, step_panels, twentieths
 from .page import Section
-from .training import block_panels, ends, step_panels, twentieths
 
 Record = Mapping[str, Any]
 ENDS = ("first steps", "last steps")
