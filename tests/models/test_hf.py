@@ -247,6 +247,7 @@ def test_what_is_no_picture_is_refused():
         ({"images": [np.zeros((4, 5, 3), np.uint8), np.zeros((5, 4, 3), np.uint8)], "do_resize": False}, "sizes"),
         ({"images": np.zeros((4, 4, 3), np.uint8), "aspect": "fit"}, "aspect is 'fit'"),
         ({"images": np.zeros((4, 4, 3), np.uint8), "size": {"shortest_edge": 4}}, "size is"),
+        ({"images": Image.new("RGB", (0, 4)), "aspect": "keep"}, "a picture has 4 x 0 pixels"),
     ):
         with pytest.raises(ValueError, match=message):
             processor(**arguments)

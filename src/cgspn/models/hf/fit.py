@@ -61,7 +61,7 @@ class Fit:
             top, left = ((own - side) // 2 for own, side in zip((image.height, image.width), self.window))
             image = image.crop((left, top, left + self.window[1], top + self.window[0]))
         elif self.patch and prepare.size is not None:
-            scale = math.sqrt(math.prod(prepare.size) / (image.height * image.width)) / self.patch
+            scale = math.sqrt(math.prod(prepare.size) / max(1, image.height * image.width)) / self.patch
             height, width = (max(1, round(side * scale)) * self.patch for side in (image.height, image.width))
             prepare = replace(prepare, size=(height, width), crop=False, crop_pct=1.0)
         return prepare(image)

@@ -22,8 +22,8 @@ Geometry = tuple[torch.Size, tuple[int, ...]]  # shape and strides
 # The Views of a kernel's arguments, in order.
 INPUTS = ("x", "lam", "u", "logits", "keep")
 ARGUMENTS = {
-    "forward": (*INPUTS, "y", "h", "mask", "out", "n"),
-    "backward": (*INPUTS, "dy", "h", "mask", "dx", "dlam", "du", "dlogits", "dkeep", "out", "n"),
+    "forward": (*INPUTS, "y", "h", "mask", "n"),
+    "backward": (*INPUTS, "dy", "h", "mask", "dx", "dlam", "du", "dlogits", "dkeep", "n"),
 }
 
 
@@ -36,6 +36,7 @@ class Call(NamedTuple):
     codes: tuple[int, ...]
     geometries: tuple[Geometry | None, ...]  # in the order of ARGUMENTS; None for an absent tensor
     alignment: int  # of the addresses
+    merged: bool = False  # outputs are planes of the directions, to be summed
     share: int = 1  # channels per parameter group
     mean: bool = False  # the state is divided by n
     chunk: int = 0
@@ -52,13 +53,6 @@ class Call(NamedTuple):
         first = self.geometries[0]
         assert first is not None
         return (*first[0][:3], first[0][-1])
-
-
-class Prepared(NamedTuple):
-    """The launch of a scan, and of the sum over its directions."""
-
-    scan: Launch
-    merge: Launch | None
 
 
 def byte_strides(geometry: Geometry | None, dims: str, size: int) -> dict[str, int]:
@@ -132,7 +126,7 @@ def problem(call: Call) -> Problem:
 
 
 @functools.lru_cache(maxsize=1024)
-def prepare(call: Call) -> Prepared | None:
+def prepare(call: Call) -> Launch | None:
     """Choose the tile config, compile and load the kernel, and pack the arguments. None if lines are too long."""
     p, gpu = problem(call), call.gpu.machine
     cut = call.cut or choose(p, gpu)
@@ -142,9 +136,9 @@ def prepare(call: Call) -> Prepared | None:
         raise ValueError(f"{cut} does not fit {p}")
     b, h, w, c = call.shape
     directions = len(call.codes)
-    masked, merged, save = (call.views[name] is not None for name in ("mask", "out", "h"))
+    masked, save = (call.views[name] is not None for name in ("mask", "h"))
     saves = save if call.name == "forward" else None
-    defines = scan_defines(cut, p, DTYPE_CODES[call.dtype], masked=masked, merged=merged, save=saves)
+    defines = scan_defines(cut, p, DTYPE_CODES[call.dtype], masked=masked, merged=call.merged, save=saves)
     shared = cut.shared_bytes(p)
     function = call.gpu.load(call.name, f"scan_{call.name}", macros(defines), shared)
     codes = (*call.codes, 0, 0, 0)[:4]
@@ -152,13 +146,17 @@ def prepare(call: Call) -> Prepared | None:
     packed = b"".join(view(strides) for strides in strides_of(call).values())
     packed += struct.pack("<16i", b, h, w, c, directions, *codes, *cuts)
     slots = [(0, n * VIEW.size) for n in range(len(call.geometries))]
-    scan = Launch(call.gpu, function, (cut.blocks(p),), cut.threads(p), shared, [packed], slots)
-    return Prepared(scan, merge_launch(call.gpu, call.dtype, b * h * w * c, directions) if merged else None)
+    return Launch(call.gpu, function, (cut.blocks(p),), cut.threads(p), shared, [packed], slots)
+
+
+def sum_directions(gpu: Gpu, planes: Tensor, out: Tensor) -> None:
+    """Write the sum of `planes` [B, H, W, D, C], stored direction by direction, to `out` [B, H, W, C]."""
+    _merge(gpu, out.dtype, out.numel(), planes.shape[3])((planes.data_ptr(), out.data_ptr()))
 
 
 @functools.lru_cache(maxsize=1024)
-def merge_launch(gpu: Gpu, dtype: torch.dtype, count: int, directions: int) -> Launch:
-    """A launch that sums planes [D, count] in float32, in a fixed order. It takes two addresses."""
+def _merge(gpu: Gpu, dtype: torch.dtype, count: int, directions: int) -> Launch:
+    """A launch that sums planes [D, count] into another tensor, in float32 and a fixed order."""
     size = dtype.itemsize
     wide = 16 // size if count % (16 // size) == 0 else 1
     function = gpu.load("merge", "merge", merge_defines(dtype, wide), 0)

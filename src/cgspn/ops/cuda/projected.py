@@ -16,7 +16,7 @@ from ..arguments import ProjectedScan
 from ..gpu import Gpu, Launch, gpu_of
 from . import scan
 from .compile import macros
-from .launch import DTYPE_CODES, PLAIN, VIEW, Geometry, addresses_of, byte_strides, gpu_behind, merge_launch, view
+from .launch import DTYPE_CODES, PLAIN, VIEW, Geometry, addresses_of, byte_strides, gpu_behind, sum_directions, view
 from .projected_plan import MOST_CHANNELS, ProjectedTileConfig, choose, depth
 from .projected_plan import is_faster as is_faster_for
 
@@ -89,5 +89,5 @@ def forward(p: ProjectedScan, cut: ProjectedTileConfig | None = None) -> Tensor:
     addresses, geometries = addresses_of((x, weight, bias, scan.mask_bytes(p.mask), target))
     _prepare(gpu, x.dtype, tuple(p.directions), cut, geometries)(addresses)
     if merged:
-        merge_launch(gpu, y.dtype, y.numel(), directions)((target.data_ptr(), y.data_ptr()))
+        sum_directions(gpu, target, y)
     return y

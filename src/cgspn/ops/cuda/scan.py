@@ -18,16 +18,11 @@ from .. import backends, replay
 from ..arguments import Scan
 from ..gpu import Gpu
 from ..param_groups import per_channel, per_set
-from .launch import ARGUMENTS, DTYPE_CODES, Call, addresses_of, gpu_behind, prepare
+from .launch import ARGUMENTS, DTYPE_CODES, Call, addresses_of, gpu_behind, prepare, sum_directions
 from .plan import TileConfig
 
 MIN_CAPABILITY = (8, 0)
 MASK = ARGUMENTS["forward"].index("mask")  # the same index in "backward"
-OUT = {name: views.index("out") for name, views in ARGUMENTS.items()}
-PLANES = {
-    "forward": ARGUMENTS["forward"].index("y"),
-    "backward": ARGUMENTS["backward"].index("dx"),
-}  # to be summed
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, gpu: Gpu | None) -> str | None:
@@ -46,9 +41,13 @@ def empty(shape: Sequence[int], like: Tensor) -> Tensor:
     return replay.empty(shape, like.dtype, like.device)
 
 
-def _launch(name: str, scan: Scan, tensors: Sequence[Tensor | None], share: int, cut: TileConfig | None) -> bool:
+def _launch(
+    name: str, scan: Scan, tensors: Sequence[Tensor | None], share: int, cut: TileConfig | None, first: Tensor,
+    out: Tensor,
+) -> bool:  # fmt: skip
     """Launch with `tensors` in the order of ARGUMENTS. Those with fewer channels than x are parameters of groups of
-    `share` channels. Returns False without a launch if the lines are too long for the kernels.
+    `share` channels. `first`, one of them, may be planes that are summed to `out`. Returns False without a launch if
+    the lines are too long for the kernels.
     """
     x, (addresses, geometries) = scan.x, addresses_of(tensors)
     bits = 16
@@ -56,13 +55,13 @@ def _launch(name: str, scan: Scan, tensors: Sequence[Tensor | None], share: int,
         # single parameters need no alignment
         if n != MASK and geometry is not None and (share == 1 or geometry[0][-1] == x.shape[-1]):
             bits |= address
-    rest = (bits & -bits, share, scan.normalise_state, scan.chunk, cut)
-    prepared = prepare(Call(name, gpu_behind(x), x.dtype, tuple(scan.directions), geometries, *rest))
-    if prepared is None:
+    gpu, rest = gpu_behind(x), (bits & -bits, first is not out, share, scan.normalise_state, scan.chunk, cut)
+    launch = prepare(Call(name, gpu, x.dtype, tuple(scan.directions), geometries, *rest))
+    if launch is None:
         return False
-    prepared.scan(addresses)
-    if prepared.merge is not None:
-        prepared.merge((addresses[PLANES[name]], addresses[OUT[name]]))
+    launch(addresses)
+    if first is not out:
+        sum_directions(gpu, first, out)
     return True
 
 
@@ -113,9 +112,9 @@ def forward(scan: Scan, cut: TileConfig | None = None, h: Tensor | None = None, 
     share, _, given = _inputs(scan)
     y = empty(scan.output, scan.x)
     merged = scan.merge_sum and len(scan.directions) > 1
-    first, out = (planes(scan.x, scan.directions), y) if merged else (y, None)
-    tensors = (*given, first, h, mask_bytes(scan.mask), out, n)
-    if not _launch("forward", scan, tensors, share, cut):
+    first = planes(scan.x, scan.directions) if merged else y
+    tensors = (*given, first, h, mask_bytes(scan.mask), n)
+    if not _launch("forward", scan, tensors, share, cut, first, y):
         y = _for_long_lines(scan.x).forward(scan)
     return y
 
@@ -149,10 +148,10 @@ def backward(
     x = scan.x
     dx = empty(x.shape, x)
     gradients = [*into, None] if into is not None else [None if t is None else empty(t.shape, x) for t in given[1:]]
-    first, out = (planes(x, scan.directions), dx) if x.dim() == 4 and len(scan.directions) > 1 else (dx, None)
+    first = planes(x, scan.directions) if x.dim() == 4 and len(scan.directions) > 1 else dx
     seen = (aligned(dy), h, mask_bytes(scan.mask))
-    tensors = (*given, *seen, first, *gradients, out, n if scan.normalise_state else None)
-    if not _launch("backward", scan, tensors, share, cut):
+    tensors = (*given, *seen, first, *gradients, n if scan.normalise_state else None)
+    if not _launch("backward", scan, tensors, share, cut, first, dx):
         grads: tuple[Tensor | None, ...] = _for_long_lines(x).backward(dy, scan)
         for target, gradient in zip(into or (), (grads[2], grads[3], grads[1])):
             assert gradient is not None

@@ -14,7 +14,7 @@
 // in the gradient of the logits contain the same rounded m.
 
 struct BackwardArguments {
-  View x, lam, u, logits, keep, dy, h, mask, dx, dlam, du, dlogits, dkeep, out, n;
+  View x, lam, u, logits, keep, dy, h, mask, dx, dlam, du, dlogits, dkeep, n;
   Shape s;
 };
 

@@ -7,7 +7,7 @@
 //   SAVE   1: also write the state for the backward, and n in float32
 
 struct ForwardArguments {
-  View x, lam, u, logits, keep, y, h, mask, out, n;
+  View x, lam, u, logits, keep, y, h, mask, n;
   Shape s;
 };
 
