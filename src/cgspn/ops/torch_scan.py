@@ -18,9 +18,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .arguments import Scan
-from .masks import without_mask, zero_padding
 from .param_groups import per_channel, per_set
 from .reference import DIRECTIONS, EPSILON, SMALLEST
 
@@ -128,6 +128,7 @@ class _Slab(NamedTuple):
     """The intermediate values of a slab of lines, for forward and backward."""
 
     steps: range
+    outside: Tensor | None  # [n, G, B, M, 1] bool: padding
     sigma: Tensor  # [3, n, G, B, M, C], zero where there is no neighbour
     total: Tensor  # their sum, clamped
     kept: Tensor | None  # the forget gate
@@ -152,6 +153,7 @@ def _scan(group: _Group, scan: Scan) -> Iterator[_Slab]:
     every = each + scan.normalise_state
     xs, scales, scores = group.features(scan.x), group.maps(scan.lam), group.maps(scan.logits)
     last: Tensor | None = None
+    outside: Tensor | None = None
     for steps in group.slabs():
         sigma = group.read_weights(scores, steps, dtype)
         if scan.u is not None:
@@ -165,6 +167,14 @@ def _scan(group: _Group, scan: Scan) -> Iterator[_Slab]:
         kept = None
         if scan.keep is not None:
             kept = per_channel(group.read(group.maps(scan.keep), steps, dtype).sigmoid_(), every)
+        if scan.mask is not None:
+            inside = group.read(group.shared(scan.mask), steps, torch.bool)[..., None]
+            first = torch.zeros_like(inside[:1]) if outside is None else outside[-1:]
+            outside = ~inside
+            padding = pad(torch.cat([first, outside[:-1]]), (0, 0, 1, 1))  # on the previous line
+            sigma.masked_fill_(outside | _neighbours(padding), 0.0)
+            drive.masked_fill_(outside, 0.0)  # neither neighbours nor input: the state is zero there
+            kept = None if kept is None else kept.masked_fill_(outside, 0.0)
         sigma = per_channel(sigma, every)
         total = torch.ones_like(drive)
         if scan.u is not None:
@@ -182,11 +192,17 @@ def _scan(group: _Group, scan: Scan) -> Iterator[_Slab]:
                 torch.div(_mix(w, neighbours), sums, out=m)
             torch.add(d, m, out=h) if kept is None else torch.addcmul(d, m, kept[k], out=h)
         last = states[-1]
-        yield _Slab(steps, sigma, total, kept, mean, states)
+        yield _Slab(steps, outside, sigma, total, kept, mean, states)
 
 
 def _restarts(scan: Scan, step: int) -> bool:
     return scan.chunk > 0 and step % scan.chunk == 0
+
+
+def _gated(slab: _Slab, t: Tensor, gate: Tensor) -> Tensor:
+    """gate * t, and zero in the padding, which may hold any value, even NaN."""
+    out = t * gate
+    return out if slab.outside is None else out.masked_fill_(slab.outside, 0.0)
 
 
 def _state(slab: _Slab, scan: Scan) -> tuple[Tensor, Tensor]:
@@ -200,14 +216,13 @@ def _state(slab: _Slab, scan: Scan) -> tuple[Tensor, Tensor]:
 
 def forward(scan: Scan) -> Tensor:
     """The output of `propagate_2d`."""
-    scan = without_mask(scan)
     x, dtype, each = scan.x, torch.promote_types(scan.x.dtype, torch.float32), scan.share
     y = x.new_zeros(scan.output, dtype=dtype) if scan.merge_sum else x.new_empty(scan.output)
     for group in _groups(scan.directions, (*x.shape[:3], x.shape[-1])):
         for slab in _scan(group, scan):
             out = _state(slab, scan)[0]
             if scan.u is not None:
-                out = out * per_channel(group.read(group.maps(scan.u), slab.steps, dtype), each)
+                out = _gated(slab, out, per_channel(group.read(group.maps(scan.u), slab.steps, dtype), each))
             if scan.merge_sum:
                 group.add(y, slab.steps, out)
             else:
@@ -217,7 +232,6 @@ def forward(scan: Scan) -> Tensor:
 
 def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of `forward` with respect to x, logits, lam, u and keep, in their dtypes and shapes."""
-    dy, scan = zero_padding(dy, scan.mask), without_mask(scan)
     x, u = scan.x, scan.u
     dtype, each = torch.promote_types(x.dtype, torch.float32), scan.share
     every = each + scan.normalise_state
@@ -236,11 +250,11 @@ def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | N
             state, n = _state(slab, scan)
             if u is not None and du is not None:
                 gate = group.read(group.maps(u), steps, dtype)
-                gate_grad = per_set(state * grad, each)
+                gate_grad = per_set(_gated(slab, state, grad), each)
                 group.write(group.maps(du), steps, gate_grad)
-                g = grad * per_channel(gate, each)
+                g = _gated(slab, grad, per_channel(gate, each))
             if scan.normalise_state:  # y = u h / n
-                n_grad = torch.where(n >= SMALLEST, gate_grad * gate / n, 0.0).neg_()
+                n_grad = torch.where(n >= SMALLEST, _gated(slab, gate_grad, gate) / n, 0.0).neg_()
                 g = _counted(g / per_channel(n.clamp(min=SMALLEST), each), n_grad, each)
             q = torch.empty_like(g)
             for k in range(len(steps) - 1, -1, -1):
@@ -254,9 +268,9 @@ def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | N
                 wanted = per_set(torch.ops.aten.sigmoid_backward(g * slab.mean, kept), every)
                 group.write(group.maps(dkeep), steps, wanted)
             own, of_ones = _uncounted(g, each) if scan.normalise_state else (g, None)
-            scale_grad = per_set(own * group.read(xs, steps, dtype), each)
+            scale_grad = per_set(_gated(slab, own, group.read(xs, steps, dtype)), each)
             group.write(group.maps(dlam), steps, scale_grad if of_ones is None else scale_grad + of_ones)
-            scaled = own * per_channel(group.read(scales, steps, dtype), each)
+            scaled = _gated(slab, own, per_channel(group.read(scales, steps, dtype), each))
             if x.dim() == 5:
                 group.write(group.maps(dx), steps, scaled)
             else:

@@ -15,11 +15,11 @@ import torch
 import triton  # type: ignore[import-not-found,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,unused-ignore]
 from torch import Tensor
+from torch.nn.functional import pad
 
 from . import torch_scan
 from .arguments import Scan
 from .gpu import Gpu
-from .masks import without_mask, zero_padding
 from .param_groups import per_set
 from .reference import SMALLEST
 from .triton_kernels import scan_backward, scan_forward
@@ -87,6 +87,27 @@ def _launch(
         kernel[(grid,)](*pointers, strides, *sizes, **flags, **constants, num_warps=warps)
 
 
+def _without_mask(scan: Scan) -> Scan:
+    """An equal scan without a mask: padding has lam = u = 0, and neighbours in padding have weight 0."""
+    mask, (h, w) = scan.mask, scan.x.shape[1:3]
+    if mask is None:
+        return scan
+    around = pad(mask, (1, 1, 1, 1), value=True)
+    exists = []
+    for code in scan.directions:
+        down, right = ((-1, 0), (1, 0), (0, -1), (0, 1))[code]  # to the previous line
+        near = [(1 + (down or k), 1 + (right or k)) for k in (-1, 0, 1)]
+        exists.append(torch.stack([around[:, y : y + h, x : x + w] & mask for y, x in near], -1))
+    logits = scan.logits.masked_fill(~torch.stack(exists, 3)[..., None], -torch.inf)
+    filled: list[Any] = [None if t is None else _inside(t, mask) for t in (scan.x, *scan[2:5])]
+    x, lam, u, keep = filled
+    return scan._replace(x=x, logits=logits, lam=lam, u=u, keep=keep, mask=None)
+
+
+def _inside(t: Tensor, mask: Tensor) -> Tensor:
+    return t.masked_fill(~mask.view(*mask.shape, *[1] * (t.dim() - 3)), 0.0)
+
+
 def _counting(scan: Scan) -> Scan:
     """The scan over ones, whose output is n [B, H, W, D, G] of a normalised state, in float32 or wider."""
     ones = torch.ones_like(scan.lam, dtype=STATES[scan.x.dtype][1])
@@ -102,7 +123,7 @@ def forward(scan: Scan) -> Tensor:
     """The output of `propagate_2d`."""
     if max(scan.x.shape[1:3]) > LONGEST:
         return torch_scan.forward(scan)
-    scan = without_mask(scan)
+    scan = _without_mask(scan)
     if scan.normalise_state:  # y = u h / n
         assert scan.u is not None
         gate = scan.u / forward(_counting(scan)).clamp(min=SMALLEST)
@@ -116,7 +137,7 @@ def backward(dy: Tensor, scan: Scan, *_saved: Tensor | None) -> tuple[Tensor | N
     """Gradients of `forward` with respect to x, logits, lam, u and keep, in their dtypes and shapes."""
     if max(scan.x.shape[1:3]) > LONGEST:
         return torch_scan.backward(dy, scan)
-    dy, scan = zero_padding(dy, scan.mask), without_mask(scan)
+    dy, scan = dy if scan.mask is None else _inside(dy, scan.mask), _without_mask(scan)
     if scan.normalise_state:
         return _backward_normalised(dy, scan)
     x, maps = scan.x, scan.maps
