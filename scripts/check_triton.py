@@ -27,9 +27,11 @@ from cgspn.ops.triton_kernels import scan_backward, scan_forward
 from cgspn.ops.triton_scan import tile
 
 ARCHITECTURES = (80, 90, 100)
-SIZES = ("neighbour", "H", "W", "C", "D", "groups", "codes", "chunk", "each")
-STATES = ("saved", "h")  # in the dtype of the state
-FLAGS: dict[str, bool] = {"OWN": False, "NORMALISE": True, "KEEP": True}
+SIZES = ("H", "W", "C", "D", "groups", "codes", "chunk")
+MAPS = ("x", "lam", "u", "logits", "keep", "dkeep", "y", "dy", "dx", "dlam", "du", "dlogits")
+STATES = ("saved", "h", "counted", "n")  # in the dtype of the state
+FORWARD = {"NORMALISE": True, "KEEP": True, "MASKED": True, "MEAN": True, "WRITE": True, "SAVE": True}
+BACKWARD = {"NORMALISE": True, "KEEP": True, "MASKED": True, "MEAN": True}
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a block may have
 # kernels around the scan: tiles, warps, stages, as library.py launches them for bf16 tokens of 1152 channels
@@ -155,9 +157,11 @@ def compiled(kernel: Any, flags: dict[str, bool], architecture: int, dtype: str,
     def kind(name: str) -> Any:
         if name in constants:
             return "constexpr"
-        if name == "strides":
-            return ("i32",) * (6 if kernel is scan_backward else 5)
-        return "i32" if name in SIZES else f"*{state if name in STATES else dtype}"
+        if name in MAPS:
+            return f"*{dtype}"
+        if name in STATES:
+            return f"*{state}"
+        return "*u8" if name == "mask" else "i32" if name in SIZES else ("i32",) * 6  # the rest are strides
 
     names = kernel.arg_names
     source = ASTSource(
@@ -172,7 +176,7 @@ def main() -> None:
     """Compile and print."""
     for architecture in ARCHITECTURES:
         for dtype in ("bf16", "fp32") if architecture == 90 else ("bf16",):
-            for kernel, flags in ((scan_forward, FLAGS | {"SAVE": False}), (scan_backward, FLAGS | {"MERGED": True})):
+            for kernel, flags in ((scan_forward, FORWARD), (scan_backward, BACKWARD)):
                 for longest in (74, 147):
                     size = len(compiled(kernel, flags, architecture, dtype, longest, 64).asm["cubin"])
                     print(f"sm_{architecture} {kernel.fn.__name__} {dtype}, lines of {longest}: {size} bytes")
