@@ -24,11 +24,11 @@ def test_a_header_counts_steps_images_epochs_and_costs():
     device, *stages, costs = header(teacher, student, feed, 300, config, World())
     assert device.startswith("CPU")
     assert [line.partition(":")[0] for line in stages] == ["student, stage 1", "student, stage 2", "student, 56 px"]
-    assert "30 steps of 20 images at 28 x 28 px; 600 images, 2 epochs" in stages[1]
+    assert "30 steps of 20 images at 28 x 28 px; 600 images in all, 2 epochs" in stages[1]
     assert costs.startswith("roughly")
     mixed = replace(config, sizes=SizeRange(16, 48, count=2))
     line = list(header(teacher, student, feed, 300, mixed, World()))[2]
-    assert "28 x 28 px, or as many tokens at 2 sizes, 16 x 16 to 48 x 48 px (height x width); 1,020 images" in line
+    assert "28 x 28 px, or as many tokens at 2 sizes, 16 x 16 to 48 x 48 px (height x width); 1,020 images in " in line
     assert line.endswith("3.4 epochs")
     (*_, longer) = header(teacher, student, feed, 300, replace(config, stage2=replace(optim, steps=10**8)), World())
     assert "hours" in longer
@@ -47,7 +47,10 @@ def test_a_header_counts_steps_images_epochs_and_costs():
     ],
 )
 def test_a_likely_mistake_is_warned_of(teacher, preset, given, device, student, count):
-    assert len(list(warnings(teacher, preset, given, torch.device(device), student))) == count
+    assert len(list(warnings(teacher, preset, given, torch.device(device), student, 300))) == count
+    few = list(warnings(teacher, preset, given, torch.device(device), student, 99))
+    assert len(few) == count + 1
+    assert any("99 images are few" in line for line in few)
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):

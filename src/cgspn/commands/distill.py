@@ -164,7 +164,7 @@ class Distill(Command):
                 for line in header(teacher, student, feed, images, self.settings, world):
                     console.print(line, soft_wrap=True, markup=False)
                 unchanged = self.settings == PRESETS[self.preset]
-                for line in warnings(self.teacher, self.preset, not unchanged, world.device, self.student):
+                for line in warnings(self.teacher, self.preset, not unchanged, world.device, self.student, images):
                     console.print(f"warning: {line}", soft_wrap=True, markup=False)
             with shown(world, out / EVENTS if self.tensorboard else None) as watcher:
                 histories = distill(
@@ -202,6 +202,10 @@ class Distill(Command):
             }
             write_atomically(out / RECORD, json.dumps(record, default=str) + "\n")
             console.print(f"student saved in {out}; losses in {out / RECORD}", soft_wrap=True)
+            if "cosine" in record["held_out"]:
+                which = "training" if trained_on else "held-out"
+                near, count = record["held_out"]["cosine"], record["held_out"]["images"]
+                console.print(f"cosine similarity to the teacher {near:.3f}, on {count} {which} images", soft_wrap=True)
             if self.report:
                 write_report(out, json.loads(json.dumps(record, default=str)))
 

@@ -29,7 +29,7 @@ class _ImageText(Evaluation):
     models: Models
     """Image-text models, one row each: checkpoint folders, hub ids, or "embedded"."""
     data: tuple[str, ...] = ("embedded",)
-    """One or more datasets: "embedded" (its test split), or folders or tars as described above."""
+    """One or more datasets: "embedded" (its test split), or folders or tars in the format of the evaluation."""
     size: tuple[str, ...] = ()
     """Image size in pixels: the side of a square, or HEIGHTxWIDTH. The default is the native size of each model.
     Several sizes give one row each and a plot."""

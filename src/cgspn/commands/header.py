@@ -17,6 +17,7 @@ from ..distill.plan import Stage, plan
 from ..distill.tasks import learning_blocks
 from ..models.dual import DualEncoder, image_encoder
 from ..models.encoder import Encoder
+from ..report.held_out import ONE_IN
 
 # Activation bytes per token, channel and block in bfloat16; measured 33 to 34 for SO400M from 378 to 1036 px.
 KEPT = 34
@@ -43,7 +44,7 @@ def header(
             )
         yield (
             f"{stage.title}: {optim.steps:,} steps of {optim.batch_size:,} images at {height} x {width} px{others}; "
-            f"{seen:,} images, {round(seen / images, 1 if seen < 10 * images else None):g} epochs"
+            f"{seen:,} images in all, {round(seen / images, 1 if seen < 10 * images else None):g} epochs"
         )
         flop += optim.steps * optim.batch_size * flop_an_image(encoder, student, stage)
         tokens = stage.size[0] * stage.size[1] / student.config.patch_size**2
@@ -66,8 +67,11 @@ def flop_an_image(teacher: Encoder, student: Encoder, stage: Stage) -> int:
     return frozen + training_flops(student.config, stage.size, sublayer_adapters=True, block_adapters=True)
 
 
-def warnings(teacher: str, preset: str, given: bool, device: torch.device, student: Path | None) -> Iterator[str]:
-    """Warnings about likely mistakes. given: whether a setting was changed; student: the start checkpoint."""
+def warnings(
+    teacher: str, preset: str, given: bool, device: torch.device, student: Path | None, images: int
+) -> Iterator[str]:
+    """Warnings about likely mistakes. given: whether a setting was changed; student: the start checkpoint; images:
+    the number of training images."""
     if preset == EMBEDDED and teacher != EMBEDDED and not given:
         yield (
             "the preset is that of the demo, whose steps and rates are for the embedded teacher of 1.3 M parameters; "
@@ -75,6 +79,8 @@ def warnings(teacher: str, preset: str, given: bool, device: torch.device, stude
         )
     if student is not None and preset != EMBEDDED:
         yield f"the student in {student} is not converted again; the preset's mixers and positions do not apply"
+    if images < ONE_IN:
+        yield f"{images} images are few: the student memorises them, and none is held out to measure it with"
     if device.type == "cpu" and teacher != EMBEDDED:
         yield (
             "training runs on the CPU, because PyTorch finds no GPU or --device is cpu; for a trial, lower "
