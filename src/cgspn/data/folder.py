@@ -11,7 +11,7 @@ def list_folder(root: Path, *, mixed: bool = False) -> tuple[tuple[str, ...], li
     """Class names, image files and their labels, sorted by name, from sub-folders at any depth.
 
     A flat folder has one class, named after it. Hidden files and folders are ignored. mixed: allow images both in
-    sub-folders and beside them; they then have one class.
+    sub-folders and beside them; all images then have one class.
 
     Raises FileNotFoundError or NotADirectoryError for a folder that is missing or without images, ValueError for images
     both in sub-folders and beside them unless `mixed`.

@@ -199,7 +199,7 @@ def read_rows(
 ) -> Iterator[tuple[int, Rows]]:
     """Yield the rows of steps `start` to `end` - 1 that this process reads, with prefetching.
 
-    prefetch: parts of batches that each worker reads ahead. device: of the images; transfers to a GPU use pinned
+    prefetch: parts of batches that each worker reads ahead. device: for the images; transfers to a GPU use pinned
     memory. Raises WorkerError if a restarted worker dies again before it delivers a batch.
     """
     step, restarted_at = start, -1

@@ -21,7 +21,7 @@ Shapes = tuple[torch.Size, ...]  # image shapes of the parts (accumulation steps
 
 
 class Gradients:
-    """Called with the parts of a batch, it fills the gradients. names: of the losses, after the first call."""
+    """Called with the parts of a batch, it fills the gradients. names: of losses, known after one call."""
 
     def __init__(
         self, module: nn.Module, optimizer: Optimizers, lower: Callable[[], AbstractContextManager[object]]
@@ -55,7 +55,7 @@ class CapturedStep(NamedTuple):
     values: Tensor
 
     def replay(self, parts: list[Batch]) -> Tensor:
-        """The losses of new images with the same shapes. The next replay of any step may overwrite them."""
+        """Replay the graph on new images with the same shapes and return a copy of its losses."""
         for own, given in zip(self.parts, parts, strict=True):
             own.images.copy_(given.images)
         self.graph.replay()

@@ -28,7 +28,7 @@ class EventWatch:
     """
 
     def __init__(self, folder: Path, title: str) -> None:
-        """folder: for event files; title: of the stage. Raises ModuleNotFoundError without TensorBoard."""
+        """folder: for event files; title: the stage's title. Raises ModuleNotFoundError without TensorBoard."""
         require_tensorboard()
         self.folder = folder / title.replace(", ", "_").replace(" ", "_")
         self.writer: SummaryWriter | None = None

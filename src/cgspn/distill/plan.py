@@ -21,8 +21,8 @@ from .trainer import Stream
 class Stage:
     """One stage of a run.
 
-    title: for display. optim: optimiser settings. size: (height, width) of images. task: creates the task from the
-    student, in its state at the start of the stage, and a runtime. sizes: range of image sizes, or None for only
+    title: for display. optim: optimiser settings. size: (height, width) of images. task: a function that returns the
+    task of a student, as it is when the stage starts, and a runtime. sizes: range of image sizes, or None for only
     `size`. goes_on: whether it starts from the adapters and target scales of the previous stage.
     """
 

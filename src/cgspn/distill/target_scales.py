@@ -22,7 +22,7 @@ class TargetScales(nn.Module):
 
     @torch.no_grad()
     def measure(self, parts: Iterable[list[Tensor]]) -> None:
-        """Average over the parts of a batch, each a list of `count` features. Only the first call has an effect."""
+        """On the first call, set each scale to its feature's mean square over a batch. parts: of `count` features each."""
         values = self.get_buffer("values")
         if len(values) and not self.known and not bool(values.any()):
             means = [torch.stack([f.float().square().mean() for f in features]) for features in parts]

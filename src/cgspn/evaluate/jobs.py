@@ -34,8 +34,8 @@ def recall(direction: str, rank: int) -> Metric:
 class Job:
     """The images of a dataset, which are embedded once.
 
-    name: of the dataset. classes: measure zero-shot accuracy. captions: measure retrieval with these, or with captions
-    from class names.
+    name: the dataset's name. classes: measure zero-shot accuracy. captions: measure retrieval with these, or with
+    captions from class names.
     """
 
     name: str

@@ -240,7 +240,7 @@ def wide_residual(block: Block, tokens: Tensor, grid: Grid, after: Tensor) -> tu
 
 
 def can_keep_training(block: Block, tokens: Tensor, grid: Grid) -> bool:
-    """Whether training.py supports all parts of a block with fused norms and mixer. All of them must be trained."""
+    """Whether training.py supports a block with fused norms and mixer. Every parameter must require a gradient."""
     mixer: Any = block.mixer
     mlp: Any = block.mlp
     parts = mixer.local is not None and mlp.is_bare() and is_plain(mixer.param_proj, nn.Linear)

@@ -46,7 +46,7 @@ class MapPool(nn.Module):
     """A learned probe attends to the grid, then an MLP refines it: tokens [B, N, C] -> [B, C]. As in SigLIP."""
 
     def __init__(self, width: int, heads: int, hidden: int, act: Activation, eps: float) -> None:
-        """width: C; heads: of the attention; hidden: MLP width. Raises ValueError if `heads` does not divide C."""
+        """width: C; heads: number of heads; hidden: MLP width. Raises ValueError if `heads` does not divide C."""
         super().__init__()
         if heads < 1 or width % heads:
             raise ValueError(f"heads is {heads}; a width of {width} accepts its divisors")

@@ -13,8 +13,8 @@ from .mixer import Grid
 def rotary_angles(grid: Grid, head_width: int, base: float, device: torch.device) -> Tensor:
     """Rotation angles of the grid tokens, float32 [h*w, head_width], or [B, 1, h*w, head_width] for padded images.
 
-    The first half of a head's channels pairs with the second: a quarter rotates with the row and a quarter with the
-    column. base: of the periods. Source: Siméoni et al., "DINOv3", 2025, section 3.2.
+    Channel i of a head is paired with channel i + d/2. Of the d/2 pairs, half rotate with the row and half with the
+    column. base: base of the series of periods. Source: Siméoni et al., "DINOv3", 2025, section 3.2.
     """
     quarter = head_width // 4
     periods = base ** (2 * torch.arange(quarter, device=device, dtype=torch.float32) / (head_width // 2))

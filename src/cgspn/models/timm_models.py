@@ -67,7 +67,7 @@ class TimmEncoder(Encoder):
         """Create an encoder for timm.
 
         Args:
-            config: of the encoder.
+            config: the encoder's config.
             pooled: False for timm's pooling "", which returns tokens instead of the pooled vector.
             drop_path_rate: stochastic depth rate of the last block; it grows linearly from 0 in the first block.
             dynamic_img_pad: see above.
@@ -198,7 +198,7 @@ class Traced(nn.Module):
 def from_encoder(encoder: Encoder, num_classes: int | None = None) -> TimmEncoder:
     """Create a timm model that shares an encoder's weights, in the same train or eval mode.
 
-    num_classes: of a new classifier; None keeps the encoder's classifier, if any. Raises ValueError if negative.
+    num_classes: those of a new classifier; None keeps the encoder's own, if any. Raises ValueError if negative.
     """
     with torch.device("meta"):
         model = TimmEncoder(encoder.config)

@@ -101,7 +101,7 @@ class Gpu:
     runs_triton = computes = True  # computes: launches produce an output that can be checked
 
     def __init__(self, index: int) -> None:
-        """index: of the device. Raises RuntimeError in a process forked after CUDA was initialised."""
+        """index: the device's index. Raises RuntimeError in a process forked after CUDA was initialised."""
         properties = torch.cuda.get_device_properties(index)
         self.index, self.capability = index, (properties.major, properties.minor)
         self.arch = f"sm_{properties.major}{properties.minor}"

@@ -96,8 +96,8 @@ def register_forward(
 ) -> tuple[Any, type[torch.autograd.Function]]:  # fmt: skip
     """Register a forward op whose gradient is `backward_op`. Returns the op, and both functions without the dispatcher.
 
-    schema: of the arguments, tensors first; the backward returns their gradients in this order. saves: the backward
-    also takes, as its last arguments, all outputs of the forward but the first (or the only output).
+    schema: the arguments, tensors first; the backward returns their gradients in this order. saves: the backward also
+    takes, as its last arguments, all outputs of the forward but the first (or the only output).
     """
     tensors, returns = schema.count("Tensor"), ", ".join(["Tensor"] * outputs)
     forward_op = register_op(name, forward, f"({schema}) -> ({returns})", fake)
@@ -150,7 +150,7 @@ def register_backward(
 ) -> Any:  # fmt: skip
     """Register the op that computes `gradients` gradients. Its own derivatives come from the reference.
 
-    schema: of the forward's arguments; saved: the schema of the saved tensors that the backward takes after them.
+    schema: the forward's arguments; saved: the saved tensors that the backward takes after them, as a schema.
     """
     tensors, arguments = schema.count("Tensor"), schema.count(",") + 1
     signature = f"(Tensor dy, {schema}{saved}) -> ({', '.join(['Tensor'] * gradients)})"

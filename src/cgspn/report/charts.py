@@ -105,7 +105,7 @@ def block_chart(
     Args:
         values: by name, in the order of the blocks.
         label: alternative text of the chart.
-        limits: of the vertical axis; None for the range of the values.
+        limits: limits of the vertical axis; None for the range of the values.
 
     Returns:
         An `<svg>` element.

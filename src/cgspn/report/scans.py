@@ -25,7 +25,7 @@ class Look(NamedTuple):
 
     tokens: after the last norm, float32 [h, w, C] on the CPU.
     block_inputs: by block index, the normalised tokens [1, N, C] that enter its mixer.
-    grid: of the tokens.
+    grid: the grid of the tokens.
     """
 
     tokens: Tensor
@@ -70,7 +70,7 @@ def layer_maps(encoder: Encoder, seen: Look, layer: int, positions: Positions) -
 
 
 def attention_rows(mixer: AttentionMixer, entry: Tensor, grid: Grid, positions: Positions) -> Tensor:
-    """Rows of the attention map, averaged over heads, only for grid tokens: [P, h, w] on the CPU."""
+    """Attention from each position to the grid tokens, averaged over heads: [P, h, w] on the CPU."""
     rows = torch.tensor([grid.prefix + row * grid.width + column for row, column in positions], device=entry.device)
     weights = mixer.weights(entry, grid, rows).mean(1)[0, :, grid.prefix :]
     return weights.unflatten(1, (grid.height, grid.width)).float().cpu()

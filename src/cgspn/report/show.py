@@ -99,7 +99,7 @@ def show_picture(shown: Show, width: int = 288, rows: int = 4, gap: int = 6) -> 
 
     Args:
         shown: from `look_at`.
-        width: of each image in pixels.
+        width: width of each image in pixels.
         rows: maximum number of photographs.
         gap: transparent pixels between images.
     """

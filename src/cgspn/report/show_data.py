@@ -28,7 +28,7 @@ class Flow:
     Attributes:
         model: "teacher" or "student".
         kind: "down", "up", "right", "left", "together" or "attention".
-        shares: uint8 [P, rows, columns] over the cells: 255 times the square root of value / largest value.
+        shares: uint8 [P, rows, columns], of each cell of the grid: 255 * sqrt(influence / largest influence).
         halves: for each patch the radius, in patches, that contains half of the influence of other patches.
     """
 
@@ -67,7 +67,7 @@ def view(photograph: Photograph, models: Mapping[str, Encoder], layers: Sequence
     Args:
         photograph: its size is a multiple of the patch size.
         models: "teacher" and "student", or one of them, with equal patch sizes.
-        layers: of the student, from 1. For a teacher of another depth, the layer at the same relative depth is used.
+        layers: numbers from 1. For a teacher of another depth, the layer at the same relative depth is used.
         places: positions of patches whose flows are computed, as fractions of height and width.
     """
     device = next(iter(models.values())).patch_embed.projection.weight.device

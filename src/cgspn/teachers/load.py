@@ -35,7 +35,7 @@ def load_model(
         source: a weight file (.safetensors, or .pt, .pth or .bin with only tensors), a folder of this library,
             transformers, OpenCLIP or timm, a hub id (`org/name`, `hf-hub:org/name`, `org/name@revision`), or "embedded"
             for the teacher included in the package.
-        dtype: of the weights.
+        dtype: dtype of the weights.
         heads: number of attention heads, if neither a config nor the file name states it.
         submodel: key prefix of the model to load, such as "student", if the file of a training run holds several
             models. None loads the teacher or the moving average, which the authors evaluate.

@@ -29,7 +29,7 @@ _TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "
 class Source:
     """name: as given by the user. weights: all tensors. configs: JSON files next to the weights, by file name.
 
-    metadata: of a safetensors file. folder: the folder with the other files.
+    metadata: that of a safetensors file. folder: the folder with the other files.
     """
 
     name: str

@@ -89,8 +89,8 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     ) -> tuple[Tensor, Grid, Maps, Maps]:
         """Run images [B, channels, H, W] through the blocks. Flags that are None take the config's values.
 
-        Returns normalised tokens [B, prefix + h*w, C], their grid, the tokens before the blocks and after each, and
-        [B, heads, N, N] of each attention block; the last two are None if not requested.
+        Returns the normalised tokens [B, prefix + h*w, C], their grid, the hidden states (before the first block and
+        after each) and the attention maps [B, heads, N, N]; hidden states and maps are None unless requested.
 
         pixel_mask: [B, H, W], zero where a pixel is padding to the right or below.
         """

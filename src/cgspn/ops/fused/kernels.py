@@ -82,7 +82,7 @@ def norm_linear_backward(
     channels become products of K numbers, because x reaches the output only through the linear layer:
     sum(dn) = dout . sum(G), sum(dn * norm) = dout . (out - offset).
 
-    For the gradients of the weights it writes scaled = dout * inverse, and to parts [programs, 2, K] the sums over rows
+    For the weight gradients it writes `scaled` = dout * inverse; `parts` [programs, 2, K] receives the sums over rows
     of dout and of scaled * mean.
     """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)

@@ -242,8 +242,8 @@ def built(
 ) -> EncoderConfig:
     """Create a config from the fields of every family and the family's `own`. kind: for the name.
 
-    patches: width, channels and patch size. rows: of the position table, which determines the grid. native: the stated
-    size in pixels, if any; it can give a grid that is not square, or extra pixels. stated: values from a config file.
+    patches: width, channels and patch size. rows: length of the position table, which determines the grid. native: the
+    stated size in pixels, if any; it can give a grid that is not square, or extra pixels. stated: values from a config file.
     Raises ValueError if they differ from the tensors, because the file is incomplete or of another model.
     """
     width, channels, patch = patches
