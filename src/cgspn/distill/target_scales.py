@@ -22,7 +22,7 @@ class TargetScales(nn.Module):
 
     @torch.no_grad()
     def measure(self, parts: Iterable[list[Tensor]]) -> None:
-        """On the first call, set each scale to its feature's mean square over a batch. parts: of `count` features each."""
+        """On the first call, set scales to their features' mean squares over a batch (lists of `count` features)."""
         values = self.get_buffer("values")
         if len(values) and not self.known and not bool(values.any()):
             means = [torch.stack([f.float().square().mean() for f in features]) for features in parts]
