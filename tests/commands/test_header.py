@@ -47,7 +47,7 @@ def test_a_header_counts_steps_images_epochs_and_costs():
     ],
 )
 def test_a_likely_mistake_is_warned_of(teacher, preset, given, device, student, count):
-    assert len(list(warnings(teacher, preset, given, torch.device(device), student, 300))) == count
+    assert len(list(warnings(teacher, preset, given, torch.device(device), student, None))) == count
     few = list(warnings(teacher, preset, given, torch.device(device), student, 99))
     assert len(few) == count + 1
     assert any("99 images are few" in line for line in few)

@@ -160,11 +160,13 @@ class Distill(Command):
             torch.manual_seed(self.settings.stage1.seed)
             student = self.student_of(encoder).to(world.device)
             images = len(feed.images if isinstance(feed, ImageSetFeed) else feed.source)
+            pictures, trained_on = pictures_of(feed)
+            few = images if trained_on else None
             if world.rank == 0:
                 for line in header(teacher, student, feed, images, self.settings, world):
                     console.print(line, soft_wrap=True, markup=False)
                 unchanged = self.settings == PRESETS[self.preset]
-                for line in warnings(self.teacher, self.preset, not unchanged, world.device, self.student, images):
+                for line in warnings(self.teacher, self.preset, not unchanged, world.device, self.student, few):
                     console.print(f"warning: {line}", soft_wrap=True, markup=False)
             with shown(world, out / EVENTS if self.tensorboard else None) as watcher:
                 histories = distill(
@@ -180,13 +182,12 @@ class Distill(Command):
             skipped, problems = Skipped(), Skipped()
             if isinstance(feed, SampleFeed):
                 problems = feed.source.problems
-                skipped = merged(gather_objects(feed.tally.report()), len(feed.source))
+                skipped = merged(gather_objects(feed.counter.report()), len(feed.source))
                 say_skipped(skipped, world)
             peaks = gather_objects(torch.cuda.max_memory_allocated(world.device) if world.device.type == "cuda" else 0)
             if world.rank:
                 return
             with_image(teacher, student).save_pretrained(out)
-            pictures, trained_on = pictures_of(feed)
             record = {
                 "command": command(),
                 "versions": versions(),

@@ -17,7 +17,6 @@ from ..distill.plan import Stage, plan
 from ..distill.tasks import learning_blocks
 from ..models.dual import DualEncoder, image_encoder
 from ..models.encoder import Encoder
-from ..report.held_out import ONE_IN
 
 # Activation bytes per token, channel and block in bfloat16; measured 33 to 34 for SO400M from 378 to 1036 px.
 KEPT = 34
@@ -68,10 +67,10 @@ def flop_an_image(teacher: Encoder, student: Encoder, stage: Stage) -> int:
 
 
 def warnings(
-    teacher: str, preset: str, given: bool, device: torch.device, student: Path | None, images: int
+    teacher: str, preset: str, given: bool, device: torch.device, student: Path | None, few: int | None
 ) -> Iterator[str]:
-    """Warnings about likely mistakes. given: whether a setting was changed; student: the start checkpoint; images:
-    the number of training images."""
+    """Warnings about likely mistakes. given: whether a setting was changed; student: the start checkpoint; few: the
+    number of images if they are too few to hold any out."""
     if preset == EMBEDDED and teacher != EMBEDDED and not given:
         yield (
             "the preset is that of the demo, whose steps and rates are for the embedded teacher of 1.3 M parameters; "
@@ -79,8 +78,8 @@ def warnings(
         )
     if student is not None and preset != EMBEDDED:
         yield f"the student in {student} is not converted again; the preset's mixers and positions do not apply"
-    if images < ONE_IN:
-        yield f"{images} images are few: the student memorises them, and none is held out to measure it with"
+    if few is not None:
+        yield f"{few} images are few: the student memorises them, and none is held out to measure it with"
     if device.type == "cpu" and teacher != EMBEDDED:
         yield (
             "training runs on the CPU, because PyTorch finds no GPU or --device is cpu; for a trial, lower "
