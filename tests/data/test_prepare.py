@@ -59,10 +59,10 @@ def test_reading_ahead_keeps_the_order_and_leaves_out_what_fails():
             raise SyntaxError("broken PNG")
         return number * number
 
-    tally = SkipCounter("set", 100, 0.1)
-    got = list(read_each(range(100), read, lambda n: f"picture {n}", tally))
+    counter = SkipCounter("set", 100, 0.1)
+    got = list(read_each(range(100), read, lambda n: f"picture {n}", counter))
     assert got == [(n, n * n) for n in range(100) if n not in (3, 40)]
-    assert tally.report().files == (
+    assert counter.report().files == (
         ("picture 3", "SyntaxError: broken PNG"),
         ("picture 40", "SyntaxError: broken PNG"),
     )

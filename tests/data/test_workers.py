@@ -219,14 +219,14 @@ def test_class_names_become_captions(tmp_path):
 
 
 def test_the_limit_is_a_share_of_what_was_read():
-    tally = SkipCounter("photos", 50, 0.1)
+    counter = SkipCounter("photos", 50, 0.1)
     for epoch in range(3):  # the same five pictures, epoch after epoch: 10%, not more
         for i in range(5):
-            tally.add(9, [(i, f"name {i}", "OSError: torn")])
-        assert len(tally.report()) == 5, epoch
-    assert tally.report().total == 50
+            counter.add(9, [(i, f"name {i}", "OSError: torn")])
+        assert len(counter.report()) == 5, epoch
+    assert counter.report().total == 50
     with pytest.raises(ValueError, match=r"photos: 6 of the 50 images.*more than 10% \(max_skipped\).*name 0: OSError"):
-        tally.add(0, [(5, "name 5", "gone")])
+        counter.add(0, [(5, "name 5", "gone")])
     # a large source that went bad stops soon, not after a tenth of it
     large = SkipCounter("x", 10**8, 0.1)
     large.add(10_000, [])

@@ -85,7 +85,7 @@ def test_too_many_damaged_images_stop_the_stream_with_one_line(tmp_path):
     assert "\n" not in str(caught.value)
     patient = SampleFeed(source, LoaderConfig(workers=2, max_skipped=0.2))
     assert len(list(patient.stream(encoder().config, (28, 28), OPTIM, World())(0))) == 6
-    report = patient.tally.report()
+    report = patient.counter.report()
     assert (len(report), report.total) == (4, 20)
     assert {name[-6:] for name, _ in report.files} == {f"{i:02d}.png" for i in range(4)}
 

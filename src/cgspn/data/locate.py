@@ -42,11 +42,11 @@ def expand_braces(pattern: str) -> list[str]:
     Raises ValueError for a descending range, braces with neither form, or more than `MOST_NAMES` names.
     """
     count = 1
-    pieces: list[list[str]] = []
+    choices: list[list[str]] = []
     for text in re.split(r"(\{[^{}]*\})", pattern):
         inner = text[1:-1]
         if not text.startswith("{"):
-            pieces.append([text])
+            choices.append([text])
         elif found := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
             first, last = found.groups()
             if int(last) < int(first):
@@ -54,13 +54,13 @@ def expand_braces(pattern: str) -> list[str]:
             width = len(first) if (len(first) > 1 and first[0] == "0") or len(first) == len(last) else 0
             count *= int(last) - int(first) + 1
             _check_count(count, pattern)
-            pieces.append([f"{number:0{width}d}" for number in range(int(first), int(last) + 1)])
+            choices.append([f"{number:0{width}d}" for number in range(int(first), int(last) + 1)])
         elif "," in inner:
-            pieces.append(inner.split(","))
+            choices.append(inner.split(","))
         else:
             raise ValueError(f"{pattern!r}: {text} is neither a range {{000..009}} nor a list {{a,b}}")
-    _check_count(math.prod(map(len, pieces)), pattern)
-    return ["".join(parts) for parts in itertools.product(*pieces)]
+    _check_count(math.prod(map(len, choices)), pattern)
+    return ["".join(parts) for parts in itertools.product(*choices)]
 
 
 def _check_count(count: int, pattern: str) -> None:

@@ -178,11 +178,11 @@ def prepare_for(config: EncoderConfig, size: Size = None) -> Prepare:
 
 
 def read_each(
-    indices: Sequence[int], read: Callable[[int], T], name: Callable[[int], str], tally: SkipCounter
+    indices: Sequence[int], read: Callable[[int], T], name: Callable[[int], str], counter: SkipCounter
 ) -> Iterator[tuple[int, T]]:
-    """Yield (index, read(index)) in order, prefetched by threads. Failures are left out and counted in `tally`.
+    """Yield (index, read(index)) in order, prefetched by threads. Failures are left out and counted in `counter`.
 
-    Raises the tally's ValueError if too many fail.
+    Raises the counter's ValueError if too many fail.
     """
     with ThreadPoolExecutor(THREADS) as pool:
         todo = iter(indices)
@@ -199,9 +199,9 @@ def read_each(
                     result = future.result()
                 # Decoders raise all kinds of errors on damaged files: OSError, SyntaxError, struct.error, ...
                 except Exception as error:
-                    tally.add(0, [(index, name(index), f"{type(error).__name__}: {error}")])
+                    counter.add(0, [(index, name(index), f"{type(error).__name__}: {error}")])
                 else:
-                    tally.add(1, [])
+                    counter.add(1, [])
                     yield index, result
                 submit(1)
         finally:

@@ -89,17 +89,17 @@ class ImageSetFeed:
 class SampleFeed:
     """Images that worker processes read, decode and crop during training.
 
-    captioned: skip images without a caption or class, for a contrastive loss. tally: counts the images that this
+    captioned: skip images without a caption or class, for a contrastive loss. counter: counts the images that this
     process reads and skips.
     """
 
     source: SampleSource
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     captioned: bool = False
-    tally: SkipCounter = field(init=False)
+    counter: SkipCounter = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tally", SkipCounter(self.source.source, len(self.source), self.loader.max_skipped))
+        object.__setattr__(self, "counter", SkipCounter(self.source.source, len(self.source), self.loader.max_skipped))
 
     def stream(
         self, encoder: EncoderConfig, size: Size, optim: OptimConfig, world: World, sizes: SizeRange | None = None
@@ -128,7 +128,7 @@ class SampleFeed:
                 self.source, plan, start, optim.steps, workers=workers, prefetch=prefetch, device=world.device
             )
             for step, rows in read:
-                self.tally.add(len(rows.labels), rows.failures)
+                self.counter.add(len(rows.labels), rows.failures)
                 if rows.images is None:
                     raise ValueError(
                         f"{self.source.source}: {len(rows.failures)} consecutive images cannot be used, the last "

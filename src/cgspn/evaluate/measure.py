@@ -48,9 +48,9 @@ def embed_pictures(
     patch size.
     """
     prepare = prepare_for(model.image.config, size)
-    tally = SkipCounter(name, len(pictures), max_skipped)
+    counter = SkipCounter(name, len(pictures), max_skipped)
     found = read_each(
-        range(len(pictures)), lambda n: prepare(open_picture(pictures[n])), lambda n: picture_name(pictures[n]), tally
+        range(len(pictures)), lambda n: prepare(open_picture(pictures[n])), lambda n: picture_name(pictures[n]), counter
     )
     rows: list[Tensor] = []
     kept: list[int] = []
@@ -68,7 +68,7 @@ def embed_pictures(
         watch(len(pictures) - len(kept))  # skipped images count too
     if not kept:
         raise ValueError(f"{name}: none of its {len(pictures)} images can be read")
-    return torch.cat(rows), kept, tally.report()
+    return torch.cat(rows), kept, counter.report()
 
 
 def zeroshot(model: DualEncoder, pictures: LabelledPictures, embeddings: Tensor, kept: Sequence[int]) -> Accuracy:
@@ -146,18 +146,18 @@ def segmentation(
     """
     check_size(encoder.config, size)
     classes = len(train.class_names)
-    tallies = [
+    counters = [
         SkipCounter(f"{part.name} ({what})", len(part), max_skipped)
         for what, part in (("train", train), ("test", test))
     ]
     read_train, read_test = (
-        _reader(encoder, part, size, batch_size, tally, watch) for part, tally in zip((train, test), tallies)
+        _reader(encoder, part, size, batch_size, counter, watch) for part, counter in zip((train, test), counters)
     )
     probe = fit_streamed(
         read_train, len(train), classes, ignore_index=IGNORE, held_out=_held_out(len(train)), scored=scored
     )
     result = score_streamed(probe, read_test, len(test), classes, ignore_index=IGNORE, scored=scored)
-    return result, [tally.report() for tally in tallies]
+    return result, [counter.report() for counter in counters]
 
 
 def _held_out(count: int) -> float:
@@ -188,7 +188,7 @@ def _reader(
     pictures: SegmentationSet,
     size: tuple[int, ...],
     batch_size: int,
-    tally: SkipCounter,
+    counter: SkipCounter,
     watch: Watch | None,
 ) -> Reader:
     config = encoder.config
@@ -200,7 +200,7 @@ def _reader(
         return prepare(resized), torch.from_numpy(mask)
 
     def read(numbers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        found, done = read_each(numbers, read_one, pictures.picture_name, tally), 0
+        found, done = read_each(numbers, read_one, pictures.picture_name, counter), 0
         for images, masks in _by_shape((pair for _, pair in found), batch_size):
             with torch.inference_mode():
                 tokens = encoder(on_device(encoder, images)).tokens.float()
