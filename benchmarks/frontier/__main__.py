@@ -17,8 +17,9 @@ from cgspn.bench.results import table
 from cgspn.models.checkpoint import write_atomically
 from cgspn.report.drawing import draw
 
+from .speed import LARGE
+
 Row = dict[str, Any]
-LARGE, SMALL = "vit_so400m_patch14_378", "vit_small_patch14_378"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import tyro
 from benchmarks.resolution.publish import mean_over_seeds
 from cgspn.report.drawing import draw, over_sizes
 
-from .__main__ import LARGE
+from .speed import LARGE
 
 STUDENTS = {"values 12": "C-GSPN, no attention", "attention in 3": "C-GSPN, attention in a quarter of the layers"}
 

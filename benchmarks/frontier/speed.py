@@ -25,6 +25,8 @@ from cgspn.models.encoder import Encoder
 from cgspn.models.registry import model_config
 from cgspn.teachers import convert
 
+LARGE, SMALL = "vit_so400m_patch14_378", "vit_small_patch14_378"
+
 
 @dataclass(frozen=True)
 class SpeedConfig:
@@ -39,7 +41,7 @@ class SpeedConfig:
     """
 
     rows: tuple[str, ...] = ()
-    models: tuple[str, ...] = ("vit_so400m_patch14_378", "vit_small_patch14_378")
+    models: tuple[str, ...] = (LARGE, SMALL)
     sizes: tuple[tuple[int, int], ...] = ((1036, 8), (2058, 2))
     rounds: int = 5
     out: Path = Path("results/frontier")
