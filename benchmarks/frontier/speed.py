@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.resolution.students import STUDENTS, Student
+from benchmarks.resolution.students import FRONTIER, STUDENTS, Student
 from cgspn.bench.machine import ceilings, free
 from cgspn.bench.timing import medians
 from cgspn.environment import describe
@@ -33,7 +33,7 @@ class SpeedConfig:
     """Settings.
 
     Args:
-        rows: which students; empty for all of the frontier.
+        rows: which students, the ViT first; empty for it and all of the frontier.
         models: teachers whose students are timed.
         sizes: (pixels, images at once).
         rounds: interleaved timings of each.
@@ -81,7 +81,7 @@ def run(config: SpeedConfig) -> None:
     """Measure and write; rows that need the same teacher and size are interleaved."""
     device = torch.device("cuda")
     rows: list[dict[str, Any]] = []
-    names = config.rows or tuple(STUDENTS)
+    names = config.rows or ("ViT", *(f"frontier: {name}" for name in FRONTIER))
     machine = describe(program="python -m benchmarks.frontier.speed") | ceilings(device)
     for model in config.models:
         for pixels, batch in config.sizes:

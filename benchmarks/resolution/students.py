@@ -60,6 +60,10 @@ CAPACITY: dict[str, Student] = {
     "values 3 of s = 3, positions, normalised": Student({**values(3, **NORMALISED), **POSITIONS, "compression": 3}),
     "values 6 in fours, positions, normalised": Student({**values(6, channels_per_group=4, **NORMALISED), **POSITIONS}),
     "values 12, positions, normalised": Student({**values(12, **NORMALISED), **POSITIONS}),
+    "values 12 of s = 3, positions, normalised": Student({**values(12, **NORMALISED), **POSITIONS, "compression": 3}),
+    "values 12, convolution of 7, positions, normalised": Student(
+        {**values(12, local_kernel=7, **NORMALISED), **POSITIONS}
+    ),
 }
 
 
@@ -80,7 +84,9 @@ FRONTIER: dict[str, Student] = {
     "values 3": Student({**POSITIONS, **values(3, **NORMALISED)}),
     "values 6": Student(BEST),
     "values 12": Student({**POSITIONS, **values(12, **NORMALISED)}),
+    "values 24": Student({**POSITIONS, **values(24, **NORMALISED)}),
     **{f"attention in {k}": Student({**BEST, "keep_attention": hardest(k)}) for k in (1, 2, 3, 4, 6)},
+    "attention in 3, values 12": Student({**POSITIONS, **values(12, **NORMALISED), "keep_attention": hardest(3)}),
     "attention in 3, spread": Student({**BEST, "keep_attention": 3}),
     "windows in 12": Student({**WINDOWS, "window_attention": 12}),
     "windows in 9, whole in 3": Student({**WINDOWS, "keep_attention": hardest(3), "window_attention": 9}),
