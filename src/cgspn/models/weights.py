@@ -89,8 +89,8 @@ def read_state(
 
 
 def cast_like(tensor: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """Cast a float tensor to `dtype`. Raises CheckpointError if `like` is no float, or the other way around (a quantised
-    weight is meaningless without its scale), and for values beyond the range of `dtype`."""
+    """Cast a float tensor to `dtype`. Raises CheckpointError if only one of the tensors is a float, since a quantised
+    weight is meaningless without its scale, and for values beyond the range of `dtype`."""
     if tensor.is_floating_point() != like.is_floating_point():
         raise CheckpointError(f"{where} is of {tensor.dtype}; accepted: dtypes like {like.dtype}")
     if not tensor.is_floating_point() or tensor.dtype == dtype:
