@@ -30,12 +30,14 @@ class FrontierConfig:
         quality: rows of `benchmarks.resolution`.
         speed: rows of `benchmarks.frontier.speed`.
         px: sizes whose quality is shown.
+        speed_px: sizes whose speed is shown.
         out: folder for frontier.json, .md and .png.
     """
 
     quality: tyro.conf.Positional[Path]
     speed: tyro.conf.Positional[Path]
     px: tuple[int, ...] = (224, 448, 756)
+    speed_px: tuple[int, ...] = (1036, 2058)
     out: Path = Path("results/frontier")
 
 
@@ -45,7 +47,11 @@ def rows_of(config: FrontierConfig) -> list[Row]:
     found = []
     for student in dict.fromkeys(row["student"] for row in quality):
         mine = [row for row in quality if row["student"] == student]
-        times = {(r["model"], r["px"]): r for r in speed if r["student"].removeprefix("frontier: ") == student}
+        times = {
+            (r["model"], r["px"]): r
+            for r in speed
+            if r["student"].removeprefix("frontier: ") == student and r["px"] in config.speed_px
+        }
         if not times or "cosine" not in mine[0]:
             continue
         row: Row = {"student": student, "seeds": len({r["seed"] for r in mine})}

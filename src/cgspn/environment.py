@@ -29,7 +29,7 @@ def commit() -> str:
 
 def command(program: str = "cgspn") -> str:
     """The command line of this process; program: what its arguments were given to."""
-    return shlex.join([program, *sys.argv[1:]])
+    return " ".join([program, *map(shlex.quote, sys.argv[1:])])
 
 
 def versions() -> dict[str, str]:

@@ -175,7 +175,7 @@ def test_projected_cuts() -> None:
 def test_projected_long_lines_and_many_channels() -> None:
     """What no block has room for: "auto" makes the parameters in memory, "chip" says why not."""
     for shape, message in (
-        ((2, 3, 900, 32), "lines of 900 positions of 32 channels do not fit a block"),
+        ((2, 3, 900, 32), "lines of 900 positions of 32 channels do not fit in a block"),
         ((4, 74, 30, 96), "x has 96 channels; the projected kernel takes a multiple of 8 up to 64"),
     ):
         tensors = projected_case(shape, 4, torch.bfloat16)

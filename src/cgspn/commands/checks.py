@@ -15,15 +15,15 @@ from ..console import writable_folder
 from ..distill import SizeRange
 from ..models.reading import CheckpointError
 
-Model = TypeVar("Model")
+Loaded = TypeVar("Loaded")
 
 
-def loaded(load: Callable[..., Model], name: str, source: str | Path, **options: Any) -> Model:
-    """The result of `load` for the source in argument `name`. Raises CheckpointError naming the argument."""
+def loaded(load: Callable[..., Loaded], name: str, source: str | Path, **options: Any) -> Loaded:
+    """The result of `load` for the source in argument `name`. Errors of a wrong source name the argument."""
     try:
         return load(source, **options)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} (given as {name})") from error
+    except (CheckpointError, FileNotFoundError, NotADirectoryError) as error:
+        raise type(error)(f"{error} (given as {name})") from error
 
 
 def check_folder(path: Path, name: str) -> Path:

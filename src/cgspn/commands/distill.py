@@ -218,7 +218,7 @@ class Distill(Command):
         """The feed for `data`. Raises OSError or ValueError."""
         if self.data == EMBEDDED:
             return ImageSetFeed(load_embedded("train"))
-        source = open_samples(self.data, cache=self.loader.cache, max_skipped=self.loader.max_skipped)
+        source = loaded(open_samples, "data", self.data, cache=self.loader.cache, max_skipped=self.loader.max_skipped)
         return SampleFeed(Kept(source), self.loader, captioned=self.settings.loss.contrastive > 0)
 
     def check_taken(self) -> None:

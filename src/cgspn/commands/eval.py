@@ -10,7 +10,7 @@ from typing import ClassVar
 from ..console import console, waiting
 from ..data.segmentation_sets import SegmentationSet, open_pairs, open_segmentation
 from ..data.sizes import size_in_pixels
-from ..evaluate.jobs import MIOU, PIXELS, Job, all_jobs, retrieval_job, zeroshot_job
+from ..evaluate.jobs import MIOU, PIXELS, Job, all_jobs, read_templates, retrieval_job, zeroshot_job
 from ..evaluate.measure import check_size, embed_pictures, segmentation
 from ..evaluate.predict import require_text
 from ..evaluate.table import SummaryTable
@@ -83,7 +83,9 @@ class Zeroshot(_ImageText):
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
-        self.measure("Zero-shot classification", (zeroshot_job(source, self.templates) for source in self.data))
+        templates = read_templates(self.templates) if self.templates else ()
+        jobs = (loaded(zeroshot_job, "data", source, templates=templates) for source in self.data)
+        self.measure("Zero-shot classification", jobs)
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Retrieval(_ImageText):
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
-        self.measure("Image-text retrieval", (retrieval_job(source) for source in self.data))
+        self.measure("Image-text retrieval", (loaded(retrieval_job, "data", source) for source in self.data))
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class All(_ImageText):
 
     def run(self) -> None:
         """Raises ValueError or OSError."""
-        self.measure("Evaluation", (job for source in self.data for job in all_jobs(source)))
+        self.measure("Evaluation", (job for source in self.data for job in loaded(all_jobs, "data", source)))
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,7 @@ class Segment(Evaluation):
 
     def sets(self) -> list[tuple[SegmentationSet, SegmentationSet]]:
         """The training and test split of each dataset. Raises ValueError if none is given, or OSError."""
-        sets = [open_segmentation(source) for source in self.data]
+        sets = [loaded(open_segmentation, "data", source) for source in self.data]
         if self.train is not None and self.test is not None:
             if self.classes is None:
                 raise ValueError("classes is not given; --train and --test need --classes, the number of their classes")

@@ -62,19 +62,21 @@ class Job:
         return measures
 
 
-def zeroshot_job(source: str, templates: Path | None = None) -> Job:
-    """Zero-shot classification. templates: a file with one template per line, which replaces the dataset's.
+def read_templates(path: Path) -> tuple[str, ...]:
+    """The prompts of a file, one per line with {} for the class. Raises OSError, or ValueError for invalid ones."""
+    lines = read_lines(path, "prompt templates, one a line")
+    if not lines:
+        raise ValueError(f"templates is {path}, which is empty; expected prompts with '{{}}', one a line")
+    for line in lines:
+        fill(line, "")
+    return tuple(lines)
 
-    Raises the errors of `open_labelled`, and ValueError for an invalid template.
-    """
+
+def zeroshot_job(source: str, templates: tuple[str, ...] = ()) -> Job:
+    """Zero-shot classification. templates: replace the dataset's. Raises the errors of `open_labelled`."""
     pictures = open_labelled(source)
-    if templates is not None:
-        lines = read_lines(templates, "prompt templates, one a line")
-        if not lines:
-            raise ValueError(f"templates is {templates}, which is empty; expected prompts with '{{}}', one a line")
-        for line in lines:
-            fill(line, "")
-        pictures = replace(pictures, templates=tuple(lines))
+    if templates:
+        pictures = replace(pictures, templates=templates)
     return Job(pictures.name, pictures.pictures, classes=pictures)
 
 
