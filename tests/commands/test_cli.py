@@ -55,7 +55,7 @@ def test_help_shows_examples(capsys):
         (["eval", "zeroshot", "nowhere", "--out", "new/table.json"], "nowhere"),
         (["eval", "zeroshot", "embedded", "--data"], "data is empty; expected one or more data sets"),
         (["export", "embedded", "new/x.onnx", "--device", "tpu"], "invalid choice 'tpu'"),
-        (["distill", "embedded", "new/run", "--data", "photo/"], "photo/: no such file or folder; accepted: a folder of"),
+        (["distill", "embedded", "new/run", "--data", "photo/"], "photo/: no such file or folder; accepted: a folder"),
         (["distill", "embedded", "new/run", "--data", "photo/"], "(given as data)"),
         (["eval", "zeroshot", "embedded", "--data", "photo/"], "no such folder: photo (given as data)"),
         (["show", "embedded", "--images", "[red]", "--out", "new/page.html"], "images is [red]: no such folder"),
