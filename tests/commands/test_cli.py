@@ -165,7 +165,9 @@ def test_distill_goes_on_after_an_interruption_and_refuses_other_settings(tmp_pa
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"unfinished run with other settings \(config\.compression\)"):
         run([*command, "--config.compression", "6"])
+    (tmp_path / "run/snapshots/0").mkdir()  # as if the process was killed before it removed those of stage 1
     run(command)
+    assert not (tmp_path / "run/snapshots").exists()
     losses = json.loads((tmp_path / "run/distill.json").read_text())["losses"]
     assert [step["step"] for step in losses["student, stage 2"]] == list(range(6))
     with pytest.raises(ValueError, match="out is run, which holds a finished run"):
@@ -176,6 +178,8 @@ def test_a_preset_is_where_the_other_settings_start_from(capsys):
     run(["distill", "a", "b", "--preset", "so400m-highres", "--config.stage1.steps", "7", "--show-config"])
     settings = json.loads(capsys.readouterr().out)["config"]
     assert Distill("a", "b", preset="so400m-378").settings.stage2.steps == 56_000
+    with pytest.raises(ValueError, match="preset is 'demo'; accepted: 'embedded', "):
+        Distill("a", "b", preset="demo")
     assert settings["compression"] == 18
     assert settings["highres"]["sizes"] == [518, 756, 1036]
     assert settings["stage1"]["steps"] == 7

@@ -13,6 +13,7 @@ from shard_files import members, write_tar
 from cgspn.data import fetch as fetch_module
 from cgspn.data import open_samples
 from cgspn.data.fetch import fetch, fetch_all
+from cgspn.data.labelled import open_captioned
 from cgspn.data.locate import expand_braces, locate
 
 
@@ -50,6 +51,15 @@ def test_what_is_there_as_it_is_written_is_no_pattern(tmp_path, name):
     for source in (folder / "1.tar", folder / "{1..1}.tar", folder / "[1].tar"):
         assert [shard.path for shard in locate(str(source), tmp_path)] == [folder / "1.tar"]
     assert len(open_samples(str(folder), cache=tmp_path / "cache")) == 2
+
+
+def test_a_pattern_may_be_longer_than_the_name_of_a_file(tmp_path, monkeypatch):
+    write_tar(tmp_path / "000.tar", members([0]))
+    write_tar(tmp_path / "007.tar", members([1]))
+    names = ",".join(["000"] * 100 + ["007"])
+    assert len(open_samples(f"{tmp_path}/{{{names}}}.tar", cache=tmp_path / "cache")) == 101
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert len(open_captioned(f"{tmp_path}/{{{names}}}.tar").pictures) == 101
 
 
 def test_patterns_find_files_alone_and_do_not_follow_links_to_folders(tmp_path):
@@ -172,7 +182,7 @@ def test_what_cannot_be_had_is_named_and_leaves_no_file(server, tmp_path, name, 
 
 def test_a_server_that_is_not_there_and_a_scheme_that_nobody_knows(tmp_path, monkeypatch):
     monkeypatch.setattr(fetch_module, "WAIT", 0.01)
-    for url in ("http://127.0.0.1:9/x.tar", "nothing://x/y.tar"):
+    for url in ("http://127.0.0.1:9/x.tar", "http://[", "nothing://x/y.tar"):
         (shard,) = locate(url, tmp_path)
         assert "cannot be fetched" in shard.problem
 

@@ -96,7 +96,7 @@ def test_arrays_and_tensors_are_the_picture_that_they_came_from():
     ):
         assert np.array_equal(np.asarray(open_picture(same)), array)
     grey = np.linspace(0, 65535, 64).astype("uint16").reshape(2, 32)
-    for same in (grey, grey[..., None], Image.fromarray(grey)):
+    for same in (grey, grey.astype(">u2"), grey[..., None], Image.fromarray(grey)):
         assert np.array_equal(np.asarray(open_picture(same))[..., 0], (grey / 257).round())
     assert np.asarray(open_picture(np.ones((3, 4), bool))).min() == 255
     clear = np.zeros((5, 6, 4), np.uint8)
@@ -111,11 +111,15 @@ def test_arrays_and_tensors_are_the_picture_that_they_came_from():
         (np.full((4, 4), 300), "runs from 300 to 300; accepted: 0 to 255"),
         (torch.full((3, 4, 4), -0.5), "runs from -0.5"),
         (np.full((4, 4), np.nan), "runs from nan"),
+        (np.ones((4, 4), complex), "dtype complex128; accepted: bool, integers, floats"),
+        (np.array([["a"]]), "dtype <U1"),
     ],
 )
 def test_pixels_of_unknown_meaning_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         open_picture(wrong)
+    with pytest.raises(TypeError, match="a picture is of type bytes; accepted: a path, PIL image, array or tensor"):
+        open_picture(b"")
 
 
 def test_strips_and_pictures_without_pixels():

@@ -9,7 +9,7 @@ import torch
 
 import cgspn
 from cgspn.distill.parallel import World
-from cgspn.distill.resume import StageFolders
+from cgspn.distill.resume import StageFolders, carried_from
 from cgspn.distill.run_folder import locked
 
 
@@ -75,5 +75,9 @@ def test_a_damaged_stage_is_named_and_run_again(tmp_path, capsys, kind):
     else:
         (stage / ("losses.json" if kind == "losses" else "model.safetensors")).write_bytes(b"changed")
     assert folders.restore(0, student) is None
-    assert "stage 0 is damaged and run again: " in capsys.readouterr().err
+    assert "stage 1 is damaged and run again: " in capsys.readouterr().err
     assert [path.name for path in stage.parent.iterdir()] == ["0.damaged"]
+    assert carried_from(tmp_path) == {}  # not those of the damaged stage
+    for number in (2, 10):
+        folders.finish(number, student, [{"total": 1.0}], {}, {"scales": torch.tensor(float(number))})
+    assert carried_from(tmp_path)["scales"] == 10

@@ -1,6 +1,7 @@
 """Conversion and both stages on real images, small."""
 
 import copy
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -13,6 +14,7 @@ from cgspn.distill import (
     ComputeConfig,
     DistillConfig,
     DivergedError,
+    HighResConfig,
     ImageSetFeed,
     LossConfig,
     OptimConfig,
@@ -303,9 +305,20 @@ def test_muon_takes_the_matrices_and_its_updates_are_as_large_as_those_of_adamw(
     assert 0.5e-4 < moved < 1e-3  # AdamW's first step: 1e-3, later 0.2e-3
 
 
-def test_an_unknown_optimizer_is_named():
-    with pytest.raises(ValueError, match="optimizer is 'sgd'; accepted: 'adamw' or 'muon'"):
-        OptimConfig(optimizer="sgd")
+@pytest.mark.parametrize(
+    ("config", "field", "value"),
+    [
+        *((OptimConfig, "optimizer", "sgd"), (OptimConfig, "weight_decay", -0.1), (OptimConfig, "seed", 1.5)),
+        *((OptimConfig, name, float("nan")) for name in ("inherited_rate", "embedding_rate", "weight_decay")),
+        *((OptimConfig, "steps", 1.5), (OptimConfig, "crop_scale", (0.5,)), (OptimConfig, "learning_rate", math.inf)),
+        *((LossConfig, "kl_pb", float("nan")), (LossConfig, "alpha", -1.0), (DistillConfig, "image_size", 0)),
+        *((ComputeConfig, "precision", "fp8"), (ComputeConfig, "parallel", "tp"), (ComputeConfig, "save_every", -1)),
+        *((HighResConfig, "teacher", "older"), (HighResConfig, "sizes", (0,)), (PretrainConfig, "loss", "mse")),
+    ],
+)
+def test_settings_are_checked_at_construction(config, field, value):
+    with pytest.raises(ValueError, match=rf"^{field} is .*; accepted: "):
+        config(**{field: value})
 
 
 @pytest.mark.parametrize("augment", [True, False])

@@ -127,6 +127,8 @@ def test_positions_follow_each_image_wherever_its_mask_lies():
     assert relative(encoder(images, mask).tokens[:, 2:4, 1:4], encoder(image).tokens) < 1e-5
     with pytest.raises(ValueError, match=r"mask has shape \(1, 5, 4\); expected \(1, 5, 5\)"):
         encoder(images, mask[:, :, :4])
+    with pytest.raises(ValueError, match=r"mask has dtype torch.float32; accepted: torch.bool"):
+        encoder(images, mask.float())
 
 
 @pytest.mark.parametrize("sizes", [[(8, 9)], [(16, 20), (3, 8)], [(0, 4)]])

@@ -122,6 +122,14 @@ def test_any_subset_in_any_order(directions: tuple[str, ...]) -> None:
     torch.testing.assert_close(propagate_2d_reference(*tensors, directions=directions), want.sum(3))
 
 
+def test_the_reference_knows_no_other_names() -> None:
+    tensors = propagate_inputs((1, 3, 2, 1), 1)
+    with pytest.raises(ValueError, match="tuple"):
+        propagate_2d_reference(*tensors, directions=("diagonal",))
+    with pytest.raises(KeyError, match="mean"):
+        propagate_2d_reference(*tensors, directions=("down",), merge="mean")
+
+
 def test_the_clamp() -> None:
     """Sigmoids that add up to less than 1e-7 are divided by 1e-7: less than everything is passed on."""
     x, logits, lam, u = propagate_inputs((1, 3, 3, 1))

@@ -65,6 +65,16 @@ def test_of_two_models_without_a_usual_one_the_user_chooses(tmp_path):
     assert loaded(path, raw, submodel="student")
 
 
+def test_weights_of_whole_numbers_need_the_scale_that_is_lost(tmp_path):
+    state, _ = two()
+    torch.save({key: (100 * value).to(torch.int8) for key, value in state.items()}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"x.pt: .* is of torch.int8; accepted: dtypes like torch.float32"):
+        cgspn.load_encoder(tmp_path / "x.pt", heads=2)
+    torch.save(state | {"norm.weight": torch.full((C,), 1e6)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"norm.weight in torch.float16 holds values that are not finite"):
+        cgspn.load_encoder(tmp_path / "x.pt", heads=2, dtype=torch.float16)
+
+
 def test_wrappers_of_any_name_and_old_files_are_read(tmp_path):
     state, _ = two()
     for content in ({"net": state, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}}, below("module", state)):

@@ -32,6 +32,7 @@ from ..models.checkpoint import write_atomically
 from ..models.dual import image_encoder, with_image
 from ..models.encoder import Encoder
 from ..models.reading import read_json_value
+from ..ops.checks import check_choice
 from ..report.charts import require_matplotlib
 from ..report.held_out import MOST, Kept, compare
 from ..report.run import run_report
@@ -107,6 +108,9 @@ class Distill(Command):
     'cgspn[report]')."""
     show_config: bool = False
     """Print the settings and stop."""
+
+    def __post_init__(self) -> None:
+        check_choice("preset", self.preset, tuple(PRESETS))
 
     @classmethod
     def start(cls, arguments: list[str]) -> Distill:

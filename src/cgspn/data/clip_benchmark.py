@@ -3,6 +3,7 @@
 Source: https://github.com/LAION-AI/CLIP_benchmark, its webdataset export.
 """
 
+import os
 from pathlib import Path
 
 from .locate import MOST_NAMES, cache_folder, shard_of, tars_in
@@ -17,7 +18,7 @@ MOST_BYTES = 1 << 24  # of a text file
 def is_clip_benchmark(root: Path) -> bool:
     """Whether a folder has this layout: tars in test/, or a file with their number."""
     split = root / SPLIT
-    return split.is_dir() and ((split / COUNT).is_file() or any(split.glob("*.tar")))
+    return os.path.isdir(split) and ((split / COUNT).is_file() or any(split.glob("*.tar")))
 
 
 def open_benchmark_shards(root: Path) -> ShardSet:

@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import os
 import queue
+import re
 import threading
 import time
 import urllib.error
@@ -56,7 +57,7 @@ def fetch_all(urls: Sequence[str], folder: Path, most_failures: int) -> Iterator
 
 
 def _base(url: str) -> str:
-    name = Path(urllib.parse.urlsplit(url).path).name.encode(errors="replace")[-100:]
+    name = Path(re.split("[?#]", url.partition("://")[2])[0]).name.encode(errors="replace")[-100:]
     return name.decode(errors="ignore") or "shard.tar"
 
 

@@ -1,5 +1,6 @@
 """Evaluation datasets with classes or captions. Images stay on disk until they are decoded one by one."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,7 @@ def open_captioned(source: str | Path) -> CaptionedPictures:
     """
     root = Path(source)
     if is_clip_benchmark(root) or is_tars(source):
-        shards = open_benchmark_shards(root) if root.is_dir() else open_shards(str(source), cache_folder())
+        shards = open_benchmark_shards(root) if os.path.isdir(root) else open_shards(str(source), cache_folder())
         texts = [shards.read_parts(number, ("txt",))["txt"] or b"" for number in range(len(shards))]
         pictures: list[Picture] = images_of(shards)
     else:

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -84,6 +85,9 @@ def open_picture(picture: Picture) -> Image.Image:
 
 
 def _content(picture: str | Path | Member) -> Path | io.BytesIO:
+    if not isinstance(picture, (str, os.PathLike, Member)):
+        kinds = "a path, PIL image, array or tensor"
+        raise TypeError(f"a picture is of type {type(picture).__name__}; accepted: {kinds}")
     return io.BytesIO(picture.read()) if isinstance(picture, Member) else Path(picture)
 
 
@@ -99,11 +103,13 @@ def array_picture(pixels: np.ndarray | Tensor) -> Image.Image:
     values = np.asarray(pixels)
     if values.ndim == 3 and values.shape[0] in CHANNELS:
         values = np.moveaxis(values, 0, 2)
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"a picture has dtype {values.dtype}; accepted: bool, integers, floats")
     if values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in CHANNELS) or not values.size:
         raise ValueError(f"a picture has shape {tuple(pixels.shape)}; accepted: [H, W], [C, H, W], [H, W, C]")
     if values.dtype == bool:
         values = values.astype(np.uint8) * 255
-    top = 65535 if values.dtype == np.uint16 else 1 if values.dtype.kind == "f" else 255
+    top = 65535 if values.dtype.newbyteorder("=") == np.uint16 else 1 if values.dtype.kind == "f" else 255
     if not (values.min() >= 0 and values.max() <= top):
         found = f"a picture of {values.dtype} runs from {values.min():g} to {values.max():g}"
         raise ValueError(f"{found}; accepted: 0 to {top}")

@@ -1,5 +1,6 @@
 """Open the images that a command names: a folder or shards."""
 
+import os
 from pathlib import Path
 
 from .locate import cache_folder, is_url, tars_in
@@ -20,9 +21,9 @@ def open_samples(source: str, *, cache: Path | None = None, max_skipped: float =
     Raises FileNotFoundError, NotADirectoryError or ValueError like `open_shards` and `list_folder`.
     """
     path = Path(source).expanduser()
-    if not (is_url(source) or path.exists() or set(source) & set("*?[{")):
+    if not (is_url(source) or os.path.exists(path) or set(source) & set("*?[{")):
         raise FileNotFoundError(f"{source}: no such file or folder; accepted: {ACCEPTED}")
-    if is_url(source) or not path.is_dir():
+    if is_url(source) or not os.path.isdir(path):  # unlike Path's, for a long pattern it is just false
         return open_shards(source, cache_folder(cache), max_skipped)
     if tars := tars_in(path):
         return index_shards(source, tars, cache_folder(cache), max_skipped)

@@ -1,6 +1,7 @@
 """Settings of training runs: typed, printable, overridable from the command line."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from .sizes import SizeRange, check_fields
@@ -55,14 +56,14 @@ class OptimConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        smallest, largest = self.crop_scale
+        crops, not_negative = self.crop_scale, ("steps", "inherited_rate", "embedding_rate", "weight_decay")
         check_fields(
             self,
             *((name, getattr(self, name) > 0, "more than 0") for name in ("batch_size", "learning_rate", "clip")),
-            ("optimizer", self.optimizer in ("adamw", "muon"), "'adamw' or 'muon'"),
-            ("steps", self.steps >= 0, "0 or more"),
+            *((name, 0 <= getattr(self, name) < math.inf, "0 or more") for name in not_negative),
+            ("learning_rate", self.learning_rate < math.inf, "finite"),
             *((name, 0 <= getattr(self, name) <= 1, "0 to 1") for name in ("warmup", "jitter", "mixup", "cutmix")),
-            ("crop_scale", 0 < smallest <= largest <= 1, "two fractions of the area, 0 < first <= second <= 1"),
+            ("crop_scale", len(crops) == 2 and 0 < crops[0] <= crops[1] <= 1, "0 < first <= second <= 1"),
             ("ema", 0 <= self.ema < 1, "0 to below 1"),
             ("accumulate", self._divides(), f"divisors of batch_size, {self.batch_size}"),
         )
@@ -94,6 +95,7 @@ class LossConfig:
     contrastive: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self, *((f.name, 0 <= getattr(self, f.name) < math.inf, "0 or more") for f in fields(self)))
         if not (self.alpha or self.beta or self.output or self.contrastive):
             raise ValueError("alpha, beta, output and contrastive are all 0; expected at least one above")
 
@@ -138,6 +140,7 @@ class ComputeConfig:
             self,
             ("blocks_per_unit", self.blocks_per_unit >= 1, "1 or more"),
             ("teacher_cache", self.teacher_cache >= 0, "0 or more GiB"),
+            ("save_every", self.save_every >= 0, "0 or more steps"),
         )
         if self.capture and self.teacher_cache:
             raise ValueError("capture and teacher_cache are both on; expected one of them")
@@ -169,7 +172,11 @@ class HighResConfig:
     )
 
     def __post_init__(self) -> None:
-        check_fields(self, ("smaller", 0 <= self.smaller < 1, "0 to below 1"))
+        check_fields(
+            self,
+            ("smaller", 0 <= self.smaller < 1, "0 to below 1"),
+            ("sizes", all(size > 0 for size in self.sizes), "pixels above 0"),
+        )
 
 
 @dataclass(frozen=True)
@@ -220,7 +227,8 @@ class DistillConfig:
         return {name: getattr(self, name) for name in names}
 
     def __post_init__(self) -> None:
-        """Raise ValueError for settings that cannot be combined."""
+        """Raise ValueError for settings out of range or that cannot be combined."""
+        check_fields(self, ("image_size", self.image_size is None or self.image_size > 0, "pixels above 0, or None"))
         for name in ("mixup", "cutmix") if self.loss.contrastive else ():
             if getattr(self.stage2, name) or getattr(self.highres.optim, name):
                 raise ValueError(f"{name} is on beside loss.contrastive; expected one of them to be 0")
@@ -247,3 +255,6 @@ class PretrainConfig:
     embed_dim: int = 64
     sizes: SizeRange | None = None
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(steps=1500, weight_decay=0.05))
+
+    def __post_init__(self) -> None:
+        check_fields(self, ("embed_dim", self.embed_dim > 0, "more than 0"))

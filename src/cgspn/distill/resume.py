@@ -136,7 +136,7 @@ class StageFolders:
             try:
                 found = check_manifest(done, LOSSES), read_json(done / THROUGHPUT)
             except (CheckpointError, OSError) as error:
-                set_aside(done, f"stage {done.name} is damaged and run again: {error}")
+                set_aside(done, f"stage {number + 1} is damaged and run again: {error}")
         if (found := gather_objects(found)[0]) is None:
             return None
         student.load_state_dict(read_state(student, open_safetensors(done / WEIGHTS)[0], str(done)))
@@ -165,8 +165,8 @@ class StageFolders:
 
 def carried_from(folder: Path) -> dict[str, Tensor]:
     """Adapters and target scales of the last stage of the run in `folder`, on the CPU; empty if there are none."""
-    stages = sorted((folder / "stages").glob(f"[0-9]*/{ADAPTERS}"), key=lambda path: path.parent.name)
-    return read_tensors(stages[-1]) if stages else {}
+    stages = [path for path in (folder / "stages").glob(f"*/{ADAPTERS}") if is_number(path.parent)]
+    return read_tensors(max(stages, key=lambda path: int(path.parent.name))) if stages else {}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
+from typing import Literal, get_args, get_origin, get_type_hints
 
 USUAL = 4 ** (1 / 5)  # ratio of consecutive sides if a range has only one side; that of the default range
 
@@ -81,8 +83,19 @@ class SizeRange:
 
 
 def check_fields(config: object, *rules: tuple[str, bool, str]) -> None:
-    """Raise ValueError for the first invalid field. A rule is (name, whether the value is valid, accepted values)."""
-    for name, right, accepted in rules:
+    """Raise ValueError for the first invalid field. A rule is (name, whether the value is valid, accepted values).
+
+    Fields of one number or of a `Literal` are also checked against their types; NaN is no number.
+    """
+    by_type: list[tuple[str, bool, str]] = []
+    for name, hint in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if get_origin(hint) is Literal:
+            by_type.append((name, value in get_args(hint), ", ".join(map(repr, get_args(hint)))))
+        elif hint in (int, float):
+            right = isinstance(value, Integral if hint is int else Real) and value == value
+            by_type.append((name, right, "whole numbers" if hint is int else "numbers"))
+    for name, right, accepted in (*by_type, *rules):
         if not right:
             raise ValueError(f"{name} is {getattr(config, name)!r}; accepted: {accepted}")
 

@@ -93,7 +93,10 @@ def distill(
     folders = StageFolders(folder, config.compute.save_every, world)
     with frozen(teacher):
         for number, (stage, stream) in enumerate(zip(stages, streams, strict=True)):
+            snapshots = folders.snapshots(number)
             if (found := folders.restore(number, student)) is not None:
+                if snapshots is not None:  # left over if the process was killed just after the end of the stage
+                    snapshots.clear()
                 losses, throughput, carried = found
                 student.record_sizes(stage.shapes(student.config.patch_size))
                 histories.append(History(stage.title, losses, throughput))
@@ -103,7 +106,6 @@ def distill(
                 one = replace(stage, optim=replace(stage.optim, steps=1))
                 first = next(iter(one.stream(feed, student.config, world)(0)))
                 check_parity(encoder.eval(), first.images[:2], config.compute.precision)
-            snapshots = folders.snapshots(number)
             torch.manual_seed(stage.optim.seed)
             with running(stage.task, student, config.compute, world, cache) as task:
                 if isinstance(task, DistillTask) and stage.goes_on:

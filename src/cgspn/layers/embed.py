@@ -35,7 +35,7 @@ class PatchEmbed(nn.Module):
         The sizes are stored as pairs under timm's names, for code that reads them. forward takes any size.
         """
         super().__init__()
-        self.patch_size, self.crop = (patch_size, patch_size), crop
+        self.patch_size, self.channels, self.crop = (patch_size, patch_size), channels, crop
         self.img_size = img_size or self.patch_size
         # keeps the weights in the shape of checkpoints; `forward` is a matrix product
         self.projection = nn.Conv2d(channels, width, patch_size, patch_size, bias=bias)
@@ -52,7 +52,7 @@ class PatchEmbed(nn.Module):
 
     def grid_of(self, images: Tensor) -> tuple[int, int]:
         """Rows and columns of patches. Raises ValueError for sizes that `forward` does not accept."""
-        p, channels = self.patch_size[0], self.projection.in_channels
+        p, channels = self.patch_size[0], self.channels
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images has shape {tuple(images.shape)}; expected [B, {channels}, H, W]")
         if not images.is_floating_point():
@@ -73,13 +73,15 @@ class PatchEmbed(nn.Module):
         or a mask that does not match the grid.
         """
         height, width = self.grid_of(images)
-        dtype = self.projection.weight.dtype
+        dtype = next(self.projection.parameters()).dtype  # a wrapper may have no `weight`
         if images.dtype != dtype and not torch.is_autocast_enabled(images.device.type):
             raise ValueError(f"images has dtype {images.dtype}; accepted: {dtype}, that of the weights, or autocast")
         if mask is not None:
             p = self.patch_size[0]
             if mask.shape != (images.shape[0], height, width):
                 raise ValueError(f"mask has shape {tuple(mask.shape)}; expected {(images.shape[0], height, width)}")
+            if mask.dtype != torch.bool:
+                raise ValueError(f"mask has dtype {mask.dtype}; accepted: torch.bool")
             outside = ~mask.repeat_interleave(p, 1).repeat_interleave(p, 2)[:, None]
             images = images[:, :, : height * p, : width * p].masked_fill(outside, 0.0)
         return self.project(images, height, width), Grid(height, width, mask=mask)

@@ -99,7 +99,7 @@ class TimmContract(nn.Module):
             self.config = replace(self.config, pooling=pooling)  # type: ignore[arg-type]
             self.pool = MeanPool() if pooling == "mean" else ClassTokenPool(self.config.summary_tokens)
         self.config = replace(self.config, num_classes=num_classes)
-        weight = self.patch_embed.projection.weight
+        weight = next(self.patch_embed.parameters())
         self.head = build_head(self.config).to(weight.device, weight.dtype).train(self.training)
 
     def set_input_size(

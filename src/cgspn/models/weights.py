@@ -85,12 +85,14 @@ def read_state(
     """
     check_fit(module, weights, where)
     state = module.state_dict()
-    return {key: _as(stored.read(), state[key], dtype, f"{where}: {key}") for key, stored in weights.items()}
+    return {key: cast_like(stored.read(), state[key], dtype, f"{where}: {key}") for key, stored in weights.items()}
 
 
-def _as(tensor: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+def cast_like(tensor: Tensor, like: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """Cast a float tensor to `dtype`. Raises CheckpointError if only one of the tensors is a float, since a quantised
+    weight is meaningless without its scale, and for values beyond the range of `dtype`."""
     if tensor.is_floating_point() != like.is_floating_point():
-        raise CheckpointError(f"{where} is of {tensor.dtype}; accepted: those of {like.dtype}'s kind")
+        raise CheckpointError(f"{where} is of {tensor.dtype}; accepted: dtypes like {like.dtype}")
     if not tensor.is_floating_point() or tensor.dtype == dtype:
         return tensor
     return finite(tensor.to(dtype), f"{where} in {dtype}")

@@ -21,8 +21,7 @@ SMALLEST = 1e-6  # n is clamped below at this; in padding n is 0, and so is the 
 
 def _lines(t: Tensor, direction: str) -> list[Tensor]:
     """The lines of a [B, H, W, ...] map in the order in which `direction` visits them, each [B, M, ...]."""
-    axis = 1 if direction in ("down", "up") else 2
-    lines = list(t.unbind(axis))
+    lines = list(t.unbind(1 + DIRECTIONS.index(direction) // 2))
     return lines if direction in ("down", "right") else lines[::-1]
 
 
@@ -64,10 +63,9 @@ def propagate_2d_reference(
 
     Shapes: x [B, H, W, C], or [B, H, W, D, C] with separate features for each direction; logits [B, H, W, D, 3, G];
     lam, u, keep [B, H, W, D, G], where G divides C and channel c belongs to group c // (C / G); mask [B, H, W] bool or
-    None. Always returns float64: [B, H, W, C] for merge="sum", [B, H, W, D, C] for "none". Raises KeyError
+    None. Always returns float64: [B, H, W, C] for merge="sum", [B, H, W, D, C] for "none". Raises ValueError, KeyError
     or IndexError on wrong input; `propagate_2d` has better error messages.
-    Paper: "Scaling Parallel Sequence Models to
-    Vision Foundation Models", equations (1) and (2); docs/operator.md.
+    Paper: "Scaling Parallel Sequence Models to Vision Foundation Models", equations (1) and (2); docs/operator.md.
     """
     if normalise_state:
         options: Any = {"keep": keep, "directions": directions, "merge": "none", "mask": mask}
@@ -96,7 +94,7 @@ def propagate_2d_reference(
             inside_before = inside_BM
         outputs.append(_grid(lines, direction))
     y = torch.stack(outputs, 3)
-    return y.sum(3) if merge == "sum" else y
+    return {"sum": y.sum(3), "none": y}[merge]
 
 
 def line_scan_reference(x: Tensor, weights: Tensor, lam: Tensor, direction: str, chunk: int | None = None) -> Tensor:
@@ -104,7 +102,7 @@ def line_scan_reference(x: Tensor, weights: Tensor, lam: Tensor, direction: str,
 
     Shapes: x, lam [B, H, W, C]; weights [B, H, W, 3, C]; returns h [B, H, W, C] in float64.
     The state restarts from zero every `chunk` lines, counted in the order of the scan.
-    Raises KeyError or IndexError on wrong input; `line_scan` has better error messages.
+    Raises ValueError or IndexError on wrong input; `line_scan` has better error messages.
     Paper: equation (1), and the local variant of the original GSPN.
     """
     steps = [_lines(t.double(), direction) for t in (x, weights, lam)]

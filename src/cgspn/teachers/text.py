@@ -159,7 +159,7 @@ def with_text(image: Encoder, source: Source) -> PretrainedDual:
     assert source.folder is not None
     scale, bias = source.weights.get("logit_scale"), source.weights.get("logit_bias")
     text = load_text(source.folder)
-    dtype = image.patch_embed.projection.weight.dtype
+    dtype = next(image.patch_embed.parameters()).dtype
     dual = PretrainedDual(image, text, scale.read().item() if scale else 0.0, bias.read().item() if bias else 0.0)
     return dual.to(dtype).eval()
 
@@ -171,4 +171,4 @@ def pretrained_dual_of(folder: Path, image: Encoder, rest: Weights) -> Pretraine
     if {k: tuple(v.shape) for k, v in wanted.items()} != {k: v.shape for k, v in rest.items()}:
         raise CheckpointError(f"{folder}: expected {', '.join(wanted)} beside the encoder; found {listed(rest)}")
     dual.load_state_dict({k: v.read() for k, v in rest.items()}, strict=False)
-    return dual.to(image.patch_embed.projection.weight.dtype).eval()
+    return dual.to(next(image.patch_embed.parameters()).dtype).eval()

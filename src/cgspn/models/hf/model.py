@@ -101,7 +101,7 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         want_maps = config.output_attentions if output_attentions is None else output_attentions
         mask = None if pixel_mask is None else pixel_mask[:, ::patch, ::patch].bool()
         # like transformers' models, whose processors return float32 even for half-precision weights
-        images = pixel_values.to(encoder.patch_embed.projection.weight.dtype)
+        images = pixel_values.to(next(encoder.patch_embed.parameters()).dtype)
         tokens, grid = encoder.embed(images, mask)
         states, maps = [tokens], []
         # blocks checkpoint only in training mode; this loop also covers a frozen encoder with gradients

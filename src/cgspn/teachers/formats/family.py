@@ -15,7 +15,7 @@ from torch import Tensor
 from ...models.checkpoint import CheckpointError
 from ...models.config import EncoderConfig, MixerName
 from ...models.encoder import Encoder
-from ...models.weights import Stored, Weights, listed
+from ...models.weights import Stored, Weights, cast_like, listed
 from ..options import Options
 from ..source import Source
 from .names import heads_of
@@ -158,7 +158,8 @@ def build(tower: Tower, options: Options) -> Encoder:
             tensors.clear()
             if _trim(value.shape) != _trim(target.shape):
                 raise ValueError(f"{tuple(value.shape)} where {tuple(target.shape)} is expected")
-            state[ours] = value.to(options.dtype).reshape(target.shape).contiguous()
+            where = f"{tower.source.name}: {', '.join(full for full, _ in entries)}"
+            state[ours] = cast_like(value, target, options.dtype, where).reshape(target.shape).contiguous()
         except (ValueError, RuntimeError, IndexError) as error:
             if isinstance(error, CheckpointError):
                 raise
