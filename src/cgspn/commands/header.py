@@ -70,7 +70,7 @@ def warnings(
     teacher: str, preset: str, given: bool, device: torch.device, student: Path | None, few: int | None
 ) -> Iterator[str]:
     """Warnings about likely mistakes. given: whether a setting was changed; student: the start checkpoint; few: the
-    number of images if they are too few to hold any out."""
+    number of images if there are too few to hold some out."""
     if preset == EMBEDDED and teacher != EMBEDDED and not given:
         yield (
             "the preset is that of the demo, whose steps and rates are for the embedded teacher of 1.3 M parameters; "

@@ -128,7 +128,7 @@ def _check_problems(problems: Sequence[tuple[str, str]], located: Sequence[Shard
 
 
 def _named(problems: Sequence[tuple[str, str]]) -> str:
-    """The first names, for the end of a message."""
+    """The first names of shards with problems, for the end of a message."""
     return ": " + "; ".join(f"{name}: {why}" for name, why in problems[:3]) if problems else ""
 
 

@@ -35,7 +35,7 @@ def write_manifest(folder: Path, entries: Entries, steps: int) -> None:
 
 
 def check_manifest(folder: Path, record: str, steps: int | None = None) -> list[dict[str, float]]:
-    """Check a folder against its manifest. Returns the record of each step, from its file `record`.
+    """Check a folder against its manifest. Returns the losses of each step, from its file `record`.
 
     Raises CheckpointError for the first file that is missing, changed, a link or not in the manifest, and for another
     number of steps. Raises OSError if a file cannot be read.
@@ -63,7 +63,7 @@ def check_manifest(folder: Path, record: str, steps: int | None = None) -> list[
 
 
 def read_steps(path: Path, steps: Any) -> list[dict[str, float]]:
-    """The records of all steps so far. Raises CheckpointError if the file holds anything else."""
+    """The recorded losses of all steps so far. Raises CheckpointError if the file holds anything else."""
     found = read_json_value(path, MOST_RECORD)
     records = found if isinstance(found, list) and len(found) == steps else [None]
     if not all(isinstance(each, dict) and all(isinstance(v, (int, float)) for v in each.values()) for each in records):

@@ -97,7 +97,7 @@ def progress_of(out: Path) -> str:
 
 
 def ahead_of(out: Path, config: dict[str, Any]) -> list[str]:
-    """The names of settings in a run's `config` that are used only by stages that have not started in `out`."""
+    """The settings in a run's `config` that may still change: only stages that have not started in `out` use them."""
     done, under_way = begun_in(out)
     stages = [name for name in ORDER[:2] if config[name]["steps"]] + ["highres"] * len(config["highres"]["sizes"])
     begun = stages[: max([*done, *under_way]) + 1]
