@@ -63,8 +63,7 @@ def _eight_bits_like(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("cgspn::fp8_rows", mutates_args=())
 def fp8_rows(x: Tensor, steep: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise x [M, K]: FP8 values, row scales, and hidden scales (steep * norm(row) + offset) / LARGEST, both [M,
-    1]."""
+    """Quantise x [M, K]: values, row scales and hidden scales (steep * norm(row) + offset) / LARGEST, [M, 1] each."""
     if unsupported_reason(x.device) is not None:
         reach = x.float().norm(dim=1, keepdim=True) * steep + offset
         return *rounded_rows(x), reach.clamp_min(TINY) / LARGEST

@@ -100,7 +100,7 @@ class PropagationConfig:
         return latent
 
     def own_width(self, width: int) -> int:
-        """Number of channels that each direction scans, for tokens of `width` channels. Groups are complete."""
+        """Number of channels that each direction scans, in whole groups, for tokens of `width` channels."""
         latent = self.latent_width(width)
         if self.value_expansion is None:
             return latent

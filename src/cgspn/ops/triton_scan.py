@@ -1,4 +1,4 @@
-"""The Triton backend: the functions of torch_scan.py, one launch each. It serves GPUs that the CUDA backend does not
+"""The Triton backend: the functions of torch_scan.py, one launch each. It is for GPUs that the CUDA backend does not
 support.
 
 The backward recomputes the state in float32 (float64 for float64 inputs) instead of saving it, so its gradients do not

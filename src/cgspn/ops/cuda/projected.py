@@ -73,9 +73,8 @@ def _prepare(
 
 
 def forward(p: ProjectedScan, cut: ProjectedTileConfig | None = None) -> Tensor:
-    """The output of `propagate_2d_projected`.
-
-    `cut` is for benchmarks; None takes that of projected_plan.py. Raises ValueError if lines are too long for it.
+    """The output of `propagate_2d_projected`. `cut` is for benchmarks; None uses the config of projected_plan.py.
+    Raises ValueError if lines are too long for it.
     """
     # aligned for 16-byte loads
     x, weight = scan.aligned(p.x), scan.aligned(p.weight.contiguous())
