@@ -288,7 +288,7 @@ def run(
                 row = {**alone, "mode": mode, "gpus": world.size}
             else:
                 if alone and alone["batch"] != batch and world.rank == 0:
-                    say(f"{mode}, {size} px: {alone['batch']} images a GPU, as one GPU took, not {batch}")
+                    say(f"{mode}, {size} px: {alone['batch']} images per GPU, as on one GPU, instead of {batch}")
                 measured = bench.speed(mode, replayed, size, alone["batch"] if alone else batch)
                 assert measured is not None
                 row = measured

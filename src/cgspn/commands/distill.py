@@ -226,7 +226,7 @@ class Distill(Command):
         preset = PRESETS[self.preset].conversion
         for name, given in self.settings.conversion.items():
             if given != preset[name]:
-                raise ValueError(f"config.{name} is {given} beside student, which is taken as it is; leave one out")
+                raise ValueError(f"config.{name} is {given}, and --student is already converted; omit one")
 
     def student_of(self, teacher: Encoder) -> Encoder:
         """The student before training."""
@@ -255,7 +255,7 @@ def write_report(out: Path, record: dict[str, Any]) -> None:
     try:
         page = run_report(record)
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"{out / RECORD} is no record of a run: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{out / RECORD} is not a record of a run: {type(error).__name__}: {error}") from error
     write_atomically(out / REPORT, page)
     console.print(f"report in {out / REPORT}", soft_wrap=True)
 

@@ -79,7 +79,7 @@ def warnings(
     if student is not None and preset != EMBEDDED:
         yield f"the student in {student} is not converted again; the preset's mixers and positions do not apply"
     if few is not None:
-        yield f"{few} images are few: the student memorises them, and none is held out to measure it with"
+        yield f"{few} images are few: the student will memorise them, and no image is held out to measure its quality"
     if device.type == "cpu" and teacher != EMBEDDED:
         yield (
             "training runs on the CPU, because PyTorch finds no GPU or --device is cpu; for a trial, lower "

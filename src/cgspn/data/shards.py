@@ -122,7 +122,7 @@ def _check_problems(problems: Sequence[tuple[str, str]], located: Sequence[Shard
     if len(located) == 1 and located[0].problem:
         raise FileNotFoundError(_named(problems)[2:])
     raise ValueError(
-        f"{len(problems)} of {len(located)} shards are lost or damaged, more than {max_skipped:.0%} "
+        f"{len(problems)} of {len(located)} shards are missing or damaged, more than {max_skipped:.0%} "
         f"(max_skipped){_named(problems)}"
     )
 
