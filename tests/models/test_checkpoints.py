@@ -4,6 +4,9 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
+from torch import nn
+from torch.nn.utils import prune
 
 import cgspn
 from cgspn.layers import AttentionConfig
@@ -33,6 +36,37 @@ def test_an_image_text_model_comes_back_as_it_was(dual, tmp_path):
     assert torch.equal(loaded.encode_image(images), dual.encode_image(images))
     assert torch.equal(loaded.encode_text(texts), dual.encode_text(texts))
     assert torch.equal(cgspn.load_encoder(tmp_path)(images).pooled, dual.image(images).pooled)
+
+
+def test_wrapped_and_shared_weights_are_saved_under_their_names(dual, tmp_path):
+    encoder = dual.image
+    encoder.blocks[1].norm1.weight = encoder.norm.weight
+    for i, block in enumerate(encoder.blocks):
+        encoder.blocks[i] = torch.compile(block, backend="eager")
+    encoder.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "_orig_mod" in name]  # noqa: SIM118
+    images = torch.randn(2, 3, 8, 12)
+    assert torch.equal(cgspn.load_encoder(tmp_path)(images).pooled, encoder(images).pooled)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda e: prune.identity(e.blocks[0].mlp.fc1, "weight"), r"lacks .*fc1.weight; .*fc1.weight_mask"),
+        (lambda e: e.blocks[0].add_module("lora", nn.Linear(2, 2)), r"unexpectedly, .*blocks.0.lora.bias"),
+        (lambda e: e.to("meta"), "patch_embed.projection.weight is without values, on the meta device"),
+        (lambda e: e.norm.weight.data.fill_(1e6), "norm.weight holds values that are not finite"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(dual, tmp_path, spoil, message):
+    spoil(dual.image)
+    with pytest.raises(CheckpointError, match=message):
+        dual.save_pretrained(tmp_path / "out", dtype=torch.float16)
+    if "finite" not in message:
+        with pytest.raises(CheckpointError, match=message):
+            dual.image.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_texts_in_a_batch_do_not_see_each_other(dual):

@@ -66,12 +66,11 @@ def reason_of(error: BaseException, folder: Path) -> str:
 
 
 def save_model(folder: str | Path, config: Mapping[str, Any], state: Mapping[str, Tensor]) -> None:
-    """Write the weights, then the config, which marks the folder as a checkpoint. Raises OSError."""
+    """Write the weights (`saved_state`), then the config, which marks the folder as a checkpoint. Raises OSError."""
     folder = Path(folder)
-    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     with _replacing(folder / WEIGHTS) as temporary:
         try:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+            save_file(dict(state), temporary, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(f"{folder / WEIGHTS} could not be written: {reason_of(error, folder)}") from error
     write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")

@@ -17,7 +17,7 @@ from .config import WIDEST, EncoderConfig, TextConfig, to_dict
 from .encoder import Encoder
 from .reading import build, checked
 from .text import TextTower
-from .weights import Weights, check_depth, load
+from .weights import Weights, check_depth, load, saved_state
 
 Loss = Literal["clip", "sigmoid"]
 """CLIP judges an image's texts against each other (softmax), SigLIP each pair of image and text alone (sigmoid)."""
@@ -86,18 +86,21 @@ class DualEncoder(nn.Module):
         return copy.deepcopy(self, {id(self.image): image})
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json and model.safetensors to `folder`, each atomically. Raises OSError.
+        """Write config.json and model.safetensors to `folder`, each atomically. Raises OSError, and the errors of
+        `saved_state`.
 
         dtype: dtype of the stored weights.
         """
+        image, text = self.image.config, self.text.config
+        state = saved_state(self, lambda: build_dual(image, text, self.image_projection.out_features), dtype)
         config = {
             "model": "dual",
-            "encoder": to_dict(self.image.config),
-            "text": to_dict(self.text.config),
+            "encoder": to_dict(image),
+            "text": to_dict(text),
             "embed_dim": self.image_projection.out_features,
             "loss": self.loss,
         }
-        save_model(folder, config, {k: v.to(dtype) for k, v in self.state_dict().items()})
+        save_model(folder, config, state)
 
 
 def build_dual(encoder: EncoderConfig, text: TextConfig, embed_dim: int, loss: Loss = "clip") -> DualEncoder:

@@ -20,6 +20,7 @@ from .config import MODEL_TYPE, EncoderConfig, preprocessing, to_dict
 from .cuda_graphs import CapturedEncoder
 from .timm_api import TimmContract, build_head
 from .variable_size import encode_variable_size
+from .weights import saved_state
 
 
 class EncoderOutput(NamedTuple):
@@ -250,11 +251,13 @@ class Encoder(TimmContract):
         """Write config.json and model.safetensors to `folder`, each atomically.
 
         Also writes preprocessor_config.json, with which transformers can load the folder (`cgspn.models.hf`), and a
-        model card, README.md, if there is none. Raises OSError if the folder cannot be written.
+        model card, README.md, if there is none. Raises OSError if the folder cannot be written, and the CheckpointError
+        of `saved_state` before anything is written.
         """
+        state = saved_state(self, lambda: Encoder(self.config))
         write_atomically(Path(folder) / PREPROCESSING, json.dumps(preprocessing(self.config), indent=2) + "\n")
         config = {"model": "encoder", "model_type": MODEL_TYPE, "architectures": ["CgspnModel"]}
-        save_model(folder, {**config, "encoder": to_dict(self.config)}, self.state_dict())
+        save_model(folder, {**config, "encoder": to_dict(self.config)}, state)
         write_card(folder, self.config, sum(p.numel() for p in self.parameters()))
 
 

@@ -1,6 +1,7 @@
 """Weight files as tables of tensors. Shapes are compared with the model's before tensors are read one by one."""
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,8 @@ class Stored:
 
 Weights = dict[str, Stored]
 Model = TypeVar("Model", bound=nn.Module)
+Item = TypeVar("Item")
+_WRAPPERS = re.compile(r"(?<![^.])((_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.)+")
 
 
 def open_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
@@ -109,12 +112,43 @@ def load(make: Callable[[], Model], weights: Weights, where: str, dtype: torch.d
     return module.eval()
 
 
+def saved_state(
+    module: nn.Module, make: Callable[[], nn.Module], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """The state dict of a module as copies on the CPU, in which nothing shares memory.
+
+    make: creates the module that loading will create. dtype: of floats; None keeps theirs. Raises CheckpointError for
+    weights that it could not load: those of other modules (LoRA, pruning, quantisation), sharded ones, ones without
+    values (meta) and NaN.
+    """
+    state = without_wrappers(module.state_dict(), "this model")
+    with torch.device("meta"):
+        check_fit(make(), state, "this model")
+    for name, value in state.items():
+        if type(value) is not Tensor or value.is_meta:
+            kind = "without values, on the meta device" if value.is_meta else f"a {type(value).__name__}"
+            raise CheckpointError(f"{name} is {kind}; accepted: plain tensors, so gather or load the weights first")
+    kinds = {name: dtype or value.dtype if value.is_floating_point() else value.dtype for name, value in state.items()}
+    copies = {name: value.to("cpu", kinds[name], copy=True).contiguous() for name, value in state.items()}
+    return {name: finite(value, f"this model: {name}") for name, value in copies.items()}
+
+
+def without_wrappers(state: Mapping[str, Item], where: str) -> dict[str, Item]:
+    """Remove the name components of torch.compile, activation checkpointing and FSDP. Raises CheckpointError if two
+    names become equal."""
+    plain = {_WRAPPERS.sub("", key): value for key, value in state.items()}
+    if len(plain) < len(state):
+        twice = [_WRAPPERS.sub("", key) for key in state.keys() - plain.keys()]
+        raise CheckpointError(f"{where} holds {listed(twice)} twice, in a wrapper and outside of it")
+    return plain
+
+
 def below(weights: Weights, prefix: str) -> Weights:
     """The tensors whose names begin with `prefix`, with the prefix removed."""
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
-def check_fit(module: nn.Module, weights: Weights, where: str) -> None:
+def check_fit(module: nn.Module, weights: Mapping[str, Stored | Tensor], where: str) -> None:
     """Raise CheckpointError, naming tensors, unless `weights` has exactly the names and shapes of a module."""
     wanted = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     missing, unknown = wanted.keys() - weights.keys(), weights.keys() - wanted.keys()

@@ -1,18 +1,15 @@
 """Weight files as tables of tensors that are read one by one, so that a checkpoint is never in memory twice."""
 
-import re
 from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from ..models.reading import CheckpointError, read_json, shown
-from ..models.weights import Stored, Weights, finite, listed, open_safetensors
+from ..models.weights import Stored, Weights, finite, listed, open_safetensors, without_wrappers
 from .pickles import read_pickle
 
 __all__ = ["Stored", "Weights", "open_weights"]
-# name components of torch.compile, activation checkpointing and FSDP wrappers
-_WRAPPERS = re.compile(r"(?<![^.])((_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.)+")
 
 
 def open_weights(path: Path) -> tuple[Weights, dict[str, str]]:
@@ -21,11 +18,7 @@ def open_weights(path: Path) -> tuple[Weights, dict[str, str]]:
     weights, metadata = (_open_shards(path), {}) if indexed else _open_file(path)
     if not weights:
         raise CheckpointError(f"{path} holds no tensors")
-    plain = {_WRAPPERS.sub("", key): value for key, value in weights.items()}
-    if len(plain) < len(weights):
-        twice = [_WRAPPERS.sub("", key) for key in weights.keys() - plain.keys()]
-        raise CheckpointError(f"{path} holds {listed(twice)} twice, in a wrapper and outside of it")
-    return plain, metadata
+    return without_wrappers(weights, str(path)), metadata
 
 
 def _open_file(path: Path) -> tuple[Weights, dict[str, str]]:

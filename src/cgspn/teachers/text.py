@@ -14,7 +14,7 @@ from ..models.config import to_dict
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
 from ..models.text import text_list
-from ..models.weights import Weights, listed
+from ..models.weights import Weights, listed, saved_state
 from .source import Source
 
 _CLASSES = {
@@ -99,10 +99,12 @@ class PretrainedDual(DualEncoder):
         dtype: of all stored weights except for the text tower's. Raises OSError.
         """
         text: Any = self.text
+        image = saved_state(self.image, lambda: Encoder(self.image.config), dtype)
+        own = {k: v.to("cpu", dtype) for k, v in self.state_dict().items() if not k.startswith(("text.", "image."))}
         text.model.save_pretrained(Path(folder) / "text")
         text.tokenizer.save_pretrained(Path(folder) / "text")
-        state = {k: v.to(dtype) for k, v in self.state_dict().items() if not k.startswith("text.")}
-        save_model(folder, {"model": "pretrained_dual", "encoder": to_dict(self.image.config)}, state)
+        config = {"model": "pretrained_dual", "encoder": to_dict(self.image.config)}
+        save_model(folder, config, {f"image.{k}": v for k, v in image.items()} | own)
 
 
 def missing_for_text(source: Source) -> str | None:
