@@ -152,7 +152,7 @@ class HighResConfig:
 
     Each stage continues from the previous one at a tenth of the learning rate, and reuses its adapters and loss scales
     if the teacher is the same. Starting with new adapters made the student worse: at the learning rate of stage 2, with
-    16 images per step and one size, a ViT student fell from 0.971 to 0.946 at 448 px.
+    16 images per step and one size, the cosine similarity of a ViT student fell from 0.971 to 0.946 at 448 px.
 
     Args:
         sizes: image sizes in pixels, one stage each; empty for none. A single large size is the paper's direct jump.
