@@ -45,7 +45,7 @@ class Stage:
 
 
 def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: DistillConfig, world: World) -> None:
-    """Raise ValueError for sizes that are no multiples of the patch, a CUDA graph on a CPU, and a contrastive loss
+    """Raise ValueError for sizes that are not multiples of the patch, a CUDA graph on a CPU, and a contrastive loss
     without a text tower. This runs at the start, because the stage that would fail may be days away."""
     if config.compute.capture and world.device.type != "cuda":
         raise ValueError(f"compute.capture is on, on device {world.device.type!r}; accepted: 'cuda'")

@@ -178,7 +178,7 @@ class Fp8Mlp(nn.Module):
     def __init__(self, mlp: Mlp) -> None:
         """mlp: with any activation except SwiGLU, which has no useful bound.
 
-        Raises ValueError for SwiGLU, for layers that are not nn.Linear, and for widths that are no multiples of 16.
+        Raises ValueError for SwiGLU, for layers that are not nn.Linear, and for widths that are not multiples of 16.
         """
         super().__init__()
         if not is_plain(mlp, Mlp):

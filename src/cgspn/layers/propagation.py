@@ -91,7 +91,8 @@ class PropagationConfig:
         return [DIRECTIONS.index(name) for name in self.directions]
 
     def latent_width(self, width: int) -> int:
-        """Cc for tokens of `width` channels. Raises ValueError if it is 0 or no multiple of the group size."""
+        """The width of the latent (Cc) for tokens of `width`. Raises ValueError if it is 0 or not a multiple of the
+        group size."""
         latent = self._latent_width(width)
         if self.value_expansion is None and latent % self.channels_per_group:
             raise ValueError(

@@ -57,7 +57,7 @@ def _prepare(
     gpu: Gpu, dtype: torch.dtype, codes: tuple[int, ...], cut: ProjectedTileConfig,
     geometries: tuple[Geometry | None, ...],
 ) -> Launch:  # fmt: skip
-    """The launch without its addresses. Raises ValueError if lines are too long for `cut`."""
+    """Everything of a launch except addresses. Raises ValueError if lines are too long for `cut`."""
     assert geometries[0] is not None
     b, h, w, c = geometries[0][0]
     if max(h, w) > cut.line:
