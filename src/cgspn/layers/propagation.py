@@ -91,8 +91,7 @@ class PropagationConfig:
         return [DIRECTIONS.index(name) for name in self.directions]
 
     def latent_width(self, width: int) -> int:
-        """The width of the latent (Cc) for tokens of `width`. Raises ValueError if it is 0 or not a multiple of the
-        group size."""
+        """The latent width Cc. Raises ValueError if it is 0 or not a multiple of the group size."""
         latent = self._latent_width(width)
         if self.value_expansion is None and latent % self.channels_per_group:
             raise ValueError(
