@@ -74,7 +74,7 @@ def test_help_has_words_for_every_setting(kind: type) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"contenders": ("Mamba",)}, "'Mamba' is no contender"),
+        ({"contenders": ("Mamba",)}, "'Mamba' is not a contender"),
         ({"shape": Shape(heads=7)}, "heads is 7; a width of 1152 accepts its divisors"),
     ],
 )

@@ -46,7 +46,7 @@ def test_crossover_is_the_size_from_which_it_wins_at_every_larger_one():
 
 
 def test_an_unknown_contender_is_refused():
-    with pytest.raises(ValueError, match="'Mamba' is no contender"):
+    with pytest.raises(ValueError, match="'Mamba' is not a contender"):
         build("Mamba", TINY, CPU, torch.float32)
 
 

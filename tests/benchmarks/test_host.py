@@ -18,5 +18,5 @@ def test_a_block_is_seven_launches_and_its_products(tmp_path):
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match="rounds is 0"):
         HostConfig(rounds=0)
-    with pytest.raises(ValueError, match="'Mamba' is no contender"):
+    with pytest.raises(ValueError, match="'Mamba' is not a contender"):
         host_row("Mamba", HostConfig())

@@ -59,7 +59,7 @@ def test_help_shows_examples(capsys):
         (["distill", "embedded", "new/run", "--data", "photo/"], "(given as data)"),
         (["eval", "zeroshot", "embedded", "--data", "photo/"], "no such folder: photo (given as data)"),
         (["show", "embedded", "--images", "[red]", "--out", "new/page.html"], "images is [red]: no such folder"),
-        (["bench", "table", "--contenders", "Mamba", "--out", "new/results"], "'Mamba' is no contender"),
+        (["bench", "table", "--contenders", "Mamba", "--out", "new/results"], "'Mamba' is not a contender"),
     ],
 )
 def test_wrong_input_gives_one_line_and_exit_code_2(arguments, message, tmp_path, monkeypatch, capsys):

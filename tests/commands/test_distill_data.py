@@ -95,7 +95,7 @@ def test_a_run_refuses_to_go_on_with_other_images(tmp_path, shards, capsys):
     distill("run", shards)
     (tmp_path / "run" / "distill.json").unlink()  # as if it had stopped
     (tmp_path / "photos-1.tar").unlink()
-    with pytest.raises(ValueError, match=r"^1 of 3 shards are lost or damaged, more than 10%.*photos-1\.tar: no such"):
+    with pytest.raises(ValueError, match=r"^1 of 3 shards are missing or damaged, more than 10%.*-1\.tar: no such"):
         distill("run", shards)
     # known from before, the shard keeps its place, and the stages that are done are
     distill("run", shards, max_skipped=0.5)
@@ -133,7 +133,7 @@ def test_what_a_later_stage_cannot_do_is_refused_before_the_first(tmp_path, monk
         alone = replace(plain, stage2=replace(OPTIM, steps=1, batch_size=least - 1, **{name: 0.5}))
         refused(f"{name} is 0.5, with {least - 1} images per process; expected {least} or more", alone)
     taken = replace(plain, compression=6)
-    refused("config.compression is 6 beside student", taken, student=Path("student"))
+    refused("config.compression is 6, and --student is already converted", taken, student=Path("student"))
 
 
 def test_what_ends_before_the_first_step_leaves_no_folder(tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_a_step_that_waits_for_the_host_is_not_captured():
         ComputeConfig(teacher_cache=-1)
     with pytest.raises(ValueError, match="capture and teacher_cache are both on"):
         ComputeConfig(capture=True, teacher_cache=1)
-    with pytest.raises(ValueError, match=r"compute\.capture is on beside loss\.contrastive"):
+    with pytest.raises(ValueError, match=r"compute\.capture is on together with loss\.contrastive"):
         replace(CONFIG, compute=ComputeConfig(capture=True))
 
 

@@ -18,7 +18,7 @@ from cgspn.commands.show import Show
         ({"limit": 0}, r"limit is 0; accepted: 1 or more"),
         ({"layers": (5,)}, r"layers is \[5\]; accepted: 1 to 4"),
         ({"out": Path()}, r"out is \., a folder; expected a file name"),
-        ({"at": ((0.5, 2.0),)}, r"at is \[\(0.5, 2.0\)\]; accepted: pairs of shares"),
+        ({"at": ((0.5, 2.0),)}, r"at is \[\(0.5, 2.0\)\]; accepted: pairs of fractions"),
     ],
 )
 def test_wrong_input_is_named_and_leaves_nothing_behind(arguments, message, tmp_path, monkeypatch):

@@ -99,7 +99,7 @@ def test_a_shard_cut_off_in_the_middle_gives_what_is_before_the_damage(tmp_path)
     pattern = write_shards(tmp_path)
     path = tmp_path / "shard-1.tar"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"1 of 3 shards are lost or damaged, more than 10%.*shard-1\.tar: .*cut off"):
+    with pytest.raises(ValueError, match=r"1 of 3 shards are missing or damaged, more than 10%.*-1\.tar: .*cut off"):
         open_shards(pattern, tmp_path / "cache")
     shards = open_shards(pattern, tmp_path / "cache", 0.5)
     assert 20 < len(shards) < 30

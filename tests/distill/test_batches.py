@@ -185,7 +185,7 @@ def test_cutmix():
 
 @pytest.mark.parametrize("name", ["mixup", "cutmix"])
 def test_blends_are_refused_beside_captions(name):
-    with pytest.raises(ValueError, match=rf"{name} is on beside loss\.contrastive"):
+    with pytest.raises(ValueError, match=rf"{name} is on together with loss\.contrastive"):
         DistillConfig(stage2=OptimConfig(**{name: 0.5}), loss=LossConfig(contrastive=1))
     with pytest.raises(ValueError, match=r"mixup is 2; accepted: 0 to 1"):
         OptimConfig(mixup=2)

@@ -224,7 +224,7 @@ def test_stages_with_nothing_to_learn_are_left_out(images, capsys):
     assert task.losses(Batch(0, nothing, torch.randn(2, 3, 28, 28), nothing))["total"] == 0
     [history] = distill(teacher, student, images, DistillConfig(stage1=OPTIM, stage2=replace(OPTIM, steps=2)))
     assert history.title == "student, stage 2"
-    assert "student, stage 1: nothing to learn, left out" in capsys.readouterr().err
+    assert "student, stage 1: skipped, because it has nothing to learn" in capsys.readouterr().err
 
 
 def test_pretraining_takes_sizes(images):

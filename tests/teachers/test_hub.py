@@ -48,5 +48,5 @@ def test_one_copy_of_the_weights_is_fetched_and_the_cache_serves_offline(monkeyp
     assert "pytorch_model.bin" not in calls[0][2]
     assert cgspn.load_encoder("org/name").config == teacher.config
     assert calls[1][3]
-    with pytest.raises(CheckpointError, match=r"org/absent is no file or folder here, and cannot be had"):
+    with pytest.raises(CheckpointError, match=r"org/absent is not a file or folder here, and cannot be downloaded"):
         cgspn.load_encoder("org/absent")

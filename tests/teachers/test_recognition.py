@@ -161,5 +161,5 @@ def test_wrong_files_say_what_was_expected_and_found(tmp_path):
     with pytest.raises(CheckpointError, match="does not exist"):
         cgspn.load_encoder(tmp_path / "nothing")
     (tmp_path / "notes.txt").write_text("")
-    with pytest.raises(CheckpointError, match="is no weight file"):
+    with pytest.raises(CheckpointError, match="is not a weight file"):
         cgspn.load_encoder(tmp_path / "notes.txt")

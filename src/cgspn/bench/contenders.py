@@ -109,7 +109,7 @@ def build(name: str, shape: Shape, device: torch.device, dtype: torch.dtype) -> 
         mixer = WindowAttentionMixer(shape.width, attention, (side, side))
     else:
         accepted = (*ATTENTION, *WINDOWS, *KERNELS, *configs)
-        raise ValueError(f"{name!r} is no contender; accepted: {', '.join(map(repr, accepted))}")
+        raise ValueError(f"{name!r} is not a contender; accepted: {', '.join(map(repr, accepted))}")
     block = Block(shape.width, mixer, shape.hidden, "gelu_tanh", 1e-6, None).to(device, dtype)
     if name == PLAIN or (name.startswith("attention") and not name.endswith(FUSED_MLP)):
         block.fusion_backend = "torch"

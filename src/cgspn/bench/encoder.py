@@ -124,7 +124,7 @@ def model_step(name: str, pixels: int, batch: int, mode: Mode, device: torch.dev
 def timed(rows: list[Row], device: torch.device, rounds: int) -> list[Row]:
     """Add times to rows of `fitted`: interleaved if all steps fit in memory together, otherwise one after the other.
 
-    With too little memory the allocator would free and allocate again during the timing.
+    If they did not fit together, the allocator would free and allocate memory during the timing.
     """
     held = {row["model"]: row for row in rows if "B" in row}
     together = device.type != "cuda" or sum(r["peak GB"] for r in held.values()) < 0.8 * free_memory(device)

@@ -72,7 +72,7 @@ def operator_rows(
     with_torch: bool = False,
     merges: tuple[str, ...] = ("sum", "none"),
 ) -> list[Row]:
-    """Measure forward (merged or not) and backward at one size on the CUDA backend, and with `with_torch` on all."""
+    """Measure forward (merged or not) and backward at one size on the CUDA backend; on all backends if `with_torch`."""
     cuda, plain = backend_module("cuda"), backend_module("torch")
     t = inputs(b, n, c, dtype, len(codes))
     x, logits, lam, u = t

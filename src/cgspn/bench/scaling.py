@@ -129,7 +129,7 @@ def merge(rows: list[dict[str, Any]], row: dict[str, Any], keys: tuple[str, ...]
 
 @dataclass(frozen=True)
 class Bench:
-    """The models of a launch, from which tasks are created."""
+    """The teacher and student of a launch, from which the tasks of all modes are created."""
 
     config: ScalingConfig
     world: World
@@ -181,7 +181,7 @@ class Bench:
     def speed(self, mode: str, replayed: bool, size: int, batch: int) -> dict[str, Any] | None:
         """A row of timed and, on several GPUs, profiled steps. None on one GPU if memory does not suffice.
 
-        On several GPUs that raises ValueError, since some may be in the middle of a step.
+        On several GPUs too little memory raises ValueError, because other processes may be in the middle of a step.
         """
         with self.ready(mode, replayed) as (task, compute):
             world, timed = self.world, WARM + self.config.steps
@@ -288,7 +288,7 @@ def run(
                 row = {**alone, "mode": mode, "gpus": world.size}
             else:
                 if alone and alone["batch"] != batch and world.rank == 0:
-                    say(f"{mode}, {size} px: {alone['batch']} images a GPU, as one GPU took, not {batch}")
+                    say(f"{mode}, {size} px: {alone['batch']} images per GPU, as on one GPU, instead of {batch}")
                 measured = bench.speed(mode, replayed, size, alone["batch"] if alone else batch)
                 assert measured is not None
                 row = measured

@@ -85,7 +85,7 @@ def steps(contender: Contender, tokens: Tensor, grid: Grid, mode: Mode) -> dict[
 
 
 def our_step(config: TableConfig, pixels: int, mode: Mode, device: torch.device, batch: int) -> Callable[[], object]:
-    """A call of C-GSPN's block, which decides how large batches are."""
+    """A call of C-GSPN's block, whose memory determines the batch size."""
     side = pixels // config.shape.patch
     tokens = torch.randn(batch, side * side, config.shape.width, device=device, dtype=dtype_of(device))
     return steps(build(OURS, config.shape, device, tokens.dtype), tokens, Grid(side, side), mode)["block"]

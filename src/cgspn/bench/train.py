@@ -72,7 +72,7 @@ class TrainBenchConfig:
 
 
 def largest_fitting(fits: Callable[[int], bool], largest: int, smallest: int = 1) -> int:
-    """The largest batch that fits, up to an eighth, by doubling and bisection. 0 if one image does not fit."""
+    """The largest batch that fits, to within an eighth, by doubling and bisection. 0 if one image does not fit."""
     low, high = 0, smallest
     while high <= largest and fits(high):
         low, high = high, 2 * high

@@ -215,7 +215,7 @@ class Distill(Command):
                 write_report(out, json.loads(json.dumps(record, default=str)))
 
     def feed(self) -> ImageSetFeed | SampleFeed:
-        """The feed for `data`. Raises OSError or ValueError."""
+        """The source of training images for `data`. Raises OSError or ValueError."""
         if self.data == EMBEDDED:
             return ImageSetFeed(load_embedded("train"))
         source = loaded(open_samples, "data", self.data, cache=self.loader.cache, max_skipped=self.loader.max_skipped)
@@ -226,7 +226,7 @@ class Distill(Command):
         preset = PRESETS[self.preset].conversion
         for name, given in self.settings.conversion.items():
             if given != preset[name]:
-                raise ValueError(f"config.{name} is {given} beside student, which is taken as it is; leave one out")
+                raise ValueError(f"config.{name} is {given}, and --student is already converted; omit one")
 
     def student_of(self, teacher: Encoder) -> Encoder:
         """The student before training."""
@@ -255,19 +255,19 @@ def write_report(out: Path, record: dict[str, Any]) -> None:
     try:
         page = run_report(record)
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise ValueError(f"{out / RECORD} is no record of a run: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{out / RECORD} is not a record of a run: {type(error).__name__}: {error}") from error
     write_atomically(out / REPORT, page)
     console.print(f"report in {out / REPORT}", soft_wrap=True)
 
 
 def merged(reports: list[Skipped], size: int) -> Skipped:
-    """The images skipped by all processes of a run, of a source with `size` images."""
+    """Combine the reports of skipped images from all processes. size: number of images in the source."""
     files = {name: reason for report in reports for name, reason in report.files}
     return Skipped(tuple(files.items()), min(size, sum(report.total for report in reports)))
 
 
 def noted(skipped: Skipped) -> dict[str, Any]:
-    """A report for the record, with the names of the first thousand."""
+    """A report as JSON values for distill.json, with the names of at most a thousand skipped images."""
     return {"count": len(skipped), "of": skipped.total, "files": dict(skipped.files[:1000])}
 
 

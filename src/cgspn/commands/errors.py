@@ -10,7 +10,7 @@ EXPECTED = (ValueError, OSError, ImportError)  # errors with readable messages, 
 
 
 def said_of(error: Exception) -> str:
-    """An error in one line: its message, or for unexpected errors the type and location."""
+    """An error as one line of text: its message, or its type and location if it is unexpected."""
     text = " ".join(str(error).split()) or type(error).__name__
     names = [f"{f.f_globals.get('__name__')}.{f.f_code.co_name}" for f, _ in walk_tb(error.__traceback__)]
     place = next((name for name in reversed(names) if name.startswith("cgspn.")), "cgspn")

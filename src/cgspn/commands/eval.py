@@ -94,7 +94,7 @@ class Retrieval(_ImageText):
 
     Data: "embedded"; a folder of images, each with captions in NAME.txt, one per line; tars with .txt files (a path,
         pattern or URL); or the layout of CLIP-benchmark, test/0.tar ... If a folder has no captions, they are made from
-        the names of its sub-folders. Such a caption matches any image of its class, among about a hundred images.
+        the names of its sub-folders. Such a caption matches every image of its class, among about a hundred images.
 
     Examples:
         cgspn eval retrieval embedded runs/student --data flickr30k/

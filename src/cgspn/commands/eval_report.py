@@ -156,7 +156,7 @@ class Report:
         return table
 
     def _repeats(self, data: str, metric: Metric) -> bool:
-        """Whether a column repeats top-1: the mean over classes of equal size, or captions from class names."""
+        """Whether a column equals top-1: a mean over classes of equal size, or captions from class names."""
         found = [values[data] for values in self.measured.values()]
         if metric.key == "per_class":
             return all(math.isclose(values[metric.key], values["top1"], abs_tol=1e-6) for values in found)

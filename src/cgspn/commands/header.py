@@ -70,7 +70,7 @@ def warnings(
     teacher: str, preset: str, given: bool, device: torch.device, student: Path | None, few: int | None
 ) -> Iterator[str]:
     """Warnings about likely mistakes. given: whether a setting was changed; student: the start checkpoint; few: the
-    number of images if they are too few to hold any out."""
+    number of images if there are too few to hold some out."""
     if preset == EMBEDDED and teacher != EMBEDDED and not given:
         yield (
             "the preset is that of the demo, whose steps and rates are for the embedded teacher of 1.3 M parameters; "
@@ -79,7 +79,7 @@ def warnings(
     if student is not None and preset != EMBEDDED:
         yield f"the student in {student} is not converted again; the preset's mixers and positions do not apply"
     if few is not None:
-        yield f"{few} images are few: the student memorises them, and none is held out to measure it with"
+        yield f"{few} images are few: the student will memorise them, and no image is held out to measure its quality"
     if device.type == "cpu" and teacher != EMBEDDED:
         yield (
             "training runs on the CPU, because PyTorch finds no GPU or --device is cpu; for a trial, lower "

@@ -28,7 +28,7 @@ AT_ONCE = 8  # concurrent downloads
 
 
 class _SlowServer(OSError):
-    """The server is too slow for another attempt."""
+    """Raised if a server is so slow that another attempt is useless."""
 
 
 def fetch_all(urls: Sequence[str], folder: Path, most_failures: int) -> Iterator[tuple[Path, str]]:

@@ -77,7 +77,7 @@ def _labelled_shards(root: Path) -> LabelledPictures:
     shards = open_benchmark_shards(root)
     names = tuple(read_lines(root / "classnames.txt", "the names of the classes, one per line"))
     path = root / "zeroshot_classification_templates.txt"
-    templates = tuple(read_lines(path, "templates of captions, one a line")) if path.exists() else TEMPLATES
+    templates = tuple(read_lines(path, "templates of captions, one per line")) if path.exists() else TEMPLATES
     for template in templates:
         fill(template, names[0])
     labels: list[int] = []

@@ -70,7 +70,7 @@ def is_jpeg(image: Image.Image) -> bool:
 
 
 class _Counted:
-    """A file with a limit on the number of reads and on the bytes of partial reads."""
+    """A file that raises an error after too many reads, or after too many bytes of partial reads."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._read, self.seek, self.tell = file.read, file.seek, file.tell

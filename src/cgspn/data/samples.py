@@ -44,7 +44,7 @@ class SampleSource(Protocol):
         """Read a sample. Raises OSError or ValueError if it cannot be read."""
 
     def digest(self) -> str:
-        """A hash of the names in order. A run can resume only with an equal one."""
+        """A hash of the names in order. A run resumes only if its source has the same hash."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -71,7 +71,7 @@ class SegmentationSet:
         return image, ids
 
     def limited(self, count: int | None) -> SegmentationSet:
-        """`count` evenly spaced images, since neighbours are similar; None for all. Raises ValueError if too few."""
+        """`count` evenly spaced images, as consecutive ones are similar; None for all. Raises ValueError if too few."""
         if count is None:
             return self
         if not 1 <= count <= len(self):

@@ -122,13 +122,13 @@ def _check_problems(problems: Sequence[tuple[str, str]], located: Sequence[Shard
     if len(located) == 1 and located[0].problem:
         raise FileNotFoundError(_named(problems)[2:])
     raise ValueError(
-        f"{len(problems)} of {len(located)} shards are lost or damaged, more than {max_skipped:.0%} "
+        f"{len(problems)} of {len(located)} shards are missing or damaged, more than {max_skipped:.0%} "
         f"(max_skipped){_named(problems)}"
     )
 
 
 def _named(problems: Sequence[tuple[str, str]]) -> str:
-    """The first names, for the end of a message."""
+    """The first names of shards with problems, for the end of a message."""
     return ": " + "; ".join(f"{name}: {why}" for name, why in problems[:3]) if problems else ""
 
 

@@ -16,7 +16,7 @@ _WITHOUT_CONTENT = b"123456"  # links, devices, folders and FIFOs have no conten
 
 
 class TarDamage(ValueError):
-    """The rest of the tar cannot be read. The message says why."""
+    """Raised if the rest of a tar cannot be read. The message says why."""
 
 
 class Member(NamedTuple):
@@ -76,7 +76,7 @@ def members(file: BinaryIO, size: int) -> Iterator[Member]:
 
 
 def _is_header(block: bytes) -> bool:
-    """Whether the checksum is correct, over unsigned bytes, or signed ones as in some old programs."""
+    """Whether the checksum is correct: a sum of unsigned bytes, or of signed ones as some old programs compute it."""
     try:
         stated = int(block[148:156].split(b"\0")[0].strip() or b"0", 8)
     except ValueError:

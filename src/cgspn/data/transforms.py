@@ -132,16 +132,15 @@ def blend_factors(count: int, share: float, generator: torch.Generator) -> Tenso
 
 
 def blend(images: Tensor, factors: Tensor) -> Tensor:
-    """Mixup of neighbouring images (first and second, and so on): factor * image + (1 - factor) * neighbour.
-
-    images: float [B, C, H, W]; factors: [B]. The last of an odd number is unchanged. Source: mixup, without labels.
+    """Mixup of neighbouring images (first and second, and so on): factor * image + (1 - factor) * neighbour. images:
+    float [B, C, H, W]; factors: [B]. The last of an odd number is unchanged. Source: mixup; labels are not mixed.
     """
     factors = factors.to(images.device, images.dtype)[:, None, None, None]
     return factors * images + (1 - factors) * images[_partners(images, 1)]
 
 
 def _partners(images: Tensor, bit: int) -> Tensor:
-    """Each image's partner, whose number differs in one bit, or itself if there is none. int64 [B]."""
+    """The index of each image's partner, int64 [B]: it differs in one bit, or is the image's own if there is none."""
     own = torch.arange(len(images), device=images.device)
     return torch.where(own ^ bit < len(images), own ^ bit, own)
 
@@ -155,10 +154,9 @@ def paste_boxes(count: int, share: float, height: int, width: int, generator: to
 
 
 def paste(images: Tensor, boxes: Tensor) -> Tensor:
-    """CutMix: paste a box of another image (the third into the first, and so on) at the same position.
+    """CutMix without labels: paste a box of another image (the third into the first, and so on) at the same position.
 
-    images: float [B, C, H, W]; boxes: from `paste_boxes`. Images without a partner are unchanged. Source: CutMix,
-    without labels.
+    images: float [B, C, H, W]; boxes: from `paste_boxes`. Images without a partner are unchanged.
     """
     top, left, height, width = boxes.to(images.device)[:, :, None, None, None].unbind(1)
     y = torch.arange(images.shape[2], device=images.device)[:, None]

@@ -124,7 +124,8 @@ class RowsReader(Dataset[Rows]):
         self.source, self.plan = source, plan
 
     def __getitem__(self, key: Key) -> Rows:
-        """The rows of one step. Damaged data raises nothing, since an exception would lose the place in the stream."""
+        """The rows of one step. Damaged images become failures, because an exception would end the stream of
+        batches."""
         step, rows, numbers = key
         shape = self.plan.at(step)[0]
         generator = generator_of(self.plan.seed, AUGMENT, step)
@@ -174,7 +175,7 @@ class RowsReader(Dataset[Rows]):
 
 
 def _keys(size: int, plan: BatchPlan, start: int, end: int) -> Iterator[Key]:
-    """The keys for `RowsReader` in order, created in the training process, which holds the order of an epoch."""
+    """The keys for `RowsReader` in order. They are created in the training process, which knows the order of images."""
     for step in range(start, end):
         shape, begin, _ = plan.at(step)
         whole = stream_indices(size, begin, shape.images, seed=plan.seed)

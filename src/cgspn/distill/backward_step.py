@@ -21,7 +21,7 @@ Shapes = tuple[torch.Size, ...]  # image shapes of the parts (accumulation steps
 
 
 class Gradients:
-    """Called with the parts of a batch, it fills the gradients. names: of losses, known after one call."""
+    """Computes the losses and gradients of a batch. names: the names of the losses, known after the first call."""
 
     def __init__(
         self, module: nn.Module, optimizer: Optimizers, lower: Callable[[], AbstractContextManager[object]]
@@ -31,7 +31,7 @@ class Gradients:
         self.names: list[str] = []
 
     def __call__(self, parts: list[Batch]) -> Tensor:
-        """Mean losses over the parts, float32 [len(names)]. The gradients are those of the mean "total"."""
+        """Losses, averaged over the parts, float32 [len(names)]. The gradients are those of the mean "total"."""
         self.optimizer.zero_grad()
         values: list[Tensor] = []
         for part in parts:
@@ -44,7 +44,7 @@ class Gradients:
         return torch.stack(values).mean(0)
 
     def close(self) -> None:
-        """Free what earlier calls have kept."""
+        """Free the graphs of earlier calls, if there are any."""
 
 
 class CapturedStep(NamedTuple):

@@ -42,7 +42,7 @@ class Feed(Protocol):
         """Return a function from a start step to an iterator over this process's share of the batches.
 
         encoder: config with the normalisation of images. sizes: range of image sizes; each batch has about as many
-        tokens as `optim.batch_size` images of `size`. A feed without mixed sizes may omit this parameter.
+        tokens as `optim.batch_size` images of `size`. A feed that does not support mixed sizes may omit `sizes`.
         """
 
     def captions(self, batch: Batch) -> list[str]:

@@ -17,7 +17,7 @@ AHEAD = 2  # rounds in flight: one overlaps with a block, two also with blocks o
 
 
 class Exchange(NamedTuple):
-    """A round in flight: requests to wait for, tensors being sent (kept alive until then), and the receive buffer."""
+    """An unfinished round: requests to wait for, tensors being sent (kept alive until then), and the receive buffer."""
 
     work: dist.Work | None
     sent: Tensor

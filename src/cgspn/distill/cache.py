@@ -40,7 +40,7 @@ class TeacherCache:
 
     @torch.no_grad()
     def taps(self, indices: Tensor, compute: Callable[[], Taps], size: Size = ()) -> Taps:
-        """The taps of images `indices`, int64 [B], at a size, from the cache if it has all, else computed."""
+        """The taps of images `indices`, int64 [B], at a size: computed unless the cache has all of them."""
         keys = [(index, size) for index in indices.tolist()]
         if all(key in self.kept for key in keys):
             like = self.like[size]

@@ -35,13 +35,13 @@ def write_manifest(folder: Path, entries: Entries, steps: int) -> None:
 
 
 def check_manifest(folder: Path, record: str, steps: int | None = None) -> list[dict[str, float]]:
-    """Check a folder against its manifest. Returns the record of each step, from its file `record`.
+    """Check a folder against its manifest. Returns the losses of each step, from its file `record`.
 
     Raises CheckpointError for the first file that is missing, changed, a link or not in the manifest, and for another
     number of steps. Raises OSError if a file cannot be read.
     """
     if folder.is_symlink() or not (folder / NAME).is_file():
-        raise CheckpointError(f"it has no {NAME} of its own")
+        raise CheckpointError(f"it has no {NAME}")
     manifest = read_json(folder / NAME)
     files, counts = manifest.get("files"), manifest.get("counts")
     if not isinstance(files, dict) or not files or not isinstance(counts, dict):
@@ -55,7 +55,7 @@ def check_manifest(folder: Path, record: str, steps: int | None = None) -> list[
         if not isinstance(entry, dict) or path.stat().st_size != entry.get("bytes"):
             raise CheckpointError(f"{name} has {path.stat().st_size} bytes, which differs from what was written")
     if unknown := {path.name for path in folder.iterdir()} - files.keys() - {NAME}:
-        raise CheckpointError(f"it holds {min(unknown)}, which is not of it")
+        raise CheckpointError(f"it holds {min(unknown)}, which is not in its {NAME}")
     for name, entry in entries_of(folder).items():
         if entry["sha256"] != files[name].get("sha256"):
             raise CheckpointError(f"{name} was changed: its checksum differs")
@@ -63,11 +63,11 @@ def check_manifest(folder: Path, record: str, steps: int | None = None) -> list[
 
 
 def read_steps(path: Path, steps: Any) -> list[dict[str, float]]:
-    """The records of all steps so far. Raises CheckpointError if the file holds anything else."""
+    """The recorded losses of all steps so far. Raises CheckpointError if the file holds anything else."""
     found = read_json_value(path, MOST_RECORD)
     records = found if isinstance(found, list) and len(found) == steps else [None]
     if not all(isinstance(each, dict) and all(isinstance(v, (int, float)) for v in each.values()) for each in records):
-        raise CheckpointError(f"{path.name} is no record of {steps} steps")
+        raise CheckpointError(f"{path.name} does not hold the losses of {steps} steps")
     return found
 
 

@@ -64,7 +64,7 @@ class Optimizers:
 
 
 def build_optimizer(task: Task, config: OptimConfig) -> Optimizers:
-    """Optimisers of a task's parameters, in groups of one rate. Matrices not in `no_weight_decay` have weight decay."""
+    """Optimisers of a task, grouped by learning rate. Matrices have weight decay unless in `no_weight_decay`."""
     encoders = [module for module in task.modules() if isinstance(module, Encoder)]
     spared = {p for each in encoders for name, p in each.named_parameters() if name in each.no_weight_decay()}
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}

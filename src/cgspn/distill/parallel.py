@@ -168,7 +168,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(tensor: Tensor, full: Tensor) -> None:
-    """Copy a full tensor, of which every process has all, into a tensor or into each process's shard of a DTensor."""
+    """Copy a full tensor, which every process holds, into a tensor or into each process's shard of a DTensor."""
     if isinstance(tensor, DTensor):
         mesh, placements = tensor.device_mesh, tensor.placements
         full = distribute_tensor(full.to(tensor.device), mesh, placements, src_data_rank=None)

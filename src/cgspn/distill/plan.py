@@ -21,9 +21,9 @@ from .trainer import Stream
 class Stage:
     """One stage of a run.
 
-    title: for display. optim: optimiser settings. size: (height, width) of images. task: a function that returns the
-    task of a student, as it is when the stage starts, and a runtime. sizes: range of image sizes, or None for only
-    `size`. goes_on: whether it starts from the adapters and target scales of the previous stage.
+    title: for display. optim: optimiser settings. size: (height, width) of images. task: a function that creates the
+    task, called with the student and a runtime when the stage starts. sizes: range of image sizes, or None for only
+    `size`. goes_on: whether the stage continues with the adapters and target scales of the previous one.
     """
 
     title: str
@@ -45,7 +45,7 @@ class Stage:
 
 
 def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: DistillConfig, world: World) -> None:
-    """Raise ValueError for sizes that are no multiples of the patch, a CUDA graph on a CPU, and a contrastive loss
+    """Raise ValueError for sizes that are not multiples of the patch, a CUDA graph on a CPU, and a contrastive loss
     without a text tower. This runs at the start, because the stage that would fail may be days away."""
     if config.compute.capture and world.device.type != "cuda":
         raise ValueError(f"compute.capture is on, on device {world.device.type!r}; accepted: 'cuda'")
@@ -62,8 +62,8 @@ def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: Dis
 def plan(
     teacher: DualEncoder | Encoder, student: Encoder, feed: Feed, config: DistillConfig, name: str, world: World
 ) -> list[Stage]:
-    """The stages of a run in order, without those of 0 steps. Raises the errors of `check_possible`, and
-    ValueError for a teacher cache beside random crops or blends.
+    """The stages of a run in order, without those of 0 steps. Raises the errors of `check_possible`, and ValueError for
+    a teacher cache together with random crops, mixup or CutMix.
 
     student: in its state before the first stage.
     """
@@ -77,7 +77,7 @@ def plan(
     inherited = inherited_after_stage1(encoder, student, config)
 
     def distillation(loss: LossConfig, own_size: Size | None = None) -> Callable[[Encoder, Runtime], Task]:
-        """own_size: the size of the previous student, if that is the teacher."""
+        """What creates the task of stage 2. own_size: the size of the previous student, if it is the teacher."""
 
         def task(student: Encoder, runtime: Runtime) -> Task:
             theirs = encoder if own_size is None else copy.deepcopy(student).eval().requires_grad_(False)
@@ -125,7 +125,7 @@ def plan(
 
 
 def inherited_after_stage1(teacher: Encoder, student: Encoder, config: DistillConfig) -> frozenset[str]:
-    """The names of the student's weights that equal the teacher's, and count as inherited, from stage 2 on."""
+    """The names of the student's weights that equal the teacher's after stage 1; stage 2 treats them as inherited."""
     trained = learning_blocks(teacher, student) if config.stage1.steps else []
     parts = tuple(f"blocks.{i}.{part}" for i in trained for part in ("mixer.", "norm1.", "scale1"))
     return frozenset(name for name in inherited_names(student, teacher) if not name.startswith(parts))

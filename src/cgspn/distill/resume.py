@@ -52,7 +52,7 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
     """
     path = out / RUN
     if (out / RECORD).exists():
-        raise ValueError(f"out is {out}, which holds a finished run; give another folder, or remove it to begin again")
+        raise ValueError(f"out is {out}, which holds a finished run; give another folder, or remove it to start over")
     made = (CONFIG, WEIGHTS, PREPROCESSING, REPORT)
     if not path.exists() and (held := [name for name in made if os.path.lexists(out / name)]):
         raise ValueError(f"out is {out}, which holds {', '.join(held)} of another model; give another folder")
@@ -65,7 +65,7 @@ def check_same_run(out: Path, settings: dict[str, Any], world: World) -> None:
             for name in ahead_of(out, found["config"]):  # not used yet
                 found["config"][name] = wanted["config"].get(name)
         except (LookupError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{path} is no record of a run; expected config with {', '.join(ORDER)}") from error
+            raise CheckpointError(f"{path} has no record of a run; expected config with {', '.join(ORDER)}") from error
         if found != wanted:
             changed = ", ".join(sorted(differences(found, wanted)))
             raise ValueError(
@@ -97,7 +97,7 @@ def progress_of(out: Path) -> str:
 
 
 def ahead_of(out: Path, config: dict[str, Any]) -> list[str]:
-    """The names of settings in a run's `config` that are used only by stages that have not started in `out`."""
+    """The settings in a run's `config` that may still change: only stages that have not started in `out` use them."""
     done, under_way = begun_in(out)
     stages = [name for name in ORDER[:2] if config[name]["steps"]] + ["highres"] * len(config["highres"]["sizes"])
     begun = stages[: max([*done, *under_way]) + 1]

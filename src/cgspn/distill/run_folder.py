@@ -77,6 +77,6 @@ def holder_of(folder: Path) -> str:
     try:
         found = read_json(folder / HOLDER)
     except (CheckpointError, OSError):
-        return "a process that has just begun"
+        return "a process that has just started"
     named = {key: str(found.get(key, "?"))[:200] for key in ("process", "machine", "since", "command")}
     return "process {process} on {machine} since {since} ({command})".format(**named)

@@ -36,8 +36,8 @@ def adapted_tap_loss(adapter: nn.Module, student: Tensor, teacher: Tensor, energ
 @dataclass(frozen=True)
 class Runtime:
     """How a task is computed. tapped: maps a block, tokens and grid to the block's output (PB) and mixing branch (PP).
-    sublayer: to the mixing branch only. cache: keeps the teacher's features. sharded: the student's weights are sharded
-    over the processes (FSDP2)."""
+    sublayer: the same, but only the mixing branch. cache: keeps the teacher's features. sharded: the student's weights
+    are sharded over the processes (FSDP2)."""
 
     tapped: Callable[[Block, Tensor, Grid], tuple[Tensor, Tensor]] = Block.tapped
     sublayer: Callable[[Block, Tensor, Grid], Tensor] = Block.sublayer

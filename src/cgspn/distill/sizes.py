@@ -17,9 +17,9 @@ class SizeRange:
 
     A student trained at one size gets worse at other sizes (results/resolution). The range should include the largest
     size that the student will be used at; a batch of large images costs no more than one of small images. At 756 px, a
-    student with `value_expansion` kept 0.75 of its cosine similarity when it was trained only at 224 px, 0.97 with 112
-    to 448 px, and 0.99 with the default of 112 to 784 px. C-RADIOv4 uses similar ranges, 128 to 432 px and 512 to 1152
-    px, and DINOv3 ends its training with mixed sizes.
+    student with `value_expansion` had 0.75 of its cosine similarity at 224 px when it was trained only at 224 px, 0.97
+    with 112 to 448 px, and 0.99 with the default of 112 to 784 px. C-RADIOv4 uses similar ranges, 128 to 432 px and 512
+    to 1152 px, and DINOv3 ends its training with mixed sizes.
 
     Args:
         smallest: side of the smallest square in pixels.

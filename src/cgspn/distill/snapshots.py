@@ -69,7 +69,7 @@ class Snapshots:
         """Write a snapshot, then remove old ones. All processes must call this.
 
         done: number of finished steps. tensors: by name; they may be sharded (DTensor) or exist on only some processes.
-        record: losses of each step; that of the first process is written as JSON.
+        record: the losses of each step; the first process writes its own as JSON.
 
         Raises SnapshotError on every process if the disk is full or the folder is not writable.
         """

@@ -112,7 +112,7 @@ def distill(
                     task.carry_on(carried)
                 if not list(task.parameters()):
                     if world.rank == 0:
-                        warn(f"{stage.title}: nothing to learn, left out")
+                        warn(f"{stage.title}: skipped, because it has nothing to learn")
                     continue
                 if cache is not None:
                     cache.belongs_to(getattr(task, "teacher", None))

@@ -55,7 +55,7 @@ class Task(nn.Module):
         return None
 
     def inherits(self, name: str) -> bool:
-        """Whether a parameter comes from the teacher, and so has its own learning rate."""
+        """Whether a parameter comes from the teacher; `OptimConfig.inherited_rate` then applies to it."""
         return False
 
     def forward(self, batch: Batch) -> Losses:
@@ -66,7 +66,7 @@ class Task(nn.Module):
         """After the last step, share weights that only one process has trained with all processes."""
 
     def _look_at(self, **models: object) -> None:
-        """Store models without registering them, so that they are not trained or saved."""
+        """Store modules without registering them as submodules, so that they are not trained or saved."""
         vars(self).update(models)
 
 
@@ -167,7 +167,7 @@ class SublayerTask(TeacherTask):
         return forward_flops(self.teacher.config, size) + sublayer_flops(self.student.config, size, self.learning)
 
     def targets(self, taps: Taps) -> list[Tensor]:
-        """The sub-layers of the trained blocks."""
+        """The teacher's sub-layer outputs of the trained blocks."""
         return [taps.sublayers[i] for i in self.learning]
 
     def losses(self, batch: Batch) -> Losses:
@@ -260,7 +260,7 @@ class DistillTask(TeacherTask):
         return with_area(size, largest, self.teacher.config.patch_size)
 
     def _around(self) -> dict[str, Tensor]:
-        """The modules apart from the student: adapters and target scales."""
+        """The modules that belong to the loss and not to the student: adapters and target scales."""
         return {name: value for name, value in self.state_dict().items() if not name.startswith("student.")}
 
     def carried(self) -> dict[str, Tensor]:
@@ -268,14 +268,14 @@ class DistillTask(TeacherTask):
         return {name: full_tensor(value).detach().clone() for name, value in self._around().items()}
 
     def carry_on(self, state: Mapping[str, Tensor]) -> None:
-        """Load the result of `carried`. Raises ValueError for adapters of another encoder or other losses."""
+        """Load the result of `carried`. Raises ValueError if it does not match this encoder and loss."""
         mine = {name: value.shape for name, value in self._around().items()}
         if state and mine != {name: value.shape for name, value in state.items()}:
             raise ValueError(f"carried holds {len(state)} tensors of other names or shapes; expected {len(mine)}")
         self.load_state_dict(state, strict=False)
 
     def targets(self, taps: Taps) -> list[Tensor]:
-        """All taps and the pooled vector."""
+        """The teacher's features at all taps, and its pooled vector."""
         return [*taps.sublayers, *taps.blocks, taps.pooled]
 
     def losses(self, batch: Batch) -> Losses:

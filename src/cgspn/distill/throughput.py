@@ -18,8 +18,8 @@ Size = tuple[int, int]  # (height, width) of images in pixels
 
 
 class Step(NamedTuple):
-    """A step: the number and size of its images, their tokens, the FLOPs of teacher and student (None if unknown),
-    seconds of waiting for data, and all seconds."""
+    """A step: the number and size of its images, their tokens, the FLOPs of teacher and student (None if unknown), the
+    seconds of waiting for data, and the seconds in total."""
 
     images: int
     size: Size

@@ -84,9 +84,9 @@ def train(
 
     With several processes, `ComputeConfig.parallel` says how the task is distributed.
 
-    stream: maps a step to an iterator over this process's share of the batches from there on. The run ends early if
-    they do. title: name of the record. watch: called after every step with its losses and the rates of the last steps
-    (`Throughput`), where images/s and tokens/s are those of all processes.
+    stream: maps a step to an iterator over this process's share of the batches from there on. The run ends early if the
+    iterator does. title: name of the record. watch: called after every step with its losses and the rates of the last
+    steps (`Throughput`), where images/s and tokens/s are those of all processes.
 
     Returns the record of every step, including those before a resume. Raises DivergedError at the first step whose loss
     or gradient is not finite, before it changes a weight; the newest snapshot then has the state before that step.

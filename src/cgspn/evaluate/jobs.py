@@ -64,9 +64,9 @@ class Job:
 
 def read_templates(path: Path) -> tuple[str, ...]:
     """The prompts of a file, one per line with {} for the class. Raises OSError, or ValueError for invalid ones."""
-    lines = read_lines(path, "prompt templates, one a line")
+    lines = read_lines(path, "prompt templates, one per line")
     if not lines:
-        raise ValueError(f"templates is {path}, which is empty; expected prompts with '{{}}', one a line")
+        raise ValueError(f"templates is {path}, which is empty; expected prompts with '{{}}', one per line")
     for line in lines:
         fill(line, "")
     return tuple(lines)

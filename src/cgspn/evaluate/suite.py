@@ -26,7 +26,7 @@ METRICS = (
 def embed_set(model: DualEncoder, images: ImageSet) -> tuple[Tensor, Tensor]:
     """Unit embeddings [N, D] and grid tokens [N, h, w, C] of a whole image set, float32 on the CPU.
 
-    Images are preprocessed as in `eval` and `classify`.
+    Images are preprocessed as in `cgspn eval` and `classify`.
     """
     embeddings, tokens, prepare = [], [], prepare_for(model.image.config)
     for batch in stacked((prepare(open_picture(image)) for image in images.images), 250):

@@ -57,7 +57,7 @@ def bounds_for(
 ) -> Bounds:
     """The bounds of an encoder, by default from one patch to twice the longer native side.
 
-    Raises ValueError for sizes that are no multiples of the patch size, an empty range, or a batch below 1.
+    Raises ValueError for sizes that are not multiples of the patch size, an empty range, or a batch below 1.
     """
     patch = config.patch_size
     low = patch if min_size is None else min_size

@@ -44,7 +44,7 @@ def write_aot(side: ImageSide, bounds: Bounds, path: Path, say: Say) -> None:
 
 
 def write_onnx(side: ImageSide, bounds: Bounds, path: Path, say: Say) -> None:
-    """Save an ONNX graph (opset 18, no custom operators). side: float32 on the CPU. Raises ValueError without onnx."""
+    """Save `side`, float32 on the CPU, as ONNX (opset 18, no custom operators). Raises ValueError without onnx."""
     check_onnx()
     from .onnx_scan import propagate_2d_onnx
     from .onnx_sizes import name_axes, refuse_other_sizes

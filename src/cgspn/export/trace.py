@@ -23,7 +23,7 @@ class ImageSide(nn.Module):
     """
 
     def __init__(self, model: Encoder | DualEncoder) -> None:
-        """The model is not modified."""
+        """model: not modified."""
         super().__init__()
         dual = isinstance(model, DualEncoder)
         self.encoder = image_encoder(model)

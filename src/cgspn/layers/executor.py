@@ -83,7 +83,7 @@ def fusion_of(block: Block, tokens: Tensor) -> Fusion:
 
 
 def has_room(tokens: Tensor) -> bool:
-    """Whether the tiles of the latent fit: in 16 bits, on data-centre GPUs with enough shared memory."""
+    """Whether a tile with all channels of the latent fits on chip: in 16 bits, on GPUs with enough shared memory."""
     gpu = gpu_of(tokens.device)
     return gpu is not None and gpu.capability in ROOMY and tokens.dtype.itemsize == 2
 
@@ -113,7 +113,7 @@ def run_block(block: Block, tokens: Tensor, grid: Grid, tapped: bool = False) ->
 
 
 class Plan(NamedTuple):
-    """Kept launches up to the second norm, and a function that adds the MLP to tokens [M, C] in place."""
+    """The recorded launches up to the second norm, and a function that adds the MLP to tokens [M, C] in place."""
 
     replay: Replay
     add_mlp: Callable[[Tensor], object]
@@ -130,7 +130,7 @@ class Plan(NamedTuple):
 
 
 def plan_key(block: Block, tokens: Tensor, grid: Grid, stream: int) -> tuple[Any, ...]:
-    """The cache key of kept launches: all that they depend on except for the block's state and tensors."""
+    """The cache key of recorded launches: all that they depend on except for the block's state and tensors."""
     mask = grid.mask
     masked = None if mask is None else (mask.shape, mask.dtype, mask.device)
     trained = torch.is_grad_enabled()
@@ -138,7 +138,7 @@ def plan_key(block: Block, tokens: Tensor, grid: Grid, stream: int) -> tuple[Any
 
 
 def run_kept(block: Block, state: State, tokens: Tensor, grid: Grid) -> Tensor | None:
-    """Run a block with its kept launches; None if there are none for its state and these shapes."""
+    """Run a block with its recorded launches; None if there are none for its state and these shapes."""
     if has_global_hooks() or not is_eager(tokens) or not state.holds():
         return None
     gpu, mask = gpu_of(tokens.device), grid.mask
@@ -168,7 +168,7 @@ def run_kept(block: Block, state: State, tokens: Tensor, grid: Grid) -> Tensor |
 
 
 def keep(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion) -> Tensor | None:
-    """Run a block and keep its launches; None if they cannot be kept."""
+    """Run a block, and record and store its launches; None if they cannot be recorded."""
     gpu, state = gpu_of(tokens.device), state_of(block)
     stream = None if gpu is None else gpu.stream()
     if gpu is None or stream is None or not (is_plain(block.mixer, PropagationMixer) and is_plain(block.mlp, Mlp)):
@@ -215,7 +215,7 @@ def keep(block: Block, tokens: Tensor, grid: Grid, fusion: Fusion) -> Tensor | N
 
 
 def can_keep_wide(block: Block, tokens: Tensor) -> bool:
-    """Whether `wide_residual` supports the parts of a sub-layer that is too wide for the latent's tiles."""
+    """Whether `wide_residual` supports a sub-layer that scans more channels than fit in a tile of the fused kernels."""
     mixer: Any = block.mixer
     norms = isinstance(mixer.norm, RMSNorm) and isinstance(mixer.merge_norm, RMSNorm)
     few = tokens.numel() <= KEPT_MOST // 2  # for more, library kernels are faster
@@ -223,7 +223,7 @@ def can_keep_wide(block: Block, tokens: Tensor) -> bool:
 
 
 def wide_residual(block: Block, tokens: Tensor, grid: Grid, after: Tensor) -> tuple[Tensor, Tensor]:
-    """`fused_residual` with matrix products from libraries."""
+    """`fused_residual` for such a sub-layer, with matrix products from cuBLAS instead of fused kernels."""
     check_grid(tokens, grid)
     mixer: Any = block.mixer
     n1, n2 = block.norm1, block.norm2
@@ -240,7 +240,7 @@ def wide_residual(block: Block, tokens: Tensor, grid: Grid, after: Tensor) -> tu
 
 
 def can_keep_training(block: Block, tokens: Tensor, grid: Grid) -> bool:
-    """Whether training.py supports a block with fused norms and mixer. Every parameter must require a gradient."""
+    """Whether training.py can record a block with fused norms and mixer. Every parameter must require a gradient."""
     mixer: Any = block.mixer
     mlp: Any = block.mlp
     parts = mixer.local is not None and mlp.is_bare() and is_plain(mixer.param_proj, nn.Linear)
@@ -328,5 +328,5 @@ def run_mixing_half(block: Block, tokens: Tensor, grid: Grid) -> Tensor:
 
 
 def gain_of(norm: nn.Module) -> tuple[Tensor | None, float]:
-    """The gain and eps of an RMSNorm; a disabled norm has no gain."""
+    """The gain and eps of an RMSNorm; the gain is None if the norm is disabled."""
     return (norm.weight, norm.eps or 0.0) if isinstance(norm, nn.RMSNorm) else (None, 0.0)

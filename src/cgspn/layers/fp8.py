@@ -31,7 +31,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @functools.cache
 def unsupported_reason(device: torch.device) -> str | None:
-    """The reason why `device` has no FP8 products, so that rounded values are multiplied in float32; None if it has."""
+    """The reason why `device` cannot multiply FP8 matrices, so that FP8 is emulated in float32; None if it can."""
     if device.type != "cuda" or torch.version.hip is not None:
         return f"{device.type!r} has no float8_e4m3fn products with hardware tile copies (TMA)"
     if torch.cuda.get_device_capability(device) < (9, 0):
@@ -63,7 +63,7 @@ def _eight_bits_like(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("cgspn::fp8_rows", mutates_args=())
 def fp8_rows(x: Tensor, steep: float, offset: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Quantise x [M, K]: FP8 values, row scales [M, 1], and the scales (steep |row| + offset) / LARGEST, [M, 1]."""
+    """Quantise x [M, K]: values, row scales and hidden scales (steep * norm(row) + offset) / LARGEST, [M, 1] each."""
     if unsupported_reason(x.device) is not None:
         reach = x.float().norm(dim=1, keepdim=True) * steep + offset
         return *rounded_rows(x), reach.clamp_min(TINY) / LARGEST
@@ -85,7 +85,7 @@ def _product(
     x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor | None, ahead: Tensor | None,
     out: Tensor, act: str,
 ) -> None:  # fmt: skip
-    """Launch a product that writes its activation to `out`, or without `act` adds to it."""
+    """Launch a matrix product. With `act` its activation is written to `out`, otherwise it is added to `out`."""
     from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-not-found,unused-ignore]
 
     from . import fp8_kernels
@@ -105,7 +105,7 @@ def _product(
 def fp8_linear_activate(
     x: Tensor, scales: Tensor, weight: Tensor, weight_scales: Tensor, bias: Tensor, ahead: Tensor, act: str
 ) -> Tensor:
-    """The activation of a linear layer, in FP8 with the scales `ahead` [M, 1]: [M, K] -> [M, N].
+    """The activation of a linear layer, in FP8 with the hidden scales `ahead` [M, 1]: [M, K] -> [M, N].
 
     x and weight are as in `plain_product`.
     """
@@ -178,7 +178,7 @@ class Fp8Mlp(nn.Module):
     def __init__(self, mlp: Mlp) -> None:
         """mlp: with any activation except SwiGLU, which has no useful bound.
 
-        Raises ValueError for SwiGLU, for layers that are not nn.Linear, and for widths that are no multiples of 16.
+        Raises ValueError for SwiGLU, for layers that are not nn.Linear, and for widths that are not multiples of 16.
         """
         super().__init__()
         if not is_plain(mlp, Mlp):

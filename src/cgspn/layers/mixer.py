@@ -1,4 +1,4 @@
-"""The common interface of attention, window attention, C-GSPN and GSPN."""
+"""The interface that attention, window attention, C-GSPN and GSPN have in common."""
 
 from __future__ import annotations
 

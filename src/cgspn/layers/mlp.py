@@ -33,7 +33,7 @@ class SwiGLU(nn.Module):
     """silu(a) * b for the two halves of the channels, as in DINOv2-g: [..., 2 hidden] -> [..., hidden]."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The gate comes first."""
+        """The first half of the channels is the gate."""
         gate, value = x.chunk(2, -1)
         return silu(gate) * value
 
@@ -76,7 +76,7 @@ class Mlp(nn.Module):
         return plain
 
     def is_bare(self) -> bool:
-        """Whether this is two plain linear layers with a GELU, which fused kernels can replace."""
+        """Whether this consists of two plain linear layers and a GELU, which fused kernels can replace."""
         layers = is_plain(self.fc1, nn.Linear) and is_plain(self.act, nn.GELU) and is_plain(self.fc2, nn.Linear)
         return layers and not has_global_hooks()
 
@@ -102,7 +102,7 @@ class Mlp(nn.Module):
 class RecomputeGELU(torch.autograd.Function):
     """linear(GELU(linear(x))) that saves one hidden tensor instead of two, with a peak of two, not three.
 
-    The backward recomputes the GELU. This pass over memory saves a third of a block's activation memory.
+    The backward recomputes the GELU, one more pass over memory. This saves a third of a block's activation memory.
     """
 
     @staticmethod
@@ -141,7 +141,7 @@ class RecomputeGELU(torch.autograd.Function):
 
 
 def _crossed(d: Tensor, x: Tensor) -> Tensor:
-    """d^T x of d [M, K] and x [M, C]: [K, C].
+    """The matrix product d^T x: [M, K], [M, C] -> [K, C].
 
     Computed as the transpose of x^T d if K is larger, which is a quarter faster on an H100.
     """

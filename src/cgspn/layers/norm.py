@@ -16,7 +16,7 @@ from ..ops.fused import rows
 
 
 def cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """`tensor` in another dtype; None stays None."""
+    """Convert `tensor` to another dtype; None stays None."""
     return None if tensor is None else tensor.to(dtype)
 
 

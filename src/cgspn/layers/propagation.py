@@ -91,7 +91,7 @@ class PropagationConfig:
         return [DIRECTIONS.index(name) for name in self.directions]
 
     def latent_width(self, width: int) -> int:
-        """Cc for tokens of `width` channels. Raises ValueError if it is 0 or no multiple of the group size."""
+        """The latent width Cc. Raises ValueError if it is 0 or not a multiple of the group size."""
         latent = self._latent_width(width)
         if self.value_expansion is None and latent % self.channels_per_group:
             raise ValueError(
@@ -100,7 +100,7 @@ class PropagationConfig:
         return latent
 
     def own_width(self, width: int) -> int:
-        """Channels that a direction scans, for tokens of `width`. Separate values are whole groups."""
+        """Number of channels that each direction scans, in whole groups, for tokens of `width` channels."""
         latent = self.latent_width(width)
         if self.value_expansion is None:
             return latent
@@ -122,8 +122,8 @@ def value_config(values: float | None) -> PropagationConfig:
     """Return the settings of C-GSPN with separate values: `value_expansion` times the latent width, in groups of eight
     channels, with a forget gate and a normalised state. None returns the default C-GSPN.
 
-    These settings came closest to attention in results/quality. A normalised state is better at every size, most at
-    sizes that were not used in training (results/resolution).
+    A sub-layer with these settings is closest to attention (results/quality). A normalised state is better at every
+    size, most at sizes that were not used in training (results/resolution).
     """
     if values is None:
         return PropagationConfig()
@@ -217,7 +217,7 @@ class PropagationMixer(Mixer):
 
     @property
     def keeps_its_parts(self) -> bool:
-        """Whether the sub-layer is only norm, P_down, convolution, scan and P_up, in the usual order."""
+        """Whether the mixer is only P_down, convolution, norm, scan and P_up, in the usual order."""
         config = self.config
         shell = config.projections or config.inner_residual or config.expansion != 1 or config.compression is None
         kind = type(self)
@@ -242,14 +242,14 @@ class PropagationMixer(Mixer):
         return values.reshape(batch, height * width, values.shape[-1]), y.flatten(1, 2).flatten(2)
 
     def scan_latent(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """All directions over x [B, H, W, Cc]: [B, H, W, D, Cc], or their sum [B, H, W, Cc]."""
+        """Scan x [B, H, W, Cc] in all directions: [B, H, W, D, Cc], or their sum [B, H, W, Cc]."""
         if not self.can_project_inside(x):
             return self.propagate(x, *self.split(replay.project(self.param_proj, x)), mask=mask)
         made, config = self.param_proj, self.config
         return projected_unchecked(ProjectedScan(x, made.weight, made.bias, mask, config.codes, config.merge == "sum"))
 
     def split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Split the projection's output [B, H, W, D * made * own / share] into logits, lam, u and keep."""
+        """Split the output of `param_proj`, [B, H, W, D * (5 or 6) * groups], into logits, lam, u and keep."""
         if not self.config.forget_gate:
             return *split_parameters(packed, len(self.config.directions)), None
         each = packed.unflatten(-1, (len(self.config.directions), self.params_per_direction, -1))
@@ -257,7 +257,7 @@ class PropagationMixer(Mixer):
         return logits, lam.squeeze(-2), u.squeeze(-2), keep.squeeze(-2)
 
     def as_merged(self, x: Tensor) -> Tensor:
-        """The scanned features [B, N, Cc or D * own] in the layout of the merged directions."""
+        """The scanned features [B, N, Cc or D * value_width] in the layout of the merged directions."""
         count = len(self.config.directions)
         if self.config.value_expansion is not None:
             return x if self.config.merge == "concat" else x.unflatten(-1, (count, self.value_width)).sum(-2)
@@ -283,7 +283,7 @@ class PropagationMixer(Mixer):
     def propagate(
         self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, keep: Tensor | None, mask: Tensor | None
     ) -> Tensor:
-        """`propagate_2d` with the config's directions and merge: [B, H, W, own] or [B, H, W, D, own]."""
+        """`propagate_2d` with the config's directions and merge: [B, H, W, (D,) value_width]."""
         if self.config.normalise_state:
             lam = replay.pointwise(softplus, torch.ops.aten.softplus.out, lam).to(x.dtype)  # autocast gives float32
         config, summed = self.config, self.config.merge == "sum"

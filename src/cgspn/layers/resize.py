@@ -60,7 +60,7 @@ def resize_table(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
 
 
 def _turned(t: Tensor) -> Tensor:
-    """[..., a, b, C] -> [..., b, a, C], copied, because views of views specialise sizes of 1 in export."""
+    """Transpose [..., a, b, C] to [..., b, a, C], copied, because in export views of views fix sizes of 1."""
     return t.transpose(-3, -2).clone(memory_format=torch.contiguous_format)
 
 

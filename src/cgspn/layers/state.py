@@ -56,7 +56,7 @@ class Snapshot:
         return all(map(is_, map(dict.get, self._dictionaries, self._keys), self._found))
 
     def look(self) -> tuple[list[Any], ...]:
-        """The address, dtype, size and contiguity of each tensor, which are fixed in kept launches."""
+        """The address, dtype, size and contiguity of each tensor, which are fixed in recorded launches."""
         held = self.tensors
         return tuple([list(map(look, held)) for look in LOOKS])
 
@@ -68,8 +68,8 @@ class State(Snapshot):
         norm1, norm2: whether kernels may replace these LayerNorms.
         widths: shapes of the gains of those norms.
         latent: whether kernels may replace norms, products, convolution and LayerScale of a C-GSPN sub-layer.
-        mlp: whether products may add the MLP to the residual stream.
-        plans: by key, the launches kept for this state and for tensors as in `seen`, or the number of attempts.
+        mlp: whether matrix products may add the MLP to the residual stream in place.
+        plans: by key, the launches recorded for this state and for tensors as in `seen`, or the number of attempts.
     """
 
     def __init__(self, block: Block) -> None:
@@ -113,5 +113,5 @@ def is_latent(mixer: nn.Module) -> bool:
 
 
 def is_tanh(mlp: nn.Module) -> bool:
-    """Whether this is a bare MLP with a tanh GELU, which products can include."""
+    """Whether this is a bare MLP with a tanh GELU, which cuBLASLt can compute within the matrix product."""
     return is_plain(mlp, Mlp) and mlp.is_bare() and mlp.act.approximate == "tanh"  # type: ignore[union-attr, operator]

@@ -1,4 +1,4 @@
-"""Training of a C-GSPN block with kept launches, as one autograd function with little CPU time.
+"""Training of a C-GSPN block with recorded launches, as one autograd function with little CPU time.
 
 Forward and backward are recorded once per shape, from the same functions as the fused path. Later calls only change
 addresses. For second derivatives the block's layers run instead.

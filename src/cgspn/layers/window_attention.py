@@ -56,7 +56,7 @@ class WindowAttentionMixer(AttentionMixer):
         return order(self._attend(ordered, inside), inside, grid.window)[0]
 
     def _gathered(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """The same by gathering padded, masked windows, so that exported programs support any grid."""
+        """`forward` by gathering padded, masked windows, so that exported programs support any grid."""
         (down, across), (height, width), device = self.window, grid[:2], tokens.device
         rows, columns, size = (height + down - 1) // down, (width + across - 1) // across, down * across
         # [rows, columns, down, across]: the grid position of each window element, and whether it exists
@@ -148,7 +148,7 @@ def _in_rows(tokens: Tensor, grid: Grid, window: Window) -> Tensor:
 
 
 def _spans(length: int, size: int) -> list[tuple[slice, int]]:
-    """Divide a side of the grid into whole windows and a rest: the range of each part, and its window side."""
+    """Divide a side of the grid into whole windows and a smaller one: the range of each part, and its window side."""
     rest = length % size
     spans = [(slice(0, length - rest), size)] if length >= size else []
     return [*spans, (slice(length - rest, length), rest)] if rest else spans

@@ -57,7 +57,7 @@ def line_of(error: BaseException) -> str:
 
 
 def reason_of(error: BaseException, folder: Path) -> str:
-    """One-line description of an error while writing to a folder. It says so if the disk is full."""
+    """One-line description of an error while writing to a folder, which mentions a full disk."""
     text = line_of(error)
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text
     with suppress(OSError):  # PyTorch and safetensors do not always give the reason

@@ -76,7 +76,7 @@ class CapturedEncoder:
             return self._replay(images, mask)
 
     def _start_over(self) -> None:
-        """Drop all graphs after a change of the encoder."""
+        """Drop all graphs, because the encoder has changed."""
         self.recordings.clear()
         self._snapshot = Snapshot(self.encoder)
         self._found = self._snapshot.look()

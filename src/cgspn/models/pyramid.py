@@ -87,7 +87,7 @@ class FeaturePyramid(nn.Module):
 def at_stride(features: Tensor, own: float, stride: float, size: tuple[int, int]) -> Tensor:
     """Resample a map [B, C, h, w] of stride `own` bilinearly at another stride, to `size` cells: [B, C, *size].
 
-    The upper left corner stays fixed. Resizing to `size` would stretch the map by the rest of the last cell.
+    The upper left corner stays fixed. A resize to `size` would stretch the map if the last cells are incomplete.
     """
     if own != stride:
         beyond = math.ceil(stride / own)

@@ -36,7 +36,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_value(path: Path, most: int = MOST_BYTES) -> Any:
     """Read a JSON file of at most `most` bytes. Raises the errors of `read_json`."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is no file; expected one with JSON")
+        raise CheckpointError(f"{path} is not a file; expected a file with JSON")
     if (size := path.stat().st_size) > most:
         raise CheckpointError(f"{path} has {size} bytes; accepted: {most}")
     try:

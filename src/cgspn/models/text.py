@@ -62,7 +62,7 @@ class TextTower(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [B, T] int64 from `tokenize` -> [B, width]. Raises ValueError for T beyond the context."""
         if ids.shape[1] > self.config.context:
-            raise ValueError(f"ids has {ids.shape[1]} bytes a text; accepted: at most {self.config.context}")
+            raise ValueError(f"ids has {ids.shape[1]} bytes per text; accepted: at most {self.config.context}")
         inside = ids != 0
         tokens = self.embedding(ids) + self.positions[: ids.shape[1]]
         grid = Grid(1, ids.shape[1], mask=inside[:, None])

@@ -91,7 +91,7 @@ class TimmEncoder(Encoder):
 
     @_model_args.setter
     def _model_args(self, value: Mapping[str, Any]) -> None:
-        """Ignore timm's record of the creation arguments, which the getter already includes."""
+        """Ignore what timm stores as creation arguments, because the getter computes them from the config."""
 
     @property
     def global_pool(self) -> str:

@@ -63,7 +63,7 @@ def open_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
 
 
 def _read(path: Path, key: str) -> Tensor:
-    """Read a copy of a tensor. The memory map of the file is closed after each, or it would count as memory again."""
+    """Read a copy of a tensor. The file is unmapped after each, because mapped pages would count as memory again."""
     try:
         with safe_open(path, "pt") as opened:  # type: ignore[no-untyped-call]
             return finite(opened.get_tensor(key).clone(), f"{path}: {key}")

@@ -15,7 +15,7 @@ SCAN_SCHEMA = (
 
 
 class Scan(NamedTuple):
-    """The arguments of `propagate_2d`, checked. Same shapes; `directions` are indices into DIRECTIONS.
+    """The checked arguments of `propagate_2d`, with the same shapes; `directions` are indices into DIRECTIONS.
 
     If `u` is None, this is a `line_scan` with given weights, which restarts every `chunk` lines (0: never).
     """
@@ -54,7 +54,7 @@ LINE_SCAN_SCHEMA = "Tensor x, Tensor weights, Tensor lam, int direction, int? ch
 def given_scan(
     x: Tensor, weights: Tensor, lam: Tensor, direction: int = 0, chunk: int | None = None, backend: str = "auto"
 ) -> Scan:
-    """The `Scan` for the checked arguments of `line_scan`. `direction` is an index."""
+    """The `Scan` for the checked arguments of `line_scan`. `direction` is an index into DIRECTIONS."""
     given = weights.unsqueeze(3), lam.unsqueeze(3), None
     return Scan(x, *given, directions=(direction,), backend=backend, chunk=chunk or 0)
 
@@ -66,7 +66,7 @@ PROJECTED_SCHEMA = (
 
 
 class ProjectedScan(NamedTuple):
-    """The arguments of `propagate_2d_projected`, checked. Same shapes; `directions` as in `Scan`."""
+    """The checked arguments of `propagate_2d_projected`, with the same shapes; `directions` as in `Scan`."""
 
     x: Tensor
     weight: Tensor
@@ -78,7 +78,7 @@ class ProjectedScan(NamedTuple):
     backend: str = "auto"
 
     def scan(self, packed: Tensor) -> Scan:
-        """The `Scan` with the parameters from the projection's output [B, H, W, D * 5 * C]."""
+        """The `Scan` whose parameters are the projection's output [B, H, W, D * 5 * C]."""
         made = split_parameters(packed, len(self.directions))
         return Scan(self.x, *made, None, self.mask, self.directions, self.merge_sum, self.backend)
 

@@ -96,7 +96,7 @@ class Launch:
 
 
 class Gpu:
-    """A CUDA device. Tests and benchmarks replace it by an object with the same members (`registered`)."""
+    """A CUDA device. Tests and benchmarks replace it with an object that has the same members (`registered`)."""
 
     runs_triton = computes = True  # computes: launches produce an output that can be checked
 
@@ -138,7 +138,7 @@ class Gpu:
             return prepare(compiled, self, launch, len(tensors)) if wanted else None
 
     def submit(self, launch: Launch) -> None:
-        """Hand a launch to the driver."""
+        """Submit a launch to the driver."""
         launch.config.stream = current_raw_stream(self.index)
         if self.is_current():
             status = driver().cuLaunchKernelEx(*launch.arguments)

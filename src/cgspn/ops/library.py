@@ -240,14 +240,14 @@ FLOPS_KEEP = {"forward": 4, "backward": 8}
 def _scan_flops(
     which: str, each: int, x_shape: Sequence[int], lam_shape: Sequence[int], keep_shape: Any, rest: Sequence[Any]
 ) -> int:
-    """FLOPs of a pass that costs `each` per channel with its own parameters. n counts as one more channel per group."""
+    """FLOPs of a pass that takes `each` per channel if groups have one channel. n is one more channel per group."""
     sets, of_set = math.prod(lam_shape), FLOPS_SETS[which]
     channels = sets // lam_shape[-1] * (x_shape[-1] + (lam_shape[-1] if True in rest[4:5] else 0))
     return channels * (each - of_set) + sets * (of_set + (0 if keep_shape is None else FLOPS_KEEP[which]))
 
 
 def register_flops(formula: Callable[..., int], *ops: Any) -> None:
-    """Register FLOP formulas, each a function of the argument shapes."""
+    """Register the FLOP formula of these ops, a function of the argument shapes."""
     register_flop_formula(list(ops))(lambda *shapes, out_shape=None, **_: formula(*shapes))
 
 

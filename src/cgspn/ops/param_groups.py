@@ -1,4 +1,4 @@
-"""Broadcast over parameter groups, and its adjoint."""
+"""Broadcast from parameter groups to channels, and its adjoint."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Matrix products by cuBLASLt that are set up once and run with new addresses.
 
-A product called through PyTorch takes as long as several launches. These compute out = a b (+ bias, then a GELU) or
-add + a b, in 16 bits. cuBLAS is column-major: a row-major [M, K] is its [K, M]. The constants are from cublasLt.h.
+A matrix product called through PyTorch takes the CPU as long as several launches. These compute out = a b (+ bias, then
+a GELU) or add + a b, in 16 bits. cuBLAS is column-major: a row-major [M, K] is its [K, M]. The constants are from
+cublasLt.h.
 """
 
 from __future__ import annotations

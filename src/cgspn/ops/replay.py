@@ -1,4 +1,4 @@
-"""Record the launches and products of one pass and replay them, so that the CPU only fills in a few addresses.
+"""Record the launches and matrix products of one pass and replay them, so that the CPU only fills in a few addresses.
 
 While a pass is recorded, its intermediate tensors are allocated in a workspace, which all passes of a stream reuse one
 after the other. So all addresses are fixed except for those of the inputs and outputs.
@@ -263,7 +263,7 @@ def project(layer: torch.nn.Module, x: Tensor) -> Tensor:
 
 
 def pointwise(function: Callable[[Tensor], Tensor], into: Callable[..., Tensor], x: Tensor) -> Tensor:
-    """function(x), with the shape and dtype of x. While recording, it runs as into(x, out=...) instead."""
+    """An elementwise function(x), with the dtype of x. While recording, it is computed by into(x, out=...) instead."""
     recording = active()
     if recording is None:
         return function(x)

@@ -1,4 +1,4 @@
-"""The Triton backend: the functions of torch_scan.py, one launch each. It serves GPUs that the CUDA backend does not
+"""The Triton backend: the functions of torch_scan.py, one launch each. It is for GPUs that the CUDA backend does not
 support.
 
 The backward recomputes the state in float32 (float64 for float64 inputs) instead of saving it, so its gradients do not
@@ -36,7 +36,7 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, gpu: Gpu | None
     """The reason why this backend cannot run on a device and dtype, or None."""
     served = gpu.runs_triton if gpu is not None else device.type in ("cuda", "xpu")
     if not served and not (INTERPRETED and device.type == "cpu"):
-        return f"x is on {device.type!r}, which Triton does not serve"
+        return f"x is on {device.type!r}, which Triton does not support"
     if dtype not in STATES:
         return f"{dtype} has no kernel; accepted: float64, float32, float16, bfloat16"
     return None

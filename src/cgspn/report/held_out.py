@@ -75,7 +75,7 @@ class Kept:
 
 
 def compare(teacher: Encoder, student: Encoder, pictures: Iterable[Picture]) -> dict[str, Any]:
-    """Compare the tokens of student and teacher at the student's native size. Empty without images.
+    """Compare the tokens of student and teacher at the student's native size. An empty dict without images.
 
     "cosine": mean over all grid tokens. "images": their number. "picture": a data URI of some images with PCA
     visualisations of both models' features.

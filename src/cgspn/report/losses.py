@@ -55,7 +55,7 @@ def block_panels(stage: str, lines: Mapping[str, Steps], when: str) -> list[str]
 
 
 def ends(steps: Steps) -> tuple[Steps, Steps]:
-    """The first and the last twentieth of the steps that record single blocks; in long stages not every step does."""
+    """The first and the last twentieth of the steps that record single blocks; in long stages, these are few."""
     return twentieths([step for step in steps if any("block" in name for name in step)])
 
 

@@ -80,9 +80,9 @@ def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Pos
     """The influence of every input position on the gated output of each scan at the given positions.
 
     It is the exact Frobenius norm of the derivative with respect to the latent and the values, including the derivative
-    through the scan parameters, which are computed from the latent. "together" is the norm over all scans. Since a scan
-    does not mix channels, one backward pass per direction gives all rows of the derivative: a row is the gradient in
-    its channel plus the gradients in that channel's parameters times their weights.
+    through the scan parameters, which are computed from the latent. "together" is the norm over all scans. A scan does
+    not mix channels, so one backward pass per direction gives all rows of the derivative. A row is the gradient of the
+    channel's own input plus those of its parameters, multiplied by the weights that compute them.
 
     Args:
         mixer: the layer's mixer.

@@ -89,7 +89,7 @@ def check_show(student: Encoder, teacher: Encoder | None, layers: Sequence[int],
     if wrong or not layers or len(set(layers)) < len(layers):
         raise ValueError(f"layers is {list(layers)}; accepted: 1 to {student.config.depth}, each once")
     if not places or not all(0 <= share <= 1 for place in places for share in place):
-        raise ValueError(f"at is {list(places)}; accepted: pairs of shares of height and width, each 0 to 1")
+        raise ValueError(f"at is {list(places)}; accepted: pairs of fractions of height and width, each 0 to 1")
 
 
 def show_picture(shown: Show, width: int = 288, rows: int = 4, gap: int = 6) -> Image.Image:

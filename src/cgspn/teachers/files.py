@@ -27,7 +27,7 @@ def _open_file(path: Path) -> tuple[Weights, dict[str, str]]:
     if path.suffix in (".pt", ".pth", ".bin"):
         tensors = read_pickle(path).items()
         return {key: Stored(tuple(value.shape), partial(_copied, value, path, key)) for key, value in tensors}, {}
-    raise CheckpointError(f"{path} is no weight file; expected .safetensors, .pt, .pth or .bin")
+    raise CheckpointError(f"{path} is not a weight file; expected .safetensors, .pt, .pth or .bin")
 
 
 def _open_shards(index: Path) -> Weights:

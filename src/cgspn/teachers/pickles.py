@@ -36,7 +36,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         else:
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 if content.find(ALLOCATES) >= 0:
-                    raise CheckpointError(f"{path} asks for memory of any size")
+                    raise CheckpointError(f"{path} allocates storage of a size that the file does not limit")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # damaged and hostile files raise nearly any error
@@ -97,7 +97,7 @@ def check_archive(file: IO[bytes], name: str) -> None:
                 raise CheckpointError(f"{name} has compressed parts, which torch.save does not write and may expand")
             programs = [part for part in parts if part.filename.endswith(".pkl")]
             if any(p.file_size > MOST_PICKLED or ALLOCATES in archive.read(p) for p in programs):
-                raise CheckpointError(f"{name} asks for memory of any size")
+                raise CheckpointError(f"{name} allocates storage of a size that the file does not limit")
     except (zipfile.BadZipFile, NotImplementedError, EOFError, struct.error, OSError) as error:
         raise CheckpointError(f"{name} is damaged: {error}") from error
 

@@ -83,7 +83,7 @@ def _fetch(repository: str, revision: str | None) -> Path:
         from huggingface_hub import HfApi, snapshot_download
     except ImportError as error:
         raise CheckpointError(
-            f"{repository} is no file or folder here; {_hint(repository)}to fetch it as a hub id, install cgspn[hub]"
+            f"{repository} is not a file or folder here; {_hint(repository)}to fetch it as a hub id, install cgspn[hub]"
         ) from error
     names: set[str] | None = None
     try:
@@ -99,7 +99,7 @@ def _fetch(repository: str, revision: str | None) -> Path:
     except Exception as error:
         hint = _hint(repository).strip()
         raise CheckpointError(
-            f"{repository} is no file or folder here, and cannot be had as a hub id: no such id, or no connection and "
-            f"nothing cached{f'; {hint}' if hint else ''}"
+            f"{repository} is not a file or folder here, and cannot be downloaded as a hub id: no such id, "
+            f"or no connection and nothing cached{f'; {hint}' if hint else ''}"
         ) from error
     raise CheckpointError(f"hub id {repository} has none of {', '.join(WEIGHTS)}")

@@ -73,7 +73,7 @@ class Fit:
         return [array_picture(plane) for plane in ([picture] if picture.ndim == 2 else self._first(picture))]
 
     def _first(self, picture: Any) -> Any:
-        """An array or tensor with its channels moved first if the layout is known; anything else unchanged."""
+        """An array or tensor with channels first, if `layout` says where they are; anything else unchanged."""
         if not isinstance(picture, (np.ndarray, Tensor)) or picture.ndim != 3:
             return picture
         known = CHANNELS if self.convert else (len(self.prepare.mean),)

@@ -87,7 +87,7 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
     ) -> tuple[Tensor, Grid, Maps, Maps]:
-        """Run images [B, channels, H, W] through the blocks. Flags that are None take the config's values.
+        """Run images [B, channels, H, W] through the blocks. Options that are None take the config's values.
 
         Returns the normalised tokens [B, prefix + h*w, C], their grid, the hidden states (before the first block and
         after each) and the attention maps [B, heads, N, N]; hidden states and maps are None unless requested.

@@ -1,8 +1,8 @@
 """Compile and load kernels with NVRTC (through cuda.core), with a cache of cubins on disk.
 
 This needs no nvcc, headers or host compiler. A cubin's file name is a hash of everything it depends on (source,
-options, architecture, compiler version). Files are created by an atomic rename, so processes that start together at
-worst compile the same kernel twice.
+options, architecture, compiler version). Files are created by an atomic rename, so two processes that start together
+compile the same kernel twice at worst.
 """
 
 from __future__ import annotations

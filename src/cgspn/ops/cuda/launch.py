@@ -44,7 +44,7 @@ class Call(NamedTuple):
 
     @property
     def views(self) -> dict[str, Geometry | None]:
-        """Geometries by name."""
+        """The shape and strides of each tensor, by name."""
         return dict(zip(ARGUMENTS[self.name], self.geometries, strict=True))
 
     @property
@@ -82,7 +82,7 @@ def strides_of(call: Call) -> dict[str, dict[str, int]]:
 
 def alignment(call: Call) -> int:
     """The largest power of two up to 16 that divides every address and stride of wide loads; the element size if
-    channels are not contiguous. Parameters of groups are loaded singly and need no alignment."""
+    channels are not contiguous. Parameters of groups are loaded one by one and need no alignment."""
     bits, size = call.alignment, call.dtype.itemsize
     for (name, geometry), strides in zip(call.views.items(), strides_of(call).values(), strict=True):
         if geometry is None or name in ("mask", "n") or (call.share > 1 and geometry[0][-1] != call.shape[-1]):
@@ -117,7 +117,7 @@ def scan_defines(
 
 
 def problem(call: Call) -> Problem:
-    """The properties of a call on which its tile config depends."""
+    """The properties of a call from which its tile config is chosen."""
     b, h, w, c = call.shape
     sideways = any(code >= RIGHT for code in call.codes)
     sizes = (call.dtype.itemsize, b, c, len(call.codes), max(h, w), alignment(call), call.share)
@@ -150,13 +150,13 @@ def prepare(call: Call) -> Launch | None:
 
 
 def sum_directions(gpu: Gpu, planes: Tensor, out: Tensor) -> None:
-    """Write the sum of `planes` [B, H, W, D, C], stored direction by direction, to `out` [B, H, W, C]."""
+    """Write the sum of `planes` [B, H, W, D, C] over directions, which are stored one by one, to `out` [B, H, W, C]."""
     _merge(gpu, out.dtype, out.numel(), planes.shape[3])((planes.data_ptr(), out.data_ptr()))
 
 
 @functools.lru_cache(maxsize=1024)
 def _merge(gpu: Gpu, dtype: torch.dtype, count: int, directions: int) -> Launch:
-    """A launch that sums planes [D, count] into another tensor, in float32 and a fixed order."""
+    """A launch that sums the outputs of all directions, [D, count], in float32 and a fixed order."""
     size = dtype.itemsize
     wide = 16 // size if count % (16 // size) == 0 else 1
     function = gpu.load("merge", "merge", merge_defines(dtype, wide), 0)

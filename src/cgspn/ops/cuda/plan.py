@@ -1,9 +1,9 @@
-"""Tile sizes of a scan: channels per thread, vectors and positions per block, lines in flight, blocks per line.
+"""Tile sizes of a scan: channels per thread, vectors and positions per block, lines prefetched, blocks per line.
 
 A block scans one direction of one image for `lanes` vectors of `vec` channels. Wide vectors and many lanes read memory
-in long runs. Narrow ones make more blocks, which a small batch needs to fill the GPU. For every position and map the
-load/store unit handles one cache line, however few of its bytes a block uses. At small batches that, not the number of
-bytes, is the cost of a line.
+in long runs. Narrow vectors and few lanes make more blocks, which a small batch needs to fill the GPU. For every
+position and map the load/store unit handles one cache line, however few of its bytes a block uses. With small batches,
+the cost of a line is therefore the number of cache lines, not of bytes.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class TileConfig:
-    """Tile sizes: `vec` channels of a position per thread, `lanes` vectors per block, `stages` lines in flight, `split`
-    blocks per line.
+    """Tile sizes: `vec` channels of a position per thread, `lanes` vectors per block, `stages` lines prefetched,
+    `split` blocks per line.
 
     halo: with split lines, the positions on either side of its own that a block also scans. Blocks exchange states
     every `halo` lines.
@@ -103,7 +103,7 @@ class TileConfig:
         return state  # the forward's stages are in registers
 
     def partial_sector(self, p: Problem) -> bool:
-        """Whether other blocks, or this one a line later, read the memory next to a block's channels.
+        """Whether the memory next to a block's channels is read by another block, or by this one in the next line.
 
         In a sideways scan the next line lies in the same 128 bytes, which should be read from memory together.
         """
@@ -111,7 +111,7 @@ class TileConfig:
         return (run < 32 and self.groups(p) > 1) or (run <= 32 and p.sideways)
 
     def thread_bound(self, p: Problem) -> int:
-        """The block size for which the kernel is compiled, in coarse steps so that image sizes share kernels."""
+        """The block size for which a kernel is compiled, in coarse steps, so that few kernels serve all image sizes."""
         return next(bound for bound in (128, 256, 384, 512, 640, MAX_THREADS) if self.threads(p) <= bound)
 
     def fits(self, p: Problem, machine: Machine) -> bool:
@@ -150,9 +150,9 @@ def _lanes(p: Problem, vec: int, run: int) -> int:
 def choose(p: Problem, machine: Machine) -> TileConfig | None:
     """The tile config for a problem, or None if its lines are too long for every config.
 
-    From sweeps on an H100 (results/operator): take runs of 128 bytes while most SMs have a block. Otherwise split lines
-    in two before halving the runs, and in more parts if a line does not fit in one block or runs would be shorter than
-    a sector. Short lines are not worth a cluster and take narrow vectors instead.
+    From sweeps on an H100 (results/operator): read runs of 128 bytes if most SMs then have a block. Otherwise split
+    lines in two before halving the runs, and in more parts if a line does not fit in one block or runs would be shorter
+    than a sector. Short lines use narrow vectors instead, because a cluster costs more than it saves.
     """
     vectors = list(_vectors(p))
     if (cut := _alone(p, machine, vectors)) is not None:
@@ -202,7 +202,7 @@ def _alone(p: Problem, machine: Machine, vectors: list[int]) -> TileConfig | Non
     """Lines split into the most parts with two channels per thread, if each block gets an SM; otherwise None.
 
     From sweeps over 320 configs at B = 1 (results/operator), only for the forward in 16 bits: 3 to 13% less time than
-    wider threads in fewer parts.
+    more channels per thread and fewer parts.
     """
     if p.backward or not machine.clusters or not p.normalise or p.keep or p.mean or p.share > 1 or p.itemsize != 2:
         return None
@@ -227,9 +227,9 @@ def _whole(p: Problem, machine: Machine, vec: int, run: int) -> TileConfig | Non
 def _parts(p: Problem, machine: Machine, vectors: list[int], run: int, split: int) -> TileConfig | None:
     """A config with lines split across a cluster, in runs of about `run` bytes, if it fits.
 
-    From the same sweeps: short runs use vectors of 8 bytes if they fit, for more threads; the forward does so up to
-    twice the run. If every block has its own SM, it waits for its neighbours and for memory. A wide halo then makes
-    exchanges rare, and three lines are in flight. If an SM has several blocks, the waits are hidden.
+    From the same sweeps: runs of up to 32 bytes (64 in the forward) use vectors of 8 bytes, for more threads. If every
+    block has its own SM, it waits for its neighbours and for memory. A wide halo then makes exchanges rare, and three
+    lines are prefetched. Several blocks per SM hide these waits.
     """
     narrow = next((v for v in vectors if v == 1 or v * p.itemsize <= 8), vectors[-1])
     short = run <= (32 if p.backward else 64)
@@ -256,7 +256,7 @@ def _spills(cut: TileConfig, p: Problem) -> bool:
 
 
 def _leaves_room(cut: TileConfig, p: Problem, machine: Machine) -> bool:
-    """Whether lines in flight leave registers for the arithmetic or, with wide runs, shared memory for the cache."""
+    """Whether prefetched lines leave registers for the arithmetic or, with long runs, memory for the L1 cache."""
     width = cut.vec * p.itemsize
     if p.backward:
         return width * cut.lanes <= 32 or cut.shared_bytes(p) <= machine.shared_bytes * 3 // 4

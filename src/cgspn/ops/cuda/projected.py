@@ -57,7 +57,7 @@ def _prepare(
     gpu: Gpu, dtype: torch.dtype, codes: tuple[int, ...], cut: ProjectedTileConfig,
     geometries: tuple[Geometry | None, ...],
 ) -> Launch:  # fmt: skip
-    """The launch without its addresses. Raises ValueError if lines are too long for `cut`."""
+    """Everything of a launch except addresses. Raises ValueError if lines are too long for `cut`."""
     assert geometries[0] is not None
     b, h, w, c = geometries[0][0]
     if max(h, w) > cut.line:
@@ -73,9 +73,8 @@ def _prepare(
 
 
 def forward(p: ProjectedScan, cut: ProjectedTileConfig | None = None) -> Tensor:
-    """The output of `propagate_2d_projected`.
-
-    `cut` is for benchmarks; None takes that of projected_plan.py. Raises ValueError if lines are too long for it.
+    """The output of `propagate_2d_projected`. `cut` is for benchmarks; None uses the config of projected_plan.py.
+    Raises ValueError if lines are too long for it.
     """
     # aligned for 16-byte loads
     x, weight = scan.aligned(p.x), scan.aligned(p.weight.contiguous())

@@ -76,10 +76,10 @@ def cuts(longest: int, channels: int, gpu: Machine) -> Iterator[ProjectedTileCon
 def choose(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> ProjectedTileConfig | None:
     """The tile config, or None if lines are too long.
 
-    From sweeps on an H100 (results/operator). With up to two blocks of 16 channels per SM, latency dominates: take as
-    many warps per line as fit. With more blocks, warps of other blocks hide latency, and the amount of work counts:
-    positions, including padding, cost a sixth less in warps of 3 or 5 tiles, and wide blocks read x less often, if they
-    fill the GPU.
+    From sweeps on an H100 (results/operator). With up to two blocks of 16 channels per SM, latency dominates: use as
+    many warps per line as fit. With more blocks, other blocks hide latency, and the amount of work counts: a position,
+    padding included, takes a sixth less time in warps of 3 or 5 tiles, and wide blocks read x less often, if they fill
+    the GPU.
     """
     found = list(cuts(longest, channels, gpu))
     narrow = min((cut.groups for cut in found), default=1)
@@ -90,8 +90,8 @@ def choose(batch: int, longest: int, channels: int, directions: int, gpu: Machin
 
 
 def is_faster(batch: int, longest: int, channels: int, directions: int, gpu: Machine) -> bool:
-    """Whether this is faster than a separate projection and scan. It is if a third of the SMs have a block, as measured
-    on an H100; with fewer, latency dominates.
+    """Whether this is faster than a separate projection and scan. On an H100 it is if at least a third of the SMs have
+    a block; with fewer, latency dominates.
     """
     fits = choose(batch, longest, channels, directions, gpu) is not None
     return fits and batch * -(-channels // 16) * directions >= gpu.num_sms // 3

@@ -46,8 +46,8 @@ def _launch(
     out: Tensor,
 ) -> bool:  # fmt: skip
     """Launch with `tensors` in the order of ARGUMENTS. Those with fewer channels than x are parameters of groups of
-    `share` channels. `first`, one of them, may be planes that are summed to `out`. Returns False without a launch if
-    the lines are too long for the kernels.
+    `share` channels. If `first` is not `out`, it holds one output per direction, and their sum is written to `out`.
+    Returns False without a launch if the lines are too long for the kernels.
     """
     x, (addresses, geometries) = scan.x, addresses_of(tensors)
     bits = 16
@@ -66,12 +66,12 @@ def _launch(
 
 
 def _for_long_lines(x: Tensor) -> ModuleType:
-    """The backend for lines that no block holds."""
+    """The backend for lines that are too long for a thread block: Triton, or PyTorch."""
     return backends.backend_module("torch" if backends.unsupported_reason("triton", x) else "triton")
 
 
 def planes(x: Tensor, directions: Sequence[int]) -> Tensor:
-    """Scratch memory for one plane per direction: a view [B, H, W, D, C], stored direction by direction."""
+    """Scratch memory for one output per direction: a view [B, H, W, D, C], stored direction by direction."""
     return empty((len(directions), *x.shape[:3], x.shape[-1]), x).permute(1, 2, 3, 0, 4)
 
 

@@ -187,8 +187,8 @@ def linear_residual_forward(
     ROWS: tl.constexpr, LATENT: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
     NORM: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """out [M, C] = residual + RMSNorm(y) folded + offset. y [M, K] stays on the chip for all channels of its rows, or
-    for the `share` of them that the program computes. RMSNorm's factor of a row is applied to the product.
+    """out [M, C] = residual + RMSNorm(y) folded + offset. y [M, K] stays on chip while its rows' channels are computed:
+    all of them, or the `share` of this program. RMSNorm's factor of a row is applied to the product.
 
     EVEN: C is a multiple of CHANNELS. Fusing the next LayerNorm into this launch took 5% longer than a separate launch.
     """
@@ -348,7 +348,7 @@ def local_kernel_gradient(
 ):  # fmt: skip
     """The gradient of the convolution's weights from every P-th row: parts [P, C, SIDE * SIDE], to be summed.
 
-    A program handles one row of the kernel. It sums each tap separately per column until the end: [TAPS, COLUMNS, C].
+    A program handles one row of the kernel. It keeps a sum per weight and column until the end: [TAPS, COLUMNS, C].
     """
     c = tl.program_id(2) * CHANNELS + tl.arange(0, CHANNELS)
     tap = tl.arange(0, TAPS)

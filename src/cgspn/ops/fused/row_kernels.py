@@ -18,8 +18,8 @@ def add_norm_forward(
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
     BRANCH: tl.constexpr, KEEP: tl.constexpr, AFTER: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
-    """t = x + branch (BRANCH) [M, C], rounded as stored; normal = LayerNorm(t); total = t + after (KEEP,
-    AFTER); statistics [M, 2]: mean and inverse deviation (SAVE).
+    """t = x + branch [M, C], rounded as stored; normal = LayerNorm(t); total = t + after; statistics [M, 2]: mean and
+    inverse deviation. BRANCH, KEEP, AFTER and SAVE say which of branch, total, after and statistics exist.
     """
     m = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, CHANNELS)
@@ -89,8 +89,8 @@ def column_sums(
 ):
     """parts [programs, C]: sums over each program's rows of d [M, C].
 
-    GELU 1 (exact) or 2 (tanh): d is first replaced in place by the gradient of the GELU's input hidden [M, C], and the
-    sums are of that gradient as stored.
+    If GELU is 1 (exact) or 2 (tanh), d is the gradient of a GELU's output. It is first replaced in place by the
+    gradient of the GELU's input, `hidden` [M, C], which is then summed as stored.
     """
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     total = tl.zeros([ROWS, CHANNELS], tl.float32)
@@ -116,7 +116,7 @@ def column_sums(
 
 @triton.jit
 def gelu(x, out, count, BLOCK: tl.constexpr, GELU: tl.constexpr):
-    """GELU 1 (exact) or 2 (tanh) of `count` values."""
+    """The GELU of `count` values: exact if GELU is 1, the tanh approximation if it is 2."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     h = tl.load(x + at, mask=at < count, other=0).to(tl.float32)
     bounded = tl.where(h > 32, 32.0, tl.where(h < -32, -32.0, h))  # as in column_sums

@@ -1,5 +1,5 @@
 """Residual addition with LayerNorm, and the gradients of RMSNorm and GELU with the sums over rows for gains and biases.
-Each takes one pass over memory.
+Each reads and writes its tensors once.
 """
 
 from __future__ import annotations

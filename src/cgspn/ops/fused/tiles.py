@@ -46,7 +46,7 @@ def tile(size: int, least: int = 16) -> int:
 
 
 def weight_channels(latent: int, dtype: torch.dtype, most: int) -> int:
-    """Channels of a weight tile [channels, latent] of at most `most` bytes, so that several tiles fit on the chip."""
+    """Channels of a weight tile [channels, latent] of at most `most` bytes, so that several tiles fit on chip."""
     return max(16, min(64, most // (tile(latent) * dtype.itemsize)))
 
 

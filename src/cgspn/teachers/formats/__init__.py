@@ -61,5 +61,5 @@ def _known(family: Family, key: str) -> bool:
 
 
 def _likeness(family: Family, keys: list[str]) -> int:
-    """The number of distinct keys in a family's table, without norms, which occur in every model."""
+    """The number of distinct keys that a family's table has too, except for norms, which occur in every model."""
     return sum(_known(family, key) for key in set(keys) if not key.startswith("norm"))

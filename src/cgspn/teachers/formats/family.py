@@ -244,8 +244,8 @@ def built(
     """Create a config from the fields of every family and the family's `own`. kind: for the name.
 
     patches: width, channels and patch size. rows: length of the position table, which determines the grid. native: the
-    stated size in pixels, if any; it can give a grid that is not square, or extra pixels. stated: values of a config.
-    Raises ValueError if they differ from the tensors, because the file is incomplete or of another model.
+    stated size in pixels, if any; the grid may then not be square, and pixels may be left over. stated: values of a
+    config. Raises ValueError if they differ from the tensors, because the file is incomplete or of another model.
     """
     width, channels, patch = patches
     size = tuple(native) if isinstance(native, (list, tuple)) else (native, native)

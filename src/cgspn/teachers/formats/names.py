@@ -1,4 +1,4 @@
-"""Properties of a model that only its architecture name shows. Names are timm's, from config.json and file names."""
+"""Properties of a model that only its timm architecture name shows, from config.json or the file name."""
 
 import re
 from pathlib import Path
@@ -65,7 +65,7 @@ def size_of(name: str) -> int | None:
 
 
 def heads_of(name: str, width: int, *, sixteen: bool = False) -> int | None:
-    """The heads of a timm architecture, or of published models of a width. sixteen: for width 1536, as in SigLIP."""
+    """Number of heads of a timm architecture or of published models of this width. sixteen: 16 for a width of 1536."""
     base = name.split(".")[0]
     if base in _HEADS:
         return _HEADS[base]

@@ -22,8 +22,8 @@ def config(tower: Tower) -> EncoderConfig:
         heads = width // 64  # OpenCLIP's default
     by_tanh = (vision.get("act_kwargs") or {}).get("approximate") == "tanh"
     if not (model or named):
-        told = "no tensor shows which GELU this CLIP has, or that it averages tokens; the exact one and its class token"
-        tower.warn_of("activation", f"{told} are taken")
+        told = "the tensors do not show which GELU this CLIP uses or how it pools; exact GELU and the class token"
+        tower.warn_of("activation", f"{told} are assumed")
     average = vision.get("pool_type") == "avg"
     after = bool(vision.get("final_ln_after_pool"))
     return built(

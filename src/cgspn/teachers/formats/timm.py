@@ -142,7 +142,7 @@ def _activation(
     if "quickgelu" in name or (not name and "quickgelu" in tower.source.name.lower()):
         return "quick_gelu"
     if not name and tower.has("norm_pre.weight"):
-        tower.warn_of("activation", "no tensor shows which GELU this CLIP has; the exact one is used")
+        tower.warn_of("activation", "the tensors do not show which GELU this CLIP uses; exact GELU is assumed")
     # timm's choice for these; other SigLIP models have the exact GELU
     width, patch, rows = shape
     by_tanh = patch == 32 or (patch == 16 and (width in (1152, 1536) or (width, rows) == (1024, 32 * 32)))

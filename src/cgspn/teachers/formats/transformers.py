@@ -34,7 +34,7 @@ def activation_of(stated: dict[str, Any], default: str) -> Activation:
 
 
 def clip_config(tower: Tower) -> EncoderConfig:
-    """From shapes and config.json."""
+    """Derive the config from shapes and config.json."""
     stated = stated_of(tower)
     patches = tower.patches("embeddings.patch_embedding.weight")
     projection = tower.find("/visual_projection.weight")
@@ -87,7 +87,7 @@ _MLP = "encoder.layer.0.mlp.{}.weight"
 
 
 def dinov2_config(tower: Tower) -> EncoderConfig:
-    """From shapes and config.json."""
+    """Derive the config from shapes and config.json."""
     stated = stated_of(tower)
     patches = tower.patches("embeddings.patch_embeddings.projection.weight")
     gated = tower.has("encoder.layer.0.mlp.weights_in.weight") or tower.has("encoder.layer.0.mlp.gate_proj.weight")
