@@ -308,7 +308,7 @@ def test_muon_takes_the_matrices_and_its_updates_are_as_large_as_those_of_adamw(
 @pytest.mark.parametrize(
     ("config", "field", "value"),
     [
-        *((OptimConfig, "optimizer", "sgd"), (OptimConfig, "weight_decay", -0.1), (OptimConfig, "seed", 1.5)),
+        *((OptimConfig, "optimizer", "sgd"), (OptimConfig, "weight_decay", -0.1), (OptimConfig, "seed", 1 << 64)),
         *((OptimConfig, name, float("nan")) for name in ("inherited_rate", "embedding_rate", "weight_decay")),
         *((OptimConfig, "steps", 1.5), (OptimConfig, "crop_scale", (0.5,)), (OptimConfig, "learning_rate", math.inf)),
         *((LossConfig, "kl_pb", float("nan")), (LossConfig, "alpha", -1.0), (DistillConfig, "image_size", 0)),

@@ -118,3 +118,6 @@ def test_one_text_is_no_list_of_names() -> None:
         cgspn.classify(model, shirt, "bag")
     with pytest.raises(ValueError, match="templates is the text"):
         cgspn.classify(model, shirt, ["bag", "shirt"], "a photo of a {}")
+    for size in ("28", 28.0, (28, 28, 28)):
+        with pytest.raises(ValueError, match=r"size is .*; accepted: a side in pixels, or \(height, width\)"):
+            cgspn.classify(model, shirt, ["bag", "shirt"], size=size)

@@ -1,5 +1,7 @@
 """Parsing and checking of image sizes."""
 
+from operator import index
+
 from ..models.config import EncoderConfig
 from .opening import MOST_PIXELS
 
@@ -25,7 +27,10 @@ def size_in_pixels(config: EncoderConfig, size: Size) -> tuple[int, int]:
     """The height and width of an encoder's input. Raises ValueError unless they are multiples of the patch."""
     if size is None:
         return config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
+    try:
+        height, width = (index(side) for side in ((size, size) if isinstance(size, int) else size))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"size is {size!r}; accepted: a side in pixels, or (height, width)") from error
     patch = config.patch_size
     if min(height, width) < patch or (not config.crop_remainder and (height % patch or width % patch)):
         nearest = " x ".join(str(max(1, round(side / patch)) * patch) for side in (height, width))

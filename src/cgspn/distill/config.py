@@ -62,6 +62,7 @@ class OptimConfig:
             *((name, getattr(self, name) > 0, "more than 0") for name in ("batch_size", "learning_rate", "clip")),
             *((name, 0 <= getattr(self, name) < math.inf, "0 or more") for name in not_negative),
             ("learning_rate", self.learning_rate < math.inf, "finite"),
+            ("seed", -(1 << 63) <= self.seed < 1 << 63, "64-bit integers"),
             *((name, 0 <= getattr(self, name) <= 1, "0 to 1") for name in ("warmup", "jitter", "mixup", "cutmix")),
             ("crop_scale", len(crops) == 2 and 0 < crops[0] <= crops[1] <= 1, "0 < first <= second <= 1"),
             ("ema", 0 <= self.ema < 1, "0 to below 1"),
