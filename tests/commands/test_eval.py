@@ -185,6 +185,8 @@ def test_segment_on_pairs_of_ones_own(tmp_path, student, capsys):
         (["zeroshot", "embedded", "--device", "cuda"], "PyTorch finds no CUDA GPU"),
         (["segment", "student"], "data is empty"),
         (["segment", "student", "--data", "ade", "--size", "12,24"], "size holds '12,24'; accepted: a side in pixels"),
+        (["zeroshot", "embedded", "--size", "1000000"], "size is 1000000 x 1000000 pixels; accepted: at most"),
+        (["segment", "embedded", "--data", "ade", "--size", "1000000"], "size is 1000000 x 1000000 pixels; accepted:"),
         (["zeroshot", "embedded", "--size", "30"], "size is 30; accepted: multiples of the patch size 4"),
         (["zeroshot", "embedded", "--plot", "."], "plot is ., a folder"),
         (["segment", "student", "--train", "x"], "train and test go together"),

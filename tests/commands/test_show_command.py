@@ -14,6 +14,7 @@ from cgspn.commands.show import Show
     [
         ({"student": "nowhere"}, "nowhere"),
         ({"size": 3}, r"size is 3; accepted: at least one patch, 4 pixels"),
+        ({"size": 1 << 20}, r"size is 1048576 x 1048576 pixels; accepted: at most"),
         ({"limit": 0}, r"limit is 0; accepted: 1 or more"),
         ({"layers": (5,)}, r"layers is \[5\]; accepted: 1 to 4"),
         ({"out": Path()}, r"out is \., a folder; expected a file name"),

@@ -146,6 +146,8 @@ def test_sizes_follow_the_picture_and_the_patch(encoder):
         check_size(encoder.config, (60, 64))
     with pytest.raises(ValueError, match="of 6 or more"):
         check_size(encoder.config, (5,))
+    with pytest.raises(ValueError, match=r"size is 1200 x 72000 pixels; accepted: at most 67,108,864"):
+        size_for(encoder.config, 10, 600, (1200,))
 
 
 def test_zero_shot_on_shards_counts_as_a_loop_does(tmp_path):

@@ -248,9 +248,12 @@ def test_what_is_no_picture_is_refused():
         ({"images": np.zeros((4, 4, 3), np.uint8), "aspect": "fit"}, "aspect is 'fit'"),
         ({"images": np.zeros((4, 4, 3), np.uint8), "size": {"shortest_edge": 4}}, "size is"),
         ({"images": Image.new("RGB", (0, 4)), "aspect": "keep"}, "a picture has 4 x 0 pixels"),
+        ({"images": np.zeros((4, 4, 3), np.uint8), "image_std": [0.5, 0.5, 0.0]}, "image_std is .* numbers above 0"),
     ):
         with pytest.raises(ValueError, match=message):
             processor(**arguments)
+    with pytest.raises(ValueError, match=r"images has dtype torch.uint8; accepted: floating point, normalised"):
+        CgspnModel(CgspnConfig("cgspn_mini_patch4_28"))(torch.zeros(1, 3, 28, 28, dtype=torch.uint8))
 
 
 @pytest.mark.slow

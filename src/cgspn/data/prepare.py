@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -136,6 +137,10 @@ class Prepare:
     std: tuple[float, ...] = STD
     channels: int = 3
     crop_pct: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not all(0 < value < math.inf for value in self.std):
+            raise ValueError(f"image_std is {self.std}; accepted: numbers above 0")
 
     def __call__(self, image: Image.Image) -> Tensor:
         """An image of any mode -> float32 [channels, h, w]. Raises ValueError like `open_picture`."""

@@ -12,7 +12,7 @@ from ..data.captions import class_captions
 from ..data.labelled import CaptionedPictures, LabelledPictures, labels_of
 from ..data.prepare import Picture, open_picture, picture_name, prepare_for, read_each
 from ..data.segmentation_sets import IGNORE, SegmentationSet
-from ..data.sizes import Size
+from ..data.sizes import Size, check_pixels
 from ..data.skipped import SkipCounter, Skipped
 from ..models.config import EncoderConfig
 from ..models.dual import DualEncoder
@@ -172,6 +172,8 @@ def check_size(config: EncoderConfig, size: tuple[int, ...]) -> None:
         )
     if len(size) == 2 and any(side % config.patch_size for side in size):
         raise ValueError(f"size is {size}; expected multiples of the patch size, {config.patch_size}")
+    if size:
+        check_pixels(size[0], size[-1])
 
 
 def size_for(config: EncoderConfig, height: int, width: int, size: tuple[int, ...]) -> tuple[int, int]:
@@ -180,7 +182,9 @@ def size_for(config: EncoderConfig, height: int, width: int, size: tuple[int, ..
         return size[0], size[1]
     scale = (size[0] if size else min(config.image_size)) / min(height, width)
     patch = config.patch_size
-    return max(1, round(height * scale / patch)) * patch, max(1, round(width * scale / patch)) * patch
+    found = max(1, round(height * scale / patch)) * patch, max(1, round(width * scale / patch)) * patch
+    check_pixels(*found)  # the image may be a strip
+    return found
 
 
 def _reader(

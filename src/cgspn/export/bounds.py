@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..data.sizes import check_pixels
 from ..models.config import EncoderConfig
 
 
@@ -64,6 +65,7 @@ def bounds_for(
     for name, value in (("min_size", low), ("max_size", high)):
         if value < patch or value % patch:
             raise ValueError(f"{name} is {value}; accepted: multiples of the patch size {patch}")
+    check_pixels(high, high)
     if low > high:
         raise ValueError(f"min_size is {low}, above max_size {high}")
     if max_batch < 1:

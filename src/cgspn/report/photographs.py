@@ -14,6 +14,7 @@ from torch import Tensor
 from ..data import load_embedded
 from ..data.folder import list_folder
 from ..data.prepare import open_picture, prepare_for
+from ..data.sizes import check_pixels
 from ..data.skipped import Skipped
 from ..data.source import EMBEDDED
 from ..models.config import EncoderConfig
@@ -62,6 +63,7 @@ def load_photographs(source: str, side: int, patch: int, limit: int) -> tuple[li
     """
     if side < patch:
         raise ValueError(f"size is {side}; accepted: at least one patch, {patch} pixels")
+    check_pixels(side, side)
     if limit < 1:
         raise ValueError(f"limit is {limit}; accepted: 1 or more")
     if source == EMBEDDED:
