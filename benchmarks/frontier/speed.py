@@ -6,6 +6,7 @@ python -m benchmarks.frontier.speed --out results/frontier
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +20,7 @@ from benchmarks.resolution.students import FRONTIER, STUDENTS, Student
 from cgspn.bench.machine import ceilings, free
 from cgspn.bench.timing import medians
 from cgspn.environment import describe
+from cgspn.layers import AttentionMixer, WindowAttentionMixer
 from cgspn.models.checkpoint import write_atomically
 from cgspn.models.config import EncoderConfig
 from cgspn.models.encoder import Encoder
@@ -94,15 +96,19 @@ def run(config: SpeedConfig) -> None:
         for pixels, batch in config.sizes:
             teacher = replace(model_config(model), image_size=(pixels, pixels))
             calls: dict[str, Callable[[], object]] = {}
+            kinds: dict[str, Counter[type]] = {}
             for name in names:
                 with torch.device(device):
                     encoder = Encoder(config_of(STUDENTS[name], teacher)).to(torch.bfloat16).eval()
                 images = torch.randn(batch, 3, pixels, pixels, device=device, dtype=torch.bfloat16)
                 calls[name] = partial(step, encoder, images)
+                kinds[name] = Counter(type(block.mixer) for block in encoder.blocks)
             times = medians(calls, rounds=config.rounds, target_ms=1.0)
             first = next(iter(times.values()))
             for name, ms in times.items():
                 row = {"student": name, "model": model, "px": pixels, "B": batch, "ms an image": ms / batch}
+                layers = {"attention layers": AttentionMixer, "window layers": WindowAttentionMixer}
+                row |= {title: kinds[name][kind] for title, kind in layers.items()}
                 rows.append(row | {"x the first": first / ms})
                 print(row | {"x the first": round(first / ms, 2)}, flush=True)
             calls.clear()
