@@ -1,1 +1,1 @@
-"""Studies: what settled the defaults, and what was measured once. Not in the wheel; see README.md."""
+"""Studies that led to the default settings or answered a single question. Not in the wheel; see README.md."""

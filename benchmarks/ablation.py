@@ -2,7 +2,7 @@
 
     python -m benchmarks.ablation --out results/efficiency/walk
 
-Writes ablation.json, .md and .png. On a GPU minutes, on a CPU for small images alone.
+Writes ablation.json, .md and .png. Takes minutes on a GPU; on a CPU only small images are feasible.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class AblationConfig:
     """Settings.
 
     Args:
-        pixels: of the square images.
-        batch: B of the walk; halved until its first step fits.
-        batches: B of the sweep over the batch.
-        widths: C of the sweep over the width, at the same latent.
-        shape: of the layers.
-        rounds: interleaved timings of each.
+        pixels: side length of the square images.
+        batch: batch size of the ablation, halved until its first step fits in memory.
+        batches: batch sizes of the sweep over the batch size.
+        widths: numbers of channels of the sweep over the width, with the same latent width.
+        shape: dimensions of the layers.
+        rounds: number of interleaved timings of each.
     """
 
     pixels: int = 1036
@@ -52,19 +52,19 @@ class AblationConfig:
     rounds: int = 7
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be measured."""
+        """Raise ValueError for settings that cannot be measured."""
         not_empty(self, "batches", "widths")
         at_least(self, 1, "batch", "batches", "widths", "rounds")
         tiled("pixels", self.pixels, self.shape.patch)
 
 
 class SeparateNormalisation(PropagationMixer):
-    """The scan as it was before fusion: normalised weights in memory, then a scan and a gate for each direction."""
+    """The scan without fusion: it writes normalised weights to memory, then scans and gates each direction."""
 
     def propagate(
         self, x: Tensor, logits: Tensor, lam: Tensor, u: Tensor, keep: Tensor | None, mask: Tensor | None
     ) -> Tensor:
-        """As in `PropagationMixer`, without a mask and a forget gate."""
+        """`PropagationMixer.propagate` without a mask or a forget gate."""
         outs = []
         for d, direction in enumerate(self.config.directions):
             weights = self.weights(logits[..., d, :, :], direction in ("down", "up"))
@@ -72,15 +72,15 @@ class SeparateNormalisation(PropagationMixer):
         return torch.stack(outs, -2) if self.config.merge == "concat" else torch.stack(outs).sum(0)
 
     def weights(self, logits: Tensor, vertical: bool) -> Tensor:
-        """Weights [B, H, W, 3, C] from logits of the same shape, a pass over memory for each step."""
+        """Normalised weights [B, H, W, 3, C] from logits of the same shape, with a pass over memory for each step."""
         return neighbour_weights(logits, vertical)
 
 
 class CompiledNormalisation(SeparateNormalisation):
-    """The same with the steps of the normalisation fused into one kernel, as the source does."""
+    """`SeparateNormalisation` with the steps of the normalisation fused into one kernel, as in the paper."""
 
     def weights(self, logits: Tensor, vertical: bool) -> Tensor:
-        """As in `SeparateNormalisation`, in one pass."""
+        """Normalised weights as in `SeparateNormalisation`, in one pass over memory."""
         return compiled_weights()(logits, vertical)
 
 
@@ -100,7 +100,8 @@ def compiled_weights() -> Callable[[Tensor, bool], Tensor]:
 
 
 def layers_of_the_walk(shape: Shape) -> dict[str, PropagationMixer]:
-    """Each step is the one before it with one change; the first three are how the scan's weights are normalised."""
+    """The layers of the ablation. Each is the previous one with one change; the first three differ in the
+    normalisation."""
     width, first = shape.width, GSPN_WALK["GSPN"]
     steps: dict[str, PropagationMixer] = {
         "GSPN, normalisation in separate steps": SeparateNormalisation(width, first),
@@ -117,13 +118,13 @@ def layers_of_the_walk(shape: Shape) -> dict[str, PropagationMixer]:
 
 
 def first_latent(shape: Shape) -> PropagationConfig:
-    """The last raw-space step of the walk, moved into the latent space."""
+    """The layer of the first step in the latent space: the previous one behind P_down."""
     last = [config for config in GSPN_WALK.values() if config.compression is None][-1]
     return replace(last, compression=shape.compression)
 
 
 def walk_rows(config: AblationConfig, device: torch.device) -> list[Row]:
-    """Sub-layer latency of every step, one after the other: the first ones fill the memory."""
+    """Sub-layer latency of every step, measured one after the other, because the first ones fill the memory."""
     side = config.pixels // config.shape.patch
     grid = Grid(side, side)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -146,7 +147,7 @@ def walk_rows(config: AblationConfig, device: torch.device) -> list[Row]:
 
 
 def sublayer_ms(mixer: PropagationMixer, tokens: Tensor, grid: Grid, rounds: int) -> float:
-    """Milliseconds of norm, mixer and residual."""
+    """Milliseconds of a sub-layer: norm, mixer and residual addition."""
     block = Block(tokens.shape[-1], mixer, 8, "gelu", 1e-6, None).to(tokens.device, tokens.dtype).eval()
 
     def run() -> Tensor:
@@ -159,7 +160,7 @@ def sublayer_ms(mixer: PropagationMixer, tokens: Tensor, grid: Grid, rounds: int
 
 
 def sweep_rows(config: AblationConfig, device: torch.device) -> dict[str, list[Row]]:
-    """The sub-layer of GSPN, C-GSPN and its plain pieces over batch sizes, and over widths at the same latent."""
+    """The sub-layer of GSPN, of C-GSPN, and of C-GSPN without block fusion, over batch sizes and over widths."""
     side = config.pixels // config.shape.patch
     grid = Grid(side, side)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -197,7 +198,7 @@ def sweep_rows(config: AblationConfig, device: torch.device) -> dict[str, list[R
 
 
 def _of_width(shape: Shape, width: int) -> Shape:
-    """Another width with the same latent."""
+    """The settings for another width with the same latent width."""
     return replace(shape, width=width, compression=shape.compression * width / shape.width)
 
 
@@ -221,7 +222,7 @@ def run(
 
 
 def plot(tables: dict[str, list[Row]], path: Path) -> None:
-    """The walk as bars, the sweeps as curves."""
+    """Plot the ablation as bars and the sweeps as curves."""
 
     def paint(axes: Any) -> None:
         steps = tables["GSPN to C-GSPN"]
@@ -245,7 +246,7 @@ def main(config: AblationConfig = AblationConfig(), out: Path = Path("runs/bench
     Args:
         config: settings.
         out: folder for the results: JSON, a table and a plot.
-        commit: to note in the results; by default that of the working tree.
+        commit: commit to record in the results; by default that of the working tree.
     """
     run(config, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"), commit=commit)
 

@@ -1,6 +1,6 @@
-"""One table of what fits together, each row with its measured error: results/compatibility.
+"""Consistency of conversion, the timm and transformers classes, mixed sizes and export, with the error of each check.
 
-Needs the extras hub, text, hf and export. timm's rows are added where timm imports.
+Needs the extras hub, text, hf and export. timm's rows are added if timm can be imported.
 
     python -m benchmarks.compatibility --out results/compatibility
 """
@@ -34,7 +34,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 def shaken(name: str) -> Encoder:
-    """A registered model whose weights are all random, so that no zero hides a mistake."""
+    """A registered model with random weights everywhere, because weights that are zero would hide mistakes."""
     torch.manual_seed(0)
     encoder = cgspn.create_model(name).eval()
     for parameter in encoder.parameters():
@@ -43,7 +43,7 @@ def shaken(name: str) -> Encoder:
 
 
 def teachers(path: Path) -> list[Row]:
-    """Point 1, from the table that benchmarks/teacher_parity.py wrote."""
+    """Rows about teachers, from the table that benchmarks/teacher_parity.py wrote."""
     worst: dict[str, list[float]] = defaultdict(list)
     for row in json.loads(path.read_text())["relative error of tokens and of the pooled output"]:
         worst[row["library"]] += [row["tokens"], row["pooled"]]
@@ -54,7 +54,7 @@ def teachers(path: Path) -> list[Row]:
 
 
 def conversion() -> list[Row]:
-    """Point 2: what a student inherits is what the teacher has."""
+    """Rows about conversion: inherited weights equal the teacher's."""
     rows = []
     for kept in (0, 1):
         teacher = shaken("vit_mini_patch4_28")
@@ -68,7 +68,7 @@ def conversion() -> list[Row]:
 
 
 def registry() -> list[Row]:
-    """Point 3: every registered model, saved and loaded; large ones with two blocks, at their real width."""
+    """Rows about the registry: every model, saved and loaded; large ones with two blocks of their real width."""
     errors = []
     for name in cgspn.list_models():
         config = cgspn.models.model_config(name)
@@ -83,7 +83,7 @@ def registry() -> list[Row]:
 
 
 def libraries() -> list[Row]:
-    """Point 4: through transformers' Auto classes, and through timm where it imports; round trips are bit for bit."""
+    """Rows about transformers' Auto classes and timm: outputs, and bitwise equal weights after saving and loading."""
     from transformers import AutoModel
 
     import cgspn.models.hf
@@ -130,7 +130,7 @@ def libraries() -> list[Row]:
 
 
 def mixed() -> list[Row]:
-    """Point 5: images of different sizes in one call against each alone; features, gradients of weights and images."""
+    """Rows about mixed sizes: features and gradients of images in one batch, compared with each image alone."""
     rows = []
     for method in ("pad", "bucket"):
         features, gradients = [], []
@@ -161,7 +161,7 @@ def mixed() -> list[Row]:
 
 
 def exports() -> list[Row]:
-    """Point 6: each format, reloaded in its runtime, at the corners of its bounds."""
+    """Rows about export: each format, loaded in its runtime, at the limits of its sizes."""
     rows = []
     for kind, suffix in (("onnx", ".onnx"), ("torch", ".pt2"), ("aot", ".pt2")):
         errors = []

@@ -2,9 +2,9 @@
 
     python -m benchmarks.conversion_cost --out results/teachers
 
-Makes a file in OpenCLIP's layout (a trunk of timm's beside a few keys of a text tower) and one in timm's, in float32
-and float16, converts each with `cgspn convert --keep-attention 3`, and writes conversion_cost.json and .md.
-The files are read from the page cache: they have just been written.
+Writes a file in OpenCLIP's layout (a timm trunk and a few keys of a text tower) and one in timm's, each in float32 and
+float16, converts each with `cgspn convert --keep-attention 3`, and writes conversion_cost.json and .md. The files are
+in the page cache, because they have just been written.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODEL = "vit_so400m_patch14_378"
 
 
 def make_file(path: Path, prefix: str, dtype: torch.dtype) -> None:
-    """SO400M's image tower in timm's layout, its keys under `prefix`."""
+    """SO400M's image tower in timm's layout. prefix: of its keys."""
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in create_model(MODEL).state_dict().items()}
     rules = {rule.ours: rule.theirs[0] for rule in TIMM.rules}
@@ -46,7 +46,7 @@ def make_file(path: Path, prefix: str, dtype: torch.dtype) -> None:
 
 
 def convert(source: Path, out: Path) -> tuple[float, float, float]:
-    """Seconds, seconds of processor time and peak resident gigabytes of one conversion.
+    """Seconds, CPU seconds and peak resident gigabytes of one conversion.
 
     Raises CalledProcessError if it fails.
     """
@@ -64,7 +64,7 @@ def convert(source: Path, out: Path) -> tuple[float, float, float]:
 
 
 def main(out: Path = Path("results/teachers"), commit: str = "") -> None:
-    """Measure and write. commit: to note in the results; by default that of the working tree."""
+    """Measure and write the results. commit: commit to record in the results; by default that of the working tree."""
     rows: list[dict[str, Any]] = []
     for layout, prefix in (("OpenCLIP", "visual.trunk."), ("timm", "")):
         for dtype in (torch.float32, torch.float16):

@@ -1,4 +1,4 @@
-"""Draw results/efficiency/efficiency.png, the README's picture, from the measurements beside it.
+"""Draw results/efficiency/efficiency.png from the measurements in that folder.
 
 python -m benchmarks.draw_efficiency
 """
@@ -19,7 +19,7 @@ COLOURS = {"attention": "#8a8f98", "C-GSPN": "#d1495b", "hybrid 3/27": "#30638e"
 
 
 def main() -> None:
-    """One panel for the throughput of whole encoders, one for the latency of one image."""
+    """Draw a panel with the throughput of whole encoders and one with the latency of one image."""
     measured = json.loads((FOLDER / "encoder" / "encoder.json").read_text())
     rows = measured["throughput"]
     graphs = [row for row in measured["one image"] if row["way"] == "CUDA graph"]

@@ -1,10 +1,10 @@
-"""What an MLP in 8 bits costs in quality, on real features, and what it saves in time.
+"""The loss of quality from FP8 MLPs, on real features, and the time they save.
 
     python -m benchmarks.fp8 quality --photos SHARD.tar --weights vit_s14.safetensors --out results/fp8
     python -m benchmarks.fp8 speed --out results/fp8
 
-`quality` writes quality.json and .md, in minutes on a CPU: 8 bits are emulated there, number for number (the sums are
-float32, where Hopper's keep fewer bits). `speed` writes speed.json and .md; on a GPU.
+`quality` writes quality.json and .md, in minutes on a CPU, where FP8 is emulated exactly, except that sums are float32
+while Hopper's have fewer bits. `speed` writes speed.json and .md; on a GPU.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Fp8QualityConfig:
-    """Settings of the quality.
+    """Settings of the quality measurement.
 
     Args:
         photos: image-text shard (tar with .jpg files).
-        weights: of the encoder whose features are compared.
-        sizes: pixels and how many photographs, the first ones of the shard.
-        batch: images at once.
-        test_images: of the embedded set, for zero-shot accuracy; at most 4000.
+        weights: weight file of the encoder whose features are compared.
+        sizes: pairs of image size in pixels and number of photographs, the first ones of the shard.
+        batch: number of images per call.
+        test_images: number of embedded test images for zero-shot accuracy, at most 4000.
     """
 
     photos: Path
@@ -60,7 +60,7 @@ class Fp8QualityConfig:
 
 
 def precisions(encoder: Encoder) -> dict[str, Encoder]:
-    """Copies of a float32 encoder: what 16 bits, 8 bits in the MLPs, and both give. The first is what all aim at."""
+    """Copies of a float32 encoder: itself as the reference, in bfloat16, with FP8 MLPs, and with both."""
     short = copy.deepcopy(encoder).to(torch.bfloat16)
     return {
         "float32": encoder,
@@ -79,7 +79,7 @@ def outputs(encoder: Encoder, images: Tensor, batch: int) -> tuple[Tensor, Tenso
 
 
 def feature_rows(config: Fp8QualityConfig, say: Callable[[str], object]) -> list[Row]:
-    """Likeness of final features to those in float32, for every size and precision."""
+    """Similarity of final features to those in float32, for every size and precision."""
     encoder = load_encoder(config.weights)
     photos = read_tar(config.photos, "image", lambda image: square(image, TESTED))
     models = precisions(encoder)
@@ -104,7 +104,7 @@ def feature_rows(config: Fp8QualityConfig, say: Callable[[str], object]) -> list
 
 
 class InDtype(torch.nn.Module):
-    """An encoder of another dtype behind a float32 face."""
+    """An encoder of any dtype with float32 inputs and outputs."""
 
     def __init__(self, encoder: Encoder) -> None:
         """encoder: of any dtype."""
@@ -112,13 +112,13 @@ class InDtype(torch.nn.Module):
         self.encoder, self.config = encoder, encoder.config
 
     def forward(self, images: Tensor) -> Any:
-        """Images [B, channels, H, W], float32 -> as the encoder, float32."""
+        """Images [B, channels, H, W], float32 -> the encoder's outputs in float32."""
         out = self.encoder(images.to(next(self.encoder.parameters()).dtype))
         return type(out)(out.tokens.float(), out.pooled.float())
 
 
 def zeroshot_rows(config: Fp8QualityConfig, say: Callable[[str], object]) -> list[Row]:
-    """Zero-shot accuracy of the embedded image-text model, and how many of its images change their class."""
+    """Zero-shot accuracy of the embedded image-text model, and the number of images whose predicted class changes."""
     teacher = load_embedded_teacher()
     test: ImageSet = load_embedded("test").subset(torch.arange(config.test_images))
     rows: list[Row] = []
@@ -142,13 +142,13 @@ def quality(
     commit: str = "",
     say: tyro.conf.Suppress[Callable[[str], object]] = print,
 ) -> dict[str, list[Row]]:
-    """What MLPs in 8 bits cost. Raises OSError for files that are not there.
+    """Measure the loss of quality from FP8 MLPs. Raises OSError for missing files.
 
     Args:
         config: photographs, weights, sizes.
         out: folder for quality.json and .md.
-        commit: to note in the results; by default that of the working tree.
-        say: called with each line.
+        commit: commit to record in the results; by default that of the working tree.
+        say: called with each line of progress.
     """
     tables = {"features": feature_rows(config, say), "the embedded image-text model": zeroshot_rows(config, say)}
     machine = describe(commit, "python -m benchmarks.fp8") | {
@@ -159,7 +159,7 @@ def quality(
 
 
 def mlp_rows(shape: Shape, pixels: int, batch: int, device: torch.device, rounds: int) -> list[Row]:
-    """The MLP half after its norm, and what it consists of, at `batch` images: in 16 bits and in 8, interleaved."""
+    """Time the MLP half of a block without its norm, and its parts, in 16 bits and in FP8, interleaved."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     plain = Mlp(shape.width, shape.hidden, "gelu_tanh").to(device, dtype)
     tokens = batch * (pixels // shape.patch) ** 2
@@ -191,7 +191,7 @@ def mlp_rows(shape: Shape, pixels: int, batch: int, device: torch.device, rounds
 
 
 def block_rows(shape: Shape, pixels: int, batch: int, device: torch.device, rounds: int) -> list[Row]:
-    """Whole blocks, attention and C-GSPN, with the same MLP in 16 bits and in 8, interleaved."""
+    """Time whole attention and C-GSPN blocks with the same MLP in 16 bits and in FP8, interleaved."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     side = pixels // shape.patch
     grid = Grid(side, side)
@@ -232,15 +232,15 @@ def speed(
     shape: Shape = Shape(),  # noqa: B008 - frozen
     commit: str = "",
 ) -> dict[str, list[Row]]:
-    """What MLPs in 8 bits save: the MLP half of a block, and whole blocks.
+    """Measure the time that FP8 MLPs save, for the MLP half of a block and for whole blocks.
 
     Args:
         out: folder for speed.json and .md.
-        sizes: of the square images, in pixels.
-        batch: images at once.
-        rounds: interleaved timings of each.
-        shape: of the blocks.
-        commit: to note in the results; by default that of the working tree.
+        sizes: side lengths of the square images in pixels.
+        batch: number of images per call.
+        rounds: number of interleaved timings of each.
+        shape: dimensions of the blocks.
+        commit: commit to record in the results; by default that of the working tree.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     halves, blocks = (

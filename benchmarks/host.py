@@ -1,10 +1,10 @@
-"""What the CPU does for a block besides the launches themselves: measured without a GPU.
+"""The CPU time of a block apart from kernel launches, measured without a GPU.
 
     python -m benchmarks.host --out results/efficiency/host
 
-Tensors are a few numbers on the CPU, and a stand-in for a GPU takes launches and prepared products and drops them. What
-is left has to happen before a device can work: Python, PyTorch's dispatcher, memory, packed arguments. What PyTorch
-runs itself counts for as long as it takes on the CPU with these few numbers, as in attention's row.
+Tensors are tiny and on the CPU. A substitute for the GPU receives launches and prepared matrix products and drops them.
+The remaining time is spent in Python, PyTorch's dispatcher, memory allocation and packing of arguments. Operations that
+PyTorch runs itself, as in the row of attention, count with the time that they take on the tiny tensors.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class HostConfig:
     Args:
         out: folder for host.json and host.md.
         contenders: blocks of `cgspn.bench.contenders`.
-        calls: of a block in one timing.
-        rounds: timings; the shortest counts.
+        calls: number of calls of a block per timing.
+        rounds: number of timings, of which the shortest counts.
     """
 
     out: Path = Path("runs/host")
@@ -51,31 +51,31 @@ class HostConfig:
     rounds: int = 20
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be measured."""
+        """Raise ValueError for settings that cannot be measured."""
         not_empty(self, "contenders")
         at_least(self, 1, "calls", "rounds")
 
 
 class DroppedLaunches:
-    """Stands for a Hopper GPU: launches are counted and dropped."""
+    """A substitute for a Hopper GPU that counts and drops launches."""
 
     index, capability, arch, runs_triton = -1, (9, 0), "sm_90", True
     computes = False
     machine = Machine(132, 227 * 1024, True)
 
     def __init__(self) -> None:
-        """Nothing was launched yet."""
+        """Counters of launches and matrix products, at zero."""
         self.launches = self.products = 0
 
     def load(self, name: str, entry: str, defines: tuple[tuple[str, int], ...], shared: int) -> int:
-        """No kernel."""
+        """A handle of no kernel."""
         return 0
 
     def compiler_reason(self) -> None:
-        """Nothing is compiled."""
+        """None, because nothing is compiled."""
 
     def through_triton(self, launch: Any, tensors: Sequence[Tensor | None], wanted: bool) -> Launch:
-        """As if Triton had compiled."""
+        """Count the launch as if Triton had compiled the kernel."""
         slots = [(n, 0) for n in range(len(tensors))]
         return Launch(self, 0, launch.grid, 128, 0, [bytes(8)] * len(tensors), slots)  # type: ignore[arg-type]
 
@@ -84,11 +84,11 @@ class DroppedLaunches:
         self.launches += 1
 
     def submission(self, launch: Launch, stream: int) -> Callable[[], None]:
-        """What drops a launch."""
+        """A function that drops a launch."""
         return partial(self.submit, launch)
 
     def product(self, stream: int, scratch: Tensor, *matrices: Tensor, **options: Any) -> SimpleNamespace:
-        """What drops a product."""
+        """A prepared matrix product that does nothing."""
         pointers = [Pointer(0 if m is None else m.data_ptr()) for m in (*matrices, options.get("add"))]
         return SimpleNamespace(pointers=pointers, run=self._drop_product)
 
@@ -97,16 +97,16 @@ class DroppedLaunches:
         return 0
 
     def is_current(self) -> bool:
-        """Always."""
+        """True."""
         return True
 
     def stream(self) -> int:
-        """The only one."""
+        """The number of the only stream."""
         return 0
 
 
 def microseconds(call: Callable[[], object], config: HostConfig) -> float:
-    """The shortest of the timings of a call, in time of this thread: what others do meanwhile does not count."""
+    """The shortest of the timings of a call, in CPU time of this thread, which other threads do not affect."""
     found = []
     for _ in range(config.rounds):
         began = time.thread_time()
@@ -117,7 +117,7 @@ def microseconds(call: Callable[[], object], config: HostConfig) -> float:
 
 
 def host_row(name: str, config: HostConfig) -> Row:
-    """Microseconds of the host for a block, and how many launches and prepared products it makes in inference."""
+    """CPU microseconds of a block, and its numbers of launches and prepared matrix products in inference."""
     grid = Grid(2, 2)
     block = build(name, SHAPE, CPU, torch.bfloat16)
     tokens = torch.zeros(1, 4, SHAPE.width, dtype=torch.bfloat16)

@@ -1,8 +1,8 @@
-"""One image on a CPU: teacher and student beside one another, and the size from which the student is faster.
+"""Inference of one image on a CPU by teacher and student, and the size from which the student is faster.
 
     OMP_NUM_THREADS=1 python -m benchmarks.inference --models small --sizes 224 518 --out results/teachers
 
-Writes inference.json, .md and .png. `OMP_NUM_THREADS` sets the threads of PyTorch.
+Writes inference.json, .md and .png. `OMP_NUM_THREADS` sets PyTorch's number of threads.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ class InferenceConfig:
     """Settings.
 
     Args:
-        models: sizes of `cgspn.list_models()`; each is a `vit_` teacher and its `cgspn_` student, float32.
-        sizes: of the square image, in pixels.
-        blocks: of each encoder, at most; a block costs the same in all depths, and whole large ones take minutes.
-        rounds: timings of each, teacher and student in turn; the median counts.
+        models: model sizes in `cgspn.list_models()`; each has a `vit_` teacher and a `cgspn_` student, in float32.
+        sizes: side lengths of the square image in pixels.
+        blocks: maximum number of blocks of each encoder. All blocks of an encoder cost the same, and whole large
+            encoders take minutes.
+        rounds: number of timings of each, teacher and student in turn. The median counts.
     """
 
     models: tuple[str, ...] = ("small", "base", "so400m")
@@ -45,7 +46,7 @@ class InferenceConfig:
     rounds: int = 5
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what cannot be measured, or a model that does not exist."""
+        """Raise ValueError for settings that cannot be measured, or a model that does not exist."""
         not_empty(self, "models", "sizes")
         at_least(self, 1, "blocks", "rounds")
         models = [name_of(kind, size) for size in self.models for kind in KINDS]
@@ -54,19 +55,19 @@ class InferenceConfig:
 
 
 def name_of(kind: str, size: str) -> str:
-    """The model of one of `KINDS` and a size."""
+    """The name of the model of one of `KINDS` and a size."""
     return f"{kind}_{size}_patch14_378"
 
 
 def build(kind: str, size: str, blocks: int) -> Encoder:
-    """The first blocks of a model with its patch embedding and pooling. Raises ValueError for an unknown one."""
+    """The first blocks of a model with its patch embedding and pooling. Raises ValueError for an unknown model."""
     name = name_of(kind, size)
     return create_model(name, mixers=model_config(name).mixers[:blocks]).eval()
 
 
 @torch.inference_mode()
 def seconds(models: list[Encoder], pixels: int, rounds: int) -> list[float]:
-    """Median seconds of one image through each model, run in turn after one run that is not counted."""
+    """Median seconds of one image through each model. The models run in turn, after a warm-up run."""
     images = torch.randn(1, models[0].config.channels, pixels, pixels)
     times: list[list[float]] = [[] for _ in models]
     for counted in range(rounds + 1):
@@ -79,7 +80,7 @@ def seconds(models: list[Encoder], pixels: int, rounds: int) -> list[float]:
 
 
 def crossover(rows: list[Row]) -> str:
-    """In words: the smallest measured size from which every ratio is above 1."""
+    """The smallest measured size from which on every ratio is above 1, as text."""
     rows = sorted(rows, key=lambda row: row["pixels"])
     slower = [k for k, row in enumerate(rows) if row["teacher / student"] <= 1]
     first = slower[-1] + 1 if slower else 0
@@ -118,7 +119,7 @@ def run(config: InferenceConfig, out: Path, *, commit: str = "", say: Callable[[
 
 
 def plot(tables: dict[str, list[Row]], path: Path) -> None:
-    """Milliseconds an image over its size, a panel for each size of model."""
+    """Plot milliseconds per image over the image size, with a panel for each model size."""
 
     def paint(axes: Any) -> None:
         for ax, (title, found) in zip(axes[0], tables.items()):
@@ -138,7 +139,7 @@ def main(config: InferenceConfig = InferenceConfig(), out: Path = Path("runs/ben
     Args:
         config: settings.
         out: folder for the results: JSON, a table and a plot.
-        commit: to note in the results; by default that of the working tree.
+        commit: commit to record in the results; by default that of the working tree.
     """
     run(config, out, commit=commit)
 

@@ -1,11 +1,11 @@
-"""Runs that are interrupted at random moments, and two runs in one folder: what becomes of the student.
+"""Runs that are interrupted at random moments and resumed, and pairs of runs that start in one folder.
 
     python -m benchmarks.interruptions --out results/safety/interruptions.json
 
-A little teacher is distilled on the embedded images by `cgspn distill`, in processes forked from one that has imported
-the package. A moment of a run is drawn and the run, one of its workers or one of its two processes is ended there; then
-the same command is given again until it ends by itself, and the student has to be that of a run that nothing happened
-to, byte for byte. Of two runs that are started in one folder within a second, one has to be refused.
+A small teacher is distilled on the embedded images by `cgspn distill`, in processes forked from one that has imported
+the package. At a random moment the run, one of its workers or one of its two processes is killed. The same command is
+then repeated until it finishes. The student must be bitwise equal to that of an uninterrupted run. If two runs start in
+one folder within a second, one of them must be rejected.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ KINDS = (*ENDS, "dead worker", "dead rank")
 
 
 def _work(arguments: list[str], log: Path, environ: dict[str, str]) -> None:
-    """What a process does: the command, with its words in a file."""
+    """The main function of a process: run the command, with its output in a file."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(environ)
     with log.open("a") as file:
@@ -57,7 +57,7 @@ def _work(arguments: list[str], log: Path, environ: dict[str, str]) -> None:
 
 
 def start(arguments: list[str], log: Path, ranks: int = 1) -> list[BaseProcess]:
-    """The processes of a run."""
+    """Start the processes of a run."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,7 +74,7 @@ def start(arguments: list[str], log: Path, ranks: int = 1) -> list[BaseProcess]:
 
 
 def finish(processes: list[BaseProcess]) -> list[int | None]:
-    """Exit codes. As torchrun does, the others are ended once one has failed; None for a run that hangs."""
+    """Wait for exit codes. If a process fails, the others are terminated, as by torchrun. None for a run that hangs."""
     limit = time.monotonic() + PATIENCE
     while any(process.is_alive() for process in processes) and time.monotonic() < limit:
         if any(process.exitcode for process in processes):
@@ -90,23 +90,23 @@ def finish(processes: list[BaseProcess]) -> list[int | None]:
 
 
 def digest(out: Path) -> str:
-    """Of the student, weights and config."""
+    """A hash of the student's weights and config."""
     return hashlib.sha256((out / "model.safetensors").read_bytes() + (out / "config.json").read_bytes()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Study:
-    """A folder to work in, and photographs there."""
+    """A working folder with photographs."""
 
     root: Path
 
     def arguments(self, kind: str, out: Path, seed: int = 0) -> list[str]:
-        """The command of a kind of interruption."""
+        """The command that is run for a kind of interruption."""
         data = ["--data", str(self.root / "photos"), "--loader.workers", "2"] if kind == "dead worker" else []
         return ["distill", "embedded", str(out), *STAGES, "--config.stage1.seed", str(seed), *data]
 
     def reference(self, kind: str, seed: int = 0) -> tuple[str, float]:
-        """The student of a run that nothing happens to, and the seconds that the run took."""
+        """The hash of the student of an uninterrupted run, and the seconds that the run took."""
         out = self.root / f"reference {kind} {seed}"
         began = time.monotonic()
         codes = finish(start(self.arguments(kind, out, seed), self.root / "log", 2 if kind == "dead rank" else 1))
@@ -115,7 +115,7 @@ class Study:
         return digest(out), time.monotonic() - began
 
     def interrupted(self, kind: str, number: int, wanted: str, seconds: float) -> dict[str, Any]:
-        """One run that is ended at a random moment, and gone on with."""
+        """Interrupt one run at a random moment, and resume it."""
         rng = random.Random(f"{kind} {number}")
         out, log = self.root / f"{kind} {number}", self.root / f"{kind} {number}.log"
         for attempt in range(10):
@@ -139,7 +139,7 @@ class Study:
         return found | ({} if same else {"said": log.read_text()[-1500:]})
 
     def victim(self, kind: str, rng: random.Random, running: list[BaseProcess]) -> int:
-        """The process that is to be ended; 0 if the run is over."""
+        """The process to kill; 0 if the run has finished."""
         chosen = rng.choice(running)
         while chosen.is_alive():
             if kind != "dead worker":
@@ -151,7 +151,7 @@ class Study:
         return 0
 
     def double(self, number: int, wanted: dict[int, str]) -> dict[str, Any]:
-        """Two runs of other settings in one folder, within a second."""
+        """Start two runs with different settings in one folder within a second."""
         rng = random.Random(number)
         out, logs = self.root / f"double {number}", [self.root / f"double {number} {seed}.log" for seed in wanted]
         runs = []

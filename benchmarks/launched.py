@@ -1,9 +1,9 @@
-"""Blocks and encoders launched one kernel after the other, as most people call a model, beside CUDA graphs of them.
+"""Blocks and encoders in eager mode, compared with CUDA graphs.
 
     python -m benchmarks.launched --out launched.json
 
-Times are medians of rounds in which all contenders take turns. "launched ms": of a call in a loop of 50 ms that ends
-when the device has. "host ms": until the last call returned; where both are alike, the host is what takes so long.
+Times are medians of interleaved rounds. "launched ms" is the time of a call in a loop of 50 ms, until the device is
+idle. "host ms" is the time until the last call has returned. If both are equal, the CPU is the bottleneck.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class LaunchedConfig:
     """Settings.
 
     Args:
-        out: a file for the results, JSON.
+        out: JSON file for the results.
         sizes: of square images, in pixels.
-        batches: images at once.
-        contenders: of the blocks.
-        rounds: of each timing.
-        encoders: also whole SO400M encoders.
+        batches: numbers of images per call.
+        contenders: names of the blocks to compare.
+        rounds: number of timings of each.
+        encoders: also time whole SO400M encoders.
     """
 
     out: Path = Path("launched.json")
@@ -50,7 +50,7 @@ class LaunchedConfig:
 
 
 def captured(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float | str]:
-    """Medians of replays of CUDA graphs, or why there are none."""
+    """Median times of CUDA graphs, or the reason why there are none."""
     try:
         return dict(medians(calls, rounds=rounds, graph=True))
     except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -58,7 +58,7 @@ def captured(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, f
 
 
 def block_calls(names: tuple[str, ...], pixels: int, batch: int, trained: bool) -> dict[str, Callable[[], object]]:
-    """A pass of each contender's block: forward, or forward and backward to tokens and parameters."""
+    """A function for each contender's block: forward, or forward and backward to tokens and parameters."""
     shape = Shape()
     side = pixels // shape.patch
     grid = Grid(side, side)
@@ -82,7 +82,7 @@ def block_calls(names: tuple[str, ...], pixels: int, batch: int, trained: bool) 
 
 
 def launches_kept(calls: dict[str, Any]) -> dict[str, list[str]]:
-    """Of each contender's block, what it keeps, or the reason why it does not, for each shape."""
+    """For each contender's block and each shape, whether its launches are recorded, or the reason why not."""
     blocks = {name: getattr(call.__defaults__[0], "block", None) for name, call in calls.items()}
     states = {name: block._state for name, block in blocks.items() if block is not None and block._state}
     return {
@@ -94,7 +94,7 @@ def launches_kept(calls: dict[str, Any]) -> dict[str, list[str]]:
 def rows_of(
     config: LaunchedConfig, what: str, pixels: int, batch: int, calls: dict[str, Any], graph: bool
 ) -> list[Row]:
-    """A row for each contender: launched, captured, host."""
+    """A row for each contender with its eager, CUDA graph and CPU times."""
     times = launched(calls, rounds=config.rounds)
     replays = captured(calls, config.rounds) if graph else {}
     rows, kept = [], launches_kept(calls)

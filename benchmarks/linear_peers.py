@@ -1,8 +1,8 @@
-"""Sub-layers of flash-linear-attention beside C-GSPN's, at the same width and tokens. Needs a CUDA GPU and the package.
+"""Sub-layers of flash-linear-attention and C-GSPN's, with equal width and tokens. Needs that package and a CUDA GPU.
 
     python -m benchmarks.linear_peers --out results/efficiency/peers
 
-Writes peers.json and peers.md. The layers are causal, over tokens in raster order: stand-ins for a mixer's cost alone.
+Writes peers.json and peers.md. The layers are causal over tokens in raster order. Only their cost is compared.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ PEERS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 class PeerMixer(Mixer):
-    """A causal linear-attention layer over the tokens in raster order: what a linear peer costs at the same width."""
+    """A causal linear-attention layer over the tokens in raster order, as a mixer."""
 
     def __init__(self, layer: nn.Module) -> None:
-        """layer: from [B, N, C] to [B, N, C], or to a tuple that begins with that."""
+        """layer: maps [B, N, C] to [B, N, C], or to a tuple whose first item that is."""
         super().__init__()
         self.layer = layer
 
@@ -53,7 +53,7 @@ class PeerMixer(Mixer):
 
 
 def peer_rows(sizes: tuple[int, ...], batch: int, rounds: int, shape: Shape, device: torch.device) -> list[Row]:
-    """Sub-layers of flash-linear-attention, each interleaved with C-GSPN's; a row says where it is not installed."""
+    """Time sub-layers of flash-linear-attention, each interleaved with C-GSPN's. A row says if one is not installed."""
     if device.type != "cuda" or importlib.util.find_spec("fla") is None:
         return [{"peer": "flash-linear-attention", "note": "not installed here" if device.type == "cuda" else "no GPU"}]
     rows: list[Row] = []
@@ -90,7 +90,7 @@ def peer_block(name: str, shape: Shape) -> Block:
 
 @torch.no_grad()
 def sublayer(block: Block, tokens: Tensor, grid: Grid) -> Tensor:
-    """norm, mixer and residual of a block: [B, N, C] -> the same."""
+    """The sub-layer of a block (norm, mixer, residual addition): [B, N, C] -> the same."""
     return block.mixing_half(tokens, grid)
 
 
@@ -105,10 +105,10 @@ def main(
 
     Args:
         out: folder for the results.
-        sizes: of the square images, in pixels.
-        batch: images at once.
-        rounds: interleaved timings of each.
-        commit: to note in the results; by default that of the working tree.
+        sizes: side lengths of the square images in pixels.
+        batch: number of images per call.
+        rounds: number of interleaved timings of each.
+        commit: commit to record in the results; by default that of the working tree.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     about = describe(commit, "python -m benchmarks.linear_peers") | ceilings(device)

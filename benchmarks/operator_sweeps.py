@@ -1,9 +1,9 @@
-"""The operator over sweeps of one size, and with its parameters made on the chip beside the projection apart.
+"""The operator over sweeps of single sizes, and the projected operator compared with a separate projection.
 
     python -m benchmarks.operator_sweeps --out results/operator
 
-The sweeps show whether some size is slower than those around it; the second table what keeping parameters out of memory
-brings. Both need a CUDA GPU. What `cgspn bench operator` measures is beside them in results/operator.
+The sweeps show whether a size is slower than similar sizes. The second table shows the gain from computing the scan
+parameters on chip. Both need a CUDA GPU. The results of `cgspn bench operator` are in the same folder.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ PROJECTED = [(32, 74), (32, 147), (8, 74), (1, 74)]
 
 
 def projected_rows(b: int, n: int, c: int = 64) -> list[Row]:
-    """`propagate_2d_projected` beside the projection and the scan apart, bfloat16: forward, and forward + backward.
+    """Time `propagate_2d_projected` and a separate projection and scan, in bfloat16: forward, and forward + backward.
 
-    "of apart": the time over that of the projection and the scan apart; "MB saved": what autograd keeps for the
-    backward beside the weights.
+    "of apart" is the time relative to a separate projection and scan. "MB saved" is the memory that autograd keeps for
+    the backward, without the weights.
     """
     x = torch.randn(b, n, n, c, device="cuda", dtype=torch.bfloat16).requires_grad_()
     weight = (torch.randn(4 * 5 * c, c, device="cuda") / c**0.5).bfloat16().requires_grad_()
@@ -71,7 +71,7 @@ def projected_rows(b: int, n: int, c: int = 64) -> list[Row]:
 
 
 def _saved_bytes(leaves: list[Tensor], options: dict[str, Any]) -> int:
-    """Bytes that autograd keeps of a `propagate_2d_projected`, weights and bias apart."""
+    """Bytes that autograd keeps for the backward of `propagate_2d_projected`, without weight and bias."""
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ def _saved_bytes(leaves: list[Tensor], options: dict[str, Any]) -> int:
 
 
 def bent(rows: list[Row], over: str) -> list[Row]:
-    """For every inner size of a sweep, its time over that on the straight line through its neighbours."""
+    """For every inner size of a sweep, its time relative to the linear interpolation of its neighbours."""
     found = []
     for before, here, after in zip(rows, rows[1:], rows[2:]):
         a, b, c = (row[over] ** (2 if over == "grid" else 1) for row in (before, here, after))
@@ -105,7 +105,7 @@ SWEEPS: dict[str, tuple[str, list[tuple[int, int, int]]]] = {
 
 
 def plot(sweeps: dict[str, list[Row]], path: Path) -> None:
-    """Times of every sweep against what is swept, beside the time the bytes need at the copy bandwidth."""
+    """Plot the times of every sweep, and the time that the bytes need at the copy bandwidth."""
 
     def paint(axes: Any) -> None:
         for ax, (title, rows) in zip(axes.flat, sweeps.items()):

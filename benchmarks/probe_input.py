@@ -1,10 +1,10 @@
-"""Input made to harm, by seed: what is read from strangers and broken disks, changed at random.
+"""Malicious and damaged input, generated from seeds: files that a user might get from others, changed at random.
 
     python -m benchmarks.probe_input --count 3000 --out results/safety/probes.json
 
-Each probe runs in a process of its own, forked from one that has imported the package. A probe fails if an error other
-than those for people comes out, if it takes more than 20 s, if its memory grows by more than `MOST` or twice the files
-that it was given, if a planted program runs, or if it is ended by a signal. The first thousand are a test, too.
+Each probe runs in its own process, forked from one that has imported the package. A probe fails if it raises an
+unexpected error, takes more than 20 s, needs more memory than `MOST` or twice the size of its files, runs a planted
+program, or is killed by a signal. The first thousand probes are also a test.
 """
 
 from __future__ import annotations
@@ -59,14 +59,14 @@ LAYERS = {"attn.qkv": (96, 32), "attn.proj": (32, 32), "mlp.fc1": (64, 32), "mlp
 
 
 class Program:
-    """A pickle that makes a file where it is read."""
+    """A pickle that creates a file when it is read unsafely."""
 
     def __reduce__(self) -> Any:
         return (os.system, (f"touch {PLANTED}",))
 
 
 def changed(value: Any, rng: random.Random) -> Any:
-    """A JSON value with one to three of its parts replaced, removed or added."""
+    """A JSON value in which one to three parts are replaced, removed or added."""
     value = json.loads(json.dumps(value))
     for _ in range(rng.randint(1, 3)):
         at = value
@@ -90,7 +90,7 @@ def changed(value: Any, rng: random.Random) -> Any:
 
 
 def noisy(content: bytes, rng: random.Random) -> bytes:
-    """Bytes with some flipped, cut off, doubled or put in."""
+    """Bytes of which some are flipped, cut off, duplicated or inserted."""
     out = bytearray(content)
     for _ in range(rng.randint(1, 4)):
         at = rng.randrange(len(out)) if out else 0
@@ -107,13 +107,13 @@ def noisy(content: bytes, rng: random.Random) -> bytes:
 
 
 def write_json(path: Path, value: Any, rng: random.Random) -> None:
-    """A JSON file, at times of another kind: nested deeply, not UTF-8, a list."""
+    """Write a JSON file, which is sometimes deeply nested, not UTF-8, or a list."""
     text = json.dumps(value).encode()
     path.write_bytes(text if rng.random() < 0.9 else rng.choice([b"[" * 50000, b"\xff\xfe" + text, b"[]", b"", b"1"]))
 
 
 def own_model(root: Path, rng: random.Random) -> Callable[[], object]:
-    """A checkpoint of this library with another config or other weights."""
+    """A checkpoint of this library with a changed config or changed weights."""
     model = cgspn.create_model("cgspn_mini_patch4_28") if rng.random() < 0.5 else cgspn.load_model("embedded")
     model.save_pretrained(root / "m")
     if rng.random() < 0.7:
@@ -127,7 +127,7 @@ def own_model(root: Path, rng: random.Random) -> Callable[[], object]:
 
 
 def foreign_model(root: Path, rng: random.Random) -> Callable[[], object]:
-    """A timm file, and configs beside it that state all kinds of things."""
+    """A timm file, and config files with random settings next to it."""
     width, t = 32, torch.zeros
     state = {"patch_embed.proj.weight": t(width, 3, 4, 4), "pos_embed": t(1, 50, width), "cls_token": t(1, 1, width)}
     for block in range(2):
@@ -169,7 +169,7 @@ def foreign_model(root: Path, rng: random.Random) -> Callable[[], object]:
 
 
 def shards(root: Path, rng: random.Random) -> Callable[[], object]:
-    """A tar with members of all kinds, bytes of it changed."""
+    """A tar with all kinds of members and some changed bytes."""
     picture = io.BytesIO()
     Image.new("RGB", (8, 8)).save(picture, "PNG")
     kind = rng.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -195,7 +195,7 @@ def shards(root: Path, rng: random.Random) -> Callable[[], object]:
 
 
 def folder(root: Path, rng: random.Random) -> Callable[[], object]:
-    """Class folders with damaged pictures, links that lead back, FIFOs, odd names."""
+    """Class folders with damaged images, links to parent folders, FIFOs and unusual names."""
     for name in ("a", "b\udcff", "[c]"):
         (root / "f" / name).mkdir(parents=True)
         for number in range(2):
@@ -221,7 +221,7 @@ def folder(root: Path, rng: random.Random) -> Callable[[], object]:
 
 
 def snapshot(root: Path, rng: random.Random) -> Callable[[], object]:
-    """A snapshot of which a file is changed, lost or planted: never trusted."""
+    """A snapshot in which a file is changed, missing or added. It must not be used."""
     snapshots = Snapshots(root / "s", 1)
     with contextlib.redirect_stderr(io.StringIO()):
         snapshots.save(1, {"w": torch.ones(50)}, [{}])
@@ -246,7 +246,7 @@ def snapshot(root: Path, rng: random.Random) -> Callable[[], object]:
 
 
 def signed_snapshot(root: Path, rng: random.Random) -> Callable[[], object]:
-    """A snapshot that is changed by somebody who makes its manifest agree: refused, or loaded, and no more."""
+    """A snapshot that is changed together with its manifest. It must be rejected or loaded without harm."""
     snapshots = Snapshots(root / "s", 1)
     with contextlib.redirect_stderr(io.StringIO()):
         snapshots.save(1, {"w": torch.ones(50)}, [{"total": 1.0}])
@@ -274,7 +274,7 @@ ALLOCATING = b"\x80\2cbuiltins\nbytearray\n\x8a\6\0\0\0\0\x10\0\x85R."
 
 
 def pickled(file: Any, rng: random.Random) -> None:
-    """What `torch.save` might have written, and did not."""
+    """A pickle that looks as if written by `torch.save`."""
     state: dict[str, Any] = {"a": torch.ones(4), "b": {"c": torch.zeros(4)}}
     kind = rng.randrange(7)
     if kind == 0:
@@ -300,7 +300,7 @@ def pickled(file: Any, rng: random.Random) -> None:
 
 
 def pickle_file(root: Path, rng: random.Random) -> Callable[[], object]:
-    """A .pt file of any kind, each of whose tensors is read."""
+    """A .pt file of any kind, of which every tensor is read."""
     path = root / f"x{rng.choice(['.pt', '.pth', '.bin'])}"
     with path.open("wb") as file:
         pickled(file, rng)
@@ -308,7 +308,7 @@ def pickle_file(root: Path, rng: random.Random) -> Callable[[], object]:
 
 
 def picture(root: Path, rng: random.Random) -> Callable[[], object]:
-    """A picture put together from parts: sizes, tags and metadata that lie, and far too many of them."""
+    """An image composed of parts with wrong sizes, tags and metadata, and very many of them."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
@@ -345,7 +345,7 @@ def picture(root: Path, rng: random.Random) -> Callable[[], object]:
 
 
 def options(root: Path, rng: random.Random) -> Callable[[], object]:
-    """Options of commands with all kinds of values."""
+    """Command options with random values."""
     odd = ["0", "-1", "nan", "inf", "1e400", "x", "", "99999999999", "3.5", "[/x]", "\udcff", "{0..99999999}", "None"]
     commands = {
         "convert": ["--compression", "--keep-attention", "--value-expansion", "--keep-layers", "--heads", "--seed"],
@@ -372,7 +372,7 @@ def options(root: Path, rng: random.Random) -> Callable[[], object]:
 
 
 def run_command(arguments: list[str]) -> None:
-    """Run a command line. Raises AssertionError for another end than 0 or 2."""
+    """Run a command line. Raises AssertionError for another exit code than 0 or 2."""
     said = io.StringIO()
     argv, sys.argv = sys.argv, ["cgspn", *arguments]
     try:
@@ -401,7 +401,7 @@ REFUSED = (ValueError, OSError, SnapshotError)
 
 @dataclass(frozen=True)
 class Outcome:
-    """One probe: what it was, how it ended, seconds, and bytes by which memory grew."""
+    """The outcome of a probe: its kind, result, seconds, and growth of memory in bytes."""
 
     number: int
     kind: str
@@ -411,7 +411,7 @@ class Outcome:
 
 
 def probe(number: int, root: Path) -> str:
-    """Run one probe in an empty folder; returns "ok", "refused", or what went wrong."""
+    """Run one probe in an empty folder. Returns "ok", "refused" or a description of the failure."""
     rng = random.Random(number)
     kind = list(KINDS)[number % len(KINDS)]
     read = KINDS[kind](root, rng)
@@ -438,7 +438,7 @@ def _child(number: int, root: Path, pipe: Any) -> None:
 
 
 def run_forked(number: int) -> Outcome:
-    """One probe in a process of its own."""
+    """Run one probe in its own process."""
     kind = list(KINDS)[number % len(KINDS)]
     root = Path(tempfile.mkdtemp())
     context = multiprocessing.get_context("fork")
@@ -466,7 +466,7 @@ def run_forked(number: int) -> Outcome:
 
 
 def main(count: int = 3000, start: int = 0, out: Path = Path("results/safety/probes.json")) -> None:
-    """Run probes `start` to `start + count` - 1 and write what became of them."""
+    """Run probes `start` to `start + count` - 1 and write their outcomes."""
     torch.set_num_threads(1)
     outcomes = []
     for number in range(start, start + count):

@@ -1,10 +1,10 @@
-"""How close students come to their teacher, row by row at equal budget: the table that settles the defaults.
+"""The similarity of students to their teacher after equal training, one row per student. The defaults come from it.
 
     python -m benchmarks.quality runs/vit-s14 --photos photos.tar --camvid scenes/ --out results/quality
     python -m benchmarks.quality runs/vit-s14 --photos photos.tar --rows ViT C-GSPN 'stage 2 rate / 3' --seeds 0 1 2
 
-Runs that are finished are not repeated: give the same command again after an interruption, or with more rows or seeds.
-Minutes a run on a GPU. Writes runs.json, quality.json, .md and .png.
+Finished runs are not repeated: repeat the command after an interruption, or with more rows or seeds. A run takes
+minutes on a GPU. Writes runs.json, quality.json, .md and .png.
 """
 
 from __future__ import annotations
@@ -53,29 +53,29 @@ class QualityConfig:
     Args:
         photos: image-text shard (tar with .jpg files).
         camvid: folder with camvid-train.tar and camvid-test.tar (.jpg, .mask.png).
-        size: of the photographs in training and testing, in pixels.
+        size: side length of the photographs in training and testing, in pixels.
         probe_size: (height, width) of the street scenes; multiples of the patch size.
-        source_size: side of the squares that photographs for training are kept as, in pixels. A random crop that is
-            smaller than `size` is enlarged, and shows less detail than what is tested.
-        held_out: photographs for testing, the last ones of a fixed shuffle.
-        stage1_steps: of each sub-layer alone, the same for every row.
-        stage2_steps: end to end, the same for every row.
-        batch_size: photographs a step.
-        optimizer: of the rows that do not name another, as stage1_rate and stage2_rate.
+        source_size: side length of the squares to which training photographs are first resized, in pixels. Random crops
+            smaller than `size` are enlarged and have less detail than the test photographs.
+        held_out: number of photographs for testing, the last ones of a fixed shuffle.
+        stage1_steps: number of steps of stage 1, the same for every row.
+        stage2_steps: number of steps of stage 2, the same for every row.
+        batch_size: photographs per step.
+        optimizer: of all rows that do not set another, like stage1_rate and stage2_rate.
         stage1_rate: peak learning rate of stage 1.
-        stage2_rate: that of stage 2, which begins with what stage 1 has learned, and loses it at too high a rate.
-        stage1_optimizer: of stage 1, None for the same. Muon gets further in the same steps where a sub-layer learns
-            alone.
-        crop_scale: smallest and largest share of a photograph's area that a random crop has.
-        mixup: share of the photographs that are blended with another. They are few: what a student makes of those it
-            has seen and of others differs less the more there is to see in each.
-        cutmix: share of the photographs of which a random box shows another one.
-        embedding_rate: factor on the rate of the patch embedding in stage 2; 0 leaves it as it is.
-        output: weight of the pooled vector's error. A teacher that pools by a class token leaves the student with a
-            fresh head, whose gradient, at a weight of 1, costs the tokens that are measured here.
-        compile: compile the blocks, as in `ComputeConfig`; some minutes at the first row.
-        seeds: of the runs of each row, one each.
-        rows: which rows; empty for all.
+        stage2_rate: peak learning rate of stage 2. If it is too high, stage 2 destroys what stage 1 has learned.
+        stage1_optimizer: optimiser of stage 1; None for `optimizer`. Muon reaches a lower stage 1 error in the same
+            number of steps.
+        crop_scale: smallest and largest area of a random crop, as fractions of the photograph's area.
+        mixup: fraction of the photographs that are blended with another. With few photographs, augmentation reduces
+            overfitting.
+        cutmix: fraction of the photographs that get a random box from another one.
+        embedding_rate: learning rate multiplier for the patch embedding in stage 2; 0 freezes it.
+        output: weight of the pooled vector's error. If the teacher pools by a class token, the student has a new head,
+            whose gradient at weight 1 harms the tokens that are measured here.
+        compile: compile the blocks, as in `ComputeConfig`, which takes some minutes in the first row.
+        seeds: one run of each row for each seed.
+        rows: names of the rows to run; empty for all.
     """
 
     photos: Path
@@ -101,7 +101,7 @@ class QualityConfig:
     rows: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what no study can have."""
+        """Raise ValueError for invalid settings."""
         not_empty(self, "seeds")
         at_least(self, 1, "size", "probe_size", "source_size", "held_out", "stage1_steps", "stage2_steps")
         for name in ("stage1_rate", "stage2_rate"):
@@ -117,12 +117,12 @@ class Row:
     """How one student differs from the default C-GSPN.
 
     Args:
-        compression, keep_attention, propagation: as in `convert`; attention: the ViT-to-ViT baseline instead.
-        stage1: False gives its steps to stage 2.
-        loss: of stage 2; its output is a factor on that of the study.
-        optim: changes to both optimisations; first, second: to that of one stage alone.
-        rates: both peak learning rates, None for those of the study.
-        faster: factor on the rate of stage 2.
+        compression, keep_attention, propagation: as in `convert`; attention: the ViT student instead of a C-GSPN.
+        stage1: False skips stage 1 and adds its steps to stage 2.
+        loss: of stage 2; its `output` multiplies that of the study.
+        optim: changes to the optimiser settings of both stages; first, second: to those of stage 1 or 2.
+        rates: peak learning rates of both stages; None for those of the study.
+        faster: multiplier of the learning rate of stage 2.
     """
 
     compression: float = 6
@@ -181,8 +181,8 @@ def _mask(image: Image.Image) -> Tensor:
 
 @dataclass(frozen=True)
 class StudyData:
-    """Everything on the device. train: photographs; test: held-out ones, normalised [N, 3, H, W]; scenes: (images,
-    masks) of the probe's training and testing, or None."""
+    """The data of a study, on the device. train: photographs; test: held-out ones, normalised [N, 3, H, W]; scenes:
+    (images, masks) for training and testing the probe, or None."""
 
     train: ImageSet
     test: Tensor
@@ -190,7 +190,7 @@ class StudyData:
 
 
 def load_study(config: QualityConfig, teacher: Encoder, device: torch.device) -> StudyData:
-    """Read photographs and scenes. Raises OSError for files that are not there, ValueError for too few photographs."""
+    """Read photographs and scenes. Raises OSError for missing files, ValueError for too few photographs."""
     settings = teacher.config
     sides = (config.source_size, TESTED)
     photos = read_tar(config.photos, "image", lambda image: [square(image, side) for side in sides])
@@ -252,7 +252,7 @@ def student_of(row: Row, teacher: Encoder, seed: int) -> Encoder:
 
 
 def fresh_attention(student: Encoder) -> Encoder:
-    """Attention that a hybrid keeps starts afresh, as in the ViT baseline, so that no row is given its mixers."""
+    """Randomly initialise the attention that a hybrid keeps, as in the ViT student, so that no row inherits a mixer."""
     blank = Encoder(student.config)
     for own, other in zip(student.each_block(), blank.each_block(), strict=True):
         if hasattr(own.mixer, "qkv"):
@@ -313,10 +313,9 @@ def run_study(
     say: Callable[[str], object] = print,
     after: Callable[[dict[str, list[dict[str, float]]]], object] = lambda _: None,
 ) -> dict[str, list[dict[str, float]]]:
-    """Every row with every seed; `out` (JSON) holds all finished runs after each, and those in it are not repeated.
-
-    after: called with all of them after each. Raises ValueError for sizes that the teacher's patches do not tile, or
-    for runs in `out` that were made with other settings.
+    """Run every row with every seed. All finished runs are saved in `out` (JSON), and runs in it are not repeated.
+    after: called after each run with all finished runs. Raises ValueError for sizes that are not multiples of the patch
+    size, or if `out` holds runs with other settings.
     """
     tiled("size", config.size, teacher.config.patch_size)
     if config.camvid is not None:
@@ -348,7 +347,7 @@ def run_study(
 
 
 def budget(config: QualityConfig) -> dict[str, Any]:
-    """The settings that all runs of a study share, as JSON has them."""
+    """The settings that all runs of a study share, as JSON values."""
     shared = {key: value for key, value in asdict(config).items() if key not in WHERE}
     same: dict[str, Any] = json.loads(json.dumps(shared))
     return same
@@ -363,7 +362,8 @@ def run(
     commit: str = "",
     say: Callable[[str], object] = print,
 ) -> list[dict[str, Any]]:
-    """`run_study` into the folder `out`: finished runs in runs.json, and quality.json, .md and .png, anew after each.
+    """`run_study` in the folder `out`. Writes finished runs to runs.json, and quality.json, .md and .png, after each
+    run.
 
     Raises ValueError as `run_study`, and OSError for files that are not there.
     """
@@ -386,7 +386,7 @@ def run(
 
 
 def plot(found: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Cosine and, where scenes were given, mIoU of every row: the mean as a point, the runs beside it."""
+    """Plot cosine and, if scenes were given, mIoU of every row: the mean as a point, and the single runs."""
     names = [name for name in found if name != "teacher"]
     keys = [key for key in ("cosine", "mIoU") if names and key in found[names[0]][0]]
 
@@ -413,7 +413,7 @@ DIGITS = {"cosine": 4, "relative error": 4, "stage 1 error": 3, "cosine after st
 
 
 def summary(found: dict[str, list[dict[str, float]]], names: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """A row each: the mean over seeds, and half the range after ±."""
+    """A table row for each student: the mean over seeds, ± half their range."""
     rows = []
     for name in names or tuple(found):
         runs = found[name]
@@ -436,7 +436,7 @@ def main(
         teacher: a checkpoint (file, folder or hub id) or "embedded".
         config: data, budget, rates, rows.
         out: folder for the results.
-        commit: to note in the results; by default that of the working tree.
+        commit: commit to record in the results; by default that of the working tree.
     """
     run(config, teacher, out, torch.device("cuda" if torch.cuda.is_available() else "cpu"), commit=commit)
 

@@ -1,4 +1,4 @@
-"""What more GPUs than were at hand would give: a short formula over measured steps and links, its assumptions stated.
+"""Predict the scaling to more GPUs with a formula, from the measured times of steps and links and stated assumptions.
 
     python -m benchmarks.scaling_formula --out results/scaling --gpus 64 512
 
@@ -8,16 +8,16 @@ A step on n GPUs takes
 
     t(n) = t(1) + sigma sqrt(2 ln n) + max(0, c(n) - overlap x window)
 
-- t(1), sigma: mean and standard deviation of a step on one GPU. The middle term is what the slowest of n normal times
-  is later than their mean, for large n; every step waits for it.
+- t(1), sigma: mean and standard deviation of a step on one GPU. The middle term is the expected delay of the slowest of
+  n processes with normally distributed times, for large n.
 - c(n) = moved (n - 1) / n x bytes / bandwidth + collectives x hops x latency. "ddp" moves gradients by all-reduce,
-  2 x bytes, in buckets of 25 MiB; "fsdp" gathers weights in forward, and in backward if they are let go, and scatters
-  gradients: 2 or 3 x bytes, as many collectives a unit of blocks. bytes: all trained weights in float32.
-- bandwidth: the bus bandwidth measured in a node or, if the GPUs fill several, at most what the network cards of a node
-  make together, since a ring in each of its GPUs leaves a node by a card of its own.
+  2 x bytes, in buckets of 25 MiB; "fsdp" gathers weights in the forward, again in the backward if they were freed, and
+  scatters gradients: 2 or 3 x bytes, and as many collectives per unit of blocks. bytes: all trained weights in float32.
+- bandwidth: the bus bandwidth measured in a node. With several nodes, at most the total bandwidth of a node's network
+  cards, because each GPU has its own card and its own ring.
 - hops: n - 1 in a ring (fsdp); two ways through a node and a binary tree over nodes (ddp).
-- window: the part of t(1) that a collective can hide behind: backward (ddp; nothing of a captured step, whose gradients
-  move after it), all of the student's (fsdp).
+- window: the part of t(1) with which communication can overlap. With ddp it is the backward (nothing with `capture`,
+  where gradients are averaged afterwards); with fsdp all of the student's time.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ STAGE_2 = {"stage 2 ddp": "all_reduce", "stage 2 fsdp": "all_gather"}
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """What is assumed beyond what was measured.
+    """The assumptions that were not measured.
 
     Args:
-        gpus: numbers of GPUs to state.
-        node: GPUs in a node.
-        between: GB/s that each GPU has to other nodes, by a card of its own; 50 is 400 Gb/s.
-        hop: microseconds a hop of a collective takes beside its bytes.
-        backward: share of the student's own time that is backward.
-        overlap: share of the window that collectives can use, 0 to 1: their kernels take processors from the others,
-            and the last bucket has nothing to hide behind.
+        gpus: numbers of GPUs to predict.
+        node: number of GPUs in a node.
+        between: GB/s between each GPU and other nodes, through its own network card; 50 is 400 Gb/s.
+        hop: latency of a hop of a collective in microseconds.
+        backward: fraction of the student's time spent in the backward.
+        overlap: fraction of the window that communication can use, 0 to 1: its kernels take SMs from others, and the
+            last bucket overlaps with nothing.
     """
 
     gpus: tuple[int, ...] = (64, 512)
@@ -61,7 +61,7 @@ class SimulationConfig:
     overlap: float = 0.8
 
     def __post_init__(self) -> None:
-        """Raise ValueError for what no cluster is."""
+        """Raise ValueError for impossible settings."""
         not_empty(self, "gpus")
         at_least(self, 1, "gpus", "node")
         at_least(self, 0, "hop")
@@ -77,7 +77,7 @@ def communication(
 ) -> float:
     """Seconds of a step's collectives on n GPUs, c(n) above.
 
-    size: bytes; units: of blocks, and passes: how often they move, in FSDP2; bandwidth: bytes a second in a node.
+    size: bytes; units: number of FSDP2 units; passes: how often FSDP2 moves the weights; bandwidth: bytes/s in a node.
     """
     nodes = math.ceil(n / config.node)
     within = min(n, config.node)
@@ -92,7 +92,7 @@ def communication(
 
 
 def simulate(saved: Mapping[str, Any], config: SimulationConfig) -> list[dict[str, Any]]:
-    """Rows for stage 2 from what `bench scaling` left in scaling.json; numbers of GPUs that were measured come first.
+    """Rows for stage 2 from the scaling.json of `bench scaling`; measured numbers of GPUs come first.
 
     Raises ValueError if a step on one GPU or the links of several are missing.
     """
@@ -157,7 +157,7 @@ def assumptions(saved: Mapping[str, Any], config: SimulationConfig) -> dict[str,
 
 
 def run(config: SimulationConfig, out: Path, *, say: Callable[[str], object] = print) -> list[dict[str, Any]]:
-    """Write simulation.json and .md beside the scaling.json of a folder, whose tables and plot are made anew.
+    """Write simulation.json and .md to a folder with scaling.json, whose tables and plot are written again.
 
     Raises ValueError as `simulate`, and without the file.
     """

@@ -1,8 +1,9 @@
-"""Load every kind of teacher from files written by its own library, and compare tokens and pooled output with it.
+"""Load every kind of teacher from files of its original library, and compare tokens and pooled output with that
+library.
 
-Weights are random and every one of them counts (biases, LayerScale, norms, positions), models have their full size
-unless the row says otherwise, one after another so that one alone is in memory. Needs timm, open_clip_torch and
-transformers with a torchvision that imports:
+All weights are random and affect the output (biases, LayerScale, norms, positions). Models have their full size unless
+the row says otherwise, and only one is in memory at a time. Needs timm, open_clip_torch and transformers, with a
+torchvision that can be imported:
 
     python -m venv parity && parity/bin/pip install torch torchvision timm open_clip_torch transformers . 'tyro>=0.9'
     parity/bin/python -m benchmarks.teacher_parity --out results/teachers
@@ -49,9 +50,8 @@ DINO_G = {"hidden_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 24
 
 @dataclass(frozen=True)
 class Case:
-    """A model of a library. make: builds it and a function (model, images) -> Pair; save: writes it into a folder.
-
-    grids: of patches, at which it is compared; None is the native one.
+    """A model of a library. make: creates it and a function (model, images) -> Pair; save: writes it to a folder.
+    grids: grids of patches at which it is compared; None is the native one.
     """
 
     library: str
@@ -63,7 +63,7 @@ class Case:
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> nn.Module:
-    """Every parameter far from zero, one and its neighbours; activations stay of order one at any depth."""
+    """Set every parameter to random values far from 0 and 1, with activations of order one at any depth."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         factor = parameter.ndim < 2 and name.endswith(("weight", "gamma", "lambda1"))  # of norms and LayerScale
@@ -99,7 +99,7 @@ def timm_case(name: str, **arguments: Any) -> Case:
 
 
 def vit_s14_case(path: Path) -> Case:
-    """A file of real weights in timm's layout, against timm's own model of them."""
+    """A file of real weights in timm's layout, compared with timm's model of them."""
 
     def make() -> tuple[nn.Module, Callable[[Tensor], Pair]]:
         from timm.layers import resample_abs_pos_embed
@@ -119,7 +119,7 @@ def vit_s14_case(path: Path) -> Case:
 
 
 def openclip_case(name: str) -> Case:
-    """An image tower of OpenCLIP beside the smallest text tower, saved as it saves a model for the hub."""
+    """An image tower of OpenCLIP with the smallest text tower, saved as OpenCLIP saves a model for the hub."""
 
     def settings() -> dict[str, Any]:
         import open_clip
@@ -200,7 +200,7 @@ def transformers_case(shown: str, model_class: str, config_class: str, **setting
 
 
 def naflex(model: Any, images: list[Tensor]) -> Pair:
-    """SigLIP 2 NaFlex on images of any sizes, padded as its image processor pads them."""
+    """SigLIP 2 NaFlex on images of different sizes, padded as by its image processor."""
     p = model.config.patch_size
     grids = [(image.shape[1] // p, image.shape[2] // p) for image in images]
     longest = max(h * w for h, w in grids)
@@ -216,7 +216,7 @@ def naflex(model: Any, images: list[Tensor]) -> Pair:
 
 
 def siglip(patch: int, size: int, **width: int) -> dict[str, Any]:
-    """Settings of a fixed-size tower."""
+    """The config of a SigLIP tower of fixed size."""
     return {**width, "patch_size": patch, "image_size": size}
 
 
@@ -260,7 +260,7 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
 
 @torch.no_grad()
 def measure(case: Case) -> list[dict[str, Any]]:
-    """One row a size. The original is let go before ours is read."""
+    """Compare one model, with a row per size. The original is freed before ours is loaded."""
     torch.manual_seed(0)
     start = time.perf_counter()
     model, run = case.make()
@@ -311,13 +311,14 @@ def measure(case: Case) -> list[dict[str, Any]]:
 
 
 def main(out: Path = Path("results/teachers"), vit_s14: Path | None = None, only: str = "", commit: str = "") -> int:
-    """Measure all (or those whose library or name contains `only`), write, and say whether every error is below 1e-5.
+    """Measure all models (or those whose library or name contains `only`), write the results, and say whether every
+    error is below 1e-5.
 
     Args:
         out: folder for parity.json and parity.md.
-        vit_s14: a file of real ViT-S/14 weights in timm's layout, to compare as well.
-        only: part of a library's or model's name; of all others the rows stay that are in `out`.
-        commit: to note in the results; by default that of the working tree.
+        vit_s14: also compare a file of real ViT-S/14 weights in timm's layout.
+        only: part of a library's or model's name; the rows of all others in `out` stay as they are.
+        commit: commit to record in the results; by default that of the working tree.
     """
     about = {
         "command": shlex.join(["python", "-m", "benchmarks.teacher_parity", *sys.argv[1:]]),

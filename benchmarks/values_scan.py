@@ -1,4 +1,4 @@
-"""The scan of values with a normalised state: n as one more channel of the kernel, beside two scans and a division.
+"""The cost of a normalised state, compared with an unnormalised scan and with two scans and a division.
 
     python -m benchmarks.values_scan --out results/operator
 
@@ -36,8 +36,8 @@ def _with_gradients(way: Callable[[], Tensor], leaves: list[Tensor], dy: Tensor)
 
 
 def values_rows(b: int, n: int, copy: float, c: int = 96) -> list[Row]:
-    """Values of each direction's own in groups of eight with a forget gate, bfloat16, directions apart: the scan of
-    `value_config(6)` in an SO400M, with the state as it is and normalised, beside two scans and a division."""
+    """Time the scan of `value_config(6)` in an SO400M (separate values in groups of eight, forget gate, bfloat16):
+    unnormalised, normalised, and as two scans and a division."""
     packed = torch.randn(b, n, n, 4, 6, c // 8, device="cuda", dtype=torch.bfloat16)
     lam, u, logits, keep = packed.split([1, 1, 3, 1], 4)
     wide = torch.randn(b, n, n, 64 + 4 * c, device="cuda", dtype=torch.bfloat16)

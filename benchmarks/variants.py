@@ -1,9 +1,10 @@
-"""Every way to cut a scan, timed beside the plan's own: what ops/cuda/plan.py and projected_plan.py should choose.
+"""Timings of all tile configs of the scan kernels, to find those that ops/cuda/plan.py and projected_plan.py should
+choose.
 
     python -m benchmarks.variants --out results/operator
 
-Writes variants.json and .md. Needs a CUDA GPU. A variant's time counts only where its result agrees with that of the
-plan's own cut, which the tests compare with the reference. Kernels are compiled side by side first.
+Writes variants.json and .md. Needs a CUDA GPU. The time of a config counts only if its result agrees with that of the
+chosen config, which the tests compare with the reference. Kernels are compiled first, in parallel.
 """
 
 from __future__ import annotations
@@ -40,9 +41,8 @@ AGREE = 2e-2  # relative difference of two roundings of sums to bfloat16
 
 
 def rival_cuts(p: Problem, machine: Machine) -> list[TileConfig]:
-    """Cuts worth timing beside the plan's own, for 16-byte alignment: lines cut over clusters, with halos.
-
-    Of large batches whole lines too, in narrower and wider runs; of small ones runs of all widths.
+    """Tile configs to compare with the chosen one, for 16-byte alignment: lines split across clusters, with halos; for
+    large batches also whole lines, in shorter and longer runs; for small batches runs of all lengths.
     """
     shapes: tuple[tuple[int, int], ...]
     splits: tuple[int, ...]
@@ -68,7 +68,7 @@ def rival_cuts(p: Problem, machine: Machine) -> list[TileConfig]:
 
 
 def compile_all(jobs: Iterable[tuple[str, dict[str, int]]], arch: str) -> None:
-    """Put kernels (source name, macros) into the cache on disk, many at a time."""
+    """Compile kernels (source name, macros) into the cache on disk, in parallel."""
     unique = {(name, macros(defines)) for name, defines in jobs}
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(lambda job: cubin(job[0], job[1], arch), unique))
@@ -83,7 +83,7 @@ def _scan_problem(b: int, n: int, c: int, backward: bool) -> Problem:
 
 
 def jobs(machine: Machine) -> Iterator[tuple[str, dict[str, int]]]:
-    """All kernels that this module times."""
+    """The source names and macros of all kernels that this module times."""
     for size in SCANS:
         for backward in (False, True):
             p = _scan_problem(*size, backward)
@@ -107,7 +107,7 @@ def _flat(result: Any) -> Tensor:
 
 
 def _timed(calls: dict[str, Callable[[], object]], *, graph: bool = True) -> Iterator[tuple[str, float, float]]:
-    """Name, milliseconds and difference from the first call's result; no time for a call that does not agree with it.
+    """Name, milliseconds and difference from the first call's result; no time for a call whose result differs.
 
     graph: replayed from CUDA graphs, each of which keeps the memory of its outputs.
     """
@@ -124,7 +124,7 @@ def _timed(calls: dict[str, Callable[[], object]], *, graph: bool = True) -> Ite
 
 
 def scan_rows(b: int, n: int, c: int, machine: Machine, copy: float) -> list[Row]:
-    """Forward and backward of a summed `propagate_2d` in bfloat16, every cut."""
+    """Time forward and backward of `propagate_2d` with summed directions in bfloat16, with every config."""
     x, logits, lam, u = t = inputs(b, n, c, torch.bfloat16)
     arguments = Scan(x, logits, lam, u)
     _, h, _ = scan.forward_saving(arguments)
@@ -144,7 +144,7 @@ def scan_rows(b: int, n: int, c: int, machine: Machine, copy: float) -> list[Row
 
 
 def line_scan_rows(machine: Machine, copy: float) -> list[Row]:
-    """`line_scan` on [16, 1024, 1024, 8] float32: forward down and right, backward down, every cut."""
+    """Time `line_scan` on [16, 1024, 1024, 8] float32 with every config: forward down and right, backward down."""
     x, lam, dh = (torch.randn(16, 1024, 1024, 8, device="cuda") for _ in range(3))
     weights = torch.rand(16, 1024, 1024, 3, 8, device="cuda") / 3
     down = given_scan(x, weights, lam)
@@ -167,7 +167,7 @@ def line_scan_rows(machine: Machine, copy: float) -> list[Row]:
 
 
 def projected_rows(b: int, n: int, c: int, machine: Machine) -> list[Row]:
-    """`propagate_2d_projected` with parameters on the chip, summed, in bfloat16, every cut."""
+    """Time `propagate_2d_projected` with parameters computed on chip, summed, in bfloat16, with every config."""
     x = torch.randn(b, n, n, c, device="cuda").bfloat16()
     weight = (torch.randn(20 * c, c, device="cuda") / c**0.5).bfloat16()
     bias = torch.randn(20 * c, device="cuda").bfloat16()
@@ -180,12 +180,12 @@ def projected_rows(b: int, n: int, c: int, machine: Machine) -> list[Row]:
 
 
 def describe_cut(cut: TileConfig | ProjectedTileConfig) -> str:
-    """The fields of a cut in a line of a table."""
+    """The fields of a tile config as text for a table."""
     return " ".join(f"{name} {value}" for name, value in vars(cut).items())
 
 
 def best(rows: list[Row]) -> list[Row]:
-    """For every size and pass, the plan's own time, the best one, and its cut."""
+    """For every size and pass, the time of the chosen config, the best time, and the best config."""
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault((row["B"], row["grid"], row["C"], row["pass"]), []).append(row)
@@ -241,7 +241,7 @@ def main(out: Path = Path("runs/bench"), commit: str = "") -> None:
 
     Args:
         out: folder for the results.
-        commit: to note in the results; by default that of the working tree.
+        commit: commit to record in the results; by default that of the working tree.
     """
     run(out, commit=commit)
 

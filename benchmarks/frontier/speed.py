@@ -6,7 +6,8 @@ python -m benchmarks.frontier.speed --out results/frontier
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from benchmarks.resolution.students import FRONTIER, STUDENTS, Student
 from cgspn.bench.machine import ceilings, free
 from cgspn.bench.timing import medians
 from cgspn.environment import describe
+from cgspn.layers import AttentionMixer, WindowAttentionMixer
 from cgspn.models.checkpoint import write_atomically
 from cgspn.models.config import EncoderConfig
 from cgspn.models.encoder import Encoder
@@ -47,26 +49,33 @@ class SpeedConfig:
     out: Path = Path("results/frontier")
 
 
-def scaled(layers: Any, depth: int, of: int = 12) -> Any:
-    """Layers, or a number of them, of `of` as the same share of `depth`."""
+def scaled(layers: Any, depth: int, taken: Sequence[int] = (), of: int = 12) -> Any:
+    """The same share of `depth` layers as of `of`: for a number a number, for layers the nearest that are not taken."""
     if isinstance(layers, int):
         return round(layers * depth / of)
-    return tuple(sorted({min(depth - 1, round((i + 1) * depth / of) - 1) for i in layers}))
+    free = [layer for layer in range(depth) if layer not in taken]
+
+    def away(layer: int) -> float:
+        return min((abs((layer + 0.5) / depth - (i + 0.5) / of) for i in layers), default=0.0)
+
+    return tuple(sorted(sorted(free, key=away)[: round(len(layers) * depth / of)]))
 
 
 def config_of(student: Student, teacher: EncoderConfig) -> EncoderConfig:
     """The config of a large encoder with the recipe of a student of a ViT-S.
 
-    Of 27 layers the same share is kept, and the latent has as many channels: 64 at s = 6 of 384 and at s = 18 of 1152.
+    The same share of its layers keeps attention or has windows, and the latent has as many channels: 64 at s = 6 of 384
+    and at s = 18 of 1152.
     """
     if student.attention:
         return teacher
     arguments = {"compression": 6, **student.convert}
     arguments["compression"] *= teacher.width / 384
     positions = arguments.pop("keep_positions", False)
-    for name in ("keep_attention", "window_attention"):
-        if name in arguments:
-            arguments[name] = scaled(arguments[name], teacher.depth)
+    kept = arguments["keep_attention"] = scaled(arguments.get("keep_attention", ()), teacher.depth)
+    if "window_attention" in arguments:
+        taken = () if isinstance(kept, int) else kept
+        arguments["window_attention"] = scaled(arguments["window_attention"], teacher.depth, taken)
     with torch.device("meta"):
         return replace(convert(Encoder(teacher), **arguments).config, positions=positions)
 
@@ -87,15 +96,19 @@ def run(config: SpeedConfig) -> None:
         for pixels, batch in config.sizes:
             teacher = replace(model_config(model), image_size=(pixels, pixels))
             calls: dict[str, Callable[[], object]] = {}
+            kinds: dict[str, Counter[type]] = {}
             for name in names:
                 with torch.device(device):
                     encoder = Encoder(config_of(STUDENTS[name], teacher)).to(torch.bfloat16).eval()
                 images = torch.randn(batch, 3, pixels, pixels, device=device, dtype=torch.bfloat16)
                 calls[name] = partial(step, encoder, images)
+                kinds[name] = Counter(type(block.mixer) for block in encoder.blocks)
             times = medians(calls, rounds=config.rounds, target_ms=1.0)
             first = next(iter(times.values()))
             for name, ms in times.items():
                 row = {"student": name, "model": model, "px": pixels, "B": batch, "ms an image": ms / batch}
+                layers = {"attention layers": AttentionMixer, "window layers": WindowAttentionMixer}
+                row |= {title: kinds[name][kind] for title, kind in layers.items()}
                 rows.append(row | {"x the first": first / ms})
                 print(row | {"x the first": round(first / ms, 2)}, flush=True)
             calls.clear()

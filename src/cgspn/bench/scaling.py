@@ -214,7 +214,7 @@ class Bench:
                 except torch.OutOfMemoryError as error:
                     raise ValueError(
                         f"{mode}, {size} px: {batch} images per GPU do not fit on {world.size} GPUs (rank "
-                        f"{world.rank}); rows before this are kept; measure 1 GPU again with smaller batches, then this"
+                        f"{world.rank}); earlier rows are kept; measure one GPU with smaller batches, then repeat this"
                     ) from error
             elif unless_full(go, task, compute) is None:
                 return None

@@ -161,9 +161,9 @@ class Segment(Evaluation):
     """Image size in pixels: the shorter side, or HEIGHTxWIDTH. The default is the native size of each encoder. Several
     sizes give one row each and a plot."""
     train_images: int | None = None
-    """Use only this many images, evenly spaced."""
+    """Train on only this many images, evenly spaced over the dataset."""
     test_images: int | None = None
-    """Use only this many images, evenly spaced."""
+    """Test on only this many images, evenly spaced over the dataset."""
     batch_size: int = field(default=8, kw_only=True)
     """Batch size; a batch holds images of one size."""
 

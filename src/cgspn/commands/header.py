@@ -55,7 +55,7 @@ def header(
     hours = flop / rate / SHARE / world.size / 3600
     time = f"{hours:,.0f} hours" if hours >= 10 else f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1g} minutes"
     less = ", less with checkpointing" if config.compute.checkpointing else ""
-    yield f"roughly {time} and {memory:.2g} GiB on each device{less}, by FLOP and tokens; without image loading"
+    yield f"roughly {time} and {memory:.2g} GiB on each device{less}, from FLOPs and tokens; excludes image loading"
 
 
 def flop_an_image(teacher: Encoder, student: Encoder, stage: Stage) -> int:

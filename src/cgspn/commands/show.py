@@ -42,8 +42,8 @@ class Show(Command):
     """A folder of photographs, or "embedded" (test images, sixteen per canvas). Unreadable ones are skipped, counted
     and reported."""
     size: int | None = None
-    """Longer side in pixels, rounded to whole patches. The default is the student's native size (for each embedded
-    image)."""
+    """Longer side in pixels, rounded to whole patches. The default is the student's native size, for
+    embedded images that of each in a canvas."""
     limit: int = 10
     """Maximum number of photographs, sorted by name. Each adds up to 2 MB to the page."""
     layers: tuple[int, ...] | None = None

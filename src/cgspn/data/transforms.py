@@ -101,7 +101,7 @@ def center_crop(images: Tensor, size: Size) -> Tensor:
 
 
 def ratio_around(size: tuple[int, int]) -> tuple[float, float]:
-    """Smallest and largest width / height of random boxes for `size`: `RATIO` times its own ratio."""
+    """Smallest and largest width / height of random boxes for `size`: `RATIO` times the width / height of `size`."""
     aspect = size[1] / size[0]
     return RATIO[0] * aspect, RATIO[1] * aspect
 

@@ -67,7 +67,7 @@ class PlacedSublayerTask(SublayerTask):
     def features_of_own(self, *features: dict[int, Tensor]) -> Iterator[tuple[int, list[Tensor]]]:
         """Yield each own block with the features of all images, [B, N, C] each.
 
-        features: by block, those of this process's images, [b, N, C]; they are removed once sent.
+        features: by block, the features of this process's images, [b, N, C]; they are removed once sent.
         """
         rounds = max(map(len, self.owned))
         coming = ([self._begin(kind, number) for kind in features] for number in range(rounds))

@@ -101,8 +101,8 @@ class TeacherTask(Task):
 
     @torch.no_grad()
     def observed(self, batch: Batch, entry: Tensor | None = None) -> Taps:
-        """The teacher's taps, computed or from the cache. With learned positions, the first one is changed for `entry`,
-        [B, h*w, C], or for the student's own embedding."""
+        """The teacher's taps, computed or from the cache. With learned positions, the first target is adapted to the
+        student's first tokens, `entry` [B, h*w, C]."""
         size, cache = (batch.images.shape[-2], batch.images.shape[-1]), self.runtime.cache
         run = self.runtime.tapped
         look = partial(observe, self.teacher, batch.images, self.student.config, self.seen_at(size), run)

@@ -22,7 +22,7 @@ def resize_matrix(ranks: Tensor, size: int, resize: PositionResize, count: Tenso
     """The weights of `size` source lines for n target lines: [..., n, size] float32; rows sum to one.
 
     Args:
-        ranks: [..., n], 1, 2, ... for the target lines in order; the last one is their number. Padding repeats the
+        ranks: [..., n], the numbers 1, 2, ... of the target lines; the last one is their count. Padding repeats the
             previous rank.
         size: number of source lines.
         resize: as in `LearnedPositions`; pixel centres as with align_corners=False, except for "..._corners".

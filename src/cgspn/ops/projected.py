@@ -48,8 +48,8 @@ def propagate_2d_projected(
         directions, merge, mask, backend: as in `propagate_2d`.
         recompute: compute projection and scan again in the backward pass; False saves the parameters and the state.
         parameters: where the forward pass computes the parameters: "memory" or "chip". "chip" needs CUDA, float16 or
-            bfloat16, C a multiple of 8 up to 64, and lines that fit. "auto" uses the chip where it is faster and no
-            saved parameters are needed.
+            bfloat16, C a multiple of 8 up to 64, and lines that fit. "auto" uses the chip where it is faster, unless a
+            backward needs saved parameters (`recompute=False`).
 
     Returns:
         As `propagate_2d`: [B, H, W, C] or [B, H, W, D, C], in the dtype of x.

@@ -31,7 +31,7 @@ class Part:
 
 
 def parameter_table(teacher: Encoder, student: Encoder, inherited: Iterable[str]) -> list[Part]:
-    """A `Part` for each of `PARTS` in either model, and the sum, "all". inherited: names of inherited tensors."""
+    """A `Part` for each of `PARTS` that one of the models has, and their sum, "all". inherited: tensor names."""
     before, after = _sizes(teacher), _sizes(student)
     kept = set(inherited)
     rows = []
