@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cgspn import console
-from cgspn.commands.header import header, warnings
+from cgspn.commands.header import busy, header, warnings
 from cgspn.data import load_embedded
 from cgspn.distill import DistillConfig, HighResConfig, ImageSetFeed, OptimConfig, SizeRange, World
 from cgspn.models import create_model
@@ -51,6 +51,13 @@ def test_a_likely_mistake_is_warned_of(teacher, preset, given, device, student, 
     few = list(warnings(teacher, preset, given, torch.device(device), student, 99))
     assert len(few) == count + 1
     assert any("99 images are few" in line for line in few)
+
+
+def test_more_threads_than_idle_cores_are_warned_of():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    (line,) = busy(cpu, threads=2, idle=1)
+    assert "2 threads wait for one another; with OMP_NUM_THREADS=1" in line
+    assert not [*busy(cpu, threads=2, idle=2), *busy(gpu, threads=2, idle=1)]
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):

@@ -87,6 +87,15 @@ def warnings(
         )
 
 
+def busy(device: torch.device, threads: int, idle: int) -> Iterator[str]:
+    """A warning if a CPU has fewer idle cores than PyTorch has threads."""
+    if device.type == "cpu" and threads > idle:
+        yield (
+            f"other programs keep this CPU busy, and {threads} threads wait for one another; with OMP_NUM_THREADS="
+            f"{idle} in the environment a step can be several times as fast"
+        )
+
+
 def device_name(device: torch.device) -> str:
     """The GPU's name, or "CPU" with the number of PyTorch's threads."""
     if device.type == "cuda":

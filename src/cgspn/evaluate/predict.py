@@ -113,7 +113,8 @@ def require_text(model: DualEncoder | Encoder, name: str) -> DualEncoder:
     if not isinstance(model, DualEncoder):
         raise ValueError(
             f"{name} is an image encoder without a text tower; expected an image-text model: a CLIP or SigLIP folder "
-            "of transformers with its tokenizer, a model distilled from one, or 'embedded'"
+            "of transformers with its tokenizer, a model distilled from one, or 'embedded' (`cgspn eval segment` takes "
+            "image encoders)"
         )
     return model
 
