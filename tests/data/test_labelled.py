@@ -62,7 +62,7 @@ def test_clip_benchmark(tmp_path, counted):
 def test_a_benchmark_that_lacks_a_part_says_which(tmp_path):
     root = clip_benchmark(tmp_path / "wds", [picture(i) for i in range(9)], [0] * 9, ["a", "b"])
     (root / "test" / "1.tar").rename(root / "test" / "hidden")
-    with pytest.raises(ValueError, match=r"1 of 3 shards are lost.*1\.tar: no such file"):
+    with pytest.raises(ValueError, match=r"1 of 3 shards are missing.*1\.tar: no such file"):
         open_labelled(root)
     (root / "test" / "hidden").rename(root / "test" / "1.tar")
     (root / "classnames.txt").write_text("a\n\n")

@@ -84,7 +84,7 @@ def test_json_that_is_too_large_or_no_file(tmp_path):
     os.mkfifo(tmp_path / "fifo.json")
     with pytest.raises(CheckpointError, match="accepted: 16777216"):
         read_json(tmp_path / "large.json")
-    with pytest.raises(CheckpointError, match="no file"):
+    with pytest.raises(CheckpointError, match="is not a file"):
         read_json(tmp_path / "fifo.json")
 
 
