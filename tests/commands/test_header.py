@@ -28,7 +28,8 @@ def test_a_header_counts_steps_images_epochs_and_costs():
     assert costs.startswith("roughly")
     mixed = replace(config, sizes=SizeRange(16, 48, count=2))
     line = list(header(teacher, student, feed, 300, mixed, World()))[2]
-    assert "28 x 28 px, or as many tokens at 2 sizes, 16 x 16 to 48 x 48 px (height x width); 1,020 images in " in line
+    assert "28 x 28 px, or fewer at larger and more at smaller sizes with as many tokens (2 sizes, 16 x 16 to" in line
+    assert "48 x 48 px, height x width); 1,020 images in all" in line
     assert line.endswith("3.4 epochs")
     (*_, longer) = header(teacher, student, feed, 300, replace(config, stage2=replace(optim, steps=10**8)), World())
     assert "hours" in longer

@@ -64,6 +64,13 @@ def test_without_upsampling_the_teacher_is_the_original_or_none(pair):
     assert not list(alone.adapters.parameters())
 
 
+def test_a_student_may_not_train_its_own_teacher(pair):
+    teacher = pair[0]
+    for student in (teacher.image, convert(teacher.image, compression=4, share=True)):
+        with pytest.raises(ValueError, match="student shares weights with teacher"):
+            plan(teacher, student, None, DistillConfig(), "student", World())
+
+
 def test_a_run_that_would_minimise_nothing_is_refused_before_it_begins():
     with pytest.raises(ValueError, match="alpha, beta, output and contrastive are all 0"):
         LossConfig(alpha=0, beta=0, output=0)

@@ -120,6 +120,13 @@ def test_pruning_and_parametrizations_act(part):
     torch.testing.assert_close(pruned, encoder(IMAGES).pooled)
 
 
+def test_resizing_patches_does_not_drop_an_adapter():
+    encoder = encoder_of(MODELS[0])
+    replace(encoder, "patch_embed.projection", Adapter)
+    with pytest.raises(ValueError, match="projection is a Adapter; expected a Conv2d"):
+        encoder.set_input_size(patch_size=7)
+
+
 @pytest.mark.parametrize("model", MODELS)
 @torch.no_grad()
 def test_blocks_are_found_by_position(model):

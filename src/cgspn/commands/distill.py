@@ -211,7 +211,9 @@ class Distill(Command):
             if "cosine" in record["held_out"]:
                 which = "training" if trained_on else "held-out"
                 near, count = record["held_out"]["cosine"], record["held_out"]["images"]
-                console.print(f"cosine similarity to the teacher {near:.3f}, on {count} {which} images", soft_wrap=True)
+                size = "x".join(map(str, student.config.image_size))
+                line = f"cosine similarity to {self.teacher} {near:.3f}, on {count} {which} images of {size} px"
+                console.print(line, soft_wrap=True, markup=False)
             if self.report:
                 write_report(out, json.loads(json.dumps(record, default=str)))
 

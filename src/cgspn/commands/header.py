@@ -39,7 +39,8 @@ def header(
         if len(mixed) > 1:
             (low, lower), (high, higher) = mixed[0], mixed[-1]
             others = (
-                f", or as many tokens at {len(mixed)} sizes, {low} x {lower} to {high} x {higher} px (height x width)"
+                ", or fewer at larger and more at smaller sizes with as many tokens "
+                f"({len(mixed)} sizes, {low} x {lower} to {high} x {higher} px, height x width)"
             )
         yield (
             f"{stage.title}: {optim.steps:,} steps of {optim.batch_size:,} images at {height} x {width} px{others}; "

@@ -209,6 +209,8 @@ def resize_patches(projection: nn.Conv2d, patch: int) -> nn.Conv2d:
     The weights are multiplied by the pseudo-inverse of the resize, because resized weights would change the magnitude
     of the tokens. Source: FlexiViT (Beyer et al., 2023), section 3.4.
     """
+    if not isinstance(projection, nn.Conv2d):  # an adapter around it would be lost
+        raise ValueError(f"patch_embed.projection is a {type(projection).__name__}; expected a Conv2d to resize it")
     weight = projection.weight
     out, channels, old, _ = weight.shape
     basis = torch.eye(old * old, device=weight.device).view(-1, 1, old, old)

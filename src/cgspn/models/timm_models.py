@@ -31,7 +31,7 @@ try:
 except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision was built for another torch
     raise ImportError(
         f"cgspn.models.timm_models needs timm, and a torchvision built for your torch. It failed with: {error}. "
-        "See 'Install' in the guide for timm users"
+        "See docs/timm.md, 'Through timm.create_model'"
     ) from error
 
 from ..layers import LearnedPositions
