@@ -16,7 +16,7 @@ MOST_BYTES = 1 << 24  # of a text file
 
 
 def is_clip_benchmark(root: Path) -> bool:
-    """Whether a folder has this layout: tars in test/, or a file with their number."""
+    """Whether a folder has this layout: tars in test/, or a file there that says how many tars there are."""
     split = root / SPLIT
     return os.path.isdir(split) and ((split / COUNT).is_file() or any(split.glob("*.tar")))
 

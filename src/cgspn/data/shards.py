@@ -85,7 +85,7 @@ def open_shards(source: str, cache: Path, max_skipped: float = 0.1) -> ShardSet:
         cache: folder for downloaded shards and indices.
         max_skipped: largest tolerated fraction of missing or damaged shards, 0 to 1.
 
-    Raises FileNotFoundError if there are no such files, ValueError for a wrong pattern, more problems than
+    Raises FileNotFoundError if there are no such files, ValueError for an invalid pattern, more problems than
     `max_skipped`, or no sample at all.
     """
     return index_shards(source, locate(source, cache, max_skipped), cache, max_skipped)

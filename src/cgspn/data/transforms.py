@@ -78,7 +78,7 @@ def resample(images: Tensor, boxes: Tensor, size: Size, flip: Tensor | None = No
 
 
 def resize(images: Tensor, size: Size) -> Tensor:
-    """Resize float [B, C, H, W] to [B, C, h, w], antialiased, any aspect ratio. Raises ValueError for a wrong size."""
+    """Resize float [B, C, H, W] to [B, C, h, w], antialiased, to any ratio. Raises ValueError for a size below 1."""
     new = _pair(size)
     if images.shape[2:] == new:
         return images
@@ -88,8 +88,7 @@ def resize(images: Tensor, size: Size) -> Tensor:
 def center_crop(images: Tensor, size: Size) -> Tensor:
     """Resize float [B, C, H, W] to cover `size`, and take a centre crop [B, C, h, w].
 
-
-    Raises ValueError for a wrong size.
+    Raises ValueError for a size below 1.
     """
     h, w = _pair(size)
     height, width = images.shape[2:]

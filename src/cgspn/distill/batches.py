@@ -63,7 +63,7 @@ class ImageSetFeed:
     def stream(
         self, encoder: EncoderConfig, size: Size, optim: OptimConfig, world: World, sizes: SizeRange | None = None
     ) -> Stream:
-        """See `Feed`. Raises ValueError for a wrong size, and the errors of `blended_share`."""
+        """See `Feed`. Raises ValueError for a size below 1, and the errors of `blended_share`."""
         blended_share(optim, world)
         shapes = batch_shapes(encoder, size, optim, world.size, sizes)
         prepared = {shape.size: transform_of(encoder, shape.size, optim) for shape in shapes}
@@ -153,7 +153,7 @@ class SampleFeed:
 
 
 def transform_of(encoder: EncoderConfig, size: Size, optim: OptimConfig) -> TrainTransform | EvalTransform:
-    """The transform from images in memory to images of `size`. Raises ValueError for a wrong size."""
+    """The transform from images in memory to images of `size`. Raises ValueError for a size below 1."""
     if not optim.augment:
         return eval_transform(encoder, size)
     return TrainTransform(

@@ -153,6 +153,6 @@ class _TapLoss(torch.autograd.Function):
 
 
 def fused_tap_loss(student: Tensor, teacher: Tensor, energy: Tensor, kl_weight: float) -> Tensor:
-    """`losses.tap_loss` with a gradient only for the student. Both inputs have one shape. energy: float32 scalar."""
+    """`losses.tap_loss`, differentiable in the student. Inputs have one shape. energy: the target scale, float32 []."""
     loss: Tensor = _TapLoss.apply(student, teacher, energy, kl_weight)
     return loss

@@ -47,7 +47,7 @@ class OpenPositions(LearnedPositions):
     """Position embeddings without the shortcut for the native grid, which would fix the size of a traced program."""
 
     def forward(self, height: int, width: int, mask: Tensor | None = None) -> Tensor:
-        """See `LearnedPositions`, without a mask."""
+        """The position embeddings of a grid, as in `LearnedPositions`. `mask` is not used."""
         return self.resized(height, width)
 
 

@@ -57,7 +57,7 @@ class TileConfig:
     """Tile sizes: `vec` channels of a position per thread, `lanes` vectors per block, `stages` lines prefetched,
     `split` blocks per line.
 
-    halo: with split lines, the positions on either side of its own that a block also scans. Blocks exchange states
+    halo: if lines are split, the number of further positions on either side that a block scans. Blocks exchange states
     every `halo` lines.
     """
 

@@ -82,7 +82,7 @@ def vector_width(scan: Scan) -> int:
 
 
 def aligned(x: Tensor, width: int | None = None) -> Tensor:
-    """`x`, or a copy of it, aligned so that `width` channels can be read at once (by default those of 16 bytes)."""
+    """`x`, or a copy of it, aligned so that `width` channels (by default up to 16 bytes) can be read in one load."""
     width = width or math.gcd(16 // x.element_size(), x.shape[-1])
     bits = x.data_ptr() // x.element_size()
     for stride, size in zip(x.stride()[:-1], x.shape):
