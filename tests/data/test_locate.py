@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 
 import pytest
 from shard_files import members, write_tar
@@ -197,7 +198,11 @@ def test_many_at_once_fetch_one_file(server, tmp_path):
     assert len(server.asked) == 1
 
 
-def test_an_interruption_ends_downloads_at_once(server, tmp_path):
+def test_an_interruption_ends_downloads_at_once(server, tmp_path, request):
+    # a shell's background jobs ignore the signal
+    request.addfinalizer(
+        partial(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler))
+    )
     urls = [f"{server.address}/drip-{number}.tar" for number in range(3)]
     began = time.monotonic()
     found = fetch_all(urls, tmp_path, 3)
