@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cgspn import console
-from cgspn.commands.header import busy, header, warnings
+from cgspn.commands.header import header, warnings
 from cgspn.data import load_embedded
 from cgspn.distill import DistillConfig, HighResConfig, ImageSetFeed, OptimConfig, SizeRange, World
 from cgspn.models import create_model
@@ -28,8 +28,8 @@ def test_a_header_counts_steps_images_epochs_and_costs():
     assert costs.startswith("roughly")
     mixed = replace(config, sizes=SizeRange(16, 48, count=2))
     line = list(header(teacher, student, feed, 300, mixed, World()))[2]
-    assert "28 x 28 px, or fewer at larger and more at smaller sizes with as many tokens (2 sizes, 16 x 16 to" in line
-    assert "48 x 48 px, height x width); 1,020 images in all" in line
+    assert "28 x 28 px, or as many tokens in more or fewer images at 2 sizes, 16 x 16 to 48 x 48 px (height" in line
+    assert "x width); 1,020 images in all" in line
     assert line.endswith("3.4 epochs")
     (*_, longer) = header(teacher, student, feed, 300, replace(config, stage2=replace(optim, steps=10**8)), World())
     assert "hours" in longer
@@ -52,13 +52,6 @@ def test_a_likely_mistake_is_warned_of(teacher, preset, given, device, student, 
     few = list(warnings(teacher, preset, given, torch.device(device), student, 99))
     assert len(few) == count + 1
     assert any("99 images are few" in line for line in few)
-
-
-def test_more_threads_than_idle_cores_are_warned_of():
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    (line,) = busy(cpu, threads=2, idle=1)
-    assert "2 threads wait for one another; with OMP_NUM_THREADS=1" in line
-    assert not [*busy(cpu, threads=2, idle=2), *busy(gpu, threads=2, idle=1)]
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):

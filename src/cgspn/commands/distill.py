@@ -27,7 +27,7 @@ from ..distill.resume import RECORD, REPORT, carried_from, check_same_run, lacks
 from ..distill.run_folder import left_clean, locked
 from ..distill.stages import Watcher
 from ..distill.trainer import Watch
-from ..environment import command, idle_threads, versions
+from ..environment import command, versions
 from ..models.checkpoint import write_atomically
 from ..models.dual import image_encoder, with_image
 from ..models.encoder import Encoder
@@ -40,7 +40,7 @@ from ..teachers import convert, load_encoder, load_model
 from ..terminal import warn
 from .checks import device_of, loaded, mixed_sizes
 from .command import Command, Device, Out, Teacher
-from .header import busy, device_name, header, warnings
+from .header import device_name, header, warnings
 
 Preset = Literal["embedded", "vit-s14-study", "so400m-378", "so400m-highres"]
 EVENTS = "events"
@@ -170,8 +170,7 @@ class Distill(Command):
                 for line in header(teacher, student, feed, images, self.settings, world):
                     console.print(line, soft_wrap=True, markup=False)
                 unchanged = self.settings == PRESETS[self.preset]
-                likely = warnings(self.teacher, self.preset, not unchanged, world.device, self.student, few)
-                for line in (*likely, *busy(world.device, torch.get_num_threads(), idle_threads())):
+                for line in warnings(self.teacher, self.preset, not unchanged, world.device, self.student, few):
                     console.print(f"warning: {line}", soft_wrap=True, markup=False)
             with shown(world, out / EVENTS if self.tensorboard else None) as watcher:
                 histories = distill(
@@ -212,7 +211,7 @@ class Distill(Command):
                 which = "training" if trained_on else "held-out"
                 near, count = record["held_out"]["cosine"], record["held_out"]["images"]
                 size = "x".join(map(str, student.config.image_size))
-                line = f"cosine similarity to {self.teacher} {near:.3f}, on {count} {which} images of {size} px"
+                line = f"cosine similarity to {self.teacher} {near:.3f}, both at {size} px, on {count} {which} images"
                 console.print(line, soft_wrap=True, markup=False)
             if self.report:
                 write_report(out, json.loads(json.dumps(record, default=str)))

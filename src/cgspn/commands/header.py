@@ -39,8 +39,8 @@ def header(
         if len(mixed) > 1:
             (low, lower), (high, higher) = mixed[0], mixed[-1]
             others = (
-                ", or fewer at larger and more at smaller sizes with as many tokens "
-                f"({len(mixed)} sizes, {low} x {lower} to {high} x {higher} px, height x width)"
+                f", or as many tokens in more or fewer images at {len(mixed)} sizes, {low} x {lower} to "
+                f"{high} x {higher} px (height x width)"
             )
         yield (
             f"{stage.title}: {optim.steps:,} steps of {optim.batch_size:,} images at {height} x {width} px{others}; "
@@ -54,7 +54,7 @@ def header(
     weights = sum(4 * p.numel() for p in encoder.parameters()) + sum(STATE * p.numel() for p in student.parameters())
     memory = (weights + most * (1 if config.compute.precision == "bfloat16" else 2)) / 2**30
     hours = flop / rate / SHARE / world.size / 3600
-    time = f"{hours:,.0f} hours" if hours >= 10 else f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1g} minutes"
+    time = f"{hours:,.0f} hours" if hours >= 10 else f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1g} min"
     less = ", less with checkpointing" if config.compute.checkpointing else ""
     yield f"roughly {time} and {memory:.2g} GiB on each device{less}, from FLOPs and tokens; excludes image loading"
 
@@ -85,15 +85,6 @@ def warnings(
         yield (
             "training runs on the CPU, because PyTorch finds no GPU or --device is cpu; for a trial, lower "
             "--config.stage1.steps, --config.stage2.steps and the batch_size of both"
-        )
-
-
-def busy(device: torch.device, threads: int, idle: int) -> Iterator[str]:
-    """A warning if a CPU has fewer idle cores than PyTorch has threads."""
-    if device.type == "cpu" and threads > idle:
-        yield (
-            f"other programs keep this CPU busy, and {threads} threads wait for one another; with OMP_NUM_THREADS="
-            f"{idle} in the environment a step can be several times as fast"
         )
 
 
