@@ -1,6 +1,7 @@
 """The demo on the embedded teacher and images: convert, distill in two stages, evaluate, report."""
 
 import copy
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,7 +15,7 @@ from .data import ImageSet, load_embedded
 from .distill import DistillConfig, distill
 from .distill.presets import EMBEDDED
 from .distill.stages import Watcher
-from .environment import idle_threads, versions
+from .environment import versions
 from .evaluate.suite import METRICS, evaluate_dual
 from .evaluate.table import Metric, SummaryTable
 from .models.dual import DualEncoder
@@ -55,6 +56,18 @@ def _first(images: ImageSet, count: int, name: str) -> ImageSet:
     if not 1 <= count <= len(images):
         raise ValueError(f"{name} is {count}; accepted: 1 to {len(images)}")
     return images.subset(torch.arange(count))
+
+
+def idle_threads() -> int:
+    """The number of threads from which small models gain now: the idle cores, at least 1 and at most 8.
+
+    Every operation waits for its slowest thread. With more threads than idle cores the demo takes several times as
+    long, and its operations are too small for more than a few threads.
+    """
+    total = os.cpu_count() or 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
+    busy = os.getloadavg()[0] * cores / total if hasattr(os, "getloadavg") else 0.0
+    return max(1, min(8, cores, round(cores - busy)))
 
 
 @contextmanager
