@@ -42,19 +42,19 @@ def run(config: HeadlineConfig) -> None:
     quality, speed = (json.loads(path.read_text())["rows"] for path in (config.quality, config.speed))
     timed = [row for row in speed if row["model"] == LARGE]
 
+    def cosines(student: str) -> tuple[list[int], list[float | None]]:
+        mine = [row for row in quality if row["student"] == student]
+        sizes = sorted({row["px"] for row in mine})
+        return sizes, [mean_over_seeds(mine, "cosine", px) for px in sizes]
+
     def paint(axes: Any) -> None:
         left, right = axes[0]
         for i, (name, title) in enumerate(config.students.items()):
-            mine = [row for row in quality if row["student"] == name]
-            shown = sorted({row["px"] for row in mine})
-            left.plot(shown, [mean_over_seeds(mine, "cosine", px) for px in shown], "o-", color=f"C{i}", label=title)
+            left.plot(*cosines(name), "o-", color=f"C{i}", label=title)
             times = sorted((row["px"], row["x the first"]) for row in timed if row["student"] == f"frontier: {name}")
             right.plot(*zip(*times), "o-", color=f"C{i}", label=title)
             right.annotate(f"{times[-1][1]:.1f}", times[-1], xytext=(-10, 2), textcoords="offset points", ha="right")
-        attention = [row for row in quality if row["student"] == "ViT"]
-        shown = sorted({row["px"] for row in attention})
-        cosines = [mean_over_seeds(attention, "cosine", px) for px in shown]
-        left.plot(shown, cosines, "o--", color="C3", label="attention, trained afresh the same way")
+        left.plot(*cosines("ViT"), "o--", color="C3", label="attention, trained afresh the same way")
         over_sizes(left, (row["px"] for row in quality), "cosine similarity to the teacher")
         left.set(yscale="linear", ylim=(0.88, 1), title="quality: a ViT-S, distilled on 1.5 million images")
         left.legend(loc="lower left")

@@ -6,7 +6,6 @@ python -m benchmarks.frontier.speed --out results/frontier
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -96,19 +95,22 @@ def run(config: SpeedConfig) -> None:
         for pixels, batch in config.sizes:
             teacher = replace(model_config(model), image_size=(pixels, pixels))
             calls: dict[str, Callable[[], object]] = {}
-            kinds: dict[str, Counter[type]] = {}
+            layers: dict[str, dict[str, int]] = {}
             for name in names:
                 with torch.device(device):
                     encoder = Encoder(config_of(STUDENTS[name], teacher)).to(torch.bfloat16).eval()
                 images = torch.randn(batch, 3, pixels, pixels, device=device, dtype=torch.bfloat16)
                 calls[name] = partial(step, encoder, images)
-                kinds[name] = Counter(type(block.mixer) for block in encoder.blocks)
+                kinds = [type(block.mixer) for block in encoder.blocks]
+                layers[name] = {
+                    "attention layers": kinds.count(AttentionMixer),
+                    "window layers": kinds.count(WindowAttentionMixer),
+                }
             times = medians(calls, rounds=config.rounds, target_ms=1.0)
             first = next(iter(times.values()))
             for name, ms in times.items():
                 row = {"student": name, "model": model, "px": pixels, "B": batch, "ms an image": ms / batch}
-                layers = {"attention layers": AttentionMixer, "window layers": WindowAttentionMixer}
-                row |= {title: kinds[name][kind] for title, kind in layers.items()}
+                row |= layers[name]
                 rows.append(row | {"x the first": first / ms})
                 print(row | {"x the first": round(first / ms, 2)}, flush=True)
             calls.clear()

@@ -60,10 +60,6 @@ CAPACITY: dict[str, Student] = {
     "values 3 of s = 3, positions, normalised": Student({**values(3, **NORMALISED), **POSITIONS, "compression": 3}),
     "values 6 in fours, positions, normalised": Student({**values(6, channels_per_group=4, **NORMALISED), **POSITIONS}),
     "values 12, positions, normalised": Student({**values(12, **NORMALISED), **POSITIONS}),
-    "values 12 of s = 3, positions, normalised": Student({**values(12, **NORMALISED), **POSITIONS, "compression": 3}),
-    "values 12, convolution of 7, positions, normalised": Student(
-        {**values(12, local_kernel=7, **NORMALISED), **POSITIONS}
-    ),
 }
 
 

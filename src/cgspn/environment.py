@@ -1,6 +1,5 @@
 """The environment of a result: command, machine, versions, commit."""
 
-import os
 import platform
 import shlex
 import subprocess
@@ -53,18 +52,6 @@ def describe(commit_name: str = "", program: str = "cgspn") -> dict[str, str]:
         "commit": commit_name or commit(),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def idle_threads() -> int:
-    """The number of threads from which small models gain now: the idle cores, at least 1 and at most 8.
-
-    Every operation waits for its slowest thread. With more threads than idle cores a small model takes several times as
-    long, and its operations are too small for more than a few threads.
-    """
-    total = os.cpu_count() or 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else total
-    busy = os.getloadavg()[0] * cores / total if hasattr(os, "getloadavg") else 0.0
-    return max(1, min(8, cores, round(cores - busy)))
 
 
 def cpu_name() -> str:

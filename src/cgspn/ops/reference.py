@@ -21,7 +21,7 @@ SMALLEST = 1e-6  # n is clamped below at this; in padding n is 0, and so is the 
 
 def _lines(t: Tensor, direction: str) -> list[Tensor]:
     """The lines of a [B, H, W, ...] map in the order in which `direction` visits them, each [B, M, ...]."""
-    lines = list(t.unbind(1 + DIRECTIONS.index(direction) // 2))
+    lines = list(t.unbind(1 + DIRECTIONS.index(direction) // 2))  # down and up go along H, right and left along W
     return lines if direction in ("down", "right") else lines[::-1]
 
 
@@ -94,7 +94,7 @@ def propagate_2d_reference(
             inside_before = inside_BM
         outputs.append(_grid(lines, direction))
     y = torch.stack(outputs, 3)
-    return {"sum": y.sum(3), "none": y}[merge]
+    return y.sum(3) if {"sum": True, "none": False}[merge] else y
 
 
 def line_scan_reference(x: Tensor, weights: Tensor, lam: Tensor, direction: str, chunk: int | None = None) -> Tensor:
