@@ -47,6 +47,9 @@ class StudyConfig:
         batch_size: images a step, of `size`.
         rates: peak learning rates of stage 1 (Muon) and stage 2 (`optimizer`).
         optimizer: of stage 2.
+        inherited_rate: learning rate multiplier of the teacher's weights in stage 2.
+        blends: mixup and CutMix in both stages.
+        smallest_crop: fraction of a photograph's area.
         loss: of stage 2.
         held_out: photographs to measure with.
         source: side of the squares that photographs are kept as, in pixels.
@@ -69,6 +72,9 @@ class StudyConfig:
     batch_size: int = 64
     rates: tuple[float, float] = (1e-2, 2.5e-4)
     optimizer: Literal["adamw", "muon"] = "adamw"
+    inherited_rate: float = 1.0
+    blends: bool = True
+    smallest_crop: float = 0.08
     loss: LossConfig = LOSS
     held_out: int = 200
     source: int = 256
@@ -120,6 +126,9 @@ def run(config: StudyConfig) -> None:
                     gpu=gpu,
                     loss=config.loss,
                     optimizer=config.optimizer,
+                    inherited_rate=config.inherited_rate,
+                    blends=config.blends,
+                    smallest_crop=config.smallest_crop,
                 )
                 began, images = time.monotonic(), 0
                 errors: dict[int, dict[str, float]] = {}

@@ -21,20 +21,30 @@ def two_stages(
     gpu: bool,
     loss: LossConfig = LOSS,
     optimizer: Literal["adamw", "muon"] = "adamw",
+    inherited_rate: float = 1.0,
+    blends: bool = True,
+    smallest_crop: float = 0.08,
 ) -> DistillConfig:
     """Stages 1 and 2: images of `size` pixels, or drawn from `sizes`, `batch_size` of them at `size`.
 
     steps, rates: of stage 1 (Muon) and of stage 2 (`optimizer`); rates are peaks. gpu: bfloat16, and steps from CUDA
-    graphs. loss: of stage 2.
+    graphs. loss, inherited_rate: of stage 2. blends: mixup and CutMix. smallest_crop: fraction of the image area.
     """
     common = OptimConfig(
-        batch_size=batch_size, seed=seed, embedding_rate=0.0, crop_scale=(0.08, 1.0), mixup=1.0, cutmix=0.5
+        batch_size=batch_size,
+        seed=seed,
+        embedding_rate=0.0,
+        crop_scale=(smallest_crop, 1.0),
+        mixup=1.0 if blends else 0.0,
+        cutmix=0.5 if blends else 0.0,
     )
     return DistillConfig(
         image_size=size,
         sizes=sizes,
         stage1=replace(common, steps=steps[0], learning_rate=rates[0], optimizer="muon"),
-        stage2=replace(common, steps=steps[1], learning_rate=rates[1], optimizer=optimizer),
+        stage2=replace(
+            common, steps=steps[1], learning_rate=rates[1], optimizer=optimizer, inherited_rate=inherited_rate
+        ),
         loss=loss,
         compute=ComputeConfig("bfloat16" if gpu else "float32", capture=gpu),
     )
