@@ -55,9 +55,6 @@ def rows_of(config: FrontierConfig) -> list[Row]:
         if not times or "cosine" not in mine[0]:
             continue
         row: Row = {"student": student, "seeds": len({r["seed"] for r in mine})}
-        # not timed, but summed over layers that were timed in encoders of another mix
-        if not all(timed.get("measured", True) for timed in times.values()):
-            row["speed"] = "computed"
         row |= {f"cosine {px}": mean_over_seeds(mine, "cosine", px) for px in config.px}
         row |= {f"{task} 448": mean_over_seeds(mine, task, 448) for task in TASKS}
         for (model, px), timed in times.items():
@@ -93,7 +90,7 @@ def run(config: FrontierConfig) -> None:
                 x, y = row[size], row[f"cosine {high}"]
                 colour = "C3" if row["student"] == "ViT" else "C0"
                 ax.plot([x, x], [y, row[f"cosine {low}"]], "-", color=colour, alpha=0.4)
-                ax.plot(x, y, "o", color=colour, fillstyle="none" if "speed" in row else "full")
+                ax.plot(x, y, "o", color=colour)
                 ax.annotate(row["student"], (x, y), fontsize=7, xytext=(4, 3), textcoords="offset points")
             ax.set(xscale="log", xlabel=size.replace("SO400M", "SO400M encoder at"), ylabel=label)
             ax.grid(alpha=0.3)

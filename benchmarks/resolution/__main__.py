@@ -70,10 +70,10 @@ class StudyConfig:
     px: tuple[int, ...] = (112, 224, 336, 448, 518, 756)
     steps: tuple[int, int] = (400, 800)
     batch_size: int = 64
-    rates: tuple[float, float] = (1e-2, 2.5e-4)
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    inherited_rate: float = 1.0
-    blends: bool = True
+    rates: tuple[float, float] = (1e-2, 1e-3)
+    optimizer: Literal["adamw", "muon"] = "muon"
+    inherited_rate: float = 0.2
+    blends: bool = False
     smallest_crop: float = 0.08
     loss: LossConfig = LOSS
     held_out: int = 200

@@ -120,10 +120,19 @@ class CurriculumConfig:
 
 
 def base(config: CurriculumConfig, trained: str, seed: int, gpu: bool) -> DistillConfig:
-    """Stages 1 and 2."""
+    """Stages 1 and 2, by the first recipe of results/resolution."""
     sizes = SizeRange(config.size // 2, config.size * 2) if trained == "mixed" else None
     return two_stages(
-        config.size, sizes, config.steps[:2], config.rates, batch_size=config.batch_size, seed=seed, gpu=gpu
+        config.size,
+        sizes,
+        config.steps[:2],
+        config.rates,
+        batch_size=config.batch_size,
+        seed=seed,
+        gpu=gpu,
+        optimizer="adamw",
+        inherited_rate=1.0,
+        blends=True,
     )
 
 

@@ -1,4 +1,4 @@
-"""How the students of the studies are trained: the recipe of results/quality."""
+"""How the students of the studies are trained: the recipe of the preset "vit-s14-study"."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def two_stages(
     seed: int,
     gpu: bool,
     loss: LossConfig = LOSS,
-    optimizer: Literal["adamw", "muon"] = "adamw",
-    inherited_rate: float = 1.0,
-    blends: bool = True,
+    optimizer: Literal["adamw", "muon"] = "muon",
+    inherited_rate: float = 0.2,
+    blends: bool = False,
     smallest_crop: float = 0.08,
 ) -> DistillConfig:
     """Stages 1 and 2: images of `size` pixels, or drawn from `sizes`, `batch_size` of them at `size`.
