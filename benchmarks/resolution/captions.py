@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -76,7 +77,6 @@ class CaptionsConfig:
         batch_size: images a step of stages 1 and 2, at `size`.
         images: a step of a variant, at its largest size. A contrastive loss needs them in memory together.
         rates: peak learning rates of stage 1 and stage 2, both with Muon.
-        inherited_rate: learning rate multiplier of the teacher's weights from stage 2 on.
         contrastive: weight of the loss on captions, in variants that have one.
         held_out: photographs to measure the cosine with.
         source: side of the squares that photographs are kept as, in pixels.
@@ -99,7 +99,6 @@ class CaptionsConfig:
     batch_size: int = 64
     images: int = 8
     rates: tuple[float, float] = (1e-2, 1e-3)
-    inherited_rate: float = 0.2
     contrastive: float = 0.1
     held_out: int = 200
     source: int = 256
@@ -186,9 +185,6 @@ def base(config: CaptionsConfig, seed: int, gpu: bool) -> DistillConfig:
         batch_size=config.batch_size,
         seed=seed,
         gpu=gpu,
-        optimizer="muon",
-        inherited_rate=config.inherited_rate,
-        blends=False,
     )
 
 
@@ -204,6 +200,12 @@ def variant_of(config: CaptionsConfig, title: str) -> Variant:
     }[loss]
 
 
+def beyond(start: DistillConfig, variant: Variant, steps: int) -> DistillConfig:
+    """The higher resolutions, with the optimiser of the preset "vit-s14-study" there."""
+    stage2 = replace(start.stage2, optimizer="adamw", learning_rate=2.5e-4, inherited_rate=1.0)
+    return higher(replace(start, stage2=stage2), variant, steps)
+
+
 def measured(
     config: CaptionsConfig, dual: DualEncoder, train: ImageSet, captioned: ImageSet, test: ImageSet, held: Tensor
 ) -> Iterator[dict[str, Any]]:
@@ -217,14 +219,16 @@ def measured(
     yield from rows(dual.image, student="teacher", seed=0, variant="", seconds=0.0)
     for seed in config.seeds:
         shown = {"student": config.row, "seed": seed, "trained": config.trained}
-        start, place = base(config, seed, held.is_cuda), config.out / "students" / str(seed)
-        student, begun = STUDENTS[config.row].of(dual.image, seed), time.monotonic()
-        distill(dual, student, train, start, folder=place)
+        start, begun = base(config, seed, held.is_cuda), time.monotonic()
+        student = STUDENTS[config.row].of(dual.image, seed)
+        with TemporaryDirectory() as folder:
+            distill(dual, student, train, start, folder=Path(folder))
+            carried = carried_from(Path(folder))
         yield from rows(student, **shown, variant="before", seconds=round(time.monotonic() - begun, 1))
         for title in config.variants:
             variant, begun, own = variant_of(config, title), time.monotonic(), copy.deepcopy(student)
-            carried = carried_from(place) if variant.carried else None
-            distill(dual, own, captioned, higher(start, variant, config.steps[2]), carried=carried)
+            settings = beyond(start, variant, config.steps[2])
+            distill(dual, own, captioned, settings, carried=carried if variant.carried else None)
             yield from rows(own, **shown, variant=title, seconds=round(time.monotonic() - begun, 1))
 
 

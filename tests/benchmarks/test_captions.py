@@ -12,6 +12,7 @@ from benchmarks.resolution.captions import (
     WAYS,
     CaptionsConfig,
     base,
+    beyond,
     load_captioned,
     measured,
     pooling_its_tokens,
@@ -19,7 +20,6 @@ from benchmarks.resolution.captions import (
     with_text_tower,
     zero_shot,
 )
-from benchmarks.resolution.curriculum import higher
 from PIL import Image
 
 from cgspn.data import load_embedded
@@ -50,9 +50,10 @@ def test_every_variant_is_a_run_and_captions_are_compared_in_whole_batches():
     gpu = base(CONFIG, 0, True)
     for title in WAYS:
         variant = variant_of(CONFIG, title)
-        config = higher(gpu, variant, 90)
+        config = beyond(gpu, variant, 90)
         assert config.highres.sizes == ((448, 756, 1036) if title.startswith("curriculum") else (1036,))
         assert config.highres.optim.steps * len(config.highres.sizes) == 90
+        assert config.highres.optim.learning_rate == pytest.approx(2.5e-5)
         assert config.compute.capture is ("captions" not in title)
         assert config.loss.contrastive == (0.1 if "captions" in title else 0)
         assert (config.highres.teacher == "none") is title.endswith(", captions")
@@ -90,11 +91,11 @@ def test_a_text_tower_learns_to_name_what_the_encoder_sees(teacher, images):
     assert all(torch.equal(a, b) for a, b in zip(encoder.parameters(), after.image.parameters()))
 
 
-def test_each_row_is_measured_at_each_size(teacher, images, tmp_path):
+def test_each_row_is_measured_at_each_size(teacher, images):
     encoder = pooling_its_tokens(teacher)
     dual = with_text_tower(encoder, images, CONFIG.px, 2)
     chosen = WAYS[0], WAYS[-1]
-    config = replace(CONFIG, out=tmp_path, higher=(32, 44), variants=chosen)
+    config = replace(CONFIG, higher=(32, 44), variants=chosen)
     rows = list(measured(config, dual, images, images, images, images.images[:4]))
     titles = ("", "before", *chosen)
     assert [(row["variant"], row["px"]) for row in rows] == [(title, px) for title in titles for px in (28, 44)]
