@@ -32,7 +32,7 @@ from .photographs import load_photographs
 from .recipe import two_stages
 from .students import STUDENTS
 
-TOKENS = 1 << 15  # a part of a batch, at most: what a GPU of 80 GB holds of a ViT-S with its adapters
+TOKENS = 1 << 15  # a part of a batch, at most
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,17 @@ class Variant:
         carried: whether adapters and scales of stage 2 go along.
         smaller: share of batches at smaller sizes.
         blends: mixup and CutMix as in stage 2.
+        contrastive: weight of the loss on captions, which needs whole batches and steps that are not captured.
     """
 
     sizes: tuple[int, ...]
-    teacher: Literal["previous", "original"] = "original"
+    teacher: Literal["previous", "original", "none"] = "original"
     rate: float = 0.1
     images: int = 64
     carried: bool = True
     smaller: float = 0.5
     blends: bool = True
+    contrastive: float = 0.0
 
 
 FIRST = Variant((448,), "previous", rate=1.0, images=16, carried=False, smaller=0.0)
@@ -138,18 +140,21 @@ def higher(start: DistillConfig, variant: Variant, steps: int) -> DistillConfig:
     """A run of a variant alone, after the stages of `start`; `steps` are shared by its sizes."""
     none = replace(start.stage1, steps=0)
     tokens = variant.images * (max(variant.sizes) // 14) ** 2
+    parts = 2 ** max(0, math.ceil(math.log2(tokens / TOKENS)))
     optim = replace(
         start.stage2,
         steps=steps // len(variant.sizes),
         batch_size=variant.images,
-        accumulate=2 ** max(0, math.ceil(math.log2(tokens / TOKENS))),
+        accumulate=1 if variant.contrastive else parts,
         learning_rate=start.stage2.learning_rate * variant.rate,
         warmup=0.05 if variant.carried else 0.1,
         mixup=start.stage2.mixup * variant.blends,
         cutmix=start.stage2.cutmix * variant.blends,
     )
     highres = HighResConfig(variant.sizes, variant.teacher, variant.smaller, optim)
-    return replace(start, stage1=none, stage2=none, highres=highres)
+    loss = replace(start.loss, contrastive=variant.contrastive)
+    compute = replace(start.compute, capture=start.compute.capture and not variant.contrastive)
+    return replace(start, stage1=none, stage2=none, highres=highres, loss=loss, compute=compute)
 
 
 def measured(

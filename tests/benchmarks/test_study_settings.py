@@ -1,12 +1,14 @@
 """Settings of studies that they cannot have are refused when they are given, by the argument's name."""
 
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 from benchmarks.ablation import AblationConfig
 from benchmarks.inference import InferenceConfig
 from benchmarks.quality import QualityConfig
+from benchmarks.resolution.captions import CaptionsConfig
 from benchmarks.scaling_formula import SimulationConfig
 
 ONE, EACH = "accepted: 1 or more", "accepted: 1 or more each"
@@ -32,6 +34,11 @@ WRONG = [
     (QualityConfig, {"stage1_steps": 0}, f"stage1_steps is 0; {ONE}"),
     (QualityConfig, {"stage2_steps": 0}, f"stage2_steps is 0; {ONE}"),
     (QualityConfig, {"seeds": ()}, "seeds is empty"),
+    (
+        partial(CaptionsConfig, Path(), (), (), Path()),
+        {"variants": ("other",)},
+        "variants holds ['other']; accepted: 'd",
+    ),
 ]
 
 

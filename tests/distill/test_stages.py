@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.functional import normalize
 
 import cgspn
 from cgspn.data import Batch, load_embedded
@@ -23,6 +24,7 @@ from cgspn.distill import (
     pretrain,
 )
 from cgspn.distill.batches import eval_transform
+from cgspn.distill.losses import clip_loss
 from cgspn.distill.optimizers import build_optimizer
 from cgspn.distill.taps import tapped_forward
 from cgspn.distill.tasks import DistillTask, SublayerTask
@@ -207,6 +209,22 @@ def test_loss_switches(teacher, images, loss, expected):
     torch.testing.assert_close(losses["total"], sum(weights[name] * losses[name] for name in expected))
     losses["total"].backward()
     assert all(p.grad is None for p in teacher.parameters())
+
+
+def test_templates_with_one_class_name_are_captions_of_each_image_of_the_class(teacher, images):
+    """In the loss of a teacher as in pretraining; without classes, equal captions are."""
+    loss = LossConfig(alpha=0, beta=0, output=0, contrastive=1)
+    few, student = batch(images, teacher.image.config), convert(teacher.image, compression=4)
+    captions = images.captions(indices=few.indices)
+    same = few.labels[:, None] == few.labels
+    alike = torch.tensor([[a == b for b in captions] for a in captions])
+    assert 32 < alike.sum() < same.sum()
+    image = normalize(teacher.image_projection(student(few.images).pooled), dim=-1)
+    text, scale = teacher.encode_text(captions), teacher.logit_scale
+    task = DistillTask(teacher.image, student, loss, dual=teacher, captions=lambda b: captions)
+    torch.testing.assert_close(task.losses(few)["contrastive"], clip_loss(image, text, same, scale))
+    without = replace(few, labels=torch.full_like(few.labels, -1))
+    torch.testing.assert_close(task.losses(without)["contrastive"], clip_loss(image, text, alike, scale))
 
 
 def test_contrastive_without_a_text_tower_is_refused(teacher):

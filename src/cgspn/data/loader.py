@@ -11,9 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One batch: its step, images and their int64 [B] indices in the source and labels (-1 for none).
+    """One batch: its step, images, and int64 [B] indices in the source and labels.
 
-    images: normalised, float [B, channels, H, W]. captions: one per image, or empty.
+    images: normalised, float [B, channels, H, W]. labels: -1 for an image without a class or with a caption of its own.
+    captions: one per image, or empty.
     """
 
     step: int

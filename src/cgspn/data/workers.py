@@ -108,7 +108,8 @@ class BatchPlan:
 
 
 class Rows(NamedTuple):
-    """Rows of a batch: images uint8 [b, h, w, 3] (None if all failed), indices and labels int64 [b], and failures."""
+    """Rows of a batch: images uint8 [b, h, w, 3] (None if all failed), indices int64 [b], labels int64 [b] (-1 for an
+    image with a caption of its own, or without a class), captions and failures."""
 
     images: Tensor | None
     indices: Tensor
@@ -148,7 +149,7 @@ class RowsReader(Dataset[Rows]):
                         found[row] = mixed_number(attempt, SUBSTITUTE, number) % len(self.source)
                 else:
                     return Rows(None, torch.tensor(found), torch.tensor(labels), captions, failures)
-                labels.append(sample.label)
+                labels.append(-1 if sample.caption else sample.label)
                 captions.append(caption)
         return Rows(images, torch.tensor(found), torch.tensor(labels), captions, failures)
 

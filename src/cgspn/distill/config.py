@@ -32,7 +32,8 @@ class OptimConfig:
             and student see the same blend. Not allowed with a contrastive loss, because the captions would not match.
         cutmix: fraction of the images that get a random box from another image of the batch, after `mixup`. Not allowed
             with a contrastive loss.
-        accumulate: number of gradient-accumulation steps per batch.
+        accumulate: number of gradient-accumulation steps per batch. A contrastive loss compares only the images of one
+            of them; `ComputeConfig.checkpointing` saves memory without that.
         ema: decay of the moving average of the weights, which becomes the result; 0 uses the last weights.
         seed: random seed of initialisation, image order and augmentation.
     """

@@ -315,7 +315,7 @@ class DistillTask(TeacherTask):
             text = self.dual.encode_text(captions)
         image = normalize(linear(pooled, self.dual.image_projection.weight.detach()), dim=-1)
         scale, bias = self.dual.logit_scale.detach(), self.dual.logit_bias.detach()
-        return _contrastive_loss(self.dual.loss, image, text, caption_ids(captions, image.device), scale, bias)
+        return _contrastive_loss(self.dual.loss, image, text, pair_ids(batch, captions, image.device), scale, bias)
 
 
 class ContrastiveTask(Task):
@@ -328,17 +328,23 @@ class ContrastiveTask(Task):
         self.patch = model.image.config.patch_size
 
     def losses(self, batch: Batch) -> Losses:
-        """The contrastive loss over the images of all processes. Images of one class are positives of each other."""
-        model = self.model
-        image, text = model.encode_image(batch.images), model.encode_text(self.captions(batch))
-        ids = batch.labels.to(image.device)
+        """The contrastive loss over the images of all processes."""
+        model, captions = self.model, self.captions(batch)
+        image, text = model.encode_image(batch.images), model.encode_text(captions)
+        ids = pair_ids(batch, captions, image.device)
         return {"total": _contrastive_loss(self.loss, image, text, ids, model.logit_scale, model.logit_bias)}
 
 
-def caption_ids(captions: list[str], device: torch.device) -> Tensor:
-    """Ids of captions, int64 [B]. Equal captions have equal ids on every process."""
+def pair_ids(batch: Batch, captions: list[str], device: torch.device) -> Tensor:
+    """Ids of a batch's pairs, int64 [B], equal where an image and another's caption also belong together.
+
+    These are images of one class, whose captions may be different templates with its name, and images without a class
+    that have equal captions. Ids are the same on every process.
+    """
     digests = [hashlib.blake2b(caption.encode(), digest_size=8).digest() for caption in captions]
-    return torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], device=device)
+    ids = torch.tensor([int.from_bytes(d, "little", signed=True) for d in digests], device=device)
+    labels = batch.labels.to(device)
+    return torch.where(labels < 0, ids, labels)
 
 
 def _contrastive_loss(kind: str, image: Tensor, text: Tensor, ids: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
