@@ -231,6 +231,16 @@ def test_help_has_two_levels_and_names_positionals(capsys):
     assert "cgspn distill --help-all" in shown["--help"]
 
 
+@pytest.mark.parametrize("name", ["all", "zeroshot", "retrieval", "segment"])
+@pytest.mark.parametrize("option", ["--help", "--help-all"])
+def test_models_to_evaluate_are_required_and_have_no_default(name, option, capsys):
+    with pytest.raises(SystemExit):
+        run(["eval", name, option])
+    positionals = capsys.readouterr().out.partition("positional arguments")[2].partition("options")[0]
+    assert "(required)" in positionals
+    assert "default" not in positionals
+
+
 def test_debug_shows_where_an_error_is_from(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["cgspn", "convert", "nowhere", "x", "--debug"])
     with pytest.raises(SystemExit, match="2"):

@@ -1,6 +1,8 @@
 """`cgspn eval` as a user meets it: tables, JSON, and one line for what is wrong."""
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -68,6 +70,23 @@ def test_several_models_and_data_sets_in_one_table(tmp_path, student, capsys):
     (tmp_path / "prompts.txt").write_text("a bag\n")
     with pytest.raises(ValueError, match="template is 'a bag'"):
         run("zeroshot", "embedded", "--data", "photos", "--templates", "prompts.txt")
+
+
+def test_one_model_is_in_memory_at_a_time(tmp_path, student, monkeypatch):
+    pictures, labels, names = clothes(10)
+    clip_benchmark(tmp_path / "wds", pictures, labels, names, per_shard=10)
+    alive, loaded = weakref.WeakSet(), []
+
+    def load(source):
+        gc.collect()
+        loaded.append((source, len(alive)))
+        model = load_model(source)
+        alive.add(model)
+        return model
+
+    monkeypatch.setattr("cgspn.commands.eval.load_model", load)
+    run("zeroshot", "dual", "embedded", "--data", "wds")
+    assert loaded == [("dual", 0), ("embedded", 0)] * 2  # once to check, once to measure
 
 
 def test_retrieval_and_everything_that_a_folder_allows(tmp_path, student, capsys):

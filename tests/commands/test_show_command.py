@@ -1,5 +1,6 @@
 """`cgspn show` as a user meets it: one line for wrong input, damaged photographs named, one whole file."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 
 from cgspn.cli import main
 from cgspn.commands.show import Show
+from cgspn.teachers import load_encoder
 
 
 @pytest.mark.parametrize(
@@ -49,3 +51,18 @@ def test_a_folder_with_a_damaged_photograph_makes_a_page_and_a_picture(tmp_path,
     assert "48 × 32 pixels, 12 × 8 patches" in page
     assert "photos/broken.jpg" in page
     assert Image.open(tmp_path / "picture.png").size == (582, 24 + 6 + 192)
+
+
+def test_held_out_photographs_come_first_and_are_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for number in range(4):
+        Image.linear_gradient("L").resize((16, 16)).save(f"photos/{number}.png")
+    load_encoder("embedded").save_pretrained("run")
+    Path("run/distill.json").write_text(json.dumps({"data": "photos", "held_out": {"names": ["photos/2.png"]}}))
+    Show("run", images="photos", size=16, limit=3, layers=(1,)).run()
+    assert "1 of 3 photographs were held out of the student's training" in capsys.readouterr().out
+    page = Path("page.html").read_text()
+    assert page.index("2.png") < page.index("0.png") < page.index("1.png")
+    assert "3.png" not in page
+    assert "1 of 3 photographs" in page

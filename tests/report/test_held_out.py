@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 
 from cgspn.data import load_embedded, open_samples
 from cgspn.evaluate import cosine
-from cgspn.report.held_out import Kept, compare
+from cgspn.report.held_out import Kept, compare, held_out_of
 from cgspn.teachers import convert, load_embedded_teacher
 
 
@@ -21,6 +23,7 @@ def test_one_in_a_hundred_is_kept_out_and_no_other_sample_is_lost(tmp_path, coun
     trained = [kept.name(number)[-9:-4] for number in range(len(kept))]
     held = {kept.whole.name(number)[-9:-4] for number in kept.out}
     assert len(held) == out
+    assert {name[-9:-4] for name in kept.held_out_names()} == held
     assert len(set(trained)) == len(trained) == count - out
     assert sorted({*trained, *held}) == [f"{number:05d}" for number in range(count)]
 
@@ -30,6 +33,23 @@ def test_pictures_of_a_folder_that_can_be_read(tmp_path):
         Image.fromarray(np.full((8, 8, 3), number, np.uint8)).save(tmp_path / f"{number}.png")
     (tmp_path / "2.png").write_bytes(b"no image")
     assert len(list(Kept(open_samples(str(tmp_path))).pictures())) == 3
+
+
+def test_a_run_tells_which_photographs_it_held_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos/sub", "other", "run"):
+        (tmp_path / folder).mkdir(parents=True)
+    assert held_out_of("run", "photos") is None  # no record
+    record = {"data": "photos/", "held_out": {"names": ["photos/sub/3.png"]}}
+    (tmp_path / "run/distill.json").write_text(json.dumps(record))
+    assert held_out_of("run", "photos") == {"sub/3.png"}
+    assert held_out_of("run", str(tmp_path / "photos")) == {"sub/3.png"}
+    assert held_out_of("run", "other") is None
+    assert held_out_of("run", "embedded") is None
+    assert held_out_of("embedded", "photos") is None
+    for other in ({"data": "photos"}, [], {"data": 3, "held_out": {"names": []}}, {"data": "photos", "held_out": None}):
+        (tmp_path / "run/distill.json").write_text(json.dumps(other))
+        assert held_out_of("run", "photos") is None
 
 
 def test_the_cosine_is_that_of_the_tokens():

@@ -46,6 +46,20 @@ def test_a_student_is_compared_on_what_was_kept_out():
     assert "16 training images (there are fewer than 100)" in run_report(record(held_out=held | {"trained_on": True}))
 
 
+def test_what_is_not_set_or_was_not_read_is_left_out_and_held_out_images_are_named():
+    changed = record(
+        config={"compression": None, "highres": {"teacher": "previous", "smaller": 0.0}},
+        skipped={"images": {"count": 0, "of": 0, "files": {}}, "shards": {"count": 0, "of": 2, "files": {}}},
+        held_out={"trained_on": False, "names": ["photos/0.jpg", "photos/100.jpg"]},
+    )
+    said = " ".join(Text(run_report(changed)).words)
+    assert "compression" not in said
+    assert "highres.smaller 0.0" in said
+    assert "skipped images" not in said
+    assert "skipped shards 0 of 2" in said
+    assert "held out of training photos/0.jpg, photos/100.jpg" in said
+
+
 class Text(HTMLParser):
     def __init__(self, html):
         super().__init__()

@@ -84,7 +84,7 @@ class Distill(Command):
     """Image-text shards (webdataset tar: a path, a URL or a pattern with {000..009} or *), a folder of images or
     shards, or "embedded". Captions come from .txt or .json files beside the images, or from the names of sub-folders.
     Unreadable images and shards are skipped, counted and reported. One image in a hundred, at most 16, is held out for
-    the report; none if there are fewer than a hundred."""
+    the report and named in distill.json (held_out.names); none if there are fewer than a hundred."""
     student: Path | None = None
     """Start from this converted checkpoint instead of converting the teacher. The preset's settings of the student's
     mixers and positions then do not apply. With --config.stage1.steps 0 and --config.stage2.steps 0, continue a
@@ -164,7 +164,7 @@ class Distill(Command):
             torch.manual_seed(self.settings.stage1.seed)
             student = self.student_of(encoder).to(world.device)
             images = len(feed.images if isinstance(feed, ImageSetFeed) else feed.source)
-            pictures, trained_on = pictures_of(feed)
+            pictures, trained_on, names = pictures_of(feed)
             few = images if trained_on else None
             if world.rank == 0:
                 for line in header(teacher, student, feed, images, self.settings, world):
@@ -200,7 +200,7 @@ class Distill(Command):
                 "device": device_name(world.device),
                 "images": images,
                 "peak_memory": max(peaks),
-                "held_out": compare(encoder, student, pictures) | {"trained_on": trained_on},
+                "held_out": compare(encoder, student, pictures) | {"trained_on": trained_on, "names": names},
                 "skipped": {"images": noted(skipped), "shards": noted(problems)},
                 "throughput": {history.title: history.throughput for history in histories},
                 "losses": {history.title: history.steps for history in histories},
@@ -237,14 +237,15 @@ class Distill(Command):
         return convert(teacher, **self.settings.conversion)
 
 
-def pictures_of(feed: ImageSetFeed | SampleFeed) -> tuple[Iterable[Picture], bool]:
-    """The images on which student and teacher are compared, and whether they were used in training.
+def pictures_of(feed: ImageSetFeed | SampleFeed) -> tuple[Iterable[Picture], bool, list[str]]:
+    """The images on which student and teacher are compared, whether they were used in training, and the names of files
+    that were not.
 
     For files these are the held-out images, or the first images if there are fewer than a hundred.
     """
     if isinstance(feed, SampleFeed) and isinstance(feed.source, Kept):
-        return feed.source.pictures(), not feed.source.out
-    return load_embedded("validation").images[:MOST], False
+        return feed.source.pictures(), not feed.source.out, feed.source.held_out_names()
+    return load_embedded("validation").images[:MOST], False, []
 
 
 def write_report(out: Path, record: dict[str, Any]) -> None:

@@ -35,21 +35,20 @@ class _ImageText(Evaluation):
     Several sizes give one row each and a plot."""
 
     def measure(self, title: str, opened: Iterable[Job]) -> None:
-        """Evaluate all models. Datasets are opened after checking that every model has a text tower."""
+        """Evaluate all models, one in memory at a time. Datasets are opened after checking that every model has a text
+        tower."""
         if not self.models:
             raise ValueError("models is empty; expected one or more image-text models")
         sizes = typed_sizes(self.size)
         report = Report(title, self, {"captions": 0, "galleries": 0}, len(sizes) > 1)
-        models = [
+        for source in self.models:
             require_text(loaded(load_model, "models", source), f"models names {source}, which")
-            for source in self.models
-        ]
         jobs = list(opened)
         if not jobs:
             raise ValueError("data is empty; expected one or more data sets")
         names = distinct([job.name for job in jobs])
         for source in self.models:
-            model = models.pop(0).to(report.device)
+            model = require_text(load_model(source), source).to(report.device)
             rows = [(size, report.row(source, size_in_pixels(model.image.config, size))) for size in sizes]
             for name, job in zip(names, jobs):
                 for size, row in rows:
@@ -60,6 +59,7 @@ class _ImageText(Evaluation):
                     report.skip(name, skipped)
                     with waiting(f"{row}: {name}, texts"):
                         report.add(row, name, job.evaluate(model, embeddings, kept))
+            del model  # before the next one is loaded
         report.finish()
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..bench.machine import matmul_rate
+from ..bench.timing import medians
 from ..data import scheduled
 from ..data.source import EMBEDDED
 from ..distill import DistillConfig, Feed, World
@@ -21,7 +24,8 @@ from ..models.encoder import Encoder
 # Activation bytes per token, channel and block in bfloat16; measured 33 to 34 for SO400M from 378 to 1036 px.
 KEPT = 34
 STATE = 16  # bytes per trained weight with gradient and two moments; a frozen weight has 4
-SHARE = 0.4  # fraction of the matmul rate that whole steps reach; 0.5 for SO400M on an H100
+SHARE = 0.4  # fraction of a GPU's matmul rate that whole steps reach; 0.5 for SO400M on an H100
+TOKENS = 2048  # in the step of one block that measures a CPU
 
 
 def header(
@@ -50,13 +54,33 @@ def header(
         tokens = stage.size[0] * stage.size[1] / student.config.patch_size**2
         share = optim.batch_size / optim.accumulate / world.size
         most = max(most, share * tokens * student.config.width * student.config.depth * KEPT)
-    rate = matmul_rate() if device.type == "cuda" else matmul_rate(768, "cpu", torch.float32, rounds=3)
+    rate = SHARE * matmul_rate() if device.type == "cuda" else cpu_rate(student, config.compute.precision)
     weights = sum(4 * p.numel() for p in encoder.parameters()) + sum(STATE * p.numel() for p in student.parameters())
     memory = (weights + most * (1 if config.compute.precision == "bfloat16" else 2)) / 2**30
-    hours = flop / rate / SHARE / world.size / 3600
-    time = f"{hours:,.0f} hours" if hours >= 10 else f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1g} min"
+    hours = flop / rate / world.size / 3600
+    time = f"{hours:,.0f} hours" if hours >= 10 else f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.2g} min"
     less = ", less with checkpointing" if config.compute.checkpointing else ""
     yield f"roughly {time} and {memory:.2g} GiB on each device{less}, from FLOPs and tokens; excludes image loading"
+
+
+def cpu_rate(student: Encoder, precision: str) -> float:
+    """FLOP/s of the CPU in the forward and backward pass of a one-block student.
+
+    It reaches a fraction of the matmul rate that depends on its width: 15 to 25% in the demo, 60% with a ViT-S.
+    """
+    config = student.config
+    patches = (config.image_size[0] // config.patch_size) * (config.image_size[1] // config.patch_size)
+    encoder = Encoder(replace(config, mixers=config.mixers[:1]))
+    images = torch.randn(max(1, TOKENS // patches), config.channels, *config.image_size)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+            tokens = encoder(images).tokens
+        tokens.sum().backward()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return float(1e3 * counter.get_total_flops() / medians({"step": step}, rounds=3, graph=False)["step"])
 
 
 def flop_an_image(teacher: Encoder, student: Encoder, stage: Stage) -> int:

@@ -10,6 +10,7 @@ from ..console import console, progress_watcher, waiting
 from ..environment import command, versions
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
+from ..report.held_out import held_out_of
 from ..report.photographs import COLUMNS, load_photographs
 from ..report.pictures import png_bytes
 from ..report.show import PLACES, STUDENT, TEACHER, look_at, show_picture
@@ -39,13 +40,14 @@ class Show(Command):
     teacher: str | None = None
     """A second encoder with the same patch size, for comparison."""
     images: str = "embedded"
-    """A folder of photographs, or "embedded" (test images, sixteen per canvas). Unreadable ones are skipped, counted
-    and reported."""
+    """A folder of photographs, or "embedded" (test images, sixteen per canvas). If the student was trained on this
+    folder, those that were held out (distill.json) come first, and the page says how many they are. Unreadable ones are
+    skipped, counted and reported."""
     size: int | None = None
     """Longer side in pixels, rounded to whole patches. The default is the student's native size, for
     embedded images that of each in a canvas."""
     limit: int = 10
-    """Maximum number of photographs, sorted by name. Each adds up to 2 MB to the page."""
+    """Maximum number of photographs, in the order of names. Each adds up to 2 MB to the page."""
     layers: tuple[int, ...] | None = None
     """Layers (numbered from 1) whose influence is shown. The default is four layers, spread evenly."""
     at: tuple[tuple[float, float], ...] = PLACES
@@ -75,7 +77,10 @@ class Show(Command):
         student, teacher = encoders[STUDENT], encoders.get(TEACHER)
         config = student.config
         native = max(config.image_size) * (COLUMNS if self.images == "embedded" else 1)
-        photographs, skipped = load_photographs(self.images, self.size or native, config.patch_size, self.limit)
+        held = held_out_of(self.student, self.images)
+        photographs, skipped = load_photographs(
+            self.images, self.size or native, config.patch_size, self.limit, held or frozenset()
+        )
         if skipped:
             console.print(skipped.summary(), soft_wrap=True)
         began = time.monotonic()
@@ -92,6 +97,10 @@ class Show(Command):
             "command": command(),
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         }
+        if held is not None:
+            unseen = sum(photograph.name in held for photograph in photographs)
+            facts["held out of training"] = f"{unseen} of {len(photographs)} photographs"
+            console.print(f"{facts['held out of training']} were held out of the student's training")
         html = show_page(shown, names, facts)
         write_atomically(self.out, html)
         if self.picture is not None:

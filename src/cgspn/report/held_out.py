@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,9 +15,13 @@ from torch import Tensor
 from ..data import Sample, SampleSource, Skipped
 from ..data.opening import open_image
 from ..data.prepare import Picture, open_picture, prepare_for
+from ..data.source import EMBEDDED
+from ..distill.manifest import MOST_RECORD
+from ..distill.resume import RECORD
 from ..distill.taps import observe
 from ..evaluate import cosine
 from ..models.encoder import Encoder
+from ..models.reading import read_json_value
 from .pca import fit_colours
 from .pictures import jpeg_uri, sheet
 
@@ -64,6 +70,10 @@ class Kept:
         """See `SampleSource`."""
         return self.whole.digest()
 
+    def held_out_names(self) -> list[str]:
+        """The names of the held-out samples, also of unreadable ones."""
+        return [self.whole.name(number) for number in self.out]
+
     def pictures(self) -> Iterator[Picture]:
         """The readable held-out images; for a small source its first images, which were used in training."""
         for number in self.out or range(min(MOST, len(self.whole))):
@@ -72,6 +82,23 @@ class Kept:
                     yield open_picture(image)
             except Exception:  # damaged files raise all kinds of errors; training has reported them
                 continue
+
+
+def held_out_of(run: str, folder: str) -> frozenset[str] | None:
+    """The held-out images of the run that wrote the folder `run`, as paths below its folder of training images.
+
+    None if there is no record of a run, or its images are not those of `folder`. Raises CheckpointError for a record
+    that is not JSON, OSError if it cannot be read.
+    """
+    if folder == EMBEDDED or not (path := Path(run) / RECORD).is_file():
+        return None
+    record = read_json_value(path, MOST_RECORD)
+    try:
+        data, names = Path(record["data"]).expanduser(), record["held_out"]["names"]
+        held = frozenset(os.path.relpath(name, data) for name in names)
+    except (LookupError, TypeError, ValueError):  # of an earlier version, or another file of this name
+        return None
+    return held if data.resolve() == Path(folder).resolve() else None
 
 
 def compare(teacher: Encoder, student: Encoder, pictures: Iterable[Picture]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -45,7 +45,9 @@ def fitted(height: int, width: int, side: int, patch: int) -> tuple[int, int]:
     return rows * patch, columns * patch
 
 
-def load_photographs(source: str, side: int, patch: int, limit: int) -> tuple[list[Photograph], Skipped]:
+def load_photographs(
+    source: str, side: int, patch: int, limit: int, first: Collection[str] = ()
+) -> tuple[list[Photograph], Skipped]:
     """Load the first photographs of a folder, or the embedded test images, sixteen per canvas.
 
     Args:
@@ -53,6 +55,7 @@ def load_photographs(source: str, side: int, patch: int, limit: int) -> tuple[li
         side: longer side in pixels, rounded to whole patches.
         patch: patch size in pixels.
         limit: maximum number of photographs.
+        first: paths below the folder of those that come before the others.
 
     Returns:
         The photographs, and a report of files that could not be read.
@@ -74,6 +77,7 @@ def load_photographs(source: str, side: int, patch: int, limit: int) -> tuple[li
     if not root.is_dir():
         raise NotADirectoryError(f"images is {source}: not a folder")
     files = [file for file, _ in list_folder(root, mixed=True)[1]]
+    files.sort(key=lambda file: str(file.relative_to(root)) not in first)
     found: list[Photograph] = []
     bad: list[tuple[str, str]] = []
     for file in files:

@@ -92,7 +92,9 @@ def _speed(title: str, speed: Mapping[str, Any]) -> list[str]:
 def _data(record: Record) -> Section:
     skipped: Mapping[str, Mapping[str, Any]] = record.get("skipped", {})
     facts = {"data": str(record["data"]), "images": f"{record['images']:,}"}
-    facts |= {f"skipped {kind}": f"{each['count']:,} of {each['of']:,}" for kind, each in skipped.items()}
+    facts |= {f"skipped {kind}": f"{each['count']:,} of {each['of']:,}" for kind, each in skipped.items() if each["of"]}
+    if names := (record.get("held_out") or {}).get("names"):
+        facts["held out of training"] = ", ".join(names)
     body = [page.fact_list(facts)]
     for kind, each in skipped.items():
         if each["files"]:
@@ -120,8 +122,10 @@ def rising(steps: Sequence[Mapping[str, float]]) -> str:
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> list[tuple[str, str]]:
-    """Flatten nested settings to command-line names."""
+    """Flatten nested settings to command-line names, without those that are not set."""
     rows: list[tuple[str, str]] = []
     for name, value in settings.items():
+        if value is None:
+            continue
         rows += _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else [(before + name, str(value))]
     return rows
