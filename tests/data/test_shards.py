@@ -1,6 +1,7 @@
 """Shards: what the index finds, captions, and shards that are damaged, lost or empty."""
 
 import json
+import re
 
 import pytest
 from shard_files import members, picture, write_shards, write_tar
@@ -177,6 +178,12 @@ def test_a_cache_that_cannot_be_written_or_read_is_done_without(tmp_path):
 def test_nothing_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"away\.tar: no such file"):
         open_samples(str(tmp_path / "away.tar"), cache=tmp_path)
+    for source in (f"{tmp_path}/away/", f"{tmp_path}/away-{{3..3}}.tar", f"{tmp_path}/{'a' * 300}"):
+        message = f"^{re.escape(source)}: no such file or folder; accepted: a folder"
+        with pytest.raises(FileNotFoundError, match=message):
+            open_samples(source, cache=tmp_path, max_skipped=1.0)
+        with pytest.raises(FileNotFoundError, match=message):
+            open_shards(source, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no file matches .*none-"):
         open_samples(str(tmp_path / "none-*.tar"), cache=tmp_path)
     write_tar(tmp_path / "empty.tar", [("1.txt", b"text alone")])

@@ -127,6 +127,15 @@ def test_resizing_patches_does_not_drop_an_adapter():
         encoder.set_input_size(patch_size=7)
 
 
+@pytest.mark.parametrize("wrap", [lambda module: module, Adapter, torch.compile])
+def test_images_need_the_dtype_of_the_patch_embedding_whatever_the_rest_has(wrap):
+    encoder = encoder_of(MODELS[0]).double()
+    encoder.patch_embed.bfloat16()
+    replace(encoder, "patch_embed", wrap)
+    assert encoder.input_weight.dtype == torch.bfloat16
+    assert encoder.to("meta").input_weight.device.type == "meta"
+
+
 @pytest.mark.parametrize("model", MODELS)
 @torch.no_grad()
 def test_blocks_are_found_by_position(model):

@@ -17,6 +17,7 @@ from .fetch import fetch_all
 
 Item = TypeVar("Item")
 
+ACCEPTED = "a folder of images or of tars, a tar, a pattern such as shard-{000..012}.tar, or a URL of one"
 MOST_NAMES = 300_000  # most names in a brace pattern; the largest public datasets have some 230,000 shards
 
 
@@ -76,12 +77,12 @@ def is_url(source: str) -> bool:
 def locate(source: str, cache: Path, max_skipped: float = 1.0) -> list[Shard]:
     """The shards of a source in order. URLs are downloaded to `cache` unless they are there.
 
-    A missing shard of a path, brace pattern or URL is returned with its `problem`. A glob matches only existing files,
-    so it cannot detect missing ones, and it does not follow links to folders. The longest existing part of a path is
-    taken literally, including brackets and braces. max_skipped: largest fraction of URLs that may fail before the
-    remaining ones are not tried.
+    A missing shard of a URL, or of several in a brace pattern, is returned with its `problem`. A glob matches only
+    existing files, so it cannot detect missing ones, and it does not follow links to folders. The longest existing part
+    of a path is taken literally, including brackets and braces. max_skipped: largest fraction of URLs that may fail
+    before the remaining ones are not tried.
 
-    Raises ValueError for an invalid brace pattern, and FileNotFoundError for a glob without matches.
+    Raises ValueError for an invalid brace pattern, and FileNotFoundError for a missing path or a glob without matches.
     """
     if is_url(source):
         names = expand_braces(source)
@@ -89,10 +90,11 @@ def locate(source: str, cache: Path, max_skipped: float = 1.0) -> list[Shard]:
         found = shown(fetched, "fetching shards", len(names))
         return [Shard(name, path, problem) for name, (path, problem) in zip(names, found)]
     base, pattern = _split(source)
-    if not pattern:
-        return [shard_of(base)]
+    names = expand_braces(pattern)
+    if len(names) == 1 and not (glob.has_magic(names[0]) or os.path.exists(base / names[0])):
+        raise FileNotFoundError(f"{source}: no such file or folder; accepted: {ACCEPTED}")
     shards = []
-    for name in expand_braces(pattern):
+    for name in names:
         if not glob.has_magic(name) or (base / name).exists():
             shards.append(shard_of(base / name))
             continue

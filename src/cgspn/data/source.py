@@ -9,8 +9,6 @@ from .shards import index_shards, open_shards
 
 EMBEDDED = "embedded"
 
-ACCEPTED = "a folder of images or of tars, a tar, a pattern such as shard-{000..012}.tar, or a URL of one"
-
 
 def open_samples(source: str, *, cache: Path | None = None, max_skipped: float = 0.1) -> SampleSource:
     """Open a source whose images are read during training.
@@ -21,8 +19,6 @@ def open_samples(source: str, *, cache: Path | None = None, max_skipped: float =
     Raises FileNotFoundError, NotADirectoryError or ValueError like `open_shards` and `list_folder`.
     """
     path = Path(source).expanduser()
-    if not (is_url(source) or os.path.exists(path) or set(source) & set("*?[{")):
-        raise FileNotFoundError(f"{source}: no such file or folder; accepted: {ACCEPTED}")
     if is_url(source) or not os.path.isdir(path):  # unlike Path's, for a long pattern it is just false
         return open_shards(source, cache_folder(cache), max_skipped)
     if tars := tars_in(path):

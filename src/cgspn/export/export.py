@@ -77,7 +77,7 @@ def export_model(
     if format == "onnx":
         check_onnx()
     side = ImageSide(model)
-    weight = next(side.encoder.patch_embed.parameters())
+    weight = side.encoder.input_weight
     if format == "onnx":
         if weight.dtype != torch.float32:
             raise ValueError(f"model is {weight.dtype}; the ONNX form is float32: give it model.float()")
@@ -133,7 +133,7 @@ def _description_of(path: Path) -> Path:
 @torch.no_grad()
 def compare(side: ImageSide, runner: Runner, batch: int, height: int, width: int) -> Parity:
     """Relative errors of a program on random images of one size. Raises ExportError for wrong output shapes."""
-    weight = next(side.encoder.patch_embed.parameters())
+    weight = side.encoder.input_weight
     images = torch.randn(
         batch, side.encoder.config.channels, height, width, generator=torch.Generator().manual_seed(0)
     ).to(weight.device, weight.dtype)
@@ -151,7 +151,7 @@ def describe(
 ) -> dict[str, Any]:
     """The JSON description of an exported file, sufficient to use it without this library."""
     config = side.encoder.config
-    weight = next(side.encoder.patch_embed.parameters())
+    weight = side.encoder.input_weight
     widths: dict[str, list[Any]] = {
         "tokens": ["height / patch", "width / patch", config.width],
         "pooled": [config.pooled_width],

@@ -117,7 +117,7 @@ def trace(side: ImageSide, bounds: Bounds, *, onnx: bool = False) -> ExportedPro
     # example sizes that differ from each other, from 0 and from 1, if possible: tracing would fix those
     batch = min(2, bounds.max_batch)
     height, width = (bounds.patch * min(max(low, n), high) for n in (3, 5))
-    weight = next(side.encoder.patch_embed.parameters())
+    weight = side.encoder.input_weight
     images = torch.zeros(batch, side.encoder.config.channels, height, width, device=weight.device, dtype=weight.dtype)
     # without this a program that was traced at 2 rejects sizes of 1
     with torch.no_grad(), shape_config.patch(backed_size_oblivious=True):

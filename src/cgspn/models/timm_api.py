@@ -47,6 +47,11 @@ class TimmContract(nn.Module):
     has_class_token = _stated("class_token", "Whether the first token is a class token.")
 
     @property
+    def input_weight(self) -> nn.Parameter:
+        """A weight of the patch embedding. Images must have its dtype and device."""
+        return next(self.patch_embed.parameters())
+
+    @property
     def global_pool(self) -> str:
         """The pooling under timm's name: "map", "avg" or "token"."""
         return POOLS[self.config.pooling]
@@ -99,7 +104,7 @@ class TimmContract(nn.Module):
             self.config = replace(self.config, pooling=pooling)  # type: ignore[arg-type]
             self.pool = MeanPool() if pooling == "mean" else ClassTokenPool(self.config.summary_tokens)
         self.config = replace(self.config, num_classes=num_classes)
-        weight = next(self.patch_embed.parameters())
+        weight = self.input_weight
         self.head = build_head(self.config).to(weight.device, weight.dtype).train(self.training)
 
     def set_input_size(

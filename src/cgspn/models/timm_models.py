@@ -177,7 +177,7 @@ class TimmEncoder(Encoder):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """A trace for torch.jit.script instead of the Python code. It accepts all image and batch sizes."""
-        weight, patch = next(self.patch_embed.parameters()), self.config.patch_size
+        weight, patch = self.input_weight, self.config.patch_size
         images = torch.zeros(2, self.in_chans, 3 * patch, 5 * patch, device=weight.device, dtype=weight.dtype)
         return Traced(torch.jit.trace(self, images, check_trace=False))
 

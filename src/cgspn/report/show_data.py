@@ -70,7 +70,7 @@ def view(photograph: Photograph, models: Mapping[str, Encoder], layers: Sequence
         layers: numbers from 1. For a teacher of another depth, the layer at the same relative depth is used.
         places: positions of patches whose flows are computed, as fractions of height and width.
     """
-    device = next(next(iter(models.values())).patch_embed.parameters()).device
+    device = next(iter(models.values())).input_weight.device
     features: dict[str, Tensor] = {}
     found: dict[str, dict[int, dict[str, Tensor]]] = {}
     grid, positions = (0, 0), [(0, 0)]

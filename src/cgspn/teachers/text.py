@@ -161,7 +161,7 @@ def with_text(image: Encoder, source: Source) -> PretrainedDual:
     assert source.folder is not None
     scale, bias = source.weights.get("logit_scale"), source.weights.get("logit_bias")
     text = load_text(source.folder)
-    dtype = next(image.patch_embed.parameters()).dtype
+    dtype = image.input_weight.dtype
     dual = PretrainedDual(image, text, scale.read().item() if scale else 0.0, bias.read().item() if bias else 0.0)
     return dual.to(dtype).eval()
 
@@ -173,4 +173,4 @@ def pretrained_dual_of(folder: Path, image: Encoder, rest: Weights) -> Pretraine
     if {k: tuple(v.shape) for k, v in wanted.items()} != {k: v.shape for k, v in rest.items()}:
         raise CheckpointError(f"{folder}: expected {', '.join(wanted)} beside the encoder; found {listed(rest)}")
     dual.load_state_dict({k: v.read() for k, v in rest.items()}, strict=False)
-    return dual.to(next(image.patch_embed.parameters()).dtype).eval()
+    return dual.to(image.input_weight.dtype).eval()

@@ -101,7 +101,7 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         want_maps = config.output_attentions if output_attentions is None else output_attentions
         mask = None if pixel_mask is None else pixel_mask[:, ::patch, ::patch].bool()
         # like transformers' models, whose processors return float32 even for half-precision weights; bytes are refused
-        dtype = next(encoder.patch_embed.parameters()).dtype
+        dtype = encoder.input_weight.dtype
         images = pixel_values.to(dtype) if pixel_values.is_floating_point() else pixel_values
         tokens, grid = encoder.embed(images, mask)
         states, maps = [tokens], []
