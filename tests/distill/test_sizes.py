@@ -280,6 +280,22 @@ def test_a_finished_student_goes_on_to_a_higher_resolution(images, tmp_path):
         distill(teacher, student, images, replace(config, loss=LossConfig(adapters=False)), carried=carried)
 
 
+@pytest.mark.parametrize("teacher_of", ["original", "previous"])
+def test_what_an_earlier_run_inherited_keeps_its_own_rate(images, tmp_path, teacher_of):
+    """After stage 2 no weight equals the teacher's any more, but the same weights still count as inherited."""
+    teacher, student = pair()
+    short = replace(OPTIM, steps=2, batch_size=8)
+    distill(teacher, student, images, DistillConfig(stage1=short, stage2=short), folder=tmp_path)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    none, frozen = replace(OPTIM, steps=0), replace(short, inherited_rate=0)
+    highres = HighResConfig(sizes=(56,), teacher=teacher_of, optim=frozen)
+    config = DistillConfig(stage1=none, stage2=none, highres=highres)
+    distill(teacher, student, images, config, carried=carried_from(tmp_path))
+    changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
+    assert any(".mixer." in name for name in changed)
+    assert not any(".mlp." in name for name in changed)
+
+
 def test_the_command_line_takes_sizes():
     given = ["embedded", "out", "--preset", "vit-s14-study", "--sizes", "112", "448", "--aspects", "1", "1.5"]
     config = parsed(Distill, "cgspn distill", given).settings

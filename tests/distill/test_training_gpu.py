@@ -7,7 +7,7 @@ import torch
 
 from cgspn.bench.train import TrainBenchConfig, run
 from cgspn.data import Batch, load_embedded, scheduled
-from cgspn.distill import ComputeConfig, DistillConfig, OptimConfig, SizeRange, distill
+from cgspn.distill import ComputeConfig, DistillConfig, HighResConfig, LossConfig, OptimConfig, SizeRange, distill
 from cgspn.distill.batches import batch_shapes
 from cgspn.distill.flops import peak_of
 from cgspn.models import create_model
@@ -43,6 +43,22 @@ def test_captured_steps_of_mixed_shapes_are_the_plain_ones(precision):
     sizes = SizeRange(16, 44, 3, aspects=(1.0, 2.0))
     ours, theirs = (losses(compute, 2, sizes) for compute in (replace(plain, capture=True), plain))
     torch.testing.assert_close(ours, theirs, rtol=1e-4 if precision == "float32" else 2e-2, atol=0)
+
+
+def test_captions_alone_are_learned_at_mixed_sizes_in_bfloat16():
+    none, stage = OptimConfig(steps=0), OptimConfig(steps=12, batch_size=32, learning_rate=1e-3)
+    config = DistillConfig(
+        stage1=none, stage2=none, loss=LossConfig(contrastive=1), highres=HighResConfig((44,), "none", 0.5, stage)
+    )
+
+    def curve(precision):
+        torch.manual_seed(0)
+        teacher = load_embedded_teacher().cuda()
+        student, images = convert(teacher.image, compression=4), load_embedded("train").subset(torch.arange(512))
+        [history] = distill(teacher, student, images, replace(config, compute=ComputeConfig(precision)))
+        return torch.tensor(history.curve("contrastive"))
+
+    torch.testing.assert_close(curve("bfloat16"), curve("float32"), rtol=3e-2, atol=0)
 
 
 def test_compiled_steps_of_mixed_shapes_are_the_plain_ones():

@@ -1,8 +1,10 @@
 """The stages of a distillation run: what each trains, its image sizes and its teacher."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from ..models.config import EncoderConfig
 from ..models.dual import DualEncoder, image_encoder
@@ -13,7 +15,7 @@ from .config import DistillConfig, LossConfig, OptimConfig
 from .parallel import World
 from .runtime import Runtime
 from .sizes import SizeRange
-from .tasks import DistillTask, Size, SublayerTask, Task, inherited_names, learning_blocks
+from .tasks import DistillTask, Size, SublayerTask, Task, inherited_before, inherited_names, learning_blocks
 from .trainer import Stream
 
 
@@ -64,12 +66,18 @@ def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: Dis
 
 
 def plan(
-    teacher: DualEncoder | Encoder, student: Encoder, feed: Feed, config: DistillConfig, name: str, world: World
+    teacher: DualEncoder | Encoder,
+    student: Encoder,
+    feed: Feed,
+    config: DistillConfig,
+    name: str,
+    world: World,
+    carried: Mapping[str, Tensor] | None = None,
 ) -> list[Stage]:
     """The stages of a run in order, without those of 0 steps. Raises the errors of `check_possible`, and ValueError for
     a teacher cache together with random crops, mixup or CutMix.
 
-    student: in its state before the first stage.
+    student: in its state before the first stage. carried: what an earlier run of the student left.
     """
     check_possible(teacher, student, config, world)
     dual = teacher if isinstance(teacher, DualEncoder) else None
@@ -78,7 +86,7 @@ def plan(
     native = (config.image_size, config.image_size) if config.image_size else student.config.image_size
     placed = config.compute.parallel == "placed" and world.size > 1
     sublayer = PlacedSublayerTask if placed else SublayerTask
-    inherited = inherited_after_stage1(encoder, student, config)
+    inherited = inherited_before(carried or {}) or inherited_after_stage1(encoder, student, config)
 
     def distillation(loss: LossConfig, own_size: Size | None = None) -> Callable[[Encoder, Runtime], Task]:
         """What creates the task of stage 2. own_size: the size of the previous student, if it is the teacher."""

@@ -164,7 +164,7 @@ class StageFolders:
 
 
 def carried_from(folder: Path) -> dict[str, Tensor]:
-    """Adapters and target scales of the last stage of the run in `folder`, on the CPU; empty if there are none."""
+    """What the last stage of the run in `folder` left for a later run, on the CPU; empty if there is none."""
     stages = [path for path in (folder / "stages").glob(f"*/{ADAPTERS}") if is_number(path.parent)]
     return read_tensors(max(stages, key=lambda path: int(path.parent.name))) if stages else {}
 

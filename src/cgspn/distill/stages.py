@@ -72,8 +72,8 @@ def distill(
         name: name of the student, for titles.
         folder: folder for the student, losses and snapshots of each stage, from which an interrupted run resumes.
         world: the processes of the run (`join_world`); None for this one alone.
-        carried: adapters and scales of an earlier run of this student and teacher (`resume.carried_from`), for higher
-            resolutions without another stage 2.
+        carried: what an earlier run of this student and teacher left (`resume.carried_from`): adapters and scales, for
+            higher resolutions without another stage 2, and which weights are inherited.
 
     Returns the record of each stage.
 
@@ -87,7 +87,7 @@ def distill(
     cache = TeacherCache(config.compute.teacher_cache * 2**30) if config.compute.teacher_cache else None
     carried = dict(carried or {})
     torch.manual_seed(config.stage1.seed)
-    stages = plan(teacher, student, feed, config, name, world)
+    stages = plan(teacher, student, feed, config, name, world, carried)
     # raise errors of later stages before the first, which may take days
     streams = [stage.stream(feed, student.config, world) for stage in stages]
     folders = StageFolders(folder, config.compute.save_every, world)

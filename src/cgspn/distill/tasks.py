@@ -1,6 +1,7 @@
 """Tasks: each holds its models and computes the losses of a batch for the trainer."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Literal
@@ -26,6 +27,8 @@ from .target_scales import TargetScales
 Losses = dict[str, Tensor]
 Size = tuple[int, int]  # (height, width) in pixels
 Captions = Callable[[Batch], list[str]]
+
+INHERITED = "inherited"  # JSON of names as bytes, among the tensors that a stage leaves
 
 
 class Task(nn.Module):
@@ -120,6 +123,12 @@ def inherited_names(student: Encoder, teacher: Encoder) -> frozenset[str]:
         for name, parameter in student.named_parameters()
         if (same := theirs.get(name)) is not None and same.shape == parameter.shape and torch.equal(same, parameter)
     )
+
+
+def inherited_before(carried: Mapping[str, Tensor]) -> frozenset[str]:
+    """The names that an earlier run recorded in `carried` as inherited; training has changed their values since."""
+    recorded = carried.get(INHERITED)
+    return frozenset() if recorded is None else frozenset(json.loads(bytes(recorded.tolist())))
 
 
 def learning_blocks(teacher: Encoder, student: Encoder) -> list[int]:
@@ -264,11 +273,15 @@ class DistillTask(TeacherTask):
         return {name: value for name, value in self.state_dict().items() if not name.startswith("student.")}
 
     def carried(self) -> dict[str, Tensor]:
-        """Full tensors of adapters and target scales, for a later stage. All processes must call this."""
-        return {name: full_tensor(value).detach().clone() for name, value in self._around().items()}
+        """Full tensors of adapters and target scales, and which weights are inherited, for a later stage or run. All
+        processes must call this."""
+        names = torch.tensor(list(json.dumps(sorted(self.inherited)).encode()), dtype=torch.uint8)
+        around = {name: full_tensor(value).detach().clone() for name, value in self._around().items()}
+        return {**around, INHERITED: names}
 
     def carry_on(self, state: Mapping[str, Tensor]) -> None:
-        """Load the result of `carried`. Raises ValueError if it does not match this encoder and loss."""
+        """Load adapters and target scales. Raises ValueError if they do not match this encoder and loss."""
+        state = {name: value for name, value in state.items() if name != INHERITED}
         mine = {name: value.shape for name, value in self._around().items()}
         if state and mine != {name: value.shape for name, value in state.items()}:
             raise ValueError(f"carried holds {len(state)} tensors of other names or shapes; expected {len(mine)}")
