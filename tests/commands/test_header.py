@@ -7,14 +7,16 @@ import pytest
 import torch
 
 from cgspn import console
-from cgspn.commands.header import header, warnings
+from cgspn.commands.header import cpu_rate, header, warnings
 from cgspn.data import load_embedded
 from cgspn.distill import DistillConfig, HighResConfig, ImageSetFeed, OptimConfig, SizeRange, World
+from cgspn.distill.flops import training_flops
 from cgspn.models import create_model
 from cgspn.teachers import convert
 
 
-def test_a_header_counts_steps_images_epochs_and_costs():
+def test_a_header_counts_steps_images_epochs_and_costs(monkeypatch):
+    monkeypatch.setattr("cgspn.commands.header.cpu_rate", lambda student, precision: 1e9)
     torch.manual_seed(0)
     teacher = create_model("vit_mini_patch4_28", channels=1, mixers=("attention",) * 2)
     student = convert(teacher, compression=4)
@@ -33,6 +35,14 @@ def test_a_header_counts_steps_images_epochs_and_costs():
     assert line.endswith("3.4 epochs")
     (*_, longer) = header(teacher, student, feed, 300, replace(config, stage2=replace(optim, steps=10**8)), World())
     assert "hours" in longer
+
+
+def test_a_cpu_is_measured_by_a_step_of_the_students_first_block(monkeypatch):
+    monkeypatch.setattr("timeit.repeat", lambda step, **_: [step() or 4.0, 2.0])
+    student = create_model("cgspn_mini_patch4_28", mixers=("propagation",) * 2)
+    block = training_flops(replace(student.config, mixers=("propagation",)), (28, 28))
+    for precision in ("float32", "bfloat16"):
+        assert cpu_rate(student, precision) == (8192 // 49) * block / 2.0
 
 
 @pytest.mark.parametrize(

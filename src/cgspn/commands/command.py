@@ -19,11 +19,9 @@ import tyro
 Teacher = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TEACHER")]
 Student = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="STUDENT")]
 Source = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE")]
-REQUIRED = "(required)"  # tyro shows an empty default for several positionals
-Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint=REQUIRED)]
-Encoders = Annotated[
-    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ENCODER", help_behavior_hint=REQUIRED)
-]
+NEEDED = "(required)"  # tyro shows an empty default for several positionals
+Models = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help_behavior_hint=NEEDED)]
+Encoders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="ENCODER", help_behavior_hint=NEEDED)]
 Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 Device = Literal["auto", "cpu", "cuda"]
 Kind = TypeVar("Kind")

@@ -76,11 +76,9 @@ class Show(Command):
             }
         student, teacher = encoders[STUDENT], encoders.get(TEACHER)
         config = student.config
-        native = max(config.image_size) * (COLUMNS if self.images == "embedded" else 1)
+        side = self.size or max(config.image_size) * (COLUMNS if self.images == "embedded" else 1)
         held = held_out_of(self.student, self.images)
-        photographs, skipped = load_photographs(
-            self.images, self.size or native, config.patch_size, self.limit, held or frozenset()
-        )
+        photographs, skipped = load_photographs(self.images, side, config.patch_size, self.limit, held or ())
         if skipped:
             console.print(skipped.summary(), soft_wrap=True)
         began = time.monotonic()
