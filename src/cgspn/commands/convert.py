@@ -18,7 +18,7 @@ from ..teachers import convert, load_encoder, load_model
 from ..teachers.convert import Inherited
 from ..teachers.parameters import Part, parameter_table
 from .checks import check_folder, check_free, loaded
-from .command import Command, Out, Teacher
+from .command import Command, Listed, Out, Teacher
 
 RECORD = "conversion.json"
 
@@ -52,11 +52,11 @@ class Convert(Command):
     their teacher, but layers are slower. None scans the latent itself."""
     keep_attention: int = 0
     """Number of attention layers to keep, spread evenly. With 3 of 27, these are layers 8, 17 and 26."""
-    keep_layers: tuple[int, ...] = ()
+    keep_layers: Listed[int] = ()
     """Indices (from 0) of the attention layers to keep, instead of a number."""
     window_attention: int = 0
     """Number of layers that become window attention, spread evenly over the remaining layers."""
-    window_layers: tuple[int, ...] = ()
+    window_layers: Listed[int] = ()
     """Indices (from 0) of the layers that become window attention, instead of a number."""
     window: int = 8
     """Side length of a window in tokens."""

@@ -39,7 +39,7 @@ from ..report.run import run_report
 from ..teachers import convert, load_encoder, load_model
 from ..terminal import warn
 from .checks import device_of, loaded, mixed_sizes
-from .command import Command, Device, Out, Teacher
+from .command import Command, Device, Listed, Out, Teacher
 from .header import device_name, header, warnings
 
 Preset = Literal["embedded", "vit-s14-study", "so400m-378", "so400m-highres"]
@@ -94,7 +94,7 @@ class Distill(Command):
     sizes: tuple[int, int] | None = None
     """Train stages 1 and 2 at mixed sizes: draw the size of each batch from this range, in pixels (config.sizes). All
     batches have about the same number of tokens. The student then works well at all these sizes."""
-    aspects: tuple[float, ...] = ()
+    aspects: Listed[float] = ()
     """Aspect ratios (width / height) to combine with the sizes."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     """How image files are read; not used for the embedded images."""

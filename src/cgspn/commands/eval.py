@@ -16,7 +16,7 @@ from ..evaluate.predict import require_text
 from ..evaluate.table import SummaryTable
 from ..teachers import load_encoder, load_model
 from .checks import loaded
-from .command import Encoders, Models
+from .command import Encoders, Listed, Models
 from .eval_report import Evaluation, Report, distinct, percents, typed_sizes
 
 MOST_CLASSES = 40  # most classes whose IoU is printed; JSON has all
@@ -30,7 +30,7 @@ class _ImageText(Evaluation):
     """Image-text models, one row each: checkpoint folders, hub ids, or "embedded"."""
     data: tuple[str, ...] = ("embedded",)
     """One or more datasets: "embedded" (its test split), or folders or tars in the format of the evaluation."""
-    size: tuple[str, ...] = ()
+    size: Listed[str] = ()
     """Image size in pixels: the side of a square, or HEIGHTxWIDTH. The default is the native size of each model.
     Several sizes give one row each and a plot."""
 
@@ -145,7 +145,7 @@ class Segment(Evaluation):
 
     encoders: Encoders
     """Image encoders or image-text models, one row each: weight files, checkpoint folders, hub ids, or "embedded"."""
-    data: tuple[str, ...] = ()
+    data: Listed[str] = ()
     """One or more datasets with a layout listed above."""
     train: str | None = None
     """Image and mask pairs for training the probe."""
@@ -155,9 +155,9 @@ class Segment(Evaluation):
     """Number of classes in --train and --test. Class ids start at 0."""
     ignore_index: int = 255
     """Class id of pixels to ignore in --train and --test."""
-    scored: tuple[int, ...] = ()
+    scored: Listed[int] = ()
     """Classes that are averaged for mIoU. The default is all."""
-    size: tuple[str, ...] = ()
+    size: Listed[str] = ()
     """Image size in pixels: the shorter side, or HEIGHTxWIDTH. The default is the native size of each encoder. Several
     sizes give one row each and a plot."""
     train_images: int | None = None

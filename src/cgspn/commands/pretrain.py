@@ -16,7 +16,7 @@ from ..environment import command, versions
 from ..evaluate.suite import evaluate_zeroshot
 from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, write_atomically
 from .checks import check_folder, check_free, device_of, mixed_sizes
-from .command import Command, Device, Out
+from .command import Command, Device, Listed, Out
 from .header import device_name
 
 RECORD = "pretrain.json"
@@ -42,7 +42,7 @@ class Pretrain(Command):
     """All settings of the run."""
     sizes: tuple[int, int] | None = None
     """Train at mixed sizes: draw the size of each batch from this range, in pixels (config.sizes)."""
-    aspects: tuple[float, ...] = ()
+    aspects: Listed[float] = ()
     """Aspect ratios (width / height) to combine with the sizes."""
     device: Device = "auto"
     """Device to run on; "auto" uses a GPU if there is one."""
