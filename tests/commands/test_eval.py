@@ -225,6 +225,23 @@ def test_wrong_input_is_one_clear_error(arguments, message, tmp_path, student):
     assert not list(tmp_path.glob("*.json"))
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["zeroshot", "embedded", "--size", "28", "30"],
+        ["zeroshot", "embedded", "missing"],
+        ["segment", "embedded", "--data", "ade", "--size", "28", "2"],
+        ["segment", "embedded", "missing", "--data", "ade"],
+    ],
+)
+def test_the_last_model_and_size_are_checked_before_the_first_is_measured(arguments, tmp_path, monkeypatch):
+    for work in ("embed_pictures", "segmentation"):
+        monkeypatch.setattr(f"cgspn.commands.eval.{work}", lambda *_, **__: pytest.fail("work began"))
+    ade20k(tmp_path / "ade", (2, 1), classes=3)
+    with pytest.raises((ValueError, OSError), match="size is|missing"):
+        run(*arguments)
+
+
 def test_help_shows_what_can_be_measured(capsys):
     for arguments, expected in (
         (["segment", "--help"], "--ignore-index"),

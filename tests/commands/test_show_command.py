@@ -8,6 +8,7 @@ from PIL import Image
 
 from cgspn.cli import main
 from cgspn.commands.show import Show
+from cgspn.data import open_samples
 from cgspn.teachers import load_encoder
 
 
@@ -59,7 +60,8 @@ def test_held_out_photographs_come_first_and_are_counted(tmp_path, monkeypatch, 
     for number in range(4):
         Image.linear_gradient("L").resize((16, 16)).save(f"photos/{number}.png")
     load_encoder("embedded").save_pretrained("run")
-    Path("run/distill.json").write_text(json.dumps({"data": "photos", "held_out": {"names": ["photos/2.png"]}}))
+    record = {"data": "photos", "source": {"digest": open_samples("photos").digest()}}
+    Path("run/distill.json").write_text(json.dumps(record | {"held_out": {"names": ["photos/2.png"]}}))
     Show("run", images="photos", size=16, limit=3, layers=(1,)).run()
     assert "1 of 3 photographs were held out of the student's training" in capsys.readouterr().out
     page = Path("page.html").read_text()

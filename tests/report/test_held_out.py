@@ -37,19 +37,26 @@ def test_pictures_of_a_folder_that_can_be_read(tmp_path):
 
 def test_a_run_tells_which_photographs_it_held_out(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder in ("photos/sub", "other", "run"):
-        (tmp_path / folder).mkdir(parents=True)
+    for name in ("photos/sub/3.png", "photos/4.png", "other/3.png", "elsewhere/photos/sub/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "run").mkdir()
     assert held_out_of("run", "photos") is None  # no record
-    record = {"data": "photos/", "held_out": {"names": ["photos/sub/3.png"]}}
+    source = {"digest": open_samples("photos").digest()}
+    record = {"data": "photos/", "source": source, "held_out": {"names": ["photos/sub/3.png"]}}
     (tmp_path / "run/distill.json").write_text(json.dumps(record))
     assert held_out_of("run", "photos") == {"sub/3.png"}
     assert held_out_of("run", str(tmp_path / "photos")) == {"sub/3.png"}
-    assert held_out_of("run", "other") is None
-    assert held_out_of("run", "embedded") is None
+    for other in ("other", "missing", "embedded", "a\0b"):
+        assert held_out_of("run", other) is None
     assert held_out_of("embedded", "photos") is None
-    for other in ({"data": "photos"}, [], {"data": 3, "held_out": {"names": []}}, {"data": "photos", "held_out": None}):
-        (tmp_path / "run/distill.json").write_text(json.dumps(other))
-        assert held_out_of("run", "photos") is None
+    monkeypatch.chdir(tmp_path / "elsewhere")  # its folder of this name holds other images
+    assert held_out_of("../run", "photos") is None
+    assert held_out_of("../run", "../photos") == {"sub/3.png"}
+    changes = ({"data": "~nobody-here/x"}, {"data": 3}, {"held_out": None}, {"held_out": {"names": [1]}}, {"source": 1})
+    for damaged in ([], *(record | change for change in changes)):
+        (tmp_path / "run/distill.json").write_text(json.dumps(damaged))
+        assert held_out_of("../run", "../photos") is None
 
 
 def test_the_cosine_is_that_of_the_tokens():

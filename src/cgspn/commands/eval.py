@@ -36,13 +36,15 @@ class _ImageText(Evaluation):
 
     def measure(self, title: str, opened: Iterable[Job]) -> None:
         """Evaluate all models, one in memory at a time. Datasets are opened after checking that every model has a text
-        tower."""
+        tower and takes all sizes."""
         if not self.models:
             raise ValueError("models is empty; expected one or more image-text models")
         sizes = typed_sizes(self.size)
         report = Report(title, self, {"captions": 0, "galleries": 0}, len(sizes) > 1)
         for source in self.models:
-            require_text(loaded(load_model, "models", source), f"models names {source}, which")
+            config = require_text(loaded(load_model, "models", source), f"models names {source}, which").image.config
+            for size in sizes:
+                size_in_pixels(config, size)
         jobs = list(opened)
         if not jobs:
             raise ValueError("data is empty; expected one or more data sets")
@@ -172,15 +174,17 @@ class Segment(Evaluation):
         if not self.encoders:
             raise ValueError("encoders is empty; expected one or more")
         pairs = [(train.limited(self.train_images), test.limited(self.test_images)) for train, test in self.sets()]
-        sizes = typed_sizes(self.size)
+        sizes = [() if size is None else (size,) if isinstance(size, int) else size for size in typed_sizes(self.size)]
+        for source in self.encoders:
+            config = loaded(load_encoder, "encoders", source).config
+            for sides in sizes:
+                check_size(config, sides)
         report = Report("Segmentation by a linear probe", self, {"held_out": 0}, len(sizes) > 1)
         names = distinct([train.name for train, _ in pairs])
         each_class: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in names}
         for source in self.encoders:
-            encoder = loaded(load_encoder, "encoders", source).to(report.device)
-            for size in sizes:
-                sides = () if size is None else (size,) if isinstance(size, int) else size
-                check_size(encoder.config, sides)
+            encoder = load_encoder(source).to(report.device)
+            for sides in sizes:
                 row = report.row(source, sides or (min(encoder.config.image_size),))
                 for name, (train, test) in zip(names, pairs):
                     with report.progress(f"{row}: {name}", len(train) + len(test)) as watch:
@@ -201,6 +205,7 @@ class Segment(Evaluation):
                     report.detail(row, name, {"penalty": found.penalty, "class_iou": each})
                     for label, value in each.items():
                         each_class[name].setdefault(label, {})[row] = value
+            del encoder  # before the next one is loaded
         for name, (_, test) in zip(names, pairs):
             if len(test.class_names) <= MOST_CLASSES:
                 title, columns = f"IoU of each class of {name}", percents(list(report.measured))

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data import Sample, SampleSource, Skipped
 from ..data.opening import open_image
 from ..data.prepare import Picture, open_picture, prepare_for
+from ..data.samples import open_folder
 from ..data.source import EMBEDDED
 from ..distill.manifest import MOST_RECORD
 from ..distill.resume import RECORD
@@ -87,8 +88,8 @@ class Kept:
 def held_out_of(run: str, folder: str) -> frozenset[str] | None:
     """The held-out images of the run that wrote the folder `run`, as paths below its folder of training images.
 
-    None if there is no record of a run, or its images are not those of `folder`. Raises CheckpointError for a record
-    that is not JSON, OSError if it cannot be read.
+    None if there is no record of a run, or `folder` does not hold its images (`SampleSource.digest`). Raises
+    CheckpointError for a record that is not JSON, OSError if it cannot be read.
     """
     if folder == EMBEDDED or not (path := Path(run) / RECORD).is_file():
         return None
@@ -96,9 +97,10 @@ def held_out_of(run: str, folder: str) -> frozenset[str] | None:
     try:
         data, names = Path(record["data"]).expanduser(), record["held_out"]["names"]
         held = frozenset(os.path.relpath(name, data) for name in names)
-    except (LookupError, TypeError, ValueError):  # of an earlier version, or another file of this name
+        return held if record["source"]["digest"] == open_folder(Path(folder)).digest() else None
+    # of an earlier version, or another file of this name; or no folder, or the home of a user unknown here
+    except (LookupError, TypeError, ValueError, OSError, RuntimeError):
         return None
-    return held if data.resolve() == Path(folder).resolve() else None
 
 
 def compare(teacher: Encoder, student: Encoder, pictures: Iterable[Picture]) -> dict[str, Any]:
