@@ -238,7 +238,7 @@ def test_the_last_model_and_size_are_checked_before_the_first_is_measured(argume
     for work in ("embed_pictures", "segmentation"):
         monkeypatch.setattr(f"cgspn.commands.eval.{work}", lambda *_, **__: pytest.fail("work began"))
     ade20k(tmp_path / "ade", (2, 1), classes=3)
-    with pytest.raises((ValueError, OSError), match="size is|missing"):
+    with pytest.raises((ValueError, OSError), match=r"size is|missing"):
         run(*arguments)
 
 
