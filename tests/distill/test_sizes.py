@@ -32,7 +32,7 @@ from cgspn.distill.plan import plan
 from cgspn.distill.resume import carried_from
 from cgspn.distill.sizes import tokens_of
 from cgspn.distill.taps import tapped_forward
-from cgspn.distill.tasks import SublayerTask
+from cgspn.distill.tasks import SublayerTask, inherited_before
 from cgspn.distill.throughput import Step, Throughput
 from cgspn.layers import AttentionConfig
 from cgspn.models import Encoder, model_config
@@ -294,6 +294,19 @@ def test_what_an_earlier_run_inherited_keeps_its_own_rate(images, tmp_path, teac
     changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
     assert any(".mixer." in name for name in changed)
     assert not any(".mlp." in name for name in changed)
+
+
+def test_stage_1_of_a_later_run_keeps_the_record_of_inherited_weights(images, tmp_path):
+    teacher, student = pair()
+    short, none = replace(OPTIM, steps=1, batch_size=8), replace(OPTIM, steps=0)
+    records = []
+    for number, (first, second) in enumerate([(none, short), (short, none), (none, short)]):
+        carried = carried_from(tmp_path / str(number - 1))
+        config = DistillConfig(stage1=first, stage2=second)
+        distill(teacher, student, images, config, carried=carried, folder=tmp_path / str(number))
+        records.append(inherited_before(carried_from(tmp_path / str(number))))
+    assert records[0] == records[1] == records[2]
+    assert "blocks.0.mlp.fc1.weight" in records[0]
 
 
 def test_the_command_line_takes_sizes():

@@ -22,7 +22,7 @@ from .plan import Stage, plan
 from .resume import StageFolders
 from .runtime import running
 from .taps import check_parity
-from .tasks import ContrastiveTask, DistillTask
+from .tasks import INHERITED, ContrastiveTask, DistillTask
 from .trainer import History, Watch, train
 
 Watcher = Callable[[str, int], Watch]  # (title, number of steps) -> callback after each step
@@ -120,7 +120,8 @@ def distill(
                 history = train(
                     task, stream, stage.optim, stage.title, watch, compute=config.compute, snapshots=snapshots
                 )
-                carried = task.carried() if isinstance(task, DistillTask) else {}
+                recorded = {name: carried[name] for name in carried.keys() & {INHERITED}}
+                carried = task.carried() if isinstance(task, DistillTask) else recorded
             histories.append(history)
             student.record_sizes(stage.shapes(student.config.patch_size))
             folders.finish(number, student, history.steps, history.throughput, carried)
