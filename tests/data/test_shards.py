@@ -178,12 +178,15 @@ def test_a_cache_that_cannot_be_written_or_read_is_done_without(tmp_path):
 def test_nothing_there_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"away\.tar: no such file"):
         open_samples(str(tmp_path / "away.tar"), cache=tmp_path)
-    for source in (f"{tmp_path}/away/", f"{tmp_path}/away-{{3..3}}.tar", f"{tmp_path}/{'a' * 300}"):
+    away = (f"{tmp_path}/away/", f"{tmp_path}/away-{{3..3}}.tar", f"{tmp_path}/{'a' * 300}", "~nobody-here/x")
+    for source in away:
         message = f"^{re.escape(source)}: no such file or folder; accepted: a folder"
         with pytest.raises(FileNotFoundError, match=message):
             open_samples(source, cache=tmp_path, max_skipped=1.0)
         with pytest.raises(FileNotFoundError, match=message):
             open_shards(source, tmp_path)
+    with pytest.raises(ValueError, match="no file"):
+        open_samples("", cache=tmp_path)  # not the working directory
     with pytest.raises(FileNotFoundError, match=r"no file matches .*none-"):
         open_samples(str(tmp_path / "none-*.tar"), cache=tmp_path)
     write_tar(tmp_path / "empty.tar", [("1.txt", b"text alone")])

@@ -107,7 +107,7 @@ def locate(source: str, cache: Path, max_skipped: float = 1.0) -> list[Shard]:
 
 def _split(source: str) -> tuple[Path, str]:
     """Split a path into its longest leading part that exists, which is not a pattern, and the pattern after it."""
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))
     base = next(folder for folder in (path, *path.parents) if os.path.exists(folder) or folder == folder.parent)
     return base, "" if base == path else str(path.relative_to(base))
 

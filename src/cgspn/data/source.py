@@ -18,9 +18,9 @@ def open_samples(source: str, *, cache: Path | None = None, max_skipped: float =
 
     Raises FileNotFoundError, NotADirectoryError or ValueError like `open_shards` and `list_folder`.
     """
-    path = Path(source).expanduser()
-    if is_url(source) or not os.path.isdir(path):  # unlike Path's, for a long pattern it is just false
+    path = os.path.expanduser(source)  # unlike Path's, these functions have no errors, and "" is no folder
+    if is_url(source) or not os.path.isdir(path):
         return open_shards(source, cache_folder(cache), max_skipped)
-    if tars := tars_in(path):
+    if tars := tars_in(Path(path)):
         return index_shards(source, tars, cache_folder(cache), max_skipped)
-    return open_folder(path)
+    return open_folder(Path(path))
