@@ -185,7 +185,7 @@ def test_nothing_there_is_named(tmp_path):
             open_samples(source, cache=tmp_path, max_skipped=1.0)
         with pytest.raises(FileNotFoundError, match=message):
             open_shards(source, tmp_path)
-    with pytest.raises(ValueError, match="no file"):
+    with pytest.raises(FileNotFoundError, match="no file"):
         open_samples("", cache=tmp_path)  # not the working directory
     with pytest.raises(FileNotFoundError, match=r"no file matches .*none-"):
         open_samples(str(tmp_path / "none-*.tar"), cache=tmp_path)
