@@ -40,9 +40,9 @@ class Show(Command):
     teacher: str | None = None
     """A second encoder with the same patch size, for comparison."""
     images: str = "embedded"
-    """A folder of photographs, or "embedded" (test images, sixteen per canvas). If the student was trained on this
-    folder, those that were held out (distill.json) come first, and the page says how many they are. Unreadable ones are
-    skipped, counted and reported."""
+    """A folder of photographs, or "embedded" (test images, sixteen per canvas). If the student was trained on just
+    these files, those that were held out (distill.json) come first, and the page says how many they are. Unreadable
+    ones are skipped, counted and reported."""
     size: int | None = None
     """Longer side in pixels, rounded to whole patches. The default is the student's native size, for
     embedded images that of each in a canvas."""
