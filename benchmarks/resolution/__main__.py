@@ -6,9 +6,8 @@ python -m benchmarks.resolution vit_s14.safetensors --photos 'photos256-*.tar' -
 from __future__ import annotations
 
 import glob
-import json
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,13 +18,12 @@ from cgspn import load_encoder
 from cgspn.data import scheduled
 from cgspn.distill import DistillConfig, LossConfig, OptimConfig, SizeRange, distill
 from cgspn.distill.batches import batch_shapes
-from cgspn.environment import describe
-from cgspn.models.checkpoint import write_atomically
 from cgspn.models.encoder import Encoder
 
 from .measure import scores, sublayer_errors
 from .photographs import load_photographs
 from .recipe import LOSS, two_stages
+from .rows import write_rows
 from .students import STUDENTS
 from .tasks import Tasks
 
@@ -161,12 +159,7 @@ def run(config: StudyConfig) -> None:
                     [round(r["cosine"], 4) for r in found[-len(config.px) :]],
                     flush=True,
                 )
-                content = {
-                    "machine": describe(program="python -m benchmarks.resolution"),
-                    "settings": json.loads(json.dumps(asdict(config), default=str)),
-                    "rows": found,
-                }
-                write_atomically(config.out / "rows.json", json.dumps(content, indent=1))
+                write_rows(config.out / "rows.json", "benchmarks.resolution", config, found)
                 if config.save:
                     student.save_pretrained(
                         config.out / f"{name}, {trained}, {seed}".replace(", ", "_").replace(" ", "-")

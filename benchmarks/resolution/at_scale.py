@@ -8,7 +8,7 @@ python -m benchmarks.resolution.at_scale measure vit_s14.safetensors runs/values
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,10 @@ import torch
 import tyro
 
 from cgspn import load_encoder
-from cgspn.environment import describe
-from cgspn.models.checkpoint import write_atomically
 
 from .measure import scores
 from .photographs import read_tar, square
+from .rows import write_rows
 from .students import STUDENTS
 from .tasks import Tasks
 
@@ -102,12 +101,7 @@ class Measure:
                     row |= tasks.scores(student, px)
                 rows.append(row)
                 print(folder.name, px, round(row["cosine"], 4), flush=True)
-                content = {
-                    "machine": describe(program="python -m benchmarks.resolution.at_scale"),
-                    "settings": json.loads(json.dumps(asdict(self), default=str)),
-                }
-                self.out.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(self.out, json.dumps({**content, "rows": rows}, indent=1))
+                write_rows(self.out, "benchmarks.resolution.at_scale", self, rows)
 
 
 if __name__ == "__main__":

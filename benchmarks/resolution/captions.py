@@ -12,10 +12,9 @@ from __future__ import annotations
 import copy
 import glob
 import io
-import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -33,9 +32,7 @@ from cgspn.distill import DistillConfig, OptimConfig, SizeRange, distill
 from cgspn.distill.losses import clip_loss
 from cgspn.distill.resume import carried_from
 from cgspn.distill.trainer import learning_rate
-from cgspn.environment import describe
 from cgspn.evaluate.zeroshot import class_embeddings, top1
-from cgspn.models.checkpoint import write_atomically
 from cgspn.models.config import TextConfig
 from cgspn.models.dual import DualEncoder
 from cgspn.models.encoder import Encoder
@@ -45,6 +42,7 @@ from .curriculum import ALL, Variant, higher
 from .measure import features, scores
 from .photographs import load_photographs, square
 from .recipe import two_stages
+from .rows import write_rows
 from .students import STUDENTS
 
 TEXT = TextConfig(width=128, depth=2, heads=4, context=64)
@@ -246,10 +244,7 @@ def run(config: CaptionsConfig) -> None:
     for row in measured(config, dual, joined(photos, captioned), captioned, test, held):
         found.append(row)
         print(*(row[key] for key in ("student", "seed", "variant", "px", "cosine", "zero-shot")), sep="  ", flush=True)
-        settings = json.loads(json.dumps(asdict(config), default=str))
-        machine = describe(program="python -m benchmarks.resolution.captions")
-        content = {"machine": machine, "settings": settings, "rows": found}
-        write_atomically(config.out / "captions.json", json.dumps(content, indent=1))
+        write_rows(config.out / "captions.json", "benchmarks.resolution.captions", config, found)
 
 
 if __name__ == "__main__":

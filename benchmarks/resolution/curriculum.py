@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import copy
 import glob
-import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +22,12 @@ from cgspn import load_encoder
 from cgspn.data import ImageSet
 from cgspn.distill import DistillConfig, HighResConfig, SizeRange, distill
 from cgspn.distill.resume import carried_from
-from cgspn.environment import describe
-from cgspn.models.checkpoint import write_atomically
 from cgspn.models.encoder import Encoder
 
 from .measure import scores
 from .photographs import load_photographs
 from .recipe import two_stages
+from .rows import write_rows
 from .students import STUDENTS
 
 TOKENS = 1 << 15  # a part of a batch, at most
@@ -193,10 +191,7 @@ def run(config: CurriculumConfig) -> None:
     for row in measured(config, teacher, train, held, config.out / "students"):
         found.append(row)
         print(*(row[key] for key in ("student", "seed", "trained", "variant", "px", "cosine")), sep="  ", flush=True)
-        settings = json.loads(json.dumps(asdict(config), default=str))
-        machine = describe(program="python -m benchmarks.resolution.curriculum")
-        content = {"machine": machine, "settings": settings, "rows": found}
-        write_atomically(config.out / "curriculum.json", json.dumps(content, indent=1))
+        write_rows(config.out / "curriculum.json", "benchmarks.resolution.curriculum", config, found)
 
 
 if __name__ == "__main__":
