@@ -87,6 +87,9 @@ def test_one_model_is_in_memory_at_a_time(tmp_path, student, monkeypatch):
     monkeypatch.setattr("cgspn.commands.eval.load_model", load)
     run("zeroshot", "dual", "embedded", "--data", "wds")
     assert loaded == [("dual", 0), ("embedded", 0)] * 2  # once to check, once to measure
+    loaded.clear()
+    run("zeroshot", "dual", "--data", "wds")
+    assert loaded == [("dual", 0)]
 
 
 def test_retrieval_and_everything_that_a_folder_allows(tmp_path, student, capsys):

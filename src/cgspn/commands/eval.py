@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from ..console import console, waiting
 from ..data.segmentation_sets import SegmentationSet, open_pairs, open_segmentation
@@ -14,12 +15,30 @@ from ..evaluate.jobs import MIOU, PIXELS, Job, all_jobs, read_templates, retriev
 from ..evaluate.measure import check_size, embed_pictures, segmentation
 from ..evaluate.predict import require_text
 from ..evaluate.table import SummaryTable
+from ..models.dual import DualEncoder
+from ..models.encoder import Encoder
 from ..teachers import load_encoder, load_model
 from .checks import loaded
 from .command import Encoders, Listed, Models
 from .eval_report import Evaluation, Report, distinct, percents, typed_sizes
 
 MOST_CLASSES = 40  # most classes whose IoU is printed; JSON has all
+Model = TypeVar("Model")
+
+
+def one_at_a_time(
+    load: Callable[[str], Model], sources: Sequence[str], check: Callable[[Model], None]
+) -> Iterator[tuple[str, Model]]:
+    """Each source and its model, one in memory at a time, after all have been loaded and checked. A single model is
+    loaded once."""
+    kept: list[Model] = []
+    for source in sources:
+        kept.clear()
+        kept.append(load(source))
+        check(kept[0])
+    if len(sources) > 1:
+        kept.clear()
+    return ((source, kept.pop() if kept else load(source)) for source in sources)
 
 
 @dataclass(frozen=True)
@@ -41,16 +60,21 @@ class _ImageText(Evaluation):
             raise ValueError("models is empty; expected one or more image-text models")
         sizes = typed_sizes(self.size)
         report = Report(title, self, {"captions": 0, "galleries": 0}, len(sizes) > 1)
-        for source in self.models:
-            config = require_text(loaded(load_model, "models", source), f"models names {source}, which").image.config
+
+        def load(source: str) -> DualEncoder:
+            return require_text(loaded(load_model, "models", source), f"models names {source}, which")
+
+        def check(model: DualEncoder) -> None:
             for size in sizes:
-                size_in_pixels(config, size)
+                size_in_pixels(model.image.config, size)
+
+        models = one_at_a_time(load, self.models, check)
         jobs = list(opened)
         if not jobs:
             raise ValueError("data is empty; expected one or more data sets")
         names = distinct([job.name for job in jobs])
-        for source in self.models:
-            model = require_text(load_model(source), source).to(report.device)
+        for source, model in models:
+            model.to(report.device)
             rows = [(size, report.row(source, size_in_pixels(model.image.config, size))) for size in sizes]
             for name, job in zip(names, jobs):
                 for size, row in rows:
@@ -175,15 +199,17 @@ class Segment(Evaluation):
             raise ValueError("encoders is empty; expected one or more")
         pairs = [(train.limited(self.train_images), test.limited(self.test_images)) for train, test in self.sets()]
         sizes = [() if size is None else (size,) if isinstance(size, int) else size for size in typed_sizes(self.size)]
-        for source in self.encoders:
-            config = loaded(load_encoder, "encoders", source).config
+
+        def check(encoder: Encoder) -> None:
             for sides in sizes:
-                check_size(config, sides)
+                check_size(encoder.config, sides)
+
+        encoders = one_at_a_time(partial(loaded, load_encoder, "encoders"), self.encoders, check)
         report = Report("Segmentation by a linear probe", self, {"held_out": 0}, len(sizes) > 1)
         names = distinct([train.name for train, _ in pairs])
         each_class: dict[str, dict[str, dict[str, float | None]]] = {name: {} for name in names}
-        for source in self.encoders:
-            encoder = load_encoder(source).to(report.device)
+        for source, encoder in encoders:
+            encoder.to(report.device)
             for sides in sizes:
                 row = report.row(source, sides or (min(encoder.config.image_size),))
                 for name, (train, test) in zip(names, pairs):
