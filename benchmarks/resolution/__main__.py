@@ -5,7 +5,6 @@ python -m benchmarks.resolution vit_s14.safetensors --photos 'photos256-*.tar' -
 
 from __future__ import annotations
 
-import glob
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -102,8 +101,7 @@ def run(config: StudyConfig) -> None:
     """Train and measure every row; what is measured is written after each."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load_encoder(config.teacher).to(device).eval()
-    shards = sorted(Path(path) for pattern in config.photos for path in glob.glob(pattern))
-    train, held = load_photographs(shards, config.held_out, config.source, device)
+    train, held = load_photographs(config.photos, config.held_out, config.source, device)
     config.out.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = []
     tasks = Tasks(config.tasks, device) if config.tasks else None

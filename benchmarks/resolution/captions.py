@@ -10,7 +10,6 @@ python -m benchmarks.resolution.captions vit_s14.safetensors --photos 'photos256
 from __future__ import annotations
 
 import copy
-import glob
 import io
 import time
 from collections.abc import Iterator, Sequence
@@ -234,8 +233,7 @@ def run(config: CaptionsConfig) -> None:
     """Train and measure; what is measured is written after each row."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = pooling_its_tokens(load_encoder(config.teacher).to(device).eval())
-    shards = sorted(Path(path) for pattern in config.photos for path in glob.glob(pattern))
-    photos, held = load_photographs(shards, config.held_out, config.source, device)
+    photos, held = load_photographs(config.photos, config.held_out, config.source, device)
     captioned = load_captioned(config.captioned, config.source, device)
     test = load_captioned([config.test], config.source, device)
     dual = with_text_tower(teacher, captioned, config.px, config.text_steps)

@@ -6,7 +6,6 @@ python -m benchmarks.resolution.curriculum vit_s14.safetensors --photos 'photos2
 from __future__ import annotations
 
 import copy
-import glob
 import math
 import time
 from collections.abc import Iterator
@@ -184,8 +183,7 @@ def run(config: CurriculumConfig) -> None:
     """Train and measure; what is measured is written after each row."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = load_encoder(config.teacher).to(device).eval()
-    shards = sorted(Path(path) for pattern in config.photos for path in glob.glob(pattern))
-    train, held = load_photographs(shards, config.held_out, config.source, device)
+    train, held = load_photographs(config.photos, config.held_out, config.source, device)
     config.out.mkdir(parents=True, exist_ok=True)
     found: list[dict[str, Any]] = []
     for row in measured(config, teacher, train, held, config.out / "students"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -38,11 +39,16 @@ def square(image: Image.Image, side: int) -> Tensor:
     return pixels(image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC, box))
 
 
-def load_photographs(shards: Sequence[Path], held_out: int, side: int, device: torch.device) -> tuple[ImageSet, Tensor]:
-    """Photographs to train with, and held-out ones uint8 [held_out, 3, side, side]: the last of a fixed shuffle.
+def load_photographs(
+    patterns: Sequence[str], held_out: int, side: int, device: torch.device
+) -> tuple[ImageSet, Tensor]:
+    """Photographs of all shards that match, to train with, and held-out ones uint8 [held_out, 3, side, side].
+
+    Held-out ones are the last of a fixed shuffle.
 
     Raises OSError for shards that are not there, ValueError for fewer photographs than are held out.
     """
+    shards = sorted(Path(path) for pattern in patterns for path in glob.glob(pattern))
     photos = torch.stack(
         [picture for shard in shards for picture in read_tar(shard, "image", lambda i: square(i, side))]
     )
