@@ -54,7 +54,7 @@ def run(config: HeadlineConfig) -> None:
             times = sorted((row["px"], row["x the first"]) for row in timed if row["student"] == f"frontier: {name}")
             right.plot(*zip(*times), "o-", color=f"C{i}", label=title)
             right.annotate(f"{times[-1][1]:.1f}", times[-1], xytext=(-10, 2), textcoords="offset points", ha="right")
-        left.plot(*cosines("ViT, first recipe"), "o--", color="C3", label="attention, trained afresh (first recipe)")
+        left.plot(*cosines("ViT"), "o--", color="C3", label="attention, trained afresh")
         over_sizes(left, (row["px"] for row in quality), "cosine similarity to the teacher")
         left.set(yscale="linear", ylim=(0.93, 1), title="quality: a ViT-S, distilled on 1.5 million images")
         left.legend(loc="lower left")
