@@ -166,8 +166,9 @@ class Distill(Command):
             images = len(feed.images if isinstance(feed, ImageSetFeed) else feed.source)
             pictures, trained_on, names = pictures_of(feed)
             few = images if trained_on else None
+            carried = carried_from(self.student) if self.student else None
             if world.rank == 0:
-                for line in header(teacher, student, feed, images, self.settings, world):
+                for line in header(teacher, student, feed, images, self.settings, world, carried):
                     console.print(line, soft_wrap=True, markup=False)
                 unchanged = self.settings == PRESETS[self.preset]
                 for line in warnings(self.teacher, self.preset, not unchanged, world.device, self.student, few):
@@ -181,7 +182,7 @@ class Distill(Command):
                     watcher,
                     folder=out,
                     world=world,
-                    carried=carried_from(self.student) if self.student else None,
+                    carried=carried,
                 )
             skipped, problems = Skipped(), Skipped()
             if isinstance(feed, SampleFeed):

@@ -42,13 +42,19 @@ class PlacedSublayerTask(SublayerTask):
     reduction: Literal["mean", "sum"] = "sum"
 
     def __init__(
-        self, teacher: Encoder, student: Encoder, learn_positions: bool = True, runtime: Runtime | None = None
+        self,
+        teacher: Encoder,
+        student: Encoder,
+        learn_positions: bool = True,
+        *,
+        inherited: frozenset[str] | None = None,
+        runtime: Runtime | None = None,
     ) -> None:
         """Needs an initialised process group. Arguments and errors as in `SublayerTask`.
 
         Also raises ValueError if there are fewer learning blocks than processes.
         """
-        super().__init__(teacher, student, learn_positions, runtime)
+        super().__init__(teacher, student, learn_positions, inherited=inherited, runtime=runtime)
         if 0 < len(self.learning) < dist.get_world_size():
             raise ValueError(
                 f"parallel is 'placed' with {dist.get_world_size()} processes; each needs a block to train, and the "

@@ -25,7 +25,8 @@ class Stage:
 
     title: for display. optim: optimiser settings. size: (height, width) of images. task: a function that creates the
     task, called with the student and a runtime when the stage starts. sizes: range of image sizes, or None for only
-    `size`. goes_on: whether the stage continues with the adapters and target scales of the previous one.
+    `size`. goes_on: whether the stage continues with the adapters and target scales of the previous one. learning: the
+    blocks whose sub-layers are trained; None for the whole student.
     """
 
     title: str
@@ -34,6 +35,7 @@ class Stage:
     task: Callable[[Encoder, Runtime], Task]
     sizes: SizeRange | None = None
     goes_on: bool = False
+    learning: list[int] | None = None
 
     def stream(self, feed: Feed, encoder: EncoderConfig, world: World) -> Stream:
         """The batches of the stage. Raises the feed's ValueError."""
@@ -112,8 +114,11 @@ def plan(
             f"{name}, stage 1",
             config.stage1,
             native,
-            lambda student, runtime: sublayer(encoder, student, config.learn_positions, runtime),
+            lambda student, runtime: sublayer(
+                encoder, student, config.learn_positions, inherited=inherited, runtime=runtime
+            ),
             config.sizes,
+            learning=learning_blocks(student, inherited),
         ),
         Stage(f"{name}, stage 2", config.stage2, native, distillation(config.loss), config.sizes),
     ]
@@ -125,7 +130,7 @@ def plan(
         task = distillation(loss, before if high.teacher == "previous" else None)
         before = (pixels, pixels)
         sizes = smaller.up_to(pixels, 1 - high.smaller) if high.smaller else None
-        stages.append(Stage(f"{name}, {pixels} px", high.optim, before, task, sizes, high.teacher == "original"))
+        stages.append(Stage(f"{name}, {pixels} px", high.optim, before, task, sizes, high.teacher != "previous"))
     stages = [stage for stage in stages if stage.optim.steps]
     for stage in stages if config.compute.teacher_cache else ():
         if stage.optim.augment or stage.optim.mixup or stage.optim.cutmix:  # features differ between epochs
@@ -138,6 +143,7 @@ def plan(
 
 def inherited_after_stage1(teacher: Encoder, student: Encoder, config: DistillConfig) -> frozenset[str]:
     """The names of the student's weights that equal the teacher's after stage 1; stage 2 treats them as inherited."""
-    trained = learning_blocks(teacher, student) if config.stage1.steps else []
+    same = inherited_names(student, teacher)
+    trained = learning_blocks(student, same) if config.stage1.steps else []
     parts = tuple(f"blocks.{i}.{part}" for i in trained for part in ("mixer.", "norm1.", "scale1"))
-    return frozenset(name for name in inherited_names(student, teacher) if not name.startswith(parts))
+    return frozenset(name for name in same if not name.startswith(parts))

@@ -68,6 +68,13 @@ class Task(nn.Module):
     def collect(self) -> None:
         """After the last step, share weights that only one process has trained with all processes."""
 
+    def carried(self) -> dict[str, Tensor]:
+        """What a later stage or run continues with. All processes must call this."""
+        return {}
+
+    def carry_on(self, state: Mapping[str, Tensor]) -> None:
+        """Continue with what an earlier stage or run left (`carried`)."""
+
     def _look_at(self, **models: object) -> None:
         """Store modules without registering them as submodules, so that they are not trained or saved."""
         vars(self).update(models)
@@ -81,12 +88,26 @@ class TeacherTask(Task):
     energies: TargetScales
     compares: bool = True
 
-    def __init__(self, teacher: Encoder, student: Encoder, learn_positions: bool, runtime: Runtime | None) -> None:
+    def __init__(
+        self,
+        teacher: Encoder,
+        student: Encoder,
+        learn_positions: bool,
+        inherited: frozenset[str] | None,
+        runtime: Runtime | None,
+    ) -> None:
+        """learn_positions: see `DistillConfig`. inherited: names of the student's weights that count as inherited; None
+        for those that equal the teacher's now."""
         super().__init__()
+        self.inherited = inherited_names(student, teacher) if inherited is None else inherited
         self.runtime = runtime or Runtime()
         self._look_at(teacher=teacher)
         self.patch = student.config.patch_size
         self.learn_positions = learn_positions and teacher.positions is not None and student.positions is None
+
+    def carried(self) -> dict[str, Tensor]:
+        """Which weights are inherited."""
+        return {INHERITED: torch.tensor(list(json.dumps(sorted(self.inherited)).encode()), dtype=torch.uint8)}
 
     def targets(self, taps: Taps) -> list[Tensor]:
         """The teacher's features by whose mean squares the losses are divided."""
@@ -131,10 +152,9 @@ def inherited_before(carried: Mapping[str, Tensor]) -> frozenset[str]:
     return frozenset() if recorded is None else frozenset(json.loads(bytes(recorded.tolist())))
 
 
-def learning_blocks(teacher: Encoder, student: Encoder) -> list[int]:
-    """The indices of the student's blocks whose mixer was not inherited."""
-    same = inherited_names(student, teacher)
-    fresh = [name for name, _ in student.named_parameters() if ".mixer." in name and name not in same]
+def learning_blocks(student: Encoder, inherited: frozenset[str]) -> list[int]:
+    """The indices of the student's blocks whose mixer is not among the names of inherited weights."""
+    fresh = [name for name, _ in student.named_parameters() if ".mixer." in name and name not in inherited]
     return sorted({int(name.split(".")[1]) for name in fresh})
 
 
@@ -146,13 +166,19 @@ class SublayerTask(TeacherTask):
     """
 
     def __init__(
-        self, teacher: Encoder, student: Encoder, learn_positions: bool = True, runtime: Runtime | None = None
+        self,
+        teacher: Encoder,
+        student: Encoder,
+        learn_positions: bool = True,
+        *,
+        inherited: frozenset[str] | None = None,
+        runtime: Runtime | None = None,
     ) -> None:
-        """learn_positions: see `DistillConfig`. Raises ValueError if the depths differ."""
-        super().__init__(teacher, student, learn_positions, runtime)
+        """See `TeacherTask`. Raises ValueError if the depths differ."""
+        super().__init__(teacher, student, learn_positions, inherited, runtime)
         if teacher.config.depth != student.config.depth:
             raise ValueError(f"student has {student.config.depth} blocks; expected {teacher.config.depth}")
-        self.learning = learning_blocks(teacher, student)
+        self.learning = learning_blocks(student, self.inherited)
         self._look_at(student=student)
         self.capturable = self.runtime.cache is None
         self.parts = nn.ModuleDict({str(i): sublayer_parts(student.each_block()[i]) for i in self.own_blocks()})
@@ -224,12 +250,11 @@ class DistillTask(TeacherTask):
         """dual and captions: the teacher's image-text model and the captions of a batch, for the contrastive loss.
 
         teacher_size: (height, width) in pixels of the largest teacher input. Larger images are resized to that area,
-        and the taps are upsampled to the student's grid. learn_positions: see `DistillConfig`. inherited: names of the
-        student's weights that count as inherited; None for those that equal the teacher's now.
+        and the taps are upsampled to the student's grid. For the others see `TeacherTask`.
 
         Raises ValueError if the contrastive loss lacks a text tower or captions, or if depths or widths differ.
         """
-        super().__init__(teacher, student, learn_positions, runtime)
+        super().__init__(teacher, student, learn_positions, inherited, runtime)
         if (teacher.config.depth, teacher.config.width) != (student.config.depth, student.config.width):
             raise ValueError(
                 f"student has depth {student.config.depth} and width {student.config.width}; "
@@ -243,7 +268,7 @@ class DistillTask(TeacherTask):
         self.student = student
         self.compares = bool(config.alpha or config.beta or config.output)
         self.capturable = not config.contrastive and self.runtime.cache is None
-        self.inherited = inherited_names(student, teacher) if inherited is None else inherited
+        self.earlier: Mapping[str, Tensor] = {}
         device = next(student.parameters()).device
         depth, width = student.config.depth, student.config.width
         self.adapted = [config.adapters and weight != 0 for weight in (config.alpha, config.beta)]
@@ -273,19 +298,23 @@ class DistillTask(TeacherTask):
         return {name: value for name, value in self.state_dict().items() if not name.startswith("student.")}
 
     def carried(self) -> dict[str, Tensor]:
-        """Full tensors of adapters and target scales, and which weights are inherited, for a later stage or run. All
-        processes must call this."""
-        names = torch.tensor(list(json.dumps(sorted(self.inherited)).encode()), dtype=torch.uint8)
-        around = {name: full_tensor(value).detach().clone() for name, value in self._around().items()}
-        return {**around, INHERITED: names}
+        """Full tensors of adapters and target scales, and which weights are inherited. A stage that compares nothing
+        has only the adapters and scales of earlier ones."""
+        around = self._around() if self.compares else self.earlier
+        return {name: full_tensor(value).detach().clone() for name, value in around.items()} | super().carried()
 
     def carry_on(self, state: Mapping[str, Tensor]) -> None:
         """Load adapters and target scales. Raises ValueError if they do not match this encoder and loss."""
-        state = {name: value for name, value in state.items() if name != INHERITED}
+        self.earlier = {name: value for name, value in state.items() if name != INHERITED}
+        if not self.compares:
+            return
         mine = {name: value.shape for name, value in self._around().items()}
-        if state and mine != {name: value.shape for name, value in state.items()}:
-            raise ValueError(f"carried holds {len(state)} tensors of other names or shapes; expected {len(mine)}")
-        self.load_state_dict(state, strict=False)
+        if self.earlier and mine != {name: value.shape for name, value in self.earlier.items()}:
+            raise ValueError(
+                f"carried holds {len(self.earlier)} adapters and scales of another loss or encoder; expected {len(mine)}. "
+                "Give the loss settings of the earlier run (adapters, alpha, beta), or train stage 2 again"
+            )
+        self.load_state_dict(self.earlier, strict=False)
 
     def targets(self, taps: Taps) -> list[Tensor]:
         """The teacher's features at all taps, and its pooled vector."""
