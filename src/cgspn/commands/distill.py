@@ -36,10 +36,11 @@ from ..ops.checks import check_choice
 from ..report.charts import require_matplotlib
 from ..report.held_out import MOST, Kept, compare
 from ..report.run import run_report
+from ..settings import Listed
 from ..teachers import convert, load_encoder, load_model
 from ..terminal import warn
 from .checks import device_of, loaded, mixed_sizes
-from .command import Command, Device, Listed, Out, Teacher
+from .command import Command, Device, Out, Teacher
 from .header import device_name, header, warnings
 
 Preset = Literal["embedded", "vit-s14-study", "so400m-378", "so400m-highres"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..bench.machine import matmul_rate
+from ..console import duration_text
 from ..data import scheduled
 from ..data.source import EMBEDDED
 from ..distill import DistillConfig, Feed, World
@@ -65,8 +66,7 @@ def header(
     rate = SHARE * matmul_rate() if device.type == "cuda" else cpu_rate(student, config.compute.precision)
     weights = sum(4 * p.numel() for p in encoder.parameters()) + sum(STATE * p.numel() for p in student.parameters())
     memory = (weights + most * (1 if config.compute.precision == "bfloat16" else 2)) / 2**30
-    hours = flop / rate / world.size / 3600
-    time = f"{hours:,.0f} hours" if hours >= 10 else f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.2g} min"
+    time = duration_text(flop / rate / world.size)
     less = ", less with checkpointing" if config.compute.checkpointing else ""
     yield f"roughly {time} and {memory:.2g} GiB on each device{less}, from FLOPs and tokens; excludes image loading"
 

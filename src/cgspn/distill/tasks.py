@@ -311,8 +311,8 @@ class DistillTask(TeacherTask):
         mine = {name: value.shape for name, value in self._around().items()}
         if self.earlier and mine != {name: value.shape for name, value in self.earlier.items()}:
             raise ValueError(
-                f"carried holds {len(self.earlier)} adapters and scales of another loss or encoder; expected {len(mine)}. "
-                "Give the loss settings of the earlier run (adapters, alpha, beta), or train stage 2 again"
+                f"carried holds {len(self.earlier)} adapters and scales of another loss or encoder, not {len(mine)}; "
+                "give the loss settings of the earlier run (adapters, alpha, beta), or train stage 2 again"
             )
         self.load_state_dict(self.earlier, strict=False)
 
