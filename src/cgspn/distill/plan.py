@@ -50,8 +50,8 @@ class Stage:
 
 def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: DistillConfig, world: World) -> None:
     """Raise ValueError for sizes that are not multiples of the patch, a CUDA graph on a CPU, weights that
-    teacher and student share, and a contrastive loss without a text tower. This runs at the start, because the stage
-    that would fail may be days away."""
+    teacher and student share, a wrapper that hides a block of the student, and a contrastive loss without a text tower.
+    This runs at the start, because the stage that would fail may be days away."""
     if config.compute.capture and world.device.type != "cuda":
         raise ValueError(f"compute.capture is on, on device {world.device.type!r}; accepted: 'cuda'")
     if config.loss.contrastive and not isinstance(teacher, DualEncoder):
@@ -59,6 +59,12 @@ def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: Dis
     theirs, own = ({p.data_ptr() for p in each.parameters()} for each in (image_encoder(teacher), student))
     if theirs & own - {0}:  # without values, on the meta device
         raise ValueError("student shares weights with teacher, which must not change; expected copies, as of convert")
+    for i, block in enumerate(student.each_block()):
+        if not hasattr(block, "mixer"):
+            raise ValueError(
+                f"student.blocks[{i}] is a {type(block).__name__}, which hides its block; expected a Block, or a "
+                "wrapper that forwards attributes, such as torch.compile's"
+            )
     patch, cropped = student.config.patch_size, student.config.crop_remainder
     sizes = {"image_size": [config.image_size] if config.image_size else [], "highres.sizes": config.highres.sizes}
     for name, each in sizes.items():

@@ -14,6 +14,7 @@ from ..data import Batch
 from ..layers import Block
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
+from ..models.weights import unwrapped, without_wrappers
 from .adapters import Adapters
 from .config import LossConfig
 from .flops import forward_flops, sublayer_flops, training_flops
@@ -137,11 +138,11 @@ class TeacherTask(Task):
 
 
 def inherited_names(student: Encoder, teacher: Encoder) -> frozenset[str]:
-    """The names of the student's parameters that equal the teacher's of the same name and shape."""
-    theirs = dict(teacher.named_parameters())
+    """The names, without wrappers, of the student's parameters that equal the teacher's of the same name and shape."""
+    theirs, mine = (without_wrappers(dict(each.named_parameters()), "this model") for each in (teacher, student))
     return frozenset(
         name
-        for name, parameter in student.named_parameters()
+        for name, parameter in mine.items()
         if (same := theirs.get(name)) is not None and same.shape == parameter.shape and torch.equal(same, parameter)
     )
 
@@ -154,7 +155,8 @@ def inherited_before(carried: Mapping[str, Tensor]) -> frozenset[str]:
 
 def learning_blocks(student: Encoder, inherited: frozenset[str]) -> list[int]:
     """The indices of the student's blocks whose mixer is not among the names of inherited weights."""
-    fresh = [name for name, _ in student.named_parameters() if ".mixer." in name and name not in inherited]
+    names = {unwrapped(name) for name, _ in student.named_parameters()}
+    fresh = [name for name in names - inherited if ".mixer." in name]
     return sorted({int(name.split(".")[1]) for name in fresh})
 
 
@@ -277,7 +279,7 @@ class DistillTask(TeacherTask):
 
     def inherits(self, name: str) -> bool:
         """Adapters are fresh, and so are weights that stage 1 has trained."""
-        return name.removeprefix("student.") in self.inherited
+        return unwrapped(name).removeprefix("student.") in self.inherited
 
     def flops(self, size: Size) -> int:
         """See `Task`. The text tower of a contrastive loss is not counted."""
