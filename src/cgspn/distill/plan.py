@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -96,6 +97,8 @@ def plan(
     sublayer = PlacedSublayerTask if placed else SublayerTask
     inherited = inherited_before(carried or {}) or inherited_after_stage1(encoder, student, config)
 
+    common: dict[str, Any] = {"learn_positions": config.learn_positions, "inherited": inherited}
+
     def distillation(loss: LossConfig, own_size: Size | None = None) -> Callable[[Encoder, Runtime], Task]:
         """What creates the task of stage 2. own_size: the size of the previous student, if it is the teacher."""
 
@@ -108,9 +111,8 @@ def plan(
                 dual=dual,
                 captions=feed.captions,
                 teacher_size=own_size,
-                learn_positions=config.learn_positions,
-                inherited=inherited,
                 runtime=runtime,
+                **common,
             )
 
         return task
@@ -120,9 +122,7 @@ def plan(
             f"{name}, stage 1",
             config.stage1,
             native,
-            lambda student, runtime: sublayer(
-                encoder, student, config.learn_positions, inherited=inherited, runtime=runtime
-            ),
+            lambda student, runtime: sublayer(encoder, student, runtime=runtime, **common),
             config.sizes,
             learning=learning_blocks(student, inherited),
         ),

@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -93,13 +93,19 @@ class TeacherTask(Task):
         self,
         teacher: Encoder,
         student: Encoder,
-        learn_positions: bool,
-        inherited: frozenset[str] | None,
-        runtime: Runtime | None,
+        *,
+        learn_positions: bool = True,
+        inherited: frozenset[str] | None = None,
+        runtime: Runtime | None = None,
     ) -> None:
         """learn_positions: see `DistillConfig`. inherited: names of the student's weights that count as inherited; None
-        for those that equal the teacher's now."""
+        for those that equal the teacher's now. Raises ValueError if depths or widths differ."""
         super().__init__()
+        if (teacher.config.depth, teacher.config.width) != (student.config.depth, student.config.width):
+            raise ValueError(
+                f"student has depth {student.config.depth} and width {student.config.width}; "
+                f"expected the teacher's {teacher.config.depth} and {teacher.config.width}"
+            )
         self.inherited = inherited_names(student, teacher) if inherited is None else inherited
         self.runtime = runtime or Runtime()
         self._look_at(teacher=teacher)
@@ -167,19 +173,9 @@ class SublayerTask(TeacherTask):
     with an inherited mixer are not trained. Paper: stage 1 (docs/paper.md).
     """
 
-    def __init__(
-        self,
-        teacher: Encoder,
-        student: Encoder,
-        learn_positions: bool = True,
-        *,
-        inherited: frozenset[str] | None = None,
-        runtime: Runtime | None = None,
-    ) -> None:
-        """See `TeacherTask`. Raises ValueError if the depths differ."""
-        super().__init__(teacher, student, learn_positions, inherited, runtime)
-        if teacher.config.depth != student.config.depth:
-            raise ValueError(f"student has {student.config.depth} blocks; expected {teacher.config.depth}")
+    def __init__(self, teacher: Encoder, student: Encoder, **options: Any) -> None:
+        """options: those of `TeacherTask`, with the same errors."""
+        super().__init__(teacher, student, **options)
         self.learning = learning_blocks(student, self.inherited)
         self._look_at(student=student)
         self.capturable = self.runtime.cache is None
@@ -245,23 +241,16 @@ class DistillTask(TeacherTask):
         dual: DualEncoder | None = None,
         captions: Captions | None = None,
         teacher_size: Size | None = None,
-        learn_positions: bool = True,
-        inherited: frozenset[str] | None = None,
-        runtime: Runtime | None = None,
+        **options: Any,
     ) -> None:
         """dual and captions: the teacher's image-text model and the captions of a batch, for the contrastive loss.
 
         teacher_size: (height, width) in pixels of the largest teacher input. Larger images are resized to that area,
-        and the taps are upsampled to the student's grid. For the others see `TeacherTask`.
+        and the taps are upsampled to the student's grid. options: those of `TeacherTask`, with the same errors.
 
-        Raises ValueError if the contrastive loss lacks a text tower or captions, or if depths or widths differ.
+        Also raises ValueError if the contrastive loss lacks a text tower or captions.
         """
-        super().__init__(teacher, student, learn_positions, inherited, runtime)
-        if (teacher.config.depth, teacher.config.width) != (student.config.depth, student.config.width):
-            raise ValueError(
-                f"student has depth {student.config.depth} and width {student.config.width}; "
-                f"expected the teacher's {teacher.config.depth} and {teacher.config.width}"
-            )
+        super().__init__(teacher, student, **options)
         if config.contrastive and (dual is None or captions is None):
             raise ValueError("contrastive is on; expected a teacher with a text tower, and captions")
         self.config, self.captions, self.teacher_size = config, captions, teacher_size
