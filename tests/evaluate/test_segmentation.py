@@ -5,6 +5,8 @@ import torch
 from torch.nn.functional import interpolate
 
 from cgspn.evaluate import PixelScore, fit_probe, patch_histograms, segment
+from cgspn.evaluate.probe import PENALTIES, Moments, Probe
+from cgspn.evaluate.segmentation import fit_streamed, in_memory
 
 
 def generator(seed=0):
@@ -126,6 +128,81 @@ def test_the_penalty_is_chosen_by_held_out_images():
     assert torch.equal(chosen.weight, fit_probe(tokens, masks, 2, penalties=(1e-9, 1e-3, 1.0)).weight)
 
 
+def noisy_images(n, seed=0, ignored=0.2):
+    """Tokens [n, 4, 4, 12] that tell three classes faintly, and masks [n, 16, 16] with ignored pixels."""
+    labels, masks = blocks_of_classes(n, (4, 4), 3, seed)
+    signal = torch.nn.functional.one_hot(labels, 12).float()
+    tokens = 0.5 * signal + torch.randn(n, 4, 4, 12, generator=generator(seed + 1))
+    masks[torch.rand(masks.shape, generator=generator(seed + 2)) < ignored] = 255
+    return tokens, masks
+
+
+def soft_iou_by_loops(tokens, masks, folds, penalty, scored):
+    """Soft IoU of patches that probes of the other folds predict, for folds of the documented fixed shuffle."""
+    order = torch.randperm(len(tokens), generator=generator())
+    both, union = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for first in range(folds):
+        out = order[first::folds]
+        kept = [i for i in range(len(tokens)) if i not in out.tolist()]
+        probe = fit_probe(tokens[kept], masks[kept], 3, ignore_index=255, penalties=(penalty,))
+        y, counted = patch_histograms(masks[out], (4, 4), 3, 255)
+        p, y, counted = probe.logits(tokens[out].double()), y.double(), counted.double()[..., None]
+        both += (counted * p * y).sum((0, 1, 2))
+        union += (counted * (p**2 + y**2 - p * y)).sum((0, 1, 2))
+    return float((both / union)[list(scored)].mean())
+
+
+@pytest.mark.parametrize(("n", "folds", "scored"), [(2, 2, ()), (7, 3, ()), (12, 5, (2,)), (9, 4, (0, 1))])
+def test_the_penalty_has_the_best_soft_iou_of_left_out_folds(n, folds, scored):
+    penalties = tuple(10.0 ** (e / 2) for e in range(-6, 3))
+    for seed in range(3):
+        tokens, masks = noisy_images(n, 10 * seed)
+        read = in_memory(tokens, masks)
+        probe = fit_streamed(read, n, 3, ignore_index=255, penalties=penalties, folds=folds, scored=scored)
+        expected = [soft_iou_by_loops(tokens, masks, folds, penalty, scored or range(3)) for penalty in penalties]
+        assert probe.penalty == penalties[expected.index(max(expected))]
+        whole = fit_probe(tokens, masks, 3, ignore_index=255, penalties=(probe.penalty,))
+        torch.testing.assert_close(probe.weight, whole.weight)
+
+
+def test_soft_iou_from_sums_is_the_iou_of_certain_predictions():
+    target = torch.randint(0, 3, (2, 4, 5), generator=generator())
+    prediction = torch.randint(0, 3, (2, 4, 5), generator=generator(1))
+    moments = Moments(3, 3)
+    moments.add(torch.nn.functional.one_hot(prediction, 3).float(), target)
+    both, union = moments.overlap(Probe(torch.eye(3).double(), torch.zeros(3).double(), 1.0))
+    score = PixelScore(3)
+    score.update(prediction, target)
+    assert (both / union).tolist() == pytest.approx(score.compute()[1])
+
+
+def test_folds_without_valid_pixels_are_left_out():
+    tokens, masks = noisy_images(5)
+    first = int(torch.randperm(5, generator=generator())[0])
+    masks[first] = 255
+    probe = fit_probe(tokens, masks, 3, ignore_index=255)
+    others = [i for i in range(5) if i != first]
+    same = fit_probe(tokens[others], masks[others], 3, ignore_index=255, penalties=(probe.penalty,))
+    torch.testing.assert_close(probe.weight, same.weight)
+    masks[others[1:]] = 255  # a single image is left, and nothing to choose by
+    assert fit_probe(tokens, masks, 3, ignore_index=255).penalty == max(PENALTIES)
+
+
+def test_each_image_is_read_once_and_unreadable_ones_may_be_missing():
+    tokens, masks = noisy_images(12)
+    seen = []
+
+    def read(numbers):
+        seen.extend(numbers)
+        yield from in_memory(tokens, masks)([n for n in numbers if n not in (3, 4)])
+
+    kept = [n for n in range(12) if n not in (3, 4)]
+    probe = fit_streamed(read, 12, 3, ignore_index=255)
+    assert sorted(seen) == list(range(12))
+    same = fit_probe(tokens[kept], masks[kept], 3, ignore_index=255, penalties=(probe.penalty,))
+    torch.testing.assert_close(probe.weight, same.weight)
+
+
 def test_ignored_pixels_have_no_effect():
     labels, masks = blocks_of_classes(20, (4, 4), 3, 0)
     tokens = torch.nn.functional.one_hot(labels, 3).float() + torch.randn(20, 4, 4, 3, generator=generator(6))
@@ -151,6 +228,12 @@ def test_wrong_arguments_are_named():
         fit_probe(tokens, masks[:1], 3)
     with pytest.raises(ValueError, match="tokens holds values that are not finite"):
         fit_probe(tokens / 0, masks, 3)
+    with pytest.raises(ValueError, match="folds is 1; expected at least 2"):
+        fit_probe(tokens, masks, 3, folds=1)
+    with pytest.raises(ValueError, match="has 1 image to be fitted on"):
+        fit_probe(tokens[:1], masks[:1], 3)
+    with pytest.raises(ValueError, match=r"scored holds \[-1\]; accepted: classes 0 to 2"):
+        fit_streamed(in_memory(tokens, masks), 2, 3, scored=(-1,))
     with pytest.raises(ValueError, match="prediction has shape"):
         PixelScore(3).update(masks, masks[:1])
 
