@@ -20,6 +20,7 @@ PENALTIES = tuple(10.0 ** (e / 2) for e in range(-12, 1))
 """Strengths of regularisation tried, 1e-6 to 1, relative to the mean variance of the tokens (1 after scaling)."""
 
 CHUNK = 128  # images per step
+PATCHES = 1 << 16  # about as many are kept, from all images, to choose the penalty by
 PIXELS = 1 << 25  # most logits at once; with many classes one image at full size would take gigabytes
 
 
@@ -120,40 +121,26 @@ class Moments:
         self.total = torch.zeros((), dtype=torch.float64, device=device)
         self.x = torch.zeros(channels, dtype=torch.float64, device=device)
         self.y = torch.zeros(classes, dtype=torch.float64, device=device)
-        self.yy = torch.zeros(classes, dtype=torch.float64, device=device)
         self.xx = torch.zeros(channels, channels, dtype=torch.float64, device=device)
         self.xy = torch.zeros(channels, classes, dtype=torch.float64, device=device)
 
-    def add(self, tokens: Tensor, masks: Tensor, ignore_index: int | None = None) -> None:
-        """Add tokens float [N, h, w, C] and their masks, integers [N, H, W]."""
-        grid = (tokens.shape[1], tokens.shape[2])
-        for t, m in zip(tokens.split(CHUNK), masks.split(CHUNK)):
-            shares, counted = patch_histograms(m, grid, len(self.y), ignore_index)
-            x, y = t.flatten(0, 2).to(self.x), shares.flatten(0, 2).to(self.x)
-            n = counted.flatten().to(self.x)[:, None]
+    def add(self, tokens: Tensor, fractions: Tensor, counted: Tensor) -> None:
+        """Add tokens float [N, h, w, C] and their patches, the result of `patch_histograms`."""
+        for part in zip(tokens.split(CHUNK), fractions.split(CHUNK), counted.split(CHUNK)):
+            x, y, n = part[0].flatten(0, 2).to(self.x), part[1].flatten(0, 2).to(self.x), part[2].flatten().to(self.x)
+            weighted = n[:, None] * x
             self.total += n.sum()
-            self.x += (n * x).sum(0)
-            self.y += (n * y).sum(0)
-            self.yy += (n * y * y).sum(0)
-            self.xx += (n * x).T @ x
-            self.xy += (n * x).T @ y
+            self.x += weighted.sum(0)
+            self.y += n @ y
+            self.xx += weighted.T @ x
+            self.xy += weighted.T @ y
 
     def __add__(self, other: Moments) -> Moments:
         """The sums over both datasets."""
         out = Moments(len(self.x), len(self.y), self.x.device)
-        for name in ("total", "x", "y", "yy", "xx", "xy"):
+        for name in ("total", "x", "y", "xx", "xy"):
             setattr(out, name, getattr(self, name) + getattr(other, name))
         return out
-
-    def overlap(self, probe: Probe) -> Tensor:
-        """Sums of p * y and of p * p + y * y - p * y over patches, float64 [2, K]; p: logits of `probe`, y: fractions.
-
-        Their quotient is the soft IoU of a class (the Tanimoto coefficient); for p and y of 0 or 1, it is the IoU.
-        """
-        weight, bias = probe.weight, probe.bias
-        both = (weight * self.xy).sum(0) + bias * self.y
-        predicted = (weight * (self.xx @ weight)).sum(0) + 2 * bias * (self.x @ weight) + self.total * bias.square()
-        return torch.stack([both, predicted + self.yy - both])
 
     def solve(self, penalties: Sequence[float]) -> list[Probe]:
         """One probe for each penalty, from one eigendecomposition.

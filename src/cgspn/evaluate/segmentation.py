@@ -14,9 +14,10 @@ from operator import add
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from .checks import check_finite
-from .probe import CHUNK, PENALTIES, Moments, Probe
+from .probe import CHUNK, PATCHES, PENALTIES, Moments, Probe, patch_histograms
 
 Reader = Callable[[Sequence[int]], Iterator[tuple[Tensor, Tensor]]]
 """From numbers of images to batches of tokens float [N, h, w, C] and masks, integers [N, H, W], on one device; sizes
@@ -124,18 +125,16 @@ def fit_streamed(
     *,
     ignore_index: int | None = None,
     penalties: tuple[float, ...] = PENALTIES,
-    folds: int = 5,
+    folds: int = 10,
     scored: Sequence[int] = (),
 ) -> Probe:
     """Fit the probe by ridge regression in float64 on the device of the tokens.
 
-    The penalty is chosen by cross-validation over images (folds from a fixed shuffle): the one with the best soft IoU
-    of patches (see `Moments.overlap`), averaged over the scored classes, where the patches of each fold are predicted
-    by a probe fitted on the other folds. The larger penalty wins a tie. The probe is then fitted on all images.
-
-    Soft IoU follows from sums, so each image is read once. It changes smoothly with the tokens, unlike the IoU of
-    predicted classes, so similar tokens get similar penalties. A fold without valid pixels is left out; if fewer than
-    two are left, the largest penalty is used.
+    The penalty is the one with the best mean IoU of patches in cross-validation over images: probes fitted on the
+    other folds classify a fixed sample of the patches of each fold (about `PATCHES` in all). The mean is over the
+    scored classes, whether or not a probe predicts them, and the larger penalty wins a tie. The probe is then fitted
+    on all images. Folds are a fixed random choice, and each image is read once. Folds without valid pixels are left
+    out; if fewer than two are left, the largest penalty is used.
 
     Args:
         read: the images.
@@ -144,7 +143,7 @@ def fit_streamed(
         ignore_index: label of pixels to ignore, such as 255.
         penalties: penalties to choose from, each above 0.
         folds: number of folds, at least 2; N if there are fewer images.
-        scored: classes whose mean soft IoU decides; all if empty.
+        scored: classes whose mean IoU decides; all if empty.
 
     Raises:
         ValueError: arguments out of range, tokens that are not finite, only ignored pixels, or a single image with
@@ -158,28 +157,41 @@ def fit_streamed(
     if len(penalties) > 1 and count < 2:
         raise ValueError(f"the probe has {count} image to be fitted on; expected at least 2, or a single penalty")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    parts = [_moments(read, order[first::folds], classes, ignore_index) for first in range(min(folds, count))]
+    sample = max(1, PATCHES // count)
+    parts = [_fold(read, order[first::folds], classes, ignore_index, sample) for first in range(min(folds, count))]
     valid = [part for part in parts if part is not None]
     if not valid:
         raise ValueError(f"masks hold only ignore_index = {ignore_index}; nothing to fit")
-    sums = torch.zeros(len(penalties), 2, classes, dtype=torch.float64, device=valid[0].total.device)
+    moments = [part[0] for part in valid]
+    confusion = moments[0].xx.new_zeros(len(penalties), classes, classes)
     if len(penalties) > 1 and len(valid) > 1:
-        for number, part in enumerate(valid):
-            probes = reduce(add, valid[:number] + valid[number + 1 :]).solve(penalties)
-            sums += torch.stack([part.overlap(probe) for probe in probes])
-    both, union = sums[:, :, list(counted)].unbind(1)
-    soft_iou = (both / union.where(union > 0, 1)).mean(-1)  # 0 for a class that does not occur
-    best = max(zip(soft_iou.tolist(), penalties))[1]
-    return reduce(add, valid).solve((best,))[0]
+        for number, (_, tokens, pixels) in enumerate(valid):
+            for counts, probe in zip(confusion, reduce(add, moments[:number] + moments[number + 1 :]).solve(penalties)):
+                counts += one_hot(probe.logits(tokens).argmax(-1), classes).to(pixels).T @ pixels
+    both = confusion.diagonal(dim1=1, dim2=2)
+    iou = both / (confusion.sum(1) + confusion.sum(2) - both).clamp(min=1e-9)
+    best = max(zip(iou[:, list(counted)].mean(1).tolist(), penalties))[1]
+    return reduce(add, moments).solve((best,))[0]
 
 
-def _moments(read: Reader, numbers: Sequence[int], classes: int, ignore_index: int | None) -> Moments | None:
-    moments = None
+def _fold(
+    read: Reader, numbers: Sequence[int], classes: int, ignore_index: int | None, sample: int
+) -> tuple[Moments, Tensor, Tensor] | None:
+    """Sums over the patches of some images; the tokens [n, C] of a sample of each image; their class pixels [n, K].
+
+    None if no pixel is valid. Pixels are fractions of a patch, float64. The sample depends on the grid alone.
+    """
+    moments, kept, pixels = None, [], []
     for tokens, masks in read(numbers):
         check_finite("tokens", tokens)
-        moments = moments or Moments(tokens.shape[-1], classes, tokens.device)
-        moments.add(tokens, masks, ignore_index)
-    return moments if moments and float(moments.total) > 0 else None
+        h, w, channels = tokens.shape[1:]
+        fractions, counted = patch_histograms(masks, (h, w), classes, ignore_index)
+        moments = moments or Moments(channels, classes, tokens.device)
+        moments.add(tokens, fractions, counted)
+        places = torch.randperm(h * w, generator=torch.Generator().manual_seed(0))[:sample].to(tokens.device)
+        kept.append(tokens.flatten(1, 2)[:, places].flatten(0, 1))
+        pixels.append((fractions * counted[..., None]).flatten(1, 2)[:, places].flatten(0, 1).double())
+    return (moments, torch.cat(kept), torch.cat(pixels)) if moments and float(moments.total) > 0 else None
 
 
 def _scored(scored: Sequence[int], classes: int) -> Sequence[int]:
@@ -219,7 +231,7 @@ def fit_probe(
     *,
     ignore_index: int | None = None,
     penalties: tuple[float, ...] = PENALTIES,
-    folds: int = 5,
+    folds: int = 10,
 ) -> Probe:
     """Run `fit_streamed` on tensors in memory.
 
