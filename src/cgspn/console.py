@@ -48,8 +48,11 @@ def rate_text(rate: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A duration in hours, or in minutes if it is below one."""
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
+    """A duration in hours, minutes or seconds: the largest unit of which it has at least one."""
+    for unit, length in (("hours", 3600), ("minutes", 60), ("s", 1)):
+        if seconds >= length:
+            return f"{seconds / length:,.{0 if seconds >= 10 * length else 1}f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 0.1 else "less than 0.1 s"
 
 
 def waiting(text: str) -> Status:
@@ -106,7 +109,7 @@ def plain_watcher(title: str, steps: int) -> Watch:
             return
         said = passed
         loss = f"loss {record['total']:.4f}" if "total" in record else ""
-        parts = (f"{title}: {done}/{steps}", loss, speed_of(record), f"{passed:.0f} s")
+        parts = (f"{title}: {done}/{steps}", loss, speed_of(record), duration_text(passed))
         console.print(", ".join(part for part in parts if part), soft_wrap=True)
 
     return watch

@@ -241,6 +241,14 @@ def test_models_to_evaluate_are_required_and_have_no_default(name, option, capsy
     assert "default" not in positionals
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("option", ["--help", "--help-all"])
+def test_every_default_is_named(name, option, capsys):
+    with pytest.raises(SystemExit):
+        run([*name.split(), option])
+    assert "(default: )" not in " ".join(capsys.readouterr().out.split())
+
+
 def test_debug_shows_where_an_error_is_from(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["cgspn", "convert", "nowhere", "x", "--debug"])
     with pytest.raises(SystemExit, match="2"):

@@ -1,5 +1,6 @@
 """What is said of a run before it begins, and of its progress where there is no terminal."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,8 +34,16 @@ def test_a_header_counts_steps_images_epochs_and_costs(monkeypatch):
     assert "28 x 28 px, or as many tokens in more or fewer images at 2 sizes, 16 x 16 to 48 x 48 px (height" in line
     assert "x width); 1,020 images in all" in line
     assert line.endswith("3.4 epochs")
+    (*_, shorter) = header(teacher, student, feed, 300, replace(config, highres=HighResConfig()), World())
+    assert re.match(r"roughly [0-9.]+ (s|minutes) and ", shorter)
     (*_, longer) = header(teacher, student, feed, 300, replace(config, stage2=replace(optim, steps=10**8)), World())
     assert "hours" in longer
+
+
+def test_durations_are_in_the_unit_that_people_would_use():
+    said = {2e-5: "less than 0.1 s", 0.26: "0.3 s", 3.44: "3.4 s", 59: "59 s", 90: "1.5 minutes", 1500: "25 minutes"}
+    said |= {3600: "1.0 hours", 36e3: "10 hours", 36e5: "1,000 hours"}
+    assert {seconds: console.duration_text(seconds) for seconds in said} == said
 
 
 def test_a_cpu_is_measured_by_a_step_of_the_students_first_block(monkeypatch):

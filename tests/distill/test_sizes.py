@@ -29,13 +29,13 @@ from cgspn.distill import (
 from cgspn.distill.batches import batch_shapes
 from cgspn.distill.cache import TeacherCache
 from cgspn.distill.plan import plan
-from cgspn.distill.resume import carried_from
+from cgspn.distill.resume import carried_from, read_tensors
 from cgspn.distill.sizes import tokens_of
 from cgspn.distill.taps import tapped_forward
 from cgspn.distill.tasks import SublayerTask, inherited_before
 from cgspn.distill.throughput import Step, Throughput
 from cgspn.layers import AttentionConfig
-from cgspn.models import Encoder, model_config
+from cgspn.models import Encoder, TextConfig, build_dual, model_config
 from cgspn.teachers import convert
 
 SMALL = {"width": 32, "mixers": ("attention",) * 2, "mlp_hidden": 64, "attention": AttentionConfig(heads=2)}
@@ -307,6 +307,40 @@ def test_stage_1_of_a_later_run_keeps_the_record_of_inherited_weights(images, tm
         records.append(inherited_before(carried_from(tmp_path / str(number))))
     assert records[0] == records[1] == records[2]
     assert "blocks.0.mlp.fc1.weight" in records[0]
+
+
+def test_a_run_goes_on_with_the_teacher_after_resolutions_without_one(images, tmp_path):
+    """The stage in between compares nothing, and leaves the adapters of stage 2 and the record as they were."""
+    torch.manual_seed(0)
+    teacher = build_dual(config(), TextConfig(width=16, depth=1, heads=2), 16).eval()
+    student = convert(teacher.image, compression=4)
+    short, none = replace(OPTIM, steps=1, batch_size=8), replace(OPTIM, steps=0)
+    alone = HighResConfig(sizes=(56,), teacher="none", optim=short)
+    start = DistillConfig(stage1=short, stage2=short, highres=alone, loss=LossConfig(contrastive=0.5))
+    distill(teacher, student, images, start, folder=tmp_path)
+    carried = carried_from(tmp_path)
+    stage2 = read_tensors(tmp_path / "stages" / "1" / "adapters.safetensors")
+    assert any("adapters" in name for name in carried)
+    assert carried.keys() == stage2.keys()
+    assert all(torch.equal(carried[name], stage2[name]) for name in carried)
+    higher = DistillConfig(stage1=none, stage2=none, highres=HighResConfig(sizes=(56,), optim=short))
+    [history] = distill(teacher, student, images, higher, carried=carried)
+    assert history.title == "student, 56 px"
+
+
+def test_stage_1_of_a_later_run_leaves_kept_attention_as_it_is(images, tmp_path):
+    """Stage 2 has trained it, so it no longer equals the teacher's, but it is still the teacher's layer."""
+    teacher, _ = pair()
+    student = convert(teacher, compression=4, keep_attention=[1])
+    short, none = replace(OPTIM, steps=1, batch_size=8), replace(OPTIM, steps=0)
+    distill(teacher, student, images, DistillConfig(stage1=short, stage2=short), folder=tmp_path)
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    assert not torch.equal(before["blocks.1.mixer.qkv.weight"], teacher.state_dict()["blocks.1.mixer.qkv.weight"])
+    again, carried = DistillConfig(stage1=short, stage2=none), carried_from(tmp_path)
+    [stage] = plan(teacher, student, ImageSetFeed(images), again, "student", World(), carried)
+    distill(teacher, student, images, again, carried=carried)
+    changed = {name.split(".")[1] for name, now in student.state_dict().items() if not torch.equal(now, before[name])}
+    assert sorted(map(int, changed)) == stage.learning == [0]
 
 
 def test_the_command_line_takes_sizes():

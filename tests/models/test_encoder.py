@@ -182,3 +182,22 @@ def test_names():
 def test_hybrid_keeps_three_of_twenty_seven_spread_evenly():
     mixers = model_config("hybrid_so400m_patch14_378").mixers
     assert [i for i, m in enumerate(mixers) if m == "attention"] == [8, 17, 26]
+
+
+@pytest.mark.parametrize("name", ["vit_mini_patch4_28", "window_mini_patch4_28", "hybrid_mini_patch4_28"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_forward_mode_ad_agrees_with_a_difference(name, masked):
+    torch.manual_seed(0)
+    encoder = cgspn.create_model(name).double().eval().requires_grad_(False)
+    images, along = torch.randn(2, 2, 3, 32, 28, dtype=torch.float64)
+    mask = torch.ones(2, 8, 7, dtype=torch.bool)
+    mask[1, 6:] = not masked
+
+    def pooled(images):
+        return encoder(images, mask if masked else None).pooled
+
+    _, tangent = torch.func.jvp(pooled, (images,), (along,))
+    step = 1e-5
+    torch.testing.assert_close(
+        tangent, (pooled(images + step * along) - pooled(images - step * along)) / (2 * step), rtol=1e-5, atol=1e-7
+    )

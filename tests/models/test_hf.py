@@ -164,6 +164,19 @@ def test_keys_on_disk_are_the_models_and_shards_load_bit_for_bit(encoder, folder
             assert torch.equal(opened(images).pooled, encoder(images).pooled)
 
 
+def test_blocks_compiled_one_by_one_are_saved_under_their_own_names(encoder, folder, images, tmp_path):
+    model = AutoModel.from_pretrained(folder)
+    names = model.state_dict().keys()
+    for number, block in enumerate(model.encoder.blocks):
+        model.encoder.blocks[number] = torch.compile(block, backend="eager")
+    for number, given in enumerate(({}, {"state_dict": model.state_dict()})):
+        model.save_pretrained(tmp_path / str(number), **given)
+        assert load_file(tmp_path / str(number) / "model.safetensors").keys() == names
+        assert torch.equal(
+            AutoModel.from_pretrained(tmp_path / str(number)).encoder(images).pooled, encoder(images).pooled
+        )
+
+
 def test_attention_blocks_give_their_maps(encoder, folder, images):
     model = AutoModel.from_pretrained(folder)
     out, plain = model(images, output_attentions=True, interpolate_pos_encoding=True), model(images)

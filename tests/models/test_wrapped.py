@@ -12,6 +12,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.nn.utils import parametrize, prune
 
 import cgspn
+from cgspn.distill import DistillConfig, LossConfig, World
+from cgspn.distill.plan import check_possible
+from cgspn.distill.tasks import DistillTask, SublayerTask, inherited_names
 from cgspn.layers import Block, PropagationMixer
 
 MODELS = ["cgspn_mini_patch4_28", "vit_mini_patch4_28"]
@@ -80,10 +83,9 @@ def test_wrappers_and_hooks_of_a_part_act(model, part):
     changed = (after.tokens - before.tokens).abs().max() + (after.pooled - before.pooled).abs().max()
     assert changed > 1e-4
 
-    if not part.endswith((".1", "mixer")):  # a wrapper without the attributes of what it wraps, as FSDP1's and DDP's
-        encoder = encoder_of(model)
-        replace(encoder, part, functools.partial(nn.DataParallel, device_ids=[]))
-        torch.testing.assert_close(encoder(IMAGES).tokens, before.tokens)
+    encoder = encoder_of(model)  # a wrapper without the attributes of what it wraps, as FSDP1's and DDP's
+    replace(encoder, part, functools.partial(nn.DataParallel, device_ids=[]))
+    torch.testing.assert_close(encoder(IMAGES).tokens, before.tokens)
 
     encoder = encoder_of(model)  # as accelerate's hooks, which bring weights from elsewhere
     module, seen = encoder.get_submodule(part), []
@@ -153,6 +155,43 @@ def test_blocks_are_found_by_position(model):
     for block in encoder.each_block():  # taps go through the wrapper too
         encoder.run_tapped(block, *encoder.embed(IMAGES))
     assert len(ran) == encoder.config.depth
+
+
+@torch.no_grad()
+def test_a_wrapped_window_block_gets_rows():
+    encoder = encoder_of("window_mini_patch4_28")
+    before = encoder(IMAGES).tokens
+    replace(encoder, "blocks.1", functools.partial(nn.DataParallel, device_ids=[]))
+    torch.testing.assert_close(encoder(IMAGES).tokens, before)
+
+
+@pytest.mark.parametrize("wrap", [functools.partial(torch.compile, backend="eager"), checkpoint_wrapper])
+def test_a_teacher_of_wrapped_blocks_hands_on_its_weights(wrap):
+    teacher, wrapped = encoder_of("vit_mini_patch4_28"), encoder_of("vit_mini_patch4_28")
+    for i in range(teacher.config.depth):
+        replace(wrapped, f"blocks.{i}", wrap)
+    student = cgspn.convert(wrapped, compression=4, keep_attention=[1])
+    assert inherited_names(student, wrapped) == inherited_names(student, teacher)
+    replace(student, "blocks.1", wrap)
+    task = SublayerTask(wrapped, student)
+    assert task.learning == [0, *range(2, teacher.config.depth)]
+    assert DistillTask(wrapped, student, LossConfig()).inherits(
+        next(f"student.{name}" for name, _ in student.named_parameters() if name.startswith("blocks.1"))
+    )
+
+
+def test_a_wrapper_that_hides_a_block_is_named():
+    teacher = encoder_of("vit_mini_patch4_28")
+    student = cgspn.convert(teacher, compression=4)
+    hide = functools.partial(nn.DataParallel, device_ids=[])
+    replace(student, "blocks.1", hide)
+    with pytest.raises(ValueError, match=r"student.blocks\[1\] is a DataParallel, which hides its block; expected"):
+        check_possible(teacher, student, DistillConfig(), World())
+    replace(teacher, "blocks.1", hide)
+    with pytest.raises(
+        ValueError, match=r"encoder has no blocks.1.mlp.fc1.bias, .* or a wrapper hides them; remove it"
+    ):
+        cgspn.convert(teacher, compression=4)
 
 
 @pytest.mark.parametrize("model", MODELS)

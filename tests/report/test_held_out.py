@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +58,30 @@ def test_a_run_tells_which_photographs_it_held_out(tmp_path, monkeypatch):
     for damaged in ([], *(record | change for change in changes)):
         (tmp_path / "run/distill.json").write_text(json.dumps(damaged))
         assert held_out_of("../run", "../photos") is None
+
+
+def test_a_chain_of_runs_held_out_what_each_of_them_held_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    for number in range(3):
+        Path(f"photos/{number}.png").touch()
+    source = {"digest": open_samples("photos").digest()}
+
+    def write(run, student, names, **changes):
+        Path(run).mkdir(exist_ok=True)
+        held = {"names": [f"photos/{name}.png" for name in names]}
+        record = {"data": "photos", "source": source, "student": student, "held_out": held}
+        Path(run, "distill.json").write_text(json.dumps(record | changes))
+
+    write("first", None, "12")
+    write("second", "first", "01")
+    assert held_out_of("second", "photos") == {"1.png"}
+    write("second", "first", "", data="elsewhere", source={"digest": "other"})  # images of another folder
+    assert held_out_of("second", "photos") == {"1.png", "2.png"}
+    write("second", "first", "", data="embedded", source=None)
+    assert held_out_of("second", "photos") == {"1.png", "2.png"}
+    write("first", "second", "0")  # folders that have been moved do not lead around in a circle
+    assert held_out_of("first", "photos") == {"0.png"}
 
 
 def test_the_cosine_is_that_of_the_tokens():

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..environment import describe
 from ..layers import Grid
 from ..report.drawing import draw_sizes
+from ..settings import Listed
 from .checks import at_least, not_empty, tiled
 from .contenders import OURS, Contender, Shape, build, names
 from .machine import ceilings, dtype_of, fitting, free, peak_memory
@@ -57,7 +58,7 @@ class TableConfig:
     sizes: tuple[int, ...] = SIZES
     batches: tuple[int, ...] = (32, 1)
     modes: tuple[Mode, ...] = ("inference", "training")
-    contenders: tuple[str, ...] = ()
+    contenders: Listed[str] = ()
     shape: Shape = field(default_factory=Shape)
     rounds: int = 7
 

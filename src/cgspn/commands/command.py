@@ -25,7 +25,6 @@ Encoders = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metava
 Out = Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
 Device = Literal["auto", "cpu", "cuda"]
 Kind = TypeVar("Kind")
-Listed = Annotated[tuple[Kind, ...], tyro.conf.arg(help_behavior_hint="(default: none)")]  # a list that may be empty
 Settings = tyro.conf.OmitArgPrefixes[Kind]  # settings without the name of the field that holds them
 
 

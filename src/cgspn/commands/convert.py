@@ -14,11 +14,12 @@ from ..environment import versions
 from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, write_atomically
 from ..models.config import to_dict
 from ..models.dual import DualEncoder, image_encoder
+from ..settings import Listed
 from ..teachers import convert, load_encoder, load_model
 from ..teachers.convert import Inherited
 from ..teachers.parameters import Part, parameter_table
 from .checks import check_folder, check_free, loaded
-from .command import Command, Listed, Out, Teacher
+from .command import Command, Out, Teacher
 
 RECORD = "conversion.json"
 

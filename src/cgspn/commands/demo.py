@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from ..console import console, progress_watcher, waiting
+from ..console import console, duration_text, progress_watcher, waiting
 from ..demo import DemoConfig, run_demo
 from ..models.checkpoint import write_atomically
 from .checks import check_folder
@@ -48,4 +48,4 @@ class Demo(Command):
             write_atomically(out / "table.json", result.table.to_json() + "\n")
             write_atomically(out / "report.html", demo_report(result))
         console.print(result.table.to_rich())
-        console.print(f"{time.monotonic() - began:.0f} s; report: {out / 'report.html'}", soft_wrap=True)
+        console.print(f"{duration_text(time.monotonic() - began)}; report: {out / 'report.html'}", soft_wrap=True)

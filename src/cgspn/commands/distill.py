@@ -36,10 +36,11 @@ from ..ops.checks import check_choice
 from ..report.charts import require_matplotlib
 from ..report.held_out import MOST, Kept, compare
 from ..report.run import run_report
+from ..settings import Listed
 from ..teachers import convert, load_encoder, load_model
 from ..terminal import warn
 from .checks import device_of, loaded, mixed_sizes
-from .command import Command, Device, Listed, Out, Teacher
+from .command import Command, Device, Out, Teacher
 from .header import device_name, header, warnings
 
 Preset = Literal["embedded", "vit-s14-study", "so400m-378", "so400m-highres"]
@@ -166,8 +167,9 @@ class Distill(Command):
             images = len(feed.images if isinstance(feed, ImageSetFeed) else feed.source)
             pictures, trained_on, names = pictures_of(feed)
             few = images if trained_on else None
+            carried = carried_from(self.student) if self.student else None
             if world.rank == 0:
-                for line in header(teacher, student, feed, images, self.settings, world):
+                for line in header(teacher, student, feed, images, self.settings, world, carried):
                     console.print(line, soft_wrap=True, markup=False)
                 unchanged = self.settings == PRESETS[self.preset]
                 for line in warnings(self.teacher, self.preset, not unchanged, world.device, self.student, few):
@@ -181,7 +183,7 @@ class Distill(Command):
                     watcher,
                     folder=out,
                     world=world,
-                    carried=carried_from(self.student) if self.student else None,
+                    carried=carried,
                 )
             skipped, problems = Skipped(), Skipped()
             if isinstance(feed, SampleFeed):

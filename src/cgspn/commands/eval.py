@@ -17,9 +17,10 @@ from ..evaluate.predict import require_text
 from ..evaluate.table import SummaryTable
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
+from ..settings import Listed
 from ..teachers import load_encoder, load_model
 from .checks import loaded
-from .command import Encoders, Listed, Models
+from .command import Encoders, Models
 from .eval_report import Evaluation, Report, distinct, percents, typed_sizes
 
 MOST_CLASSES = 40  # most classes whose IoU is printed; JSON has all

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import timeit
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..bench.machine import matmul_rate
+from ..console import duration_text
 from ..data import scheduled
 from ..data.source import EMBEDDED
 from ..distill import DistillConfig, Feed, World
 from ..distill.batches import batch_shapes
 from ..distill.flops import forward_flops, sublayer_flops, training_flops
 from ..distill.plan import Stage, plan
-from ..distill.tasks import learning_blocks
 from ..models.dual import DualEncoder, image_encoder
 from ..models.encoder import Encoder
 
@@ -28,13 +29,22 @@ TOKENS = 8192  # in the step that measures a CPU
 
 
 def header(
-    teacher: DualEncoder | Encoder, student: Encoder, feed: Feed, images: int, config: DistillConfig, world: World
+    teacher: DualEncoder | Encoder,
+    student: Encoder,
+    feed: Feed,
+    images: int,
+    config: DistillConfig,
+    world: World,
+    carried: Mapping[str, Tensor] | None = None,
 ) -> Iterator[str]:
-    """The lines: device; each stage with steps, images, epochs and sizes; estimated hours and memory."""
+    """The lines: device; each stage with steps, images, epochs and sizes; estimated hours and memory.
+
+    images: their number. For the others see `distill`.
+    """
     encoder, device = image_encoder(teacher), world.device
     yield f"{device_name(device)}, {world.size} {'process' if world.size == 1 else 'processes'}, {images:,} images"
     flop, most = 0.0, 0.0
-    for stage in plan(teacher, student, feed, config, "student", world):
+    for stage in plan(teacher, student, feed, config, "student", world, carried):
         optim, (height, width) = stage.optim, stage.size
         shapes = batch_shapes(student.config, stage.size, optim, world.size, stage.sizes)
         seen, mixed = scheduled(shapes, optim.seed, optim.steps)[1], sorted({shape.size for shape in shapes})
@@ -56,8 +66,7 @@ def header(
     rate = SHARE * matmul_rate() if device.type == "cuda" else cpu_rate(student, config.compute.precision)
     weights = sum(4 * p.numel() for p in encoder.parameters()) + sum(STATE * p.numel() for p in student.parameters())
     memory = (weights + most * (1 if config.compute.precision == "bfloat16" else 2)) / 2**30
-    hours = flop / rate / world.size / 3600
-    time = f"{hours:,.0f} hours" if hours >= 10 else f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.2g} min"
+    time = duration_text(flop / rate / world.size)
     less = ", less with checkpointing" if config.compute.checkpointing else ""
     yield f"roughly {time} and {memory:.2g} GiB on each device{less}, from FLOPs and tokens; excludes image loading"
 
@@ -86,8 +95,8 @@ def cpu_rate(student: Encoder, precision: str) -> float:
 def flop_an_image(teacher: Encoder, student: Encoder, stage: Stage) -> int:
     """FLOPs of teacher and student per image in a stage."""
     frozen = forward_flops(teacher.config, stage.size)
-    if stage.title.endswith("stage 1"):
-        return frozen + sublayer_flops(student.config, stage.size, learning_blocks(teacher, student))
+    if stage.learning is not None:
+        return frozen + sublayer_flops(student.config, stage.size, stage.learning)
     return frozen + training_flops(student.config, stage.size, sublayer_adapters=True, block_adapters=True)
 
 

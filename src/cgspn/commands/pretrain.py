@@ -15,8 +15,9 @@ from ..distill import PretrainConfig, pretrain
 from ..environment import command, versions
 from ..evaluate.suite import evaluate_zeroshot
 from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, write_atomically
+from ..settings import Listed
 from .checks import check_folder, check_free, device_of, mixed_sizes
-from .command import Command, Device, Listed, Out
+from .command import Command, Device, Out
 from .header import device_name
 
 RECORD = "pretrain.json"

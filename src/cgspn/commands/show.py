@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..console import console, progress_watcher, waiting
+from ..console import console, duration_text, progress_watcher, waiting
 from ..environment import command, versions
 from ..models.checkpoint import write_atomically
 from ..models.encoder import Encoder
@@ -87,10 +87,10 @@ class Show(Command):
             shown = look_at(
                 photographs, student, teacher, layers=self.layers, places=self.at, watch=lambda: watch({"shown": 1})
             )
-        seconds = time.monotonic() - began
+        took = duration_text(time.monotonic() - began)
         names = {name: f"{models[name]}: {_described(model)}" for name, model in encoders.items()}
         facts = {
-            "photographs": f"{len(photographs)} from {self.images}, {seconds:.1f} s on {device}",
+            "photographs": f"{len(photographs)} from {self.images}, {took} on {device}",
             "skipped": ", ".join(name for name, _ in skipped.files) or "none",
             "command": command(),
             "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
@@ -103,7 +103,7 @@ class Show(Command):
         write_atomically(self.out, html)
         if self.picture is not None:
             write_atomically(self.picture, png_bytes(show_picture(shown)))
-        console.print(f"{seconds:.1f} s; {self.out}, {len(html.encode()) / 1e6:.1f} MB", soft_wrap=True)
+        console.print(f"{took}; {self.out}, {len(html.encode()) / 1e6:.1f} MB", soft_wrap=True)
 
 
 def _described(model: Encoder) -> str:

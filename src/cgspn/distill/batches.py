@@ -219,10 +219,7 @@ def blended_share(optim: OptimConfig, world: World) -> slice:
         raise ValueError(
             f"accumulate is {optim.accumulate}; accepted: divisors of a process's share of batch_size, {own} images"
         )
-    for name, least in (
-        ("mixup", 2),
-        ("cutmix", 3),
-    ):  # partners of an image are the next two
+    for name, least in (("mixup", 2), ("cutmix", 3)):  # partners of an image are the next one or two
         if getattr(optim, name) and own < least:
             raise ValueError(
                 f"{name} is {getattr(optim, name)}, with {own} images per process; expected {least} or more"

@@ -3,14 +3,13 @@
 from collections import deque
 from collections.abc import Iterator
 from itertools import chain, islice
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..models.encoder import Encoder
-from .runtime import Runtime
 from .tasks import SublayerTask, sublayer_parts
 
 AHEAD = 2  # rounds in flight: one overlaps with a block, two also with blocks of uneven duration
@@ -41,14 +40,9 @@ class PlacedSublayerTask(SublayerTask):
 
     reduction: Literal["mean", "sum"] = "sum"
 
-    def __init__(
-        self, teacher: Encoder, student: Encoder, learn_positions: bool = True, runtime: Runtime | None = None
-    ) -> None:
-        """Needs an initialised process group. Arguments and errors as in `SublayerTask`.
-
-        Also raises ValueError if there are fewer learning blocks than processes.
-        """
-        super().__init__(teacher, student, learn_positions, runtime)
+    def __init__(self, teacher: Encoder, student: Encoder, **options: Any) -> None:
+        """Needs an initialised process group. Also raises ValueError for fewer learning blocks than processes."""
+        super().__init__(teacher, student, **options)
         if 0 < len(self.learning) < dist.get_world_size():
             raise ValueError(
                 f"parallel is 'placed' with {dist.get_world_size()} processes; each needs a block to train, and the "

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from ..settings import Listed
 from .sizes import SizeRange, check_fields
 
 
@@ -166,7 +167,7 @@ class HighResConfig:
         optim: settings of each stage; the batch size is at the new size.
     """
 
-    sizes: tuple[int, ...] = ()
+    sizes: Listed[int] = ()
     teacher: Literal["previous", "original", "none"] = "original"
     smaller: float = 0.5
     optim: OptimConfig = field(

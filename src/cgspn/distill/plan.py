@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +26,8 @@ class Stage:
 
     title: for display. optim: optimiser settings. size: (height, width) of images. task: a function that creates the
     task, called with the student and a runtime when the stage starts. sizes: range of image sizes, or None for only
-    `size`. goes_on: whether the stage continues with the adapters and target scales of the previous one.
+    `size`. goes_on: whether the stage continues with the adapters and target scales of the previous one. learning: the
+    blocks whose sub-layers are trained; None for the whole student.
     """
 
     title: str
@@ -34,6 +36,7 @@ class Stage:
     task: Callable[[Encoder, Runtime], Task]
     sizes: SizeRange | None = None
     goes_on: bool = False
+    learning: list[int] | None = None
 
     def stream(self, feed: Feed, encoder: EncoderConfig, world: World) -> Stream:
         """The batches of the stage. Raises the feed's ValueError."""
@@ -48,8 +51,8 @@ class Stage:
 
 def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: DistillConfig, world: World) -> None:
     """Raise ValueError for sizes that are not multiples of the patch, a CUDA graph on a CPU, weights that
-    teacher and student share, and a contrastive loss without a text tower. This runs at the start, because the stage
-    that would fail may be days away."""
+    teacher and student share, a wrapper that hides a block of the student, and a contrastive loss without a text tower.
+    This runs at the start, because the stage that would fail may be days away."""
     if config.compute.capture and world.device.type != "cuda":
         raise ValueError(f"compute.capture is on, on device {world.device.type!r}; accepted: 'cuda'")
     if config.loss.contrastive and not isinstance(teacher, DualEncoder):
@@ -57,6 +60,12 @@ def check_possible(teacher: DualEncoder | Encoder, student: Encoder, config: Dis
     theirs, own = ({p.data_ptr() for p in each.parameters()} for each in (image_encoder(teacher), student))
     if theirs & own - {0}:  # without values, on the meta device
         raise ValueError("student shares weights with teacher, which must not change; expected copies, as of convert")
+    for i, block in enumerate(student.each_block()):
+        if not hasattr(block, "mixer"):
+            raise ValueError(
+                f"student.blocks[{i}] is a {type(block).__name__}, which hides its block; expected a Block, or a "
+                "wrapper that forwards attributes, such as torch.compile's"
+            )
     patch, cropped = student.config.patch_size, student.config.crop_remainder
     sizes = {"image_size": [config.image_size] if config.image_size else [], "highres.sizes": config.highres.sizes}
     for name, each in sizes.items():
@@ -88,6 +97,8 @@ def plan(
     sublayer = PlacedSublayerTask if placed else SublayerTask
     inherited = inherited_before(carried or {}) or inherited_after_stage1(encoder, student, config)
 
+    common: dict[str, Any] = {"learn_positions": config.learn_positions, "inherited": inherited}
+
     def distillation(loss: LossConfig, own_size: Size | None = None) -> Callable[[Encoder, Runtime], Task]:
         """What creates the task of stage 2. own_size: the size of the previous student, if it is the teacher."""
 
@@ -100,9 +111,8 @@ def plan(
                 dual=dual,
                 captions=feed.captions,
                 teacher_size=own_size,
-                learn_positions=config.learn_positions,
-                inherited=inherited,
                 runtime=runtime,
+                **common,
             )
 
         return task
@@ -112,8 +122,9 @@ def plan(
             f"{name}, stage 1",
             config.stage1,
             native,
-            lambda student, runtime: sublayer(encoder, student, config.learn_positions, runtime),
+            lambda student, runtime: sublayer(encoder, student, runtime=runtime, **common),
             config.sizes,
+            learning=learning_blocks(student, inherited),
         ),
         Stage(f"{name}, stage 2", config.stage2, native, distillation(config.loss), config.sizes),
     ]
@@ -125,7 +136,7 @@ def plan(
         task = distillation(loss, before if high.teacher == "previous" else None)
         before = (pixels, pixels)
         sizes = smaller.up_to(pixels, 1 - high.smaller) if high.smaller else None
-        stages.append(Stage(f"{name}, {pixels} px", high.optim, before, task, sizes, high.teacher == "original"))
+        stages.append(Stage(f"{name}, {pixels} px", high.optim, before, task, sizes, high.teacher != "previous"))
     stages = [stage for stage in stages if stage.optim.steps]
     for stage in stages if config.compute.teacher_cache else ():
         if stage.optim.augment or stage.optim.mixup or stage.optim.cutmix:  # features differ between epochs
@@ -138,6 +149,7 @@ def plan(
 
 def inherited_after_stage1(teacher: Encoder, student: Encoder, config: DistillConfig) -> frozenset[str]:
     """The names of the student's weights that equal the teacher's after stage 1; stage 2 treats them as inherited."""
-    trained = learning_blocks(teacher, student) if config.stage1.steps else []
+    same = inherited_names(student, teacher)
+    trained = learning_blocks(student, same) if config.stage1.steps else []
     parts = tuple(f"blocks.{i}.{part}" for i in trained for part in ("mixer.", "norm1.", "scale1"))
-    return frozenset(name for name in inherited_names(student, teacher) if not name.startswith(parts))
+    return frozenset(name for name in same if not name.startswith(parts))

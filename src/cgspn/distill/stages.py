@@ -22,7 +22,7 @@ from .plan import Stage, plan
 from .resume import StageFolders
 from .runtime import running
 from .taps import check_parity
-from .tasks import INHERITED, ContrastiveTask, DistillTask
+from .tasks import ContrastiveTask
 from .trainer import History, Watch, train
 
 Watcher = Callable[[str, int], Watch]  # (title, number of steps) -> callback after each step
@@ -108,7 +108,7 @@ def distill(
                 check_parity(encoder.eval(), first.images[:2], config.compute.precision)
             torch.manual_seed(stage.optim.seed)
             with running(stage.task, student, config.compute, world, cache) as task:
-                if isinstance(task, DistillTask) and stage.goes_on:
+                if stage.goes_on:
                     task.carry_on(carried)
                 if not list(task.parameters()):
                     if world.rank == 0:
@@ -120,8 +120,7 @@ def distill(
                 history = train(
                     task, stream, stage.optim, stage.title, watch, compute=config.compute, snapshots=snapshots
                 )
-                recorded = {name: carried[name] for name in carried.keys() & {INHERITED}}
-                carried = task.carried() if isinstance(task, DistillTask) else recorded
+                carried = task.carried()
             histories.append(history)
             student.record_sizes(stage.shapes(student.config.patch_size))
             folders.finish(number, student, history.steps, history.throughput, carried)

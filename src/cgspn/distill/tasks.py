@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from ..data import Batch
 from ..layers import Block
 from ..models.dual import DualEncoder
 from ..models.encoder import Encoder
+from ..models.weights import unwrapped, without_wrappers
 from .adapters import Adapters
 from .config import LossConfig
 from .flops import forward_flops, sublayer_flops, training_flops
@@ -68,6 +69,13 @@ class Task(nn.Module):
     def collect(self) -> None:
         """After the last step, share weights that only one process has trained with all processes."""
 
+    def carried(self) -> dict[str, Tensor]:
+        """What a later stage or run continues with. All processes must call this."""
+        return {}
+
+    def carry_on(self, state: Mapping[str, Tensor]) -> None:
+        """Continue with what an earlier stage or run left (`carried`)."""
+
     def _look_at(self, **models: object) -> None:
         """Store modules without registering them as submodules, so that they are not trained or saved."""
         vars(self).update(models)
@@ -81,12 +89,32 @@ class TeacherTask(Task):
     energies: TargetScales
     compares: bool = True
 
-    def __init__(self, teacher: Encoder, student: Encoder, learn_positions: bool, runtime: Runtime | None) -> None:
+    def __init__(
+        self,
+        teacher: Encoder,
+        student: Encoder,
+        *,
+        learn_positions: bool = True,
+        inherited: frozenset[str] | None = None,
+        runtime: Runtime | None = None,
+    ) -> None:
+        """learn_positions: see `DistillConfig`. inherited: names of the student's weights that count as inherited; None
+        for those that equal the teacher's now. Raises ValueError if depths or widths differ."""
         super().__init__()
+        if (teacher.config.depth, teacher.config.width) != (student.config.depth, student.config.width):
+            raise ValueError(
+                f"student has depth {student.config.depth} and width {student.config.width}; "
+                f"expected the teacher's {teacher.config.depth} and {teacher.config.width}"
+            )
+        self.inherited = inherited_names(student, teacher) if inherited is None else inherited
         self.runtime = runtime or Runtime()
         self._look_at(teacher=teacher)
         self.patch = student.config.patch_size
         self.learn_positions = learn_positions and teacher.positions is not None and student.positions is None
+
+    def carried(self) -> dict[str, Tensor]:
+        """Which weights are inherited."""
+        return {INHERITED: torch.tensor(list(json.dumps(sorted(self.inherited)).encode()), dtype=torch.uint8)}
 
     def targets(self, taps: Taps) -> list[Tensor]:
         """The teacher's features by whose mean squares the losses are divided."""
@@ -116,11 +144,11 @@ class TeacherTask(Task):
 
 
 def inherited_names(student: Encoder, teacher: Encoder) -> frozenset[str]:
-    """The names of the student's parameters that equal the teacher's of the same name and shape."""
-    theirs = dict(teacher.named_parameters())
+    """The names, without wrappers, of the student's parameters that equal the teacher's of the same name and shape."""
+    theirs, mine = (without_wrappers(dict(each.named_parameters()), "this model") for each in (teacher, student))
     return frozenset(
         name
-        for name, parameter in student.named_parameters()
+        for name, parameter in mine.items()
         if (same := theirs.get(name)) is not None and same.shape == parameter.shape and torch.equal(same, parameter)
     )
 
@@ -131,10 +159,10 @@ def inherited_before(carried: Mapping[str, Tensor]) -> frozenset[str]:
     return frozenset() if recorded is None else frozenset(json.loads(bytes(recorded.tolist())))
 
 
-def learning_blocks(teacher: Encoder, student: Encoder) -> list[int]:
-    """The indices of the student's blocks whose mixer was not inherited."""
-    same = inherited_names(student, teacher)
-    fresh = [name for name, _ in student.named_parameters() if ".mixer." in name and name not in same]
+def learning_blocks(student: Encoder, inherited: frozenset[str]) -> list[int]:
+    """The indices of the student's blocks whose mixer is not among the names of inherited weights."""
+    names = {unwrapped(name) for name, _ in student.named_parameters()}
+    fresh = [name for name in names - inherited if ".mixer." in name]
     return sorted({int(name.split(".")[1]) for name in fresh})
 
 
@@ -145,14 +173,10 @@ class SublayerTask(TeacherTask):
     with an inherited mixer are not trained. Paper: stage 1 (docs/paper.md).
     """
 
-    def __init__(
-        self, teacher: Encoder, student: Encoder, learn_positions: bool = True, runtime: Runtime | None = None
-    ) -> None:
-        """learn_positions: see `DistillConfig`. Raises ValueError if the depths differ."""
-        super().__init__(teacher, student, learn_positions, runtime)
-        if teacher.config.depth != student.config.depth:
-            raise ValueError(f"student has {student.config.depth} blocks; expected {teacher.config.depth}")
-        self.learning = learning_blocks(teacher, student)
+    def __init__(self, teacher: Encoder, student: Encoder, **options: Any) -> None:
+        """options: those of `TeacherTask`, with the same errors."""
+        super().__init__(teacher, student, **options)
+        self.learning = learning_blocks(student, self.inherited)
         self._look_at(student=student)
         self.capturable = self.runtime.cache is None
         self.parts = nn.ModuleDict({str(i): sublayer_parts(student.each_block()[i]) for i in self.own_blocks()})
@@ -217,24 +241,16 @@ class DistillTask(TeacherTask):
         dual: DualEncoder | None = None,
         captions: Captions | None = None,
         teacher_size: Size | None = None,
-        learn_positions: bool = True,
-        inherited: frozenset[str] | None = None,
-        runtime: Runtime | None = None,
+        **options: Any,
     ) -> None:
         """dual and captions: the teacher's image-text model and the captions of a batch, for the contrastive loss.
 
         teacher_size: (height, width) in pixels of the largest teacher input. Larger images are resized to that area,
-        and the taps are upsampled to the student's grid. learn_positions: see `DistillConfig`. inherited: names of the
-        student's weights that count as inherited; None for those that equal the teacher's now.
+        and the taps are upsampled to the student's grid. options: those of `TeacherTask`, with the same errors.
 
-        Raises ValueError if the contrastive loss lacks a text tower or captions, or if depths or widths differ.
+        Also raises ValueError if the contrastive loss lacks a text tower or captions.
         """
-        super().__init__(teacher, student, learn_positions, runtime)
-        if (teacher.config.depth, teacher.config.width) != (student.config.depth, student.config.width):
-            raise ValueError(
-                f"student has depth {student.config.depth} and width {student.config.width}; "
-                f"expected the teacher's {teacher.config.depth} and {teacher.config.width}"
-            )
+        super().__init__(teacher, student, **options)
         if config.contrastive and (dual is None or captions is None):
             raise ValueError("contrastive is on; expected a teacher with a text tower, and captions")
         self.config, self.captions, self.teacher_size = config, captions, teacher_size
@@ -243,7 +259,7 @@ class DistillTask(TeacherTask):
         self.student = student
         self.compares = bool(config.alpha or config.beta or config.output)
         self.capturable = not config.contrastive and self.runtime.cache is None
-        self.inherited = inherited_names(student, teacher) if inherited is None else inherited
+        self.earlier: Mapping[str, Tensor] = {}
         device = next(student.parameters()).device
         depth, width = student.config.depth, student.config.width
         self.adapted = [config.adapters and weight != 0 for weight in (config.alpha, config.beta)]
@@ -252,7 +268,7 @@ class DistillTask(TeacherTask):
 
     def inherits(self, name: str) -> bool:
         """Adapters are fresh, and so are weights that stage 1 has trained."""
-        return name.removeprefix("student.") in self.inherited
+        return unwrapped(name).removeprefix("student.") in self.inherited
 
     def flops(self, size: Size) -> int:
         """See `Task`. The text tower of a contrastive loss is not counted."""
@@ -273,19 +289,23 @@ class DistillTask(TeacherTask):
         return {name: value for name, value in self.state_dict().items() if not name.startswith("student.")}
 
     def carried(self) -> dict[str, Tensor]:
-        """Full tensors of adapters and target scales, and which weights are inherited, for a later stage or run. All
-        processes must call this."""
-        names = torch.tensor(list(json.dumps(sorted(self.inherited)).encode()), dtype=torch.uint8)
-        around = {name: full_tensor(value).detach().clone() for name, value in self._around().items()}
-        return {**around, INHERITED: names}
+        """Full tensors of adapters and target scales, and which weights are inherited. A stage that compares nothing
+        has only the adapters and scales of earlier ones."""
+        around = self._around() if self.compares else self.earlier
+        return {name: full_tensor(value).detach().clone() for name, value in around.items()} | super().carried()
 
     def carry_on(self, state: Mapping[str, Tensor]) -> None:
         """Load adapters and target scales. Raises ValueError if they do not match this encoder and loss."""
-        state = {name: value for name, value in state.items() if name != INHERITED}
+        self.earlier = {name: value for name, value in state.items() if name != INHERITED}
+        if not self.compares:
+            return
         mine = {name: value.shape for name, value in self._around().items()}
-        if state and mine != {name: value.shape for name, value in state.items()}:
-            raise ValueError(f"carried holds {len(state)} tensors of other names or shapes; expected {len(mine)}")
-        self.load_state_dict(state, strict=False)
+        if self.earlier and mine != {name: value.shape for name, value in self.earlier.items()}:
+            raise ValueError(
+                f"carried holds {len(self.earlier)} adapters and scales of another loss or encoder, not {len(mine)}; "
+                "give the loss settings of the earlier run (adapters, alpha, beta), or train stage 2 again"
+            )
+        self.load_state_dict(self.earlier, strict=False)
 
     def targets(self, taps: Taps) -> list[Tensor]:
         """The teacher's features at all taps, and its pooled vector."""

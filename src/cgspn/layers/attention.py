@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from ..compat import in_forward_ad
 from .mixer import Grid, Mixer
 from .rotary import rotary_angles, rotate
 
@@ -57,8 +58,7 @@ class AttentionMixer(Mixer):
     def forward(self, tokens: Tensor, grid: Grid) -> Tensor:
         """tokens [B, N, C] -> [B, N, C]; positions outside the grid's mask are not attended to."""
         q, k, v = self._split(tokens, grid)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=self.visible(tokens, grid))
-        result: Tensor = self.out(out.transpose(1, 2).flatten(2))
+        result: Tensor = self.out(attend(q, k, v, self.visible(tokens, grid)).transpose(1, 2).flatten(2))
         return result
 
     def with_map(self, tokens: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -82,6 +82,16 @@ class AttentionMixer(Mixer):
             return None
         prefix = grid.mask.new_ones(tokens.shape[0], grid.prefix)
         return torch.cat([prefix, grid.mask.flatten(1)], 1)[:, None, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
+    """Attention of queries [B, heads, R, d] to keys and values [B, heads, N, d] -> [B, heads, R, d].
+
+    visible: see `AttentionMixer`. PyTorch's kernels do not support forward-mode AD.
+    """
+    if in_forward_ad():
+        return _softmax(q, k, visible) @ v
+    return scaled_dot_product_attention(q, k, v, attn_mask=visible)
 
 
 def _softmax(q: Tensor, k: Tensor, visible: Tensor | None) -> Tensor:

@@ -6,8 +6,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
 
+from .attention import attend
 from .mixer import Grid
 from .mlp import Activation, Mlp
 from .norm import LayerNorm
@@ -70,6 +70,6 @@ class MapPool(nn.Module):
         q = self.q(probe).view(1, self.heads, 1, each).expand(batch, -1, -1, -1)
         k, v = self.kv(tokens).view(batch, count, 2, self.heads, each).permute(2, 0, 3, 1, 4).unbind(0)
         inside = None if grid.mask is None else grid.mask.flatten(1)[:, None, None]
-        pooled = self.out(scaled_dot_product_attention(q, k, v, attn_mask=inside).reshape(batch, width))
+        pooled = self.out(attend(q, k, v, inside).reshape(batch, width))
         out: Tensor = pooled + self.mlp(self.norm(pooled))
         return out

@@ -10,11 +10,10 @@ the right edge, the lower edge and the corner. Consecutive layers with the same 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor, nn
 
 from ..compat import is_tracing
-from .attention import AttentionConfig, AttentionMixer
+from .attention import AttentionConfig, AttentionMixer, attend
 from .mixer import Grid, Window
 
 MOST = 32768  # most windows in one call, because fused kernels use a grid dimension that ends at 65535
@@ -70,8 +69,11 @@ class WindowAttentionMixer(AttentionMixer):
         known = tokens.new_ones(tokens.shape[0], 1, dtype=torch.bool)
         inside = inside & (known if grid.mask is None else grid.mask.flatten(1)[:, into])
         q, k, v = self._split(tokens[:, into].reshape(-1, size, tokens.shape[-1]))
-        out = scaled_dot_product_attention(q, k, v, attn_mask=_seen(inside.reshape(-1, size)))
-        out = out.transpose(1, 2).reshape(tokens.shape[0], -1, tokens.shape[-1])
+        out = (
+            attend(q, k, v, _seen(inside.reshape(-1, size)))
+            .transpose(1, 2)
+            .reshape(tokens.shape[0], -1, tokens.shape[-1])
+        )
         result: Tensor = self.out(out[:, back])
         return result
 
@@ -87,8 +89,7 @@ class WindowAttentionMixer(AttentionMixer):
             seen = None if keys is None else _seen(keys[start:end].view(number, size))
             for part in range(0, number, MOST):
                 here = slice(part, part + MOST)
-                mask = None if seen is None else seen[here]
-                out = scaled_dot_product_attention(q[here], k[here], v[here], attn_mask=mask)
+                out = attend(q[here], k[here], v[here], None if seen is None else seen[here])
                 outs.append(out.transpose(1, 2).flatten(2).flatten(0, 1))
             start = end
         together = outs[0] if len(outs) == 1 else torch.cat(outs)
@@ -102,6 +103,14 @@ class WindowAttentionMixer(AttentionMixer):
         same = (window if rows is None else window[rows])[:, None] == window
         inside = super().visible(tokens, grid, rows)
         return same[None, None] if inside is None else same & inside
+
+
+def window_of(block: nn.Module) -> Window | None:
+    """The order in which a block takes its tokens: a window, or None for rows.
+
+    A wrapper that hides its block gets rows, which every mixer accepts.
+    """
+    return getattr(getattr(block, "mixer", None), "window", None)
 
 
 def order(tokens: Tensor, grid: Grid, window: Window | None) -> tuple[Tensor, Grid]:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..layers import AttentionMixer, Block, Grid, LayerNorm, LearnedPositions, Mixer, PatchEmbed, PropagationMixer
 from ..layers.pooling import ClassTokenPool, MapPool, MeanPool
-from ..layers.window_attention import WindowAttentionMixer, order
+from ..layers.window_attention import WindowAttentionMixer, order, window_of
 from .card import write_card
 from .checkpoint import PREPROCESSING, save_model, write_atomically
 from .config import MODEL_TYPE, EncoderConfig, preprocessing, to_dict
@@ -145,7 +145,7 @@ class Encoder(TimmContract):
     def _features(self, images: Tensor, mask: Tensor | None) -> tuple[Tensor, Grid]:
         tokens, grid = self.embed(images, mask)
         for block in self.each_block():
-            tokens, grid = order(tokens, grid, block.mixer.window)
+            tokens, grid = order(tokens, grid, window_of(block))
             tokens = self.run_block(block, tokens, grid)
         tokens, grid = order(tokens, grid, None)
         return self.norm(tokens), grid
@@ -236,7 +236,7 @@ class Encoder(TimmContract):
         taken: dict[int, Any] = {}
         last = max(wanted) + 1 if intermediates_only or stop_early else self.config.depth
         for i, block in enumerate(self.each_block()[:last]):
-            tokens, grid = order(tokens, grid, block.mixer.window)
+            tokens, grid = order(tokens, grid, window_of(block))
             tokens = self.run_block(block, tokens, grid)
             if i not in wanted:
                 continue

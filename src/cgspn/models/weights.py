@@ -133,12 +133,16 @@ def saved_state(
     return {name: finite(value, f"this model: {name}") for name, value in copies.items()}
 
 
+def unwrapped(name: str) -> str:
+    """The name of a parameter without the components of torch.compile, activation checkpointing and FSDP."""
+    return _WRAPPERS.sub("", name)
+
+
 def without_wrappers(state: Mapping[str, Item], where: str) -> dict[str, Item]:
-    """Remove the name components of torch.compile, activation checkpointing and FSDP. Raises CheckpointError if two
-    names become equal."""
-    plain = {_WRAPPERS.sub("", key): value for key, value in state.items()}
+    """The items by `unwrapped` name. Raises CheckpointError if two names become equal."""
+    plain = {unwrapped(key): value for key, value in state.items()}
     if len(plain) < len(state):
-        twice = [_WRAPPERS.sub("", key) for key in state.keys() - plain.keys()]
+        twice = [unwrapped(key) for key in state.keys() - plain.keys()]
         raise CheckpointError(f"{where} holds {listed(twice)} twice, in a wrapper and outside of it")
     return plain
 

@@ -86,21 +86,33 @@ class Kept:
 
 
 def held_out_of(run: str, folder: str) -> frozenset[str] | None:
-    """The held-out images of the run that wrote the folder `run`, as paths below its folder of training images.
+    """The images that the run that wrote the folder `run` and the runs before it (--student) held out, as paths below
+    their folder of training images.
 
-    None if there is no record of a run, or `folder` does not hold its images (`SampleSource.digest`). Raises
-    CheckpointError for a record that is not JSON, OSError if it cannot be read.
+    None if `folder` does not hold the images of any of these runs (`SampleSource.digest`). Raises CheckpointError for a
+    record that is not JSON, OSError if it cannot be read.
     """
-    if folder == EMBEDDED or not (path := Path(run) / RECORD).is_file():
-        return None
-    record = read_json_value(path, MOST_RECORD)
-    try:
-        data, names = Path(record["data"]).expanduser(), record["held_out"]["names"]
-        held = frozenset(os.path.relpath(name, data) for name in names)
-        return held if record["source"]["digest"] == open_folder(Path(folder)).digest() else None
-    # of an earlier version, or another file of this name; or no folder, or the home of a user unknown here
-    except (LookupError, TypeError, ValueError, OSError, RuntimeError):
-        return None
+    held = None
+    for record in records_of(run) if folder != EMBEDDED else ():
+        try:
+            if record["source"]["digest"] == open_folder(Path(folder)).digest():
+                data, names = os.path.expanduser(record["data"]), record["held_out"]["names"]
+                own = frozenset(str(Path(name).relative_to(data)) for name in names)
+                held = own if held is None else held & own
+        except (LookupError, TypeError, ValueError, OSError):  # embedded images, an earlier version, or no folder
+            continue
+    return held
+
+
+def records_of(run: str) -> Iterator[Any]:
+    """The records of the run that wrote the folder `run`, and of the runs before it, from whose students it started."""
+    seen: set[str] = set()
+    while run not in seen and (path := Path(run) / RECORD).is_file():
+        seen.add(run)
+        record = read_json_value(path, MOST_RECORD)
+        yield record
+        if isinstance(record, dict) and isinstance(before := record.get("student"), str):
+            run = before
 
 
 def compare(teacher: Encoder, student: Encoder, pictures: Iterable[Picture]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _speed(title: str, speed: Mapping[str, Any]) -> list[str]:
     cards = [page.card("Images/s", f"{speed['images_per_second']:,.1f}", "all processes, after the first steps")]
     if "mfu" in speed:
         cards.append(page.card("MFU", f"{speed['mfu']:.0%}", "FLOPs of teacher and student / peak of the device"))
-    note = f"first batch after {speed['first_batch_seconds']:.1f} s"
+    note = f"first batch after {duration_text(speed['first_batch_seconds'])}"
     cards.append(page.card("Waiting for data", f"{speed['data_wait_share']:.1%}", note))
     chart = loss_chart({"images/s": speed["curve"]}, label=f"{title}: images/s over the stage")
     panel = page.panel(chart, "Images/s", "since the stage was last started")

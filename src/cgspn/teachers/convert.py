@@ -12,6 +12,7 @@ from ..models.config import MixerName
 from ..models.dual import DualEncoder, image_encoder
 from ..models.encoder import Encoder, build_mixer
 from ..models.registry import spread
+from ..models.weights import listed, without_wrappers
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def convert(
         report: called with the names of the inherited tensors and of the new ones.
 
     Raises ValueError for a compression that leaves no channel, a layer index that is out of range or repeated, an empty
-    window, or values without propagation.
+    window, values without propagation, or an encoder with a wrapper that changes the names of its weights.
     See docs/tutorial.md, "Convert".
     """
     teacher = image_encoder(encoder)
@@ -131,6 +132,9 @@ def convert(
     if config.embed_dim != teacher.config.embed_dim:
         student.project = head.project
     inherited = inherit(teacher, student, share=share)
+    lost = [name for name, value in student.state_dict().items() if value.is_meta and device.type != "meta"]
+    if lost:
+        raise ValueError(f"encoder has no {listed(lost)}, or a wrapper hides them; remove it before the conversion")
     if report is not None:
         report(inherited)
     return student
@@ -139,7 +143,7 @@ def convert(
 @torch.no_grad()
 def inherit(teacher: Encoder, student: Encoder, *, share: bool = False) -> Inherited:
     """Copy every weight of the same name and shape to the student. Returns their names. share: as in `convert`."""
-    theirs, mine = teacher.state_dict(), student.state_dict()
+    theirs, mine = without_wrappers(teacher.state_dict(), "encoder"), student.state_dict()
     twins = [name for name, value in mine.items() if name in theirs and theirs[name].shape == value.shape]
     bias = "patch_embed.projection.bias"
     if teacher.positions is not None and student.positions is None and bias in mine:

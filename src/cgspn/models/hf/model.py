@@ -14,10 +14,11 @@ from transformers.modeling_outputs import BackboneOutput, BaseModelOutputWithPoo
 from transformers.utils import can_return_tuple
 
 from ...layers import AttentionMixer, Block, Grid
-from ...layers.window_attention import order
+from ...layers.window_attention import order, window_of
 from ..card import write_card
 from ..encoder import Encoder, to_map
 from ..timm_api import build_head
+from ..weights import without_wrappers
 from .config import CgspnConfig
 
 Maps = tuple[Tensor, ...] | None
@@ -74,10 +75,21 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
             initialization.copy_(parameter, fresh[name])
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
-    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Like transformers', plus a model card if there is none. `cgspn.load_encoder` can read the folder."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        if kwargs.get("is_main_process", True):
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Like transformers', plus a model card if there is none. `cgspn.load_encoder` can read the folder.
+
+        Names of weights are those without torch.compile, for which transformers would find no weights.
+        """
+        state = without_wrappers(self.state_dict() if state_dict is None else state_dict, "this model")
+        super().save_pretrained(save_directory, is_main_process, state, *args, **kwargs)
+        if is_main_process:
             write_card(save_directory, self.encoder.config, self.num_parameters())
 
     def run(
@@ -114,7 +126,7 @@ class CgspnPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
                 tokens = block.mlp_half(tokens + block.scale1(branch))
                 maps.append(attention)
             else:
-                tokens, grid = order(tokens, grid, block.mixer.window)
+                tokens, grid = order(tokens, grid, window_of(block))
                 # transformers' function, which may also offload
                 tokens = self._gradient_checkpointing_func(block, tokens, grid) if recompute else block(tokens, grid)
             if want_states:
