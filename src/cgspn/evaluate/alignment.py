@@ -25,12 +25,8 @@ def _pair(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 def cosine(student: Tensor, teacher: Tensor) -> float:
     """Compute the cosine similarity between student and teacher tokens, averaged over all tokens.
 
-    Args:
-        student: [..., C], such as [B, N, C] or [B, h, w, C].
-        teacher: the same shape.
-
-    Raises:
-        ValueError: shapes differ or are empty, or values are not finite.
+    student, teacher: [..., C], such as [B, N, C] or [B, h, w, C]. Raises ValueError if shapes differ or are empty, or
+    values are not finite.
     """
     s, t = _pair(student, teacher)
     return float(cosine_similarity(s, t, dim=-1).mean())
@@ -39,12 +35,7 @@ def cosine(student: Tensor, teacher: Tensor) -> float:
 def relative_mse(student: Tensor, teacher: Tensor) -> float:
     """Compute ||student - teacher||^2 / ||teacher||^2 over all tokens and channels, as in the loss of stage 1.
 
-    Args:
-        student: [..., C].
-        teacher: the same shape, not all zero.
-
-    Raises:
-        ValueError: shapes differ or are empty, values are not finite, or the teacher is all zeros.
+    Shapes and errors are those of `cosine`. Also raises ValueError if the teacher is all zeros.
     """
     s, t = _pair(student, teacher)
     energy = float(t.square().sum())

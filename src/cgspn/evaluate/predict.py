@@ -25,12 +25,10 @@ TEXTS = 256  # per batch
 
 @dataclass(frozen=True, eq=False)
 class Classification:
-    """The classification of N images into K classes.
+    """The classification of N images into K classes: the name of the most probable class of each image.
 
-    Attributes:
-        labels: name of the most probable class of each image.
-        probabilities: float32 [N, K]. For a model trained with a softmax (CLIP), each row sums to 1; for one trained
-            with a sigmoid (SigLIP), each class has an independent probability.
+    probabilities: float32 [N, K]. For a model trained with a softmax (CLIP), each row sums to 1; for one trained with a
+    sigmoid (SigLIP), each class has an independent probability.
     """
 
     labels: list[str]
@@ -39,12 +37,10 @@ class Classification:
 
 @dataclass(frozen=True, eq=False)
 class Similarity:
-    """Similarities between N images and M texts.
+    """Similarities between N images and M texts, float32 [N, M] each.
 
-    Attributes:
-        cosine: float32 [N, M], -1 to 1.
-        logits: float32 [N, M], the cosine with the learned scale (and the bias, for a sigmoid loss) of the model.
-        probabilities: float32 [N, M]: softmax of the logits over the texts for CLIP, sigmoid for SigLIP.
+    cosine: -1 to 1. logits: the cosine with the learned scale (and the bias, for a sigmoid loss) of the model.
+    probabilities: softmax of the logits over the texts for CLIP, sigmoid for SigLIP.
     """
 
     cosine: Tensor
@@ -90,17 +86,7 @@ def similarity(
 ) -> Similarity:
     """Compute the similarity of each image to each text, for search in both directions.
 
-    Args:
-        model: an image-text model from `load_model`, on any device.
-        images: one image or a list. An image is a path, a PIL image, or an array or tensor as for
-            `data.prepare.array_picture`.
-        texts: M texts, or one.
-        size: image size in pixels, a side or (height, width); None for the encoder's native size.
-
-    Raises:
-        OSError: an image is missing or damaged.
-        ValueError: an encoder without a text tower, no images, an empty text, or a size that is not a multiple of the
-            patch size.
+    texts: M texts, or one; an empty one raises ValueError. Other arguments and errors are those of `classify`.
     """
     model = require_text(model, "model")
     texts = [texts] if isinstance(texts, str) else list(texts)

@@ -22,9 +22,8 @@ QUERIES = 1024  # per batch
 class Retrieval:
     """Recall in both directions, 0 to 1, by rank: `image_to_text[1]` is R@1 from image to text.
 
-    Attributes:
-        image_to_text: fraction of images with one of their captions among the first k.
-        text_to_image: fraction of captions with one of their images among the first k.
+    image_to_text: fraction of images with one of their captions among the first k. text_to_image: fraction of captions
+    with one of their images among the first k.
     """
 
     image_to_text: dict[int, float]
@@ -43,16 +42,11 @@ def retrieve(
     The rank of a query is the number of wrong items with a score at least as high as its best right item. Ties
     therefore count against the model: a model that maps everything to one point scores 0.
 
-    Args:
-        image_embeddings: [N, D], of any norm.
-        text_embeddings: [M, D], of any norm.
-        image_ids: integers [N]; images and captions with the same id belong together.
-        text_ids: integers [M].
-        ranks: the k of R@k.
+    image_embeddings, text_embeddings: [N, D] and [M, D], of any norm. image_ids, text_ids: integers [N] and [M]; images
+    and captions with the same id belong together. ranks: the k of R@k.
 
-    Raises:
-        TypeError: ids are not integers.
-        ValueError: shapes do not match, embeddings are not finite, a rank is below 1, or an id occurs on one side only.
+    Raises TypeError for ids that are not integers, and ValueError if shapes do not match, embeddings are not finite, a
+    rank is below 1, or an id occurs on one side only.
 
     Source: R@k as in Karpathy and Fei-Fei, "Deep Visual-Semantic Alignments", section 4.1.
     """
@@ -73,14 +67,9 @@ def retrieve_captions(
 ) -> Retrieval:
     """Compute recall like `retrieve`, for a given list of matching pairs. Images may share captions.
 
-    Args:
-        image_embeddings: [N, D], of any norm.
-        text_embeddings: [M, D], of any norm; give each text only once, because duplicates tie with each other.
-        pairs: integers [P, 2], indices of matching images and texts; every image and text must occur.
-        ranks: the k of R@k.
-
-    Raises:
-        ValueError: shapes do not match, embeddings are not finite, a rank is below 1, or an image or text has no match.
+    Give each text only once, because duplicates tie with each other. pairs: integers [P, 2], indices of matching images
+    and texts. Raises ValueError if shapes do not match, embeddings are not finite, a rank is below 1, or an image or
+    text has no match.
     """
     check_matrix("image_embeddings", image_embeddings, "[N, D]")
     check_matrix("text_embeddings", text_embeddings, "[M, D]")

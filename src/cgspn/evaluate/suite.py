@@ -42,12 +42,9 @@ def evaluate_zeroshot(model: DualEncoder, images: ImageSet) -> float:
 
 
 def evaluate_dual(model: DualEncoder, test: ImageSet, probe: ImageSet) -> dict[str, float]:
-    """The metrics of METRICS, each 0 to 1.
+    """The metrics of METRICS, each 0 to 1, of a model in eval mode on square images.
 
-    Args:
-        model: image and text encoder, in eval mode.
-        test: square test images.
-        probe: square training images of the linear segmentation probe.
+    probe: training images of the linear segmentation probe.
     """
     embeddings, tokens = embed_set(model, test)
     _, probe_tokens = embed_set(model, probe)

@@ -20,16 +20,11 @@ NAME = 20  # width that a row's name keeps before numbers are wrapped
 
 @dataclass(frozen=True)
 class Metric:
-    """A column.
+    """A column, with its name in rows and in JSON (`key`) and its heading (`label`).
 
-    Attributes:
-        key: name in rows and in JSON.
-        label: heading.
-        scale: factor for display, such as 100 for fractions shown as per cent.
-        unit: shown after the label, such as "%" or "ms".
-        digits: number of decimals.
-        higher_is_better: True, False, or None if no value is better (a size, a count).
-        averaged: whether it is included in the macro average.
+    scale: factor for display, such as 100 for fractions shown as per cent. unit: shown after the label, such as "%" or
+    "ms". digits: number of decimals. higher_is_better: None if no value is better (a size, a count). averaged: whether
+    it is included in the macro average.
     """
 
     key: str
@@ -56,13 +51,8 @@ class SummaryTable:
 
     A row without one of these metrics has no average, because averages over different metrics cannot be compared.
 
-    Attributes:
-        title: shown above.
-        metrics: the columns; averaged metrics must have the same scale, unit and direction.
-        rows: values by row name and metric key; filled by `add`.
-
-    Raises:
-        ValueError: duplicate keys, or averaged metrics that cannot be compared.
+    metrics: the columns; averaged metrics must have the same scale, unit and direction. rows: values by row name and
+    metric key; filled by `add`. Raises ValueError for duplicate keys, or averaged metrics that cannot be compared.
     """
 
     title: str
@@ -83,8 +73,7 @@ class SummaryTable:
     def add(self, name: str, values: Mapping[str, float | None]) -> None:
         """Add a row, or replace the row of that name. A missing metric or None is shown as a dash.
 
-        Raises:
-            ValueError: an unknown key, or a value that is not finite.
+        Raises ValueError for an unknown key, or a value that is not finite.
         """
         unknown = sorted(set(values) - {m.key for m in self.metrics})
         if unknown:

@@ -20,17 +20,11 @@ def class_embeddings(
     """Compute one embedding per class: the normalised embeddings of its name in every template, averaged and normalised
     again.
 
-    Args:
-        encode_text: function from T texts to embeddings [T, D], of any norm; called once, without gradients.
-        class_names: K names.
-        templates: texts with one `{}` for the name.
+    encode_text: function from T texts to embeddings [T, D], of any norm; called once, without gradients. class_names: K
+    names. templates: texts with one `{}` for the name.
 
-    Returns:
-        float32 [K, D], rows with norm 1.
-
-    Raises:
-        ValueError: there are no names or templates, a template has no `{}`, or embeddings have a wrong shape or are not
-            finite.
+    Returns float32 [K, D], rows with norm 1. Raises ValueError if there are no names or templates, a template has no
+    `{}`, or embeddings have a wrong shape or are not finite.
 
     Source: Radford et al., "Learning Transferable Visual Models from Natural Language Supervision", 3.1.4.
     """
@@ -48,12 +42,9 @@ def class_embeddings(
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Accuracies, 0 to 1.
+    """Accuracies, 0 to 1: of the nearest class by cosine (top1), and of the five nearest, 1 for five classes or fewer.
 
-    Attributes:
-        top1: fraction of images whose nearest class by cosine is the right one.
-        top5: fraction of images whose class is among the five nearest; 1 for five classes or fewer.
-        per_class: top1 of each class, averaged over the classes that have images.
+    per_class: top1 of each class, averaged over the classes that have images.
     """
 
     top1: float
@@ -64,14 +55,10 @@ class Accuracy:
 def accuracy(image_embeddings: Tensor, class_embeddings: Tensor, labels: Tensor) -> Accuracy:
     """Classify images by the nearest class embedding (cosine), and compute the accuracy with torchmetrics.
 
-    Args:
-        image_embeddings: [N, D], of any norm.
-        class_embeddings: [K, D], of any norm.
-        labels: integers [N], 0 to K - 1.
+    image_embeddings, class_embeddings: [N, D] and [K, D], of any norm. labels: integers [N], 0 to K - 1.
 
-    Raises:
-        TypeError: labels are not integers.
-        ValueError: shapes do not match, labels are out of range, or embeddings are not finite.
+    Raises TypeError for labels that are not integers, and ValueError if shapes do not match, labels are out of range,
+    or embeddings are not finite.
     """
     from torchmetrics.functional.classification import multiclass_accuracy
 

@@ -84,13 +84,9 @@ class ShiftedPropagation(PropagationMixer):
 def trace(side: ImageSide, bounds: Bounds, *, onnx: bool = False) -> ExportedProgram:
     """Trace an `ImageSide` for all sizes and batches in `bounds`, with its current device and dtype.
 
-    Args:
-        side: not modified.
-        bounds: a single size, or a batch of only 1, is fixed in the program; others are dynamic.
-        onnx: keep local convolutions. Such a program is only for the ONNX exporter, which ignores memory layouts; in
-            PyTorch it would reject grids with one line.
-
-    Raises torch's errors if the model cannot be traced.
+    bounds: a single size, or a batch of only 1, is fixed in the program; others are dynamic. onnx: keep local
+    convolutions. Such a program is only for the ONNX exporter, which ignores memory layouts; in PyTorch it would reject
+    grids with one line. Raises torch's errors if the model cannot be traced.
     """
     shape_config = private("fx.experimental._config")
     side = copy.deepcopy(side).eval().requires_grad_(False)

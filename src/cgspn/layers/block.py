@@ -32,9 +32,8 @@ class Block(nn.Module):
 
     executor.py decides which of these layers run fused. docs/paper.md describes the taps PP and PB.
 
-    Attributes:
-        fusion_backend: "auto" uses fused kernels if they are faster and give the same result, "triton" even if they are
-            slower, "torch" never.
+    fusion_backend: "auto" uses fused kernels if they are faster and give the same result, "triton" even if they are
+    slower, "torch" never.
     """
 
     fusion_backend: Literal["auto", "triton", "torch"] = "auto"

@@ -32,8 +32,7 @@ class Mixer(nn.Module):
     """Base class of mixers: tokens [B, N, C] -> [B, N, C]. The mixer is the only part of a block that exchanges
     information between tokens.
 
-    Attributes:
-        window: window size, if the mixer expects tokens sorted by window; None for row order.
+    window: window size, if the mixer expects tokens sorted by window; None for row order.
     """
 
     window: Window | None = None

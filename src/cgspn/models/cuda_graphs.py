@@ -39,8 +39,7 @@ class CapturedEncoder:
     Every call checks the shape and dtype of the images, autocast, and the encoder. In-place changes to weights take
     effect immediately. If modules, hooks or weight tensors have been replaced, all shapes are recorded again.
 
-    Attributes:
-        config, patch_embed: the encoder's, which `encode_variable_size` reads.
+    config, patch_embed: the encoder's, which `encode_variable_size` reads.
     """
 
     def __init__(self, encoder: Encoder, *, limit: int = 16, memory: float = 8.0) -> None:

@@ -50,8 +50,7 @@ class Encoder(TimmContract):
     With config.num_classes, a classifier follows the pooling; its logits are `forward_head(forward_features(images))`,
     and `forward` does not change. The method names are those of timm's vision transformers (docs/timm.md).
 
-    Attributes:
-        block_type: class of the blocks; subclasses for other libraries override it.
+    block_type: class of the blocks; subclasses for other libraries override it.
     """
 
     block_type: type[Block] = Block

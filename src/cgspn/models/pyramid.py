@@ -44,13 +44,8 @@ class FeaturePyramid(nn.Module):
     ) -> None:
         """Create a pyramid that shares `encoder` and trains it too, unless its gradients are disabled.
 
-        Args:
-            encoder: any image encoder.
-            channels: number of channels of every map.
-            strides: in pixels, ascending.
-            index: the block from whose normalised tokens the maps are computed.
-
-        Raises ValueError for strides that are not positive and ascending, or a block that does not exist.
+        channels: of every map. strides: in pixels, ascending. index: the block from whose normalised tokens the maps
+        are computed. Raises ValueError for strides that are not positive and ascending, or a block that does not exist.
         """
         super().__init__()
         rising = all(a < b for a, b in pairwise(strides))

@@ -60,10 +60,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def build(cls: type[Config], values: Any, where: str) -> Config:
     """Build a dataclass config from JSON values. Missing fields keep their defaults.
 
-    Args:
-        cls: a dataclass of bool, int, float, str, Literal, tuples of them, None, and further such dataclasses.
-        values: the JSON object.
-        where: the file, and the key in it, for messages.
+    cls: a dataclass of bool, int, float, str, Literal, tuples of them, None, and further such dataclasses. where: the
+    file, and the key in it, for messages.
 
     Raises CheckpointError for unknown keys, values of another type, and values that `cls` rejects.
     """

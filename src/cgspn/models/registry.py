@@ -89,12 +89,8 @@ def model_config(name: str, **overrides: Any) -> EncoderConfig:
 
 
 def create_model(name: str, **overrides: Any) -> Encoder:
-    """Create an encoder by name, with random weights.
+    """Create an encoder with random weights by its name, one of `list_models()`.
 
-    Args:
-        name: one of `list_models()`.
-        overrides: fields of `EncoderConfig`, such as `image_size=(518, 518)`.
-
-    Raises ValueError like `model_config`.
+    overrides: fields of `EncoderConfig`, such as `image_size=(518, 518)`. Raises ValueError like `model_config`.
     """
     return Encoder(model_config(name, **overrides))

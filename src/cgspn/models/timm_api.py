@@ -89,11 +89,9 @@ class TimmContract(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a new one.
+        """Replace the classifier by a new one; num_classes 0 for none.
 
-        Args:
-            num_classes: 0 for none.
-            global_pool: new pooling under timm's name, "avg" or "token"; None keeps the current one.
+        global_pool: new pooling under timm's name, "avg" or "token"; None keeps the current one.
 
         Raises ValueError for a pooling that is unknown, needs a missing class token, or would need new weights ("map").
         """
@@ -115,9 +113,7 @@ class TimmContract(nn.Module):
         Forward accepts any size without this. Use it to save a checkpoint with that size, to train position embeddings
         at that size, or for a finer or coarser grid.
 
-        Args:
-            img_size: (height, width) in pixels; None keeps it.
-            patch_size: in pixels, square; None keeps it.
+        img_size: (height, width) in pixels. patch_size: in pixels, square. None keeps either.
 
         Raises ValueError for an image size that is not a multiple of the patch, or a patch that is not square.
         Source: timm; for the patches, FlexiViT (Beyer et al., 2023).
@@ -145,12 +141,8 @@ class TimmContract(nn.Module):
     ) -> list[int]:
         """Drop all modules that the feature maps of `indices` do not need. Returns non-negative indices.
 
-        Args:
-            indices: as in `forward_intermediates`.
-            prune_norm: drop the last LayerNorm too.
-            prune_head: drop pooling weights, projection and classifier too.
-
-        Raises ValueError for an index outside the encoder.
+        indices: as in `forward_intermediates`. prune_norm: drop the last LayerNorm too. prune_head: drop pooling
+        weights, projection and classifier too. Raises ValueError for an index outside the encoder.
         """
         kept = self.block_indices(indices)
         self.blocks = self.blocks[: max(kept) + 1]

@@ -12,9 +12,8 @@ from ..layers.plain import has_no_hooks
 class TimmBlock(Block):
     """A `Block` with the additional features of timm's blocks.
 
-    Attributes:
-        drop_path: in training, the fraction of images that skip each half of the block; the others are scaled up.
-        map: an identity module that is called with the block's map [B, C, h, w], for hooks.
+    drop_path: in training, the fraction of images that skip each half of the block; the others are scaled up. map: an
+    identity module that is called with the block's map [B, C, h, w], for hooks.
     """
 
     drop_path = 0.0

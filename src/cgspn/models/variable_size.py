@@ -60,11 +60,7 @@ def choose_shapes(grids: Sequence[Shape], count: int) -> list[Shape]:
     area with aspect ratios around 1 (standard deviation of the logarithm 0.35), 11% of the tokens are padding with 8
     shapes and 4% with 16. If the side lengths vary too (0.3), 28% are padding with 16 shapes and 13% with 64.
 
-    Args:
-        grids: rows and columns of patches of each image.
-        count: maximum number of shapes, at least 1.
-
-    Raises ValueError for an empty sequence or a count below 1.
+    grids: rows and columns of patches of each image. Raises ValueError for an empty sequence or a count below 1.
     """
     if not grids or count < 1:
         raise ValueError(f"choose_shapes got {len(grids)} grids and a count of {count}; expected at least one of each")

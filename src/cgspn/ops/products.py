@@ -80,9 +80,8 @@ class Pointer(c_void_p):
 class Product:
     """The product out = a b on the stream for which it was prepared.
 
-    Attributes:
-        pointers: the addresses of a, b, out and add. They can be replaced by other multiples of 16.
-        run: starts the product; returns the library's status.
+    pointers: the addresses of a, b, out and add, replaceable by other multiples of 16. run: starts the product and
+    returns the library's status.
     """
 
     _description: c_void_p | None = None

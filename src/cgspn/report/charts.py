@@ -65,16 +65,10 @@ def thin(values: Sequence[float], most: int = 300) -> tuple[list[float], list[fl
 def loss_chart(curves: Mapping[str, Sequence[float]], *, label: str) -> str:
     """A chart of losses over steps, with one colour per name: faint values and their moving average.
 
-    Args:
-        curves: losses by name; names in MARKERS have fixed colours.
-        label: alternative text of the chart.
+    curves: losses by name; names in MARKERS have fixed colours. label: alternative text of the chart.
 
-    Returns:
-        An `<svg>` element.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is missing.
-        ValueError: no curve, or an empty one.
+    Returns an `<svg>` element. Raises ModuleNotFoundError without matplotlib, and ValueError for no curve or an empty
+    one.
     """
     if not curves or not all(curves.values()):
         raise ValueError(
@@ -100,19 +94,9 @@ def loss_chart(curves: Mapping[str, Sequence[float]], *, label: str) -> str:
 def block_chart(
     values: Mapping[str, Sequence[float]], *, label: str, limits: tuple[float | None, float | None] = (None, None)
 ) -> str:
-    """A chart with one value per block, and one line per name.
+    """A chart with one value per block, and one line per name. Otherwise like `loss_chart`.
 
-    Args:
-        values: by name, in the order of the blocks.
-        label: alternative text of the chart.
-        limits: limits of the vertical axis; None for the range of the values.
-
-    Returns:
-        An `<svg>` element.
-
-    Raises:
-        ModuleNotFoundError: matplotlib is missing.
-        ValueError: no values.
+    limits: limits of the vertical axis; None for the range of the values.
     """
     if not values or not all(values.values()):
         raise ValueError("values is empty; expected one value per block")

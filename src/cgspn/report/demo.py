@@ -31,14 +31,10 @@ ALIGNED = 200  # test images on which blocks are compared
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The results of the demo.
+    """The results of the demo: a table with one row per model, and the stages of each student by its name.
 
-    Attributes:
-        table: one row per model.
-        histories: the stages of each student in order, by the student's name.
-        models: "teacher", "C-GSPN" and others, on the CPU, in eval mode; "teacher" and "C-GSPN" are needed.
-        images: test images, at least 16.
-        facts: further facts to show: counts, seconds, versions, machine, seeds.
+    models: "teacher", "C-GSPN" and others, on the CPU, in eval mode; "teacher" and "C-GSPN" are needed. images: test
+    images, at least 16. facts: further facts to show: counts, seconds, versions, machine, seeds.
     """
 
     table: SummaryTable
@@ -51,9 +47,8 @@ class DemoResult:
 def demo_report(result: DemoResult) -> str:
     """The report as one self-contained HTML document.
 
-    Raises:
-        ModuleNotFoundError: matplotlib is missing; the message names the extra.
-        ValueError: "teacher" or "C-GSPN" is not among the models, or too few images.
+    Raises ModuleNotFoundError without matplotlib, naming the extra, and ValueError for too few images or if "teacher"
+    or "C-GSPN" is not among the models.
     """
     missing = [name for name in (TEACHER, STUDENT) if name not in result.models]
     if missing:

@@ -17,11 +17,9 @@ CHECKED = 64  # patches whose cosines are compared with the exact ones
 class Descriptors:
     """Unit vectors of the patches, projected on their principal directions and quantised.
 
-    Attributes:
-        codes: int8 [h, w, D].
-        steps: float32 [D], the quantisation step of each direction.
-        kept: fraction of the squared norm that the projection keeps, averaged over the patches.
-        error: largest difference between the page's cosines and the exact ones, over the checked rows.
+    codes: int8 [h, w, D]. steps: float32 [D], the quantisation step of each direction. kept: fraction of the squared
+    norm that the projection keeps, averaged over the patches. error: largest difference between the page's cosines and
+    the exact ones, over the checked rows.
     """
 
     codes: Tensor
@@ -31,13 +29,10 @@ class Descriptors:
 
 
 def describe(features: Tensor) -> Descriptors:
-    """Descriptors of one feature map.
+    """Descriptors of one feature map [h, w, C] of finite values.
 
     The unit vectors are not centred, so that the error of a cosine is the product of the errors of the two vectors.
     Each direction has its own step, because the mean has a much larger range than the other directions.
-
-    Args:
-        features: [h, w, C], finite.
     """
     units = normalize(features.detach().double().flatten(0, 1), dim=1)
     values, vectors = torch.linalg.eigh(units.T @ units)

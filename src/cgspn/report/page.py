@@ -14,14 +14,8 @@ from importlib import resources
 
 @dataclass(frozen=True)
 class Section:
-    """A part of a page.
-
-    Attributes:
-        key: anchor of letters, digits and dashes.
-        title: heading, plain text.
-        body: HTML.
-        short: name in the table of contents; the title if empty.
-    """
+    """A part of a page. key: anchor of letters, digits and dashes. short: name in the table of contents; the title if
+    empty."""
 
     key: str
     title: str
@@ -37,18 +31,9 @@ def asset(name: str) -> str:
 def page(
     title: str, lead: str, sections: Sequence[Section], *, footer: str = "", style: str = "", script: str = ""
 ) -> str:
-    """A complete HTML document.
+    """A complete HTML document. Raises ValueError for two sections with the same key.
 
-    Args:
-        title: plain text.
-        lead: one or two sentences below it, plain text.
-        sections: the sections in order.
-        footer: plain text.
-        style: CSS for this page only.
-        script: JavaScript for this page, run after loading.
-
-    Raises:
-        ValueError: two sections with the same key.
+    lead: one or two sentences below the title. style, script: CSS and JavaScript for this page only.
     """
     keys = [section.key for section in sections]
     if len(set(keys)) < len(keys):

@@ -15,13 +15,10 @@ SIDE = 512  # longer side in pixels of a visualisation
 
 @dataclass(frozen=True)
 class ColourBasis:
-    """The mapping from one model's features to colours.
+    """The mapping from one model's features to colours: subtract `mean` [C], then project on `axes` [C, 3].
 
-    Attributes:
-        mean: [C], subtracted first.
-        axes: [C, 3], maps centred features to the three components.
-        explained: fraction of the variance in the three components.
-        agreement: correlation of each component with the one it was aligned to; None if not aligned.
+    explained: fraction of the variance in the three components. agreement: correlation of each component with the one
+    it was aligned to; None if not aligned.
     """
 
     mean: Tensor
@@ -53,12 +50,8 @@ def fit_colours(maps: Sequence[Tensor], *, like: tuple[ColourBasis, Sequence[Ten
     could thus get different colours. With `like`, the three components are rotated (and reflected) to correlate best
     with those of another model on the same images. The subspace does not change.
 
-    Args:
-        maps: features [..., C], at least one.
-        like: another model's basis and its features [..., C'] of the same images, with the same leading sizes.
-
-    Raises:
-        ValueError: no features, features that are not finite, or `like` of other sizes.
+    maps: features [..., C], at least one. like: another model's basis and its features [..., C'] of the same images,
+    with the same leading sizes. Raises ValueError for no features, features that are not finite, or other sizes.
 
     Source: orthogonal Procrustes problem, Schoenemann 1966; PCA colours as in DINOv2 (Oquab et al., 2023), figure 1.
     """

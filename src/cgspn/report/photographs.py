@@ -27,12 +27,7 @@ SMALL_SIDE = 256  # up to this size images are stored losslessly
 
 @dataclass(frozen=True)
 class Photograph:
-    """A photograph to show.
-
-    Attributes:
-        name: path below the given folder.
-        pixels: uint8 [3, H, W], H and W multiples of the patch size.
-    """
+    """A photograph to show: its path below the given folder, and uint8 [3, H, W], multiples of the patch size."""
 
     name: str
     pixels: Tensor
@@ -50,19 +45,13 @@ def load_photographs(
 ) -> tuple[list[Photograph], Skipped]:
     """Load the first photographs of a folder, or the embedded test images, sixteen per canvas.
 
-    Args:
-        source: a folder, read with its sub-folders in the order of names, or "embedded".
-        side: longer side in pixels, rounded to whole patches.
-        patch: patch size in pixels.
-        limit: maximum number of photographs.
-        first: paths below the folder of those that come before the others.
+    source: a folder, read with its sub-folders in the order of names, or "embedded". side: longer side in pixels,
+    rounded to whole patches. limit: maximum number of photographs. first: paths below the folder of those that come
+    before the others.
 
-    Returns:
-        The photographs, and a report of files that could not be read.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: no folder, or no image files in it.
-        ValueError: `side` below a patch, `limit` below 1, or no readable file.
+    Returns the photographs, and a report of files that could not be read. Raises FileNotFoundError or
+    NotADirectoryError for no folder or no image files in it, and ValueError for `side` below a patch, `limit` below 1
+    or no readable file.
     """
     if side < patch:
         raise ValueError(f"size is {side}; accepted: at least one patch, {patch} pixels")

@@ -20,13 +20,9 @@ RISEN = 1.05  # a loss that ends above this multiple of its lowest twentieth is 
 def run_report(record: Record) -> str:
     """The report of a run as one self-contained HTML document.
 
-    Args:
-        record: the content of distill.json: "command", "versions", "config", "losses" (by stage, a list
-            of steps), "throughput" (by stage), "images", "held_out" (`held_out.compare`), "skipped" (file and reason),
-            "processes", "device".
-
-    Raises:
-        ModuleNotFoundError: matplotlib is missing; the message names the extra.
+    record: the content of distill.json: "command", "versions", "config", "losses" (by stage, a list of steps),
+    "throughput" (by stage), "images", "held_out" (`held_out.compare`), "skipped" (file and reason), "processes",
+    "device". Raises ModuleNotFoundError without matplotlib, naming the extra.
     """
     losses: Mapping[str, list[dict[str, float]]] = record["losses"]
     stages = {title: steps for title, steps in losses.items() if steps}

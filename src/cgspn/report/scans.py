@@ -51,15 +51,10 @@ def look(encoder: Encoder, image: Tensor, layers: Collection[int]) -> Look:
 def layer_maps(encoder: Encoder, seen: Look, layer: int, positions: Positions) -> dict[str, Tensor]:
     """The contribution of every position to each position in one layer.
 
-    Args:
-        encoder: the encoder that produced `seen`.
-        seen: from `look`, with the input of `layer`.
-        layer: index of the block.
-        positions: (row, column) of P patches.
+    seen: from `look`, with the input of `layer`, the index of a block. positions: (row, column) of P patches.
 
-    Returns:
-        Non-negative maps [P, h, w] on the CPU: "attention" for an attention layer; for a propagation layer one per
-        direction, and "together".
+    Returns non-negative maps [P, h, w] on the CPU: "attention" for an attention layer; for a propagation layer one per
+    direction, and "together".
     """
     mixer, entry = encoder.each_block()[layer].mixer, seen.block_inputs[layer]
     if isinstance(mixer, AttentionMixer):
@@ -84,14 +79,9 @@ def scan_maps(mixer: PropagationMixer, entry: Tensor, grid: Grid, positions: Pos
     not mix channels, so one backward pass per direction gives all rows of the derivative. A row is the gradient of the
     channel's own input plus those of its parameters, multiplied by the weights that compute them.
 
-    Args:
-        mixer: the layer's mixer.
-        entry: its normalised input tokens [1, h*w, C].
-        grid: of these tokens.
-        positions: (row, column) of P patches.
+    entry: the mixer's normalised input tokens [1, h*w, C] on `grid`. positions: (row, column) of P patches.
 
-    Returns:
-        Maps [P, h, w] on the CPU by direction, and "together". They are exactly 0 where a scan has no influence.
+    Returns maps [P, h, w] on the CPU by direction, and "together". They are exactly 0 where a scan has no influence.
     """
     config, width, made = mixer.config, mixer.value_width, mixer.params_per_direction
     directions, latent, values = config.directions, *scanned(mixer, entry, grid)

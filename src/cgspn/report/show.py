@@ -22,11 +22,9 @@ FITTED = 20_000  # most patches per photograph for fitting colours
 
 @dataclass(frozen=True)
 class Show:
-    """Photographs with the features of a student, and optionally its teacher.
+    """Photographs with the features of a student, and optionally its teacher: a view of each.
 
-    Attributes:
-        views: one per photograph.
-        colours: by model, fitted on all photographs; the student's are aligned with the teacher's.
+    colours: by model, fitted on all photographs; the student's are aligned with the teacher's.
     """
 
     views: list[View]
@@ -44,16 +42,11 @@ def look_at(
 ) -> Show:
     """Run the photographs through the models one by one, on the models' device.
 
-    Args:
-        photographs: at least one, with sizes that are multiples of the patch size.
-        student: any encoder.
-        teacher: any encoder of the same patch size.
-        layers: the student's layers, from 1, whose influence is shown; None for four evenly spaced ones.
-        places: patches whose influence is shown, as fractions of height and width.
-        watch: called after each photograph.
+    photographs: at least one, with sizes that are multiples of the patch size. layers: the student's layers, from 1,
+    whose influence is shown; None for four evenly spaced ones. places: patches whose influence is shown, as fractions
+    of height and width. watch: called after each photograph.
 
-    Raises:
-        ValueError: different patch sizes, a layer that the student does not have, or a place outside 0 to 1.
+    Raises ValueError for different patch sizes, a layer that the student does not have, or a place outside 0 to 1.
     """
     layers = layers or even_layers(student)
     check_show(student, teacher, layers, places)
@@ -95,13 +88,8 @@ def check_show(student: Encoder, teacher: Encoder | None, layers: Sequence[int],
 def show_picture(shown: Show, width: int = 288, rows: int = 4, gap: int = 6) -> Image.Image:
     """A picture with one row per photograph and PCA visualisations of its features, teacher first, below column titles.
 
-    All rows have the aspect ratio of the first photograph; others are cropped.
-
-    Args:
-        shown: from `look_at`.
-        width: width of each image in pixels.
-        rows: maximum number of photographs.
-        gap: transparent pixels between images.
+    All rows have the aspect ratio of the first photograph; others are cropped. width: of each image in pixels. rows:
+    maximum number of photographs. gap: transparent pixels between images.
     """
     first = shown.views[0].photograph.pixels
     size = (round(width * first.shape[1] / first.shape[2]), width)

@@ -25,11 +25,9 @@ Place = tuple[float, float]
 class Flow:
     """For one layer of one model, the source positions that contribute to chosen patches.
 
-    Attributes:
-        model: "teacher" or "student".
-        kind: "down", "up", "right", "left", "together" or "attention".
-        shares: uint8 [P, rows, columns], of each cell of the grid: 255 * sqrt(influence / largest influence).
-        halves: for each patch the radius, in patches, that contains half of the influence of other patches.
+    model: "teacher" or "student". kind: "down", "up", "right", "left", "together" or "attention". shares: uint8
+    [P, rows, columns], of each cell of the grid: 255 * sqrt(influence / largest influence). halves: for each patch the
+    radius, in patches, that contains half of the influence of other patches.
     """
 
     model: str
@@ -42,14 +40,10 @@ class Flow:
 class View:
     """One photograph with the models' features.
 
-    Attributes:
-        photograph: the input of the models.
-        features: by model, the tokens after the last norm, float32 [h, w, C].
-        cells: rows and columns of clickable cells, h and w unless these are too many.
-        descriptors: by model, for the cells.
-        points: (row, column) of the chosen patches, in cells.
-        flows: by layer number, from 1.
-        agreement: mean cosine of the two models' tokens; None for one model or different widths.
+    features: by model, the tokens after the last norm, float32 [h, w, C]. cells: rows and columns of clickable cells, h
+    and w unless these are too many. descriptors: by model, for the cells. points: (row, column) of the chosen patches,
+    in cells. flows: by layer number, from 1. agreement: mean cosine of the two models' tokens; None for one model or
+    different widths.
     """
 
     photograph: Photograph
@@ -62,13 +56,10 @@ class View:
 
 
 def view(photograph: Photograph, models: Mapping[str, Encoder], layers: Sequence[int], places: Sequence[Place]) -> View:
-    """Run every model on a photograph.
+    """Run every model on a photograph: "teacher" and "student", or one of them, with equal patch sizes.
 
-    Args:
-        photograph: its size is a multiple of the patch size.
-        models: "teacher" and "student", or one of them, with equal patch sizes.
-        layers: numbers from 1. For a teacher of another depth, the layer at the same relative depth is used.
-        places: positions of patches whose flows are computed, as fractions of height and width.
+    layers: numbers from 1. For a teacher of another depth, the layer at the same relative depth is used. places:
+    positions of patches whose flows are computed, as fractions of height and width.
     """
     device = next(iter(models.values())).input_weight.device
     features: dict[str, Tensor] = {}
@@ -165,10 +156,7 @@ def _flows(
 def reach(values: Tensor, position: tuple[int, int], share: float = 0.5) -> float:
     """The radius, in patches, that contains the fraction `share` of the influence of all other positions; 0 if none.
 
-    Args:
-        values: [h, w], non-negative; the value at the position itself is ignored.
-        position: (row, column).
-        share: 0 to 1.
+    values: [h, w], non-negative; the value at the position (row, column) itself is ignored. share: 0 to 1.
     """
     rows = torch.arange(values.shape[0], dtype=torch.float64)[:, None] - position[0]
     columns = torch.arange(values.shape[1], dtype=torch.float64)[None] - position[1]

@@ -28,13 +28,7 @@ FLOWS = {
 
 
 def show_page(shown: Show, models: Mapping[str, str], facts: Mapping[str, str]) -> str:
-    """The page as one self-contained HTML document.
-
-    Args:
-        shown: from `look_at`.
-        models: display names by "teacher" and "student".
-        facts: further facts to show.
-    """
+    """The page as one self-contained HTML document. models: display names by "teacher" and "student"."""
     seen_by = "an encoder and its teacher" if TEACHER in shown.colours else "an encoder"
     return page.page(
         "Features of an encoder",
