@@ -14,8 +14,7 @@ from torch.nn.functional import normalize
 from cgspn.data import open_shards, resize
 from cgspn.data.locate import cache_folder
 from cgspn.data.transforms import to_float
-from cgspn.evaluate.probe import Probe
-from cgspn.evaluate.segmentation import PixelScore, fit_streamed
+from cgspn.evaluate.segmentation import fit_streamed, score_streamed
 from cgspn.models.encoder import Encoder
 
 from .measure import features
@@ -93,12 +92,10 @@ def segmentation(
     encoder: Encoder, train: Masked, test: Masked, px: int, classes: int, void: int, scored: Sequence[int] = ()
 ) -> float:
     """mIoU in percent of a linear probe, over the classes scored, or those that occur."""
-    probe: Probe = fit_streamed(reader(encoder, train, px), len(train.images), classes, ignore_index=void)
-    score = PixelScore(classes, void, test.images[0].device)
-    for tokens, masks in reader(encoder, test, px)(range(len(test.images))):
-        score.update(probe.predict(tokens, (masks.shape[1], masks.shape[2])), masks)
-    mean, each, _ = score.compute()
-    return 100 * (sum(each[k] or 0.0 for k in scored) / len(scored) if scored else mean)
+    seen, unseen = reader(encoder, train, px), reader(encoder, test, px)
+    probe = fit_streamed(seen, len(train.images), classes, ignore_index=void, scored=scored)
+    found = score_streamed(probe, unseen, len(test.images), classes, ignore_index=void, scored=scored)
+    return 100 * found.mean_iou
 
 
 def classification(encoder: Encoder, train: Labelled, test: Labelled, px: int, classes: int) -> tuple[float, float]:

@@ -2,9 +2,11 @@
 
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,11 +20,12 @@ from cgspn.distill.snapshots import Snapshots
 from cgspn.distill.tasks import DistillTask
 from cgspn.distill.trainer import _state
 from cgspn.layers import AttentionConfig
-from cgspn.models import model_config
+from cgspn.models import model_config, weights
 from cgspn.models.encoder import Encoder
 from cgspn.teachers import convert
 
 DEPTH = 5
+read = weights._read
 
 
 def enter(rank, size, folder, name, settings):
@@ -120,6 +123,9 @@ def snapshot_of_shards(rank, *, at):
         optimizer = build_optimizer(task, OptimConfig(optimizer="muon"))
         optimizer.make_state()
         state, snapshots = _state(task, optimizer, []), Snapshots(Path(at), 1)
+        uneven = torch.nn.Sequential(*(torch.nn.Linear(2, rows) for rows in (1, 3, 5)))
+        fully_shard(uneven)
+        state |= {name: parameter.detach() for name, parameter in uneven.named_parameters()}
         with torch.no_grad():
             for number, (whole, tensor) in enumerate(zip(state.values(), local_shards(state.values()), strict=True)):
                 other = rank / 2 if whole is not tensor else 0  # a shard differs between the processes
@@ -130,5 +136,8 @@ def snapshot_of_shards(rank, *, at):
             for tensor in local_shards(state.values()):
                 tensor.zero_()
         assert snapshots.newest_whole() == 1
-        assert snapshots.load(1, state) == [{"total": 1.0}]
+        sizes = []
+        with patch.object(weights, "_read", lambda *at: sizes.append((found := read(*at)).numel()) or found):
+            assert snapshots.load(1, state) == [{"total": 1.0}]
+        assert sizes == [tensor.numel() for tensor in local_shards(state.values())]  # each process reads its own rows
         return before, full(state)

@@ -5,6 +5,8 @@ import torch
 from torch.nn.functional import interpolate
 
 from cgspn.evaluate import PixelScore, fit_probe, patch_histograms, segment
+from cgspn.evaluate.probe import PENALTIES
+from cgspn.evaluate.segmentation import fit_streamed, in_memory
 
 
 def generator(seed=0):
@@ -126,6 +128,79 @@ def test_the_penalty_is_chosen_by_held_out_images():
     assert torch.equal(chosen.weight, fit_probe(tokens, masks, 2, penalties=(1e-9, 1e-3, 1.0)).weight)
 
 
+def noisy_images(n, seed=0, ignored=0.2):
+    """Tokens [n, 4, 4, 12] that tell three classes faintly, and masks [n, 16, 16] with ignored pixels."""
+    labels, masks = blocks_of_classes(n, (4, 4), 3, seed)
+    signal = torch.nn.functional.one_hot(labels, 12).float()
+    tokens = 0.5 * signal + torch.randn(n, 4, 4, 12, generator=generator(seed + 1))
+    masks[torch.rand(masks.shape, generator=generator(seed + 2)) < ignored] = 255
+    return tokens, masks
+
+
+def iou_by_loops(tokens, masks, folds, penalty, scored):
+    """Mean IoU of patches that probes of the other folds classify, for folds of the documented fixed shuffle."""
+    order = torch.randperm(len(tokens), generator=generator()).tolist()
+    counts = torch.zeros(3, 3, dtype=torch.float64)  # predicted, present
+    for first in range(folds):
+        out = order[first::folds]
+        kept = [i for i in range(len(tokens)) if i not in out]
+        probe = fit_probe(tokens[kept], masks[kept], 3, ignore_index=255, penalties=(penalty,))
+        fractions, counted = patch_histograms(masks[out], (4, 4), 3, 255)
+        for k in range(3):
+            predicted = probe.logits(tokens[out]).argmax(-1) == k
+            counts[k] += (fractions * counted[..., None])[predicted].double().sum(0)
+    both = counts.diag()
+    iou = both / (counts.sum(0) + counts.sum(1) - both)
+    return float(iou[list(scored)].mean())
+
+
+@pytest.mark.parametrize(("n", "folds", "scored"), [(2, 2, ()), (7, 3, ()), (12, 5, (2,)), (9, 4, (0, 1))])
+def test_the_penalty_has_the_best_iou_on_left_out_folds(n, folds, scored):
+    penalties = tuple(10.0 ** (e / 2) for e in range(-6, 3))
+    for seed in range(3):
+        tokens, masks = noisy_images(n, 10 * seed)
+        read = in_memory(tokens, masks)
+        probe = fit_streamed(read, n, 3, ignore_index=255, penalties=penalties, folds=folds, scored=scored)
+        by_loops = [iou_by_loops(tokens, masks, folds, penalty, scored or range(3)) for penalty in penalties]
+        best = [p for p, iou in zip(penalties, by_loops) if iou > max(by_loops) - 1e-9]
+        assert probe.penalty == best[-1]
+        whole = fit_probe(tokens, masks, 3, ignore_index=255, penalties=(probe.penalty,))
+        torch.testing.assert_close(probe.weight, whole.weight)
+
+
+def test_a_class_that_does_not_occur_does_not_change_the_choice():
+    tokens, masks = noisy_images(12)
+    chosen = fit_probe(tokens, masks, 3, ignore_index=255).penalty
+    assert fit_probe(tokens, masks, 9, ignore_index=255).penalty == chosen
+
+
+def test_folds_without_valid_pixels_are_left_out():
+    tokens, masks = noisy_images(5)
+    first = int(torch.randperm(5, generator=generator())[0])
+    masks[first] = 255
+    probe = fit_probe(tokens, masks, 3, ignore_index=255)
+    others = [i for i in range(5) if i != first]
+    same = fit_probe(tokens[others], masks[others], 3, ignore_index=255, penalties=(probe.penalty,))
+    torch.testing.assert_close(probe.weight, same.weight)
+    masks[others[1:]] = 255  # a single image is left, and nothing to choose by
+    assert fit_probe(tokens, masks, 3, ignore_index=255).penalty == max(PENALTIES)
+
+
+def test_each_image_is_read_once_and_unreadable_ones_may_be_missing():
+    tokens, masks = noisy_images(12)
+    seen = []
+
+    def read(numbers):
+        seen.extend(numbers)
+        yield from ((tokens[[n]], masks[[n]]) for n in numbers if n not in (3, 4))
+
+    kept = [n for n in range(12) if n not in (3, 4)]
+    probe = fit_streamed(read, 12, 3, ignore_index=255)
+    assert sorted(seen) == list(range(12))
+    same = fit_probe(tokens[kept], masks[kept], 3, ignore_index=255, penalties=(probe.penalty,))
+    torch.testing.assert_close(probe.weight, same.weight)
+
+
 def test_ignored_pixels_have_no_effect():
     labels, masks = blocks_of_classes(20, (4, 4), 3, 0)
     tokens = torch.nn.functional.one_hot(labels, 3).float() + torch.randn(20, 4, 4, 3, generator=generator(6))
@@ -151,6 +226,12 @@ def test_wrong_arguments_are_named():
         fit_probe(tokens, masks[:1], 3)
     with pytest.raises(ValueError, match="tokens holds values that are not finite"):
         fit_probe(tokens / 0, masks, 3)
+    with pytest.raises(ValueError, match="folds is 1; expected at least 2"):
+        fit_probe(tokens, masks, 3, folds=1)
+    with pytest.raises(ValueError, match="has 1 image to be fitted on"):
+        fit_probe(tokens[:1], masks[:1], 3)
+    with pytest.raises(ValueError, match=r"scored holds \[-1\]; accepted: classes 0 to 2"):
+        fit_streamed(in_memory(tokens, masks), 2, 3, scored=(-1,))
     with pytest.raises(ValueError, match="prediction has shape"):
         PixelScore(3).update(masks, masks[:1])
 

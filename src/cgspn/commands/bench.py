@@ -50,7 +50,6 @@ class Operator(_Measurement):
 
     module: ClassVar = "operator"
     config: Settings[OperatorConfig] = field(default_factory=OperatorConfig)
-    """Settings of the benchmark."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,6 @@ class Table(_Measurement):
 
     module: ClassVar = "table"
     config: Settings[TableConfig] = field(default_factory=TableConfig)
-    """Settings of the benchmark."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,6 @@ class Encoders(_Measurement):
 
     module: ClassVar = "encoder"
     config: Settings[EncoderBenchConfig] = field(default_factory=EncoderBenchConfig)
-    """Settings of the benchmark."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,6 @@ class Train(_Measurement):
 
     module: ClassVar = "train"
     config: Settings[TrainBenchConfig] = field(default_factory=TrainBenchConfig)
-    """Settings of the benchmark."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +106,6 @@ class Scaling(_Measurement):
     """
 
     config: Settings[ScalingConfig] = field(default_factory=ScalingConfig)
-    """Settings of the benchmark."""
 
     def run(self) -> None:
         """Raises ValueError for an unknown model, other settings than earlier launches, or batches that do not fit."""

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.nn.functional import all_gather
 from torch.distributed.rendezvous import rendezvous
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from ..compat import foreach_copy_
 from ..models.encoder import Encoder
@@ -167,9 +167,15 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def fill(tensor: Tensor, full: Tensor) -> None:
-    """Copy a full tensor, which every process holds, into a tensor or into each process's shard of a DTensor."""
+def fill(tensor: Tensor, read: Callable[[slice | None], Tensor]) -> None:
+    """Copy a stored tensor into a tensor, or only its own rows into a process's shard (FSDP2) of one.
+
+    read: reads the given rows, or the whole tensor for None.
+    """
+    rows = None
     if isinstance(tensor, DTensor):
-        mesh, placements = tensor.device_mesh, tensor.placements
-        full = distribute_tensor(full.to(tensor.device), mesh, placements, src_data_rank=None)
-    tensor.copy_(full)
+        count, mesh = len(tensor), tensor.device_mesh
+        tensor = tensor.to_local()
+        start = min(count, mesh.get_local_rank() * -(-count // mesh.size()))  # in equal parts, as torch.chunk
+        rows = slice(start, start + len(tensor))
+    tensor.copy_(read(rows))

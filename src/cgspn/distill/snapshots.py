@@ -127,7 +127,7 @@ class Snapshots:
             for name, tensor in tensors.items():
                 if name not in stored or stored[name].shape != tensor.shape:
                     raise CheckpointError(f"it holds no {name} of shape {list(tensor.shape)}")
-                fill(tensor, stored[name].read())
+                fill(tensor, stored[name].read)
             return read_steps(folder / RECORD, done)
         except (OSError, CheckpointError) as error:
             raise SnapshotError(f"the snapshot in {folder} cannot be used: {line_of(error)}") from error

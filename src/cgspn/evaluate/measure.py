@@ -26,7 +26,6 @@ Watch = Callable[[int], None]
 """Called with the number of pictures that were dealt with since the last call."""
 
 MAX_SKIPPED = 0.1  # largest tolerated fraction of unreadable images
-HELD_OUT, MOST_HELD_OUT = 0.2, 500  # fraction and maximum number of held-out training images
 GALLERY = 100  # images per retrieval with a class caption, since few captions over thousands of images say little
 
 
@@ -153,15 +152,9 @@ def segmentation(
     read_train, read_test = (
         _reader(encoder, part, size, batch_size, counter, watch) for part, counter in zip((train, test), counters)
     )
-    probe = fit_streamed(
-        read_train, len(train), classes, ignore_index=IGNORE, held_out=_held_out(len(train)), scored=scored
-    )
+    probe = fit_streamed(read_train, len(train), classes, ignore_index=IGNORE, scored=scored)
     result = score_streamed(probe, read_test, len(test), classes, ignore_index=IGNORE, scored=scored)
     return result, [counter.report() for counter in counters]
-
-
-def _held_out(count: int) -> float:
-    return min(HELD_OUT, MOST_HELD_OUT / count)
 
 
 def check_size(config: EncoderConfig, size: tuple[int, ...]) -> None:

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-PENALTIES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-"""Strengths of regularisation tried, relative to the mean variance of the tokens (which is 1 after scaling)."""
+PENALTIES = tuple(10.0 ** (e / 2) for e in range(-12, 1))
+"""Strengths of regularisation tried, 1e-6 to 1, relative to the mean variance of the tokens (1 after scaling)."""
 
 CHUNK = 128  # images per step
+PATCHES = 1 << 16  # about as many are kept, from all images, to choose the penalty by
 PIXELS = 1 << 25  # most logits at once; with many classes one image at full size would take gigabytes
 
 
@@ -123,18 +124,16 @@ class Moments:
         self.xx = torch.zeros(channels, channels, dtype=torch.float64, device=device)
         self.xy = torch.zeros(channels, classes, dtype=torch.float64, device=device)
 
-    def add(self, tokens: Tensor, masks: Tensor, ignore_index: int | None = None) -> None:
-        """Add tokens float [N, h, w, C] and their masks, integers [N, H, W]."""
-        grid = (tokens.shape[1], tokens.shape[2])
-        for t, m in zip(tokens.split(CHUNK), masks.split(CHUNK)):
-            shares, counted = patch_histograms(m, grid, len(self.y), ignore_index)
-            x, y = t.flatten(0, 2).to(self.x), shares.flatten(0, 2).to(self.x)
-            n = counted.flatten().to(self.x)[:, None]
+    def add(self, tokens: Tensor, fractions: Tensor, counted: Tensor) -> None:
+        """Add tokens float [N, h, w, C] and their patches, the result of `patch_histograms`."""
+        for part in zip(tokens.split(CHUNK), fractions.split(CHUNK), counted.split(CHUNK)):
+            x, y, n = part[0].flatten(0, 2).to(self.x), part[1].flatten(0, 2).to(self.x), part[2].flatten().to(self.x)
+            weighted = n[:, None] * x
             self.total += n.sum()
-            self.x += (n * x).sum(0)
-            self.y += (n * y).sum(0)
-            self.xx += (n * x).T @ x
-            self.xy += (n * x).T @ y
+            self.x += weighted.sum(0)
+            self.y += n @ y
+            self.xx += weighted.T @ x
+            self.xy += weighted.T @ y
 
     def __add__(self, other: Moments) -> Moments:
         """The sums over both datasets."""

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from .checks import check_finite
-from .probe import CHUNK, PENALTIES, Moments, Probe
+from .probe import CHUNK, PATCHES, PENALTIES, Moments, Probe, patch_histograms
 
 Reader = Callable[[Sequence[int]], Iterator[tuple[Tensor, Tensor]]]
 """From numbers of images to batches of tokens float [N, h, w, C] and masks, integers [N, H, W], on one device; sizes
@@ -56,9 +59,7 @@ class PixelScore:
 
         self.metric = MulticlassJaccardIndex(classes, average="none", ignore_index=ignore_index, validate_args=False)
         self.metric.to(device)
-        if wrong := [k for k in scored if not 0 <= k < classes]:
-            raise ValueError(f"scored holds {wrong}; accepted: classes 0 to {classes - 1}")
-        self.classes, self.ignore_index, self.scored = classes, ignore_index, scored or range(classes)
+        self.classes, self.ignore_index, self.scored = classes, ignore_index, _scored(scored, classes)
 
     def update(self, prediction: Tensor, target: Tensor) -> None:
         """Add pixels. prediction: integers of any shape, 0 to K - 1; target: the same, or ignore_index.
@@ -124,14 +125,16 @@ def fit_streamed(
     *,
     ignore_index: int | None = None,
     penalties: tuple[float, ...] = PENALTIES,
-    held_out: float = 0.2,
+    folds: int = 10,
     scored: Sequence[int] = (),
 ) -> Probe:
     """Fit the probe by ridge regression in float64 on the device of the tokens.
 
-    The penalty is the one with the best mIoU on a held-out part of the images (a fixed random choice; the larger
-    penalty wins a tie), and the probe is then fitted on all images with it. Each image is read once. With a single
-    penalty, no image is held out.
+    The penalty is the one with the best mean IoU of patches in cross-validation over images: probes fitted on the
+    other folds classify a fixed sample of the patches of each fold (about `PATCHES` in all). The mean is over the
+    scored classes, whether or not a probe predicts them, and the larger penalty wins a tie. The probe is then fitted
+    on all images. Folds are a fixed random choice, and each image is read once. Folds without valid pixels are left
+    out; if fewer than two are left, the largest penalty is used.
 
     Args:
         read: the images.
@@ -139,7 +142,7 @@ def fit_streamed(
         classes: K, at least 2.
         ignore_index: label of pixels to ignore, such as 255.
         penalties: penalties to choose from, each above 0.
-        held_out: fraction of held-out images, 0 to 1; at least one image is held out and one is not.
+        folds: number of folds, at least 2; N if there are fewer images.
         scored: classes whose mean IoU decides; all if empty.
 
     Raises:
@@ -148,40 +151,53 @@ def fit_streamed(
     """
     if not penalties or min(penalties) <= 0:
         raise ValueError(f"penalties is {penalties}; expected one or more numbers above 0")
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out is {held_out}; accepted: between 0 and 1")
-    if len(penalties) == 1:
-        return _moments(read, range(count), classes, ignore_index).solve(penalties)[0]
-    if count < 2:
+    if folds < 2:
+        raise ValueError(f"folds is {folds}; expected at least 2")
+    counted = _scored(scored, classes)
+    if len(penalties) > 1 and count < 2:
         raise ValueError(f"the probe has {count} image to be fitted on; expected at least 2, or a single penalty")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
-    cut = min(max(round(count * held_out), 1), count - 1)
-    out, kept = order[:cut], order[cut:]
-    fitted = _moments(read, kept, classes, ignore_index)
-    probes = fitted.solve(penalties)
-    device = fitted.total.device
-    scores = [PixelScore(classes, ignore_index, device, scored) for _ in probes]
-    rest = Moments(len(fitted.x), classes, device)
-    for tokens, masks in read(out):
-        rest.add(tokens, masks, ignore_index)
-        for probe, score in zip(probes, scores):
-            score.update(probe.predict(tokens, (masks.shape[1], masks.shape[2])), masks)
-    # if all held-out pixels are ignored, the largest penalty is used
-    counted = float(rest.total) > 0
-    best = max(zip(probes, scores), key=lambda pair: (pair[1].compute()[0] if counted else 0.0, pair[0].penalty))
-    return (fitted + rest).solve((best[0].penalty,))[0]
+    sample = max(1, PATCHES // count)
+    parts = [_fold(read, order[first::folds], classes, ignore_index, sample) for first in range(min(folds, count))]
+    valid = [part for part in parts if part is not None]
+    if not valid:
+        raise ValueError(f"masks hold only ignore_index = {ignore_index}; nothing to fit")
+    moments = [part[0] for part in valid]
+    confusion = moments[0].xx.new_zeros(len(penalties), classes, classes)
+    if len(penalties) > 1 and len(valid) > 1:
+        for number, (_, tokens, pixels) in enumerate(valid):
+            for counts, probe in zip(confusion, reduce(add, moments[:number] + moments[number + 1 :]).solve(penalties)):
+                counts += one_hot(probe.logits(tokens).argmax(-1), classes).to(pixels).T @ pixels
+    both = confusion.diagonal(dim1=1, dim2=2)
+    iou = both / (confusion.sum(1) + confusion.sum(2) - both).clamp(min=1e-9)
+    best = max(zip(iou[:, list(counted)].mean(1).tolist(), penalties))[1]
+    return reduce(add, moments).solve((best,))[0]
 
 
-def _moments(read: Reader, numbers: Sequence[int], classes: int, ignore_index: int | None) -> Moments:
-    moments = None
+def _fold(
+    read: Reader, numbers: Sequence[int], classes: int, ignore_index: int | None, sample: int
+) -> tuple[Moments, Tensor, Tensor] | None:
+    """Sums over the patches of some images; the tokens [n, C] of a sample of each image; their class pixels [n, K].
+
+    None if no pixel is valid. Pixels are fractions of a patch, float64. The sample depends on the grid alone.
+    """
+    moments, kept, pixels = None, [], []
     for tokens, masks in read(numbers):
         check_finite("tokens", tokens)
-        if moments is None:
-            moments = Moments(tokens.shape[-1], classes, tokens.device)
-        moments.add(tokens, masks, ignore_index)
-    if moments is None or float(moments.total) == 0:
-        raise ValueError(f"masks hold only ignore_index = {ignore_index}; nothing to fit")
-    return moments
+        h, w, channels = tokens.shape[1:]
+        fractions, counted = patch_histograms(masks, (h, w), classes, ignore_index)
+        moments = moments or Moments(channels, classes, tokens.device)
+        moments.add(tokens, fractions, counted)
+        places = torch.randperm(h * w, generator=torch.Generator().manual_seed(0))[:sample].to(tokens.device)
+        kept.append(tokens.flatten(1, 2)[:, places].flatten(0, 1))
+        pixels.append((fractions * counted[..., None]).flatten(1, 2)[:, places].flatten(0, 1).double())
+    return (moments, torch.cat(kept), torch.cat(pixels)) if moments and float(moments.total) > 0 else None
+
+
+def _scored(scored: Sequence[int], classes: int) -> Sequence[int]:
+    if wrong := [k for k in scored if not 0 <= k < classes]:
+        raise ValueError(f"scored holds {wrong}; accepted: classes 0 to {classes - 1}")
+    return scored or range(classes)
 
 
 def score_streamed(
@@ -215,14 +231,14 @@ def fit_probe(
     *,
     ignore_index: int | None = None,
     penalties: tuple[float, ...] = PENALTIES,
-    held_out: float = 0.2,
+    folds: int = 10,
 ) -> Probe:
     """Run `fit_streamed` on tensors in memory.
 
     Args:
         tokens: float [N, h, w, C].
         masks: integers [N, H, W], 0 to classes - 1, or ignore_index.
-        classes, ignore_index, penalties, held_out: as in `fit_streamed`.
+        classes, ignore_index, penalties, folds: as in `fit_streamed`.
 
     Raises:
         TypeError: masks are not integers.
@@ -230,7 +246,7 @@ def fit_probe(
     """
     _check(tokens, masks, classes, ignore_index, ("tokens", "masks"))
     reader = in_memory(tokens, masks)
-    return fit_streamed(reader, len(tokens), classes, ignore_index=ignore_index, penalties=penalties, held_out=held_out)
+    return fit_streamed(reader, len(tokens), classes, ignore_index=ignore_index, penalties=penalties, folds=folds)
 
 
 def segment(

@@ -22,10 +22,12 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its shape, and a function that reads it and raises CheckpointError for NaN."""
+    """A tensor in a file: its shape, and a function that reads it and raises CheckpointError for NaN.
+
+    The function of a .safetensors file can also read only some rows, a slice."""
 
     shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+    read: Callable[..., Tensor]
 
 
 Weights = dict[str, Stored]
@@ -62,11 +64,13 @@ def open_safetensors(path: Path) -> tuple[Weights, dict[str, str]]:
     return weights, metadata
 
 
-def _read(path: Path, key: str) -> Tensor:
-    """Read a copy of a tensor. The file is unmapped after each, because mapped pages would count as memory again."""
+def _read(path: Path, key: str, rows: slice | None = None) -> Tensor:
+    """Read a copy of a tensor or of its rows. The file is unmapped after each, because mapped pages would count as
+    memory again."""
     try:
         with safe_open(path, "pt") as opened:  # type: ignore[no-untyped-call]
-            return finite(opened.get_tensor(key).clone(), f"{path}: {key}")
+            found = opened.get_tensor(key) if rows is None else opened.get_slice(key)[rows]
+            return finite(found.clone(), f"{path}: {key}")
     except SafetensorError as error:
         raise CheckpointError(f"{path} was changed while it was read: {error}") from error
 
