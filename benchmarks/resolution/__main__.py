@@ -1,6 +1,6 @@
 """Train students at one size or at many, and measure each at every size.
 
-python -m benchmarks.resolution vit_s14.safetensors --photos 'photos256-*.tar' --rows 'values 6' ViT --mixed --out out
+python -m benchmarks.resolution vit_s14.safetensors --photos 'photos256-*.tar' --rows 'values 6' ViT --out out
 """
 
 from __future__ import annotations
