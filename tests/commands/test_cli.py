@@ -15,12 +15,13 @@ import torch
 from PIL import Image
 
 from cgspn.cli import COMMANDS, main, run
-from cgspn.commands.command import Command, usual_settings
+from cgspn.commands.command import Command, parsed, usual_settings
 from cgspn.commands.distill import Distill
 from cgspn.commands.errors import said_of
 from cgspn.commands.export import Export
 from cgspn.commands.pretrain import Pretrain
 from cgspn.data import load_embedded
+from cgspn.distill import SizeRange
 
 SMALL = ["--config.distill.stage1.steps", "1", "--config.distill.stage2.steps", "1"]
 SMALL += ["--config.distill.stage1.batch-size", "8", "--config.distill.stage2.batch-size", "8"]
@@ -184,6 +185,16 @@ def test_a_preset_is_where_the_other_settings_start_from(capsys):
     assert settings["highres"]["sizes"] == [518, 756, 1036]
     assert settings["stage1"]["steps"] == 7
     assert settings["stage2"]["steps"] == 56_000
+
+
+def test_fields_of_a_range_of_sizes_are_options_of_every_preset(capsys):
+    run(["distill", "a", "b", "--sizes", "28", "56", "--config.sizes.count", "3", "--show-config"])
+    sizes = json.loads(capsys.readouterr().out)["config"]["sizes"]
+    assert (sizes["smallest"], sizes["largest"], sizes["count"]) == (28, 56, 3)
+    arguments = ["a", "--sizes", "28", "56", "--config.sizes.largest-share", "0.5"]
+    assert parsed(Pretrain, "cgspn pretrain", arguments).config.sizes == SizeRange(28, 56, largest_share=0.5)
+    run(["distill", "a", "b", "--show-config"])
+    assert json.loads(capsys.readouterr().out)["config"]["sizes"] is None
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,7 @@ def test_where_nothing_propagates_positions_stay_and_large_windows_give_the_teac
         ({"keep_attention": [1], "window_attention": [1, 2]}, r"both hold \[1\]; accepted: each layer once"),
         ({"keep_attention": 3, "window_attention": 2}, "window_attention is 2; accepted: 0 to 1"),
         ({"window_attention": [4]}, r"window_attention holds \[4\]; accepted: layer indices 0 to 3"),
+        ({"window_attention": [1.0]}, r"window_attention holds \[1.0\]; accepted: layer indices 0 to 3"),
         ({"window_attention": 1, "window": 0}, "window is 0; accepted: 1 to 65536 positions"),
     ],
 )

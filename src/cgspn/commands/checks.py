@@ -67,6 +67,12 @@ def device_of(device: str) -> str:
     return device
 
 
+def range_of(start: SizeRange | None, arguments: list[str]) -> SizeRange | None:
+    """The range whose fields are options of a command: the default one if there is none and an option sets a field."""
+    wanted = any(argument.startswith("--config.sizes.") or argument == "--help-all" for argument in arguments)
+    return start or (SizeRange() if wanted else None)
+
+
 def mixed_sizes(start: SizeRange | None, sizes: tuple[int, int] | None, aspects: tuple[float, ...]) -> SizeRange:
     """The range from `--sizes SMALLEST LARGEST` and `--aspects`, with all other fields as in `start`.
 

@@ -39,7 +39,7 @@ from ..report.run import run_report
 from ..settings import Listed
 from ..teachers import convert, load_encoder, load_model
 from ..terminal import warn
-from .checks import device_of, loaded, mixed_sizes
+from .checks import device_of, loaded, mixed_sizes, range_of
 from .command import Command, Device, Out, Teacher
 from .header import device_name, header, warnings
 
@@ -115,11 +115,12 @@ class Distill(Command):
 
     @classmethod
     def start(cls, arguments: list[str]) -> Distill:
-        """The default settings, with those of `--preset`."""
+        """The default settings, with those of `--preset`, and a range of sizes if an option sets a field of it."""
         preset = ArgumentParser(add_help=False, allow_abbrev=False)
         preset.add_argument("--preset")
         name = preset.parse_known_args(arguments)[0].preset
-        return cls(tyro.MISSING, tyro.MISSING, config=PRESETS.get(name, PRESETS["embedded"]))
+        config = PRESETS.get(name, PRESETS["embedded"])
+        return cls(tyro.MISSING, tyro.MISSING, config=replace(config, sizes=range_of(config.sizes, arguments)))
 
     @cached_property
     def settings(self) -> DistillConfig:

@@ -16,7 +16,7 @@ from ..environment import command, versions
 from ..evaluate.suite import evaluate_zeroshot
 from ..models.checkpoint import CONFIG, PREPROCESSING, WEIGHTS, write_atomically
 from ..settings import Listed
-from .checks import check_folder, check_free, device_of, mixed_sizes
+from .checks import check_folder, check_free, device_of, mixed_sizes, range_of
 from .command import Command, Device, Out
 from .header import device_name
 
@@ -51,6 +51,12 @@ class Pretrain(Command):
     """Store the weights as float16."""
     overwrite: bool = False
     """Replace an existing model in the folder."""
+
+    @classmethod
+    def start(cls, arguments: list[str]) -> Pretrain:
+        """The default settings, with a range of sizes if an option sets a field of it."""
+        config = PretrainConfig()
+        return cls(tyro.MISSING, config=replace(config, sizes=range_of(config.sizes, arguments)))
 
     def __post_init__(self) -> None:
         """Apply sizes and aspects to the config."""

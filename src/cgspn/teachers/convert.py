@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import torch
 
@@ -44,11 +45,11 @@ def student_mixers(depth: int, keep_attention: Layers = 0, window_attention: Lay
                 raise ValueError(f"{name} is {layers}; accepted: 0 to {len(free)}, or a list of layer indices")
             chosen = [free[i] for i in spread(layers, len(free))]
         else:
-            if wrong := [i for i in layers if not 0 <= i < depth]:
+            if wrong := [i for i in layers if not (isinstance(i, Integral) and 0 <= i < depth)]:
                 raise ValueError(f"{name} holds {wrong}; accepted: layer indices 0 to {depth - 1}")
             if twice := sorted(set(layers) - set(free)):
                 raise ValueError(f"keep_attention and window_attention both hold {twice}; accepted: each layer once")
-            chosen = list(layers)
+            chosen = [int(i) for i in layers]
         for i in chosen:
             mixers[i] = mixer
     return tuple(mixers)
