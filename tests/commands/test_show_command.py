@@ -16,6 +16,7 @@ from cgspn.teachers import load_encoder
     ("arguments", "message"),
     [
         ({"student": "nowhere"}, "nowhere"),
+        ({"size": 0}, r"size is 0; accepted: at least one patch, 4 pixels"),
         ({"size": 3}, r"size is 3; accepted: at least one patch, 4 pixels"),
         ({"size": 1 << 20}, r"size is 1048576 x 1048576 pixels; accepted: at most"),
         ({"limit": 0}, r"limit is 0; accepted: 1 or more"),

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from cgspn.commands.export import Export
 from cgspn.export import load_exported
 from cgspn.teachers import load_model
 
@@ -24,6 +25,13 @@ def test_wrong_input_gives_one_line_and_exit_code_2(tmp_path):
     assert result.returncode == 2, output
     assert "max_size is 57; accepted: multiples of the patch size 4" in output
     assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("size", [0, 30])
+def test_a_fixed_size_is_named_as_given(size, tmp_path):
+    with pytest.raises(ValueError, match=f"^size is {size}; accepted: multiples of the patch size 4"):
+        Export("embedded", tmp_path / "x.onnx", size=size).run()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -54,14 +54,15 @@ class Export(Command):
         check_free([self.out, self.out.with_name(f"{self.out.name}.json")], "out", self.overwrite)
         if self.size is not None and (self.min_size, self.max_size) != (None, None):
             raise ValueError(f"size is {self.size} beside min_size or max_size; accepted: one size, or bounds")
+        bounds = (self.min_size, self.max_size) if self.size is None else (self.size, self.size)
         model = loaded(load_model, "source", self.source).to(device_of(self.device))
         with waiting(f"exporting {self.source}"):
             found = export_model(
                 model,
                 self.out,
                 format=self.format,
-                min_size=self.size or self.min_size,
-                max_size=self.size or self.max_size,
+                min_size=bounds[0],
+                max_size=bounds[1],
                 max_batch=self.max_batch,
                 source=self.source,
                 say=console.print,

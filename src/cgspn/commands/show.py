@@ -76,7 +76,8 @@ class Show(Command):
             }
         student, teacher = encoders[STUDENT], encoders.get(TEACHER)
         config = student.config
-        side = self.size or max(config.image_size) * (COLUMNS if self.images == "embedded" else 1)
+        native = max(config.image_size) * (COLUMNS if self.images == "embedded" else 1)
+        side = native if self.size is None else self.size
         held = held_out_of(self.student, self.images)
         photographs, skipped = load_photographs(self.images, side, config.patch_size, self.limit, held or ())
         if skipped:

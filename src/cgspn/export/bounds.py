@@ -62,7 +62,7 @@ def bounds_for(
     patch = config.patch_size
     low = patch if min_size is None else min_size
     high = 2 * max(config.image_size) // patch * patch if max_size is None else max_size
-    for name, value in (("min_size", low), ("max_size", high)):
+    for name, value in (("size" if low == high else "min_size", low), ("max_size", high)):
         if value < patch or value % patch:
             raise ValueError(f"{name} is {value}; accepted: multiples of the patch size {patch}")
     check_pixels(high, high)
