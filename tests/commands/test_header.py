@@ -12,6 +12,7 @@ from cgspn.commands.header import cpu_rate, header, warnings
 from cgspn.data import load_embedded
 from cgspn.distill import DistillConfig, HighResConfig, ImageSetFeed, OptimConfig, SizeRange, World
 from cgspn.distill.flops import training_flops
+from cgspn.distill.presets import PRESETS
 from cgspn.models import create_model
 from cgspn.teachers import convert
 
@@ -54,23 +55,40 @@ def test_a_cpu_is_measured_by_a_step_of_the_students_first_block(monkeypatch):
         assert cpu_rate(student, precision) == (8192 // 49) * block / 2.0
 
 
+FASTER = {"stage1": replace(PRESETS["embedded"].stage1, steps=9)}
+OTHER = {"keep_positions": True, "compute": replace(PRESETS["embedded"].compute, save_every=3)}
+
+
 @pytest.mark.parametrize(
-    ("teacher", "preset", "given", "device", "student", "count"),
+    ("teacher", "preset", "changed", "device", "student", "count"),
     [
-        ("embedded", "embedded", False, "cpu", None, 0),
-        ("embedded", "embedded", False, "cpu", Path("start"), 0),
-        ("org/so400m", "embedded", False, "cuda", None, 1),
-        ("org/so400m", "embedded", False, "cpu", None, 2),
-        ("org/so400m", "embedded", True, "cpu", None, 1),
-        ("org/so400m", "so400m-378", False, "cuda", None, 0),
-        ("org/so400m", "so400m-378", False, "cuda", Path("start"), 1),
+        ("embedded", "embedded", {}, "cpu", None, 0),
+        ("embedded", "embedded", {}, "cpu", Path("start"), 0),
+        ("org/so400m", "embedded", {}, "cuda", None, 1),
+        ("org/so400m", "embedded", {}, "cpu", None, 2),
+        ("org/so400m", "embedded", OTHER, "cpu", None, 2),
+        ("org/so400m", "embedded", FASTER, "cpu", None, 1),
+        ("org/so400m", "so400m-378", {}, "cuda", None, 0),
+        ("org/so400m", "so400m-378", {}, "cuda", Path("start"), 1),
     ],
 )
-def test_a_likely_mistake_is_warned_of(teacher, preset, given, device, student, count):
-    assert len(list(warnings(teacher, preset, given, torch.device(device), student, None))) == count
-    few = list(warnings(teacher, preset, given, torch.device(device), student, 99))
+def test_a_likely_mistake_is_warned_of(teacher, preset, changed, device, student, count):
+    config = replace(PRESETS[preset], **changed)
+    assert len(list(warnings(teacher, preset, config, torch.device(device), student, None))) == count
+    few = list(warnings(teacher, preset, config, torch.device(device), student, 99))
     assert len(few) == count + 1
     assert any("99 images are few" in line for line in few)
+
+
+def test_a_trial_on_a_cpu_is_advised_for_the_stages_that_run():
+    done = replace(PRESETS["so400m-highres"].stage1, steps=0)
+    later = replace(PRESETS["so400m-highres"], stage1=done, stage2=done)
+    for config, names in (
+        (PRESETS["vit-s14-study"], "--config.stage1.steps, --config.stage2.steps and"),
+        (later, "--config.highres.optim.steps and"),
+    ):
+        (line,) = warnings("org/so400m", "so400m-highres", config, torch.device("cpu"), None, None)
+        assert f"lower {names}" in line
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(capsys, monkeypatch):

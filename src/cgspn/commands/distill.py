@@ -71,7 +71,8 @@ class Distill(Command):
         *("config.compression", "config.value_expansion", "config.keep_attention", "config.image_size"),
         *("config.stage1.steps", "config.stage2.steps", "config.stage1.batch_size", "config.stage2.batch_size"),
         *("config.stage1.learning_rate", "config.stage2.learning_rate"),
-        *("config.highres.sizes", "config.highres.optim.steps"),
+        *("config.highres.sizes", "config.highres.optim.steps", "config.highres.optim.batch_size"),
+        "config.highres.optim.accumulate",
         *("config.compute.precision", "config.compute.compile", "config.compute.save_every", "loader.workers"),
     )
 
@@ -94,7 +95,8 @@ class Distill(Command):
     """All settings of the run; None uses those of the preset."""
     sizes: tuple[int, int] | None = None
     """Train stages 1 and 2 at mixed sizes: draw the size of each batch from this range, in pixels (config.sizes). All
-    batches have about the same number of tokens. The student then works well at all these sizes."""
+    batches have about the same number of tokens, that of config.stage1.batch_size images of config.image_size pixels.
+    The student then works well at all these sizes."""
     aspects: Listed[float] = ()
     """Aspect ratios (width / height) to combine with the sizes."""
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -172,8 +174,7 @@ class Distill(Command):
             if world.rank == 0:
                 for line in header(teacher, student, feed, images, self.settings, world, carried):
                     console.print(line, soft_wrap=True, markup=False)
-                unchanged = self.settings == PRESETS[self.preset]
-                for line in warnings(self.teacher, self.preset, not unchanged, world.device, self.student, few):
+                for line in warnings(self.teacher, self.preset, self.settings, world.device, self.student, few):
                     console.print(f"warning: {line}", soft_wrap=True, markup=False)
             with shown(world, out / EVENTS if self.tensorboard else None) as watcher:
                 histories = distill(

@@ -14,10 +14,11 @@ from ..bench.machine import matmul_rate
 from ..console import duration_text
 from ..data import scheduled
 from ..data.source import EMBEDDED
-from ..distill import DistillConfig, Feed, World
+from ..distill import DistillConfig, Feed, OptimConfig, World
 from ..distill.batches import batch_shapes
 from ..distill.flops import forward_flops, sublayer_flops, training_flops
 from ..distill.plan import Stage, plan
+from ..distill.presets import PRESETS
 from ..models.dual import DualEncoder, image_encoder
 from ..models.encoder import Encoder
 
@@ -101,11 +102,13 @@ def flop_an_image(teacher: Encoder, student: Encoder, stage: Stage) -> int:
 
 
 def warnings(
-    teacher: str, preset: str, given: bool, device: torch.device, student: Path | None, few: int | None
+    teacher: str, preset: str, config: DistillConfig, device: torch.device, student: Path | None, few: int | None
 ) -> Iterator[str]:
-    """Warnings about likely mistakes. given: whether a setting was changed; student: the start checkpoint; few: the
-    number of images if there are too few to hold some out."""
-    if preset == EMBEDDED and teacher != EMBEDDED and not given:
+    """Warnings about likely mistakes. config: the preset's with the user's changes; student: the start checkpoint; few:
+    the number of images if there are too few to hold some out."""
+    demo = PRESETS[EMBEDDED]
+    for_demo = (paces(config.stage1), paces(config.stage2)) == (paces(demo.stage1), paces(demo.stage2))
+    if preset == EMBEDDED and teacher != EMBEDDED and for_demo:
         yield (
             "the preset is that of the demo, whose steps and rates are for the embedded teacher of 1.3 M parameters; "
             "choose another with --preset, or set --config.stage1.steps, --config.stage2.steps and rates"
@@ -115,10 +118,17 @@ def warnings(
     if few is not None:
         yield f"{few} images are few: the student will memorise them, and no image is held out to measure its quality"
     if device.type == "cpu" and teacher != EMBEDDED:
+        trained = [name for name in ("stage1", "stage2") if getattr(config, name).steps]
+        trained += ["highres.optim"] if config.highres.sizes else []
         yield (
             "training runs on the CPU, because PyTorch finds no GPU or --device is cpu; for a trial, lower "
-            "--config.stage1.steps, --config.stage2.steps and the batch_size of both"
+            f"{', '.join(f'--config.{name}.steps' for name in trained)} and the batch_size beside it"
         )
+
+
+def paces(optim: OptimConfig) -> tuple[int, float]:
+    """What must fit the teacher: steps and learning rate."""
+    return optim.steps, optim.learning_rate
 
 
 def device_name(device: torch.device) -> str:
