@@ -96,7 +96,6 @@ def plan(
     placed = config.compute.parallel == "placed" and world.size > 1
     sublayer = PlacedSublayerTask if placed else SublayerTask
     inherited = inherited_before(carried or {}) or inherited_after_stage1(encoder, student, config)
-
     common: dict[str, Any] = {"learn_positions": config.learn_positions, "inherited": inherited}
 
     def distillation(loss: LossConfig, own_size: Size | None = None) -> Callable[[Encoder, Runtime], Task]:

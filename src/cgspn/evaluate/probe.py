@@ -126,8 +126,8 @@ class Moments:
 
     def add(self, tokens: Tensor, fractions: Tensor, counted: Tensor) -> None:
         """Add tokens float [N, h, w, C] and their patches, the result of `patch_histograms`."""
-        for part in zip(tokens.split(CHUNK), fractions.split(CHUNK), counted.split(CHUNK)):
-            x, y, n = part[0].flatten(0, 2).to(self.x), part[1].flatten(0, 2).to(self.x), part[2].flatten().to(self.x)
+        for parts in zip(*(each.split(CHUNK) for each in (tokens, fractions, counted))):
+            x, y, n = (part.flatten(0, 2).to(self.x) for part in parts)
             weighted = n[:, None] * x
             self.total += n.sum()
             self.x += weighted.sum(0)

@@ -189,8 +189,9 @@ def _fold(
         moments = moments or Moments(channels, classes, tokens.device)
         moments.add(tokens, fractions, counted)
         places = torch.randperm(h * w, generator=torch.Generator().manual_seed(0))[:sample].to(tokens.device)
-        kept.append(tokens.flatten(1, 2)[:, places].flatten(0, 1))
-        pixels.append((fractions * counted[..., None]).flatten(1, 2)[:, places].flatten(0, 1).double())
+        t, f, n = (each.flatten(1, 2)[:, places].flatten(0, 1) for each in (tokens, fractions, counted[..., None]))
+        kept.append(t)
+        pixels.append((f * n).double())
     return (moments, torch.cat(kept), torch.cat(pixels)) if moments and float(moments.total) > 0 else None
 
 

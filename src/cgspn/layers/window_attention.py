@@ -69,11 +69,8 @@ class WindowAttentionMixer(AttentionMixer):
         known = tokens.new_ones(tokens.shape[0], 1, dtype=torch.bool)
         inside = inside & (known if grid.mask is None else grid.mask.flatten(1)[:, into])
         q, k, v = self._split(tokens[:, into].reshape(-1, size, tokens.shape[-1]))
-        out = (
-            attend(q, k, v, _seen(inside.reshape(-1, size)))
-            .transpose(1, 2)
-            .reshape(tokens.shape[0], -1, tokens.shape[-1])
-        )
+        out = attend(q, k, v, _seen(inside.reshape(-1, size)))
+        out = out.transpose(1, 2).reshape(tokens.shape[0], -1, tokens.shape[-1])
         result: Tensor = self.out(out[:, back])
         return result
 

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,10 +93,15 @@ def held_out_of(run: str, folder: str) -> frozenset[str] | None:
     None if `folder` does not hold the images of any of these runs (`SampleSource.digest`). Raises CheckpointError for a
     record that is not JSON, OSError if it cannot be read.
     """
+
+    @cache
+    def shown() -> str:
+        return open_folder(Path(folder)).digest()
+
     held = None
     for record in records_of(run) if folder != EMBEDDED else ():
         try:
-            if record["source"]["digest"] == open_folder(Path(folder)).digest():
+            if record["source"]["digest"] == shown():
                 data, names = os.path.expanduser(record["data"]), record["held_out"]["names"]
                 own = frozenset(str(Path(name).relative_to(data)) for name in names)
                 held = own if held is None else held & own
